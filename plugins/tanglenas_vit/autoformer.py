@@ -1,0 +1,143 @@
+"""AutoFormer's space of vision transformers on timm's parts (Chen et al. 2021; REFERENCE: the paper, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, global_pool_nlc, trunc_normal_
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.size import Size
+from tanglenas_vit.network import RelativePosition2D, vision_transformer
+
+
+class Block(nn.Module):
+    """timm's pre-norm block: attention and MLP, each behind a LayerNorm and with a residual."""
+
+    def __init__(
+        self, width: Size, num_heads: Size, mlp_ratio: Size, drop_path: float, drop: float, **attention: Any
+    ):
+        super().__init__()
+        self.norm1 = elastic.LayerNorm(width, eps=1e-6)
+        self.attn = elastic.Attention(width, num_heads, proj_drop=drop, **attention)
+        self.norm2 = elastic.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(1, drop=drop)
+        self.mlp.fc1 = elastic.Linear(width, width * mlp_ratio)
+        self.mlp.fc2 = elastic.Linear(width * mlp_ratio, width)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class AutoFormer(SearchSpace):
+    """Embedding dimension, depth, and per block the number of heads and the MLP ratio of a ViT.
+
+    Parameter names and largest shapes are those of timm's `VisionTransformer`, so a timm checkpoint of the
+    largest network loads with `load_state_dict`. The final norm comes before the pooling, as in AutoFormer.
+
+    Args:
+        head_dim: Fixed dimension of a head; more heads mean wider attention.
+        global_pool: "avg" over the patch tokens, as in AutoFormer, or "token" for the class token.
+        relative_position: AutoFormer's 2D relative positions (the paper always has them; timm's ViT does not).
+    """
+
+    def __init__(
+        self,
+        embed_dim: Sequence[int] = (192, 216, 240),
+        depth: Sequence[int] = (12, 13, 14),
+        num_heads: Sequence[int] = (3, 4),
+        mlp_ratio: Sequence[float] = (3.5, 4),
+        num_classes: int = 1000,
+        image_size: int = 224,
+        in_channels: int = 3,
+        patch_size: int = 16,
+        head_dim: int = 64,
+        global_pool: str = "avg",
+        relative_position: bool = False,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        if image_size % patch_size:
+            raise TangleNASError(
+                f"images of {image_size} pixels do not divide into patches of {patch_size}: choose a patch_size "
+                f"that divides {image_size}"
+            )
+        if global_pool not in ("avg", "token"):
+            raise TangleNASError(f"global_pool is {global_pool!r}, expected 'avg' or 'token'")
+        self.settings = dict(
+            num_classes=num_classes, img_size=image_size, in_chans=in_channels, patch_size=patch_size,
+            head_dim=head_dim, global_pool=global_pool, relative_position=relative_position,
+            proj_drop_rate=drop, drop_path_rate=drop_path,
+        )  # fmt: skip
+        E: Choice = self.choice("embed_dim", embed_dim)
+        D = self.choice("depth", depth)
+        H = self.choice("num_heads", num_heads, per=D)
+        R = self.choice("mlp_ratio", mlp_ratio, per=D)
+        self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, 1)
+        self.patch_embed.proj = elastic.Conv2d(in_channels, E, patch_size, patch_size, padding=0)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, E.max))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, E.max))
+        self.declare(cls_token=(None, None, E), pos_embed=(None, None, E))
+        grid = self.patch_embed.grid_size
+        rates = calculate_drop_path_rates(drop_path, D.max)
+        self.blocks = elastic.Depth(
+            D,
+            (
+                Block(E, H[i], R[i], rates[i], drop, head_dim=head_dim,
+                      relative_position=RelativePosition2D(head_dim, grid, True) if relative_position else None)
+                for i in range(D.max)
+            ),
+        )  # fmt: skip
+        self.norm = elastic.LayerNorm(E, eps=1e-6)
+        self.head = elastic.Linear(E, num_classes)
+        self._initialise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        x = self.patch_embed(x)  # (B, patches, width)
+        x = torch.cat([self.current("cls_token").expand(len(x), -1, -1), x], 1) + self.current("pos_embed")
+        x = self.norm(self.blocks(x))
+        return self.head(global_pool_nlc(x, self.settings["global_pool"], num_prefix_tokens=1))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.settings["in_chans"], *[self.settings["img_size"]] * 2)
+
+    def standalone(self, architecture: Architecture) -> VisionTransformer:
+        return vision_transformer(**self._arguments(architecture))
+
+    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
+        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads."""
+        arguments = self._arguments(architecture)
+        network.pretrained_cfg = {
+            "architecture": "tanglenas_vit",
+            "num_classes": arguments["num_classes"],
+            "input_size": (arguments["in_chans"], arguments["img_size"], arguments["img_size"]),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        save_for_hf(network, folder, model_args=arguments, safe_serialization=True)
+
+    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
+        """The arguments of `vision_transformer` for an architecture, as JSON has them."""
+        choices = {k: list(v) if isinstance(v, tuple) else v for k, v in architecture.choices.items()}
+        choices.pop("depth")
+        return {**self.settings, **choices, "fc_norm": False}
+
+    def _initialise(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)

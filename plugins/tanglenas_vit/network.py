@@ -1,0 +1,97 @@
+"""The standalone vision transformer: timm's, with heads and MLP width of every block as chosen.
+
+Importing this module registers it with timm as `tanglenas_vit`, so that an exported folder loads with
+`timm.create_model("local-dir:FOLDER", pretrained=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import trunc_normal_
+from timm.models import register_model
+from timm.models._builder import build_model_with_cfg
+from timm.models._registry import generate_default_cfgs
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+default_cfgs = generate_default_cfgs(
+    {"tanglenas_vit.untrained": {"first_conv": "patch_embed.proj", "classifier": "head"}}
+)
+
+
+class RelativePosition2D(nn.Module):
+    """Attention with learned embeddings of vertical and horizontal distances, for keys and for values.
+
+    Distances are clipped to `max_distance`; whatever involves the class token has an embedding of its own. The
+    tables are shared by all heads. Source: AutoFormer (Chen et al. 2021), after Shaw et al. 2018.
+    """
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], class_token: bool, max_distance: int = 14):
+        super().__init__()
+        rows = 2 * max_distance + 2
+        for table in ("key_vertical", "key_horizontal", "value_vertical", "value_horizontal"):
+            setattr(self, table, nn.Parameter(trunc_normal_(torch.empty(rows, head_dim), std=0.02)))
+        steps = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))  # (N, 2)
+        distance = (steps[None] - steps[:, None]).clamp(-max_distance, max_distance) + max_distance + 1
+        if class_token:
+            distance = nn.functional.pad(distance, (0, 0, 1, 0, 1, 0))  # row 0: the class token
+        self.register_buffer("distance", distance, persistent=False)  # (N, N, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`(B, H, N, D)` each -> `(B, H, N, D)`."""
+        vertical, horizontal = self.distance.unbind(-1)
+        keys = self.key_vertical[vertical] + self.key_horizontal[horizontal]  # (N, N, D)
+        values = self.value_vertical[vertical] + self.value_horizontal[horizontal]
+        logits = q @ k.transpose(-2, -1) + torch.einsum("bhid,ijd->bhij", q, keys)
+        weights = (logits * q.shape[-1] ** -0.5).softmax(-1)
+        return weights @ v + torch.einsum("bhij,ijd->bhid", weights, values)
+
+
+class RelativeAttention(TimmAttention):
+    """timm's attention with 2D relative positions in place of the plain product."""
+
+    def __init__(self, *args: Any, relative_position: nn.Module, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.relative_position = relative_position
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        x = self.relative_position(*qkv.unbind(0)).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(x))
+
+
+def vision_transformer(
+    num_heads: Sequence[int],
+    mlp_ratio: Sequence[float],
+    head_dim: int = 64,
+    relative_position: bool = False,
+    **options: Any,
+) -> VisionTransformer:
+    """timm's `VisionTransformer` with `num_heads[i]` heads of `head_dim` and ratio `mlp_ratio[i]` in block i."""
+    grid = options["img_size"] // options["patch_size"]
+
+    def block(depth: int, dim: int, **block_options: Any) -> Block:
+        block_options.update(num_heads=1, mlp_ratio=mlp_ratio[depth])
+        made = Block(dim, depth=depth, **block_options)
+        arguments = dict(
+            num_heads=num_heads[depth], attn_head_dim=head_dim, qkv_bias=block_options["qkv_bias"]
+        )
+        arguments.update(proj_drop=block_options["proj_drop"], attn_drop=block_options["attn_drop"])
+        if relative_position:
+            position = RelativePosition2D(head_dim, (grid, grid), options.get("class_token", True))
+            made.attn = RelativeAttention(dim, relative_position=position, **arguments)
+        else:
+            made.attn = TimmAttention(dim, **arguments)
+        return made
+
+    return VisionTransformer(depth=len(num_heads), block_fn=block, **options)
+
+
+@register_model
+def tanglenas_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A network found by TangleNAS; the options are those of `vision_transformer`."""
+    return build_model_with_cfg(vision_transformer, "tanglenas_vit", pretrained, **options)

@@ -1,0 +1,76 @@
+"""Choices: what the search decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Superposition
+from tanglenas_engine.size import Number, Size
+
+
+class Choice(Size):
+    """A named choice between options: one row of architecture parameters, or one row per layer.
+
+    A choice of one row is a Size itself. One that is made `per` layer is indexed first: `num_heads[3] * 64`.
+
+    Args:
+        name: The name under which mixtures and architectures list it.
+        options: Distinct positive numbers, in the order of their architecture parameters.
+        superposition: The state that the space's layers share.
+        per: A depth (one row for each of its layers, of which those below the chosen depth count), or a
+            number of rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Sequence[Number],
+        superposition: Superposition,
+        per: Choice | int | None = None,
+    ):
+        options = (
+            tuple(options) if isinstance(options, Sequence) and not isinstance(options, str) else (options,)
+        )
+        if not options:
+            raise TangleNASError(f"choice {name!r} has no options: give at least one")
+        wrong = [o for o in options if isinstance(o, bool) or not isinstance(o, int | float) or not o > 0]
+        if wrong:
+            raise TangleNASError(f"choice {name!r} has the option {wrong[0]!r}: options are positive numbers")
+        if len(set(options)) < len(options):
+            raise TangleNASError(f"choice {name!r} lists an option twice: {options}")
+        self.name = name
+        self.options = options
+        self.layered = per is not None
+        depth = per if isinstance(per, Choice) else None
+        layers: Sequence[int | None] = [None] if per is None else range(depth.max if depth else int(per))  # type: ignore[arg-type]
+        self.table = tuple(
+            superposition.add_row(name, layer, options, gate=(depth, layer) if depth is not None else None)
+            for layer in layers
+        )
+        super().__init__(() if self.layered else self.table, options)
+
+    def __getitem__(self, layer: int) -> Size:
+        """The Size of one layer."""
+        if not self.layered:
+            raise TangleNASError(f"choice {self.name!r} is made once, not per layer: use it without an index")
+        return Size((self.table[layer],), self.options)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Size]:
+        return (self[layer] for layer in range(len(self)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
+        return (len(self.table), len(self.options)) if self.layered else (len(self.options),)
+
+    def number(self, assignment: object) -> Number:
+        if self.layered:
+            raise TangleNASError(f"choice {self.name!r} is made per layer: index it, as in {self.name}[0]")
+        return super().number(assignment)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"Choice({self.name!r}, {self.options}{f', layers={len(self)}' if self.layered else ''})"

@@ -1,0 +1,160 @@
+"""Costs: parameters and multiply-accumulates, exact for an architecture and in expectation.
+
+A network's cost is a sum of products of Sizes, `constant * out * in * ...`, times one factor per depth that
+decides whether the layer is there. All terms over the same rows of choices add up to one table, and rows are
+independent under a mixture, so the expectation is a product of these tables with the rows' probabilities:
+exact, differentiable, and a handful of operations for a whole space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.size import Assignment, Row, Size, combinations
+
+if TYPE_CHECKING:
+    from tanglenas_engine.space import SearchSpace
+
+METRICS = ("params", "flops")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a network: `params` as a count of numbers, `flops` as multiply-accumulates for one input.
+
+    Multiply-accumulates of linear layers, convolutions and attention products; additions of a bias,
+    normalisation and activations are not counted. Ints for an architecture, tensors in expectation.
+    """
+
+    params: Any
+    flops: Any
+
+
+Term = tuple[int, tuple[Size, ...]]
+"""A constant times Sizes."""
+
+
+class CostModel:
+    """All terms of a space, gathered by the rows that they depend on."""
+
+    def __init__(self, space: SearchSpace):
+        terms = {"params": _parameter_terms(space), "flops": _mac_terms(space)}
+        self._tables: dict[str, dict[tuple[Row, ...], list[int]]] = {m: {} for m in METRICS}
+        for metric, listed in terms.items():
+            for constant, factors in listed:
+                rows = tuple(sorted({r for f in factors for r in f.rows}, key=space.rows.index))
+                values = []
+                for picks in combinations(rows):
+                    value = constant
+                    for factor in factors:
+                        value *= factor.value(picks)
+                    values.append(value)
+                table = self._tables[metric].setdefault(rows, [0] * len(values))
+                table[:] = [a + b for a, b in zip(table, values, strict=True)]
+        self._batches = {metric: _batched(tables) for metric, tables in self._tables.items()}
+
+    def cost(self, assignment: Assignment) -> Cost:
+        return Cost(*(self._exact(metric, assignment) for metric in METRICS))
+
+    def expected(self, mixture: Mixture) -> Cost:
+        return Cost(*(self._expected(metric, mixture) for metric in METRICS))
+
+    def _exact(self, metric: str, assignment: Assignment) -> int:
+        return sum(int(Size(rows, table).number(assignment)) for rows, table in self._tables[metric].items())
+
+    def _expected(self, metric: str, mixture: Mixture) -> Tensor:
+        # Counts exceed what float32 holds exactly.
+        like = next(iter(mixture.stacks.values()))
+        total = torch.zeros((), dtype=torch.float64, device=like.device)
+        for rows, slots, tables in self._batches[metric]:
+            probabilities = mixture.joint(rows, slots.to(like.device)).double()
+            total = total + (probabilities * tables.to(like.device)).sum()
+        return total
+
+
+def _batched(tables: dict[tuple[Row, ...], list[int]]) -> list[tuple[tuple[Row, ...], Tensor, Tensor]]:
+    """Tables over rows with the same numbers of options together: (rows of the first, slots, values)."""
+    groups: dict[tuple[int, ...], list[tuple[Row, ...]]] = {}
+    for rows in tables:
+        groups.setdefault(tuple(len(row.options) for row in rows), []).append(rows)
+    return [
+        (
+            group[0],
+            torch.tensor([[row.slot for row in rows] for rows in group], dtype=torch.long).reshape(
+                len(group), -1
+            ),
+            torch.tensor([tables[rows] for rows in group], dtype=torch.float64),
+        )
+        for group in groups.values()
+    ]
+
+
+def _parameter_terms(space: SearchSpace) -> list[Term]:
+    terms: list[Term] = []
+    for _, module, gates in walk(space):
+        axes = module.axes if isinstance(module, Elastic) else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            constant, factors = 1, list(gates)
+            for length, axis in zip(parameter.shape, axes.get(name, [None] * parameter.dim()), strict=True):
+                if axis is None or axis.role == "fixed":
+                    constant *= length
+                else:
+                    constant *= axis.parts
+                    factors.append(axis.size)
+            terms.append((constant, tuple(factors)))
+    return terms
+
+
+def _mac_terms(space: SearchSpace) -> list[Term]:
+    """What each layer says of the output it gives for one input in the largest network."""
+    terms: list[Term] = []
+    hooks = []
+
+    def record(module: nn.Module, gates: tuple[Size, ...]) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            for constant, factors in module_macs(module, output):
+                terms.append((constant, (*gates, *factors)))
+
+        return hook
+
+    state = space.superposition.mixture, space.superposition.assignment
+    training = {module: module.training for module in space.modules()}
+    space.superposition.release()
+    for _, module, gates in walk(space):
+        hooks.append(module.register_forward_hook(record(module, gates)))
+    try:
+        # Shapes are all that is wanted: on the meta device nothing is computed, whatever the space's type.
+        tensors = {**dict(space.named_parameters()), **dict(space.named_buffers())}
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        example = space.example_input(1)
+        example = example.to("meta", next(space.parameters()).dtype if example.is_floating_point() else None)
+        with torch.no_grad():
+            torch.func.functional_call(space.eval(), meta, (example,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+        if state[0] is not None:
+            space.superposition.relax(state[0])
+        elif state[1] is not None:
+            space.superposition.select(state[1])
+    return terms
+
+
+def module_macs(module: nn.Module, output: Any) -> list[Term]:
+    """Multiply-accumulates of one module itself (not its children) for a forward that gave `output`."""
+    if isinstance(module, Elastic):
+        return module.macs(output)
+    if isinstance(module, nn.Linear):
+        return [(output.numel() * module.in_features, ())]
+    if isinstance(module, nn.Conv2d):
+        return [(output.numel() * module.weight[0].numel(), ())]
+    return []

@@ -1,0 +1,14 @@
+"""Elastic layers: torch layers whose dimensions are Sizes.
+
+They keep torch's parameter names and hold the largest shapes, so a supernet's `state_dict` is that of the
+largest network. `Elastic` is what they have in common; a layer of your own needs nothing else.
+"""
+
+from tanglenas_engine.elastic.attention import Attention
+from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.conv import Conv2d
+from tanglenas_engine.elastic.depth import Depth
+from tanglenas_engine.elastic.linear import Embedding, Linear
+from tanglenas_engine.elastic.norm import BatchNorm2d, LayerNorm
+
+__all__ = ["Attention", "BatchNorm2d", "Conv2d", "Depth", "Elastic", "Embedding", "LayerNorm", "Linear"]

@@ -1,0 +1,135 @@
+"""How a parameter is superposed, sliced and extracted: by the axes that its layer declares for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Superposition
+from tanglenas_engine.size import Assignment, Axis, Number, Size
+
+Dimension = Axis | Size | Number
+
+
+class Elastic(nn.Module):
+    """A module with elastic parameters.
+
+    It declares the axes of its parameters and buffers once; then `self.current("weight")` is the parameter
+    as the next architecture or mixture has it: full, masked or sliced.
+    """
+
+    _axes: dict[str, tuple[Axis, ...]]
+    _superposition: Superposition | None = None
+
+    def declare(self, role: str = "write", **dimensions: Sequence[Dimension | None]) -> None:
+        """State the axes of parameters or buffers by name, one dimension each; None for one that never varies.
+
+        A name that is no parameter stands for a mask alone, which `covered` applies to an activation.
+        """
+        if "_axes" not in self.__dict__:
+            self._axes = {}
+        for name, sizes in dimensions.items():
+            axes = tuple(
+                Axis(Size.of(1), role="fixed") if size is None else Axis.of(size, role) for size in sizes
+            )
+            self._axes[name] = axes
+            for row in (row for axis in axes for row in axis.size.rows):
+                if self._superposition not in (None, row.superposition):
+                    raise TangleNASError(f"{type(self).__name__} mixes choices of two search spaces")
+                self._superposition = row.superposition
+            if self._superposition is not None:
+                self._superposition.register(axes)
+
+    @property
+    def axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The declared axes by name."""
+        return self.__dict__.get("_axes", {})
+
+    @property
+    def assignment(self) -> Assignment | None:
+        """The architecture of the hard path, or None on the soft path and in the largest network."""
+        return self._superposition.assignment if self._superposition else None
+
+    def current(self, name: str) -> Tensor | None:
+        """The parameter or buffer `name` as the next architecture (a slice) or mixture (masked) has it."""
+        tensor: Tensor | None = getattr(self, name)
+        if tensor is None or self._superposition is None:
+            return tensor
+        if self._superposition.assignment is not None:
+            return self.sliced(name, self._superposition.assignment)
+        return self.covered(name, tensor)
+
+    def covered(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor` times the mask declared as `name` under the current mixture; `tensor` itself without one."""
+        for mask in self.masks(name):
+            tensor = tensor * mask
+        return tensor
+
+    def masks(self, name: str) -> list[Tensor]:
+        """The factors of the mask declared as `name`: broadcastable tensors, none on the hard path."""
+        if self._superposition is None or self._superposition.mixture is None:
+            return []
+        return self._superposition.masks(self._axes[name])
+
+    def sliced(self, name: str, assignment: Assignment) -> Tensor:
+        """The part of the parameter or buffer `name` that an architecture uses: a view where memory allows."""
+        tensor: Tensor = getattr(self, name)
+        for dim, axis in enumerate(self._axes[name]):
+            size, full = axis.size.value(assignment), axis.size.max
+            if axis.role == "fixed" or size == full:
+                continue
+            start = (full - size) // 2 if axis.layout == "window" else 0
+            if axis.parts > 1:
+                parts = tensor.unflatten(dim, (axis.parts, full)).narrow(dim + 1, 0, size)
+                tensor = parts.flatten(dim, dim + 1)
+            else:
+                tensor = tensor.narrow(dim, start, size)
+        return tensor
+
+    def plain(self, assignment: Assignment) -> nn.Module:
+        """The torch module that this one is under an architecture, newly initialised where it is a torch layer."""
+        return copied(self, assignment)
+
+    def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
+        """Multiply-accumulates of one forward that gave `output`, as products (constant, sizes)."""
+        return []
+
+
+def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]:
+    """Copies of a module's own parameters and buffers (not its children's) as an architecture has them."""
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    elastic = module.axes if isinstance(module, Elastic) else {}
+    return {
+        name: (module.sliced(name, assignment) if name in elastic else tensor)  # type: ignore[operator]
+        .detach()
+        .clone(memory_format=torch.contiguous_format)
+        for name, tensor in own.items()
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def plain(module: nn.Module, assignment: Assignment) -> nn.Module:
+    """`module` as an architecture has it: elastic layers become torch layers, whatever holds them is copied."""
+    return module.plain(assignment) if isinstance(module, Elastic) else copied(module, assignment)
+
+
+def copied(module: nn.Module, assignment: Assignment) -> nn.Module:
+    """A copy of `module` with its own parameters sliced and its children made plain."""
+    clone = copy.copy(module)
+    clone.__dict__ = {k: v for k, v in vars(module).items() if k not in ("_axes", "_superposition")}
+    state = sliced_state(module, assignment)
+    clone._parameters = {
+        name: None if value is None else nn.Parameter(state[name])
+        for name, value in module._parameters.items()
+    }
+    clone._buffers = {
+        name: None if value is None else state.get(name, value.clone())  # not in the state: not persistent
+        for name, value in module._buffers.items()
+    }
+    clone._modules = {name: child and plain(child, assignment) for name, child in module._modules.items()}
+    return clone

@@ -1,0 +1,100 @@
+"""Elastic Conv2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.size import Assignment, Axis, Size
+
+
+class Conv2d(Elastic, nn.Conv2d):
+    """`nn.Conv2d` with elastic channels, groups and a nested centred kernel: `(B, C, H, W) -> (B, C', H', W')`.
+
+    Args:
+        padding: For the largest kernel; None keeps the image size (at stride 1). Smaller kernels are padded
+            less, so that all see the same centres.
+        groups: A number or Size. The channels of one group must not vary: a prefix of the channels is then a
+            prefix of the groups. Depthwise: `groups=C` with C channels on both sides.
+    """
+
+    def __init__(
+        self,
+        in_channels: Size | int,
+        out_channels: Size | int,
+        kernel_size: Size | int,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: Size | int = 1,
+        bias: bool = True,
+    ):
+        kernel, inputs, outputs, groups = map(Size.of, (kernel_size, in_channels, out_channels, groups))
+        if padding is None:
+            padding = dilation * (kernel.max - 1) // 2
+        crop = dilation * (kernel.max - kernel.min) // 2
+        if padding < crop:
+            raise TangleNASError(
+                f"padding {padding} is too small for kernels {sorted(set(kernel.values))} at dilation {dilation}: "
+                f"the smallest would need {padding - crop}. Use at least {crop}"
+            )
+        per_group = inputs
+        if groups.max > 1 or groups.rows:
+            per_group = inputs.map(_divided, groups)
+            if len(set(per_group.values) | {0}) > 2 or len(set(outputs.map(_divided, groups).values)) > 1:
+                raise TangleNASError(
+                    f"a grouped convolution keeps the channels of one group fixed, but {inputs!r} to {outputs!r} in "
+                    f"groups of {groups!r} does not: let the number of groups grow with the channels"
+                )
+        nn.Conv2d.__init__(
+            self, inputs.max, outputs.max, kernel.max, stride, padding, dilation, groups.max, bias
+        )
+        self._groups = groups
+        window = Axis(kernel, "window")
+        self.declare(
+            weight=(Axis.of(outputs, "write"), Axis.of(per_group, "read"), window, window),
+            bias=(Axis.of(outputs, "write"),),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, assignment = self.current("weight"), self.assignment
+        assert weight is not None
+        padding, groups = self._geometry(assignment)
+        return F.conv2d(x, weight, self.current("bias"), self.stride, padding, self.dilation, groups)
+
+    def plain(self, assignment: Assignment) -> nn.Conv2d:
+        padding, groups = self._geometry(assignment)
+        outputs, per_group, kernel, _ = (axis.entries(assignment) for axis in self.axes["weight"])
+        return nn.Conv2d(
+            per_group * groups,
+            outputs,
+            kernel,
+            self.stride,  # type: ignore[arg-type]
+            padding,
+            self.dilation,  # type: ignore[arg-type]
+            groups,
+            self.bias is not None,
+        )
+
+    def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
+        positions = output.shape[0] * output.shape[2] * output.shape[3]
+        return [(positions, tuple(axis.size for axis in self.axes["weight"]))]
+
+    def _geometry(self, assignment: Assignment | None) -> tuple[int, int]:
+        """Padding and groups of an architecture, or of the largest network."""
+        padding = int(self.padding[0])
+        if assignment is None:
+            return padding, self.groups
+        kernel = self.axes["weight"][2].size
+        crop = self.dilation[0] * (kernel.max - kernel.value(assignment)) // 2
+        return padding - crop, self._groups.value(assignment)
+
+
+def _divided(channels: float, groups: float) -> float:
+    if channels % groups:
+        raise TangleNASError(f"{channels} channels do not divide into {groups} groups")
+    return channels // groups

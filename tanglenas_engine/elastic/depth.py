@@ -1,0 +1,55 @@
+"""Elastic depth: a stack of layers of which an architecture uses the first few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from tanglenas_engine.elastic.base import Elastic, plain
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.size import Assignment, Axis, Size
+
+
+class Depth(Elastic, nn.ModuleList):
+    """The first `depth` of `layers` in sequence; under a mixture, `sum_d p(d) x_d` over the outputs after d layers."""
+
+    def __init__(self, depth: Size | int, layers: Iterable[nn.Module]):
+        nn.ModuleList.__init__(self, layers)
+        self.depth = Size.of(depth)
+        if self.depth.max != len(self):
+            raise TangleNASError(f"the depth can be {self.depth.max}, but {len(self)} layers are given")
+        self._depths = sorted({int(value) for value in self.depth.values})
+        self.declare(outputs=(Axis(self.depth, layout="value", role="value"),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.assignment is not None:
+            for layer in list(self)[: self.depth.value(self.assignment)]:
+                x = layer(x)
+            return x
+        probabilities = self.masks("outputs")
+        outputs = []
+        for i, layer in enumerate(self, start=1):
+            x = layer(x)
+            if probabilities and i in self._depths:
+                outputs.append(x * probabilities[0][len(outputs)])
+        return x if not outputs else sum(outputs[1:], outputs[0])
+
+    def exceeds(self, layer: int) -> Size:
+        """1 where the depth exceeds `layer` (counted from 0), else 0: whether that layer is in the network."""
+        return self.depth.map(lambda depth: int(depth > layer))
+
+    def plain(self, assignment: Assignment) -> nn.Sequential:
+        return nn.Sequential(
+            *(plain(layer, assignment) for layer in list(self)[: self.depth.value(assignment)])
+        )
+
+
+def walk(
+    module: nn.Module, name: str = "", gates: tuple[Size, ...] = ()
+) -> Iterator[tuple[str, nn.Module, tuple[Size, ...]]]:
+    """All modules with their names and the Sizes, 1 or 0, that decide whether an architecture has them."""
+    yield name, module, gates
+    for key, child in module.named_children():
+        inner = (*gates, module.exceeds(int(key))) if isinstance(module, Depth) else gates
+        yield from walk(child, f"{name}.{key}" if name else key, inner)

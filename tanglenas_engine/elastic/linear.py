@@ -1,0 +1,50 @@
+"""Elastic Linear and Embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine.elastic.base import Dimension, Elastic
+from tanglenas_engine.size import Assignment, Axis, Size
+
+
+class Linear(Elastic, nn.Linear):
+    """`nn.Linear` with elastic features: `(*, in_features) -> (*, out_features)`."""
+
+    def __init__(self, in_features: Dimension, out_features: Dimension, bias: bool = True):
+        inputs, outputs = Axis.of(in_features, "read"), Axis.of(out_features, "write")
+        nn.Linear.__init__(self, inputs.length, outputs.length, bias)
+        self.declare(weight=(outputs, inputs), bias=(outputs,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.current("weight"), self.current("bias"))  # type: ignore[arg-type]
+
+    def plain(self, assignment: Assignment) -> nn.Linear:
+        outputs, inputs = (axis.entries(assignment) for axis in self.axes["weight"])
+        return nn.Linear(inputs, outputs, self.bias is not None)
+
+    def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
+        outputs, inputs = self.axes["weight"]
+        tokens = output.numel() // output.shape[-1]
+        return [(tokens * outputs.parts * inputs.parts, (outputs.size, inputs.size))]
+
+
+class Embedding(Elastic, nn.Embedding):
+    """`nn.Embedding` with an elastic dimension: `(*) -> (*, embedding_dim)`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: Dimension):
+        columns = Axis.of(embedding_dim, "write")
+        nn.Embedding.__init__(self, num_embeddings, columns.length)
+        self.declare(weight=(None, columns), output=(columns,))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        if self.assignment is not None:
+            return F.embedding(indices, self.sliced("weight", self.assignment))
+        # Masking the rows that were looked up is masking the table, for the price of the batch.
+        return self.covered("output", F.embedding(indices, self.weight))
+
+    def plain(self, assignment: Assignment) -> nn.Embedding:
+        return nn.Embedding(self.num_embeddings, self.axes["output"][0].entries(assignment))

@@ -1,0 +1,231 @@
+"""Superposition: masks that are the expectation over architectures.
+
+A mixture gives every row of choices a distribution over its options. The expected zero-padded slice of a weight
+`W` is `W * M`, where `M` holds for every entry the probability that it is in use (the paper's Algorithm 1 sums
+the padded slices one by one; for any number of choices that sum is this mask).
+
+Dimensions that share no row of choices are independent: each has its own *coverage* `P(size > i)`, and `M` is
+their outer product. Dimensions that share rows are covered jointly: given the shared options `e` they are
+independent again, so `M = sum_e p(e) * outer(coverage given e, ...)`, one small matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tanglenas_engine.errors import unknown
+from tanglenas_engine.size import Assignment, Axis, Number, Row, Size, combinations
+
+COVERED: dict[str, frozenset[str]] = {
+    # Algorithm 1 on every weight, heads once (where they are read), LayerNorm over the covered width.
+    "exact": frozenset({"read", "write", "statistics", "value"}),
+    # Each width where it is read and nowhere else, by its own coverage.
+    "gated": frozenset({"read", "statistics", "value"}),
+    # The authors' semantics: Algorithm 1 at every read and write, heads three times, LayerNorm over all.
+    "paper": frozenset({"read", "write", "unit", "again", "value"}),
+}
+"""Which roles of a dimension a mixture covers, for each relaxation: the one place that decides it."""
+
+
+class Mixture(Mapping[str, Tensor]):
+    """Weights on the simplex for every choice: `(options,)`, or `(layers, options)` for a choice per layer.
+
+    They are stored stacked, all rows with K options in one `(rows, K)` tensor, so that sampling and masking
+    take the same few operations however many choices there are.
+    """
+
+    def __init__(self, rows: Mapping[str, tuple[Row, ...]], stacks: Mapping[int, Tensor]):
+        self._rows = rows
+        self.stacks = dict(stacks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = self._rows[name]
+        weights = self.stacks[len(rows[0].options)][rows[0].slot : rows[0].slot + len(rows)]
+        return weights[0] if rows[0].layer is None else weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def detach(self) -> Mixture:
+        """The same weights as constants."""
+        return Mixture(self._rows, {count: stack.detach() for count, stack in self.stacks.items()})
+
+    def joint(self, rows: Sequence[Row], slots: Tensor) -> Tensor:
+        """Probabilities of the combinations of `rows`, `(instances, combinations)`; `slots` is `(instances, rows)`."""
+        weights: Tensor | None = None
+        for position, row in enumerate(rows):
+            one = self.stacks[len(row.options)][slots[:, position]]  # (instances, K)
+            weights = one if weights is None else (weights[:, :, None] * one[:, None, :]).flatten(1)
+        return next(iter(self.stacks.values())).new_ones(len(slots), 1) if weights is None else weights
+
+
+class _Cover:
+    """The mask of a few axes that share rows, as tables from which a mixture makes it."""
+
+    def __init__(self, axes: Sequence[Axis]):
+        counts: dict[Row, int] = {}
+        for axis in axes:
+            for row in axis.size.rows:
+                counts[row] = counts.get(row, 0) + 1
+        self.shared = [row for row, count in counts.items() if count > 1]
+        self.private = [[row for row in axis.size.rows if counts[row] == 1] for axis in axes]
+        # One (shared combinations, private combinations, length) table per axis.
+        self.tables = [
+            torch.tensor(
+                [
+                    [axis.used({**given, **own}) for own in combinations(private)]
+                    for given in combinations(self.shared)
+                ]
+            )
+            for axis, private in zip(axes, self.private, strict=True)
+        ]
+        self.rows = [*self.shared, *(row for private in self.private for row in private)]
+        self.signature = (
+            tuple(len(row.options) for row in self.shared),
+            tuple(tuple(len(row.options) for row in private) for private in self.private),
+            tuple((tuple(table.shape), table.numpy().tobytes()) for table in self.tables),
+        )
+
+
+class _Batch:
+    """Covers with equal tables and different rows, whose masks are computed in one go."""
+
+    def __init__(self, covers: Sequence[_Cover]):
+        self.cover = covers[0]
+        self._slots = torch.tensor([[row.slot for row in cover.rows] for cover in covers]).reshape(
+            len(covers), -1
+        )
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, list[Tensor]]] = {}
+
+    def masks(self, mixture: Mixture) -> tuple[Tensor, ...]:
+        """One mask per cover, with one dimension per axis."""
+        like = next(iter(mixture.stacks.values()))
+        if (like.dtype, like.device) not in self._cast:
+            self._cast[like.dtype, like.device] = (
+                self._slots.to(like.device),
+                [table.to(like) for table in self.cover.tables],
+            )
+        slots, tables = self._cast[like.dtype, like.device]
+        start = len(self.cover.shared)
+        operands: list[Any] = [mixture.joint(self.cover.shared, slots[:, :start]), [0, 1]]
+        for axis, (table, private) in enumerate(zip(tables, self.cover.private, strict=True)):
+            if private:
+                weights = mixture.joint(private, slots[:, start : start + len(private)])
+                # (instances, shared, length): the axis' coverage given the shared options.
+                operands += [torch.einsum("lp,spn->lsn", weights, table), [0, 1, 2 + axis]]
+            else:
+                operands += [table[:, 0], [1, 2 + axis]]
+            start += len(private)
+        mask: Tensor = torch.einsum(*operands, [0, *range(2, 2 + len(tables))])
+        return mask.unbind(0)
+
+
+class Superposition:
+    """What the next forward of a space computes: the largest network, a mixture, or one architecture.
+
+    The elastic layers of a space share one. They register the axes of their parameters at construction and ask
+    for masks (soft path) or slices (hard path) as they run.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.relaxation = "exact"
+        self.mixture: Mixture | None = None
+        self.assignment: Assignment | None = None
+        self._axes: dict[tuple[Axis, ...], None] = {}
+        # For each relaxation: batches of covers, and for each tuple of axes its covers' (axis positions, index).
+        self._plans: dict[
+            str, tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]
+        ] = {}
+        self._masks: list[Tensor] = []
+
+    def add_row(
+        self, choice: str, layer: int | None, options: tuple[Number, ...], gate: tuple[Size, int] | None
+    ) -> Row:
+        slot = sum(len(row.options) == len(options) for row in self.rows)
+        self.rows.append(Row(choice, layer, options, slot, self, gate))
+        return self.rows[-1]
+
+    def register(self, axes: tuple[Axis, ...]) -> None:
+        """Announce that masks for `axes` will be asked for."""
+        self._axes.setdefault(axes)
+        self._plans.clear()
+
+    def relax(self, mixture: Mixture) -> None:
+        """Soft path: compute the masks of all registered axes for the next forwards."""
+        batches, _ = self._plan()
+        self.mixture, self.assignment = mixture, None
+        self._masks = [mask for batch in batches for mask in batch.masks(mixture)]
+
+    def select(self, assignment: Assignment) -> None:
+        """Hard path: slice for the next forwards."""
+        self.mixture, self.assignment, self._masks = None, assignment, []
+
+    def release(self) -> None:
+        """The next forwards compute the largest network."""
+        self.mixture, self.assignment, self._masks = None, None, []
+
+    def masks(self, axes: tuple[Axis, ...]) -> list[Tensor]:
+        """The factors of the mask of `axes`, each shaped to broadcast against a parameter with these axes."""
+        _, covers = self._plan()
+        factors = []
+        for positions, index in covers[axes]:
+            mask = self._masks[index]
+            shape = [1] * len(axes)
+            for position, length in zip(positions, mask.shape, strict=True):
+                shape[position] = length
+            factors.append(mask.view(shape))
+        return factors
+
+    def _plan(self) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]:
+        if self.relaxation not in COVERED:
+            raise unknown("relaxation", self.relaxation, COVERED)
+        if self.relaxation not in self._plans:
+            self._plans[self.relaxation] = self._make_plan(
+                COVERED[self.relaxation], self.relaxation != "gated"
+            )
+        return self._plans[self.relaxation]
+
+    def _make_plan(
+        self, covered: Iterable[str], jointly: bool
+    ) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]:
+        covers: dict[tuple[Axis, ...], list[tuple[tuple[int, ...], _Cover]]] = {}
+        unique: dict[Any, _Cover] = {}  # layers that cover the same rows in the same way share one mask
+        for axes in self._axes:
+            positions = [i for i, axis in enumerate(axes) if axis.size.rows and axis.role in covered]
+            covers[axes] = []
+            for group in _connected(axes, positions, jointly):
+                cover = _Cover([axes[i] for i in group])
+                covers[axes].append((group, unique.setdefault((cover.signature, tuple(cover.rows)), cover)))
+        batches: dict[Any, list[_Cover]] = {}
+        for cover in unique.values():
+            batches.setdefault(cover.signature, []).append(cover)
+        index = {id(cover): i for i, cover in enumerate(c for batch in batches.values() for c in batch)}
+        return [_Batch(batch) for batch in batches.values()], {
+            axes: [(group, index[id(cover)]) for group, cover in pairs] for axes, pairs in covers.items()
+        }
+
+
+def _connected(axes: Sequence[Axis], positions: Iterable[int], jointly: bool) -> list[tuple[int, ...]]:
+    """Positions grouped so that axes sharing rows are together. Without `jointly` only a kernel's two sides are."""
+    groups: list[list[int]] = []
+    for i in positions:
+        near = [
+            group
+            for group in groups
+            if any(
+                set(axes[i].size.rows) & set(axes[j].size.rows)
+                and (jointly or axes[i].layout == axes[j].layout == "window")
+                for j in group
+            )
+        ]
+        groups = [group for group in groups if group not in near]
+        groups.append(sorted([i, *(j for group in near for j in group)]))
+    return [tuple(group) for group in groups]

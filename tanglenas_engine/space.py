@@ -1,0 +1,302 @@
+"""Search spaces: ordinary-looking models whose dimensions are choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.choice import Choice
+from tanglenas_engine.cost import Cost, CostModel
+from tanglenas_engine.elastic.base import Elastic, copied, sliced_state
+from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.errors import TangleNASError, closest, unknown
+from tanglenas_engine.mixture import COVERED, Mixture, Superposition
+from tanglenas_engine.size import Assignment, Number, Row
+
+
+class SearchSpace(Elastic):
+    """A supernet: a module made of elastic layers over `self.choice(...)`.
+
+    A subclass makes its choices and layers in `__init__` and writes an ordinary `forward`. Which network the
+    next forwards compute is set by `relax` (a mixture), `select` (one architecture) or `release` (the largest).
+
+    Args:
+        relaxation: How a mixture covers the weights: "exact" (default), "gated" or "paper".
+        sharing: How options share weights; a space lists those it can do in `sharings`.
+    """
+
+    name: str = ""
+    sharings: ClassVar[tuple[str, ...]] = ("superposed",)
+
+    def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
+        super().__init__()
+        self.superposition = Superposition()
+        self.choices: dict[str, Choice] = {}
+        if sharing not in self.sharings:
+            raise TangleNASError(
+                f"{type(self).__name__} cannot do sharing {sharing!r}. Choose one of: {', '.join(self.sharings)}."
+            )
+        self.sharing = sharing
+        self.relaxation = relaxation
+
+    # What a space author calls.
+
+    def choice(self, name: str, options: Iterable[Number], per: Choice | int | None = None) -> Choice:
+        """Declare a choice; `per` makes it for each layer of a depth, or a number of times."""
+        if name in self.choices:
+            raise TangleNASError(f"choice {name!r} is declared twice in {type(self).__name__}")
+        self.choices[name] = Choice(name, options, self.superposition, per)  # type: ignore[arg-type]
+        return self.choices[name]
+
+    def example_input(self, batch: int) -> Tensor:
+        """A random batch of the right shape and type."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must say what its input looks like: example_input(batch)"
+        )
+
+    def standalone(self, architecture: Architecture) -> nn.Module:
+        """The network of an architecture, newly initialised, with the supernet's parameter names.
+
+        By default this class' own forward over plain torch layers. Spaces on timm parts build timm's model.
+        """
+        return self._standalone(self.assignment_of(architecture))
+
+    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
+        """Write a standalone network as `architecture.json` and `model.safetensors`, or as its library has it."""
+        from tanglenas_engine.checkpoint import save_weights, write_atomic
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "architecture.json", architecture.to_json())
+        save_weights(folder / "model.safetensors", network.state_dict(), {"space": self.name})
+
+    # Architectures.
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows of choices, in order of declaration."""
+        return self.superposition.rows
+
+    @property
+    def size(self) -> int:
+        """The exact number of distinct architectures."""
+        total, gated = 1, {}
+        for row in self.rows:
+            if row.gate is None:
+                gated.setdefault(row, [])
+            else:
+                gated.setdefault(row.gate[0].rows[0], []).append(row)
+        for row, layers in gated.items():
+            ways = 0
+            for option in range(len(row.options)):
+                product = 1
+                for layer in layers:
+                    product *= len(layer.options) if layer.active({row: option}) else 1
+                ways += product
+            total *= ways
+        return total
+
+    def architecture(self, **choices: Any) -> Architecture:
+        """The architecture with these options: one per choice, or a list with one per layer in use."""
+        for name in choices:
+            if name not in self.choices:
+                raise unknown(f"choice of {self._label}", name, self.choices)
+        missing = [name for name in self.choices if name not in choices]
+        if missing:
+            raise TangleNASError(f"an architecture of {self._label} also needs: {', '.join(missing)}")
+        assignment: dict[Row, int] = {}
+        for name, choice in self.choices.items():
+            given = choices[name]
+            values = list(given) if choice.layered and isinstance(given, list | tuple) else [given]
+            rows = [row for row in choice.table if row.active(assignment)]
+            if choice.layered != isinstance(given, list | tuple) or len(values) < len(rows):
+                expected = f"a list of {len(rows)} options" if choice.layered else "one option"
+                raise TangleNASError(f"choice {name!r} of {self._label} is {given!r}, expected {expected}")
+            if len(values) > len(choice.table):
+                raise TangleNASError(
+                    f"choice {name!r} has {len(choice.table)} layers, but {len(values)} were given"
+                )
+            for row, value in zip(rows, values, strict=False):
+                if value not in row.options:
+                    raise TangleNASError(
+                        f"choice {row!r} of {self._label} is {value!r}, expected one of "
+                        f"{', '.join(map(str, row.options))}"
+                    )
+                assignment[row] = row.options.index(value)
+        return self.architecture_of(assignment)
+
+    def architecture_of(self, assignment: Assignment) -> Architecture:
+        """The architecture of an assignment; rows beyond the depth are dropped."""
+        choices = {}
+        for name, choice in self.choices.items():
+            options = tuple(r.options[assignment[r]] for r in choice.table if r.active(assignment))
+            choices[name] = options if choice.layered else options[0]
+        return Architecture(self.name or type(self).__name__, choices)
+
+    def assignment_of(self, architecture: Architecture) -> dict[Row, int]:
+        """The assignment of an architecture; rows beyond the depth take their first option.
+
+        Raises:
+            TangleNASError: The architecture is of another space, or has options that this one lacks.
+        """
+        if architecture.space != (self.name or type(self).__name__):
+            raise TangleNASError(
+                f"the architecture is of the space {architecture.space!r}, not of {self._label}: "
+                f"create that space, or search this one.{closest(architecture.space, [self.name])}"
+            )
+        architecture = self.architecture(**architecture.choices)
+        assignment = {row: 0 for row in self.rows}
+        for name, choice in self.choices.items():
+            value = architecture.choices[name]
+            rows = [row for row in choice.table if row.active(assignment)]
+            for row, option in zip(rows, value if choice.layered else [value], strict=True):
+                assignment[row] = row.options.index(option)
+        return assignment
+
+    def sample(self, generator: torch.Generator | None = None) -> Architecture:
+        """A random architecture: every row uniform over its options."""
+        return self.architecture_of(
+            {row: int(torch.randint(len(row.options), (), generator=generator)) for row in self.rows}
+        )
+
+    def largest(self) -> Architecture:
+        """Every choice at its largest option."""
+        return self.architecture_of({row: row.options.index(max(row.options)) for row in self.rows})
+
+    def smallest(self) -> Architecture:
+        """Every choice at its smallest option."""
+        return self.architecture_of({row: row.options.index(min(row.options)) for row in self.rows})
+
+    # Which network the next forwards compute.
+
+    @property
+    def relaxation(self) -> str:
+        return self.superposition.relaxation
+
+    @relaxation.setter
+    def relaxation(self, relaxation: str) -> None:
+        if relaxation not in COVERED:
+            raise unknown("relaxation", relaxation, COVERED)
+        self.superposition.release()
+        self.superposition.relaxation = relaxation
+
+    @cached_property
+    def stacks(self) -> dict[int, int]:
+        """For each number of options, how many rows have that many: the shapes of stacked mixing weights."""
+        counts: dict[int, int] = {}
+        for row in self.rows:
+            counts[len(row.options)] = counts.get(len(row.options), 0) + 1
+        return counts
+
+    def mixture(self, weights: Mapping[str, Tensor] | Mapping[int, Tensor]) -> Mixture:
+        """A mixture from weights by choice, `(options,)` or `(layers, options)`, or stacked by option count."""
+        by_choice = {name: choice.table for name, choice in self.choices.items()}
+        if isinstance(weights, Mixture):
+            return weights
+        if all(isinstance(key, int) for key in weights):
+            return Mixture(by_choice, weights)  # type: ignore[arg-type]
+        for name in weights:
+            if name not in self.choices:
+                raise unknown(f"choice of {self._label}", name, self.choices)
+        for name, choice in self.choices.items():
+            shape = tuple(weights[name].shape) if name in weights else None  # type: ignore[index]
+            if shape != choice.shape:
+                raise TangleNASError(f"the mixture's {name!r} has shape {shape}, expected {choice.shape}")
+        stacked = {
+            count: torch.cat(
+                [
+                    weights[name].reshape(-1, count)  # type: ignore[index]
+                    for name, choice in self.choices.items()
+                    if len(choice.options) == count
+                ]
+            )
+            for count in self.stacks
+        }
+        for count, stack in stacked.items():
+            if bool((stack < 0).any()) or not torch.allclose(
+                stack.sum(1), torch.ones_like(stack[:, 0]), atol=1e-4
+            ):
+                raise TangleNASError(
+                    f"the mixture's rows of {count} options must be non-negative and sum to 1"
+                )
+        return Mixture(by_choice, stacked)
+
+    def relax(self, mixture: Mapping[str, Tensor]) -> Self:
+        """Soft path: the next forwards compute the expectation over a mixture."""
+        self.superposition.relax(self.mixture(mixture))
+        return self
+
+    def select(self, architecture: Architecture) -> Self:
+        """Hard path: the next forwards compute one architecture, with real slices."""
+        self.superposition.select(self.assignment_of(architecture))
+        return self
+
+    def release(self) -> Self:
+        """The next forwards compute the largest network."""
+        self.superposition.release()
+        return self
+
+    def one_hot(self, architecture: Architecture) -> Mixture:
+        """The corner: the mixture with all weight on one architecture."""
+        assignment = self.assignment_of(architecture)
+        reference = next(self.parameters())
+        stacks = {}
+        for count in self.stacks:
+            picks = torch.tensor([assignment[row] for row in self.rows if len(row.options) == count])
+            stacks[count] = nn.functional.one_hot(picks, count).to(reference)
+        return self.mixture(stacks)
+
+    # The network found.
+
+    def extract(self, architecture: Architecture) -> nn.Module:
+        """The standalone network of an architecture with the supernet's weights, in the supernet's mode."""
+        reference = next(self.parameters())
+        network = self.standalone(architecture).to(reference.device, reference.dtype)
+        network.load_state_dict(self.inherited(architecture))
+        return network.train(self.training)
+
+    def inherited(self, architecture: Architecture) -> dict[str, Tensor]:
+        """The supernet's weights that an architecture uses, sliced, as the standalone network's `state_dict`."""
+        assignment = self.assignment_of(architecture)
+        state: dict[str, Tensor] = {}
+        for name, module, gates in walk(self):
+            if all(gate.value(assignment) for gate in gates):
+                own = sliced_state(module, assignment)
+                state.update({f"{name}.{key}" if name else key: value for key, value in own.items()})
+        return state
+
+    # Cost.
+
+    @cached_property
+    def _cost_model(self) -> CostModel:
+        return CostModel(self)
+
+    def cost(self, architecture: Architecture) -> Cost:
+        """Exact parameters and multiply-accumulates for one input of an architecture, as ints."""
+        return self._cost_model.cost(self.assignment_of(architecture))
+
+    def expected_cost(self, mixture: Mapping[str, Tensor]) -> Cost:
+        """The expectation of `cost` under a mixture: float64 scalars, differentiable."""
+        return self._cost_model.expected(self.mixture(mixture))
+
+    @property
+    def _label(self) -> str:
+        return repr(self.name or type(self).__name__)
+
+    def _standalone(self, assignment: Assignment) -> nn.Module:
+        """This class' methods over plain layers, without its choices: a module that needs no search space."""
+        own: dict[str, Any] = {}
+        for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
+            own.update(
+                {k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")}
+            )
+        network = copied(self, assignment)
+        for attribute in ("superposition", "choices", "_cost_model", "stacks"):
+            network.__dict__.pop(attribute, None)
+        network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
+        return network
