@@ -17,11 +17,7 @@ _HOME = {
     "create_dataset": "plugins",
     "create_optimizer": "plugins",
     "create_space": "plugins",
-    "discretize": "discretize",
-    "evaluate": "evaluate",
     "hookimpl": "plugins",
-    "retrain": "retrain",
-    "search": "search",
 }
 
 __all__ = ["elastic", *sorted(_HOME)]

@@ -1,0 +1,9 @@
+"""Optimizers that follow the gradient of the architecture parameters."""
+
+from tanglenas_engine import hookimpl
+
+
+@hookimpl
+def tanglenas_register_optimizers(register):
+    register("darts", "tanglenas_gradient.darts:DARTS", summary="softmax over the options (Liu et al., 2019)")
+    register("drnas", "tanglenas_gradient.drnas:DrNAS", summary="samples of a Dirichlet (Chen et al., 2021)")

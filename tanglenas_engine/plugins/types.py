@@ -1,0 +1,81 @@
+"""What the plugin manager keeps: where a plugin comes from, what it registered, and what is wrong with it."""
+
+import importlib
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import TangleNASError
+
+
+class PluginWarning(UserWarning):
+    """An installed plugin is broken, or clashes with another. The rest works without it."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of the group `tanglenas`, and the distribution that installed it."""
+
+    distribution: str
+    version: str
+    entry_point: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} (entry point {self.entry_point!r})"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A name that a plugin registered, not yet imported."""
+
+    kind: str
+    name: str
+    target: str | Callable[..., Any]
+    plugin: Plugin
+    summary: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def distribution(self) -> str:
+        return self.plugin.distribution
+
+    @property
+    def version(self) -> str:
+        return self.plugin.version
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} of {self.plugin}"
+
+    def load(self) -> Callable[..., Any]:
+        """Import the class or function. Raises TangleNASError, naming plugin and cause, where that fails."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        try:
+            target: Callable[..., Any] = operator.attrgetter(attribute)(importlib.import_module(module))
+        except Exception as cause:
+            raise TangleNASError(
+                f"{self} cannot be imported from {self.target!r}: {describe(cause)}."
+                f" Reinstall or upgrade {self.distribution}."
+            ) from cause
+        return target
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a plugin, what to do about it, and the exception behind it if there was one."""
+
+    plugin: Plugin
+    problem: str
+    remedy: str
+    cause: BaseException | None = None
+
+    def __str__(self) -> str:
+        return f"{self.plugin} {self.problem}. {self.remedy}"
+
+
+def describe(cause: BaseException) -> str:
+    """Type and message of an exception, on one line and without a closing stop."""
+    message = " ".join(str(cause).split()).rstrip(".")
+    return f"{type(cause).__name__}: {message}" if message else type(cause).__name__

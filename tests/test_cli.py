@@ -1,0 +1,160 @@
+"""The command `tanglenas`: called in this process, and in one of its own where start-up is what matters."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tanglenas_engine.cli import main
+from tanglenas_engine.errors import TangleNASError
+
+COMMAND = Path(sys.executable).with_name("tanglenas")
+HEAVY = {"torch", "timm", "mlflow", "dvc", "gin", "sklearn", "matplotlib"}
+
+
+@pytest.fixture
+def call(monkeypatch):
+    monkeypatch.delenv("TANGLENAS_PLUGINS", raising=False)
+    monkeypatch.delenv("TANGLENAS_STRICT_PLUGINS", raising=False)
+    return lambda *arguments: CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def broken_plugin(tmp_path, monkeypatch):
+    info = tmp_path / "tanglenas_broken-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tanglenas-broken\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[tanglenas]\nbroken = tanglenas_broken\n")
+    (tmp_path / "tanglenas_broken.py").write_text("raise RuntimeError('see [docs] and [/docs]')")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("tanglenas_broken", None)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins", "--json"], ["plugins"]])
+def test_start_up_is_light(arguments):
+    code = f"""
+import sys
+from tanglenas_engine.cli import main
+main({arguments!r}, standalone_mode=False)
+print(*({HEAVY!r} & set(sys.modules)), file=sys.stderr)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout
+    assert run.stderr.split() == []
+
+
+def test_help_is_fast():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.5  # 0.15 s on an idle machine; the bound forgives a busy one
+
+
+def test_version_is_that_of_the_distribution(call):
+    assert importlib.metadata.version("tanglenas") in call("--version").stdout
+
+
+def test_plugins_as_json_is_a_stable_list(call):
+    rows = json.loads(call("plugins", "--json").stdout)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["autoformer_nano"] == {
+        "name": "autoformer_nano",
+        "kind": "space",
+        "summary": "AutoFormer for 8x8 grey images, small enough for a CPU",
+        "distribution": "tanglenas",
+        "version": importlib.metadata.version("tanglenas"),
+        "entry_point": "vit",
+        "status": "ok",
+        "detail": "",
+    }
+    assert len({frozenset(row) for row in rows}) == 1
+    assert rows == json.loads(call("plugins", "--json").stdout)
+
+
+def test_plugins_can_be_narrowed_to_one_kind(call):
+    rows = json.loads(call("plugins", "--json", "--kind", "optimizer").stdout)
+    assert {row["kind"] for row in rows} == {"optimizer"}
+    assert {"darts", "drnas", "spos"} <= {row["name"] for row in rows}
+    assert call("plugins", "--kind", "optimiser").exit_code == 2
+
+
+def test_plugins_for_people_has_one_line_for_each_name(call):
+    result = call("plugins")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["name", "kind", "summary", "distribution", "version", "status"]
+    assert next(line for line in lines if line[0] == "autoformer_t")[-1] == "ok"
+    assert "AutoFormer for 8x8 grey images, small enough for a CPU" in result.stdout
+
+
+def test_a_broken_plugin_is_listed_with_its_cause_and_what_to_do(call, broken_plugin, recwarn):
+    row = json.loads(call("plugins", "--json", "--kind", "space").stdout)[-1]
+    assert (row["distribution"], row["version"], row["entry_point"]) == ("tanglenas-broken", "0.3", "broken")
+    assert (row["name"], row["kind"], row["status"]) == (None, None, "broken")
+    shown = call("plugins")
+    assert shown.exit_code == 0
+    assert "RuntimeError: see [docs] and [/docs]. Reinstall, upgrade or uninstall it." in shown.stdout
+    assert shown.stderr == "" and not recwarn.list
+
+
+def test_plugins_that_the_environment_keeps_out_are_shown_as_blocked(call, monkeypatch):
+    monkeypatch.setenv("TANGLENAS_PLUGINS", "vit")
+    rows = json.loads(call("plugins", "--json").stdout)
+    assert {row["status"] for row in rows if row["entry_point"] == "vit"} == {"ok"}
+    assert {row["status"] for row in rows if row["entry_point"] != "vit"} == {"blocked"}
+    assert "TANGLENAS_PLUGINS does not name it" in call("plugins").stdout
+
+
+def test_a_name_claimed_twice_is_shown_as_a_conflict(call, tmp_path, broken_plugin):
+    (tmp_path / "tanglenas_broken.py").write_text(
+        "from tanglenas_engine import hookimpl\n@hookimpl\n"
+        "def tanglenas_register_spaces(register):\n register('autoformer_t', 'm:C', summary='a [bold] one')"
+    )
+    rows = json.loads(call("plugins", "--json").stdout)
+    claims = [row for row in rows if row["status"] == "conflict"]
+    assert [(row["name"], row["distribution"]) for row in claims] == [
+        ("autoformer_t", "tanglenas"),
+        ("autoformer_t", "tanglenas-broken"),
+    ]
+    assert "a [bold] one" in call("plugins").stdout
+
+
+def test_wrong_input_is_one_line_and_no_traceback():
+    environment = {**os.environ, "TANGLENAS_PLUGINS": "vti"}
+    run = subprocess.run(
+        [COMMAND, "plugins"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1
+    assert "'vti'. Did you mean 'vit'?" in run.stderr
+
+
+def test_a_bug_is_not_dressed_up_as_wrong_input(call, monkeypatch):
+    class Bug(Exception): ...
+
+    def fail(kind, error):
+        raise error
+
+    monkeypatch.setattr(main.commands["plugins"], "callback", lambda kind, as_json: fail(kind, Bug()))
+    assert isinstance(call("plugins").exception, Bug)
+    monkeypatch.setattr(main.commands["plugins"], "callback", lambda kind, as_json: fail(kind, TangleNASError("x")))
+    result = call("plugins")
+    assert (result.exit_code, result.stderr) == (2, "Error: x\n")
+
+
+def test_an_unknown_command_names_the_closest(call):
+    result = call("plugin")
+    assert result.exit_code == 2
+    assert "'plugins'" in result.stderr
