@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,6 +29,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
+
+    def __reduce__(self) -> Any:  # mapping proxies can be neither copied nor sent to another process
+        return Architecture, (self.space, dict(self.choices))
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -68,14 +72,15 @@ class Architecture:
         """
         try:
             content = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
             raise TangleNASError(
                 f"not an architecture file: {error}. Expected the JSON that discretize writes"
             ) from None
-        if not isinstance(content, dict) or not isinstance(content.get("choices"), dict):
-            raise TangleNASError(
-                "not an architecture file: expected an object with 'format', 'space' and 'choices'"
-            )
+        expected = {"space": str, "choices": dict}
+        if not isinstance(content, dict) or any(
+            not isinstance(content.get(key), kind) for key, kind in expected.items()
+        ):
+            raise TangleNASError("not an architecture file: expected an object with 'format', 'space' and 'choices'")
         if content.get("format") != FORMAT:
             raise TangleNASError(
                 f"architecture file of format {content.get('format')!r}, but this version reads format {FORMAT}: "
@@ -84,13 +89,17 @@ class Architecture:
         choices = {}
         for name, value in content["choices"].items():
             values = value if isinstance(value, list) else [value]
-            if any(isinstance(v, bool) or not isinstance(v, int | float | str) for v in values):
+            if not all(isinstance(v, str) or _finite(v) for v in values):
                 raise TangleNASError(f"architecture file: choice {name!r} is {value!r}, expected options")
             choices[name] = tuple(value) if isinstance(value, list) else value
-        architecture = cls(str(content.get("space")), choices)
+        architecture = cls(content["space"], choices)
         if content.get("digest") not in (None, architecture.digest):
             raise TangleNASError(
                 f"architecture file: its digest is {content['digest']!r}, but its choices give "
                 f"{architecture.digest!r}. Remove the line 'digest' if the choices were changed on purpose"
             )
         return architecture
+
+
+def _finite(value: object) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))

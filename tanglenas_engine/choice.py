@@ -29,9 +29,7 @@ class Choice(Size):
         superposition: Superposition,
         per: Choice | int | None = None,
     ):
-        options = (
-            tuple(options) if isinstance(options, Sequence) and not isinstance(options, str) else (options,)
-        )
+        options = tuple(options) if isinstance(options, Sequence) and not isinstance(options, str) else (options,)
         if not options:
             raise TangleNASError(f"choice {name!r} has no options: give at least one")
         wrong = [o for o in options if isinstance(o, bool) or not isinstance(o, int | float) or not o > 0]

@@ -87,9 +87,7 @@ def _batched(tables: dict[tuple[Row, ...], list[int]]) -> list[tuple[tuple[Row, 
     return [
         (
             group[0],
-            torch.tensor([[row.slot for row in rows] for rows in group], dtype=torch.long).reshape(
-                len(group), -1
-            ),
+            torch.tensor([[row.slot for row in rows] for rows in group], dtype=torch.long).reshape(len(group), -1),
             torch.tensor([tables[rows] for rows in group], dtype=torch.float64),
         )
         for group in groups.values()
@@ -133,7 +131,8 @@ def _mac_terms(space: SearchSpace) -> list[Term]:
         # Shapes are all that is wanted: on the meta device nothing is computed, whatever the space's type.
         tensors = {**dict(space.named_parameters()), **dict(space.named_buffers())}
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        example = space.example_input(1)
+        with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
+            example = space.example_input(1)
         example = example.to("meta", next(space.parameters()).dtype if example.is_floating_point() else None)
         with torch.no_grad():
             torch.func.functional_call(space.eval(), meta, (example,))

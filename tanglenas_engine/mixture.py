@@ -79,10 +79,7 @@ class _Cover:
         # One (shared combinations, private combinations, length) table per axis.
         self.tables = [
             torch.tensor(
-                [
-                    [axis.used({**given, **own}) for own in combinations(private)]
-                    for given in combinations(self.shared)
-                ]
+                [[axis.used({**given, **own}) for own in combinations(private)] for given in combinations(self.shared)]
             )
             for axis, private in zip(axes, self.private, strict=True)
         ]
@@ -99,9 +96,7 @@ class _Batch:
 
     def __init__(self, covers: Sequence[_Cover]):
         self.cover = covers[0]
-        self._slots = torch.tensor([[row.slot for row in cover.rows] for cover in covers]).reshape(
-            len(covers), -1
-        )
+        self._slots = torch.tensor([[row.slot for row in cover.rows] for cover in covers]).reshape(len(covers), -1)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, list[Tensor]]] = {}
 
     def masks(self, mixture: Mixture) -> tuple[Tensor, ...]:
@@ -141,10 +136,13 @@ class Superposition:
         self.assignment: Assignment | None = None
         self._axes: dict[tuple[Axis, ...], None] = {}
         # For each relaxation: batches of covers, and for each tuple of axes its covers' (axis positions, index).
-        self._plans: dict[
-            str, tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]
-        ] = {}
+        self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]] = {}
         self._masks: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies of a space: what a mixture made hangs on an autograd graph, which cannot be copied.
+        mixture = None if self.mixture is None else self.mixture.detach()
+        return {**vars(self), "mixture": mixture, "_masks": [mask.detach() for mask in self._masks]}
 
     def add_row(
         self, choice: str, layer: int | None, options: tuple[Number, ...], gate: tuple[Size, int] | None
@@ -188,9 +186,7 @@ class Superposition:
         if self.relaxation not in COVERED:
             raise unknown("relaxation", self.relaxation, COVERED)
         if self.relaxation not in self._plans:
-            self._plans[self.relaxation] = self._make_plan(
-                COVERED[self.relaxation], self.relaxation != "gated"
-            )
+            self._plans[self.relaxation] = self._make_plan(COVERED[self.relaxation], self.relaxation != "gated")
         return self._plans[self.relaxation]
 
     def _make_plan(

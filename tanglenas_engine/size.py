@@ -130,7 +130,7 @@ def make_divisible(size: Size | Number, divisor: int = 8, min_value: int | None 
     return Size.of(size).map(nearest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Axis:
     """One dimension of a parameter, and which of its entries an architecture uses.
 
@@ -146,6 +146,7 @@ class Axis:
     role: str = "read"
 
     def __post_init__(self) -> None:
+        self.size.number(dict.fromkeys(self.size.rows, 0))  # a choice made per layer says that it wants an index
         if self.layout != "value" and self.size.min < 1:
             raise TangleNASError(f"a dimension must be at least 1, but {self.size!r} can be {self.size.min}")
         sizes = {int(value) for value in self.size.values}

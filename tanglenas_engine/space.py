@@ -56,9 +56,7 @@ class SearchSpace(Elastic):
 
     def example_input(self, batch: int) -> Tensor:
         """A random batch of the right shape and type."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must say what its input looks like: example_input(batch)"
-        )
+        raise NotImplementedError(f"{type(self).__name__} must say what its input looks like: example_input(batch)")
 
     def standalone(self, architecture: Architecture) -> nn.Module:
         """The network of an architecture, newly initialised, with the supernet's parameter names.
@@ -118,9 +116,7 @@ class SearchSpace(Elastic):
                 expected = f"a list of {len(rows)} options" if choice.layered else "one option"
                 raise TangleNASError(f"choice {name!r} of {self._label} is {given!r}, expected {expected}")
             if len(values) > len(choice.table):
-                raise TangleNASError(
-                    f"choice {name!r} has {len(choice.table)} layers, but {len(values)} were given"
-                )
+                raise TangleNASError(f"choice {name!r} has {len(choice.table)} layers, but {len(values)} were given")
             for row, value in zip(rows, values, strict=False):
                 if value not in row.options:
                     raise TangleNASError(
@@ -218,12 +214,8 @@ class SearchSpace(Elastic):
             for count in self.stacks
         }
         for count, stack in stacked.items():
-            if bool((stack < 0).any()) or not torch.allclose(
-                stack.sum(1), torch.ones_like(stack[:, 0]), atol=1e-4
-            ):
-                raise TangleNASError(
-                    f"the mixture's rows of {count} options must be non-negative and sum to 1"
-                )
+            if bool((stack < 0).any()) or not torch.allclose(stack.sum(1), torch.ones_like(stack[:, 0]), atol=1e-4):
+                raise TangleNASError(f"the mixture's rows of {count} options must be non-negative and sum to 1")
         return Mixture(by_choice, stacked)
 
     def relax(self, mixture: Mapping[str, Tensor]) -> Self:
@@ -266,8 +258,9 @@ class SearchSpace(Elastic):
         state: dict[str, Tensor] = {}
         for name, module, gates in walk(self):
             if all(gate.value(assignment) for gate in gates):
-                own = sliced_state(module, assignment)
-                state.update({f"{name}.{key}" if name else key: value for key, value in own.items()})
+                for key, value in sliced_state(module, assignment).items():
+                    if key not in module._non_persistent_buffers_set:
+                        state[f"{name}.{key}" if name else key] = value
         return state
 
     # Cost.
@@ -292,9 +285,7 @@ class SearchSpace(Elastic):
         """This class' methods over plain layers, without its choices: a module that needs no search space."""
         own: dict[str, Any] = {}
         for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
-            own.update(
-                {k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")}
-            )
+            own.update({k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")})
         network = copied(self, assignment)
         for attribute in ("superposition", "choices", "_cost_model", "stacks"):
             network.__dict__.pop(attribute, None)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, global_pool_nlc, trunc_normal_
-from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import named_apply, save_for_hf
+from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
@@ -21,9 +21,7 @@ from tanglenas_vit.network import RelativePosition2D, vision_transformer
 class Block(nn.Module):
     """timm's pre-norm block: attention and MLP, each behind a LayerNorm and with a residual."""
 
-    def __init__(
-        self, width: Size, num_heads: Size, mlp_ratio: Size, drop_path: float, drop: float, **attention: Any
-    ):
+    def __init__(self, width: Size, num_heads: Size, mlp_ratio: Size, drop_path: float, drop: float, **attention: Any):
         super().__init__()
         self.norm1 = elastic.LayerNorm(width, eps=1e-6)
         self.attn = elastic.Attention(width, num_heads, proj_drop=drop, **attention)
@@ -47,6 +45,8 @@ class AutoFormer(SearchSpace):
     Args:
         head_dim: Fixed dimension of a head; more heads mean wider attention.
         global_pool: "avg" over the patch tokens, as in AutoFormer, or "token" for the class token.
+        weight_init: timm's scheme; "" is its usual `trunc_normal(std=0.02)`, made for wide networks, "jax" scales
+            with the width, which narrow ones need.
         relative_position: AutoFormer's 2D relative positions (the paper always has them; timm's ViT does not).
     """
 
@@ -65,6 +65,7 @@ class AutoFormer(SearchSpace):
         relative_position: bool = False,
         drop: float = 0.0,
         drop_path: float = 0.0,
+        weight_init: str = "",
         **options: Any,
     ):
         super().__init__(**options)
@@ -78,7 +79,7 @@ class AutoFormer(SearchSpace):
         self.settings = dict(
             num_classes=num_classes, img_size=image_size, in_chans=in_channels, patch_size=patch_size,
             head_dim=head_dim, global_pool=global_pool, relative_position=relative_position,
-            proj_drop_rate=drop, drop_path_rate=drop_path,
+            proj_drop_rate=drop, drop_path_rate=drop_path, weight_init=weight_init,
         )  # fmt: skip
         E: Choice = self.choice("embed_dim", embed_dim)
         D = self.choice("depth", depth)
@@ -137,7 +138,4 @@ class AutoFormer(SearchSpace):
     def _initialise(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        named_apply(get_init_weights_vit(self.settings["weight_init"], needs_reset=False), self)

@@ -77,9 +77,7 @@ def vision_transformer(
     def block(depth: int, dim: int, **block_options: Any) -> Block:
         block_options.update(num_heads=1, mlp_ratio=mlp_ratio[depth])
         made = Block(dim, depth=depth, **block_options)
-        arguments = dict(
-            num_heads=num_heads[depth], attn_head_dim=head_dim, qkv_bias=block_options["qkv_bias"]
-        )
+        arguments = dict(num_heads=num_heads[depth], attn_head_dim=head_dim, qkv_bias=block_options["qkv_bias"])
         arguments.update(proj_drop=block_options["proj_drop"], attn_drop=block_options["attn_drop"])
         if relative_position:
             position = RelativePosition2D(head_dim, (grid, grid), options.get("class_token", True))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic
 from tanglenas_engine.elastic.linear import Linear
-from tanglenas_engine.size import Axis, Size, stacked
+from tanglenas_engine.size import Size, stacked
 
 
 class Attention(Elastic):
@@ -47,7 +47,7 @@ class Attention(Elastic):
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position = relative_position
         self.heads = heads
-        self.declare(role="again", heads=(Axis(heads), None))
+        self.declare(role="again", heads=(heads, None))
 
     def forward(self, x: Tensor) -> Tensor:
         # (B, N, 3 * H * D) -> 3 x (B, H, N, D); the number of heads follows from what the projection gave.

@@ -34,9 +34,7 @@ class Elastic(nn.Module):
         if "_axes" not in self.__dict__:
             self._axes = {}
         for name, sizes in dimensions.items():
-            axes = tuple(
-                Axis(Size.of(1), role="fixed") if size is None else Axis.of(size, role) for size in sizes
-            )
+            axes = tuple(Axis(Size.of(1), role="fixed") if size is None else Axis.of(size, role) for size in sizes)
             self._axes[name] = axes
             for row in (row for axis in axes for row in axis.size.rows):
                 if self._superposition not in (None, row.superposition):
@@ -101,15 +99,15 @@ class Elastic(nn.Module):
 
 
 def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]:
-    """Copies of a module's own parameters and buffers (not its children's) as an architecture has them."""
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    """Copies of a module's own parameters and buffers (not its children's), saved or not, as an architecture has them."""
+    own = {**module._parameters, **module._buffers}
     elastic = module.axes if isinstance(module, Elastic) else {}
     return {
         name: (module.sliced(name, assignment) if name in elastic else tensor)  # type: ignore[operator]
         .detach()
         .clone(memory_format=torch.contiguous_format)
         for name, tensor in own.items()
-        if name not in module._non_persistent_buffers_set
+        if tensor is not None
     }
 
 
@@ -121,15 +119,18 @@ def plain(module: nn.Module, assignment: Assignment) -> nn.Module:
 def copied(module: nn.Module, assignment: Assignment) -> nn.Module:
     """A copy of `module` with its own parameters sliced and its children made plain."""
     clone = copy.copy(module)
-    clone.__dict__ = {k: v for k, v in vars(module).items() if k not in ("_axes", "_superposition")}
+    clone.__dict__ = {
+        # Hooks and settings of its own, and nothing that leads back to the choices.
+        k: copy.copy(v) if isinstance(v, dict | set | list) else v
+        for k, v in vars(module).items()
+        if k not in ("_axes", "_superposition") and not isinstance(v, Size)
+    }
     state = sliced_state(module, assignment)
     clone._parameters = {
-        name: None if value is None else nn.Parameter(state[name])
-        for name, value in module._parameters.items()
+        name: None if value is None else nn.Parameter(state[name]) for name, value in module._parameters.items()
     }
-    clone._buffers = {
-        name: None if value is None else state.get(name, value.clone())  # not in the state: not persistent
-        for name, value in module._buffers.items()
+    clone._buffers = {name: None if value is None else state[name] for name, value in module._buffers.items()}
+    clone._modules = {
+        name: None if child is None else plain(child, assignment) for name, child in module._modules.items()
     }
-    clone._modules = {name: child and plain(child, assignment) for name, child in module._modules.items()}
     return clone

@@ -50,9 +50,7 @@ class Conv2d(Elastic, nn.Conv2d):
                     f"a grouped convolution keeps the channels of one group fixed, but {inputs!r} to {outputs!r} in "
                     f"groups of {groups!r} does not: let the number of groups grow with the channels"
                 )
-        nn.Conv2d.__init__(
-            self, inputs.max, outputs.max, kernel.max, stride, padding, dilation, groups.max, bias
-        )
+        nn.Conv2d.__init__(self, inputs.max, outputs.max, kernel.max, stride, padding, dilation, groups.max, bias)
         self._groups = groups
         window = Axis(kernel, "window")
         self.declare(
@@ -94,7 +92,8 @@ class Conv2d(Elastic, nn.Conv2d):
         return padding - crop, self._groups.value(assignment)
 
 
-def _divided(channels: float, groups: float) -> float:
+def _divided(channels: float, groups: float) -> int:
+    channels, groups = int(channels), int(groups)
     if channels % groups:
         raise TangleNASError(f"{channels} channels do not divide into {groups} groups")
     return channels // groups

@@ -28,7 +28,7 @@ class Depth(Elastic, nn.ModuleList):
                 x = layer(x)
             return x
         probabilities = self.masks("outputs")
-        outputs = []
+        outputs = [x * probabilities[0][0]] if probabilities and 0 in self._depths else []
         for i, layer in enumerate(self, start=1):
             x = layer(x)
             if probabilities and i in self._depths:
@@ -37,12 +37,10 @@ class Depth(Elastic, nn.ModuleList):
 
     def exceeds(self, layer: int) -> Size:
         """1 where the depth exceeds `layer` (counted from 0), else 0: whether that layer is in the network."""
-        return self.depth.map(lambda depth: int(depth > layer))
+        return self.depth.map(lambda depth: int(int(depth) > layer))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
-        return nn.Sequential(
-            *(plain(layer, assignment) for layer in list(self)[: self.depth.value(assignment)])
-        )
+        return nn.Sequential(*(plain(layer, assignment) for layer in list(self)[: self.depth.value(assignment)]))
 
 
 def walk(

@@ -19,9 +19,7 @@ class LayerNorm(Elastic, nn.LayerNorm):
     form is `relaxation="paper"`.
     """
 
-    def __init__(
-        self, width: Dimension, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True
-    ):
+    def __init__(self, width: Dimension, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True):
         axis = Axis.of(width, "write")
         nn.LayerNorm.__init__(self, axis.length, eps, elementwise_affine, bias)
         self.declare(weight=(axis,), bias=(axis,))

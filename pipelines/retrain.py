@@ -1,0 +1,31 @@
+"""Retrain: give the architecture found its final weights, and write it as a plain model."""
+
+import sys
+
+from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, register, stage
+from tanglenas_engine import Architecture, figures
+from tanglenas_engine.checkpoint import load_weights
+from tanglenas_engine.data import Splits, open_splits
+from tanglenas_engine.retrain import retrain
+
+retrain_ = register(retrain)
+
+if __name__ == "__main__":
+    with stage("retrain", sys.argv[1:], (SUPERNET, ARCHITECTURE, SPLITS)) as run:
+        architecture = Architecture.from_json(ARCHITECTURE.read_text())
+        run.space.load_state_dict(load_weights(SUPERNET))
+        result = retrain_(
+            run.space,
+            architecture,
+            open_splits(run.dataset, Splits.from_json(SPLITS.read_text()), ("training", "validation")),
+            seed=run.seed,
+            device=device(),
+            checkpoints=run.checkpoints,
+            tracker=run.tracker,
+            progress=run.progress,
+        )
+        run.space.export(result.network.cpu(), architecture, WEIGHTS.parent)
+        run.table("history.csv", result.history)
+        if result.history:
+            figures.training(result.history, run.folder / "training.png")
+        run.finish({"validation_accuracy": result.validation_accuracy}, architecture)

@@ -1,0 +1,61 @@
+"""Search: split the data, train the supernet and its architecture parameters."""
+
+import sys
+
+from pipelines._stage import (
+    MIXTURE,
+    SPLITS,
+    SUPERNET,
+    create_optimizer_,
+    device,
+    make_splits_,
+    register,
+    required,
+    stage,
+)
+from tanglenas_engine import figures
+from tanglenas_engine.checkpoint import save_weights
+from tanglenas_engine.data import open_splits
+from tanglenas_engine.search import search
+
+search_ = register(search)
+
+if __name__ == "__main__":
+    with stage("search", sys.argv[1:]) as run:
+        splits = make_splits_(run.dataset, seed=run.seed)
+        optimizer = create_optimizer_(name=required("OPTIMIZER"))
+        result = search_(
+            run.space,
+            optimizer,
+            open_splits(run.dataset, splits, ("weights", "architecture", "validation")),
+            seed=run.seed,
+            device=device(),
+            checkpoints=run.checkpoints,
+            tracker=run.tracker,
+            progress=run.progress,
+        )
+        run.write(SPLITS.name, splits.to_json())
+        save_weights(
+            SUPERNET,
+            run.space.state_dict(),
+            {"space": run.space.name, "optimizer": optimizer.name, "pipeline_id": run.pipeline_id},
+        )
+        save_weights(MIXTURE, dict(result.mixture or {}), {"derivation": optimizer.derivation})
+        run.table("history.csv", result.history)
+        run.table(
+            "mixture.csv",
+            [
+                {"epoch": row["epoch"], "choice": name, "layer": layer, "option": option, "weight": weight}
+                for row in result.history
+                for name, rows in row.get("mixture", {}).items()
+                for layer, weights in enumerate(rows if run.space.choices[name].layered else [rows])
+                for option, weight in zip(run.space.choices[name].options, weights, strict=True)
+            ],
+        )
+        figures.anytime(result.history, run.folder / "anytime.png")
+        if result.mixture is not None:
+            options = {name: choice.options for name, choice in run.space.choices.items()}
+            figures.alphas(result.history, options, run.folder / "alphas.png")
+        last = result.history[-1]
+        keep = ("weight_loss", "weight_accuracy", "architecture_loss", "validation_accuracy", "entropy", "params", "flops")
+        run.finish({key: last[key] for key in keep if key in last}, result.architecture)

@@ -1,0 +1,48 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8x8, inside its package: nothing to download."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from tanglenas_datasets.augment import prepare
+from tanglenas_engine.data import Dataset, TensorSamples, content_hash
+from tanglenas_engine.errors import TangleNASError
+
+# Of the raw pixels, which go from 0 to 16.
+_MEAN, _STD = 4.88, 6.02
+
+
+class Digits(Dataset):
+    """Ten classes of 8x8 images with one channel, and no official test part.
+
+    Args:
+        image_size: 8, or up to 32 by bilinear enlargement.
+        shift: Training images move by up to so many pixels, at random.
+    """
+
+    name = "digits"
+    num_classes = 10
+    in_channels = 1
+    class_names = tuple("0123456789")
+
+    def __init__(self, image_size: int = 8, shift: int = 1) -> None:
+        if not 8 <= image_size <= 32:
+            raise TangleNASError(f"digits: image_size is {image_size}; give 8 (as they are) to 32.")
+        if not 0 <= shift < image_size:
+            raise TangleNASError(f"digits: shift is {shift}; give 0 (off) to {image_size - 1} pixels.")
+        data = load_digits()
+        self.image_size = image_size
+        self.shift = shift
+        self.labels = torch.from_numpy(data.target).long()
+        self._images = torch.from_numpy(data.images).to(torch.uint8).unsqueeze(1)  # (1797, 1, 8, 8)
+        self.fingerprint = content_hash(self._images, self.labels)
+
+    def subset(self, indices: Tensor, *, train: bool) -> TensorSamples:
+        images = self._images[indices].float()
+        if self.image_size != 8:
+            images = F.interpolate(images, size=self.image_size, mode="bilinear", align_corners=False)
+        transform = partial(prepare, mean=_MEAN, std=_STD, shift=self.shift if train else 0)
+        return TensorSamples(images, self.labels[indices], transform)

@@ -1,0 +1,236 @@
+"""Your own images, one folder per class."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+from tanglenas_engine.data import Dataset, content_hash
+from tanglenas_engine.errors import TangleNASError
+
+Transform = Callable[[Image.Image], Tensor]
+
+_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+# What Pillow raises for a file that it cannot read.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# How much of each file goes into the fingerprint: all of a small image, and of a large one enough to tell.
+_HASHED_BYTES = 65536
+
+
+class ImageFolder(Dataset):
+    """Images under `root/<class>/`, or under `root/train/<class>/` and `root/test/<class>/`.
+
+    With `train/` and `test/`, test is the official test part. A `val/` folder beside them joins the
+    training images, as the splits hold out a validation part of their own; where there is `val/` but no
+    `test/`, as in ImageNet, `val/` is the official test part. Classes are numbered in the order of their
+    sorted names. Images may lie in deeper folders; names that start with a dot and files without an image's
+    suffix are passed over.
+
+    Every file is opened once at the start, to check that it is an image; pixels are decoded batch by batch.
+
+    Args:
+        root: The folder.
+        image_size: Height and width of the inputs.
+        in_channels: 3 for RGB, 1 for grey.
+        mean, std: For the normalisation, of pixels from 0 to 1; a number, or one per channel.
+        crop_scale: Smallest and largest share of a training image's area that its random crop takes.
+        train_transform: Instead of a random resized crop, mirroring and normalisation: takes a PIL image to a
+            float tensor (in_channels, image_size, image_size).
+        eval_transform: Instead of resizing the shorter side, a centre crop and normalisation.
+
+    Raises:
+        TangleNASError: The folder is missing or has fewer than two classes, a class has no image, train and
+            test differ in their classes, or a file is no image (at the start, or when it is decoded).
+    """
+
+    name = "image_folder"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        image_size: int = 32,
+        in_channels: int = 3,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        train_transform: Transform | None = None,
+        eval_transform: Transform | None = None,
+    ) -> None:
+        if in_channels not in (1, 3):
+            raise TangleNASError(f"image_folder: in_channels is {in_channels}; give 1 (grey) or 3 (RGB).")
+        if image_size < 1:
+            raise TangleNASError(f"image_folder: image_size is {image_size}; give at least 1.")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        finish = [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(_per_channel("mean", mean, in_channels), _per_channel("std", std, in_channels)),
+        ]
+        self._train_transform: Transform = train_transform or v2.Compose(
+            [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale)), v2.RandomHorizontalFlip(), *finish]
+        )
+        self._eval_transform: Transform = eval_transform or v2.Compose(
+            [v2.Resize(image_size), v2.CenterCrop(image_size), *finish]
+        )
+
+        root = Path(root)
+        if not root.is_dir():
+            raise TangleNASError(
+                f"image_folder: there is no folder {root}. Give root=, one with a folder per class."
+            )
+        train_folders, test_folder = _layout(root)
+        train = [_classes(folder) for folder in train_folders]
+        self.class_names = tuple(sorted(train[0]))
+        self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise TangleNASError(
+                f"image_folder: {train_folders[0]} has {self.num_classes} class folders "
+                f"({', '.join(self.class_names) or 'none'}). Give a folder with one folder of images per "
+                "class, two classes or more."
+            )
+        parts = [*zip(train_folders, train, strict=True)]
+        if test_folder is not None:
+            parts.append((test_folder, _classes(test_folder)))
+        for folder, classes in parts:
+            if odd := set(classes) ^ set(self.class_names):
+                raise TangleNASError(
+                    f"image_folder: {train_folders[0]} and {folder} differ in {len(odd)} classes, such as "
+                    f"{', '.join(sorted(odd)[:3])}. Give both the same class folders."
+                )
+
+        paths: list[Path] = []
+        labels: list[int] = []
+        sizes: list[int] = []
+        for _, classes in parts:
+            for label, class_name in enumerate(self.class_names):
+                paths += classes[class_name]
+                labels += [label] * len(classes[class_name])
+            sizes.append(len(paths))
+        self.labels = torch.tensor(labels)
+        if test_folder is not None:
+            self.test_indices = torch.arange(sizes[-2], sizes[-1])
+        self.fingerprint = content_hash(
+            *self.class_names, self.labels, *(_file_hash(path, root) for path in paths)
+        )
+        self._paths = [str(path) for path in paths]
+
+    def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
+        return ImageFiles(
+            [self._paths[i] for i in indices.tolist()],
+            self.labels[indices],
+            self._train_transform if train else self._eval_transform,
+            shape=(self.in_channels, self.image_size, self.image_size),
+        )
+
+
+class ImageFiles:
+    """Samples in image files, decoded at each use.
+
+    Args:
+        paths: One per sample.
+        labels: Shape (N,), int64.
+        transform: Takes a PIL image, grey or RGB, to a float tensor of `shape`.
+        shape: (C, H, W).
+    """
+
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor, transform: Transform, shape: tuple[int, int, int]
+    ) -> None:
+        self._paths = paths
+        self._transform = transform
+        self._shape = shape
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._input(self._paths[i]) for i in indices.tolist()]), self.labels[indices]
+
+    def _input(self, path: str) -> Tensor:
+        inputs = self._transform(_decode(path, "RGB" if self._shape[0] == 3 else "L"))
+        if tuple(inputs.shape) != self._shape:
+            raise TangleNASError(
+                f"image_folder: the transform made {tuple(inputs.shape)} of {path}; in_channels and "
+                f"image_size ask for {self._shape}. Change the transform, or those."
+            )
+        # A plain tensor: torchvision's Image subclass slows down every operation after it.
+        return inputs.as_subclass(torch.Tensor)
+
+
+def _layout(root: Path) -> tuple[list[Path], Path | None]:
+    """The folders that hold training classes, and the one that holds test classes."""
+    train, val, test = root / "train", root / "val", root / "test"
+    # A class may well be called "train": then its folder holds images.
+    if not train.is_dir() or any(path.suffix.lower() in _SUFFIXES for path in train.iterdir()):
+        return [root], None
+    if test.is_dir():
+        return ([train, val] if val.is_dir() else [train]), test
+    return [train], val if val.is_dir() else None
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class, sorted."""
+    classes = {}
+    for class_folder in sorted(folder.iterdir()):
+        if not class_folder.is_dir() or class_folder.name.startswith("."):
+            continue
+        classes[class_folder.name] = sorted(
+            Path(place, name)
+            for place, _, names in os.walk(class_folder, followlinks=True)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+        )
+        if not classes[class_folder.name]:
+            raise TangleNASError(
+                f"image_folder: class folder {class_folder} has no image ({' '.join(sorted(_SUFFIXES))}). "
+                "Put images there, or remove the folder."
+            )
+    return classes
+
+
+def _file_hash(path: Path, root: Path) -> str:
+    """Checks that the file is an image by its header; the hash is of name, size and first bytes."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HASHED_BYTES)
+            file.seek(0)
+            Image.open(file)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    return content_hash(path.relative_to(root).as_posix(), str(path.stat().st_size), head)
+
+
+def _decode(path: str, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits; Pillow would clip, not scale
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert(mode)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: BaseException) -> TangleNASError:
+    return TangleNASError(
+        f"image_folder: {path} is no readable image: {error}. Replace the file, or remove it."
+    )
+
+
+def _per_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
+    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * channels
+    if len(values) != channels:
+        raise TangleNASError(
+            f"image_folder: {name} has {len(values)} values for {channels} channel(s). Give one number, or "
+            "one per channel."
+        )
+    return values

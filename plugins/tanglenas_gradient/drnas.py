@@ -1,0 +1,52 @@
+"""DrNAS: mixtures drawn from a learned Dirichlet distribution (Chen et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet, kl_divergence
+
+from tanglenas_engine import Optimizer
+from tanglenas_engine.errors import unknown
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.optimizer import l2, positive
+
+REGULARIZERS = ("l2", "kl", "none")
+
+
+class DrNAS(Optimizer):
+    """Mixtures are `Dirichlet(elu(alpha) + 1)`, with pathwise gradients.
+
+    Args:
+        regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2` (the paper has it
+            as weight decay of the architecture optimizer); "kl" adds `scale * KL(Dirichlet || uniform)`; "none".
+        scale: The regularizer's weight.
+    """
+
+    def __init__(self, regularizer: str = "l2", scale: float = 1e-3):
+        super().__init__()
+        if regularizer not in REGULARIZERS:
+            raise unknown("regularizer of drnas", regularizer, REGULARIZERS)
+        self._regularizer, self.scale = regularizer, positive("the regularizer's scale", scale)
+
+    def sample(self, step: int, stream: str) -> Mixture:
+        devices = {alpha.device for alpha in self.alphas.values() if alpha.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.entropy(step, stream))
+            draws = {count: Dirichlet(c, validate_args=False).rsample() for count, c in self._concentrations().items()}
+        return self._space.mixture(draws)
+
+    def expected(self) -> Mixture:
+        return self._space.mixture({n: c / c.sum(1, keepdim=True) for n, c in self._concentrations().items()})
+
+    def regularizer(self) -> Tensor | None:
+        if self._regularizer == "none":
+            return None
+        if self._regularizer == "l2":
+            return self.scale * l2(self.alphas.values())
+        return self.scale * sum(
+            kl_divergence(Dirichlet(c), Dirichlet(torch.ones_like(c))).sum() for c in self._concentrations().values()
+        )
+
+    def _concentrations(self) -> dict[int, Tensor]:
+        return {count: torch.nn.functional.elu(alpha) + 1 for count, alpha in self.alphas.items()}

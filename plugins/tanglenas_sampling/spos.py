@@ -1,0 +1,15 @@
+"""SPOS: one uniformly drawn path a step; the architecture is derived afterwards (Guo et al. 2020)."""
+
+import torch
+
+from tanglenas_engine import Architecture, Optimizer
+
+
+class SPOS(Optimizer):
+    """Trains the weights of a random architecture in every step, with real slices."""
+
+    learns_architecture = False
+    derivation = "random"
+
+    def sample(self, step: int, stream: str) -> Architecture:
+        return self._space.sample(torch.Generator().manual_seed(self.entropy(step, stream)))

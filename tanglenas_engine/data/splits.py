@@ -1,0 +1,233 @@
+"""Four disjoint, seeded, stratified splits of a dataset, and views that reach only some of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import OutOfReachError, TangleNASError, closest, unknown
+from .dataset import Dataset, Samples
+
+# The letter that stands for each split in a `Splits.assignment`.
+_LETTERS = {"weights": "w", "architecture": "a", "validation": "v", "test": "t"}
+
+SPLITS = (*_LETTERS, "training")
+"""Names that `open_splits` takes; `training` is weights and architecture together, for the final training."""
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which sample of a dataset is in which split.
+
+    One letter per sample of the pool says it: w(eights), a(rchitecture), v(alidation) or t(est). So the
+    splits are disjoint and cover the pool by construction, and a file of them is small.
+    """
+
+    dataset: str
+    fingerprint: str
+    seed: int
+    assignment: str
+
+    def indices(self, name: str) -> Tensor:
+        """Positions in the pool of the samples of one of `SPLITS`, ascending, shape (n,), int64."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        letters = "wa" if name == "training" else _LETTERS[name]
+        assignment = np.frombuffer(self.assignment.encode("ascii"), np.uint8)
+        return torch.from_numpy(
+            np.flatnonzero(np.isin(assignment, np.frombuffer(letters.encode(), np.uint8)))
+        )
+
+    @property
+    def weights(self) -> Tensor:
+        return self.indices("weights")
+
+    @property
+    def architecture(self) -> Tensor:
+        return self.indices("architecture")
+
+    @property
+    def validation(self) -> Tensor:
+        return self.indices("validation")
+
+    @property
+    def test(self) -> Tensor:
+        return self.indices("test")
+
+    @property
+    def training(self) -> Tensor:
+        return self.indices("training")
+
+    def sizes(self) -> dict[str, int]:
+        """Number of samples in each of the four splits."""
+        count = Counter(self.assignment)
+        return {name: count[letter] for name, letter in _LETTERS.items()}
+
+    def to_json(self) -> str:
+        """Canonical text: equal splits give equal bytes."""
+        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            TangleNASError: The text is no splits file, or one of another version.
+        """
+        remake = "Make the splits again with make_splits(dataset, seed=...)."
+        try:
+            fields: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise TangleNASError(f"this is no splits file: {error}. {remake}") from error
+        types = {"version": int, "dataset": str, "fingerprint": str, "seed": int, "assignment": str}
+        if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
+            raise TangleNASError(
+                f"a splits file is a JSON object with the fields {', '.join(types)}. {remake}"
+            )
+        if (version := fields.pop("version")) != _VERSION:
+            raise TangleNASError(f"splits file of version {version}; this release reads {_VERSION}. {remake}")
+        if strange := set(fields["assignment"]) - set(_LETTERS.values()):
+            raise TangleNASError(f"splits file: strange letters {sorted(strange)} in 'assignment'. {remake}")
+        return cls(**fields)
+
+    def check(self, dataset: Dataset) -> None:
+        """Raise a TangleNASError unless these are splits of exactly this dataset."""
+        made_for = (self.dataset, self.fingerprint, len(self.assignment))
+        given = (dataset.name, dataset.fingerprint, len(dataset))
+        if made_for != given:
+            text = "{} (fingerprint {:.12}, {} samples)"
+            raise TangleNASError(
+                f"these splits were made for {text.format(*made_for)} and do not fit {text.format(*given)}. "
+                "Open the data they were made for, or make new ones with make_splits(dataset, seed=...)."
+            )
+
+
+def make_splits(
+    dataset: Dataset,
+    *,
+    seed: int,
+    train_portion: float = 0.5,
+    validation_portion: float = 0.1,
+    test_portion: float = 0.2,
+) -> Splits:
+    """Split a dataset into weights, architecture, validation and test, each with its share of every class.
+
+    Test comes first, then validation, then the other two: a change of `train_portion` moves no sample into or
+    out of validation, and no portion but `test_portion` changes the test split.
+
+    Args:
+        seed: Equal seeds and portions give equal splits.
+        train_portion: Share of the weights split in weights and architecture together.
+        validation_portion: Share of what is not test that is held out to compare trained networks on.
+        test_portion: Share of the pool to test on; unused where the dataset has an official test part.
+
+    Raises:
+        TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too
+            few samples to be in both the weights and the architecture split. (A rare class may well be
+            missing from validation or test.)
+    """
+    portions = {
+        "train_portion": train_portion,
+        "validation_portion": validation_portion,
+        "test_portion": test_portion,
+    }
+    for name, portion in portions.items():
+        if not 0 < portion < 1:
+            raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
+
+    generator = np.random.default_rng(seed)
+    labels = dataset.labels.numpy()
+    letters = np.full(len(labels), b"t", "S1")
+    if dataset.test_indices is None:
+        line = _spread(labels, generator)
+        pool = line[round(test_portion * len(line)) :]
+    else:
+        pool = np.setdiff1d(np.arange(len(labels)), dataset.test_indices.numpy())
+        pool = pool[_spread(labels[pool], generator)]
+    validation, training = np.split(pool, [round(validation_portion * len(pool))])
+    # A second spread: `training` is a segment of the first, which need not start evenly for each class.
+    training = training[_spread(labels[training], generator)]
+    weights, architecture = np.split(training, [round(train_portion * len(training))])
+    for letter, members in ((b"v", validation), (b"w", weights), (b"a", architecture)):
+        letters[members] = letter
+
+    splits = Splits(dataset.name, dataset.fingerprint, seed, letters.tobytes().decode("ascii"))
+    if empty := [name for name, size in splits.sizes().items() if size == 0]:
+        raise TangleNASError(
+            f"{dataset.name} has {len(labels)} samples, too few for these portions: {', '.join(empty)} would "
+            f"be empty (train {train_portion}, validation {validation_portion}, test {test_portion}). "
+            "Use more data or larger shares."
+        )
+    for name, members in (("weights", weights), ("architecture", architecture)):
+        count = np.bincount(labels[members], minlength=dataset.num_classes)
+        if not count.all():
+            rare = int(count.argmin())
+            raise TangleNASError(
+                f"class {dataset.class_names[rare]!r} of {dataset.name} has {(labels[pool] == rare).sum()} "
+                f"samples outside test, too few: none would be in the {name} split. Add samples, drop the "
+                f"class, or move the portions (train {train_portion}, validation {validation_portion})."
+            )
+    return splits
+
+
+def _spread(labels: np.ndarray[Any, Any], generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """An order of `labels` in which every segment has its share of each class, to within about one sample."""
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        # The random offset keeps classes of one size from changing sides of a cut all together.
+        place[members] = (np.arange(len(members)) + generator.random()) / len(members)
+    return np.argsort(place, kind="stable")
+
+
+class DataView:
+    """The splits that a stage may see, as attributes: `view.weights.batch(...)`.
+
+    It holds the samples of the opened splits and nothing else: neither the dataset nor other indices.
+    Reading another split raises an OutOfReachError.
+    """
+
+    def __init__(self, samples: dict[str, Samples]) -> None:
+        self._samples = dict(samples)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The opened splits."""
+        return tuple(self._samples)
+
+    def __getattr__(self, name: str) -> Samples:
+        if name not in SPLITS:
+            raise AttributeError(f"a data view has no attribute {name!r}.{closest(name, SPLITS)}")
+        if name not in self._samples:
+            raise OutOfReachError(
+                f"the {name} split is out of reach: this stage sees {', '.join(self._samples) or 'no split'} "
+                "only, so that its result can be judged on data that had no part in it. A stage that may "
+                f"read it opens it by name: open_splits(dataset, splits, [..., {name!r}])."
+            )
+        return self._samples[name]
+
+
+def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augment: bool = True) -> DataView:
+    """A view of the named splits (of `SPLITS`) and of no other.
+
+    Args:
+        augment: Whether weights, architecture and training come with the dataset's augmentation; the
+            validation and test splits never do.
+
+    Raises:
+        TangleNASError: An unknown name, or the splits of another dataset.
+    """
+    splits.check(dataset)
+    return DataView(
+        {
+            name: dataset.subset(splits.indices(name), train=augment and name not in ("validation", "test"))
+            for name in names
+        }
+    )

@@ -1,0 +1,147 @@
+"""Batches: an endless training stream that can start at any step, and sequential ones for evaluation."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from ..errors import TangleNASError
+from .dataset import Samples
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+"""Inputs (B, C, H, W) and targets (B,)."""
+
+
+class Stream:
+    """An endless stream of training batches in which batch number t depends on (seed, t) only.
+
+    Each epoch is a permutation of its own, cut into full batches; what is left over waits for another epoch's
+    permutation. A run that resumes starts the stream at its step: there is no loader state to keep. Number of
+    workers and state of the global generators change nothing, and the stream changes none of those.
+
+    Args:
+        samples: What to draw from.
+        batch_size: Samples per batch.
+        seed: Streams that run side by side (weights, architecture) want different seeds.
+        num_workers: Processes that load ahead; 0 loads in this one, which is fastest for data in memory.
+
+    Raises:
+        TangleNASError: The batch size is below one or above the number of samples.
+    """
+
+    def __init__(self, samples: Samples, batch_size: int, *, seed: int, num_workers: int = 0) -> None:
+        _check_batch_size(batch_size)
+        if batch_size > len(samples):
+            raise TangleNASError(
+                f"batch size {batch_size} is larger than the {len(samples)} samples to draw from. "
+                f"Use at most {len(samples)}, or more data."
+            )
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.samples) // self.batch_size
+
+    def start(self, step: int = 0) -> Iterator[Batch]:
+        """The batches from number `step` on, without end."""
+        if step < 0:
+            raise TangleNASError(f"a stream starts at step 0 or later, not at {step}.")
+        return _load(self.samples, self._plan(step), self.num_workers)
+
+    def _plan(self, step: int) -> Iterator[tuple[int, Tensor]]:
+        """For each batch from `step` on, the seed of its augmentation and its indices (B,)."""
+        while True:
+            epoch, position = divmod(step, self.batches_per_epoch)
+            generator = torch.Generator().manual_seed(_derive(self.seed, "order", epoch))
+            order = torch.randperm(len(self.samples), generator=generator)
+            for i in range(position, self.batches_per_epoch):
+                indices = order[i * self.batch_size : (i + 1) * self.batch_size]
+                yield _derive(self.seed, "augmentation", step), indices
+                step += 1
+
+
+def batches(
+    samples: Samples, batch_size: int, indices: Tensor | None = None, *, num_workers: int = 0
+) -> Iterator[Batch]:
+    """All samples, or those at `indices` (n,), in order and once; the last batch may be smaller.
+
+    Samples with augmentation come out the same each time.
+    """
+    _check_batch_size(batch_size)
+    order = torch.arange(len(samples)) if indices is None else indices
+    plan = (
+        (_derive(0, "sequential", start), order[start : start + batch_size])
+        for start in range(0, len(order), batch_size)
+    )
+    return _load(samples, plan, num_workers)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise TangleNASError(f"batch size {batch_size}: give at least 1.")
+
+
+def _derive(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for each purpose and number, without the overlaps of seed + number."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=7).digest())
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators inside the block and put them back after it."""
+    python, legacy_numpy = random.getstate(), np.random.get_state()
+    # devices=[]: augmentation runs on the CPU, and forking every CUDA generator takes long.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            # Not torch.manual_seed, which goes on to seed every accelerator.
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy_numpy)
+
+
+class _SeededBatches(TorchDataset[Batch]):
+    """Samples as a torch dataset whose items are whole batches, each with the seed of its augmentation."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, item: tuple[int, Tensor | list[int]]) -> Batch:
+        seed, indices = item
+        with _seeded(seed):
+            return self.samples.batch(torch.as_tensor(indices))
+
+
+def _load(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int) -> Iterator[Batch]:
+    source = _SeededBatches(samples)
+    if num_workers == 0:
+        return map(source.__getitem__, plan)
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        # Lists: a tensor sent to a worker takes the whole permutation's memory with it.
+        sampler=((seed, indices.tolist()) for seed, indices in plan),
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        # The loader draws a seed for its workers: not from the global generator.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,36 @@
+"""The evaluate stage: what the final network is worth, on data that had no part in making it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.cost import Cost
+from tanglenas_engine.data import DataView
+from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.training import accuracy, device_of
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Test accuracy in %, number of test samples, and the network's cost (multiply-accumulates for one input)."""
+
+    test_accuracy: float
+    samples: int
+    cost: Cost
+
+
+def evaluate(
+    space: SearchSpace,
+    architecture: Architecture,
+    network: nn.Module,
+    data: DataView,
+    *,
+    batch_size: int = 256,
+    device: str | None = None,
+) -> EvaluateResult:
+    """Judge a standalone network of `architecture` on the `test` split of `data`."""
+    network = network.to(device_of(device))
+    return EvaluateResult(accuracy(network, data.test, batch_size), len(data.test), space.cost(architecture))

@@ -1,0 +1,102 @@
+"""Progress for a person: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Line(Protocol):
+    """The line of a running stage."""
+
+    def advance(self) -> None:
+        """One more step is done."""
+
+    def epoch(self, epoch: int, epochs: int, text: str) -> None:
+        """An epoch is done; `text` says how it went."""
+
+
+class Progress(Protocol):
+    """Where stages report."""
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int) -> Iterator[Line]:
+        """The line of a stage of `total` steps, of which `done` were done before."""
+
+
+class SilentProgress:
+    """Says nothing: the default of the stage functions."""
+
+    def note(self, text: str) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def epoch(self, epoch: int, epochs: int, text: str) -> None: ...
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int) -> Iterator[Line]:
+        yield self
+
+
+class ConsoleProgress:
+    """A live line with rich in a terminal; otherwise a plain line at the first epoch and then every few seconds."""
+
+    def __init__(self, every: float = 5.0):
+        self._every = every
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int) -> Iterator[Line]:
+        if not sys.stdout.isatty():
+            yield _PlainLine(name, total, done, self._every)
+            return
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Bars(*columns) as bars:
+            yield _LiveLine(bars, bars.add_task(name, total=total, completed=done, text=""))
+
+
+class _PlainLine:
+    def __init__(self, name: str, total: int, done: int, every: float):
+        self._name, self._total, self._done, self._every = name, total, done, every
+        self._first, self._start, self._said = done, time.monotonic(), -float("inf")
+
+    def advance(self) -> None:
+        self._done += 1
+
+    def epoch(self, epoch: int, epochs: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said < self._every and epoch < epochs:
+            return
+        self._said = now
+        left = (now - self._start) / max(1, self._done - self._first) * (self._total - self._done)
+        eta = f"eta {left:.0f} s" if epoch < epochs else f"{now - self._start:.1f} s"
+        print(f"{self._name} {epoch}/{epochs}  {text}  {eta}", flush=True)
+
+
+class _LiveLine:
+    def __init__(self, bars: Any, task: Any):
+        self._bars, self._task = bars, task
+
+    def advance(self) -> None:
+        self._bars.advance(self._task)
+
+    def epoch(self, epoch: int, epochs: int, text: str) -> None:
+        self._bars.update(self._task, text=f"epoch {epoch}/{epochs}  {text}")

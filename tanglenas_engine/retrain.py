@@ -1,0 +1,162 @@
+"""The retrain stage: give the architecture found its final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.checkpoint import CheckpointFolder
+from tanglenas_engine.data import DataView, Stream, batches
+from tanglenas_engine.elastic.norm import recalibrate
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizer import Batch, Loss
+from tanglenas_engine.progress import Progress
+from tanglenas_engine.search import check_fit
+from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.tracking import Tracker
+from tanglenas_engine.training import (
+    OptimizerFactory,
+    Row,
+    SchedulerFactory,
+    accuracy,
+    at_least,
+    correct,
+    cosine,
+    device_of,
+    parameter_groups,
+    run,
+    seeded,
+    to,
+)
+
+MODES = ("scratch", "inherit", "finetune")
+Mode = Literal["scratch", "inherit", "finetune"]
+
+
+class EMA(Protocol):
+    """A moving average of a network's weights, such as timm's `ModelEmaV3`."""
+
+    module: nn.Module
+
+    def update(self, model: nn.Module) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class RetrainResult:
+    """The standalone network with its final weights, its validation accuracy in %, one history row per epoch."""
+
+    network: nn.Module
+    validation_accuracy: float
+    history: list[Row]
+
+
+def retrain(
+    space: SearchSpace,
+    architecture: Architecture,
+    data: DataView,
+    *,
+    mode: Mode = "scratch",
+    epochs: int = 100,
+    batch_size: int = 64,
+    optimizer: OptimizerFactory = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
+    scheduler: SchedulerFactory | None = cosine,
+    ema: Callable[[nn.Module], EMA] | None = None,
+    clip: float | None = 5.0,
+    loss: Loss = F.cross_entropy,
+    recalibration_batches: int = 8,
+    seed: int = 0,
+    num_workers: int = 0,
+    device: str | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    checkpoint_every: int | None = None,
+    tracker: Tracker | None = None,
+    progress: Progress | None = None,
+) -> RetrainResult:
+    """Train the network of an architecture on the whole training data (weights and architecture splits).
+
+    Args:
+        space: The supernet; its weights matter for "inherit" and "finetune".
+        data: A view that reaches `training` and `validation`.
+        mode: "scratch" trains from a new initialisation, "finetune" from the supernet's weights, "inherit" takes
+            the supernet's weights as they are (statistics of batch norms are set anew).
+        optimizer: Makes the optimizer from parameter groups.
+        scheduler: Makes the learning-rate schedule from (optimizer, total steps), stepped every iteration.
+        ema: Makes a moving average of the weights, which then is what is validated and returned.
+        checkpoints, checkpoint_every, device, num_workers: As in `search`.
+
+    Raises:
+        TangleNASError: An option cannot be, the architecture is not of this space, or training diverged.
+        Interrupted: The process was asked to stop, and the state is saved.
+    """
+    if mode not in MODES:
+        raise TangleNASError(f"retrain.mode is {mode!r}, expected one of: {', '.join(MODES)}")
+    at_least("retrain.epochs", epochs, 1)
+    check_fit(space, data.training)
+    target = device_of(device)
+    with seeded(seed):
+        network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
+        network = network.to(target)
+        if mode == "inherit":
+            inputs = [batch[0].to(target) for batch in batches(data.training, batch_size)]
+            recalibrate(network, inputs[:recalibration_batches])
+            return RetrainResult(network.eval(), accuracy(network, data.validation), [])
+        stream = Stream(data.training, batch_size, seed=seed, num_workers=num_workers)
+        optimize = optimizer(parameter_groups(network))
+        schedule = scheduler(optimize, epochs * stream.batches_per_epoch) if scheduler else None
+        average = ema(network) if ema else None
+        iterators: list[Iterator[Batch]] = []
+        network.train()
+
+        def step(position: int) -> dict[str, Tensor]:
+            if not iterators:
+                iterators.append(stream.start(position))
+            inputs, targets = to(next(iterators[0]), target)
+            outputs = network(inputs)
+            value = loss(outputs, targets)
+            optimize.zero_grad()
+            value.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+            optimize.step()
+            if schedule is not None:
+                schedule.step()
+            if average is not None:
+                average.update(network)
+            return {"loss": value.detach(), "accuracy": correct(outputs, targets)}
+
+        def end_epoch(epoch: int, means: Row) -> Row:
+            judged = network if average is None else average.module
+            return {**means, "validation_accuracy": accuracy(judged, data.validation)}
+
+        history = run(
+            name="retrain",
+            epochs=epochs,
+            steps_per_epoch=stream.batches_per_epoch,
+            step=step,
+            end_epoch=end_epoch,
+            describe=lambda row: f"loss {row['loss']:.3f}  train {row['accuracy']:.1f} %  "
+            f"valid {row['validation_accuracy']:.1f} %",
+            stateful={
+                "network": network,
+                "optimizer": optimize,
+                **({"scheduler": schedule} if schedule is not None else {}),
+                **({"ema": average} if average is not None else {}),
+            },
+            checkpoints=checkpoints,
+            checkpoint_every=checkpoint_every,
+            tracker=tracker,
+            progress=progress,
+        )
+    final = network if average is None else average.module
+    return RetrainResult(final.eval(), history[-1]["validation_accuracy"], history)

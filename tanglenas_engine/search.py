@@ -1,0 +1,238 @@
+"""The search stage: train a supernet and its architecture parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.checkpoint import CheckpointFolder
+from tanglenas_engine.data import DataView, Samples, Stream, batches
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.optimizer import Batch, Loss, Optimizer, Step, entropy
+from tanglenas_engine.progress import Progress
+from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.tracking import Tracker
+from tanglenas_engine.training import (
+    OptimizerFactory,
+    Row,
+    SchedulerFactory,
+    accuracy,
+    at_least,
+    correct,
+    cosine,
+    device_of,
+    parameter_groups,
+    run,
+    seeded,
+    to,
+)
+
+Strategy = Literal["alternating", "simultaneous"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search leaves; the trained weights are in the space.
+
+    `architecture` and `mixture` are None for a method that derives its architecture afterwards. `history` has
+    one row per epoch: losses, accuracies in %, entropy of the mixture from 1 (undecided) to 0, the current
+    architecture with its cost and, under "mixture", its weights by choice.
+    """
+
+    architecture: Architecture | None
+    mixture: Mixture | None
+    history: list[Row]
+
+
+def search(
+    space: SearchSpace,
+    optimizer: Optimizer,
+    data: DataView,
+    *,
+    epochs: int = 50,
+    batch_size: int = 64,
+    weight_optimizer: OptimizerFactory = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
+    architecture_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999)),
+    scheduler: SchedulerFactory | None = cosine,
+    strategy: Strategy = "alternating",
+    warmup_epochs: int = 0,
+    clip: float | None = 5.0,
+    loss: Loss = F.cross_entropy,
+    seed: int = 0,
+    num_workers: int = 0,
+    device: str | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    checkpoint_every: int | None = None,
+    tracker: Tracker | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search `space` with `optimizer`: in every iteration an architecture step and a weight step.
+
+    Args:
+        data: A view that reaches the splits `weights`, `architecture` and `validation`.
+        epochs: Passes over the weights split.
+        weight_optimizer: Makes the optimizer of the supernet's weights from parameter groups.
+        architecture_optimizer: Makes the optimizer of alpha from its parameters.
+        scheduler: Makes the learning-rate schedule of the weights from (optimizer, total steps); stepped every
+            iteration. None keeps the rate.
+        strategy: "alternating" takes alpha's gradient from a fresh batch of the architecture split, before each
+            weight step (first-order DARTS); "simultaneous" lets one backward pass on the weights split serve both.
+        warmup_epochs: Epochs in which only the weights learn.
+        clip: Largest norm of the weights' gradient.
+        num_workers: Processes that load data.
+        device: Such as "cpu" or "cuda:0"; by default CUDA where there is one.
+        checkpoints: Where to save after every epoch, and every `checkpoint_every` iterations if given; a search
+            that finds its own checkpoint there goes on from it and ends as if it had not been cut off.
+
+    Raises:
+        TangleNASError: An option cannot be, the data do not fit the space, or training diverged.
+        Interrupted: The process was asked to stop, and the state is saved.
+    """
+    at_least("search.epochs", epochs, 1)
+    at_least("search.warmup_epochs", warmup_epochs, 0)
+    if strategy not in ("alternating", "simultaneous"):
+        raise TangleNASError(f"search.strategy is {strategy!r}, expected 'alternating' or 'simultaneous'")
+    if warmup_epochs >= epochs and optimizer.learns_architecture:
+        raise TangleNASError(f"{warmup_epochs} warm-up epochs leave no epoch of {epochs} in which alpha learns")
+    check_fit(space, data.weights)
+    target = device_of(device)
+    space.to(target)
+    optimizer.bind(space, seed)
+    weights = Stream(data.weights, batch_size, seed=2 * seed, num_workers=num_workers)
+    learns = optimizer.learns_architecture
+    alternating = learns and strategy == "alternating"
+    architectures = Stream(data.architecture, batch_size, seed=2 * seed + 1, num_workers=num_workers)
+    per_epoch = weights.batches_per_epoch
+    of_weights = weight_optimizer(parameter_groups(space))
+    of_alpha = architecture_optimizer(list(optimizer.alphas.values())) if learns else None
+    schedule = scheduler(of_weights, epochs * per_epoch) if scheduler else None
+    iterators: list[Iterator[Batch]] = []
+
+    def step(position: int) -> dict[str, Tensor]:
+        if not iterators:  # a resumed search starts its streams where it left off
+            iterators.extend([weights.start(position), architectures.start(position)] if alternating
+                             else [weights.start(position)])  # fmt: skip
+        if position % per_epoch == 0:
+            optimizer.progress(position / per_epoch / epochs)
+        warm = position >= warmup_epochs * per_epoch
+        now = Step(
+            index=position,
+            space=space,
+            loss=loss,
+            weight_batch=to(next(iterators[0]), target),
+            architecture_batch=to(next(iterators[1]), target) if alternating else None,
+            weight_optimizer=of_weights,
+        )
+        measured: dict[str, Tensor] = {}
+        if alternating and warm and of_alpha is not None:
+            measured["architecture_loss"] = optimizer.architecture_backward(now)
+            of_alpha.step()
+        of_weights.zero_grad()
+        if of_alpha is not None:
+            of_alpha.zero_grad()
+        total = torch.zeros((), device=target)
+        for term in optimizer.weight_losses(now):
+            term.backward()
+            total += term.detach()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(space.parameters(), clip)
+        of_weights.step()
+        if not alternating and warm and of_alpha is not None:
+            if (penalty := optimizer.regularizer()) is not None:
+                penalty.backward()
+            of_alpha.step()
+        if schedule is not None:
+            schedule.step()
+        measured["weight_loss"] = total
+        if now.outputs is not None:
+            measured["weight_accuracy"] = correct(now.outputs, now.weight_batch[1])
+        return measured
+
+    def end_epoch(epoch: int, means: Row) -> Row:
+        current = optimizer.current()
+        # What alpha says now, judged as it would be extracted; methods that derive later show the largest network.
+        space.select(current or space.largest())
+        row: Row = {**means, "validation_accuracy": accuracy(space, data.validation)}
+        mixture = optimizer.expected()
+        if mixture is not None and current is not None:
+            mixture = mixture.detach()
+            expected, cost = space.expected_cost(mixture), space.cost(current)
+            row.update(
+                entropy=entropy(mixture),
+                expected_params=float(expected.params),
+                expected_flops=float(expected.flops),
+                params=cost.params,
+                flops=cost.flops,
+                digest=current.digest,
+                architecture=str(current),
+                mixture={name: mixture[name].tolist() for name in mixture},
+            )
+        return row
+
+    with seeded(seed):
+        history = run(
+            name="search",
+            epochs=epochs,
+            steps_per_epoch=per_epoch,
+            step=step,
+            end_epoch=end_epoch,
+            describe=_describe,
+            stateful={
+                "space": space,
+                "optimizer": optimizer,
+                "weight_optimizer": of_weights,
+                **({"architecture_optimizer": of_alpha} if of_alpha is not None else {}),
+                **({"scheduler": schedule} if schedule is not None else {}),
+            },
+            checkpoints=checkpoints,
+            checkpoint_every=checkpoint_every,
+            tracker=tracker,
+            progress=progress,
+        )
+    space.release()
+    mixture = optimizer.expected()
+    return SearchResult(optimizer.current(), mixture and mixture.detach(), history)
+
+
+def check_fit(space: SearchSpace, samples: Samples) -> None:
+    """Check that a space takes these inputs and has an output for every class.
+
+    Raises:
+        TangleNASError: It does not; the message has both shapes.
+    """
+    (inputs, targets) = next(batches(samples, 1))
+    wanted = space.example_input(1)
+    if inputs.shape != wanted.shape or inputs.is_floating_point() != wanted.is_floating_point():
+        raise TangleNASError(
+            f"the data are of shape {_shape(inputs)}, but the space {space.name!r} takes {_shape(wanted)}: "
+            "create the space with the dataset's image_size and in_channels, or change the dataset's"
+        )
+    parameters = next(space.parameters())
+    training = space.training
+    with torch.no_grad():
+        classes = space.release().eval()(inputs.to(parameters.device, parameters.dtype)).shape[-1]
+    space.train(training)
+    if int(samples.labels.max()) >= classes:
+        raise TangleNASError(
+            f"the data have a class {int(samples.labels.max())}, but the space {space.name!r} has {classes} outputs: "
+            f"create it with num_classes={int(samples.labels.max()) + 1}"
+        )
+
+
+def _shape(inputs: Tensor) -> str:
+    return " x ".join(str(n) for n in inputs.shape[1:]) + (" (C x H x W)" if inputs.dim() == 4 else "")
+
+
+def _describe(row: Row) -> str:
+    text = f"loss {row['weight_loss']:.3f}  train {row['weight_accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
+    return text + (f"  {row['architecture']}" if "architecture" in row else "  (largest network)")
+
+

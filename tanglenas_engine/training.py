@@ -1,0 +1,212 @@
+"""What search and retrain share: a loop over epochs that reports, checkpoints and resumes exactly."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.checkpoint import CheckpointFolder, restore_rng_state, rng_state
+from tanglenas_engine.data import Samples, batches
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.progress import Progress, SilentProgress
+from tanglenas_engine.tracking import NullTracker, Tracker
+
+Row = dict[str, Any]
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stage was asked to stop and has saved its state."""
+
+
+def cosine(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup: float = 0.05, final: float = 0.01
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up over a share of the steps, then a cosine down to a share `final` of the learning rate."""
+    rising = max(1, round(warmup * total_steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        done = min(1.0, (step - rising) / max(1, total_steps - rising))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: biases, norms and tokens apart, without weight decay."""
+    decayed = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) in decayed]},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def run(
+    *,
+    name: str,
+    epochs: int,
+    steps_per_epoch: int,
+    step: Callable[[int], Mapping[str, Tensor]],
+    end_epoch: Callable[[int, Row], Row],
+    describe: Callable[[Row], str],
+    stateful: Mapping[str, Stateful],
+    checkpoints: CheckpointFolder | None = None,
+    checkpoint_every: int | None = None,
+    tracker: Tracker | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Run `step` for all steps of all epochs and return one history row per epoch.
+
+    Args:
+        step: Takes the number of the step, counted over all epochs, and returns scalar tensors; they stay on
+            their device until the epoch ends, where their means go to `end_epoch`.
+        end_epoch: Takes the epoch, counted from 1, and the means, and returns the history row.
+        describe: The row as a person reads it in the progress line.
+        stateful: What a checkpoint holds beside the position, the history and the random generators.
+        checkpoint_every: Steps between checkpoints within an epoch; there is one after every epoch anyway.
+
+    Raises:
+        Interrupted: On SIGINT or SIGTERM, after the current step was finished and saved.
+    """
+    progress = progress or SilentProgress()
+    tracker = tracker or NullTracker()
+    history: list[Row] = []
+    sums: dict[str, Tensor] = {}
+    position = 0
+    state = checkpoints.load() if checkpoints else None
+    if state is not None:
+        for key, part in stateful.items():
+            part.load_state_dict(state[key])
+        position, history, sums = state["position"], state["history"], state["sums"]
+        restore_rng_state(state["rng"])
+        progress.note(f"{name}: resuming at step {position} of {epochs * steps_per_epoch}")
+
+    def save() -> None:
+        if checkpoints:
+            parts = {key: part.state_dict() for key, part in stateful.items()}
+            checkpoints.save({**parts, "position": position, "history": history, "sums": sums, "rng": rng_state()})
+
+    with _stop_requests() as stop, progress.stage(name, epochs * steps_per_epoch, position) as line:
+        while position < epochs * steps_per_epoch:
+            for key, value in step(position).items():
+                sums[key] = value.detach() + sums[key] if key in sums else value.detach().clone()
+            position += 1
+            line.advance()
+            if position % steps_per_epoch == 0:
+                epoch = position // steps_per_epoch
+                means = {key: float(value) / steps_per_epoch for key, value in sums.items()}
+                broken = [key for key, value in means.items() if not math.isfinite(value)]
+                if broken:
+                    raise TangleNASError(
+                        f"{name}: {broken[0]} is {means[broken[0]]} after epoch {epoch}: training diverged. "
+                        "Lower the learning rate, or clip gradients"
+                    )
+                row = {"epoch": epoch, **end_epoch(epoch, means)}
+                history.append(row)
+                sums = {}
+                numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+                tracker.log_metrics({f"{name}/{key}": value for key, value in numbers.items()}, step=epoch)
+                line.epoch(epoch, epochs, describe(row))
+                save()
+            elif checkpoint_every and position % checkpoint_every == 0:
+                save()
+            if stop.is_set() and position < epochs * steps_per_epoch:
+                save()
+                where = f" and is saved in {checkpoints.folder}" if checkpoints else ", but it had nowhere to save"
+                raise Interrupted(
+                    f"{name} stopped at step {position} of {epochs * steps_per_epoch}{where}. "
+                    "Run the same command again to continue"
+                )
+    return history
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators inside, and leave them outside as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set once; a second signal acts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, request)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, samples: Samples, batch_size: int = 256) -> float:
+    """Accuracy in % of a network in eval mode; its mode is restored."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    correct = torch.zeros((), device=device)
+    for inputs, targets in batches(samples, batch_size):
+        correct += (network(inputs.to(device)).argmax(-1) == targets.to(device)).sum()
+    network.train(training)
+    return 100.0 * float(correct) / len(samples)
+
+
+def correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Accuracy of a batch in %, as a tensor on its device."""
+    return 100.0 * (outputs.detach().argmax(-1) == targets).float().mean()
+
+
+def device_of(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TangleNASError(f"device {name!r} cannot be used: {reason}. Use 'cpu', or leave it out") from None
+    return device
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """`value`, checked to be an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TangleNASError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return value
+
+
+def to(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets on a device; pinned memory is copied without waiting."""
+    inputs, targets = batch
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

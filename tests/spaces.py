@@ -1,0 +1,177 @@
+"""Small search spaces: together they have every elastic layer, and Sizes of every form.
+
+`SPACES` are those made here, `REGISTERED` the names of those that the installed plugins bring.
+"""
+
+import torch
+import torch.nn.functional as F
+from tanglenas_vit.autoformer import AutoFormer
+from torch import Tensor, nn
+
+from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine.plugins import create_space, manager
+from tanglenas_engine.size import make_divisible
+
+
+class Bottleneck(nn.Module):
+    """Expand, convolve depthwise, project, with a residual."""
+
+    def __init__(self, width, ratio, kernel, dilation):
+        super().__init__()
+        hidden = make_divisible(width * ratio, 2)
+        self.expand = elastic.Conv2d(width, hidden, 1, bias=False)
+        self.norm1 = elastic.BatchNorm2d(hidden)
+        self.depthwise = elastic.Conv2d(hidden, hidden, kernel, dilation=dilation, groups=hidden, bias=False)
+        self.norm2 = elastic.BatchNorm2d(hidden, affine=False)
+        self.project = elastic.Conv2d(hidden, width, 1, bias=False)
+        self.norm3 = elastic.BatchNorm2d(width, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.expand(x)))
+        y = F.relu(self.norm2(self.depthwise(y)))
+        return x + self.norm3(self.project(y))
+
+
+class Convolutional(SearchSpace):
+    """Strided stem with a kernel choice, bottlenecks, a convolution whose groups grow, and a linear head."""
+
+    def __init__(self, num_classes=3, image_size=6, in_channels=2, **options):
+        super().__init__(**options)
+        self.input_shape = in_channels, image_size, image_size
+        width = self.choice("width", (6, 2, 4))
+        stem = self.choice("stem_kernel", (5, 3, 7))
+        depth = self.choice("depth", (2, 1))
+        kernel = self.choice("kernel", (3, 5, 1), per=depth)
+        ratio = self.choice("ratio", (1.5, 2), per=depth)
+        self.colours = nn.Sequential(nn.Conv2d(in_channels, 3, 1), nn.Sequential())
+        self.stem = elastic.Conv2d(3, width, stem, stride=2)
+        self.blocks = elastic.Depth(
+            depth, [Bottleneck(width, ratio[i], kernel[i], dilation=1 + i) for i in range(depth.max)]
+        )
+        self.grouped = elastic.Conv2d(width, width * 2, 3, groups=width // 2)
+        self.head = elastic.Linear(width * 2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.stem(self.colours(x))))
+        return self.head(torch.tanh(self.grouped(x)).mean((2, 3)))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, *self.input_shape)
+
+
+class Decoder(nn.Module):
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.norm1 = elastic.LayerNorm(width, bias=False)
+        self.attn = elastic.Attention(width, heads, head_dim=3, causal=True, qkv_bias=False)
+        self.norm2 = elastic.LayerNorm(width, elementwise_affine=False)
+        self.fc1 = elastic.Linear(width, hidden)
+        self.fc2 = elastic.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Language(SearchSpace):
+    """A causal transformer over tokens, with a product of three choices and a buffer that is not saved."""
+
+    def __init__(self, vocab_size=7, block_size=5, **options):
+        super().__init__(**options)
+        self.settings = {"vocab_size": vocab_size, "block_size": block_size}
+        self.width = width = self.choice("width", (4, 8, 5))
+        layers = self.choice("layers", (1, 2))
+        heads = self.choice("heads", (3, 1, 2), per=layers)
+        ratio = self.choice("ratio", (0.5, 1.5), per=layers)
+        multiple = self.choice("multiple", (2, 1))
+        self.tokens = elastic.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.randn(block_size, width.max))
+        self.register_buffer("waves", torch.rand(block_size, width.max), persistent=False)
+        self.declare(positions=(None, width), waves=(None, width))
+        self.blocks = elastic.Depth(
+            layers, [Decoder(width, heads[i], width * ratio[i] * multiple) for i in range(layers.max)]
+        )
+        self.norm = elastic.LayerNorm(width)
+        self.head = elastic.Linear(width, vocab_size, bias=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = self.tokens(indices) + self.current("positions") + self.current("waves")
+        return self.head(self.norm(self.blocks(x)))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randint(self.settings["vocab_size"], (batch, self.settings["block_size"]))
+
+
+class Stages(SearchSpace):
+    """Two stages of which the second may be empty, and a choice made a number of times that is no depth."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        widths = self.choice("widths", (4, 3), per=2)
+        layers = self.choice("layers", (1, 2, 3))
+        self.first = elastic.Linear(3, widths[0])
+        count = layers * 0.75  # 0, 1 or 2 layers
+        self.stage = elastic.Depth(count, [elastic.Linear(widths[0], widths[0]) for _ in range(count.max)])
+        self.last = nn.Sequential(elastic.Linear(widths[0], widths[1]), nn.Tanh(), elastic.Linear(widths[1], 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.stage(torch.tanh(self.first(x))))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, 3)
+
+
+def vit(**options) -> AutoFormer:
+    """The AutoFormer space at the size of a thumbnail."""
+    defaults = dict(
+        embed_dim=(12, 8), depth=(2, 1, 3), num_heads=(1, 3), mlp_ratio=(1.5, 2), head_dim=4,
+        num_classes=3, image_size=4, patch_size=2, in_channels=1,
+    )  # fmt: skip
+    return AutoFormer(**{**defaults, **options})
+
+
+SPACES = {
+    "convolutional": Convolutional,
+    "language": Language,
+    "stages": Stages,
+    "vit": lambda **options: vit(global_pool="token", **options),
+    "vit_relative": lambda **options: vit(relative_position=True, **options),
+}
+
+REGISTERED = manager().names("space")
+
+SMALL = {
+    name: {"image_size": 32, "depth": (2, 1, 3), "num_classes": 10}
+    for name in ("autoformer_t", "autoformer_s", "autoformer_b")
+}
+"""Options that make the large ones fit a test; their widths stay."""
+
+
+def make(name: str, **options) -> SearchSpace:
+    """A space of `SPACES` or `REGISTERED` in float64, with parameters that are all far from 0."""
+    if name in SPACES:
+        space = SPACES[name](**options)
+        space.name = name
+    else:
+        space = create_space(name, **{**SMALL.get(name, {}), **options})
+    space.double()
+    with torch.no_grad():
+        for parameter in space.parameters():
+            # Fresh zeros (biases, class tokens) and ones (gains) would hide what a test looks for.
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return space
+
+
+def inputs(space: SearchSpace, batch: int) -> Tensor:
+    """A batch in the space's own precision."""
+    example = space.example_input(batch)
+    return example.to(next(space.parameters()).dtype) if example.is_floating_point() else example
+
+
+def random_mixture(space: SearchSpace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Leaves of architecture parameters for every choice, and the mixture that a softmax makes of them."""
+    dtype = next(space.parameters()).dtype
+    alphas = {
+        name: torch.randn(choice.shape, dtype=dtype, requires_grad=True) for name, choice in space.choices.items()
+    }
+    return alphas, {name: alpha.softmax(-1) for name, alpha in alphas.items()}
