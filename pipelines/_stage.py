@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -25,9 +26,9 @@ from typing import Any
 
 import gin
 import torch
-from pipelines._tracking import MlflowTracker, project_root
 
 import tanglenas_engine
+from pipelines._tracking import MlflowTracker, project_root
 from tanglenas_engine import Architecture, Dataset, SearchSpace, create_dataset, create_optimizer, create_space
 from tanglenas_engine.checkpoint import (
     CheckpointFolder,
@@ -175,6 +176,7 @@ def configure(arguments: Sequence[str]) -> None:
     gin.clear_config()
     files = [argument for argument in arguments if argument.endswith(".gin") and "=" not in argument]
     bindings = [argument for argument in arguments if argument not in files]
+    _register_references("\n".join(bindings))
     _parse(gin.parse_config, bindings)
     for macro, folder in FAMILIES.items():
         name = _macro(macro)
@@ -184,9 +186,28 @@ def configure(arguments: Sequence[str]) -> None:
     for file in files:
         if not Path(file).is_file():
             raise TangleNASError(f"there is no configuration file {file!r}: run stages from the root of the project")
+    for file in files:
+        _register_references(Path(file).read_text())
         _parse(gin.parse_config_file, file)
     _parse(gin.parse_config, bindings)
     _parse(gin.finalize)
+
+
+def _register_references(text: str) -> None:
+    """Register what a config refers to by its full name, such as `@torch.optim.AdamW`, so that it can be bound.
+
+    gin's own way to do this without touching the classes, dynamic registration, would ask every file to import
+    the stage's function as well.
+    """
+    for path in dict.fromkeys(re.findall(r"@(?:\w+/)*((?:\w+\.)+\w+)", re.sub(r"#.*", "", text))):
+        module, _, attribute = path.rpartition(".")
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise TangleNASError(f"configuration: @{path} cannot be imported: {error}") from None
+        if path not in configurable:
+            configurable[path] = target
+            gin.external_configurable(target, attribute, module=module)
 
 
 def bound_parameters() -> dict[str, Any]:
@@ -276,7 +297,10 @@ def _parse(action: Callable[..., Any], *arguments: Any) -> None:
     except (ValueError, SyntaxError, TypeError, NameError, ImportError, OSError) as error:
         text = str(error).strip()
         hint = ""
-        if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
+        if match := re.search(r"Failed to parse token '(.*?)'", text):
+            text = f"the value {match[1]!r} cannot be read"
+            hint = ": expected a number, True, False, None, a quoted string, a list or tuple of those, or an @reference"
+        elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
             function = configurable.get(match[1].split(".")[-1])
             hint = closest(match[2], inspect.signature(function).parameters) if function else ""
         elif match := re.search(r"No configurable matching '([\w.]+)'", text):

@@ -119,6 +119,7 @@ class MlflowTracker:
         self._warned = False
         run = client.get_run(run_id).data  # holds something when a run that was cut off goes on
         self._known_params = set(run.params)
+        self._hashed = "params.hash" in run.tags
         self._last_steps = {
             name: max(metric.step for metric in client.get_metric_history(run_id, name)) for name in run.metrics
         }
@@ -191,7 +192,10 @@ class MlflowTracker:
 
     @_guarded
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log what the run does not have yet, as strings that MLflow cuts at 6,000 characters; tag a hash."""
+        """Log what the run does not have yet, as strings that MLflow cuts at 6,000 characters.
+
+        Tags their hash as `params.hash` unless the stage set that tag itself.
+        """
         flat = {_allowed(name): str(value) for name, value in _flatten(params)}
         new = [(name, value) for name, value in flat.items() if name not in self._known_params]
         if not new:
@@ -201,7 +205,9 @@ class MlflowTracker:
         for batch in _batches(new, PARAMS_PER_CALL):
             self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in batch])
         self._known_params.update(flat)
-        self._client.set_tag(self.run_id, "params.hash", fingerprint(params=flat))
+        if not self._hashed:
+            self._client.set_tag(self.run_id, "params.hash", fingerprint(params=flat))
+            self._hashed = True
 
     @_guarded
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

@@ -57,5 +57,13 @@ if __name__ == "__main__":
             options = {name: choice.options for name, choice in run.space.choices.items()}
             figures.alphas(result.history, options, run.folder / "alphas.png")
         last = result.history[-1]
-        keep = ("weight_loss", "weight_accuracy", "architecture_loss", "validation_accuracy", "entropy", "params", "flops")
+        keep = (
+            "weight_loss",
+            "weight_accuracy",
+            "architecture_loss",
+            "validation_accuracy",
+            "entropy",
+            "params",
+            "flops",
+        )
         run.finish({key: last[key] for key in keep if key in last}, result.architecture)

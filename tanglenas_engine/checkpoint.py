@@ -73,9 +73,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_weights(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, atomically; equal input gives equal bytes.
 
     Slices are made contiguous. Tensors that share memory (tied weights) are each stored in full.
@@ -127,9 +125,7 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     if not path.is_file():
-        raise TangleNASError(
-            f"no weights at {path}. Run the stage that writes this file, or correct the path."
-        )
+        raise TangleNASError(f"no weights at {path}. Run the stage that writes this file, or correct the path.")
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -214,9 +210,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     except filelock.Timeout:
         raise TangleNASError(_held(folder, owner)) from None
     try:
-        write_atomic(
-            owner, json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")})
-        )
+        write_atomic(owner, json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}))
         yield
     finally:
         with suppress(OSError):

@@ -43,7 +43,7 @@ class Choice(Size):
         depth = per if isinstance(per, Choice) else None
         layers: Sequence[int | None] = [None] if per is None else range(depth.max if depth else int(per))  # type: ignore[arg-type]
         self.table = tuple(
-            superposition.add_row(name, layer, options, gate=(depth, layer) if depth is not None else None)
+            superposition.add_row(name, layer, options, gate=None if depth is None or layer is None else (depth, layer))
             for layer in layers
         )
         super().__init__(() if self.layered else self.table, options)

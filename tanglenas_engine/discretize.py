@@ -58,8 +58,9 @@ def discretize(
         data: A view that reaches `weights` (for statistics of batch norms), `architecture` (to rank candidates)
             and `validation` (to judge the result).
         mixture: What alpha stands for after a gradient search; None after a sampled one.
-        method: "argmax", "random", or None for the `derivation` of the optimizer that searched. "argmax" takes the most probable option of every row; "random" evaluates random architectures with
-            the supernet's weights and takes the best on the architecture split.
+        method: "argmax" takes the most probable option of every row. "random" evaluates random architectures with
+            the supernet's weights and takes the best on the architecture split. None: what `derivation` says.
+        derivation: The way that goes with the optimizer that searched.
         candidates: How many architectures "random" tries.
         max_params: Hard budget in parameters, met by construction: argmax changes the rows in which that costs
             the least probability per cost saved; random draws within the budget only.
@@ -192,7 +193,8 @@ def project(
 
     def excess(picks: dict[Row, int]) -> float:
         cost = space.cost(space.architecture_of(picks))
-        return sum(max(0.0, getattr(cost, m) / limit - 1) for m, limit in budget.items() if limit is not None)
+        limits = {metric: limit for metric, limit in budget.items() if limit is not None}
+        return float(sum(max(0.0, getattr(cost, metric) / limit - 1) for metric, limit in limits.items()))
 
     over = excess(assignment)
     while over > 0:

@@ -89,6 +89,7 @@ class Optimizer(abc.ABC):
 
     def progress(self, fraction: float) -> None:
         """Told before each epoch how much of the search is done, from 0 to 1: for temperatures and schedules."""
+        return None
 
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
         """The losses that train the weights; each is back-propagated as it comes, gradients add up."""

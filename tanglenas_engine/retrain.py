@@ -125,7 +125,7 @@ def retrain(
             outputs = network(inputs)
             value = loss(outputs, targets)
             optimize.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
             optimize.step()
@@ -145,8 +145,9 @@ def retrain(
             steps_per_epoch=stream.batches_per_epoch,
             step=step,
             end_epoch=end_epoch,
-            describe=lambda row: f"loss {row['loss']:.3f}  train {row['accuracy']:.1f} %  "
-            f"valid {row['validation_accuracy']:.1f} %",
+            describe=lambda row: (
+                f"loss {row['loss']:.3f}  train {row['accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
+            ),
             stateful={
                 "network": network,
                 "optimizer": optimize,

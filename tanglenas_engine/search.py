@@ -140,14 +140,14 @@ def search(
             of_alpha.zero_grad()
         total = torch.zeros((), device=target)
         for term in optimizer.weight_losses(now):
-            term.backward()
+            torch.autograd.backward(term)
             total += term.detach()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(space.parameters(), clip)
         of_weights.step()
         if not alternating and warm and of_alpha is not None:
             if (penalty := optimizer.regularizer()) is not None:
-                penalty.backward()
+                torch.autograd.backward(penalty)
             of_alpha.step()
         if schedule is not None:
             schedule.step()
@@ -208,7 +208,7 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
     Raises:
         TangleNASError: It does not; the message has both shapes.
     """
-    (inputs, targets) = next(batches(samples, 1))
+    (inputs, _targets) = next(batches(samples, 1))
     wanted = space.example_input(1)
     if inputs.shape != wanted.shape or inputs.is_floating_point() != wanted.is_floating_point():
         raise TangleNASError(
@@ -232,7 +232,7 @@ def _shape(inputs: Tensor) -> str:
 
 
 def _describe(row: Row) -> str:
-    text = f"loss {row['weight_loss']:.3f}  train {row['weight_accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
+    text = (
+        f"loss {row['weight_loss']:.3f}  train {row['weight_accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
+    )
     return text + (f"  {row['architecture']}" if "architecture" in row else "  (largest network)")
-
-

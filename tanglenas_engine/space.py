@@ -83,7 +83,8 @@ class SearchSpace(Elastic):
     @property
     def size(self) -> int:
         """The exact number of distinct architectures."""
-        total, gated = 1, {}
+        total = 1
+        gated: dict[Row, list[Row]] = {}
         for row in self.rows:
             if row.gate is None:
                 gated.setdefault(row, [])

@@ -135,7 +135,7 @@ def test_a_choice_that_is_missing_is_named(space):
 def test_an_architecture_of_another_space_is_refused(space, use):
     other = Architecture("languages", space.smallest().choices)
     with pytest.raises(
-        TangleNASError, match="is of the space 'languages', not of 'language': .* Did you mean 'language'?"
+        TangleNASError, match=r"of the space 'languages', not of 'language': .* Did you mean 'language'"
     ):
         getattr(space, use)(other)
 

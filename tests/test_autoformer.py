@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 from spaces import SPACES, vit
-from tanglenas_vit.network import RelativePosition2D, tanglenas_vit
 from timm.models.vision_transformer import VisionTransformer
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_vit.network import RelativePosition2D, tanglenas_vit
 
 SHAPE = dict(embed_dim=(8, 16), depth=(1, 3), num_heads=(2, 4), mlp_ratio=(4, 2), head_dim=4)
 

@@ -89,9 +89,7 @@ def test_the_newest_state_comes_back_as_it_was_saved(folder: Path) -> None:
     torch.optim.Adam(network.parameters()).load_state_dict(loaded["optimizer"])
 
 
-@pytest.mark.parametrize(
-    "value", [np.float64(0.5), Path("x"), {1, 2}.__iter__], ids=["NumPy scalar", "path", "method"]
-)
+@pytest.mark.parametrize("value", [np.float64(0.5), Path("x"), {1, 2}.__iter__], ids=["NumPy scalar", "path", "method"])
 def test_what_could_not_be_loaded_again_is_refused_when_it_is_saved(folder: Path, value: object) -> None:
     saved(folder, 1)
     with CheckpointFolder(folder, "mine") as checkpoints:
@@ -154,13 +152,9 @@ def flip_a_bit(path: Path) -> None:
 
 DAMAGES = [
     pytest.param("state-000002.pt", truncate, r"state-000002\.pt has \d+ of \d+ bytes", id="truncated"),
-    pytest.param(
-        "state-000002.pt", flip_a_bit, r"state-000002\.pt is not what was written", id="bit flipped"
-    ),
+    pytest.param("state-000002.pt", flip_a_bit, r"state-000002\.pt is not what was written", id="bit flipped"),
     pytest.param("state-000002.pt", Path.unlink, r"state-000002\.pt cannot be read \(No such", id="missing"),
-    pytest.param(
-        "state-000002.json", truncate, r"state-000002\.json is no manifest", id="manifest truncated"
-    ),
+    pytest.param("state-000002.json", truncate, r"state-000002\.json is no manifest", id="manifest truncated"),
 ]
 
 

@@ -430,7 +430,7 @@ def test_a_choice_made_per_layer_must_be_indexed(build):
 
 def test_a_width_of_nothing_is_refused():
     _, (width, ratio) = one(width=(1, 2), ratio=(0.5, 1))
-    with pytest.raises(TangleNASError, match="must be at least 1, but .* can be 0"):
+    with pytest.raises(TangleNASError, match=r"must be at least 1, but .* can be 0"):
         elastic.Linear(3, width * ratio)
 
 

@@ -92,6 +92,12 @@ def test_the_run_of_a_known_architecture_is_named_by_its_digest(root: Path) -> N
     assert run.data.tags["architecture.digest"] == "0123456789abcdef"
 
 
+def test_the_hash_that_a_stage_gives_its_parameters_stays(root: Path) -> None:
+    with MlflowTracker.open(stage="search", root=root, tags={"params.hash": "own"}) as tracker:
+        tracker.log_params({"seed": 0})
+    assert only_run(root).data.tags["params.hash"] == "own"
+
+
 @pytest.mark.parametrize(
     "ending, status",
     [
@@ -126,11 +132,20 @@ def test_infinite_metrics_are_stored_as_not_a_number(root: Path) -> None:
     assert len(metrics) == 3 and all(map(math.isnan, metrics.values()))
 
 
-def test_more_than_fits_one_call_is_split_and_long_values_are_cut(root: Path) -> None:
+def test_more_than_fits_one_call_is_split_and_long_values_are_cut(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, int]] = []
     with MlflowTracker.open(stage="search", root=root) as tracker:
+        send = tracker._client.log_batch
+
+        def count(run_id: str, metrics=(), params=(), tags=()) -> None:
+            calls.append((len(metrics), len(params), len(tags)))
+            send(run_id, metrics=metrics, params=params, tags=tags)
+
+        monkeypatch.setattr(tracker._client, "log_batch", count)
         tracker.log_params({f"p{index}": index for index in range(230)} | {"long": "x" * 7000})
         tracker.log_metrics({f"m{index}": index for index in range(1100)}, step=0)
         tracker.set_tags({f"t{index}": str(index) for index in range(130)})
+    assert calls == [(0, 100, 0), (0, 100, 0), (0, 31, 0), (1000, 0, 0), (100, 0, 0), (0, 0, 100), (0, 0, 30)]
     data = only_run(root).data
     assert len(data.params) == 231 and data.params["long"] == "x" * 6000
     assert len(data.metrics) == 1100

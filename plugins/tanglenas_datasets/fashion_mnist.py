@@ -16,9 +16,7 @@ from tanglenas_datasets.augment import prepare
 from tanglenas_engine.data import Dataset, TensorSamples, content_hash
 from tanglenas_engine.errors import TangleNASError
 
-_FILES = tuple(
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)
+_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 # Of the raw pixels of the training images, which go from 0 to 255.
 _MEAN, _STD = 72.94, 90.02
 
@@ -82,9 +80,7 @@ class FashionMNIST(Dataset):
         if (indices >= len(pool)).any():
             pool = torch.cat([pool, self._test_images])
         margin = (self.image_size - 28) // 2
-        transform = partial(
-            prepare, mean=_MEAN, std=_STD, shift=self.shift if train else 0, flip=self.flip and train
-        )
+        transform = partial(prepare, mean=_MEAN, std=_STD, shift=self.shift if train else 0, flip=self.flip and train)
         return TensorSamples(F.pad(pool[indices], (margin,) * 4), self.labels[indices], transform)
 
 

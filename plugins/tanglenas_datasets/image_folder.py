@@ -81,9 +81,7 @@ class ImageFolder(Dataset):
 
         root = Path(root)
         if not root.is_dir():
-            raise TangleNASError(
-                f"image_folder: there is no folder {root}. Give root=, one with a folder per class."
-            )
+            raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
         train_folders, test_folder = _layout(root)
         train = [_classes(folder) for folder in train_folders]
         self.class_names = tuple(sorted(train[0]))
@@ -115,9 +113,7 @@ class ImageFolder(Dataset):
         self.labels = torch.tensor(labels)
         if test_folder is not None:
             self.test_indices = torch.arange(sizes[-2], sizes[-1])
-        self.fingerprint = content_hash(
-            *self.class_names, self.labels, *(_file_hash(path, root) for path in paths)
-        )
+        self.fingerprint = content_hash(*self.class_names, self.labels, *(_file_hash(path, root) for path in paths))
         self._paths = [str(path) for path in paths]
 
     def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
@@ -139,9 +135,7 @@ class ImageFiles:
         shape: (C, H, W).
     """
 
-    def __init__(
-        self, paths: Sequence[str], labels: Tensor, transform: Transform, shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, paths: Sequence[str], labels: Tensor, transform: Transform, shape: tuple[int, int, int]) -> None:
         self._paths = paths
         self._transform = transform
         self._shape = shape
@@ -160,8 +154,7 @@ class ImageFiles:
                 f"image_folder: the transform made {tuple(inputs.shape)} of {path}; in_channels and "
                 f"image_size ask for {self._shape}. Change the transform, or those."
             )
-        # A plain tensor: torchvision's Image subclass slows down every operation after it.
-        return inputs.as_subclass(torch.Tensor)
+        return inputs
 
 
 def _layout(root: Path) -> tuple[list[Path], Path | None]:
@@ -221,9 +214,7 @@ def _decode(path: str, mode: str) -> Image.Image:
 
 
 def _unreadable(path: str | Path, error: BaseException) -> TangleNASError:
-    return TangleNASError(
-        f"image_folder: {path} is no readable image: {error}. Replace the file, or remove it."
-    )
+    return TangleNASError(f"image_folder: {path} is no readable image: {error}. Replace the file, or remove it.")
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:

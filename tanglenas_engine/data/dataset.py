@@ -74,9 +74,7 @@ class TensorSamples:
             A module's function or a `functools.partial` of one, so that workers can receive it.
     """
 
-    def __init__(
-        self, rows: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, rows: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> None:
         self._rows = rows
         self._transform = transform
         self.labels = labels

@@ -41,9 +41,7 @@ class Splits:
             raise unknown("split", name, SPLITS)
         letters = "wa" if name == "training" else _LETTERS[name]
         assignment = np.frombuffer(self.assignment.encode("ascii"), np.uint8)
-        return torch.from_numpy(
-            np.flatnonzero(np.isin(assignment, np.frombuffer(letters.encode(), np.uint8)))
-        )
+        return torch.from_numpy(np.flatnonzero(np.isin(assignment, np.frombuffer(letters.encode(), np.uint8))))
 
     @property
     def weights(self) -> Tensor:
@@ -88,9 +86,7 @@ class Splits:
             raise TangleNASError(f"this is no splits file: {error}. {remake}") from error
         types = {"version": int, "dataset": str, "fingerprint": str, "seed": int, "assignment": str}
         if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
-            raise TangleNASError(
-                f"a splits file is a JSON object with the fields {', '.join(types)}. {remake}"
-            )
+            raise TangleNASError(f"a splits file is a JSON object with the fields {', '.join(types)}. {remake}")
         if (version := fields.pop("version")) != _VERSION:
             raise TangleNASError(f"splits file of version {version}; this release reads {_VERSION}. {remake}")
         if strange := set(fields["assignment"]) - set(_LETTERS.values()):
@@ -152,8 +148,6 @@ def make_splits(
         pool = np.setdiff1d(np.arange(len(labels)), dataset.test_indices.numpy())
         pool = pool[_spread(labels[pool], generator)]
     validation, training = np.split(pool, [round(validation_portion * len(pool))])
-    # A second spread: `training` is a segment of the first, which need not start evenly for each class.
-    training = training[_spread(labels[training], generator)]
     weights, architecture = np.split(training, [round(train_portion * len(training))])
     for letter, members in ((b"v", validation), (b"w", weights), (b"a", architecture)):
         letters[members] = letter

@@ -46,7 +46,8 @@ class Elastic(nn.Module):
     @property
     def axes(self) -> dict[str, tuple[Axis, ...]]:
         """The declared axes by name."""
-        return self.__dict__.get("_axes", {})
+        axes: dict[str, tuple[Axis, ...]] = self.__dict__.get("_axes", {})
+        return axes
 
     @property
     def assignment(self) -> Assignment | None:
@@ -83,7 +84,7 @@ class Elastic(nn.Module):
                 continue
             start = (full - size) // 2 if axis.layout == "window" else 0
             if axis.parts > 1:
-                parts = tensor.unflatten(dim, (axis.parts, full)).narrow(dim + 1, 0, size)
+                parts = tensor.unflatten(dim, (axis.parts, full)).narrow(dim + 1, 0, size)  # type: ignore[no-untyped-call]
                 tensor = parts.flatten(dim, dim + 1)
             else:
                 tensor = tensor.narrow(dim, start, size)
@@ -99,7 +100,7 @@ class Elastic(nn.Module):
 
 
 def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]:
-    """Copies of a module's own parameters and buffers (not its children's), saved or not, as an architecture has them."""
+    """Copies of a module's own parameters and buffers (not its children's) as an architecture has them."""
     own = {**module._parameters, **module._buffers}
     elastic = module.axes if isinstance(module, Elastic) else {}
     return {

@@ -1,0 +1,384 @@
+"""Figures of a search and of what it found: one PNG each, byte-equal for equal input.
+
+matplotlib is imported when something is drawn, without pyplot, and its global settings stay as they are.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.checkpoint import write_atomic
+from tanglenas_engine.choice import Choice
+from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.training import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
+
+WIDTH = 8.0  # inches: once the figure fills a README's column, 9 points are as large as the text around it
+LETTER = 0.085  # inches that a letter takes
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, told apart by the colour-blind
+INK, FAINT, PALE = "#333333", "#8a8a8a", "#e6e6e6"
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "figure.dpi": 200,
+    "font.size": 9,
+    "image.cmap": "PuOr_r",
+    "legend.borderaxespad": 0.2,
+    "legend.borderpad": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+}
+
+
+def alphas(history: Sequence[Row], options: Mapping[str, Sequence[Any]], path: str | Path) -> None:
+    """Draw how the mixing weights of every choice moved: lines for one made once, maps of layer by epoch otherwise.
+
+    Args:
+        history: Rows of `SearchResult.history`; those of a method without mixing weights have no "mixture".
+        options: Options by choice, in the order of the weights. Choices with one option have nothing to show.
+    """
+    mixtures = [row["mixture"] for row in history if "mixture" in row]
+    open_choices = [name for name in (mixtures[0] if mixtures else ()) if len(options[name]) > 1]
+    if not open_choices:
+        return _note("No mixing weights: the method has none, or no choice has two options.", path)
+    epochs = [row["epoch"] for row in history if "mixture" in row]
+    once = [name for name in open_choices if not isinstance(mixtures[0][name][0], list)]
+    layered = [name for name in open_choices if name not in once]
+    columns, across = min(len(once), 3), {name: min(len(options[name]), 8) for name in layered}
+    tall = {name: min(max(0.16 * len(mixtures[0][name]), 0.7), 3.5) for name in layered}  # inches of a map
+    lines = -(-len(once) // 3)
+    bands = {name: -(-len(options[name]) // across[name]) * (tall[name] + 0.65) + 0.25 for name in layered}
+    with _drawing(path, 1.9 * lines + sum(bands.values())) as figure:
+        for place, name in enumerate(once):
+            room = LETTER * max(len(str(option)) for option in options[name])  # for names at the ends of the curves
+            cell, y = WIDTH / columns, 1.9 * (place // columns)
+            axes = _place(figure, cell * (place % columns) + 0.5, y + 0.3, cell - 0.85 - room, 1.15)
+            _weight_lines(axes, name, options[name], epochs, [mixture[name] for mixture in mixtures])
+        y = 1.9 * lines
+        for name in layered:
+            weights = [mixture[name] for mixture in mixtures]
+            _weight_maps(figure, y, tall[name], across[name], name, options[name], epochs, weights)
+            y += bands[name]
+
+
+def anytime(history: Sequence[Row], path: str | Path) -> None:
+    """Draw what the search would have given at any epoch: accuracy in %, cost and how decided the mixture is.
+
+    Without mixing weights there is no architecture before discretize: the accuracy is the largest network's.
+    """
+    if not history:
+        return _note("No epoch was searched.", path)
+    epochs = [row["epoch"] for row in history]
+    found = "architecture" in history[-1]
+    with _drawing(path, 5.1 if found else 3.0) as figure:
+        axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.2)
+        network = "current architecture" if found else "largest network"
+        _curve(axes, epochs, [row["validation_accuracy"] for row in history], BLUE, f"validation, {network}")
+        _curve(axes, epochs, [row["weight_accuracy"] for row in history], FAINT, "training, supernet")
+        if found:
+            digests = [row["digest"] for row in history]
+            changes = [e for e, old, new in zip(epochs[1:], digests, digests[1:], strict=False) if old != new]
+            low = axes.get_xaxis_transform()  # epochs across, a share of the panel upwards
+            if changes:
+                axes.plot(changes, [0.02] * len(changes), "^", color=ORANGE, markersize=5, transform=low,
+                          label="architecture changed")  # fmt: skip
+        _frame(axes, epochs, "accuracy (%)")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+        if not found:
+            return
+        below = [_place(figure, WIDTH / 3 * i + 0.55, 3.3, WIDTH / 3 - 0.7, 1.3) for i in range(3)]
+        for axes, key, title in zip(below, ("params", "flops"), ("parameters", "multiply-accumulates"), strict=False):
+            current, expected = [row[key] for row in history], [row[f"expected_{key}"] for row in history]
+            scale, unit = _unit(max(current + expected))
+            _curve(axes, epochs, [value / scale for value in expected], FAINT, "expected")
+            _curve(axes, epochs, [value / scale for value in current], BLUE, "current", drawstyle="steps-post")
+            _frame(axes, epochs, f"{title}{unit}")
+            _widen(axes)
+        below[0].legend(loc="best", fontsize=8)
+        _curve(below[2], epochs, [row["entropy"] for row in history], GREEN, None)
+        _frame(below[2], epochs, "entropy (0: decided)")
+        below[2].set_ylim(-0.03, 1.03)
+
+
+def training(history: Sequence[Row], path: str | Path) -> None:
+    """Draw the rows of `RetrainResult.history`: the loss, and accuracies in %."""
+    if not history:
+        return _note("No training: the network has the supernet's weights as they were.", path)
+    epochs = [row["epoch"] for row in history]
+    with _drawing(path, 2.8) as figure:
+        left, right = _place(figure, 0.55, 0.3, 2.4, 2.0), _place(figure, 3.6, 0.3, 2.9, 2.0)
+        _curve(left, epochs, [row["loss"] for row in history], FAINT, None)
+        _frame(left, epochs, "training loss")
+        ends = []
+        for key, label, colour in (("accuracy", "training", FAINT), ("validation_accuracy", "validation", BLUE)):
+            values = [row[key] for row in history]
+            _curve(right, epochs, values, colour, None)
+            ends.append((values[-1], f"{label} {values[-1]:.1f} %", colour))
+        _frame(right, epochs, "accuracy (%)")
+        _label_ends(right, ends)
+
+
+def architecture(space: SearchSpace, architecture: Architecture, path: str | Path) -> None:
+    """Draw the network found: its option of every choice among all of them, layer by layer from the input on.
+
+    Raises:
+        TangleNASError: The architecture is not of this space.
+    """
+    cost = space.cost(architecture)  # checks that it is of this space
+    once = [choice for choice in space.choices.values() if not choice.layered]
+    layered = [choice for choice in space.choices.values() if choice.layered]
+    grid = [layered[i : i + 4] for i in range(0, len(layered), 4)]
+    layers = [max(len(choice) for choice in line) for line in grid]
+    with _drawing(path, 0.65 + 0.3 * len(once) + 0.24 * sum(layers) + 0.5 * len(grid)) as figure:
+        _write(figure, 0.1, 0.15, f"{architecture.space}  {architecture.digest}", fontweight="bold")
+        _write(figure, 0.1, 0.4, f"{cost.params:,} parameters, {cost.flops:,} multiply-accumulates")
+        if layered:
+            _write(figure, WIDTH - 0.1, 0.4, "layers are numbered from the input", ha="right", color=FAINT)
+        if once:
+            axes = _place(figure, 0.1, 0.65, WIDTH - 0.2, 0.3 * len(once))
+            _option_table(axes, once, architecture)
+        y = 0.65 + 0.3 * len(once)
+        for line, most in zip(grid, layers, strict=True):
+            cell = (WIDTH - 0.2) / len(grid[0])
+            for place, choice in enumerate(line):
+                axes = _place(figure, cell * place + 0.4, y + 0.4, cell - 0.4, 0.24 * len(choice))
+                _layer_bars(axes, choice, architecture.choices[choice.name])
+            y += 0.24 * most + 0.5
+
+
+def candidates(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw the candidates of `DiscretizeResult`: accuracy in % against parameters, the best marked."""
+    if not rows:
+        return _note("No candidates.", path)
+    best = max(rows, key=lambda row: row["accuracy"])  # the first wins a tie, as in discretize
+    scale, unit = _unit(max(row["params"] for row in rows))
+    with _drawing(path, 3.6) as figure:
+        axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
+        axes.scatter([row["params"] / scale for row in rows], [row["accuracy"] for row in rows], s=18, c=BLUE,
+                     alpha=0.6, linewidths=0, label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}")  # fmt: skip
+        axes.scatter([best["params"] / scale], [best["accuracy"]], s=70, facecolors="none", edgecolors=ORANGE,
+                     linewidths=1.8, label=f"best: {best['accuracy']:.1f} %")  # fmt: skip
+        axes.set_title("accuracy with the supernet's weights (%)")
+        axes.set_xlabel(f"parameters{unit}")
+        axes.margins(0.06)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        if len(rows) == 1:
+            _widen(axes)
+
+
+@contextmanager
+def _drawing(path: str | Path, height: float) -> Iterator[Figure]:
+    """A figure `height` inches high, written to `path` when the block ends."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says: equal input, equal bytes
+        figure = Figure(figsize=(WIDTH, height))
+        yield figure
+        buffer = io.BytesIO()
+        # Without the release of matplotlib, which is what it would say of itself.
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    write_atomic(path, buffer.getvalue())
+
+
+def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """A panel in inches from the upper left corner.
+
+    matplotlib's own layouts give up, with a warning, where a space has many or few options or layers.
+    """
+    full = figure.get_figheight()
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / full, width / WIDTH, height / full))
+
+
+def _write(figure: Figure, left: float, middle: float, text: str, **options: Any) -> None:
+    """A line of text in inches from the upper left corner."""
+    figure.text(left / WIDTH, 1 - middle / figure.get_figheight(), text, va="center", **options)
+
+
+def _note(text: str, path: str | Path) -> None:
+    """A figure that says why there is nothing to draw, for pipelines that declare the file."""
+    with _drawing(path, 0.6) as figure:
+        _write(figure, WIDTH / 2, 0.3, text, ha="center")
+
+
+def _weight_lines(axes: Axes, name: str, options: Sequence[Any], epochs: list[int], weights: list[list[float]]) -> None:
+    from matplotlib import colormaps
+
+    ends = []
+    for rank, i in enumerate(sorted(range(len(options)), key=options.__getitem__)):
+        colour = colormaps["viridis"](0.65 * rank / (len(options) - 1))
+        values = [row[i] for row in weights]
+        _curve(axes, epochs, values, colour, None)
+        ends.append((values[-1], str(options[i]), colour))
+    low, high = _limits(weights, len(options))
+    axes.set_ylim(max(low - 0.02, -0.03), min(high + 0.02, 1.03))
+    _frame(axes, epochs, name)
+    axes.axhline(1 / len(options), color=PALE, linewidth=1, zorder=0)
+    _label_ends(axes, ends)
+
+
+def _weight_maps(
+    figure: Figure,
+    top: float,
+    height: float,
+    columns: int,
+    name: str,
+    options: Sequence[Any],
+    epochs: list[int],
+    weights: list[list[list[float]]],
+) -> None:
+    """A map of layer by epoch for every option; white where a weight says nothing, at 1 / options."""
+    from matplotlib.colors import CenteredNorm
+
+    count, layers = len(options), len(weights[0])
+    low, high = _limits([layer for epoch in weights for layer in epoch], count)
+    norm = CenteredNorm(1 / count, max(high - 1 / count, 1 / count - low))
+    winners = [layer.index(max(layer)) for layer in weights[-1]]
+    _write(figure, 0.1, top + 0.12, f"{name}: weight of each option (dot: the largest in the end)")
+    cell = (WIDTH - 1.2) / columns
+    for place, i in enumerate(sorted(range(count), key=options.__getitem__)):
+        line, column = divmod(place, columns)
+        y = top + 0.4 + line * (height + 0.65)
+        axes = _place(figure, 0.45 + cell * column, y, cell - 0.2, height)
+        image = axes.imshow(
+            [[epoch[layer][i] for epoch in weights] for layer in range(layers)],
+            norm=norm, aspect="auto", interpolation="nearest",
+            extent=(epochs[0] - 0.5, epochs[-1] + 0.5, layers + 0.5, 0.5),
+        )  # fmt: skip
+        axes.set_title(str(options[i]), pad=3)
+        chosen = [layer for layer, winner in enumerate(winners, 1) if winner == i]
+        axes.plot([1.0 + 0.07 / (cell - 0.2)] * len(chosen), chosen, "o", transform=axes.get_yaxis_transform(),
+                  color=INK, clip_on=False)  # fmt: skip
+        axes.xaxis.set_major_locator(_epoch_ticks(2 if cell < 1.2 else 5))
+        axes.set_yticks(range(1, layers + 1) if layers <= 20 else [1, layers])
+        axes.tick_params(left=column == 0, labelleft=column == 0, labelsize=8)
+        axes.spines[:].set_visible(False)
+        if column == 0:
+            axes.set_ylabel("layer")
+        axes.set_xlabel("epoch", labelpad=1)
+    scale = _place(figure, WIDTH - 0.6, top + 0.4, 0.12, height)
+    bar = figure.colorbar(image, cax=scale, ticks=[low, 1 / count, high], format="%.2f")
+    bar.ax.set_ylim(low, high)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
+def _limits(weights: list[list[float]], count: int) -> tuple[float, float]:
+    """Weights to show, around 1 / count: at least 0.05 to either side, so that noise does not look like a decision."""
+    flat = [weight for row in weights for weight in row]
+    reach = max(0.05, max(flat) - 1 / count, 1 / count - min(flat))
+    return max(0.0, 1 / count - reach), min(1.0, 1 / count + reach)
+
+
+def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture) -> None:
+    """One line per choice with all its options, the chosen one filled."""
+    start = 0.3 + LETTER * max(len(choice.name) for choice in choices)  # inches that the names take
+    pitch = min(0.75, (WIDTH - start - 0.2) / max(len(choice.options) for choice in choices))
+    for y, choice in enumerate(choices):
+        axes.text(0, y, choice.name, va="center")
+        for x, option in enumerate(sorted(choice.options)):
+            chosen = option == architecture.choices[choice.name]
+            axes.barh(y, 0.9 * pitch, 0.8, start + x * pitch, color=BLUE if chosen else PALE)
+            axes.text(start + (x + 0.45) * pitch, y, str(option), ha="center", va="center_baseline",
+                      color="white" if chosen else FAINT)  # fmt: skip
+    axes.set(xlim=(0, WIDTH), ylim=(len(choices) - 0.5, -0.5))
+    axes.set_axis_off()
+
+
+def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
+    """One bar per layer up to its option, on a ground as long as the largest one; layers not used are hatched."""
+    options = sorted(choice.options)
+    largest = options[-1]
+    inch = largest * axes.figure.dpi / axes.bbox.width
+    for layer in range(1, len(choice) + 1):
+        if layer > len(chosen):
+            axes.barh(layer, largest, 0.8, color="white", edgecolor=PALE, linewidth=0, hatch="////")
+            continue
+        option = chosen[layer - 1]
+        axes.barh(layer, largest, 0.8, color=PALE)
+        axes.barh(layer, option, 0.8, color=BLUE)
+        inside = option > (LETTER * len(str(option)) + 0.1) * inch
+        axes.text(0.06 * inch + (0 if inside else option), layer, str(option), va="center_baseline",
+                  color="white" if inside else INK)  # fmt: skip
+    if min((b - a for a, b in pairwise(options)), default=0) > 0.1 * inch:  # where options can be told apart
+        axes.vlines(options[:-1], 0.5, len(choice) + 0.5, color="white", linewidth=0.8)
+    listed = ", ".join(map(str, options)) if len(options) <= 4 else f"{options[0]} to {options[-1]}"
+    axes.set_title(f"{choice.name} ({listed})")
+    axes.set(xlim=(0, largest), ylim=(len(choice) + 0.5, 0.5), yticks=range(1, len(choice) + 1), xticks=[])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _curve(axes: Axes, epochs: list[int], values: list[float], colour: Any, label: str | None, **options: Any) -> None:
+    axes.plot(epochs, values, color=colour, label=label, marker="o" if len(epochs) <= 20 else "", **options)
+
+
+def _frame(axes: Axes, epochs: list[int], title: str) -> None:
+    """What all panels over epochs share."""
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    margin = 0.02 * (epochs[-1] - epochs[0]) or 0.5
+    axes.set_xlim(max(epochs[0] - margin, 0.5), epochs[-1] + margin)
+    axes.xaxis.set_major_locator(_epoch_ticks(6))
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _epoch_ticks(number: int) -> Locator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(number, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+def _widen(axes: Axes) -> None:
+    """Show at least a tenth of the values on every axis but that of epochs: a constant is no trend."""
+    low, high = axes.get_ylim()
+    centre, reach = (low + high) / 2, max(high - low, 0.1 * high) / 2
+    axes.set_ylim(centre - reach, centre + reach)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]]) -> None:
+    """Name curves at their ends, to the right of the panel, moved apart where names would overlap."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.15 * axes.figure.dpi / axes.bbox.height
+    inch = axes.figure.dpi / axes.bbox.width
+    ends = sorted(ends, key=lambda end: end[0])
+    places: list[float] = []
+    for y, _, _ in ends:
+        places.append(max(y, places[-1] + gap) if places else y)
+    above = max(0.0, places[-1] - high)
+    at_right = axes.get_yaxis_transform()
+    for place, (y, text, colour) in zip((place - above for place in places), ends, strict=True):
+        axes.text(1 + 0.2 * inch, place, text, transform=at_right, color=colour, va="center_baseline")
+        if abs(place - y) > gap / 2:
+            axes.plot([1 + 0.02 * inch, 1 + 0.16 * inch], [y, place], transform=at_right, color=colour,
+                      linewidth=0.6, marker="", clip_on=False)  # fmt: skip
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    """The scale in which numbers up to `largest` are short, and how an axis says so."""
+    for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+        if largest >= scale:
+            return scale, f" ({name})"
+    return 1.0, ""
