@@ -1,23 +1,25 @@
 """What the four stages share: gin in, files and an MLflow run out.
 
-A stage is run as `python -m pipelines.<stage> FILE.gin ... 'binding = value' ...` from the root of the project. The
-files of the space, optimizer and dataset that the bindings name (`gin/spaces/NAME.gin`, ...) are read too, if they
-exist; bindings come last and win.
+A stage is run from the root of the project as
+
+    python -m pipelines.STAGE FILE.gin ... 'binding = value' ...
+
+The files of the space, optimizer and dataset that the bindings name (`gin/spaces/NAME.gin`, ...) are read too, if
+they exist; bindings come last and win. `dvc repro` runs all four stages with the values of params.yaml.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import importlib
-import inspect
 import io
 import json
 import os
-import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,16 @@ import gin
 import torch
 
 import tanglenas_engine
+from pipelines._config import (
+    KINDS,
+    bound_parameters,
+    check_types,
+    configure,
+    macro_value,
+    operative_config,
+    register,
+    required,
+)
 from pipelines._tracking import MlflowTracker, project_root
 from tanglenas_engine import Architecture, Dataset, SearchSpace, create_dataset, create_optimizer, create_space
 from tanglenas_engine.checkpoint import (
@@ -39,10 +51,10 @@ from tanglenas_engine.checkpoint import (
     write_atomic,
 )
 from tanglenas_engine.data import make_splits
-from tanglenas_engine.errors import TangleNASError, closest
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.plugins import manager
 from tanglenas_engine.progress import ConsoleProgress
 from tanglenas_engine.tracking import Tracker
-from tanglenas_engine.training import Interrupted
 
 OUT = Path("out")
 METRICS = Path("metrics")
@@ -51,19 +63,6 @@ MIXTURE = OUT / "search" / "mixture.safetensors"
 SPLITS = OUT / "search" / "splits.json"
 ARCHITECTURE = OUT / "discretize" / "architecture.json"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
-FAMILIES = {"SPACE": "spaces", "OPTIMIZER": "optimizers", "DATASET": "datasets"}
-"""Macros that name a plugin, and the folders of gin files that go with it."""
-
-configurable: dict[str, Callable[..., Any]] = {}
-"""What gin files can bind, by the name they use."""
-
-
-def register(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function of the engine configurable under its own name; call what this returns."""
-    configurable[function.__name__] = function
-    return gin.external_configurable(function, function.__name__)
-
-
 create_space_, create_optimizer_, create_dataset_, make_splits_ = map(
     register, (create_space, create_optimizer, create_dataset, make_splits)
 )
@@ -103,7 +102,7 @@ class Stage:
     def finish(self, metrics: Mapping[str, Any], architecture: Architecture | None = None) -> None:
         """Write the metrics and the operative config, and give the tracker what the stage wrote."""
         write_atomic(METRICS / f"{self.name}.json", json.dumps(metrics, indent=2) + "\n")
-        self.write("operative.gin", gin.operative_config_str())
+        self.write("operative.gin", operative_config())
         self.tracker.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}, step=0)
         if architecture is not None:
             self.tracker.set_tags({"architecture.digest": architecture.digest})
@@ -121,8 +120,12 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
     lineage, which the search founds by its config. A TangleNASError or an interruption ends the process with one
     sentence and a status other than 0.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        raise SystemExit
     try:
         with ExitStack() as stack:
+            stack.enter_context(_termination_as_interrupt())
             configure(arguments)
             root = project_root()
             for path in inputs:
@@ -138,7 +141,7 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 config=config,
                 data=dataset.fingerprint,
                 inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
-                code=code_version(tanglenas_engine, *_packages(space, dataset)),
+                code=code_version(tanglenas_engine, *_packages()),
             )
             pipeline_id = weights_metadata(SUPERNET)["pipeline_id"] if SUPERNET in inputs else identity
             resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
@@ -161,71 +164,30 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 folder.mkdir(parents=True, exist_ok=True)
             yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
             record.unlink(missing_ok=True)
-    except (TangleNASError, Interrupted) as problem:
-        print(f"{name}: {problem}", file=sys.stderr)
-        raise SystemExit(130 if isinstance(problem, Interrupted) else 2) from None
+    except TangleNASError as problem:
+        sentence = str(problem).split("\n  In call to configurable")[0]  # gin adds where it passed by
+        print(f"{name}: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as problem:
+        print(str(problem) or f"{name} stopped. Run the same command again to continue", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
-def configure(arguments: Sequence[str]) -> None:
-    """Read gin files and bindings.
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a stage as Ctrl-C does, so that its MLflow run is closed; training saves its state as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    Raises:
-        TangleNASError: A file is missing, or a binding names something that does not exist.
-    """
-    check_params()
-    gin.clear_config()
-    files = [argument for argument in arguments if argument.endswith(".gin") and "=" not in argument]
-    bindings = [argument for argument in arguments if argument not in files]
-    _register_references("\n".join(bindings))
-    _parse(gin.parse_config, bindings)
-    for macro, folder in FAMILIES.items():
-        name = _macro(macro)
-        path = Path("gin", folder, f"{name}.gin")
-        if name is not None and re.fullmatch(r"[\w.-]+", name) and path.exists():
-            files.append(str(path))
-    for file in files:
-        if not Path(file).is_file():
-            raise TangleNASError(f"there is no configuration file {file!r}: run stages from the root of the project")
-    for file in files:
-        _register_references(Path(file).read_text())
-        _parse(gin.parse_config_file, file)
-    _parse(gin.parse_config, bindings)
-    _parse(gin.finalize)
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
 
-
-def _register_references(text: str) -> None:
-    """Register what a config refers to by its full name, such as `@torch.optim.AdamW`, so that it can be bound.
-
-    gin's own way to do this without touching the classes, dynamic registration, would ask every file to import
-    the stage's function as well.
-    """
-    for path in dict.fromkeys(re.findall(r"@(?:\w+/)*((?:\w+\.)+\w+)", re.sub(r"#.*", "", text))):
-        module, _, attribute = path.rpartition(".")
-        try:
-            target = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise TangleNASError(f"configuration: @{path} cannot be imported: {error}") from None
-        if path not in configurable:
-            configurable[path] = target
-            gin.external_configurable(target, attribute, module=module)
-
-
-def bound_parameters() -> dict[str, Any]:
-    """All bindings as flat scalars, for people to compare runs by."""
-    parameters = {}
-    for (scope, selector), values in gin.config._CONFIG.items():
-        for name, value in values.items():
-            key = f"{scope or selector.split('.')[-1]}.{name}"
-            parameters[scope if selector == "gin.macro" else key] = value
-    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in sorted(parameters.items())}
-
-
-def required(macro: str) -> Any:
-    """The value of a macro that every run must set."""
-    value = _macro(macro)
-    if value is None:
-        raise TangleNASError(f"{macro} is not set: add the binding '{macro} = ...', as dvc.yaml does from params.yaml")
-    return value
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def device() -> str | None:
@@ -235,74 +197,21 @@ def device() -> str | None:
 
 def _create() -> tuple[int, SearchSpace, Dataset]:
     """The seed, and the space and dataset that the config names: the space fits the data unless gin says otherwise."""
-    seed = required("SEED")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise TangleNASError(f"SEED is {seed!r}, expected a whole number of at least 0")
-    dataset: Dataset = create_dataset_(name=required("DATASET"))
+    seed = required("SEED", int)
+    if not 0 <= seed < 2**63:
+        raise TangleNASError(f"SEED is {seed}, expected a whole number from 0 to 2**63 - 1")
+    names = {kind: required(macro, str) for macro, kind in KINDS.items() if macro_value(macro) is not None}
+    for kind, name in names.items():
+        check_types(f"create_{kind}", manager().resolve(kind, name).load(), gin.get_bindings(f"create_{kind}"))
+    dataset: Dataset = create_dataset_(name=required("DATASET", str))
     fitted = {"num_classes": dataset.num_classes, "image_size": dataset.image_size, "in_channels": dataset.in_channels}
     bound = gin.get_bindings("create_space")
     torch.manual_seed(seed)
-    space = create_space_(name=required("SPACE"), **{k: v for k, v in fitted.items() if k not in bound})
+    space = create_space_(name=required("SPACE", str), **{k: v for k, v in fitted.items() if k not in bound})
     return seed, space, dataset
 
 
-def _packages(*objects: object) -> set[ModuleType]:
-    """The top-level packages that define the objects' classes, where they are packages of plugins."""
-    names = {type(thing).__module__.split(".")[0] for thing in objects} - {"tanglenas_engine"}
-    return {sys.modules[name] for name in sorted(names)}
-
-
-def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")) -> None:
-    """Check that dvc.yaml uses every key of params.yaml: DVC itself ignores a misspelt one.
-
-    Raises:
-        TangleNASError: It does not; the message names the closest key.
-    """
-    if not (params.exists() and pipeline.exists()):
-        return
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        content = YAML(typ="safe").load(params.read_text()) or {}
-    except YAMLError as error:
-        raise TangleNASError(f"params.yaml cannot be read: {error}") from None
-    used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text()))
-    known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
-    for key in _keys(content):
-        if key not in known:
-            raise TangleNASError(
-                f"params.yaml: nothing in dvc.yaml uses the key {key!r}.{closest(key, used)} "
-                "Correct it, or use it as ${" + key + "} in a stage's cmd"
-            )
-
-
-def _keys(content: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in content.items() if isinstance(content, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _keys(value, f"{prefix}{key}.")
-
-
-def _macro(name: str) -> Any:
-    try:
-        return gin.query_parameter(f"%{name}")
-    except ValueError:
-        return None
-
-
-def _parse(action: Callable[..., Any], *arguments: Any) -> None:
-    """Run a step of gin's; what it finds wrong becomes a sentence with the closest name."""
-    try:
-        action(*arguments)
-    except (ValueError, SyntaxError, TypeError, NameError, ImportError, OSError) as error:
-        text = str(error).strip()
-        hint = ""
-        if match := re.search(r"Failed to parse token '(.*?)'", text):
-            text = f"the value {match[1]!r} cannot be read"
-            hint = ": expected a number, True, False, None, a quoted string, a list or tuple of those, or an @reference"
-        elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
-            function = configurable.get(match[1].split(".")[-1])
-            hint = closest(match[2], inspect.signature(function).parameters) if function else ""
-        elif match := re.search(r"No configurable matching '([\w.]+)'", text):
-            hint = closest(match[1], configurable)
-        raise TangleNASError(f"configuration: {' '.join(text.split())}{hint}") from None
+def _packages() -> set[ModuleType]:
+    """The top-level packages of the plugins that the config names."""
+    targets = [manager().resolve(kind, name).load() for macro, kind in KINDS.items() if (name := macro_value(macro))]
+    return {sys.modules[target.__module__.split(".")[0]] for target in targets}

@@ -76,8 +76,9 @@ def _git_state() -> dict[str, str]:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # `dvc repro` rewrites dvc.lock after each stage: that alone makes no other code.
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude,glob)**/dvc.lock")
+        # `dvc repro` rewrites dvc.lock and the metrics after each stage: that alone makes no other code.
+        written = [f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "metrics/*.json")]
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *written)
         return {"git.sha": git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {}

@@ -1,8 +1,10 @@
 """Discretize: derive one architecture from the trained supernet, within the budget."""
 
 import sys
+from collections.abc import Sequence
 
-from pipelines._stage import ARCHITECTURE, MIXTURE, SPLITS, SUPERNET, device, register, stage
+from pipelines._config import register
+from pipelines._stage import ARCHITECTURE, MIXTURE, SPLITS, SUPERNET, device, stage
 from tanglenas_engine import figures
 from tanglenas_engine.checkpoint import load_weights, weights_metadata
 from tanglenas_engine.data import Splits, open_splits
@@ -10,8 +12,10 @@ from tanglenas_engine.discretize import discretize
 
 discretize_ = register(discretize)
 
-if __name__ == "__main__":
-    with stage("discretize", sys.argv[1:], (SUPERNET, MIXTURE, SPLITS)) as run:
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the stage with these gin files and bindings."""
+    with stage("discretize", arguments, (SUPERNET, MIXTURE, SPLITS)) as run:
         splits = Splits.from_json(SPLITS.read_text())
         run.space.load_state_dict(load_weights(SUPERNET))
         mixture = load_weights(MIXTURE)
@@ -39,3 +43,7 @@ if __name__ == "__main__":
             },
             result.architecture,
         )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

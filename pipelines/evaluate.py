@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Sequence
 
-from pipelines._stage import ARCHITECTURE, METRICS, OUT, SPLITS, SUPERNET, WEIGHTS, device, register, stage
+from pipelines._config import register
+from pipelines._stage import ARCHITECTURE, METRICS, OUT, SPLITS, SUPERNET, WEIGHTS, device, stage
 from tanglenas_engine import Architecture, figures
 from tanglenas_engine.checkpoint import load_weights
 from tanglenas_engine.data import Splits, open_splits
@@ -32,8 +34,9 @@ def _readable(key: str, value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-if __name__ == "__main__":
-    with stage("evaluate", sys.argv[1:], (SUPERNET, ARCHITECTURE, WEIGHTS, SPLITS)) as run:
+def main(arguments: Sequence[str]) -> None:
+    """Run the stage with these gin files and bindings."""
+    with stage("evaluate", arguments, (SUPERNET, ARCHITECTURE, WEIGHTS, SPLITS)) as run:
         architecture = Architecture.from_json(ARCHITECTURE.read_text())
         network = run.space.standalone(architecture)
         network.load_state_dict(load_weights(WEIGHTS))
@@ -56,3 +59,7 @@ if __name__ == "__main__":
             architecture,
         )
     summary()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,8 +1,10 @@
 """Retrain: give the architecture found its final weights, and write it as a plain model."""
 
 import sys
+from collections.abc import Sequence
 
-from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, register, stage
+from pipelines._config import register
+from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, stage
 from tanglenas_engine import Architecture, figures
 from tanglenas_engine.checkpoint import load_weights
 from tanglenas_engine.data import Splits, open_splits
@@ -10,8 +12,10 @@ from tanglenas_engine.retrain import retrain
 
 retrain_ = register(retrain)
 
-if __name__ == "__main__":
-    with stage("retrain", sys.argv[1:], (SUPERNET, ARCHITECTURE, SPLITS)) as run:
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the stage with these gin files and bindings."""
+    with stage("retrain", arguments, (SUPERNET, ARCHITECTURE, SPLITS)) as run:
         architecture = Architecture.from_json(ARCHITECTURE.read_text())
         run.space.load_state_dict(load_weights(SUPERNET))
         result = retrain_(
@@ -29,3 +33,7 @@ if __name__ == "__main__":
         if result.history:
             figures.training(result.history, run.folder / "training.png")
         run.finish({"validation_accuracy": result.validation_accuracy}, architecture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,7 +1,9 @@
 """Search: split the data, train the supernet and its architecture parameters."""
 
 import sys
+from collections.abc import Sequence
 
+from pipelines._config import register, required
 from pipelines._stage import (
     MIXTURE,
     SPLITS,
@@ -9,8 +11,6 @@ from pipelines._stage import (
     create_optimizer_,
     device,
     make_splits_,
-    register,
-    required,
     stage,
 )
 from tanglenas_engine import figures
@@ -20,10 +20,12 @@ from tanglenas_engine.search import search
 
 search_ = register(search)
 
-if __name__ == "__main__":
-    with stage("search", sys.argv[1:]) as run:
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the stage with these gin files and bindings."""
+    with stage("search", arguments) as run:
         splits = make_splits_(run.dataset, seed=run.seed)
-        optimizer = create_optimizer_(name=required("OPTIMIZER"))
+        optimizer = create_optimizer_(name=required("OPTIMIZER", str))
         result = search_(
             run.space,
             optimizer,
@@ -67,3 +69,7 @@ if __name__ == "__main__":
             "flops",
         )
         run.finish({key: last[key] for key in keep if key in last}, result.architecture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

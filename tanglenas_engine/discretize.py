@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.cost import METRICS, Cost
-from tanglenas_engine.data import DataView, batches
+from tanglenas_engine.data import DataView, Samples
 from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.mixture import Mixture
@@ -19,7 +22,7 @@ from tanglenas_engine.search import check_fit
 from tanglenas_engine.size import Row
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.training import Row as HistoryRow
-from tanglenas_engine.training import accuracy, at_least, device_of
+from tanglenas_engine.training import accuracy, at_least, device_of, random_inputs, seeded
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DiscretizeResult:
 def discretize(
     space: SearchSpace,
     data: DataView,
-    mixture: Mixture | None,
+    mixture: Mapping[str, Tensor] | None,
     *,
     method: str | None = None,
     derivation: str = "argmax",
@@ -57,15 +60,16 @@ def discretize(
         space: The supernet with its trained weights.
         data: A view that reaches `weights` (for statistics of batch norms), `architecture` (to rank candidates)
             and `validation` (to judge the result).
-        mixture: What alpha stands for after a gradient search; None after a sampled one.
+        mixture: What alpha stands for after a gradient search, by choice; None after a sampled one.
         method: "argmax" takes the most probable option of every row. "random" evaluates random architectures with
             the supernet's weights and takes the best on the architecture split. None: what `derivation` says.
         derivation: The way that goes with the optimizer that searched.
         candidates: How many architectures "random" tries.
-        max_params: Hard budget in parameters, met by construction: argmax changes the rows in which that costs
-            the least probability per cost saved; random draws within the budget only.
+        max_params: Hard budget in parameters, met by construction: argmax takes the most probable architecture
+            within it that `project` finds; random draws within it only.
         max_flops: The same in multiply-accumulates for one input.
-        recalibration_batches: Batches that set the statistics of batch norms for each candidate.
+        recalibration_batches: Batches that set the statistics of batch norms for each candidate; 0 keeps the
+            supernet's. The space has its own again at the end.
 
     Raises:
         TangleNASError: An unknown method, a method that needs a mixture without one, or a budget below the
@@ -75,46 +79,59 @@ def discretize(
     if method not in METHODS:
         raise unknown("discretize.method", method, METHODS)
     at_least("discretize.candidates", candidates, 1)
+    at_least("discretize.recalibration_batches", recalibration_batches, 0)
     budget = {"params": max_params, "flops": max_flops}
     check_budget(space, budget)
     check_fit(space, data.validation)
-    space.to(device_of(device)).eval()
-    statistics = [inputs for inputs, _ in batches(data.weights, batch_size)][:recalibration_batches]
-    progress = progress or SilentProgress()
-
-    def judge(architecture: Architecture, split: str) -> float:
-        """Accuracy in % on a split with inherited weights; batch norms as the last recalibration left them."""
-        return accuracy(space.select(architecture), getattr(data, split), batch_size)
-
-    def adapt(architecture: Architecture) -> None:
-        reference = next(space.parameters())
-        recalibrate(space.select(architecture), [inputs.to(reference.device) for inputs in statistics])
-
+    target = device_of(device)
+    space.to(target)
+    weights = None if mixture is None else space.mixture(mixture)
+    statistics = random_inputs(data.weights, batch_size, recalibration_batches, seed, target)
     generator = torch.Generator().manual_seed(seed)
+
+    def judge(architecture: Architecture, samples: Samples) -> float:
+        """Accuracy in % with inherited weights, and with batch norms that fit this architecture."""
+        space.select(architecture)
+        if statistics:
+            recalibrate(space, statistics)
+        return accuracy(space, samples, batch_size)
+
     rows: list[HistoryRow] = []
-    with progress.stage("discretize", candidates if method == "random" else 1, 0) as line:
-        for number, architecture in enumerate(METHODS[method](space, mixture, budget, candidates, generator), 1):
-            adapt(architecture)
-            cost = space.cost(architecture)
-            rows.append(
-                {
-                    "digest": architecture.digest,
-                    "accuracy": judge(architecture, "architecture"),
-                    "params": cost.params,
-                    "flops": cost.flops,
-                    "architecture": architecture,
-                }
-            )
-            line.advance()
-            best = max(rows, key=lambda row: row["accuracy"])
-            line.epoch(number, candidates if method == "random" else 1, f"best {best['accuracy']:.1f} %")
-    rows.sort(key=lambda row: -row["accuracy"])  # stable: the first found wins a tie
-    found: Architecture = rows[0]["architecture"]
-    adapt(found)
-    result = judge(found, "validation")
-    space.release()
+    with seeded(seed), _unchanged(space):
+        tried = METHODS[method](space, weights, budget, candidates, generator)
+        with (progress or SilentProgress()).stage("discretize", len(tried), 0) as line:
+            best = -1.0
+            for number, architecture in enumerate(tried, 1):
+                cost = space.cost(architecture)
+                rows.append(
+                    {
+                        "digest": architecture.digest,
+                        "accuracy": judge(architecture, data.architecture),
+                        "params": cost.params,
+                        "flops": cost.flops,
+                        "architecture": architecture,
+                    }
+                )
+                best = max(best, rows[-1]["accuracy"])
+                line.advance()
+                line.epoch(number, len(tried), f"best {best:.1f} %")
+        rows.sort(key=lambda row: -row["accuracy"])  # stable: the first found wins a tie
+        found: Architecture = rows[0]["architecture"]
+        result = judge(found, data.validation)
     table = [{**row, "architecture": str(row["architecture"])} for row in rows]
     return DiscretizeResult(found, space.cost(found), result, table)
+
+
+@contextmanager
+def _unchanged(space: SearchSpace) -> Iterator[None]:
+    """Leave a space released, in its mode and with its statistics: each candidate sets its own."""
+    training, buffers = space.training, [(buffer, buffer.clone()) for buffer in space.buffers()]
+    try:
+        yield
+    finally:
+        space.release().train(training)
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 Budget = dict[str, int | None]
@@ -139,11 +156,6 @@ def check_budget(space: SearchSpace, budget: Budget) -> None:
             )
 
 
-def fits(cost: Cost, budget: Budget) -> bool:
-    """Whether a cost is within the budget."""
-    return all(limit is None or getattr(cost, metric) <= limit for metric, limit in budget.items())
-
-
 def _argmax(
     space: SearchSpace, mixture: Mixture | None, budget: Budget, candidates: int, generator: torch.Generator
 ) -> list[Architecture]:
@@ -159,12 +171,9 @@ def _random(
     space: SearchSpace, mixture: Mixture | None, budget: Budget, candidates: int, generator: torch.Generator
 ) -> list[Architecture]:
     """Distinct architectures within the budget, uniform over the rows' options where the budget leaves room."""
-    uniform = space.mixture({count: torch.full((rows, count), 1 / count) for count, rows in space.stacks.items()})
     found: dict[str, Architecture] = {}
     for _ in range(20 * candidates):
-        architecture = space.sample(generator)
-        if not fits(space.cost(architecture), budget):
-            architecture = project(space, uniform, budget, start=architecture, generator=generator)
+        architecture = _shrunk(space, space.sample(generator), budget, generator)
         found.setdefault(architecture.digest, architecture)
         if len(found) == min(candidates, space.size):
             break
@@ -174,41 +183,71 @@ def _random(
 METHODS: dict[str, Callable[..., list[Architecture]]] = {"argmax": _argmax, "random": _random}
 """Ways to derive: from (space, mixture, budget, candidates, generator) to the architectures to evaluate."""
 
+Picks = dict[Row, int]
 
-def project(
-    space: SearchSpace,
-    mixture: Mixture,
-    budget: Budget,
-    start: Architecture | None = None,
-    generator: torch.Generator | None = None,
-) -> Architecture:
-    """The most probable architecture, moved into the budget.
 
-    While it does not fit, the one row changes that loses the least log-probability per share of the budget saved;
-    each change saves, so this ends, at the smallest architecture at the latest. With a `generator` the row is
-    drawn instead, for random candidates.
+def project(space: SearchSpace, mixture: Mixture, budget: Budget) -> Architecture:
+    """The most probable architecture within the budget, as a local search finds it.
+
+    From the most probable one of all, the row changes that loses the least log-probability per share of the
+    budget saved, until it fits. Then what gains probability and still fits is changed, one or two rows at a time,
+    until nothing is left: no change of one or two rows gives a more probable architecture within the budget.
     """
-    assignment = space.assignment_of(start or argmax(space, mixture))
+    picks = space.assignment_of(argmax(space, mixture))
     stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
+    logs = {row: stacks[len(row.options)][row.slot] for row in space.rows}
 
-    def excess(picks: dict[Row, int]) -> float:
-        cost = space.cost(space.architecture_of(picks))
-        limits = {metric: limit for metric, limit in budget.items() if limit is not None}
-        return float(sum(max(0.0, getattr(cost, metric) / limit - 1) for metric, limit in limits.items()))
-
-    over = excess(assignment)
+    over = _excess(space, picks, budget)
+    if over == 0:
+        return space.architecture_of(picks)
     while over > 0:
         moves = []
-        for row in space.rows:
-            logs = stacks[len(row.options)][row.slot]
-            for option in range(len(row.options)):
-                after = excess({**assignment, row: option})
-                if after < over:
-                    moves.append(((logs[assignment[row]] - logs[option]) / (over - after), after, row, option))
-        if not moves:
-            # No single change helps: a choice further along does only together with another.
+        for row, option in _moves(space, picks):
+            after = _excess(space, {**picks, row: option}, budget)
+            if after < over:
+                moves.append(((logs[row][picks[row]] - logs[row][option]) / (over - after), after, row, option))
+        if not moves:  # a change helps only together with another
+            picks = space.assignment_of(space.smallest())
+            break
+        _, over, row, option = min(moves, key=lambda move: move[0])
+        picks = {**picks, row: option}
+
+    better: Picks | None = picks
+    while better is not None:
+        picks = better
+        gains = [(logs[row][option] - logs[row][picks[row]], {row: option}) for row, option in _moves(space, picks)]
+        pairs = [(a + b, {**one, **two}) for (a, one), (b, two) in itertools.combinations(gains, 2) if {*one} != {*two}]
+        # Smaller gains than this may be rounding, and would go on for ever.
+        changes = sorted((c for c in [*gains, *pairs] if c[0] > 1e-9), key=lambda change: -change[0])
+        fitting = ({**picks, **change} for _, change in changes if not _excess(space, {**picks, **change}, budget))
+        better = next(fitting, None)
+    return space.architecture_of(picks)
+
+
+def _shrunk(space: SearchSpace, architecture: Architecture, budget: Budget, generator: torch.Generator) -> Architecture:
+    """The architecture after random changes that bring it into the budget, each of which saves."""
+    picks = space.assignment_of(architecture)
+    over = _excess(space, picks, budget)
+    while over > 0:
+        moves = list(_moves(space, picks))
+        for index in torch.randperm(len(moves), generator=generator).tolist():
+            row, option = moves[index]
+            after = _excess(space, {**picks, row: option}, budget)
+            if after < over:
+                picks, over = {**picks, row: option}, after
+                break
+        else:
             return space.smallest()
-        pick = int(torch.randint(len(moves), (), generator=generator)) if generator else None
-        _, over, row, option = moves[pick] if pick is not None else min(moves, key=lambda move: move[0])
-        assignment = {**assignment, row: option}
-    return space.architecture_of(assignment)
+    return space.architecture_of(picks)
+
+
+def _moves(space: SearchSpace, picks: Picks) -> Iterator[tuple[Row, int]]:
+    """All changes of one row."""
+    return ((row, option) for row in space.rows for option in range(len(row.options)) if option != picks[row])
+
+
+def _excess(space: SearchSpace, picks: Picks, budget: Budget) -> float:
+    """By which share the budget is exceeded, summed over its limits; 0 within it."""
+    cost = space.cost(space.architecture_of(picks))
+    limits = {metric: limit for metric, limit in budget.items() if limit is not None}
+    return float(sum(max(0.0, getattr(cost, metric) / limit - 1) for metric, limit in limits.items()))

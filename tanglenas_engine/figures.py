@@ -352,7 +352,7 @@ def _epoch_ticks(number: int) -> Locator:
 
 
 def _widen(axes: Axes) -> None:
-    """Show at least a tenth of the values on every axis but that of epochs: a constant is no trend."""
+    """Let the vertical axis span at least a tenth of its values: the last digits of a constant are no trend."""
     low, high = axes.get_ylim()
     centre, reach = (low + high) / 2, max(high - low, 0.1 * high) / 2
     axes.set_ylim(centre - reach, centre + reach)

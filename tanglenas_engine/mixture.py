@@ -53,6 +53,11 @@ class Mixture(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def superposition(self) -> Superposition:
+        """The state of the space whose choices these are."""
+        return next(iter(self._rows.values()))[0].superposition
+
     def detach(self) -> Mixture:
         """The same weights as constants."""
         return Mixture(self._rows, {count: stack.detach() for count, stack in self.stacks.items()})

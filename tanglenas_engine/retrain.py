@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.checkpoint import CheckpointFolder
-from tanglenas_engine.data import DataView, Stream, batches
+from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizer import Batch, Loss
@@ -31,6 +31,7 @@ from tanglenas_engine.training import (
     cosine,
     device_of,
     parameter_groups,
+    random_inputs,
     run,
     seeded,
     to,
@@ -93,6 +94,7 @@ def retrain(
         optimizer: Makes the optimizer from parameter groups.
         scheduler: Makes the learning-rate schedule from (optimizer, total steps), stepped every iteration.
         ema: Makes a moving average of the weights, which then is what is validated and returned.
+        recalibration_batches: Batches that set the statistics of batch norms for "inherit"; 0 keeps the supernet's.
         checkpoints, checkpoint_every, device, num_workers: As in `search`.
 
     Raises:
@@ -102,14 +104,15 @@ def retrain(
     if mode not in MODES:
         raise TangleNASError(f"retrain.mode is {mode!r}, expected one of: {', '.join(MODES)}")
     at_least("retrain.epochs", epochs, 1)
+    at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
     target = device_of(device)
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
         network = network.to(target)
         if mode == "inherit":
-            inputs = [batch[0].to(target) for batch in batches(data.training, batch_size)]
-            recalibrate(network, inputs[:recalibration_batches])
+            if recalibration_batches:
+                recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, target))
             return RetrainResult(network.eval(), accuracy(network, data.validation), [])
         stream = Stream(data.training, batch_size, seed=seed, num_workers=num_workers)
         optimize = optimizer(parameter_groups(network))
@@ -154,6 +157,7 @@ def retrain(
                 **({"scheduler": schedule} if schedule is not None else {}),
                 **({"ema": average} if average is not None else {}),
             },
+            parameters=list(network.parameters()),
             checkpoints=checkpoints,
             checkpoint_every=checkpoint_every,
             tracker=tracker,

@@ -102,14 +102,18 @@ def search(
         raise TangleNASError(f"search.strategy is {strategy!r}, expected 'alternating' or 'simultaneous'")
     if warmup_epochs >= epochs and optimizer.learns_architecture:
         raise TangleNASError(f"{warmup_epochs} warm-up epochs leave no epoch of {epochs} in which alpha learns")
+    if not space.rows:
+        raise TangleNASError(f"the space {space.name!r} has no choices: there is nothing to search")
     check_fit(space, data.weights)
     target = device_of(device)
-    space.to(target)
+    space.to(target).train()
     optimizer.bind(space, seed)
     weights = Stream(data.weights, batch_size, seed=2 * seed, num_workers=num_workers)
     learns = optimizer.learns_architecture
     alternating = learns and strategy == "alternating"
-    architectures = Stream(data.architecture, batch_size, seed=2 * seed + 1, num_workers=num_workers)
+    streams = [weights]
+    if alternating:
+        streams.append(Stream(data.architecture, batch_size, seed=2 * seed + 1, num_workers=num_workers))
     per_epoch = weights.batches_per_epoch
     of_weights = weight_optimizer(parameter_groups(space))
     of_alpha = architecture_optimizer(list(optimizer.alphas.values())) if learns else None
@@ -117,11 +121,10 @@ def search(
     iterators: list[Iterator[Batch]] = []
 
     def step(position: int) -> dict[str, Tensor]:
+        if not iterators or position % per_epoch == 0:
+            optimizer.progress(position // per_epoch / epochs)
         if not iterators:  # a resumed search starts its streams where it left off
-            iterators.extend([weights.start(position), architectures.start(position)] if alternating
-                             else [weights.start(position)])  # fmt: skip
-        if position % per_epoch == 0:
-            optimizer.progress(position / per_epoch / epochs)
+            iterators.extend(stream.start(position) for stream in streams)
         warm = position >= warmup_epochs * per_epoch
         now = Step(
             index=position,
@@ -177,27 +180,30 @@ def search(
             )
         return row
 
-    with seeded(seed):
-        history = run(
-            name="search",
-            epochs=epochs,
-            steps_per_epoch=per_epoch,
-            step=step,
-            end_epoch=end_epoch,
-            describe=_describe,
-            stateful={
-                "space": space,
-                "optimizer": optimizer,
-                "weight_optimizer": of_weights,
-                **({"architecture_optimizer": of_alpha} if of_alpha is not None else {}),
-                **({"scheduler": schedule} if schedule is not None else {}),
-            },
-            checkpoints=checkpoints,
-            checkpoint_every=checkpoint_every,
-            tracker=tracker,
-            progress=progress,
-        )
-    space.release()
+    try:
+        with seeded(seed):
+            history = run(
+                name="search",
+                epochs=epochs,
+                steps_per_epoch=per_epoch,
+                step=step,
+                end_epoch=end_epoch,
+                describe=_describe,
+                stateful={
+                    "space": space,
+                    "optimizer": optimizer,
+                    "weight_optimizer": of_weights,
+                    **({"architecture_optimizer": of_alpha} if of_alpha is not None else {}),
+                    **({"scheduler": schedule} if schedule is not None else {}),
+                },
+                parameters=[*space.parameters(), *optimizer.alphas.values()],
+                checkpoints=checkpoints,
+                checkpoint_every=checkpoint_every,
+                tracker=tracker,
+                progress=progress,
+            )
+    finally:
+        space.release()
     mixture = optimizer.expected()
     return SearchResult(optimizer.current(), mixture and mixture.detach(), history)
 
@@ -209,16 +215,18 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
         TangleNASError: It does not; the message has both shapes.
     """
     (inputs, _targets) = next(batches(samples, 1))
-    wanted = space.example_input(1)
+    with torch.random.fork_rng(devices=[]):  # a look at a space changes no number of a run
+        wanted = space.example_input(1)
     if inputs.shape != wanted.shape or inputs.is_floating_point() != wanted.is_floating_point():
         raise TangleNASError(
             f"the data are of shape {_shape(inputs)}, but the space {space.name!r} takes {_shape(wanted)}: "
             "create the space with the dataset's image_size and in_channels, or change the dataset's"
         )
     parameters = next(space.parameters())
+    inputs = inputs.to(parameters.device, parameters.dtype if inputs.is_floating_point() else None)
     training = space.training
     with torch.no_grad():
-        classes = space.release().eval()(inputs.to(parameters.device, parameters.dtype)).shape[-1]
+        classes = space.release().eval()(inputs).shape[-1]
     space.train(training)
     if int(samples.labels.max()) >= classes:
         raise TangleNASError(
@@ -232,7 +240,6 @@ def _shape(inputs: Tensor) -> str:
 
 
 def _describe(row: Row) -> str:
-    text = (
-        f"loss {row['weight_loss']:.3f}  train {row['weight_accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
-    )
-    return text + (f"  {row['architecture']}" if "architecture" in row else "  (largest network)")
+    train = f"  train {row['weight_accuracy']:.1f} %" if "weight_accuracy" in row else ""
+    what = row.get("architecture", "(largest network)")
+    return f"loss {row['weight_loss']:.3f}{train}  valid {row['validation_accuracy']:.1f} %  {what}"

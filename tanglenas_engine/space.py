@@ -194,6 +194,8 @@ class SearchSpace(Elastic):
         """A mixture from weights by choice, `(options,)` or `(layers, options)`, or stacked by option count."""
         by_choice = {name: choice.table for name, choice in self.choices.items()}
         if isinstance(weights, Mixture):
+            if weights.superposition is not self.superposition:
+                raise TangleNASError(f"the mixture was made by another space than this {self._label}: make it anew")
             return weights
         if all(isinstance(key, int) for key in weights):
             return Mixture(by_choice, weights)  # type: ignore[arg-type]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.checkpoint import CheckpointFolder, restore_rng_state, rng_state
-from tanglenas_engine.data import Samples, batches
+from tanglenas_engine.data import Samples, Stream, batches
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import Progress, SilentProgress
 from tanglenas_engine.tracking import NullTracker, Tracker
@@ -67,6 +70,7 @@ def run(
     end_epoch: Callable[[int, Row], Row],
     describe: Callable[[Row], str],
     stateful: Mapping[str, Stateful],
+    parameters: Sequence[Tensor],
     checkpoints: CheckpointFolder | None = None,
     checkpoint_every: int | None = None,
     tracker: Tracker | None = None,
@@ -80,11 +84,15 @@ def run(
         end_epoch: Takes the epoch, counted from 1, and the means, and returns the history row.
         describe: The row as a person reads it in the progress line.
         stateful: What a checkpoint holds beside the position, the history and the random generators.
+        parameters: What is trained. It must be finite, as the means must, or nothing is saved.
         checkpoint_every: Steps between checkpoints within an epoch; there is one after every epoch anyway.
 
     Raises:
+        TangleNASError: Training diverged; the checkpoint from before that stays.
         Interrupted: On SIGINT or SIGTERM, after the current step was finished and saved.
     """
+    if checkpoint_every is not None:
+        at_least(f"{name}.checkpoint_every", checkpoint_every, 1)
     progress = progress or SilentProgress()
     tracker = tracker or NullTracker()
     history: list[Row] = []
@@ -98,8 +106,19 @@ def run(
         restore_rng_state(state["rng"])
         progress.note(f"{name}: resuming at step {position} of {epochs * steps_per_epoch}")
 
+    def check_finite() -> None:
+        broken = [key for key, total in sums.items() if not bool(total.isfinite())]
+        if not bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all()):
+            broken.append("a parameter")
+        if broken:
+            raise TangleNASError(
+                f"{name}: {broken[0]} is not finite by step {position} of {epochs * steps_per_epoch}: training "
+                "diverged. Lower the learning rate, or clip gradients"
+            )
+
     def save() -> None:
         if checkpoints:
+            check_finite()
             parts = {key: part.state_dict() for key, part in stateful.items()}
             checkpoints.save({**parts, "position": position, "history": history, "sums": sums, "rng": rng_state()})
 
@@ -111,13 +130,8 @@ def run(
             line.advance()
             if position % steps_per_epoch == 0:
                 epoch = position // steps_per_epoch
+                check_finite()
                 means = {key: float(value) / steps_per_epoch for key, value in sums.items()}
-                broken = [key for key, value in means.items() if not math.isfinite(value)]
-                if broken:
-                    raise TangleNASError(
-                        f"{name}: {broken[0]} is {means[broken[0]]} after epoch {epoch}: training diverged. "
-                        "Lower the learning rate, or clip gradients"
-                    )
                 row = {"epoch": epoch, **end_epoch(epoch, means)}
                 history.append(row)
                 sums = {}
@@ -139,11 +153,18 @@ def run(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators inside, and leave them outside as they were."""
+    """Seed the global generators of torch, Python and NumPy inside, and leave them outside as they were."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+        try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextmanager
@@ -170,15 +191,22 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, samples: Samples, batch_size: int = 256) -> float:
-    """Accuracy in % of a network in eval mode; its mode is restored."""
+    """Accuracy in % of a network in eval mode, over all targets; its mode is restored."""
     device = next(network.parameters()).device
     training = network.training
     network.eval()
-    correct = torch.zeros((), device=device)
+    correct, total = torch.zeros((), dtype=torch.long, device=device), 0
     for inputs, targets in batches(samples, batch_size):
         correct += (network(inputs.to(device)).argmax(-1) == targets.to(device)).sum()
+        total += targets.numel()
     network.train(training)
-    return 100.0 * float(correct) / len(samples)
+    return 100.0 * int(correct) / total
+
+
+def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, device: torch.device) -> list[Tensor]:
+    """Inputs of `count` random batches: a dataset may be sorted by class, and its first batches all of one."""
+    stream = Stream(samples, min(batch_size, len(samples)), seed=seed)
+    return [inputs.to(device) for inputs, _ in itertools.islice(stream.start(), count)]
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor:

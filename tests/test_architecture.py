@@ -53,6 +53,8 @@ def test_the_digest_is_of_the_space_and_the_choices_whatever_their_order_or_type
     architecture = space.architecture(**GOOD)
     turned = space.architecture(**dict(reversed(GOOD.items())))
     assert turned.digest == architecture.digest
+    assert Architecture("language", dict(reversed(architecture.choices.items()))) == architecture
+    assert Architecture("language", dict(reversed(architecture.choices.items()))).digest == architecture.digest
     assert space.architecture(**{**GOOD, "width": 8.0}).digest == architecture.digest
     assert Architecture("elsewhere", architecture.choices).digest != architecture.digest
     assert len({space.sample(torch.Generator().manual_seed(i)).digest for i in range(40)}) > 30

@@ -59,12 +59,12 @@ def test_constants_on_either_side_and_differences():
         assert size.rows == E.rows
 
 
-@given(st.floats(1, 300), st.integers(1, 16), st.none() | st.integers(1, 40))
-def test_make_divisible_gives_the_nearest_multiple_and_loses_at_most_a_tenth(number, divisor, least):
+@given(st.floats(1, 300), st.integers(1, 16), st.none() | st.integers(1, 4))
+def test_make_divisible_gives_the_nearest_multiple_and_loses_at_most_a_tenth(number, divisor, multiple):
+    least = multiple and multiple * divisor
     size = sizes.make_divisible(number, divisor, least).number({})
-    assert size % divisor == 0 or size == least
-    assert size >= 0.9 * number
-    assert size >= (least or divisor)
+    assert size % divisor == 0
+    assert size >= max(0.9 * number, least or divisor)
     assert size - number <= divisor or size == (least or divisor)
     if least is None:
         assert size == make_divisible(number, divisor)

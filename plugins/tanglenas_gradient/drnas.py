@@ -44,9 +44,11 @@ class DrNAS(Optimizer):
             return None
         if self._regularizer == "l2":
             return self.scale * l2(self.alphas.values())
-        return self.scale * sum(
-            kl_divergence(Dirichlet(c), Dirichlet(torch.ones_like(c))).sum() for c in self._concentrations().values()
-        )
+        pairs = [
+            (Dirichlet(c, validate_args=False), Dirichlet(torch.ones_like(c))) for c in self._concentrations().values()
+        ]
+        return self.scale * sum(kl_divergence(learned, uniform).sum() for learned, uniform in pairs)
 
     def _concentrations(self) -> dict[int, Tensor]:
-        return {count: torch.nn.functional.elu(alpha) + 1 for count, alpha in self.alphas.items()}
+        # From alpha = -17 on float32 gives 0, which is no Dirichlet: neither samples nor gradients are finite then.
+        return {count: (torch.nn.functional.elu(alpha) + 1).clamp_min(1e-6) for count, alpha in self.alphas.items()}

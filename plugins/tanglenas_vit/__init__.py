@@ -9,14 +9,13 @@ def tanglenas_register_spaces(register):
     register(
         "autoformer_nano",
         autoformer,
-        summary="AutoFormer for 8x8 grey images, small enough for a CPU",
+        summary="AutoFormer for images of 8 to 32 pixels, small enough for a CPU",
         embed_dim=(32, 48, 64),
         depth=(2, 3, 4),
         num_heads=(2, 3, 4),
         mlp_ratio=(2, 3, 4),
         head_dim=16,
         image_size=8,
-        patch_size=2,
         in_channels=1,
         num_classes=10,
     )

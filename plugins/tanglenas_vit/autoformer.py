@@ -43,6 +43,7 @@ class AutoFormer(SearchSpace):
     largest network loads with `load_state_dict`. The final norm comes before the pooling, as in AutoFormer.
 
     Args:
+        patch_size: By default 16, 4 for images below 64 pixels, and 2 for those of at most 16.
         head_dim: Fixed dimension of a head; more heads mean wider attention.
         global_pool: "avg" over the patch tokens, as in AutoFormer, or "token" for the class token.
         weight_init: timm's scheme; "" is its usual `trunc_normal(std=0.02)`, made for wide networks, "jax" scales
@@ -59,7 +60,7 @@ class AutoFormer(SearchSpace):
         num_classes: int = 1000,
         image_size: int = 224,
         in_channels: int = 3,
-        patch_size: int = 16,
+        patch_size: int | None = None,
         head_dim: int = 64,
         global_pool: str = "avg",
         relative_position: bool = False,
@@ -69,6 +70,7 @@ class AutoFormer(SearchSpace):
         **options: Any,
     ):
         super().__init__(**options)
+        patch_size = patch_size or (2 if image_size <= 16 else 4 if image_size < 64 else 16)
         if image_size % patch_size:
             raise TangleNASError(
                 f"images of {image_size} pixels do not divide into patches of {patch_size}: choose a patch_size "
@@ -90,6 +92,7 @@ class AutoFormer(SearchSpace):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, E.max))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, E.max))
         self.declare(cls_token=(None, None, E), pos_embed=(None, None, E))
+        self.declare(role="again", pooled=(E,))  # the paper's code covers the pooled tokens once more
         grid = self.patch_embed.grid_size
         rates = calculate_drop_path_rates(drop_path, D.max)
         self.blocks = elastic.Depth(
@@ -109,7 +112,8 @@ class AutoFormer(SearchSpace):
         x = self.patch_embed(x)  # (B, patches, width)
         x = torch.cat([self.current("cls_token").expand(len(x), -1, -1), x], 1) + self.current("pos_embed")
         x = self.norm(self.blocks(x))
-        return self.head(global_pool_nlc(x, self.settings["global_pool"], num_prefix_tokens=1))
+        x = global_pool_nlc(x, self.settings["global_pool"], num_prefix_tokens=1)
+        return self.head(self.covered("pooled", x))
 
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, self.settings["in_chans"], *[self.settings["img_size"]] * 2)
@@ -124,6 +128,9 @@ class AutoFormer(SearchSpace):
             "architecture": "tanglenas_vit",
             "num_classes": arguments["num_classes"],
             "input_size": (arguments["in_chans"], arguments["img_size"], arguments["img_size"]),
+            # A space does not know the data's normalisation; without these timm writes ImageNet's three channels.
+            "mean": (0.5,) * arguments["in_chans"],
+            "std": (0.5,) * arguments["in_chans"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }

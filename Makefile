@@ -1,0 +1,41 @@
+# Every target sets up what it needs in .venv; nothing has to be installed or activated first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Stages call `python`; this is the one they get.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help demo ui test check format clean
+
+help:  ## Show what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(READY)  ## Search, discretize, retrain and evaluate a vision transformer on handwritten digits
+	dvc repro
+	@echo "Compare runs: make ui"
+
+ui: $(READY)  ## Open MLflow on the runs so far
+	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+test: $(READY) check  ## Check style and types, and run all tests
+	pytest
+
+check: $(READY)  ## Check style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(READY)  ## Put the code into shape
+	ruff check --fix .
+	ruff format .
+
+clean:  ## Remove outputs, runs and caches (not the environment)
+	rm -rf out metrics mlflow.db mlartifacts .tanglenas dvc.lock .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,325 @@
+"""Configuration: params.yaml and gin files in, and every mistake in them as a sentence.
+
+What gin itself lets pass is refused here: misspelt macros and scopes, values of the wrong type, bindings of what a
+stage sets anyway.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import gin
+
+from tanglenas_engine.errors import TangleNASError, closest
+from tanglenas_engine.plugins.types import describe
+
+KINDS = {"SPACE": "space", "OPTIMIZER": "optimizer", "DATASET": "dataset"}
+"""Macros that name a plugin, and its kind; its gin file, if it has one, is `gin/<kind>s/<name>.gin`."""
+MACROS = (*KINDS, "SEED")
+"""What the stages read; any other macro is there to be used as %NAME."""
+GIVEN = {
+    "name": "the macro SPACE, OPTIMIZER or DATASET",
+    "seed": "the macro SEED",
+    "device": "the environment variable TANGLENAS_DEVICE",
+    "derivation": "discretize.method",
+}
+"""Parameters that a stage passes itself, and where a person sets them."""
+
+configurable: dict[str, Callable[..., Any]] = {}
+"""What gin files can bind, by the name they use."""
+
+
+def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of the engine configurable under its own name; call what this returns.
+
+    What the stage passes itself cannot be bound: a binding would change nothing, without a word.
+    """
+    configurable[function.__name__] = function
+    passed = {*GIVEN, "checkpoints", "tracker", "progress"}
+    parameters = inspect.signature(function).parameters.values()
+    given = [p.name for p in parameters if p.name in passed or (p.default is p.empty and p.kind is not p.VAR_KEYWORD)]
+    return gin.external_configurable(function, function.__name__, denylist=given)
+
+
+def configure(arguments: Sequence[str]) -> None:
+    """Read gin files and bindings.
+
+    Raises:
+        TangleNASError: A file is missing, a binding names something that does not exist or that nothing uses, or
+            a value is of the wrong type.
+    """
+    check_params()
+    gin.clear_config()
+    files = [argument for argument in arguments if argument.endswith(".gin") and "=" not in argument]
+    bindings = [argument for argument in arguments if argument not in files]
+    names = _Names("\n".join(bindings))
+    _parse(gin.parse_config, bindings)
+    for macro, kind in KINDS.items():
+        name = macro_value(macro)
+        path = Path("gin", f"{kind}s", f"{name}.gin")
+        if name is not None and re.fullmatch(r"[\w.-]+", str(name)) and path.exists():
+            files.append(str(path))
+    for file in files:
+        names.read(file)
+        _parse(gin.parse_config_file, file)
+    _parse(gin.parse_config, bindings)
+    _parse(gin.finalize)
+    names.check()
+    ours = {f"{function.__module__}.{name}": function for name, function in configurable.items() if "." not in name}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        if selector in ours:
+            check_types(f"{scope}{'/' if scope else ''}{ours[selector].__name__}", ours[selector], values)
+
+
+class _Names:
+    """The references, macros and scopes that appear in a config: gin ignores a binding that nothing uses."""
+
+    TOKEN = re.compile(
+        r"""(?P<quote>['"])(?:\\.|(?!(?P=quote)).)*(?P=quote)  # strings and comments may hold anything
+        | \#.* | @(?P<reference>[\w./]+) | %(?P<macro>[\w./]+)""",
+        re.VERBOSE,
+    )
+
+    def __init__(self, text: str) -> None:
+        self.macros: set[str] = set(MACROS)
+        self.scopes: set[str] = set()
+        self._files: set[str] = set()
+        self._scan(text)
+
+    def read(self, file: str) -> None:
+        """Scan a file, and those that it includes."""
+        if file in self._files:
+            return
+        self._files.add(file)
+        try:
+            text = Path(file).read_text()
+        except (OSError, ValueError) as error:
+            known = [path.as_posix() for path in Path("gin").rglob("*.gin")]
+            reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+            raise TangleNASError(
+                f"configuration file {file!r} cannot be read{reason}.{closest(file, known)} "
+                "Paths are relative to the root of the project, where stages run"
+            ) from None
+        self._scan(text)
+
+    def _scan(self, text: str) -> None:
+        for match in self.TOKEN.finditer(text):
+            if match["macro"]:
+                self.macros.add(match["macro"])
+            elif match["reference"]:
+                *scopes, path = match["reference"].split("/")
+                self.scopes.update(scopes)
+                if "." in path:
+                    _register_reference(path)
+        for included in re.findall(r"^\s*include\s+['\"](.+)['\"]", text, re.MULTILINE):
+            self.read(included)
+
+    def check(self) -> None:
+        """Raise a TangleNASError for a macro or a scope that nothing uses."""
+        for scope, selector in gin.config._CONFIG:
+            if selector == "gin.macro":
+                if scope not in self.macros:
+                    raise TangleNASError(
+                        f"configuration: nothing uses the macro {scope!r}.{closest(scope, self.macros)} Stages read "
+                        f"{', '.join(MACROS)}; any other is there to be used as %{scope}"
+                    )
+            elif unused := [part for part in scope.split("/") if part and part not in self.scopes]:
+                name = f"{scope}/{gin.config._REGISTRY.minimal_selector(selector)}"
+                raise TangleNASError(
+                    f"configuration: nothing uses the scope {unused[0]!r} of {name}.{closest(unused[0], self.scopes)} "
+                    f"Refer to it as @{name}"
+                )
+
+
+def _register_reference(path: str) -> None:
+    """Register what a config refers to by its full name, such as `@torch.optim.AdamW`, so that it can be bound.
+
+    gin's own way to do this without touching the classes, dynamic registration, would ask every file to import
+    the stage's function as well.
+    """
+    if path in configurable:
+        return
+    module, _, attribute = path.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+        gin.external_configurable(target, attribute, module=module)
+    except Exception as error:  # whatever someone's module raises when it is imported
+        raise TangleNASError(f"configuration: @{path} cannot be used: {describe(error)}") from None
+    configurable[path] = target
+
+
+WORDS = {int: "a whole number", float: "a number", str: "a quoted string", bool: "True or False", NoneType: "None"}
+
+
+def check_types(label: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check values that gin is to pass to one of our functions, or to a plugin's, against its annotations.
+
+    Raises:
+        TangleNASError: One is of the wrong type; the message has the value and what was expected.
+    """
+    try:
+        hints = get_type_hints(function.__init__ if isinstance(function, type) else function)
+    except Exception:  # annotations are documentation: what they name need not exist at run time
+        return
+    for name, value in values.items():
+        if name in hints and not _accepts(hints[name], value):
+            raise TangleNASError(f"{label}.{name} is {_resolved(value)!r}, expected {_in_words(hints[name])}")
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a literal or reference of gin's may stand for a type; of a type that is not plain, anything may."""
+    origin, args = get_origin(hint), get_args(hint)
+    value = _resolved(value)
+    if isinstance(value, gin.config.ConfigurableReference):
+        return value.evaluate or hint not in WORDS
+    if origin in (Union, UnionType):
+        return any(_accepts(part, value) for part in args)
+    if origin is Literal:
+        return value in args
+    if hint in WORDS:
+        kind = int | float if hint is float else hint
+        return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+    if origin in (Sequence, list, tuple):
+        return isinstance(value, list | tuple) and all(_accepts(args[0], item) for item in value)
+    return origin is not Callable
+
+
+def _resolved(value: Any) -> Any:
+    """A macro's value, or the value itself."""
+    if isinstance(value, gin.config.ConfigurableReference) and value.selector == "gin.macro":
+        return macro_value("/".join(value.scopes))
+    return value
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin in (Sequence, list, tuple):
+        return f"a list, each item {_in_words(args[0])}"
+    if origin is Callable:
+        return "an @reference"
+    return WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+def bound_parameters() -> dict[str, Any]:
+    """All bindings as flat scalars, for people to compare runs by."""
+    parameters = {}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        for name, value in values.items():
+            key = f"{scope or selector.split('.')[-1]}.{name}"
+            parameters[scope if selector == "gin.macro" else key] = value
+    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in sorted(parameters.items())}
+
+
+def required(macro: str, kind: type) -> Any:
+    """The value of a macro that every run must set.
+
+    Raises:
+        TangleNASError: It is not set, or of another type.
+    """
+    value = macro_value(macro)
+    if value is None:
+        raise TangleNASError(f"{macro} is not set: add the binding '{macro} = ...', as dvc.yaml does from params.yaml")
+    if not _accepts(kind, value):
+        raise TangleNASError(f"{macro} is {value!r}, expected {WORDS[kind]}")
+    return value
+
+
+def operative_config() -> str:
+    """A gin file that runs the stage again: the macros that it read, and what it called with which values."""
+    macros = [f"{macro} = {value!r}\n" for macro in MACROS if (value := macro_value(macro)) is not None]
+    return "".join(macros) + "\n" + gin.operative_config_str()
+
+
+def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")) -> None:
+    """Check that dvc.yaml uses every key of params.yaml: DVC itself ignores a misspelt one.
+
+    Raises:
+        TangleNASError: It does not; the message names the closest key.
+    """
+    if not (params.exists() and pipeline.exists()):
+        return
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe").load(params.read_text()) or {}
+    except YAMLError as error:
+        raise TangleNASError(f"params.yaml cannot be read: {error}") from None
+    used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text()))
+    known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
+    for key in _keys(content):
+        if key not in known:
+            raise TangleNASError(
+                f"params.yaml: nothing in dvc.yaml uses the key {key!r}.{closest(key, used)} "
+                "Correct it, or use it as ${" + key + "} in a stage's cmd"
+            )
+
+
+def _keys(content: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")
+
+
+def macro_value(name: str) -> Any:
+    """What the config sets a macro to, or None."""
+    try:
+        return gin.query_parameter(f"%{name}")
+    except ValueError:
+        return None
+
+
+def _parse(action: Callable[..., Any], *arguments: Any) -> None:
+    """Run a step of gin's; what it finds wrong becomes a sentence with the closest name."""
+    try:
+        action(*arguments)
+    except Exception as error:  # tokenizer, parser, registry and imported modules each have their own
+        source = arguments[0] if arguments and isinstance(arguments[0], str) else ""
+        raise TangleNASError(f"configuration: {_explained(error, source)}") from None
+
+
+def _explained(error: Exception, source: str) -> str:
+    if isinstance(error, SyntaxError):
+        text, file, line = error.msg, error.filename or "", error.text or ""
+    elif isinstance(error, tokenize.TokenError):
+        text, file, line = f"{error.args[0]}: a bracket or a quote is not closed", "", ""
+    else:
+        text, file, line = re.fullmatch(
+            r"(.*?)(?:\s+In (?:bindings string|file \"?(.*?)\"?),? line \d+\s*(.*))?", str(error), re.DOTALL
+        ).groups("")
+    text = " ".join(text.split()).rstrip(".") or type(error).__name__
+    if match := re.search(r"Failed to parse token '(.*?)'", text):
+        text = (
+            f"the value {match[1]!r} cannot be read: expected a number, True, False, None, a quoted string, a list "
+            "or tuple of those, or an @reference"
+        )
+    elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
+        text = f"{match[1]} has no parameter {match[2]!r}.{closest(match[2], _parameters(match[1]))}"
+    elif match := re.search(r"Configurable '([\w.]+)' has denylisted kwarg '(\w+)'", text):
+        instead = GIVEN.get(match[2])
+        text = f"{match[1]}.{match[2]} is what the stage itself sets" + (f"; set {instead}" if instead else "")
+    elif match := re.search(r"No configurable matching '([\w.]+)'", text):
+        text = f"there is nothing called {match[1]!r} to configure.{closest(match[1], configurable)}"
+    elif match := re.search(r"No bindings specified for '(.*)/gin.macro'", text):
+        macros = [scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"]
+        text = f"the macro %{match[1]} is not set.{closest(match[1], macros)}"
+    where = ": ".join(part for part in (file or source, " ".join(line.split())[:200]) if part)
+    return f"{text} [{where}]" if where else text
+
+
+def _parameters(name: str) -> Iterable[str]:
+    try:
+        return inspect.signature(configurable[name]).parameters
+    except (KeyError, TypeError, ValueError):  # written in C, or known to gin by another name
+        return ()

@@ -1,0 +1,262 @@
+"""Conformance of an optimizer: how it samples, where gradients go, whether it resumes, whether all stages run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.checkpoint import CheckpointFolder
+from tanglenas_engine.data import SPLITS, DataView, TensorSamples
+from tanglenas_engine.discretize import discretize
+from tanglenas_engine.evaluate import evaluate
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.optimizer import Optimizer, Step
+from tanglenas_engine.progress import SilentProgress
+from tanglenas_engine.search import search
+from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.training import parameter_groups
+
+SEED = 3
+SAMPLES = 8
+BATCH = 4
+
+
+def check_optimizer(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
+    """All checks of this module, on one space.
+
+    Args:
+        make_optimizer: Makes the optimizer anew, with the same options each time.
+        make_space: Makes the space; a small one will do.
+    """
+    check_sampling(make_optimizer, make_space)
+    check_gradients(make_optimizer, make_space)
+    check_resume(make_optimizer, make_space)
+    check_stages(make_optimizer, make_space)
+
+
+def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
+    """What is sampled fits the space, and is a pure function of (seed, step, stream)."""
+    space = make_space()
+    optimizer = _bound(make_optimizer, space)
+    learns, expected = optimizer.learns_architecture, optimizer.expected()
+    assert bool(optimizer.alphas) == learns, f"learns_architecture is {learns}, but alphas has {len(optimizer.alphas)}"
+    assert (expected is not None) == learns, f"learns_architecture is {learns}, but expected() is {expected}"
+    if expected is not None:
+        _check_simplex(expected, "expected()")
+
+    before = torch.get_rng_state()
+    first = [optimizer.sample(step, stream) for step in range(4) for stream in ("weight", "architecture")]
+    assert before.equal(torch.get_rng_state()), "sample() draws from torch's global generator, or seeds it"
+    for sample in first:
+        if isinstance(sample, Mixture):
+            _check_simplex(sample, "sample()")
+            grown = any(stack.requires_grad for stack in sample.stacks.values())
+            assert grown or not learns, "the mixture that sample() gives does not depend on alpha"
+        else:
+            assert isinstance(sample, Architecture), f"sample() gives {type(sample).__name__}"
+            space.assignment_of(sample)
+
+    torch.rand(7)
+    again = _bound(make_optimizer, space)
+    second = [again.sample(step, stream) for step in reversed(range(4)) for stream in ("architecture", "weight")]
+    for one, other in zip(first, reversed(second), strict=True):
+        same(_plain(one), _plain(other), "sample() in another order and with another state of the global generator")
+    weight, architecture = first[::2], first[1::2]
+    if any(_plain(sample) != _plain(weight[0]) for sample in weight):
+        pairs = zip(weight, architecture, strict=True)
+        assert any(_plain(w) != _plain(a) for w, a in pairs), "the streams 'weight' and 'architecture' draw the same"
+
+
+def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
+    """An architecture step moves alpha only, a weight step of an alternating search moves the weights only."""
+    space = make_space()
+    optimizer = _bound(make_optimizer, space)
+    optimizer.progress(0.0)
+    data = random_data(space, ("weights", "architecture"))
+    everything = torch.arange(SAMPLES)
+    step = Step(
+        index=0,
+        space=space.train(),
+        loss=cross_entropy,
+        weight_batch=data.weights.batch(everything),
+        architecture_batch=data.architecture.batch(everything) if optimizer.learns_architecture else None,
+        weight_optimizer=torch.optim.SGD(parameter_groups(space), lr=0.1),
+    )
+    if optimizer.learns_architecture:
+        before = [parameter.detach().clone() for parameter in space.parameters()]
+        loss = optimizer.architecture_backward(step)
+        assert loss.isfinite(), f"architecture_backward gives the loss {float(loss)}"
+        assert not loss.requires_grad, "architecture_backward must give a detached loss: it would keep the graph alive"
+        _check_gradient(optimizer.alphas.values(), "alpha, after architecture_backward,")
+        for (name, parameter), value in zip(space.named_parameters(), before, strict=True):
+            assert parameter.grad is None, f"architecture_backward leaves a gradient in {name}"
+            assert parameter.equal(value), f"architecture_backward changes {name}"
+        for alpha in optimizer.alphas.values():
+            alpha.grad = None
+
+    for term in optimizer.weight_losses(step):
+        torch.autograd.backward(term)
+    _check_gradient([p for p in space.parameters() if p.grad is not None], "the weights, after weight_losses,")
+    for alpha in optimizer.alphas.values():
+        assert alpha.grad is None or not alpha.grad.any(), "weight_losses of an alternating search reach alpha"
+
+    if optimizer.learns_architecture:
+        step.architecture_batch = None
+        for term in optimizer.weight_losses(step):
+            torch.autograd.backward(term)
+        _check_gradient(optimizer.alphas.values(), "alpha, after weight_losses of a simultaneous search,")
+    space.release()
+
+
+def check_resume(
+    make_optimizer: Callable[[], Optimizer],
+    make_space: Callable[[], SearchSpace],
+    cuts: Sequence[int] = (3,),
+    **options: Any,
+) -> None:
+    """A search that is cut off and resumed ends in the same state, to the last bit, as one that is not.
+
+    Args:
+        cuts: The steps after which the search is cut off, one after another. It has 4 steps in 2 epochs.
+        options: Of `search`, over small ones.
+    """
+    ends = []
+    for stops in ((), cuts):
+        with tempfile.TemporaryDirectory() as folder:
+            for stop in (*stops, None):
+                with CheckpointFolder(Path(folder, "checkpoints"), "check_resume") as checkpoints:
+                    torch.manual_seed(SEED)
+                    space, optimizer = make_space(), make_optimizer()
+                    data = random_data(space, ("weights", "architecture", "validation"))
+                    try:
+                        small = dict(epochs=2, batch_size=BATCH, seed=SEED, loss=cross_entropy, checkpoint_every=1)
+                        search(
+                            space,
+                            optimizer,
+                            data,
+                            **{**small, **options},
+                            checkpoints=checkpoints,
+                            progress=CutAfter(stop),
+                        )
+                    except CutOff:
+                        assert stop is not None
+                    else:
+                        assert stop is None, f"the search ended before step {stop}"
+                        ends.append(checkpoints.load())
+    same(ends[0], ends[1], "the search that was resumed")
+
+
+def check_stages(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
+    """Two steps of search, the optimizer's own derivation, extraction and evaluation."""
+    space, optimizer = make_space(), make_optimizer()
+    data = random_data(space, SPLITS)
+    result = search(space, optimizer, data, epochs=1, batch_size=BATCH, seed=SEED, loss=cross_entropy)
+    assert len(result.history) == 1
+    has_one = result.architecture is not None
+    assert has_one or optimizer.derivation != "argmax", "the derivation is 'argmax', but expected() gives no mixture"
+    found = discretize(space, data, result.mixture, derivation=optimizer.derivation, candidates=2, batch_size=BATCH)
+    if optimizer.derivation == "argmax":
+        assert found.architecture == result.architecture, "argmax gives another architecture than the search's last row"
+    network = space.extract(found.architecture)
+    judged = evaluate(space, found.architecture, network, data, batch_size=BATCH)
+    assert judged.cost == space.cost(found.architecture)
+    assert 0 <= judged.test_accuracy <= 100
+
+
+class CutOff(Exception):
+    """Stands for a kill."""
+
+
+class CutAfter(SilentProgress):
+    """Ends a stage by an exception after so many steps of it; None lets it finish."""
+
+    def __init__(self, steps: int | None):
+        self.left = steps
+
+    def stage(self, name: str, total: int, done: int) -> Any:
+        if self.left is not None:
+            self.left -= done
+        return super().stage(name, total, done)
+
+    def advance(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise CutOff
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all targets, of images `(B,)` or of tokens `(B, T)`; `outputs` has the classes last."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+def random_data(space: SearchSpace, names: Iterable[str], samples: int = SAMPLES, seed: int = 0) -> DataView:
+    """A view of splits of random inputs and targets that fit a space; equal seeds give equal data."""
+    reference = next(space.parameters())
+    training = space.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        made = {}
+        for name in SPLITS:
+            inputs = space.example_input(samples)
+            inputs = inputs.to(reference.dtype) if inputs.is_floating_point() else inputs
+            outputs = space.release().eval()(inputs.to(reference.device))
+            made[name] = TensorSamples(inputs, torch.randint(outputs.shape[-1], outputs.shape[:-1]))
+    space.train(training)
+    return DataView({name: made[name] for name in names})
+
+
+def same(one: Any, other: Any, what: str) -> None:
+    """Check that two states (tensors, numbers, strings, nested in lists and mappings) are equal, bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape, f"{what} differs in type or shape"
+        assert one.equal(other), f"{what} differs by up to {float((one.double() - other.double()).abs().max()):.3g}"
+    elif isinstance(one, Mapping) and isinstance(other, Mapping):
+        assert list(one) == list(other), f"{what} differs in its keys: {list(one)}, {list(other)}"
+        for key in one:
+            same(one[key], other[key], f"{what}: {key}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        assert len(one) == len(other), f"{what} differs in its length: {len(one)}, {len(other)}"
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            same(a, b, f"{what}[{i}]")
+    else:
+        assert one == other, f"{what} differs: {one}, {other}"
+
+
+def _bound(make_optimizer: Callable[[], Optimizer], space: SearchSpace) -> Optimizer:
+    optimizer = make_optimizer()
+    optimizer.bind(space, SEED)
+    for count, alpha in optimizer.alphas.items():
+        shape = (space.stacks[count], count)
+        assert alpha.shape == shape, f"alphas[{count}] has shape {tuple(alpha.shape)}, expected {shape}"
+    return optimizer
+
+
+def _check_simplex(mixture: Mixture, what: str) -> None:
+    for name, weights in mixture.detach().items():
+        sums = weights.sum(-1)
+        right = bool((weights >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
+        assert right, f"{what} is not on the simplex for the choice {name!r}: {weights.tolist()}"
+
+
+def _check_gradient(parameters: Iterable[Tensor], what: str) -> None:
+    gradients = [parameter.grad for parameter in parameters]
+    assert gradients and all(g is not None for g in gradients), f"{what} has no gradient"
+    assert all(bool(g.isfinite().all()) for g in gradients if g is not None), (
+        f"{what} has a gradient that is not finite"
+    )
+    assert any(bool(g.any()) for g in gradients if g is not None), f"{what} has a gradient of zeros only"
+
+
+def _plain(sample: Mixture | Architecture) -> Any:
+    """Something to compare samples by."""
+    if isinstance(sample, Architecture):
+        return sample.to_json()
+    return {name: weights.tolist() for name, weights in sample.items()}
