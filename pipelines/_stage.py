@@ -28,6 +28,7 @@ from typing import Any
 
 import gin
 import torch
+from torch import nn
 
 import tanglenas_engine
 from pipelines._config import (
@@ -47,6 +48,7 @@ from tanglenas_engine.checkpoint import (
     code_version,
     exclusive,
     fingerprint,
+    load_weights,
     weights_metadata,
     write_atomic,
 )
@@ -143,7 +145,7 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
                 code=code_version(tanglenas_engine, *_packages()),
             )
-            pipeline_id = weights_metadata(SUPERNET)["pipeline_id"] if SUPERNET in inputs else identity
+            pipeline_id = weights_metadata(SUPERNET).get("pipeline_id", "") if SUPERNET in inputs else identity
             resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
             checkpoints = stack.enter_context(CheckpointFolder(resume, identity))
             record = resume.with_suffix(".run")  # the MLflow run that a resumed stage goes on with
@@ -188,6 +190,22 @@ def _termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def load_into(network: nn.Module, path: Path) -> None:
+    """Load the weights that an earlier stage wrote.
+
+    Raises:
+        TangleNASError: They are those of another network.
+    """
+    try:
+        network.load_state_dict(load_weights(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[-1].split())
+        raise TangleNASError(
+            f"{path} holds the weights of another network than the config and {ARCHITECTURE.name} say ({reason}). "
+            "Run the stage that writes it again, or `dvc repro`"
+        ) from None
 
 
 def device() -> str | None:

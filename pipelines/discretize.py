@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from pipelines._config import register
-from pipelines._stage import ARCHITECTURE, MIXTURE, SPLITS, SUPERNET, device, stage
+from pipelines._stage import ARCHITECTURE, MIXTURE, SPLITS, SUPERNET, device, load_into, stage
 from tanglenas_engine import figures
 from tanglenas_engine.checkpoint import load_weights, weights_metadata
 from tanglenas_engine.data import Splits, open_splits
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with stage("discretize", arguments, (SUPERNET, MIXTURE, SPLITS)) as run:
         splits = Splits.from_json(SPLITS.read_text())
-        run.space.load_state_dict(load_weights(SUPERNET))
+        load_into(run.space, SUPERNET)
         mixture = load_weights(MIXTURE)
         result = discretize_(
             run.space,

@@ -5,25 +5,26 @@ import sys
 from collections.abc import Sequence
 
 from pipelines._config import register
-from pipelines._stage import ARCHITECTURE, METRICS, OUT, SPLITS, SUPERNET, WEIGHTS, device, stage
+from pipelines._stage import ARCHITECTURE, METRICS, OUT, SPLITS, SUPERNET, WEIGHTS, device, load_into, stage
 from tanglenas_engine import Architecture, figures
-from tanglenas_engine.checkpoint import load_weights
 from tanglenas_engine.data import Splits, open_splits
 from tanglenas_engine.evaluate import evaluate
 
 evaluate_ = register(evaluate)
 
 
-def summary() -> None:
+def summary(architecture: Architecture, title: str) -> None:
     """A table of what the stages found and where it lies, for a person."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("stage", "result", "files", title="TangleNAS", title_justify="left")
+    table = Table("stage", "result", "files", title=title, title_justify="left")
     for name in ("search", "discretize", "retrain", "evaluate"):
         path = METRICS / f"{name}.json"
         numbers = json.loads(path.read_text()) if path.exists() else {}
-        lines = [f"{k.replace('_', ' ')} {_readable(k, v)}" for k, v in numbers.items()]
+        lines = [f"{key.replace('_', ' ')} {_readable(key, value)}" for key, value in numbers.items()]
+        if name == "discretize":
+            lines = [*str(architecture).split(), *lines]
         table.add_row(name, "\n".join(lines), str(OUT / name))
     Console().print(table)
 
@@ -31,7 +32,8 @@ def summary() -> None:
 def _readable(key: str, value: object) -> str:
     if isinstance(value, float):
         return f"{value:.2f}{' %' if key.endswith('accuracy') else ''}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{text} multiply-accumulates" if key == "flops" else text
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     with stage("evaluate", arguments, (SUPERNET, ARCHITECTURE, WEIGHTS, SPLITS)) as run:
         architecture = Architecture.from_json(ARCHITECTURE.read_text())
         network = run.space.standalone(architecture)
-        network.load_state_dict(load_weights(WEIGHTS))
+        load_into(network, WEIGHTS)
         result = evaluate_(
             run.space,
             architecture,
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
             },
             architecture,
         )
-    summary()
+    summary(architecture, f"{run.space.name} on {run.dataset.name}")
 
 
 if __name__ == "__main__":

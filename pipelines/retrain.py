@@ -4,9 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from pipelines._config import register
-from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, stage
+from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, load_into, stage
 from tanglenas_engine import Architecture, figures
-from tanglenas_engine.checkpoint import load_weights
 from tanglenas_engine.data import Splits, open_splits
 from tanglenas_engine.retrain import retrain
 
@@ -17,7 +16,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with stage("retrain", arguments, (SUPERNET, ARCHITECTURE, SPLITS)) as run:
         architecture = Architecture.from_json(ARCHITECTURE.read_text())
-        run.space.load_state_dict(load_weights(SUPERNET))
+        load_into(run.space, SUPERNET)
         result = retrain_(
             run.space,
             architecture,

@@ -26,6 +26,13 @@ def main(arguments: Sequence[str]) -> None:
     with stage("search", arguments) as run:
         splits = make_splits_(run.dataset, seed=run.seed)
         optimizer = create_optimizer_(name=required("OPTIMIZER", str))
+        size = run.space.size
+        architectures = f"{size:,}" if size < 10**9 else f"about 10^{len(str(size)) - 1}"
+        samples = ", ".join(f"{count:,} {split}" for split, count in splits.sizes().items())
+        run.progress.note(
+            f"search: {optimizer.name} on {run.space.name} ({architectures} architectures), "
+            f"{run.dataset.name} ({samples} samples)"
+        )
         result = search_(
             run.space,
             optimizer,

@@ -151,7 +151,7 @@ def check_budget(space: SearchSpace, budget: Budget) -> None:
         at_least(f"max_{metric}", limit, 1)
         if getattr(smallest, metric) > limit:
             raise TangleNASError(
-                f"no architecture of {space.name!r} has at most {limit:,} {metric}: the smallest has "
+                f"no architecture of {space._label} has at most {limit:,} {metric}: the smallest has "
                 f"{getattr(smallest, metric):,}. Raise max_{metric}"
             )
 

@@ -103,7 +103,7 @@ def search(
     if warmup_epochs >= epochs and optimizer.learns_architecture:
         raise TangleNASError(f"{warmup_epochs} warm-up epochs leave no epoch of {epochs} in which alpha learns")
     if not space.rows:
-        raise TangleNASError(f"the space {space.name!r} has no choices: there is nothing to search")
+        raise TangleNASError(f"the space {space._label} has no choices: there is nothing to search")
     check_fit(space, data.weights)
     target = device_of(device)
     space.to(target).train()
@@ -219,7 +219,7 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
         wanted = space.example_input(1)
     if inputs.shape != wanted.shape or inputs.is_floating_point() != wanted.is_floating_point():
         raise TangleNASError(
-            f"the data are of shape {_shape(inputs)}, but the space {space.name!r} takes {_shape(wanted)}: "
+            f"the data are of shape {_shape(inputs)}, but the space {space._label} takes {_shape(wanted)}: "
             "create the space with the dataset's image_size and in_channels, or change the dataset's"
         )
     parameters = next(space.parameters())
@@ -230,7 +230,7 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
     space.train(training)
     if int(samples.labels.max()) >= classes:
         raise TangleNASError(
-            f"the data have a class {int(samples.labels.max())}, but the space {space.name!r} has {classes} outputs: "
+            f"the data have a class {int(samples.labels.max())}, but the space {space._label} has {classes} outputs: "
             f"create it with num_classes={int(samples.labels.max()) + 1}"
         )
 

@@ -69,7 +69,7 @@ def test_plugins_as_json_is_a_stable_list(call):
     assert by_name["autoformer_nano"] == {
         "name": "autoformer_nano",
         "kind": "space",
-        "summary": "AutoFormer for 8x8 grey images, small enough for a CPU",
+        "summary": "AutoFormer for images of 8 to 32 pixels, small enough for a CPU",
         "distribution": "tanglenas",
         "version": importlib.metadata.version("tanglenas"),
         "entry_point": "vit",
@@ -93,7 +93,7 @@ def test_plugins_for_people_has_one_line_for_each_name(call):
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["name", "kind", "summary", "distribution", "version", "status"]
     assert next(line for line in lines if line[0] == "autoformer_t")[-1] == "ok"
-    assert "AutoFormer for 8x8 grey images, small enough for a CPU" in result.stdout
+    assert "AutoFormer for images of 8 to 32 pixels, small enough for a CPU" in result.stdout
 
 
 def test_a_broken_plugin_is_listed_with_its_cause_and_what_to_do(call, broken_plugin, recwarn):

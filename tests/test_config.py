@@ -1,0 +1,135 @@
+"""Every gin file is read, and what it configures is built."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from project import ROOT, STAGES, lay_out
+from test_datasets import write_fashion
+
+import pipelines.discretize
+import pipelines.evaluate
+import pipelines.retrain
+import pipelines.search  # each registers its stage with gin
+from pipelines._config import configurable, configure
+from pipelines._stage import create_dataset_, create_optimizer_, create_space_
+from tanglenas_engine.training import parameter_groups
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))
+BASE = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "drnas"', 'DATASET = "digits"', "SEED = 0"]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(lay_out(tmp_path, code=False))
+    yield tmp_path
+    gin.clear_config()
+
+
+def named(path: str) -> list[str]:
+    return [file for file in FILES if Path(file).parts[1] == path]
+
+
+def test_every_gin_file_is_in_a_folder_that_is_tested_here() -> None:
+    assert {Path(file).parts[1] for file in FILES} <= {"stages", "spaces", "optimizers", "datasets"}
+    assert {Path(file).stem for file in named("stages")} == set(STAGES)
+
+
+@pytest.mark.parametrize("file", named("stages"))
+def test_a_stage_file_makes_optimizers_and_schedules_that_train(file: str) -> None:
+    configure([file, *BASE])
+    bound = gin.get_bindings(Path(file).stem)
+    network = torch.nn.Linear(3, 2)
+    for name in (name for name in bound if name.endswith("optimizer")):
+        optimizer = bound[name](parameter_groups(network))
+        reference = gin.query_parameter(f"{Path(file).stem}.{name}")
+        assert optimizer.param_groups[0]["lr"] == gin.query_parameter(f"{reference.scoped_selector}.lr")
+        if name != "architecture_optimizer":
+            schedule = bound["scheduler"](optimizer, 10)
+            before = network.weight.clone()
+            network(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            schedule.step()
+            assert not torch.equal(network.weight, before)
+
+
+@pytest.mark.parametrize("file", named("spaces"))
+def test_a_space_file_builds_its_space(file: str) -> None:
+    configure([*BASE, f'SPACE = "{Path(file).stem}"'])
+    space = create_space_(name=Path(file).stem)
+    assert space.select(space.smallest())(space.example_input(2)).shape[0] == 2
+
+
+@pytest.mark.parametrize("file", named("optimizers"))
+def test_an_optimizer_file_builds_its_optimizer(file: str) -> None:
+    configure([*BASE, f'OPTIMIZER = "{Path(file).stem}"'])
+    optimizer = create_optimizer_(name=Path(file).stem)
+    optimizer.bind(create_space_(name="autoformer_nano"), 0)
+    assert optimizer.sample(0, "weights") is not None
+
+
+@pytest.mark.parametrize("file", named("datasets"))
+def test_a_dataset_file_opens_its_dataset(file: str, project: Path) -> None:
+    name, more = Path(file).stem, []
+    if name == "fashion_mnist":
+        write_fashion(project)
+        more = [f'create_dataset.root = "{project}"']
+    if name == "image_folder":
+        for label, value in (("dark", 40), ("light", 200)):
+            folder = project / "data" / "images" / label
+            folder.mkdir(parents=True)
+            Image.fromarray(np.full((40, 50, 3), value, np.uint8)).save(folder / "1.png")
+    configure([*BASE, f'DATASET = "{name}"', *more])
+    dataset = create_dataset_(name=name)
+    inputs, targets = dataset.subset(torch.tensor([0, 1]), train=True).batch(torch.arange(2))
+    assert inputs.shape == (2, dataset.in_channels, dataset.image_size, dataset.image_size)
+    assert targets.max() < dataset.num_classes
+
+
+def test_a_file_may_include_others_and_refer_to_any_package(project: Path) -> None:
+    Path("other.gin").write_text("search.weight_optimizer = @torch.optim.SGD\nSGD.lr = %RATE\n")
+    Path("mine.gin").write_text('include "other.gin"\nRATE = 0.5  # not @nothing.at.all\n')
+    configure(["mine.gin", *BASE, 'create_dataset.root = "me@example.org/#1 %NOTHING"'])
+    optimizer = gin.get_bindings("search")["weight_optimizer"](parameter_groups(torch.nn.Linear(1, 1)))
+    assert type(optimizer) is torch.optim.SGD and optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_bindings_win_over_files_and_the_last_one_over_all() -> None:
+    configure(["gin/stages/search.gin", *BASE, "search.clip = 1.0", "search.clip = None"])
+    assert gin.query_parameter("search.clip") is None
+
+
+def test_stages_are_configurable_under_their_own_names() -> None:
+    assert set(STAGES) < set(configurable)
+
+
+# --- the folder called gin ------------------------------------------------------------------------------------
+
+
+def test_the_folder_gin_is_no_package_and_the_package_is_gin_config() -> None:
+    assert not list((ROOT / "gin").rglob("*.py"))
+    assert "site-packages" in Path(gin.__file__).parts
+
+
+def test_from_the_root_of_the_project_import_gin_is_gin_config(project: Path) -> None:
+    found = subprocess.check_output([sys.executable, "-c", "import gin; print(gin.__file__)"], cwd=ROOT, text=True)
+    assert Path(found.strip()) == Path(gin.__file__)
+
+
+def test_the_engine_imports_neither_gin_nor_dvc_nor_mlflow_nor_timm() -> None:
+    code = """
+import importlib, pkgutil, sys, tanglenas_engine
+names = [m.name for m in pkgutil.walk_packages(tanglenas_engine.__path__, "tanglenas_engine.")]
+for name in names: importlib.import_module(name)
+assert "tanglenas_engine.search" in names and "tanglenas_engine.elastic.linear" in names, names
+print(*sorted({name.split(".")[0] for name in sys.modules} & {"gin", "dvc", "mlflow", "timm"}))
+"""
+    environment = {**os.environ, "TANGLENAS_PLUGINS": ""}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
