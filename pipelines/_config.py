@@ -261,7 +261,7 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
     for key in _keys(content):
         if key not in known:
             raise TangleNASError(
-                f"params.yaml: nothing in dvc.yaml uses the key {key!r}.{closest(key, used)} "
+                f"params.yaml: nothing in dvc.yaml uses the key {key!r}.{closest(key, known)} "
                 "Correct it, or use it as ${" + key + "} in a stage's cmd"
             )
 

@@ -192,6 +192,15 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def read_architecture(space: SearchSpace) -> Architecture:
+    """The architecture that discretize wrote, or a person: checked to be one of the space.
+
+    Raises:
+        TangleNASError: It is not.
+    """
+    return space.architecture_of(space.assignment_of(Architecture.from_json(ARCHITECTURE.read_text())))
+
+
 def load_into(network: nn.Module, path: Path) -> None:
     """Load the weights that an earlier stage wrote.
 

@@ -5,7 +5,18 @@ import sys
 from collections.abc import Sequence
 
 from pipelines._config import register
-from pipelines._stage import ARCHITECTURE, METRICS, OUT, SPLITS, SUPERNET, WEIGHTS, device, load_into, stage
+from pipelines._stage import (
+    ARCHITECTURE,
+    METRICS,
+    OUT,
+    SPLITS,
+    SUPERNET,
+    WEIGHTS,
+    device,
+    load_into,
+    read_architecture,
+    stage,
+)
 from tanglenas_engine import Architecture, figures
 from tanglenas_engine.data import Splits, open_splits
 from tanglenas_engine.evaluate import evaluate
@@ -39,7 +50,7 @@ def _readable(key: str, value: object) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with stage("evaluate", arguments, (SUPERNET, ARCHITECTURE, WEIGHTS, SPLITS)) as run:
-        architecture = Architecture.from_json(ARCHITECTURE.read_text())
+        architecture = read_architecture(run.space)
         network = run.space.standalone(architecture)
         load_into(network, WEIGHTS)
         result = evaluate_(

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from pipelines._config import register
-from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, load_into, stage
-from tanglenas_engine import Architecture, figures
+from pipelines._stage import ARCHITECTURE, SPLITS, SUPERNET, WEIGHTS, device, load_into, read_architecture, stage
+from tanglenas_engine import figures
 from tanglenas_engine.data import Splits, open_splits
 from tanglenas_engine.retrain import retrain
 
@@ -15,7 +15,7 @@ retrain_ = register(retrain)
 def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with stage("retrain", arguments, (SUPERNET, ARCHITECTURE, SPLITS)) as run:
-        architecture = Architecture.from_json(ARCHITECTURE.read_text())
+        architecture = read_architecture(run.space)
         load_into(run.space, SUPERNET)
         result = retrain_(
             run.space,

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.mixture import Superposition
-from tanglenas_engine.size import Number, Size
+from tanglenas_engine.size import Number, Row, Size
 
 
 class Choice(Size):
     """A named choice between options: one row of architecture parameters, or one row per layer.
 
-    A choice of one row is a Size itself. One that is made `per` layer is indexed first: `num_heads[3] * 64`.
+    A choice of one row is a Size itself. One that is made `per` layer is indexed first: `num_heads[3] * 64`,
+    or `kernel_size[stage, block]` where every stage has a depth of its own.
 
     Args:
         name: The name under which mixtures and architectures list it.
         options: Distinct positive numbers, in the order of their architecture parameters.
         superposition: The state that the space's layers share.
-        per: A depth (one row for each of its layers, of which those below the chosen depth count), or a
-            number of rows.
+        per: A depth (one row for each of its layers, of which those below the chosen depth count), several
+            depths (a list, or a depth that is itself made per stage), or a number of rows.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class Choice(Size):
         name: str,
         options: Sequence[Number],
         superposition: Superposition,
-        per: Choice | int | None = None,
+        per: Size | Sequence[Size] | int | None = None,
     ):
         options = tuple(options) if isinstance(options, Sequence) and not isinstance(options, str) else (options,)
         if not options:
@@ -40,19 +42,29 @@ class Choice(Size):
         self.name = name
         self.options = options
         self.layered = per is not None
-        depth = per if isinstance(per, Choice) else None
-        layers: Sequence[int | None] = [None] if per is None else range(depth.max if depth else int(per))  # type: ignore[arg-type]
-        self.table = tuple(
-            superposition.add_row(name, layer, options, gate=None if depth is None or layer is None else (depth, layer))
-            for layer in layers
-        )
+
+        def add(layer: int | tuple[int, int] | None, depth: Size | None = None, below: int = 0) -> Row:
+            if depth is not None and len(depth.rows) != 1:
+                raise TangleNASError(f"choice {name!r} is made per {depth!r}: expected a depth that is one choice")
+            return superposition.add_row(name, layer, options, None if depth is None else (depth, below))
+
+        if per is None:
+            self.stages: tuple[tuple[Row, ...], ...] = ((add(None),),)
+        elif isinstance(per, int):
+            self.stages = (tuple(add(i) for i in range(per)),)
+        elif isinstance(per, Size) and not (isinstance(per, Choice) and per.layered):
+            self.stages = (tuple(add(i, per, i) for i in range(per.max)),)
+        else:
+            self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(per))
+        self.table = tuple(itertools.chain(*self.stages))
         super().__init__(() if self.layered else self.table, options)
 
-    def __getitem__(self, layer: int) -> Size:
-        """The Size of one layer."""
+    def __getitem__(self, layer: int | tuple[int, int]) -> Size:
+        """The Size of one layer: by its number among all, or by stage and number in the stage."""
         if not self.layered:
             raise TangleNASError(f"choice {self.name!r} is made once, not per layer: use it without an index")
-        return Size((self.table[layer],), self.options)
+        row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.table[layer]
+        return Size((row,), self.options)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -8,16 +8,19 @@ exact, differentiable, and a handful of operations for a whole space.
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.size import Assignment, Row, Size, combinations
+from tanglenas_engine.size import Assignment, Axis, Row, Size, combinations
 
 if TYPE_CHECKING:
     from tanglenas_engine.space import SearchSpace
@@ -96,18 +99,31 @@ def _batched(tables: dict[tuple[Row, ...], list[int]]) -> list[tuple[tuple[Row, 
 
 def _parameter_terms(space: SearchSpace) -> list[Term]:
     terms: list[Term] = []
+    tied(space)  # a parameter that is sliced in two ways has no count
+    shared: dict[nn.Parameter, tuple[Sequence[Axis | None], list[tuple[Size, ...]]]] = {}
     for _, module, gates in walk(space):
-        axes = module.axes if isinstance(module, Elastic) else {}
+        declared = module.axes if isinstance(module, Elastic) else {}
         for name, parameter in module.named_parameters(recurse=False):
-            constant, factors = 1, list(gates)
-            for length, axis in zip(parameter.shape, axes.get(name, [None] * parameter.dim()), strict=True):
-                if axis is None or axis.role == "fixed":
-                    constant *= length
-                else:
-                    constant *= axis.parts
-                    factors.append(axis.size)
-            terms.append((constant, tuple(factors)))
+            plain = (None,) * parameter.dim()
+            shared.setdefault(parameter, (declared.get(name, plain), []))[1].append(gates)
+    for parameter, (axes, places) in shared.items():
+        constant, factors = 1, list(_anywhere(places))
+        for length, axis in zip(parameter.shape, axes, strict=True):
+            if axis is None or axis.role == "fixed":
+                constant *= length
+            else:
+                constant *= axis.parts
+                factors.append(axis.size)
+        terms.append((constant, tuple(factors)))
     return terms
+
+
+def _anywhere(places: list[tuple[Size, ...]]) -> tuple[Size, ...]:
+    """The gates of a parameter that several layers share: it is there where any of them is."""
+    if len(places) == 1 or () in places:
+        return min(places, key=len)
+    products = [functools.reduce(operator.mul, gates) for gates in places]
+    return (functools.reduce(lambda a, b: a.map(max, b), products),)
 
 
 def _mac_terms(space: SearchSpace) -> list[Term]:

@@ -60,7 +60,8 @@ def discretize(
         space: The supernet with its trained weights.
         data: A view that reaches `weights` (for statistics of batch norms), `architecture` (to rank candidates)
             and `validation` (to judge the result).
-        mixture: What alpha stands for after a gradient search, by choice; None after a sampled one.
+        mixture: What alpha stands for after a gradient search, by choice; None or empty after a
+            sampled one.
         method: "argmax" takes the most probable option of every row. "random" evaluates random architectures with
             the supernet's weights and takes the best on the architecture split. None: what `derivation` says.
         derivation: The way that goes with the optimizer that searched.
@@ -85,7 +86,7 @@ def discretize(
     check_fit(space, data.validation)
     target = device_of(device)
     space.to(target)
-    weights = None if mixture is None else space.mixture(mixture)
+    weights = space.mixture(mixture) if mixture else None
     statistics = random_inputs(data.weights, batch_size, recalibration_batches, seed, target)
     generator = torch.Generator().manual_seed(seed)
 

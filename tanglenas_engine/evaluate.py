@@ -9,6 +9,7 @@ from torch import nn
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.cost import Cost
 from tanglenas_engine.data import DataView
+from tanglenas_engine.search import check_fit
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.training import accuracy, device_of
 
@@ -31,6 +32,11 @@ def evaluate(
     batch_size: int = 256,
     device: str | None = None,
 ) -> EvaluateResult:
-    """Judge a standalone network of `architecture` on the `test` split of `data`."""
+    """Judge a standalone network of `architecture` on the `test` split of `data`.
+
+    Raises:
+        TangleNASError: The data do not fit the space, or the architecture is of another one.
+    """
+    check_fit(space, data.test)
     network = network.to(device_of(device))
     return EvaluateResult(accuracy(network, data.test, batch_size), len(data.test), space.cost(architecture))

@@ -150,7 +150,11 @@ class Superposition:
         return {**vars(self), "mixture": mixture, "_masks": [mask.detach() for mask in self._masks]}
 
     def add_row(
-        self, choice: str, layer: int | None, options: tuple[Number, ...], gate: tuple[Size, int] | None
+        self,
+        choice: str,
+        layer: int | tuple[int, int] | None,
+        options: tuple[Number, ...],
+        gate: tuple[Size, int] | None,
     ) -> Row:
         slot = sum(len(row.options) == len(options) for row in self.rows)
         self.rows.append(Row(choice, layer, options, slot, self, gate))

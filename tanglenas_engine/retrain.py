@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.architecture import Architecture
@@ -29,6 +28,7 @@ from tanglenas_engine.training import (
     at_least,
     correct,
     cosine,
+    cross_entropy,
     device_of,
     parameter_groups,
     random_inputs,
@@ -74,7 +74,7 @@ def retrain(
     scheduler: SchedulerFactory | None = cosine,
     ema: Callable[[nn.Module], EMA] | None = None,
     clip: float | None = 5.0,
-    loss: Loss = F.cross_entropy,
+    loss: Loss = cross_entropy,
     recalibration_batches: int = 8,
     seed: int = 0,
     num_workers: int = 0,
@@ -106,6 +106,7 @@ def retrain(
     at_least("retrain.epochs", epochs, 1)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
+    space.assignment_of(architecture)  # whether it has one: a space may override what makes the network
     target = device_of(device)
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_engine.architecture import Architecture
@@ -28,6 +27,7 @@ from tanglenas_engine.training import (
     at_least,
     correct,
     cosine,
+    cross_entropy,
     device_of,
     parameter_groups,
     run,
@@ -65,7 +65,7 @@ def search(
     strategy: Strategy = "alternating",
     warmup_epochs: int = 0,
     clip: float | None = 5.0,
-    loss: Loss = F.cross_entropy,
+    loss: Loss = cross_entropy,
     seed: int = 0,
     num_workers: int = 0,
     device: str | None = None,
@@ -87,6 +87,7 @@ def search(
             weight step (first-order DARTS); "simultaneous" lets one backward pass on the weights split serve both.
         warmup_epochs: Epochs in which only the weights learn.
         clip: Largest norm of the weights' gradient.
+        loss: Of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         num_workers: Processes that load data.
         device: Such as "cpu" or "cuda:0"; by default CUDA where there is one.
         checkpoints: Where to save after every epoch, and every `checkpoint_every` iterations if given; a search
@@ -214,29 +215,33 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
     Raises:
         TangleNASError: It does not; the message has both shapes.
     """
-    (inputs, _targets) = next(batches(samples, 1))
+    labels = samples.labels
+    inputs, targets = next(batches(samples, 256 if labels is None else 1))
     with torch.random.fork_rng(devices=[]):  # a look at a space changes no number of a run
         wanted = space.example_input(1)
-    if inputs.shape != wanted.shape or inputs.is_floating_point() != wanted.is_floating_point():
+    if inputs.shape[1:] != wanted.shape[1:] or inputs.is_floating_point() != wanted.is_floating_point():
         raise TangleNASError(
-            f"the data are of shape {_shape(inputs)}, but the space {space._label} takes {_shape(wanted)}: "
-            "create the space with the dataset's image_size and in_channels, or change the dataset's"
+            f"the data are of shape {_shape(inputs)}, but the space {space._label} takes {_shape(wanted)}: create the "
+            "space with what fits the dataset (image_size and in_channels, or block_size), or change the dataset's"
         )
     parameters = next(space.parameters())
-    inputs = inputs.to(parameters.device, parameters.dtype if inputs.is_floating_point() else None)
+    wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
     training = space.training
     with torch.no_grad():
-        classes = space.release().eval()(inputs).shape[-1]
+        classes = space.release().eval()(wanted).shape[-1]
     space.train(training)
-    if int(samples.labels.max()) >= classes:
+    largest = int(max(inputs.max(), targets.max()) if labels is None else labels.max())
+    if largest >= classes:
+        kind, option = ("token", "vocab_size") if labels is None else ("class", "num_classes")
         raise TangleNASError(
-            f"the data have a class {int(samples.labels.max())}, but the space {space._label} has {classes} outputs: "
-            f"create it with num_classes={int(samples.labels.max()) + 1}"
+            f"the data have a {kind} {largest}, but the space {space._label} has {classes} outputs: create it with "
+            f"the dataset's {option}, which is at least {largest + 1}"
         )
 
 
 def _shape(inputs: Tensor) -> str:
-    return " x ".join(str(n) for n in inputs.shape[1:]) + (" (C x H x W)" if inputs.dim() == 4 else "")
+    kind = "" if inputs.is_floating_point() else " tokens"
+    return " x ".join(str(n) for n in inputs.shape[1:]) + (" (C x H x W)" if inputs.dim() == 4 else kind)
 
 
 def _describe(row: Row) -> str:

@@ -25,22 +25,26 @@ class Row:
     """One categorical variable: a choice, or one layer of a choice that is made per layer.
 
     Rows with equally many options are stacked, and `slot` is the row's place in its stack. `gate`, if any, is
-    the (depth, layer) that decides whether the row matters: it does where the depth exceeds the layer.
+    the (depth, layer) that decides whether the row matters: it does where the depth matters and exceeds the layer.
     """
 
     choice: str
-    layer: int | None
+    layer: int | tuple[int, int] | None
     options: tuple[Number, ...]
     slot: int
     superposition: Superposition
     gate: tuple[Size, int] | None = None
 
     def __repr__(self) -> str:
-        return self.choice if self.layer is None else f"{self.choice}[{self.layer}]"
+        layer = ", ".join(map(str, self.layer)) if isinstance(self.layer, tuple) else self.layer
+        return self.choice if layer is None else f"{self.choice}[{layer}]"
 
     def active(self, assignment: Assignment) -> bool:
         """Whether the row matters under `assignment`."""
-        return self.gate is None or self.gate[0].value(assignment) > self.gate[1]
+        if self.gate is None:
+            return True
+        depth, layer = self.gate
+        return all(row.active(assignment) for row in depth.rows) and depth.value(assignment) > layer
 
 
 Assignment = Mapping[Row, int]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.choice import Choice
 from tanglenas_engine.cost import Cost, CostModel
-from tanglenas_engine.elastic.base import Elastic, copied, sliced_state
+from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
 from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.errors import TangleNASError, closest, unknown
 from tanglenas_engine.mixture import COVERED, Mixture, Superposition
-from tanglenas_engine.size import Assignment, Number, Row
+from tanglenas_engine.size import Assignment, Number, Row, Size
 
 
 class SearchSpace(Elastic):
@@ -47,8 +48,8 @@ class SearchSpace(Elastic):
 
     # What a space author calls.
 
-    def choice(self, name: str, options: Iterable[Number], per: Choice | int | None = None) -> Choice:
-        """Declare a choice; `per` makes it for each layer of a depth, or a number of times."""
+    def choice(self, name: str, options: Iterable[Number], per: Size | Sequence[Size] | int | None = None) -> Choice:
+        """Declare a choice; `per` makes it for each layer of a depth or of several, or a number of times."""
         if name in self.choices:
             raise TangleNASError(f"choice {name!r} is declared twice in {type(self).__name__}")
         self.choices[name] = Choice(name, options, self.superposition, per)  # type: ignore[arg-type]
@@ -83,25 +84,19 @@ class SearchSpace(Elastic):
     @property
     def size(self) -> int:
         """The exact number of distinct architectures."""
-        total = 1
-        gated: dict[Row, list[Row]] = {}
+        gated: dict[Row | None, list[Row]] = {}
         for row in self.rows:
-            if row.gate is None:
-                gated.setdefault(row, [])
-            else:
-                gated.setdefault(row.gate[0].rows[0], []).append(row)
-        for row, layers in gated.items():
-            ways = 0
-            for option in range(len(row.options)):
-                product = 1
-                for layer in layers:
-                    product *= len(layer.options) if layer.active({row: option}) else 1
-                ways += product
-            total *= ways
-        return total
+            gated.setdefault(row.gate[0].rows[0] if row.gate else None, []).append(row)
+
+        def ways(depth: Row | None, assignment: dict[Row, int]) -> int:
+            """Ways to choose the rows that `depth` decides about, and those that they do."""
+            rows = [row for row in gated.get(depth, []) if row.active(assignment)]
+            return math.prod(sum(ways(r, {**assignment, r: i}) for i in range(len(r.options))) for r in rows)
+
+        return ways(None, {})
 
     def architecture(self, **choices: Any) -> Architecture:
-        """The architecture with these options: one per choice, or a list with one per layer in use."""
+        """The architecture with these options: one per choice, or a list with one per layer (all, or those in use)."""
         for name in choices:
             if name not in self.choices:
                 raise unknown(f"choice of {self._label}", name, self.choices)
@@ -116,9 +111,14 @@ class SearchSpace(Elastic):
             if choice.layered != isinstance(given, list | tuple) or len(values) < len(rows):
                 expected = f"a list of {len(rows)} options" if choice.layered else "one option"
                 raise TangleNASError(f"choice {name!r} of {self._label} is {given!r}, expected {expected}")
-            if len(values) > len(choice.table):
-                raise TangleNASError(f"choice {name!r} has {len(choice.table)} layers, but {len(values)} were given")
-            for row, value in zip(rows, values, strict=False):
+            if len(values) not in (len(rows), len(choice.table)):
+                used = f", {len(rows)} of them in use" if len(rows) < len(choice.table) else ""
+                raise TangleNASError(
+                    f"choice {name!r} has {len(choice.table)} layers{used}, but {len(values)} were given"
+                )
+            for row, value in zip(rows if len(values) == len(rows) else choice.table, values, strict=True):
+                if row not in rows:
+                    continue
                 if value not in row.options:
                     raise TangleNASError(
                         f"choice {row!r} of {self._label} is {value!r}, expected one of "
@@ -293,4 +293,10 @@ class SearchSpace(Elastic):
         for attribute in ("superposition", "choices", "_cost_model", "stacks"):
             network.__dict__.pop(attribute, None)
         network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
+        there = dict(network.named_parameters())  # a copy has one of its own in each place
+        for names in tied(self):
+            present = [name for name in names if name in there]
+            for name in present[1:]:
+                owner, _, key = name.rpartition(".")
+                setattr(network.get_submodule(owner), key, there[present[0]])
         return network

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.checkpoint import CheckpointFolder, restore_rng_state, rng_state
@@ -207,6 +208,11 @@ def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, devi
     """Inputs of `count` random batches: a dataset may be sorted by class, and its first batches all of one."""
     stream = Stream(samples, min(batch_size, len(samples)), seed=seed)
     return [inputs.to(device) for inputs, _ in itertools.islice(stream.start(), count)]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all targets, of images `(B,)` or of tokens `(B, T)`; `outputs` has the classes last."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor:

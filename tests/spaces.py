@@ -144,6 +144,12 @@ SMALL = {
     name: {"image_size": 32, "depth": (2, 1), "num_classes": 10}
     for name in ("autoformer_t", "autoformer_s", "autoformer_b")
 }
+SMALL["mobilenetv3"] = {
+    "image_size": 32, "depth": (2, 1), "width_mult": 0.25, "num_classes": 10,
+    "stages": ("s1_c24_nre", "s1_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25"),
+}  # fmt: skip
+SMALL["toy_conv_macro"] = {"image_size": 16}
+SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_size": 6}
 """Options that make the large ones fit a test; their widths stay."""
 
 

@@ -13,10 +13,7 @@ from PIL import Image
 from project import ROOT, STAGES, lay_out
 from test_datasets import write_fashion
 
-import pipelines.discretize
-import pipelines.evaluate
-import pipelines.retrain
-import pipelines.search  # each registers its stage with gin
+from pipelines import discretize, evaluate, retrain, search
 from pipelines._config import configurable, configure
 from pipelines._stage import create_dataset_, create_optimizer_, create_space_
 from tanglenas_engine.training import parameter_groups
@@ -106,6 +103,8 @@ def test_bindings_win_over_files_and_the_last_one_over_all() -> None:
 
 
 def test_stages_are_configurable_under_their_own_names() -> None:
+    modules = (search, discretize, retrain, evaluate)
+    assert [module.__name__ for module in modules] == [f"pipelines.{stage}" for stage in STAGES]
     assert set(STAGES) < set(configurable)
 
 

@@ -5,14 +5,14 @@ import functools
 import pytest
 import torch
 from scipy.stats import chisquare
-from spaces import REGISTERED, SPACES
+from tiny import ALL, tiny
 from torch import nn
 
 from tanglenas_engine import Architecture, Optimizer, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.mixture import COVERED
 from tanglenas_engine.optimizer import Step, argmax, entropy, l2
-from tanglenas_engine.plugins import create_optimizer, create_space, manager
+from tanglenas_engine.plugins import create_optimizer, manager
 from tanglenas_engine.search import search
 from tanglenas_engine.testing import (
     check_gradients,
@@ -20,7 +20,6 @@ from tanglenas_engine.testing import (
     check_resume,
     check_sampling,
     check_stages,
-    cross_entropy,
     random_data,
     same,
 )
@@ -29,18 +28,6 @@ from tanglenas_gradient.drnas import DrNAS
 from tanglenas_sampling.spos import SPOS
 
 OPTIMIZERS = manager().names("optimizer")
-TINY = {
-    name: {"image_size": 32, "embed_dim": (24, 32), "head_dim": 8, "depth": (2, 3), "num_classes": 10}
-    for name in ("autoformer_t", "autoformer_s", "autoformer_b")
-}
-
-
-def make(name: str, **options) -> SearchSpace:
-    if name not in SPACES:
-        return create_space(name, **{**TINY.get(name, {}), **options})
-    space = SPACES[name](**options)
-    space.name = name
-    return space
 
 
 def bound(optimizer: Optimizer, space: SearchSpace, seed: int = 0) -> Optimizer:
@@ -48,21 +35,21 @@ def bound(optimizer: Optimizer, space: SearchSpace, seed: int = 0) -> Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("space", [*SPACES, *REGISTERED])
+@pytest.mark.parametrize("space", ALL)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_runs_on_every_space(optimizer, space):
-    check_optimizer(lambda: create_optimizer(optimizer), lambda: make(space))
+    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny(space))
 
 
 @pytest.mark.parametrize("relaxation", COVERED)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_gradients_reach_alpha_under_every_relaxation(optimizer, relaxation):
-    check_gradients(lambda: create_optimizer(optimizer), lambda: make("vit_relative", relaxation=relaxation))
+    check_gradients(lambda: create_optimizer(optimizer), lambda: tiny("vit_relative", relaxation=relaxation))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_choice_of_one_option_is_no_trouble(optimizer):
-    check_optimizer(lambda: create_optimizer(optimizer), lambda: make("vit", num_heads=(2,), depth=(2,)))
+    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny("vit", num_heads=(2,), depth=(2,)))
 
 
 # What the methods have in common
@@ -70,14 +57,14 @@ def test_a_choice_of_one_option_is_no_trouble(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_seeds_draw_differently(optimizer):
-    space = make("vit")
+    space = tiny("vit")
     drawn = [bound(create_optimizer(optimizer), space, seed).sample(0, "weight") for seed in (0, 1)]
     states = [str(s) if isinstance(s, Architecture) else {k: v.tolist() for k, v in s.items()} for s in drawn]
     assert states[0] != states[1]
 
 
 def test_alpha_is_small_noise_in_the_precision_of_the_space():
-    space = make("vit").double()
+    space = tiny("vit").double()
     alphas = bound(DARTS(), space).alphas
     assert {count: tuple(alpha.shape) for count, alpha in alphas.items()} == {
         count: (rows, count) for count, rows in space.stacks.items()
@@ -87,7 +74,7 @@ def test_alpha_is_small_noise_in_the_precision_of_the_space():
 
 
 def test_the_state_of_an_optimizer_is_taken_up_by_another_one():
-    space = make("vit")
+    space = tiny("vit")
     one, other = bound(DrNAS(), space, seed=1), bound(DrNAS(), space, seed=2)
     state = one.state_dict()
     with torch.no_grad():
@@ -97,7 +84,7 @@ def test_the_state_of_an_optimizer_is_taken_up_by_another_one():
 
 
 def test_the_current_architecture_has_the_most_probable_options():
-    space = make("vit")
+    space = tiny("vit")
     chosen = space.sample(torch.Generator().manual_seed(5))
     assert argmax(space, space.one_hot(chosen)) == chosen
     optimizer = bound(DARTS(), space)
@@ -110,11 +97,11 @@ def test_the_current_architecture_has_the_most_probable_options():
 
 
 def test_entropy_goes_from_1_undecided_to_0_decided():
-    space = make("stages")
+    space = tiny("stages")
     flat = space.mixture({count: torch.full((rows, count), 1 / count) for count, rows in space.stacks.items()})
     assert entropy(flat) == pytest.approx(1)
     assert entropy(space.one_hot(space.largest())) == pytest.approx(0, abs=1e-6)
-    decided = make("vit", num_heads=(2,), depth=(2,), mlp_ratio=(2,), embed_dim=(8,))
+    decided = tiny("vit", num_heads=(2,), depth=(2,), mlp_ratio=(2,), embed_dim=(8,))
     assert entropy(decided.one_hot(decided.largest())) == 0
 
 
@@ -128,7 +115,7 @@ def test_l2_has_the_gradient_of_weight_decay():
 
 
 def test_darts_mixes_by_the_softmax():
-    space = make("vit")
+    space = tiny("vit")
     optimizer = bound(DARTS(), space)
     for mixture in (optimizer.expected(), optimizer.sample(7, "weight"), optimizer.sample(8, "architecture")):
         for count, alpha in optimizer.alphas.items():
@@ -137,7 +124,7 @@ def test_darts_mixes_by_the_softmax():
 
 
 def test_darts_decays_alpha():
-    optimizer = bound(DARTS(weight_decay=0.25), make("vit"))
+    optimizer = bound(DARTS(weight_decay=0.25), tiny("vit"))
     alphas = list(optimizer.alphas.values())
     gradients = torch.autograd.grad(optimizer.regularizer(), alphas)
     assert all(g.allclose(0.25 * alpha) for g, alpha in zip(gradients, alphas, strict=True))
@@ -148,7 +135,7 @@ def test_darts_decays_alpha():
 
 def drnas(alpha: torch.Tensor, **options) -> DrNAS:
     """With these architecture parameters, `(rows, K)`, whatever the space has."""
-    optimizer = bound(DrNAS(**options), make("stages"))
+    optimizer = bound(DrNAS(**options), tiny("stages"))
     optimizer.alphas = {alpha.shape[1]: nn.Parameter(alpha)}
     return optimizer
 
@@ -221,7 +208,7 @@ def test_options_of_drnas_that_cannot_be(options, message):
 
 
 def test_spos_draws_every_option_equally_often():
-    space = make("vit")
+    space = tiny("vit")
     optimizer = bound(SPOS(), space)
     drawn = [optimizer.sample(step, "weight") for step in range(1500)]
     for name, choice in space.choices.items():
@@ -233,7 +220,7 @@ def test_spos_draws_every_option_equally_often():
 
 
 def test_spos_computes_with_real_slices():
-    space = make("vit")
+    space = tiny("vit")
     optimizer = bound(SPOS(), space)
     optimizer.enter(space.smallest())
     widths = []
@@ -352,7 +339,7 @@ class Undecided(DARTS):
 )
 def test_the_checks_find_a_broken_optimizer(check, optimizer, message):
     with pytest.raises(AssertionError) as caught:
-        check(optimizer, functools.partial(make, "vit"))
+        check(optimizer, functools.partial(tiny, "vit"))
     assert message in str(caught.value)
 
 
@@ -389,8 +376,8 @@ class TwoPaths(Optimizer):
 
 
 def test_an_optimizer_may_have_several_losses_and_no_outputs():
-    check_optimizer(TwoPaths, functools.partial(make, "convolutional"))
-    space = make("vit")
+    check_optimizer(TwoPaths, functools.partial(tiny, "convolutional"))
+    space = tiny("vit")
     data = random_data(space, ("weights", "architecture", "validation"))
     lines = []
 
@@ -405,7 +392,7 @@ def test_an_optimizer_may_have_several_losses_and_no_outputs():
 
             return nullcontext(self)
 
-    (row,) = search(space, TwoPaths(), data, epochs=1, batch_size=4, loss=cross_entropy, progress=Listening()).history
+    (row,) = search(space, TwoPaths(), data, epochs=1, batch_size=4, progress=Listening()).history
     assert "weight_accuracy" not in row and "train" not in lines[0] and "(largest network)" in lines[0]
 
 

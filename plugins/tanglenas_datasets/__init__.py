@@ -1,4 +1,4 @@
-"""Image datasets."""
+"""Datasets of images and of text."""
 
 from tanglenas_engine import hookimpl
 
@@ -19,4 +19,14 @@ def tanglenas_register_datasets(register):
         "image_folder",
         "tanglenas_datasets.image_folder:ImageFolder",
         summary="your own images, one folder for each class",
+    )
+    register(
+        "text",
+        "tanglenas_datasets.text:Text",
+        summary="your own text, a file or a folder, by characters or byte pairs",
+    )
+    register(
+        "stdlib_text",
+        "tanglenas_datasets.text:StdlibText",
+        summary="source code of Python's standard library: text that is on every machine",
     )

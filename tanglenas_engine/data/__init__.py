@@ -1,6 +1,6 @@
-"""Data: a pool of labelled samples, its four disjoint splits, and reproducible batches from them."""
+"""Data: a pool of samples, its four disjoint splits, and reproducible batches from them."""
 
-from .dataset import Dataset, Samples, TensorSamples, content_hash
+from .dataset import Dataset, Samples, TensorSamples, TokenSamples, content_hash
 from .splits import SPLITS, DataView, Splits, make_splits, open_splits
 from .stream import Batch, Stream, batches
 
@@ -13,6 +13,7 @@ __all__ = [
     "Splits",
     "Stream",
     "TensorSamples",
+    "TokenSamples",
     "batches",
     "content_hash",
     "make_splits",

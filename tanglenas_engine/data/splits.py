@@ -1,4 +1,4 @@
-"""Four disjoint, seeded, stratified splits of a dataset, and views that reach only some of them."""
+"""Four disjoint splits of a dataset, seeded and stratified or contiguous, and views that reach only some of them."""
 
 import json
 from collections import Counter
@@ -118,6 +118,9 @@ def make_splits(
     Test comes first, then validation, then the other two: a change of `train_portion` moves no sample into or
     out of validation, and no portion but `test_portion` changes the test split.
 
+    A dataset without labels, such as text, is cut into contiguous segments instead, in the order architecture,
+    weights, validation, test; the seed has no part in that.
+
     Args:
         seed: Equal seeds and portions give equal splits.
         train_portion: Share of the weights split in weights and architecture together.
@@ -139,14 +142,14 @@ def make_splits(
             raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
 
     generator = np.random.default_rng(seed)
-    labels = dataset.labels.numpy()
-    letters = np.full(len(labels), b"t", "S1")
+    labels = None if dataset.labels is None else dataset.labels.numpy()
+    letters = np.full(len(dataset), b"t", "S1")
+    pool = np.arange(len(dataset))
+    if dataset.test_indices is not None:
+        pool = np.setdiff1d(pool, dataset.test_indices.numpy())
+    pool = pool[::-1] if labels is None else pool[_spread(labels[pool], generator)]
     if dataset.test_indices is None:
-        line = _spread(labels, generator)
-        pool = line[round(test_portion * len(line)) :]
-    else:
-        pool = np.setdiff1d(np.arange(len(labels)), dataset.test_indices.numpy())
-        pool = pool[_spread(labels[pool], generator)]
+        pool = pool[round(test_portion * len(pool)) :]
     validation, training = np.split(pool, [round(validation_portion * len(pool))])
     weights, architecture = np.split(training, [round(train_portion * len(training))])
     for letter, members in ((b"v", validation), (b"w", weights), (b"a", architecture)):
@@ -155,10 +158,12 @@ def make_splits(
     splits = Splits(dataset.name, dataset.fingerprint, seed, letters.tobytes().decode("ascii"))
     if empty := [name for name, size in splits.sizes().items() if size == 0]:
         raise TangleNASError(
-            f"{dataset.name} has {len(labels)} samples, too few for these portions: {', '.join(empty)} would "
+            f"{dataset.name} has {len(dataset)} samples, too few for these portions: {', '.join(empty)} would "
             f"be empty (train {train_portion}, validation {validation_portion}, test {test_portion}). "
             "Use more data or larger shares."
         )
+    if labels is None:
+        return splits
     for name, members in (("weights", weights), ("architecture", architecture)):
         count = np.bincount(labels[members], minlength=dataset.num_classes)
         if not count.all():

@@ -16,7 +16,7 @@ from ..errors import TangleNASError
 from .dataset import Samples
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Inputs (B, C, H, W) and targets (B,)."""
+"""Inputs (B, C, H, W) and targets (B,), or tokens (B, T) and those that follow them (B, T)."""
 
 
 class Stream:

@@ -94,6 +94,10 @@ class Elastic(nn.Module):
         """The torch module that this one is under an architecture, newly initialised where it is a torch layer."""
         return copied(self, assignment)
 
+    def gate(self, child: str) -> Size | None:
+        """1 or 0: whether an architecture has the child of that name; None for one that it always has."""
+        return None
+
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
         """Multiply-accumulates of one forward that gave `output`, as products (constant, sizes)."""
         return []
@@ -110,6 +114,34 @@ def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]
         for name, tensor in own.items()
         if tensor is not None
     }
+
+
+def tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that is shared (tied weights), in the order of the modules.
+
+    Raises:
+        TangleNASError: Two layers share a parameter, but an architecture cuts different slices from it.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    groups = [group for group in names.values() if len(group) > 1]
+    for first, *others in groups:
+        for name in others:
+            if _slicing(module, name) != _slicing(module, first):
+                raise TangleNASError(
+                    f"{first} and {name} are one parameter, but sliced in different ways: tie layers whose "
+                    "dimensions follow the same choices"
+                )
+    return groups
+
+
+def _slicing(module: nn.Module, name: str) -> list[tuple[Any, ...]]:
+    """How a parameter's dimensions follow the choices; those that never vary are left out."""
+    owner, _, key = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    axes = holder.axes.get(key, ()) if isinstance(holder, Elastic) else ()
+    return [(i, a.size.rows, a.size.values, a.layout, a.parts) for i, a in enumerate(axes) if a.size.rows]
 
 
 def plain(module: nn.Module, assignment: Assignment) -> nn.Module:

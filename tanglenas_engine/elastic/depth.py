@@ -35,9 +35,9 @@ class Depth(Elastic, nn.ModuleList):
                 outputs.append(x * probabilities[0][len(outputs)])
         return x if not outputs else sum(outputs[1:], outputs[0])
 
-    def exceeds(self, layer: int) -> Size:
-        """1 where the depth exceeds `layer` (counted from 0), else 0: whether that layer is in the network."""
-        return self.depth.map(lambda depth: int(int(depth) > layer))
+    def gate(self, child: str) -> Size:
+        """1 where the depth exceeds the layer, counted from 0, else 0."""
+        return self.depth.map(lambda depth: int(int(depth) > int(child)))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
         return nn.Sequential(*(plain(layer, assignment) for layer in list(self)[: self.depth.value(assignment)]))
@@ -49,5 +49,5 @@ def walk(
     """All modules with their names and the Sizes, 1 or 0, that decide whether an architecture has them."""
     yield name, module, gates
     for key, child in module.named_children():
-        inner = (*gates, module.exceeds(int(key))) if isinstance(module, Depth) else gates
-        yield from walk(child, f"{name}.{key}" if name else key, inner)
+        gate = module.gate(key) if isinstance(module, Elastic) else None
+        yield from walk(child, f"{name}.{key}" if name else key, gates if gate is None else (*gates, gate))

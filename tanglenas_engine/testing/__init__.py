@@ -13,7 +13,6 @@ from .optimizers import (
     check_resume,
     check_sampling,
     check_stages,
-    cross_entropy,
     random_data,
     same,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "check_resume",
     "check_sampling",
     "check_stages",
-    "cross_entropy",
     "random_data",
     "same",
 ]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_engine.architecture import Architecture
@@ -21,7 +20,7 @@ from tanglenas_engine.optimizer import Optimizer, Step
 from tanglenas_engine.progress import SilentProgress
 from tanglenas_engine.search import search
 from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.training import parameter_groups
+from tanglenas_engine.training import cross_entropy, parameter_groups
 
 SEED = 3
 SAMPLES = 8
@@ -136,7 +135,7 @@ def check_resume(
                     space, optimizer = make_space(), make_optimizer()
                     data = random_data(space, ("weights", "architecture", "validation"))
                     try:
-                        small = dict(epochs=2, batch_size=BATCH, seed=SEED, loss=cross_entropy, checkpoint_every=1)
+                        small = dict(epochs=2, batch_size=BATCH, seed=SEED, checkpoint_every=1)
                         search(
                             space,
                             optimizer,
@@ -157,7 +156,7 @@ def check_stages(make_optimizer: Callable[[], Optimizer], make_space: Callable[[
     """Two steps of search, the optimizer's own derivation, extraction and evaluation."""
     space, optimizer = make_space(), make_optimizer()
     data = random_data(space, SPLITS)
-    result = search(space, optimizer, data, epochs=1, batch_size=BATCH, seed=SEED, loss=cross_entropy)
+    result = search(space, optimizer, data, epochs=1, batch_size=BATCH, seed=SEED)
     assert len(result.history) == 1
     has_one = result.architecture is not None
     assert has_one or optimizer.derivation != "argmax", "the derivation is 'argmax', but expected() gives no mixture"
@@ -190,11 +189,6 @@ class CutAfter(SilentProgress):
             self.left -= 1
             if self.left == 0:
                 raise CutOff
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean over all targets, of images `(B,)` or of tokens `(B, T)`; `outputs` has the classes last."""
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 def random_data(space: SearchSpace, names: Iterable[str], samples: int = SAMPLES, seed: int = 0) -> DataView:

@@ -1,0 +1,242 @@
+"""Text: your own, or the source code of Python's standard library."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from tanglenas_engine.data import Dataset, TokenSamples, content_hash
+from tanglenas_engine.errors import TangleNASError
+
+UNKNOWN = "<unk>"
+END = "<|endoftext|>"
+# What is encoded at a time, in characters.
+_PIECE = 1 << 16
+# More unknown tokens than this, and the test text is not of the kind that the vocabulary was made for.
+_MOST_UNKNOWN = 0.01
+
+
+class Text(Dataset):
+    """Tokens of a text, in windows of `block_size`, each with the token that follows.
+
+    The last part of the text is the official test part, unless `test_root` brings its own; the splits cut the rest
+    into contiguous segments, and no window crosses the border of a split. The vocabulary is made from what is not
+    test. Windows are laid end to end; in training each starts anew at random within its place.
+
+    Args:
+        root: A text file, UTF-8, or a folder: its files that match `pattern`, at any depth, one after another.
+        block_size: Tokens in a window.
+        tokenizer: "char", one token for each character that occurs, and `<unk>` for others; "bpe", trained on the
+            text, byte-level: it knows every text; or the path of a `tokenizer.json`, used as it is.
+        vocab_size: Of "bpe".
+        test_portion: Share of the characters that are the test part.
+        test_root: A file or folder that is the test part instead.
+        pattern: Of the files in a folder; those whose names start with a dot are passed over.
+
+    Raises:
+        TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, or the
+            test part has many characters that the vocabulary lacks.
+    """
+
+    name = "text"
+    labels = None
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        block_size: int = 64,
+        tokenizer: str = "char",
+        vocab_size: int = 4096,
+        test_portion: float = 0.1,
+        test_root: str | os.PathLike[str] | None = None,
+        pattern: str = "*.txt",
+    ) -> None:
+        text = self._read(root, pattern)
+        test = None if test_root is None else self._read(test_root, pattern)
+        self._prepare(text, test, block_size, tokenizer, vocab_size, test_portion)
+
+    def _prepare(
+        self, text: str, test: str | None, block_size: int, tokenizer: str, vocab_size: int, test_portion: float
+    ) -> None:
+        if block_size < 1:
+            raise TangleNASError(f"{self.name}: block_size is {block_size}; give at least 1 token.")
+        if not 0 < test_portion < 1:
+            raise TangleNASError(f"{self.name}: test_portion is {test_portion}; give a share between 0 and 1.")
+        if test is None:
+            cut = int(len(text) * (1 - test_portion))
+            text, test = text[:cut], text[cut:]
+        self.block_size = block_size
+        self.tokenizer = self._tokenizer(tokenizer, vocab_size, text)
+        self.vocab_size: int = self.tokenizer.get_vocab_size()
+        parts = [self._rows(part, name) for part, name in ((text, "the text"), (test, "the test part"))]
+        self._check_known(parts[1], test)
+        self._first_test = len(parts[0])
+        self._pool = torch.cat(parts)  # (N, block_size + 1)
+        self.test_indices = torch.arange(self._first_test, len(self._pool))
+        self.fingerprint = content_hash(self._pool, self.tokenizer.to_str())
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def space_options(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size, "block_size": self.block_size}
+
+    def subset(self, indices: Tensor, *, train: bool) -> TokenSamples:
+        # The gap keeps a window from starting in the last row before the test part and ending in it.
+        return TokenSamples(self._pool[indices], indices + (indices >= self._first_test), shift=train)
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, shape (n,), int64."""
+        pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+        encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(np.array(e.ids, np.int64) for e in encoded)]))
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of tokens (n,)."""
+        text: str = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        return text
+
+    def _read(self, root: str | os.PathLike[str], pattern: str) -> str:
+        root = Path(root)
+        if not root.exists():
+            raise TangleNASError(
+                f"{self.name}: there is no file or folder {root}. Give root=, a text file or a folder."
+            )
+        paths = [root]
+        if root.is_dir():
+            found = (path for path in sorted(root.rglob(pattern)) if path.is_file())
+            paths = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        text = "".join(map(self._decoded, paths))
+        if not text.strip():
+            what = f"has no text in files {pattern}" if root.is_dir() else "is empty"
+            raise TangleNASError(f"{self.name}: {root} {what}. Put text there, or give another root= or pattern=.")
+        return text
+
+    def _decoded(self, path: Path) -> str:
+        try:
+            return path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TangleNASError(
+                f"{self.name}: {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
+                "Convert the file (iconv -f LATIN1 -t UTF-8, if that is what it is), or leave it out with pattern=."
+            ) from None
+
+    def _tokenizer(self, kind: str, vocab_size: int, text: str) -> Tokenizer:
+        if kind == "char":
+            vocabulary = [UNKNOWN, *sorted(set(text))]
+            tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token=UNKNOWN))
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+            tokenizer.decoder = decoders.Fuse()
+            return tokenizer
+        if kind == "bpe":
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            if vocab_size <= len(alphabet):
+                raise TangleNASError(
+                    f"{self.name}: vocab_size is {vocab_size}; give more than {len(alphabet)}, as bytes come first."
+                )
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
+            )
+            tokenizer.train_from_iterator((text[i : i + _PIECE] for i in range(0, len(text), _PIECE)), trainer)
+            return tokenizer
+        if not Path(kind).is_file():
+            raise TangleNASError(
+                f"{self.name}: tokenizer is {kind!r}; give 'char', 'bpe', or the path of a tokenizer.json that exists."
+            )
+        try:
+            tokenizer = Tokenizer.from_file(kind)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise TangleNASError(f"{self.name}: {kind} is no tokenizer.json: {error}. Give another file.") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _rows(self, text: str, what: str) -> Tensor:
+        """All full windows of a text, each with the token after it, shape (n, block_size + 1)."""
+        tokens, length = self.encode(text).int(), self.block_size + 1
+        if len(tokens) < length:
+            raise TangleNASError(
+                f"{self.name}: {what} has {len(tokens)} tokens, too few for a window of block_size {self.block_size} "
+                "and the token after it. Use more text, or a smaller block_size."
+            )
+        return tokens[: len(tokens) // length * length].view(-1, length)
+
+    def _check_known(self, rows: Tensor, text: str) -> None:
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        share = 0.0 if unknown is None else (rows == unknown).float().mean().item()
+        if share > _MOST_UNKNOWN:
+            known = self.tokenizer.get_vocab()
+            strange = sorted({c for c in text if c not in known})[:5]
+            raise TangleNASError(
+                f"{self.name}: {100 * share:.0f} % of the test part is not in the vocabulary of the text "
+                f"({', '.join(map(repr, strange))}...): they are of different kinds. Give another test_root or "
+                "test_portion, or tokenizer='bpe', which knows all characters."
+            )
+
+
+class StdlibText(Text):
+    """The source code of Python's own standard library: text that is there on every machine.
+
+    Modules come in an order that depends on their names only, but looks random, so that every split has some of each
+    kind. Another version of Python has another text.
+
+    Args:
+        characters: How much of it, at most.
+        block_size, tokenizer, vocab_size, test_portion: As for `Text`.
+    """
+
+    name = "stdlib_text"
+
+    def __init__(
+        self,
+        characters: int = 1_000_000,
+        block_size: int = 64,
+        tokenizer: str = "char",
+        vocab_size: int = 4096,
+        test_portion: float = 0.1,
+    ) -> None:
+        text = _up_to(characters, map(self._decoded, _stdlib_sources()))
+        if not text:
+            raise TangleNASError(
+                f"{self.name}: {characters} characters of the standard library in {_stdlib()} are none. Give a larger "
+                "characters=, or use the dataset 'text', if this Python comes without its sources."
+            )
+        self._prepare(text, None, block_size, tokenizer, vocab_size, test_portion)
+
+
+def _stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _stdlib_sources() -> list[Path]:
+    """The modules of the standard library, without installed packages, and tests with their odd encodings."""
+    apart = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    found = []
+    for folder, inner, names in os.walk(_stdlib()):
+        inner[:] = set(inner) - apart
+        found += [Path(folder, name).relative_to(_stdlib()) for name in names if name.endswith(".py")]
+    return [_stdlib() / p for p in sorted(found, key=lambda p: hashlib.sha256(p.as_posix().encode()).hexdigest())]
+
+
+def _up_to(characters: int, texts: Iterable[str]) -> str:
+    """The first `characters` of the texts together; no more of them are read than that takes."""
+
+    def taken() -> Iterator[str]:
+        left = characters
+        for text in texts:
+            if left <= 0:
+                return
+            yield text[:left]
+            left -= len(text)
+
+    return "".join(taken())

@@ -1,0 +1,215 @@
+"""The standalone GPT, its text generation, its files, and its way to Hugging Face. Needs torch and safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a GPT is made of: one number of heads and one MLP ratio for each layer.
+
+    A head has `head_dim` dimensions, or, where that is None, the heads of a layer partition `embed_dim`.
+    """
+
+    vocab_size: int
+    block_size: int
+    embed_dim: int
+    num_heads: tuple[int, ...]
+    mlp_ratio: tuple[float, ...]
+    head_dim: int | None = None
+    dropout: float = 0.0
+    bias: bool = False
+
+    def hidden(self, layer: int) -> int:
+        """Width of the MLP of one layer."""
+        return int(self.embed_dim * self.mlp_ratio[layer])
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: `(B, T, C) -> (B, T, C)`."""
+
+    def __init__(self, config: Config, num_heads: int):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, config.dropout
+        width = num_heads * (config.head_dim or config.embed_dim // num_heads)
+        self.qkv = nn.Linear(config.embed_dim, 3 * width, config.bias)
+        self.proj = nn.Linear(width, config.embed_dim, config.bias)
+        self.proj_drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, bias=config.bias)
+        self.attn = Attention(config, config.num_heads[layer])
+        self.norm2 = nn.LayerNorm(config.embed_dim, bias=config.bias)
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden(layer), config.bias)
+        self.fc2 = nn.Linear(config.hidden(layer), config.embed_dim, config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class GPT(nn.Module):
+    """A GPT-2 style decoder with learned positions, whose head is its token embedding."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.wpe = nn.Embedding(config.block_size, config.embed_dim)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.Sequential(*(Block(config, layer) for layer in range(len(config.num_heads))))
+        self.norm = nn.LayerNorm(config.embed_dim, bias=config.bias)
+        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        initialise(self, layers=len(config.num_heads))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Tokens `(B, T)`, T up to `block_size` -> logits of the next token at each place, `(B, T, vocab_size)`."""
+        x = self.drop(self.wte(ids) + self.wpe(positions(ids, self.config.block_size)))
+        return self.lm_head(self.norm(self.blocks(x)))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As usual; the weight that head and embedding share may be given once, as files have it."""
+        tied = {"lm_head.weight": state_dict["wte.weight"]} if "wte.weight" in state_dict else {}
+        return super().load_state_dict({**tied, **state_dict}, strict, assign)
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        state = {k: v.contiguous() for k, v in self.state_dict().items() if k != "lm_head.weight"}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: Path) -> GPT:
+        """Read what `save` wrote, in evaluation mode."""
+        settings = json.loads((Path(folder) / "config.json").read_text())
+        network = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
+        network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return network.eval()
+
+
+def positions(ids: Tensor, block_size: int) -> Tensor:
+    """The places `(T,)` of tokens `(B, T)`."""
+    if ids.shape[1] > block_size:
+        raise ValueError(
+            f"{ids.shape[1]} tokens in a row, but the model sees block_size={block_size}: give it the last {block_size}"
+        )
+    return torch.arange(ids.shape[1], device=ids.device)
+
+
+@torch.no_grad()
+def initialise(network: nn.Module, layers: int) -> None:
+    """GPT-2's: normal with deviation 0.02, and less by sqrt(2 * layers) in what is added to the residual stream."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = name.endswith((".attn.proj", ".fc2"))
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def generate(
+    network: GPT,
+    ids: Tensor,
+    n: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue each row of tokens `(B, T)` by `n` tokens: `(B, T + n)`.
+
+    Args:
+        temperature: Below 1 keeps to the likely, above 1 strays; 0 always takes the most likely token.
+        top_k: Draw from so many of the likeliest tokens only.
+        generator: What draws; its device need not be the network's.
+    """
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or ids.shape[1] < 1:
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k} and {ids.shape[1]} tokens to go on from: expected a "
+            "temperature of at least 0, a top_k of at least 1 or None, and at least one token"
+        )
+    training = network.training
+    network.eval()
+    for _ in range(n):
+        logits = network(ids[:, -network.config.block_size :])[:, -1]  # (B, vocab_size)
+        if top_k is not None:
+            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if temperature == 0:
+            drawn = logits.argmax(-1, keepdim=True)
+        else:
+            chances = (logits.float() / temperature).softmax(-1)
+            chances = chances if generator is None else chances.to(generator.device)
+            drawn = torch.multinomial(chances, 1, generator=generator)
+        ids = torch.cat([ids, drawn.to(ids.device)], 1)
+    network.train(training)
+    return ids
+
+
+_GPT2 = {
+    "blocks": "h", "norm1": "ln_1", "norm2": "ln_2", "norm": "ln_f",
+    "qkv": "c_attn", "proj": "c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj",
+}  # fmt: skip
+
+
+def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The `state_dict` of transformers' `GPT2LMHeadModel` for this network, and the arguments of its `GPT2Config`.
+
+    Biases that the network lacks are zeros there.
+
+    Raises:
+        ValueError: A GPT-2 cannot be this: its layers are all alike, and its heads partition the width.
+    """
+    width, layers = config.embed_dim, len(config.num_heads)
+    hidden = {config.hidden(layer) for layer in range(layers)}
+    partition = config.head_dim is None or config.head_dim * config.num_heads[0] == width
+    if len(set(config.num_heads)) > 1 or len(hidden) > 1 or not partition:
+        raise ValueError(
+            f"GPT-2 has layers that are all alike and heads that partition the width, but this network has heads "
+            f"{config.num_heads} of dimension {config.head_dim or 'width / heads'}, MLP ratios {config.mlp_ratio} and "
+            f"width {width}: keep it as it is, or search with one choice for all layers and heads='partition'"
+        )
+    weights = {}
+    for key, tensor in state.items():
+        if key == "lm_head.weight":
+            weights[key] = tensor
+            continue
+        module, kind = key.rsplit(".", 1)
+        name = "transformer." + ".".join(_GPT2.get(part, part) for part in module.split("."))
+        # transformers' Conv1D holds (inputs, outputs).
+        weights[f"{name}.{kind}"] = tensor.T.contiguous() if kind == "weight" and ".c_" in name else tensor
+        if kind == "weight" and not name.endswith(("wte", "wpe")) and f"{module}.bias" not in state:
+            weights[f"{name}.bias"] = tensor.new_zeros(len(tensor))
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    arguments = dict(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=width, n_layer=layers,
+        n_head=config.num_heads[0], n_inner=hidden.pop(), activation_function="gelu", tie_word_embeddings=True,
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return weights, arguments

@@ -1,0 +1,102 @@
+"""The GPT search space of the paper (arXiv:2312.10440, section 4.2), on elastic layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine import Architecture, SearchSpace, elastic
+from tanglenas_engine.errors import unknown
+from tanglenas_engine.size import Size
+from tanglenas_gpt import network
+from tanglenas_gpt.partition import PartitionedAttention
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
+
+    def __init__(self, width: Size, attention: nn.Module, mlp_ratio: Size, bias: bool, dropout: float):
+        super().__init__()
+        self.norm1 = elastic.LayerNorm(width, bias=bias)
+        self.attn = attention
+        self.norm2 = elastic.LayerNorm(width, bias=bias)
+        self.fc1 = elastic.Linear(width, width * mlp_ratio, bias)
+        self.fc2 = elastic.Linear(width * mlp_ratio, width, bias)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class GPT(SearchSpace):
+    """Embedding dimension, layers, and per layer the number of heads and the MLP ratio of a GPT.
+
+    Args:
+        vocab_size: Tokens that the model tells apart; its head is its token embedding.
+        block_size: Tokens in a row that it sees at most.
+        heads: "slices": heads have `head_dim` dimensions each, and more heads make attention wider; "partition":
+            the heads of a layer share the embedding dimension out among them, as in the paper and in GPT-2.
+        head_dim: Of heads that are slices; by default what makes the largest network a GPT-2.
+        dropout: Of embeddings, attention and residuals.
+        bias: Whether linear layers and norms have one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (5, 6, 7),
+        embed_dim: Sequence[int] = (384, 576, 768),
+        num_heads: Sequence[int] = (6, 8, 12),
+        mlp_ratio: Sequence[float] = (2, 3, 4),
+        vocab_size: int = 50304,
+        block_size: int = 224,
+        heads: str = "slices",
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        L, E = self.choice("layers", layers), self.choice("embed_dim", embed_dim)
+        H, R = self.choice("num_heads", num_heads, per=L), self.choice("mlp_ratio", mlp_ratio, per=L)
+        head_dim = {"slices": head_dim or E.max // max(H.values), "partition": None}.get(heads, 0)
+        if head_dim == 0:
+            raise unknown("heads", heads, ("slices", "partition"))
+        self.settings = dict(
+            vocab_size=vocab_size, block_size=block_size, head_dim=head_dim, dropout=dropout, bias=bias
+        )
+
+        def attention(num_heads: Size) -> nn.Module:
+            if head_dim is None:
+                return PartitionedAttention(E, num_heads, bias, dropout)
+            return elastic.Attention(E, num_heads, head_dim, bias, bias, dropout, dropout, causal=True)
+
+        self.wte = elastic.Embedding(vocab_size, E)
+        self.wpe = elastic.Embedding(block_size, E)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = elastic.Depth(L, [Block(E, attention(H[i]), R[i], bias, dropout) for i in range(L.max)])
+        self.norm = elastic.LayerNorm(E, bias=bias)
+        self.lm_head = elastic.Linear(E, vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        network.initialise(self, L.max)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Tokens `(B, T)`, T up to `block_size` -> logits of the next token at each place, `(B, T, vocab_size)`."""
+        x = self.drop(self.wte(ids) + self.wpe(network.positions(ids, self.settings["block_size"])))
+        return self.lm_head(self.norm(self.blocks(x)))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randint(self.settings["vocab_size"], (batch, self.settings["block_size"]))
+
+    def standalone(self, architecture: Architecture) -> network.GPT:
+        choices = {name: value for name, value in architecture.choices.items() if name != "layers"}
+        return network.GPT(network.Config(**self.settings, **choices))
+
+    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
+        """Write a folder that `tanglenas_gpt.network.GPT.load` reads."""
+        network.save(folder)

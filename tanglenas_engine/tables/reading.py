@@ -1,0 +1,188 @@
+"""Table files: comma-separated values, and the pickles in which tables are published. Either may be gzip-compressed."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import zlib
+from array import array
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.tables.pickles import read_pickle
+from tanglenas_engine.tables.table import HEADER, Table, expected, limit
+
+if TYPE_CHECKING:
+    from tanglenas_engine.space import SearchSpace
+
+MAX_BYTES = 256 * 2**20
+"""Of a table's uncompressed file: 80 times that of NAS-Bench-201. A small compressed file may hold any amount."""
+
+KEY_COLUMNS = ("architecture", "arch")
+INDEX_COLUMNS = ("", "index")
+
+
+def load_table(path: str | Path, space: SearchSpace | None = None) -> Table:
+    """Read a benchmark table; with `space`, its architectures in that space's notation, tied to it.
+
+    Three forms are read:
+
+    - CSV with a column `arch` or `architecture` (or `architecture of SPACE`, as `tanglenas tables import` writes it);
+    - CSV with one column of text per choice, in the order of the space's choices: read as "option, option, ...";
+    - a pickle of `{architecture: {metric: value}}`, read without executing anything in it.
+
+    All other columns are metrics, except `index`.
+
+    Raises:
+        TangleNASError: The file is missing, empty, damaged, or not a table (names the line), or does not fit `space`.
+    """
+    path = Path(path)
+    try:
+        data = _contents(path)
+        keys, columns, name = _from_pickle(data) if _is_pickle(path, data) else _from_csv(data)
+        table = Table(keys, columns, name)
+        return table if space is None else table.of(space)
+    except OSError as error:
+        raise TangleNASError(f"cannot read the table {path}: {error.strerror or error}") from None
+    except TangleNASError as error:
+        raise TangleNASError(f"table {path}: {error}") from None
+
+
+def _contents(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        try:
+            data = (gzip.GzipFile(fileobj=file) if compressed else file).read(MAX_BYTES + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise TangleNASError(f"its compression is damaged ({error}): copy or download it again") from None
+    if len(data) > MAX_BYTES:
+        raise TangleNASError(f"it holds more than {MAX_BYTES // 2**20} MiB, more than any table should: is it one?")
+    if not data.strip():
+        raise TangleNASError("it is empty: copy or download it again")
+    return data
+
+
+def _is_pickle(path: Path, data: bytes) -> bool:
+    """By its first byte, which no text has; the old protocols have none and go by the file's name."""
+    return data[0] == 0x80 or path.name.removesuffix(".gz").endswith((".pkl", ".pickle", ".p"))
+
+
+Contents = tuple[list[str], dict[str, Any], str | None]
+"""Keys, columns by metric, and the space's name if the file gives it."""
+
+
+def _from_pickle(data: bytes) -> Contents:
+    content = read_pickle(data)
+    if not isinstance(content, dict) or not content:
+        raise TangleNASError("the pickle holds no {architecture: {metric: value}}")
+    metrics: list[str] = []
+    columns: dict[str, array[float]] = {}
+    for key, values in content.items():
+        where = _printable("an architecture", key)[:200]
+        if not isinstance(values, dict) or not values:
+            raise TangleNASError(f"{where}: expected a dict of metrics")
+        if not columns:
+            metrics = list(values)
+            columns = {_printable("a metric", metric): array("d") for metric in metrics}
+        if values.keys() != columns.keys():
+            odd = sorted(values.keys() ^ columns.keys())[0]
+            raise TangleNASError(
+                f"{where}: metric {odd[:80]!r} is not there for every architecture: complete or remove it"
+            )
+        for metric, value in values.items():
+            columns[metric].append(_number(where, metric, value))
+    return list(content), columns, None
+
+
+def _from_csv(data: bytes) -> Contents:
+    lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
+    try:
+        return _from_rows(lines)
+    except UnicodeDecodeError as error:
+        raise TangleNASError(f"line {lines.line_num + 1}: not text in UTF-8 ({error.reason}): is it a table?") from None
+    except csv.Error as error:
+        raise TangleNASError(f"line {lines.line_num}: not CSV ({error})") from None
+
+
+def _from_rows(lines: Any) -> Contents:
+    header = [name.strip() for name in next(lines, [])]
+    rows = (row for row in lines if row)  # blank lines do no harm
+    first = next(rows, None)
+    if first is None:
+        raise TangleNASError("it has a header but no architectures: copy or download it again")
+    for name in header:
+        if header.count(name) > 1:
+            raise TangleNASError(f"line 1: column {name!r} is there twice: remove or rename one")
+    key_columns, space = _key_columns(header, first)
+    metrics = {
+        i: _printable("a metric", name)
+        for i, name in enumerate(header)
+        if i not in key_columns and name not in INDEX_COLUMNS
+    }
+    if not metrics:
+        raise TangleNASError(f"line 1: no column of a metric among {', '.join(header)}")
+    keys: dict[str, int] = {}
+    columns: dict[str, array[float]] = {metric: array("d") for metric in metrics.values()}
+    for row in itertools.chain([first], rows):
+        where = f"line {lines.line_num}"
+        if len(row) != len(header):
+            raise TangleNASError(f"{where}: {len(row)} values, but the header has {len(header)} columns")
+        parts = [row[i].strip() for i in key_columns]
+        if len(parts) > 1:
+            for i, part in zip(key_columns, parts, strict=True):
+                if not part or _is_number(part):
+                    raise TangleNASError(f"{where}: {header[i]} is {part!r}, expected an option's name")
+        key = _printable("an architecture", ", ".join(parts), where)
+        if key in keys:
+            raise TangleNASError(f"{where}: {key[:200]} is already in line {keys[key]}: remove one of them")
+        keys[key] = lines.line_num
+        for i, metric in metrics.items():
+            columns[metric].append(_number(where, metric, row[i]))
+    return list(keys), columns, space
+
+
+def _key_columns(header: list[str], first: list[str]) -> tuple[list[int], str | None]:
+    """Which columns name the architecture, and the space's name if the header gives it."""
+    for i, name in enumerate(header):
+        if name.startswith(HEADER) and len(name) > len(HEADER):
+            return [i], name.removeprefix(HEADER)
+        if name.lower() in KEY_COLUMNS:
+            return [i], None
+    text = [i for i, value in enumerate(first[: len(header)]) if value.strip() and not _is_number(value)]
+    if len(text) < 2:
+        raise TangleNASError(
+            f"line 1: no column names the architecture. Expected 'arch', 'architecture', or one column of text per "
+            f"choice, got {', '.join(header)[:200]}"
+        )
+    return text, None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(where: str, metric: str, value: Any) -> float:
+    """`value` as what the metric can be; `where` says whose it is."""
+    shown = repr(value)[:60] if isinstance(value, str | float) else f"of type {type(value).__name__}"
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or not 0 <= number <= limit(metric):
+        raise TangleNASError(f"{where}: {metric} is {shown}, expected {expected(metric)}: correct or remove it")
+    return number
+
+
+def _printable(what: str, text: str, where: str = "") -> str:
+    if not text or not text.isprintable():
+        prefix = f"{where}: " if where else ""
+        raise TangleNASError(f"{prefix}{what} is named {text!r:.80}, expected printable text")
+    return text

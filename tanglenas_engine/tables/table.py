@@ -1,0 +1,316 @@
+"""Benchmark tables: what every architecture of a space is worth when it is trained by itself."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.errors import TangleNASError, unknown
+from tanglenas_engine.size import combinations
+
+if TYPE_CHECKING:
+    from tanglenas_engine.space import SearchSpace
+
+COSTS = {"params", "flops", "macs", "latency", "loss", "perplexity", "seconds", "time"}
+"""A metric with one of these words in its name (`params_c10`, `test_loss`) is a cost: less is better."""
+
+EXAMPLES = 3
+"""How many architectures a report names of each kind of fault."""
+
+
+@runtime_checkable
+class Notation(Protocol):
+    """What a space adds that writes its architectures as text."""
+
+    def to_string(self, architecture: Architecture) -> str: ...
+
+    def from_string(self, text: str) -> Architecture: ...
+
+
+class Table:
+    """Metrics of architectures: accuracies in %, or costs, of which less is better (see `COSTS`).
+
+    An architecture is asked for by the text under which the table lists it, or, once the table is tied to a space
+    (`table.of(space)`), as an `Architecture` or in any form that the space reads.
+
+    Args:
+        keys: The architectures as text, each once.
+        columns: For each metric, one finite value per architecture, shape `(len(keys),)`.
+        space: The name of the space in whose notation the keys are, or None where nothing vouches for it.
+    """
+
+    def __init__(self, keys: Iterable[str], columns: Mapping[str, Sequence[float] | NDArray[Any]], space: str | None):
+        self.space = space
+        self.keys = tuple(keys)
+        self.columns = {metric: np.asarray(values, dtype=np.float64) for metric, values in columns.items()}
+        self.notation: Notation | None = None
+        self._index = {key: i for i, key in enumerate(self.keys)}
+        self._sorted: dict[str, NDArray[np.float64]] = {}
+        if len(self._index) < len(self.keys):
+            twice = next(key for i, key in enumerate(self.keys) if self._index[key] != i)
+            raise TangleNASError(f"the table lists {twice!r} twice: remove one of them")
+        for metric, column in self.columns.items():
+            if column.shape != (len(self.keys),):
+                raise TangleNASError(
+                    f"metric {metric!r} has shape {column.shape}, expected one value for each of {len(self.keys)} keys"
+                )
+            for i in np.flatnonzero(~((column >= 0) & (column <= limit(metric))))[:1]:
+                raise TangleNASError(f"{metric} of {self.keys[i]} is {column[i]}, expected {expected(metric)}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the table lists an architecture under exactly this text."""
+        return key in self._index
+
+    def __repr__(self) -> str:
+        return f"Table({self.space or 'unknown space'}, {len(self)} architectures, {', '.join(self.metrics)})"
+
+    # Questions.
+
+    def value(self, architecture: Architecture | str, metric: str) -> float:
+        """The metric of an architecture: accuracy in %, or the cost as the table has it."""
+        column = self._column(metric)
+        return float(column[self._position(architecture)])
+
+    def rank(self, architecture: Architecture | str, metric: str) -> int:
+        """1 for the best; equal values share the better rank."""
+        value, ordered = self.value(architecture, metric), self._ordered(metric)
+        if is_cost(metric):
+            return 1 + int(np.searchsorted(ordered, value, side="left"))
+        return 1 + len(self) - int(np.searchsorted(ordered, value, side="right"))
+
+    def regret(self, architecture: Architecture | str, metric: str) -> float:
+        """How far the architecture is from the best: percentage points, or the cost's unit. Never negative."""
+        return abs(self.value(self.best(metric), metric) - self.value(architecture, metric))
+
+    def row(self, architecture: Architecture | str, metric: str) -> dict[str, float]:
+        """What one line of a history says of an architecture."""
+        return {
+            "table_value": self.value(architecture, metric),
+            "table_rank": self.rank(architecture, metric),
+            "table_regret": self.regret(architecture, metric),
+        }
+
+    def best(self, metric: str) -> str:
+        """The best architecture, as the table lists it; the first of equals."""
+        column = self._column(metric)
+        return self.keys[int(column.argmin() if is_cost(metric) else column.argmax())]
+
+    def worst(self, metric: str) -> str:
+        column = self._column(metric)
+        return self.keys[int(column.argmax() if is_cost(metric) else column.argmin())]
+
+    def median(self, metric: str) -> float:
+        return float(np.median(self._column(metric)))
+
+    # Spaces.
+
+    def of(self, space: SearchSpace) -> Table:
+        """This table with its architectures in the space's own notation, tied to the space.
+
+        Raises:
+            TangleNASError: The space has no notation, or the table lists architectures that the space does not
+                have, or has twice. Architectures may be missing: `check` tells.
+        """
+        notation = notation_of(space)
+        keys: Sequence[str | None] = self.keys
+        if self.space != _label(space):
+            keys = self._names(notation)
+        named = [key for key in keys if key is not None]
+        if len(set(named)) < len(keys):
+            raise TangleNASError(f"{self.check(space)}. Remove what is wrong, or name the right space")
+        table = Table(named, self.columns, _label(space))
+        table.notation = notation
+        return table
+
+    def check(self, space: SearchSpace) -> Check:
+        """Compare with a space: which architectures are missing, listed twice, or not of the space."""
+        notation = notation_of(space)
+        found: dict[str, str] = {}
+        foreign, duplicates = [], []
+        for key, name in zip(self.keys, self._names(notation), strict=True):
+            if name is None:
+                foreign.append(key)
+            elif name in found:
+                duplicates.append(f"{found[name]} as {key}")
+            else:
+                found[name] = key
+        missing: dict[str, None] = {}
+        if len(found) < space.size:
+            for assignment in combinations(space.rows):
+                name = notation.to_string(space.architecture_of(assignment))
+                if name not in found:
+                    missing[name] = None
+                if len(missing) == EXAMPLES:
+                    break
+        return Check(_label(space), space.size, len(found), tuple(missing), tuple(duplicates), tuple(foreign))
+
+    def _names(self, notation: Notation) -> list[str | None]:
+        """The notation's own text for every key, None where the key is no architecture of the space."""
+        names: list[str | None] = []
+        for key in self.keys:
+            try:
+                names.append(notation.to_string(notation.from_string(key)))
+            except TangleNASError:
+                names.append(None)
+        return names
+
+    # Files.
+
+    def write(self, path: str | Path) -> None:
+        """Write the canonical CSV, compressed if the name ends in `.gz`: equal tables give equal bytes.
+
+        The first column is headed `architecture of SPACE` and tells a reader whose notation it is in.
+        """
+        from tanglenas_engine.checkpoint import write_atomic  # torch
+
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([HEADER + self.space if self.space else "architecture", *self.metrics])
+        for key, *values in zip(self.keys, *self.columns.values(), strict=True):
+            writer.writerow([key, *(repr(float(value)).removesuffix(".0") for value in values)])
+        data = text.getvalue().encode()
+        write_atomic(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
+
+    def _column(self, metric: str) -> NDArray[np.float64]:
+        if metric not in self.columns:
+            raise unknown("metric", metric, self.columns)
+        return self.columns[metric]
+
+    def _ordered(self, metric: str) -> NDArray[np.float64]:
+        """The column, ascending: sorted once, on the first question."""
+        if metric not in self._sorted:
+            self._sorted[metric] = np.sort(self._column(metric))
+        return self._sorted[metric]
+
+    def _position(self, architecture: Architecture | str) -> int:
+        key = architecture
+        if key not in self._index and self.notation is not None:
+            if isinstance(key, str):
+                key = self.notation.from_string(key)
+            key = self.notation.to_string(key)
+        if isinstance(key, Architecture):
+            raise TangleNASError(
+                f"the table is not tied to a space, so it cannot look up an architecture of {key.space!r}: "
+                "load it with load_table(path, space), or ask for the text under which it lists the architecture"
+            )
+        if key not in self._index:
+            raise TangleNASError(
+                f"the table has no architecture {key[:200]!r}. It lists {len(self)}, written like {self.keys[0]!r}"
+            )
+        return self._index[key]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a table and a space fit: `found` of the space's `size` architectures are listed, and what is wrong.
+
+    `missing` names the first few; `duplicates` and `foreign` are complete.
+    """
+
+    space: str
+    size: int
+    found: int
+    missing: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Every architecture of the space, once, and no other."""
+        return not (self.missing or self.duplicates or self.foreign)
+
+    def __str__(self) -> str:
+        if self.complete:
+            return f"all {self.size} architectures of {self.space}"
+        faults = [f"{self.found} of the {self.size} architectures of {self.space}"]
+        for count, what, listed in (
+            (self.size - self.found, "missing", self.missing),
+            (len(self.duplicates), "listed twice", self.duplicates),
+            (len(self.foreign), "not of this space", self.foreign),
+        ):
+            if count:
+                faults.append(f"{count} {what}, such as {'; '.join(text[:200] for text in listed[:EXAMPLES])}")
+        return ". ".join(faults)
+
+
+HEADER = "architecture of "
+
+
+def notation_of(space: SearchSpace) -> Notation:
+    """The space as something that reads and writes architectures as text.
+
+    Raises:
+        TangleNASError: It does not.
+    """
+    if not isinstance(space, Notation):
+        raise TangleNASError(
+            f"space {_label(space)!r} has no notation for its architectures, so no table can list them: "
+            f"{type(space).__name__} needs to_string(architecture) and from_string(text)"
+        )
+    return space
+
+
+def _label(space: SearchSpace) -> str:
+    return space.name or type(space).__name__
+
+
+def is_cost(metric: str) -> bool:
+    """Whether less of the metric is better."""
+    return not COSTS.isdisjoint(metric.lower().split("_"))
+
+
+def limit(metric: str) -> float:
+    """The largest value that the metric can have; the smallest is 0."""
+    return sys.float_info.max if is_cost(metric) else 100.0
+
+
+def expected(metric: str) -> str:
+    return "a finite number, 0 or more" if is_cost(metric) else "an accuracy in %, from 0 to 100"
+
+
+def kendall_tau(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
+    """Kendall's tau-b between predicted scores (more is better) and the table, over the architectures scored.
+
+    1 where the order is the table's, -1 where it is the reverse; nan where all scores, or all values, are equal.
+    """
+    from scipy.stats import kendalltau  # type: ignore[import-untyped]
+
+    return _correlation(kendalltau, scores, table, metric)
+
+
+def spearman(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
+    """Spearman's rank correlation between predicted scores (more is better) and the table, as `kendall_tau`."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, scores, table, metric)
+
+
+def _correlation(correlate: Any, scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
+    if len(scores) < 2:
+        raise TangleNASError(f"a rank correlation needs 2 architectures or more, but {len(scores)} have a score")
+    for architecture, score in scores.items():
+        if not math.isfinite(score):
+            raise TangleNASError(f"the score of {architecture} is {score}, expected a finite number")
+    predicted = list(scores.values())
+    true = [table.value(architecture, metric) * (-1 if is_cost(metric) else 1) for architecture in scores]
+    if len(set(predicted)) == 1 or len(set(true)) == 1:
+        return math.nan
+    return float(correlate(predicted, true).statistic)

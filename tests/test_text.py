@@ -1,0 +1,337 @@
+"""Text: vocabularies from the training part, windows that stay in their split, and what is said about bad files."""
+
+import hashlib
+import itertools
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from tanglenas_datasets.digits import Digits
+from tanglenas_datasets.text import StdlibText, Text
+from tanglenas_engine import create_dataset, create_space
+from tanglenas_engine.data import Dataset, Stream, TokenSamples, batches, make_splits, open_splits
+from tanglenas_engine.errors import TangleNASError
+
+SPLITS = {"a": "architecture", "w": "weights", "v": "validation", "t": "test"}
+
+
+def written(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A text of 2,000 random letters: any 8 in a row are there once."""
+    text = "".join(random.Random(0).choices("abcdefghijklmnopqrst\n", k=2000))
+    assert len({text[i : i + 8] for i in range(1993)}) == 1993
+    return text, Text(written(tmp_path / "letters.txt", text), block_size=9)
+
+
+# Windows and splits.
+
+
+def test_a_target_is_the_token_that_follows(letters):
+    text, dataset = letters
+    (inputs, targets), *_ = batches(dataset.subset(torch.arange(3), train=False), 3)
+    assert inputs.shape == targets.shape == (3, 9) and inputs.dtype == targets.dtype == torch.int64
+    assert [dataset.decode(row) for row in inputs] == [text[0:9], text[10:19], text[20:29]]
+    assert [dataset.decode(row) for row in targets] == [text[1:10], text[11:20], text[21:30]]
+
+
+def test_the_splits_are_segments_of_the_text_in_order(letters):
+    _, dataset = letters
+    splits = make_splits(dataset, seed=0)
+    assert "".join(letter for letter, _ in itertools.groupby(splits.assignment)) == "awvt"
+    assert splits.sizes() == {"weights": 81, "architecture": 81, "validation": 18, "test": 20}
+    assert splits.assignment == make_splits(dataset, seed=7).assignment
+    other = make_splits(dataset, seed=0, train_portion=0.75, test_portion=0.6)
+    assert other.validation.equal(splits.validation) and other.test.equal(splits.test)
+    assert len(other.weights) == 122
+
+
+class Numbers(Dataset):
+    """Rows of the numbers from 0 on, without an official test part."""
+
+    name, labels, fingerprint = "numbers", None, "0"
+
+    def __len__(self):
+        return 50
+
+    def subset(self, indices, *, train):
+        return TokenSamples(torch.arange(250).view(50, 5)[indices], indices, shift=train)
+
+
+def test_without_an_official_test_part_the_end_of_the_text_is_the_test_split():
+    splits = make_splits(Numbers(), seed=0)
+    assert splits.assignment == "a" * 18 + "w" * 18 + "v" * 4 + "t" * 10
+    assert make_splits(Numbers(), seed=0, validation_portion=0.5).test.equal(splits.test)
+
+
+def places(text, dataset, samples, count=300):
+    """Where in the text the windows of many training batches start; each with the token after it."""
+    found = []
+    for inputs, targets in itertools.islice(Stream(samples, min(8, len(samples)), seed=0).start(), count):
+        for row, last in zip(inputs, targets[:, -1:], strict=True):
+            found.append(text.index(dataset.decode(torch.cat([row, last]))))
+    return found
+
+
+def test_windows_never_cross_the_border_of_a_split(letters):
+    text, dataset = letters
+    splits = make_splits(dataset, seed=0)
+    view = open_splits(dataset, splits, [*SPLITS.values(), "training"])
+    for letter, name in SPLITS.items():
+        first, last = splits.assignment.index(letter), splits.assignment.rindex(letter)
+        starts = places(text, dataset, getattr(view, name), count=1200)
+        assert first * 10 <= min(starts) and max(starts) + 10 <= (last + 1) * 10
+        if name in ("weights", "architecture"):
+            # All places of the split are reached, but for the tail, where a window starts where it is laid.
+            assert set(starts) == {*range(first * 10, last * 10), last * 10}
+        else:
+            assert set(starts) == set(range(first * 10, (last + 1) * 10, 10))
+    inner = splits.assignment.index("w") * 10
+    assert set(range(inner - 9, inner)) & set(places(text, dataset, view.training))
+
+
+def test_windows_never_run_into_the_test_part(tmp_path):
+    text = "".join(random.Random(1).choices("abcdefghijklmnopqrst", k=507))
+    dataset = Text(written(tmp_path / "t.txt", text), block_size=9)
+    assert len(dataset) == 45 + 5 and dataset.test_indices.tolist() == [45, 46, 47, 48, 49]
+    # 456 characters are not test, and 6 of them are in no window.
+    starts = places(text, dataset, dataset.subset(torch.arange(50), train=True))
+    assert not {start for start in starts if 440 < start < 456}
+    assert {440, 456, 457, 496} <= set(starts)
+
+
+def test_windows_of_rows_apart_do_not_reach_into_each_other(letters):
+    text, dataset = letters
+    starts = places(text, dataset, dataset.subset(torch.tensor([3, 4, 8, 20, 21]), train=True))
+    assert set(starts) == {*range(30, 41), 80, *range(200, 211)}
+
+
+def test_streams_of_text_resume_and_follow_their_seed(letters):
+    _, dataset = letters
+    samples = dataset.subset(torch.arange(60), train=True)
+
+    def taken(seed, step=0, workers=0):
+        stream = Stream(samples, 8, seed=seed, num_workers=workers)
+        return list(itertools.islice(stream.start(step), 20 - step))
+
+    for one, other in zip(taken(1)[13:], taken(1, 13), strict=True):
+        assert one[0].equal(other[0]) and one[1].equal(other[1])
+    assert not taken(1)[0][0].equal(taken(2)[0][0])
+    evaluated = [list(batches(dataset.subset(torch.arange(20), train=False), 8)) for _ in range(2)]
+    assert all(a[0].equal(b[0]) for a, b in zip(*evaluated, strict=True))
+    assert [len(inputs) for inputs, _ in evaluated[0]] == [8, 8, 4]
+
+
+def test_a_subset_holds_its_own_tokens_and_no_others(letters):
+    _, dataset = letters
+    part = dataset.subset(torch.tensor([1, 2]), train=True)
+    assert part._tokens.untyped_storage().nbytes() == 2 * 10 * part._tokens.element_size()
+    before = part._tokens.clone()
+    dataset._pool.zero_()
+    assert part._tokens.equal(before) and part.labels is None
+    again = pickle.loads(pickle.dumps(part))
+    assert len(again) == 2 and again._tokens.equal(before)
+
+
+def test_a_dataset_without_labels_says_its_own_length():
+    class Forgetful(Numbers):
+        __len__ = Dataset.__len__
+
+    with pytest.raises(NotImplementedError, match="Forgetful has no labels: it must say its own length"):
+        len(Forgetful())
+
+
+def test_text_too_short_for_four_splits_is_refused(tmp_path):
+    dataset = Text(written(tmp_path / "t.txt", "abcdefghij" * 4), block_size=3)
+    with pytest.raises(TangleNASError, match="text has 10 samples, too few for these portions: validation"):
+        make_splits(dataset, seed=0, validation_portion=0.01)
+
+
+# Vocabularies.
+
+
+def test_the_vocabulary_is_of_what_is_not_test(tmp_path):
+    dataset = Text(written(tmp_path / "t.txt", "abcab" * 180 + "abcaé" + "abcab" * 19), block_size=4)
+    assert dataset.vocab_size == 4 and dataset.tokenizer.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3}
+    assert dataset.encode("cabé<").tolist() == [3, 1, 2, 0, 0]
+    assert dataset.decode(torch.tensor([3, 1, 0])) == "ca<unk>"
+    assert (dataset._pool == 0).sum() == 1
+
+
+def test_every_character_is_a_token_line_ends_and_all(tmp_path):
+    text = "a\r\nb\tc \u2028\U0001f600\x00e\u0301\n" * 20
+    dataset = Text(written(tmp_path / "t.txt", "\ufeff" + text), block_size=4)
+    assert len(dataset.encode(text)) == len(text) and dataset.decode(dataset.encode(text)) == text
+    assert dataset.vocab_size == len(set(text)) + 1
+    assert dataset.encode("").shape == (0,)
+
+
+def test_a_text_longer_than_what_is_encoded_at_a_time_is_the_same(tmp_path):
+    text = "".join(random.Random(0).choices("abc\n", k=150_000))
+    dataset = Text(written(tmp_path / "t.txt", text), block_size=99)
+    assert dataset.decode(dataset._pool.flatten()) == text
+
+
+SOURCE = Path(hashlib.__file__).read_text() + Path(random.__file__).read_text()
+
+
+def test_byte_pairs_are_learned_from_the_text_and_know_every_other(tmp_path):
+    dataset = Text(written(tmp_path / "t.txt", SOURCE), tokenizer="bpe", vocab_size=600)
+    assert dataset.vocab_size == dataset.tokenizer.get_vocab_size() == 600
+    assert dataset._pool.max() < 600
+    assert len(dataset) * 65 < 0.7 * len(SOURCE)
+    for text in (SOURCE, "Größe \U0001f600\r\n\x00", "one<|endoftext|>two"):
+        assert dataset.decode(dataset.encode(text)) == text
+    assert len(dataset.encode("<|endoftext|>")) == 1
+
+
+def test_byte_pairs_are_the_same_in_every_process(tmp_path):
+    path = written(tmp_path / "t.txt", SOURCE)
+    code = f"from tanglenas_datasets.text import Text; print(Text({str(path)!r}, tokenizer='bpe').fingerprint)"
+    environment = {**os.environ, "RAYON_NUM_THREADS": "3"}
+    found = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert found.strip() == Text(path, tokenizer="bpe").fingerprint
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_tokenizer_is_saved_and_used_as_a_file(tmp_path, kind):
+    dataset = Text(written(tmp_path / "t.txt", SOURCE), tokenizer=kind)
+    dataset.tokenizer.enable_truncation(5)
+    dataset.tokenizer.enable_padding(length=9)
+    dataset.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = Text(tmp_path / "t.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert again._pool.equal(dataset._pool) and again.vocab_size == dataset.vocab_size
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab() == again.tokenizer.get_vocab()
+
+
+def test_a_test_part_of_another_kind_is_refused(tmp_path):
+    text, other = written(tmp_path / "a.txt", "some text. " * 40), written(tmp_path / "b.txt", "ξένο κείμενο " * 40)
+    with pytest.raises(TangleNASError, match=r"85 % of the test part is not in the vocabulary .*'έ', 'ί', 'ε'.*'bpe'"):
+        Text(text, block_size=8, test_root=other)
+    assert len(Text(text, block_size=8, test_root=other, tokenizer="bpe", vocab_size=300).test_indices) > 40
+
+
+# Files.
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path):
+    for name, text in (("b.txt", "b" * 50), ("a/2.txt", "2" * 50), ("a/1.txt", "1" * 50), ("c.md", "c" * 50)):
+        written(tmp_path / name, text)
+    for name in (".hidden.txt", ".git/x.txt"):
+        written(tmp_path / name, "x" * 50)
+    dataset = Text(tmp_path, block_size=9, test_portion=0.2)
+    assert dataset.decode(dataset._pool.flatten()) == "1" * 50 + "2" * 50 + "b" * 50
+    other = Text(tmp_path, block_size=3, pattern="*.md")
+    assert set(other.decode(other._pool.flatten())) == {"c"}
+
+
+def test_a_test_part_may_be_a_file_of_its_own(tmp_path):
+    text = written(tmp_path / "t.txt", "ab" * 50)
+    dataset = Text(text, block_size=9, test_root=written(tmp_path / "test.txt", "ba" * 20))
+    assert len(dataset) == 14 and dataset.test_indices.tolist() == [10, 11, 12, 13]
+    assert dataset.decode(dataset._pool[10]) == "ba" * 5
+
+
+def test_equal_texts_have_equal_fingerprints_wherever_they_lie(tmp_path):
+    text = "some text. " * 40
+    found = {
+        name: Text(written(tmp_path / name / "t.txt", content), **options).fingerprint
+        for name, content, options in (
+            ("here", text, {"block_size": 8}),
+            ("there", text, {"block_size": 8}),
+            ("longer windows", text, {"block_size": 9}),
+            ("other text", text.replace("x", "s", 1), {"block_size": 8}),
+            ("other letter", text.replace("x", "y"), {"block_size": 8}),
+            ("other tokens", text, {"block_size": 8, "tokenizer": "bpe"}),
+        )
+    }
+    assert found["here"] == found["there"]
+    assert len(set(found.values())) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"abc\xff" * 100, {}, r"t.txt is not UTF-8: byte 3 is 0xff. Convert the file \(iconv"),
+        ("text\nand more\n".encode("utf-16"), {}, "t.txt is not UTF-8: byte 0 is 0xff"),
+        (b"", {}, "t.txt is empty. Put text there"),
+        (b" \n\n", {}, "t.txt is empty"),
+        (b"abcdefghij" * 7, {}, "the text has 63 tokens, too few for a window of block_size 64"),
+        (b"abcdefghij" * 10, {}, "the test part has 10 tokens, too few for a window of block_size 64"),
+        (b"abc" * 100, {"block_size": 0}, "block_size is 0; give at least 1 token"),
+        (b"abc" * 100, {"test_portion": 1}, "test_portion is 1; give a share between 0 and 1"),
+        (
+            b"abc" * 100,
+            {"tokenizer": "word"},
+            "tokenizer is 'word'; give 'char', 'bpe', or the path",
+        ),
+        (b"abc" * 100, {"tokenizer": "{path}"}, "t.txt is no tokenizer.json: .* Give another file"),
+        (b"abc" * 100, {"tokenizer": "bpe", "vocab_size": 256}, "vocab_size is 256; give more than 256"),
+    ],
+)
+def test_what_cannot_be_is_named(tmp_path, content, options, message):
+    path = written(tmp_path / "t.txt", content)
+    options = {k: str(path) if v == "{path}" else v for k, v in options.items()}
+    with pytest.raises(TangleNASError, match=f"^text: .*{message}"):
+        Text(path, **options)
+
+
+def test_a_missing_path_and_a_folder_without_text_are_named(tmp_path):
+    with pytest.raises(TangleNASError, match=r"there is no .*nowhere. Give root="):
+        Text(tmp_path / "nowhere")
+    written(tmp_path / "a.md", "some")
+    with pytest.raises(TangleNASError, match=r"has no text in files \*.txt. Put text there, or give"):
+        Text(tmp_path)
+    with pytest.raises(TangleNASError, match=r"there is no .*nowhere"):
+        Text(written(tmp_path / "t.txt", "some text" * 99), test_root=tmp_path / "nowhere")
+
+
+# The standard library, and spaces that fit.
+
+
+def test_the_standard_library_is_text_that_is_always_there():
+    dataset = create_dataset("stdlib_text", characters=20_000)
+    text = dataset.decode(dataset._pool.flatten())
+    assert len(dataset) == 18_000 // 65 + 2000 // 65
+    assert "import" in text and "def " in text
+    assert dataset.fingerprint == StdlibText(20_000).fingerprint != StdlibText(30_000).fingerprint
+    longer = StdlibText(30_000)
+    assert longer.decode(longer._pool.flatten()).startswith(text[:17_000])
+
+
+def test_none_of_the_standard_library_is_refused():
+    with pytest.raises(TangleNASError, match=r"0 characters of the standard library in .* are none. Give a larger"):
+        StdlibText(0)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_a_space_made_with_the_options_of_the_text_learns_it(tokenizer):
+    dataset = StdlibText(60_000, block_size=16, tokenizer=tokenizer, vocab_size=300)
+    assert dataset.space_options() == {"vocab_size": dataset.vocab_size, "block_size": 16}
+    space = create_space("gpt_nano", **dataset.space_options())
+    view = open_splits(dataset, make_splits(dataset, seed=0), ["weights"])
+    optimizer = torch.optim.AdamW(space.parameters(), lr=3e-3)
+    losses = []
+    for inputs, targets in itertools.islice(Stream(view.weights, 16, seed=0).start(), 60):
+        loss = torch.nn.functional.cross_entropy(space(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < losses[0] - 1
+
+
+def test_a_space_for_images_is_told_their_shape():
+    assert Digits(image_size=16).space_options() == {"num_classes": 10, "image_size": 16, "in_channels": 1}

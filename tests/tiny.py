@@ -1,0 +1,39 @@
+"""The registered spaces at a size at which every optimizer can search every one of them."""
+
+from spaces import REGISTERED, SMALL, SPACES
+
+from tanglenas_engine import SearchSpace
+from tanglenas_engine.plugins import create_space
+
+TINY = {
+    **{
+        name: {"image_size": 32, "embed_dim": (24, 32), "head_dim": 8, "depth": (2, 3), "num_classes": 10}
+        for name in ("autoformer_t", "autoformer_s", "autoformer_b")
+    },
+    **{
+        name: {"layers": (2, 1), "embed_dim": (24, 12), "num_heads": (2, 3), "vocab_size": 13, "block_size": 6}
+        for name in ("gpt", "gpt_char", "gpt_nano")
+    },
+    **{
+        name: {
+            "image_size": 28, "in_channels": 1, "num_classes": 10, "depth": (1, 2), "stem_width": 8,
+            "head_widths": (16, 24), "stages": ("s2_c8_nre", "s2_c16_nhs_se0.25"),
+        }
+        for name in ("mobilenetv3", "mobilenetv3_nano")
+    },
+    "toy_conv_macro": {
+        "image_size": 16, "channels1": (2, 4), "channels2": (2, 4), "channels3": (2, 4), "channels4": (4, 8),
+    },
+}  # fmt: skip
+
+
+def tiny(name: str, **options) -> SearchSpace:
+    """A space of `SPACES` or `REGISTERED`."""
+    if name not in SPACES:
+        return create_space(name, **{**TINY.get(name, SMALL.get(name, {})), **options})
+    space = SPACES[name](**options)
+    space.name = name
+    return space
+
+
+ALL = [*SPACES, *REGISTERED]
