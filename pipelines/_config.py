@@ -61,12 +61,13 @@ def configure(arguments: Sequence[str]) -> None:
     bindings = [argument for argument in arguments if argument not in files]
     names = _Names("\n".join(bindings))
     _parse(gin.parse_config, bindings)
-    for macro, kind in KINDS.items():
-        name = macro_value(macro)
-        path = Path("gin", f"{kind}s", f"{name}.gin")
-        if name is not None and re.fullmatch(r"[\w.-]+", str(name)) and path.exists():
-            files.append(str(path))
-    for file in files:
+    named = [
+        path.as_posix()
+        for macro, kind in KINDS.items()
+        for path in Path("gin", f"{kind}s").glob("*.gin")
+        if path.stem == macro_value(macro)
+    ]
+    for file in (*files[:1], *named, *files[1:]):
         names.read(file)
         _parse(gin.parse_config_file, file)
     _parse(gin.parse_config, bindings)

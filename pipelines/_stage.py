@@ -4,8 +4,9 @@ A stage is run from the root of the project as
 
     python -m pipelines.STAGE FILE.gin ... 'binding = value' ...
 
-The files of the space, optimizer and dataset that the bindings name (`gin/spaces/NAME.gin`, ...) are read too, if
-they exist; bindings come last and win. `dvc repro` runs all four stages with the values of params.yaml.
+The files of the space, optimizer and dataset that the bindings name (`gin/spaces/NAME.gin`, ...) are read after the
+first file, if they exist. What comes later wins; bindings come last. `dvc repro` runs all four stages with the values
+of params.yaml.
 """
 
 from __future__ import annotations
@@ -231,10 +232,18 @@ def _create() -> tuple[int, SearchSpace, Dataset]:
     for kind, name in names.items():
         check_types(f"create_{kind}", manager().resolve(kind, name).load(), gin.get_bindings(f"create_{kind}"))
     dataset: Dataset = create_dataset_(name=required("DATASET", str))
-    fitted = {"num_classes": dataset.num_classes, "image_size": dataset.image_size, "in_channels": dataset.in_channels}
     bound = gin.get_bindings("create_space")
+    fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
     torch.manual_seed(seed)
-    space = create_space_(name=required("SPACE", str), **{k: v for k, v in fitted.items() if k not in bound})
+    try:
+        space = create_space_(name=required("SPACE", str), **fitted)
+    except TangleNASError as error:
+        if any(f"takes no option {option!r}" in str(error) for option in fitted):
+            raise TangleNASError(
+                f"the space {names['space']!r} is not for data such as {dataset.name!r}, which need a space with "
+                f"{', '.join(dataset.space_options())}: choose another space or dataset"
+            ) from None
+        raise
     return seed, space, dataset
 
 

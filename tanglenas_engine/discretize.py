@@ -13,7 +13,6 @@ from torch import Tensor
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.cost import METRICS, Cost
 from tanglenas_engine.data import DataView, Samples
-from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.optimizer import argmax
@@ -22,7 +21,7 @@ from tanglenas_engine.search import check_fit
 from tanglenas_engine.size import Row
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.training import Row as HistoryRow
-from tanglenas_engine.training import accuracy, at_least, device_of, random_inputs, seeded
+from tanglenas_engine.training import accuracy, at_least, device_of, random_inputs, recalibrate, seeded
 
 
 @dataclass(frozen=True)

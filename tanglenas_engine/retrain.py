@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, Stream
-from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizer import Batch, Loss
 from tanglenas_engine.progress import Progress
@@ -32,6 +31,7 @@ from tanglenas_engine.training import (
     device_of,
     parameter_groups,
     random_inputs,
+    recalibrate,
     run,
     seeded,
     to,

@@ -204,6 +204,28 @@ def accuracy(network: nn.Module, samples: Samples, batch_size: int = 256) -> flo
     return 100.0 * int(correct) / total
 
 
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of every batch norm in `network` to their average over `batches` of inputs.
+
+    A sampled path uses statistics that were gathered under other paths; this makes them its own. Everything else
+    is in eval mode meanwhile: dropout would disturb them.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta, training = [norm.momentum for norm in norms], network.training
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None
+    with torch.no_grad():
+        for inputs in batches:
+            network(inputs)
+    network.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, device: torch.device) -> list[Tensor]:
     """Inputs of `count` random batches: a dataset may be sorted by class, and its first batches all of one."""
     stream = Stream(samples, min(batch_size, len(samples)), seed=seed)

@@ -85,7 +85,8 @@ class Language(SearchSpace):
         ratio = self.choice("ratio", (0.5, 1.5), per=layers)
         multiple = self.choice("multiple", (2, 1))
         self.tokens = elastic.Embedding(vocab_size, width)
-        self.positions = nn.Parameter(torch.randn(block_size, width.max))
+        self.positions = nn.Parameter(torch.empty(block_size, width.max))
+        self.reset_parameters()
         self.register_buffer("waves", torch.rand(block_size, width.max), persistent=False)
         self.declare(positions=(None, width), waves=(None, width))
         self.blocks = elastic.Depth(
@@ -93,6 +94,9 @@ class Language(SearchSpace):
         )
         self.norm = elastic.LayerNorm(width)
         self.head = elastic.Linear(width, vocab_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.positions)
 
     def forward(self, indices: Tensor) -> Tensor:
         x = self.tokens(indices) + self.current("positions") + self.current("waves")

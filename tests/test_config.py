@@ -1,6 +1,8 @@
 """Every gin file is read, and what it configures is built."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,9 @@ from project import ROOT, STAGES, lay_out
 from test_datasets import write_fashion
 
 from pipelines import discretize, evaluate, retrain, search
-from pipelines._config import configurable, configure
+from pipelines._config import check_types, configurable, configure
 from pipelines._stage import create_dataset_, create_optimizer_, create_space_
+from tanglenas_engine.plugins import manager
 from tanglenas_engine.training import parameter_groups
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))
@@ -34,33 +37,51 @@ def named(path: str) -> list[str]:
 
 
 def test_every_gin_file_is_in_a_folder_that_is_tested_here() -> None:
-    assert {Path(file).parts[1] for file in FILES} <= {"stages", "spaces", "optimizers", "datasets"}
+    assert {Path(file).parts[1] for file in FILES} <= {"stages", "spaces", "optimizers", "datasets", "paper"}
     assert {Path(file).stem for file in named("stages")} == set(STAGES)
+
+
+def train_a_step(stage: str) -> None:
+    """Build the optimizers and the schedule that a stage's configuration binds, and let them train something."""
+    bound = gin.get_bindings(stage)
+    network = torch.nn.Linear(3, 2)
+    for name in (name for name in bound if name.endswith("optimizer")):
+        reference = gin.query_parameter(f"{stage}.{name}")
+        optimizer = bound[name](parameter_groups(network))
+        assert optimizer.param_groups[0]["lr"] == gin.query_parameter(f"{reference.scoped_selector}.lr")
+        schedule = bound["scheduler"](optimizer, 10)
+        before = network.weight.clone()
+        network(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        schedule.step()
+        assert not torch.equal(network.weight, before)
 
 
 @pytest.mark.parametrize("file", named("stages"))
 def test_a_stage_file_makes_optimizers_and_schedules_that_train(file: str) -> None:
     configure([file, *BASE])
-    bound = gin.get_bindings(Path(file).stem)
-    network = torch.nn.Linear(3, 2)
-    for name in (name for name in bound if name.endswith("optimizer")):
-        optimizer = bound[name](parameter_groups(network))
-        reference = gin.query_parameter(f"{Path(file).stem}.{name}")
-        assert optimizer.param_groups[0]["lr"] == gin.query_parameter(f"{reference.scoped_selector}.lr")
-        if name != "architecture_optimizer":
-            schedule = bound["scheduler"](optimizer, 10)
-            before = network.weight.clone()
-            network(torch.ones(1, 3)).sum().backward()
-            optimizer.step()
-            schedule.step()
-            assert not torch.equal(network.weight, before)
+    train_a_step(Path(file).stem)
+
+
+@pytest.mark.parametrize("file", named("paper"))
+def test_a_recipe_of_the_paper_is_for_the_plugins_that_it_names(file: str) -> None:
+    macros = re.findall(r"'(\w+ = \S+)'", Path(file).read_text())
+    assert [macro.split()[0] for macro in macros] == ["SPACE", "OPTIMIZER", "DATASET", "SEED"]
+    configure(["gin/stages/search.gin", file, *macros])
+    train_a_step("search")
+    for kind in ("space", "optimizer", "dataset"):
+        plugin = manager().resolve(kind, gin.query_parameter(f"%{kind.upper()}")).load()
+        options = gin.get_bindings(f"create_{kind}")
+        assert set(options) <= set(inspect.signature(plugin).parameters)
+        check_types(kind, plugin, options)
 
 
 @pytest.mark.parametrize("file", named("spaces"))
 def test_a_space_file_builds_its_space(file: str) -> None:
     configure([*BASE, f'SPACE = "{Path(file).stem}"'])
-    space = create_space_(name=Path(file).stem)
-    assert space.select(space.smallest())(space.example_input(2)).shape[0] == 2
+    with torch.device("meta"):  # shapes only: the paper's spaces are large
+        space = create_space_(name=Path(file).stem)
+    assert space.cost(space.smallest()).params < space.cost(space.largest()).params
 
 
 @pytest.mark.parametrize("file", named("optimizers"))
@@ -82,11 +103,18 @@ def test_a_dataset_file_opens_its_dataset(file: str, project: Path) -> None:
             folder = project / "data" / "images" / label
             folder.mkdir(parents=True)
             Image.fromarray(np.full((40, 50, 3), value, np.uint8)).save(folder / "1.png")
+    if name == "text":
+        (project / "data" / "text").mkdir(parents=True)
+        (project / "data" / "text" / "1.txt").write_text("What is read here has a few words. " * 500)
     configure([*BASE, f'DATASET = "{name}"', *more])
     dataset = create_dataset_(name=name)
     inputs, targets = dataset.subset(torch.tensor([0, 1]), train=True).batch(torch.arange(2))
-    assert inputs.shape == (2, dataset.in_channels, dataset.image_size, dataset.image_size)
-    assert targets.max() < dataset.num_classes
+    assert len(inputs) == len(targets) == 2
+    if (options := dataset.space_options()).keys() >= {"image_size"}:
+        assert inputs.shape[1:] == (options["in_channels"], options["image_size"], options["image_size"])
+        assert targets.max() < options["num_classes"]
+    else:
+        assert inputs.shape[1] == options["block_size"] and inputs.max() < options["vocab_size"]
 
 
 def test_a_file_may_include_others_and_refer_to_any_package(project: Path) -> None:

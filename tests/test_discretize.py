@@ -10,12 +10,11 @@ from torch import nn
 from tanglenas_engine import SearchSpace
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.discretize import METHODS, check_budget, discretize, project
-from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import ConsoleProgress
 from tanglenas_engine.size import combinations
 from tanglenas_engine.testing import random_data, same
-from tanglenas_engine.training import accuracy, random_inputs
+from tanglenas_engine.training import accuracy, random_inputs, recalibrate
 
 SPLITS = ("weights", "architecture", "validation")
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from oracle import DIMENSIONS, Dimension, Oracle, Used, heads, layer_norm
 from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
-from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import make_divisible
+from tanglenas_engine.training import recalibrate
 
 relaxations = pytest.mark.parametrize("relaxation", ["exact", "gated", "paper"])
 

@@ -13,13 +13,12 @@ from tiny import tiny
 from tanglenas_engine import SearchSpace
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples
-from tanglenas_engine.elastic.norm import recalibrate
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import ConsoleProgress
 from tanglenas_engine.retrain import retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training import accuracy, cross_entropy, random_inputs
+from tanglenas_engine.training import accuracy, cross_entropy, random_inputs, recalibrate
 
 SPLITS = ("training", "validation")
 ema = partial(ModelEmaV3, decay=0.7)

@@ -26,7 +26,7 @@ from tanglenas_engine import Architecture, SearchSpace, elastic
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import create_space, manager
-from tanglenas_engine.tables import Table, kendall_tau, load_table, read_pickle, reading, spearman
+from tanglenas_engine.tables import Table, kendall_tau, load_table, pickles, read_pickle, reading, spearman
 
 DATA = Path(os.environ.get("TANGLENAS_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -180,7 +180,7 @@ def test_an_architecture_needs_a_table_of_its_space(space):
 def test_a_space_without_notation_has_no_table():
     class Wordless(SearchSpace): ...
 
-    with pytest.raises(TangleNASError, match="'Wordless' has no notation.*needs to_string"):
+    with pytest.raises(TangleNASError, match=r"'Wordless' has no notation.*needs to_string"):
         table().of(Wordless())
 
 
@@ -260,7 +260,7 @@ def test_a_spreadsheet_s_file_is_read(tmp_path):
         ("arch,acc\n\n\n", "it has a header but no architectures"),
         ("arch\nx\n", "line 1: no column of a metric"),
         ("index,arch\n0,x\n", "line 1: no column of a metric"),
-        ("name,acc\nx,1\n", "line 1: no column names the architecture. Expected 'arch'.* got name, acc"),
+        ("name,acc\nx,1\n", "line 1: no column names the architecture. Expected 'arch'.* got 'name, acc'"),
         ("acc,loss\n1,2\n", "line 1: no column names the architecture"),
         ("arch,acc,acc\nx,1,2\n", "line 1: column 'acc' is there twice"),
         ("arch,acc\nx,1\ny\n", "line 3: 1 values, but the header has 2"),
@@ -337,7 +337,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     entries, seconds, torch_loaded, peak_kib = run.stdout.split()
     assert (entries, torch_loaded) == ("15625", "False")
-    assert float(seconds) < 2  # 0.15 s and 40 MB on the machine this was written on
+    assert float(seconds) < 2  # 0.4 s and 40 MB on two busy cores
     assert int(peak_kib) < 300_000
 
 
@@ -363,17 +363,28 @@ def test_the_toy_cell_has_its_known_figures():
     assert found.value(found.worst("test_acc"), "test_acc") == 86.06
 
 
-@pytest.mark.parametrize(("name", "file"), [("nb201", "nb201.csv.gz"), ("toy_cell", "toy_cell.csv.gz")])
-def test_a_published_table_covers_its_space(name, file):
-    path = shared(file)
+def installed(name: str) -> SearchSpace:
     if name not in {registration.name for registration in manager().registrations("space")}:
         pytest.skip(f"no plugin brings the space {name}")
-    space = create_space(name)
+    return create_space(name)
+
+
+@pytest.mark.parametrize(("name", "file"), [("nb201", "nb201.csv.gz"), ("toy_cell", "toy_cell.csv.gz")])
+def test_a_published_table_covers_its_space(name, file):
+    path, space = shared(file), installed(name)
     found = load_table(path, space)
     assert found.check(space).complete
     metric = found.metrics[0]
-    best = space.from_string(found.best(metric))
-    assert found.rank(best, metric) == 1
+    assert found.rank(space.from_string(found.best(metric)), metric) == 1
+
+
+def test_the_form_of_the_conv_macro_release_covers_its_space(tmp_path):
+    space = installed("toy_conv_macro")
+    path = tmp_path / "macro.pkl"
+    path.write_bytes(pickle.dumps(conv_macro_release()))
+    found = load_table(path, space)
+    assert found.check(space).complete
+    assert found.rank(space.largest(), "test_acc") == 1 and found.rank(space.smallest(), "test_acc") == 6561
 
 
 # Pickles.
@@ -453,7 +464,7 @@ json_like = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False)
     | st.text()
-    | st.binary(min_size=1)  # the old protocols make empty bytes by calling `bytes`
+    | st.binary(min_size=1, max_size=8)  # bytes of a number
     | st.floats(-1e4, 1e4).map(np.float64),
     lambda inner: (
         st.lists(inner) | st.lists(inner, max_size=4).map(tuple) | st.dictionaries(st.text(), inner, max_size=4)
@@ -542,14 +553,18 @@ def test_a_planted_pickle_is_refused_and_nothing_runs(opcode, tmp_path):
         (b"N2.", "DUP is not among"),
         (b"(N1.", "POP_MARK is not among"),
         (b"S'python 2'\n.", "STRING is not among"),
-        (b"cnumpy\nload\n.", r"names numpy\.load"),
-        (b"c__builtin__\neval\n.", r"names __builtin__\.eval"),
-        (b"cnumpy dtype\n\n.", r"names numpy\.dtype "),
-        (b"\x80\x04" + string("numpy") + string("ndarray") + b"\x93.", r"names numpy\.ndarray"),
+        (b"cnumpy\nload\n.", r"names 'numpy\.load"),
+        (b"c__builtin__\neval\n.", r"names '__builtin__\.eval"),
+        (b"cnumpy dtype\n\n.", r"names 'numpy\.dtype "),
+        (b"\x80\x04" + string("numpy") + string("ndarray") + b"\x93.", r"names 'numpy\.ndarray"),
         (b"\x80\x04K\x01" + string("dtype") + b"\x93.", "works on an int, expected a string"),
         # NumPy's names, given what is no number: an object dtype is itself read by unpickling.
         (b"cnumpy\ndtype\n" + string("O8") + b"\x89\x88\x87R.", "dtype is given what makes no number"),
         (b"cnumpy\ndtype\n" + string("V8") + b"\x89\x88\x87R.", "dtype is given what makes no number"),
+        (
+            b"c_codecs\nencode\n" + string("x" * 9) + string("latin1") + b"\x86R.",
+            "encode is given what makes no number",
+        ),
         (b"c_codecs\nencode\n" + string("x") + string("idna") + b"\x86R.", "encode is given what makes no number"),
         (b"cnumpy\ndtype\n" + string("f8") + b"\x89\x88\x87R" + string("x") + b"b.", "a string, expected a tuple"),
         (b"}(" + string("x") + b"tb.", "a dict, expected a number type"),
@@ -615,6 +630,13 @@ def test_bombs_do_not_go_off(data, message, tmp_path):
     path.write_bytes(data)
     with pytest.raises(TangleNASError, match=message):
         load_table(path)
+
+
+def test_a_pickle_of_endless_steps_is_refused(monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_STEPS", 1000)
+    assert read_pickle(b"]" * 999 + b".") == []
+    with pytest.raises(TangleNASError, match="more than 1000 steps"):
+        read_pickle(b"]" * 1000 + b".")
 
 
 @pytest.mark.parametrize(

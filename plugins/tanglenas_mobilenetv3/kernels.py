@@ -25,9 +25,8 @@ class TransformedConv2d(elastic.Conv2d):
         super().__init__(*args, **options)
         outputs, per_group, window, _ = self.axes["weight"]
         sizes = sorted({int(size) for size in window.size.values}, reverse=True)
-        self.transforms = nn.ParameterDict(
-            {f"{larger}to{smaller}": torch.eye(smaller**2) for larger, smaller in itertools.pairwise(sizes)}
-        )
+        self.steps = [(f"{larger}to{smaller}", smaller) for larger, smaller in itertools.pairwise(sizes)]
+        self.transforms = nn.ParameterDict({name: torch.eye(size**2) for name, size in self.steps})
         self.declare(kernels=(Axis(window.size, "value", role="value"),), channels=(outputs, per_group, None, None))
 
     def gate(self, child: str) -> Size:
@@ -38,7 +37,8 @@ class TransformedConv2d(elastic.Conv2d):
         if not probabilities:
             return super().current(name)
         kernels = reversed(self.kernels())  # as the probabilities, from the smallest
-        total = sum(p * self._padded(kernel) for p, kernel in zip(probabilities[0], kernels, strict=True))
+        largest = self.weight.shape[-1]
+        total = sum(p * _resized(kernel, largest) for p, kernel in zip(probabilities[0], kernels, strict=True))
         return self.covered("channels", total)
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
@@ -51,12 +51,12 @@ class TransformedConv2d(elastic.Conv2d):
     def kernels(self) -> list[Tensor]:
         """The full weight, `(C', C, k, k)`, at every kernel size, the largest first."""
         kernels = [self.weight]
-        for matrix in self.transforms.values():
-            size = round(len(matrix) ** 0.5)
-            margin = (size - kernels[-1].shape[-1]) // 2  # negative padding cuts
-            centre = F.pad(kernels[-1], [margin] * 4)
-            kernels.append((centre.flatten(2) @ matrix.T).view_as(centre))
+        for name, size in self.steps:
+            centre = _resized(kernels[-1], size)
+            kernels.append((centre.flatten(2) @ self.transforms[name].T).view_as(centre))
         return kernels
 
-    def _padded(self, kernel: Tensor) -> Tensor:
-        return F.pad(kernel, [(self.weight.shape[-1] - kernel.shape[-1]) // 2] * 4)
+
+def _resized(kernel: Tensor, size: int) -> Tensor:
+    """Padded with zeros, or cut, on all four sides."""
+    return F.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4)

@@ -23,9 +23,7 @@ default_cfgs = generate_default_cfgs(
     {"tanglenas_mobilenetv3.untrained": {"first_conv": "conv_stem", "classifier": "classifier"}}
 )
 
-squeeze_excite = partial(
-    SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round_channels
-)
+squeeze_excite = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round_channels)
 
 
 def mobilenetv3(

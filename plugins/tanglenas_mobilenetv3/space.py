@@ -23,6 +23,7 @@ from tanglenas_engine.size import Size
 from tanglenas_mobilenetv3.kernels import TransformedConv2d
 from tanglenas_mobilenetv3.network import mobilenetv3, squeeze_excite
 
+
 class Block(nn.Module):
     """timm's inverted residual, made elastic: expansion, depthwise convolution, squeeze-excite and projection."""
 
@@ -87,7 +88,6 @@ class MobileNetV3(SearchSpace):
     ):  # fmt: skip
         super().__init__(**options)
         strides, squeezes = zip(*map(_stride_and_squeeze, stages), strict=True)
-        _check(image_size, 2 * math.prod(strides), kernel_size, width_mult)
         self.image_size, self.stages = image_size, tuple(stages)
         last, features = head_widths
         self.ends = [f"ds_r1_k3_s1_e1_c{stem_width}_nre"], [f"cn_r1_k1_s1_c{last}"]
@@ -98,6 +98,7 @@ class MobileNetV3(SearchSpace):
         D = self.choice("depth", depth, per=len(stages))
         K = self.choice("kernel_size", kernel_size, per=D)
         E = self.choice("expand_ratio", expand_ratio, per=D)
+        _check(image_size, 2 * math.prod(strides), K.options, width_mult)
         conv = TransformedConv2d if kernel_transform else elastic.Conv2d
         network = self.standalone(self.largest())
         for s, squeeze in enumerate(squeezes):
@@ -140,8 +141,7 @@ class MobileNetV3(SearchSpace):
         depths, kernels, ratios = (architecture.choices[name] for name in ("depth", "kernel_size", "expand_ratio"))
         blocks = iter(f"ir_r1_k{k}_e{e}" for k, e in zip(kernels, ratios, strict=True))
         searched = [
-            [f"{next(blocks)}_{stage}" for _ in range(depth)]
-            for depth, stage in zip(depths, self.stages, strict=True)
+            [f"{next(blocks)}_{stage}" for _ in range(depth)] for depth, stage in zip(depths, self.stages, strict=True)
         ]
         first, last = self.ends
         return {"arch_def": [first, *searched, last], **self.settings}
@@ -154,14 +154,14 @@ def _stride_and_squeeze(stage: str) -> tuple[int, float]:
     return int(match[1]), float(match[2] or 0)
 
 
-def _check(image_size: int, stride: int, kernels: Sequence[int], width_mult: float) -> None:
+def _check(image_size: int, stride: int, kernels: Sequence[float], width_mult: float) -> None:
     """Refuse what makes no network, and images on which two kernel sizes are the same network."""
     if not 0 < width_mult < math.inf:
         raise TangleNASError(f"width_mult is {width_mult}, expected a positive number, such as 1.0")
     if stride > 32:
         raise TangleNASError(f"stem and stages reduce an image by {stride}, timm's network by at most 32: use more s1")
     if any(kernel % 2 == 0 for kernel in kernels):
-        raise TangleNASError(f"kernel_size has the options {tuple(kernels)}: only odd kernels have a centre")
+        raise TangleNASError(f"kernel_size has the options {kernels}: only odd kernels have a centre")
     # The outermost weights of the largest kernel must reach a pixel of the last maps.
     least = stride * (max(kernels) // 2) + 1 if len(kernels) > 1 else 1
     if image_size < least:

@@ -150,7 +150,11 @@ def plain(module: nn.Module, assignment: Assignment) -> nn.Module:
 
 
 def copied(module: nn.Module, assignment: Assignment) -> nn.Module:
-    """A copy of `module` with its own parameters sliced and its children made plain."""
+    """A copy of `module`, its own parameters sliced and newly initialised, its children made plain.
+
+    Raises:
+        TangleNASError: The module has parameters of its own and no `reset_parameters` to initialise them.
+    """
     clone = copy.copy(module)
     clone.__dict__ = {
         # Hooks and settings of its own, and nothing that leads back to the choices.
@@ -166,4 +170,11 @@ def copied(module: nn.Module, assignment: Assignment) -> nn.Module:
     clone._modules = {
         name: None if child is None else plain(child, assignment) for name, child in module._modules.items()
     }
+    if callable(reset := getattr(clone, "reset_parameters", None)):
+        reset()
+    elif any(parameter is not None for parameter in clone._parameters.values()):
+        raise TangleNASError(
+            f"{type(module).__name__} has parameters of its own ({', '.join(clone._parameters)}): give it a method "
+            "reset_parameters(), as torch layers have, so that a network of its own can be initialised"
+        )
     return clone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,24 +87,3 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
     def plain(self, assignment: Assignment) -> nn.BatchNorm2d:
         channels = self.axes["output"][1].entries(assignment)
         return nn.BatchNorm2d(channels, self.eps, self.momentum, self.affine, self.track_running_stats)
-
-
-def recalibrate(network: nn.Module, batches: list[Tensor]) -> None:
-    """Set the running statistics of every batch norm in `network` to their average over `batches` of inputs.
-
-    A sampled path uses statistics that were gathered under other paths; this makes them its own.
-    """
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    momenta, training = [norm.momentum for norm in norms], network.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
-    with torch.no_grad():
-        for inputs in batches:
-            network(inputs)
-    network.train(training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

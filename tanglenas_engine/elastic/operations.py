@@ -37,7 +37,8 @@ class MixedOperation(Elastic, nn.ModuleDict):
                 raise TangleNASError(f"for {chosen} the operations are {names or 'none'}, expected exactly one")
         for name, present in self.presence.items():
             role = "group" if sum(present.values) > 1 else "value"
-            self.declare(**{name: (Axis(present, layout="value", role=role),)})
+            axes = (Axis(present, layout="value", role=role),)
+            self.declare(role, **{name: axes})
 
     def forward(self, x: Tensor) -> Tensor:
         if self.assignment is not None:

@@ -18,8 +18,8 @@ from tanglenas_engine.tables.table import HEADER, Table, expected, limit
 if TYPE_CHECKING:
     from tanglenas_engine.space import SearchSpace
 
-MAX_BYTES = 256 * 2**20
-"""Of a table's uncompressed file: 80 times that of NAS-Bench-201. A small compressed file may hold any amount."""
+MAX_BYTES = 128 * 2**20
+"""Of a table's uncompressed file: 40 times that of NAS-Bench-201. A small compressed file may hold any amount."""
 
 KEY_COLUMNS = ("architecture", "arch")
 INDEX_COLUMNS = ("", "index")
@@ -124,7 +124,7 @@ def _from_rows(lines: Any) -> Contents:
         if i not in key_columns and name not in INDEX_COLUMNS
     }
     if not metrics:
-        raise TangleNASError(f"line 1: no column of a metric among {', '.join(header)}")
+        raise TangleNASError(f"line 1: no column of a metric among {', '.join(header)[:200]!r}")
     keys: dict[str, int] = {}
     columns: dict[str, array[float]] = {metric: array("d") for metric in metrics.values()}
     for row in itertools.chain([first], rows):
@@ -156,7 +156,7 @@ def _key_columns(header: list[str], first: list[str]) -> tuple[list[int], str | 
     if len(text) < 2:
         raise TangleNASError(
             f"line 1: no column names the architecture. Expected 'arch', 'architecture', or one column of text per "
-            f"choice, got {', '.join(header)[:200]}"
+            f"choice, got {', '.join(header)[:200]!r}"
         )
     return text, None
 
