@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.mixture import Superposition
-from tanglenas_engine.size import Number, Row, Size
+from tanglenas_engine.size import Assignment, Number, Row, Size
 
 
 class Choice(Size):
@@ -18,7 +19,8 @@ class Choice(Size):
 
     Args:
         name: The name under which mixtures and architectures list it.
-        options: Distinct positive numbers, in the order of their architecture parameters.
+        options: Distinct positive numbers, or distinct names (of operations, say; `map` them to Sizes), in the
+            order of their architecture parameters.
         superposition: The state that the space's layers share.
         per: A depth (one row for each of its layers, of which those below the chosen depth count), several
             depths (a list, or a depth that is itself made per stage), or a number of rows.
@@ -27,20 +29,24 @@ class Choice(Size):
     def __init__(
         self,
         name: str,
-        options: Sequence[Number],
+        options: Sequence[Number | str],
         superposition: Superposition,
         per: Size | Sequence[Size] | int | None = None,
     ):
         options = tuple(options) if isinstance(options, Sequence) and not isinstance(options, str) else (options,)
         if not options:
             raise TangleNASError(f"choice {name!r} has no options: give at least one")
-        wrong = [o for o in options if isinstance(o, bool) or not isinstance(o, int | float) or not o > 0]
-        if wrong:
-            raise TangleNASError(f"choice {name!r} has the option {wrong[0]!r}: options are positive numbers")
+        numbers = [o for o in options if isinstance(o, int | float) and not isinstance(o, bool) and o > 0]
+        names = [o for o in options if isinstance(o, str) and o]
+        if len(options) not in (len(numbers), len(names)):
+            wrong = next(o for o in options if o not in (names if len(names) > len(numbers) else numbers))
+            raise TangleNASError(
+                f"choice {name!r} has the option {wrong!r}: options are positive numbers, or all of them names"
+            )
         if len(set(options)) < len(options):
             raise TangleNASError(f"choice {name!r} lists an option twice: {options}")
         self.name = name
-        self.options = options
+        self.options: tuple[Any, ...] = options
         self.layered = per is not None
 
         def add(layer: int | tuple[int, int] | None, depth: Size | None = None, below: int = 0) -> Row:
@@ -57,7 +63,7 @@ class Choice(Size):
         else:
             self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(per))
         self.table = tuple(itertools.chain(*self.stages))
-        super().__init__(() if self.layered else self.table, options)
+        super().__init__(() if self.layered else self.table, self.options)
 
     def __getitem__(self, layer: int | tuple[int, int]) -> Size:
         """The Size of one layer: by its number among all, or by stage and number in the stage."""
@@ -77,10 +83,10 @@ class Choice(Size):
         """Of its mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
         return (len(self.table), len(self.options)) if self.layered else (len(self.options),)
 
-    def number(self, assignment: object) -> Number:
+    def number(self, assignment: Assignment) -> Any:
         if self.layered:
             raise TangleNASError(f"choice {self.name!r} is made per layer: index it, as in {self.name}[0]")
-        return super().number(assignment)  # type: ignore[arg-type]
+        return super().number(assignment)
 
     def __repr__(self) -> str:
         return f"Choice({self.name!r}, {self.options}{f', layers={len(self)}' if self.layered else ''})"

@@ -310,6 +310,9 @@ def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture)
 def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
     """One bar per layer up to its option, on a ground as long as the largest one; layers not used are hatched."""
     options = sorted(choice.options)
+    if isinstance(options[0], str):
+        _layer_names(axes, choice, chosen)
+        return
     largest = options[-1]
     inch = largest * axes.figure.dpi / axes.bbox.width
     for layer in range(1, len(choice) + 1):
@@ -327,6 +330,18 @@ def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
     listed = ", ".join(map(str, options)) if len(options) <= 4 else f"{options[0]} to {options[-1]}"
     axes.set_title(f"{choice.name} ({listed})")
     axes.set(xlim=(0, largest), ylim=(len(choice) + 0.5, 0.5), yticks=range(1, len(choice) + 1), xticks=[])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _layer_names(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
+    """One line per layer with a mark for every option, the chosen one filled and named."""
+    for layer, name in enumerate(chosen, 1):
+        for x, option in enumerate(choice.options):
+            axes.barh(layer, 0.06, 0.8, 0.08 * x, color=BLUE if option == name else PALE)
+        axes.text(0.08 * len(choice.options) + 0.02, layer, name, va="center_baseline")
+    axes.set_title(choice.name)
+    axes.set(xlim=(0, 1), ylim=(len(choice) + 0.5, 0.5), yticks=range(1, len(choice) + 1), xticks=[])
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", length=0)
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.errors import unknown
-from tanglenas_engine.size import Assignment, Axis, Number, Row, Size, combinations
+from tanglenas_engine.size import Assignment, Axis, Row, Size, combinations
 
 COVERED: dict[str, frozenset[str]] = {
     # Algorithm 1 on every weight, heads once (where they are read), LayerNorm over the covered width.
-    "exact": frozenset({"read", "write", "statistics", "value"}),
+    "exact": frozenset({"read", "write", "statistics", "value", "group"}),
     # Each width where it is read and nowhere else, by its own coverage.
-    "gated": frozenset({"read", "statistics", "value"}),
+    "gated": frozenset({"read", "statistics", "value", "group"}),
     # The authors' semantics: Algorithm 1 at every read and write, heads three times, LayerNorm over all.
     "paper": frozenset({"read", "write", "unit", "again", "value"}),
 }
@@ -74,7 +74,9 @@ class Mixture(Mapping[str, Tensor]):
 class _Cover:
     """The mask of a few axes that share rows, as tables from which a mixture makes it."""
 
-    def __init__(self, axes: Sequence[Axis]):
+    def __init__(self, axes: Sequence[Axis], conditional: bool):
+        # A kernel that may be absent is superposed given that it is there; its operation knows how probable that is.
+        self.conditional = conditional and all(axis.layout == "window" and axis.size.min == 0 for axis in axes)
         counts: dict[Row, int] = {}
         for axis in axes:
             for row in axis.size.rows:
@@ -90,6 +92,7 @@ class _Cover:
         ]
         self.rows = [*self.shared, *(row for private in self.private for row in private)]
         self.signature = (
+            self.conditional,
             tuple(len(row.options) for row in self.shared),
             tuple(tuple(len(row.options) for row in private) for private in self.private),
             tuple((tuple(table.shape), table.numpy().tobytes()) for table in self.tables),
@@ -124,6 +127,12 @@ class _Batch:
                 operands += [table[:, 0], [1, 2 + axis]]
             start += len(private)
         mask: Tensor = torch.einsum(*operands, [0, *range(2, 2 + len(tables))])
+        if self.cover.conditional:
+            # Every kernel covers the centre: the mask there is the probability that there is one.
+            centre = mask
+            for length in mask.shape[1:]:
+                centre = centre[:, length // 2]
+            mask = mask / centre.clamp_min(1e-12).view(-1, *[1] * len(tables))
         return mask.unbind(0)
 
 
@@ -153,7 +162,7 @@ class Superposition:
         self,
         choice: str,
         layer: int | tuple[int, int] | None,
-        options: tuple[Number, ...],
+        options: tuple[Any, ...],
         gate: tuple[Size, int] | None,
     ) -> Row:
         slot = sum(len(row.options) == len(options) for row in self.rows)
@@ -195,19 +204,19 @@ class Superposition:
         if self.relaxation not in COVERED:
             raise unknown("relaxation", self.relaxation, COVERED)
         if self.relaxation not in self._plans:
-            self._plans[self.relaxation] = self._make_plan(COVERED[self.relaxation], self.relaxation != "gated")
+            self._plans[self.relaxation] = self._make_plan(self.relaxation)
         return self._plans[self.relaxation]
 
     def _make_plan(
-        self, covered: Iterable[str], jointly: bool
+        self, relaxation: str
     ) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]:
         covers: dict[tuple[Axis, ...], list[tuple[tuple[int, ...], _Cover]]] = {}
         unique: dict[Any, _Cover] = {}  # layers that cover the same rows in the same way share one mask
         for axes in self._axes:
-            positions = [i for i, axis in enumerate(axes) if axis.size.rows and axis.role in covered]
+            positions = [i for i, axis in enumerate(axes) if axis.size.rows and axis.role in COVERED[relaxation]]
             covers[axes] = []
-            for group in _connected(axes, positions, jointly):
-                cover = _Cover([axes[i] for i in group])
+            for group in _connected(axes, positions, jointly=relaxation != "gated"):
+                cover = _Cover([axes[i] for i in group], conditional=relaxation != "paper")
                 covers[axes].append((group, unique.setdefault((cover.signature, tuple(cover.rows)), cover)))
         batches: dict[Any, list[_Cover]] = {}
         for cover in unique.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
 
@@ -30,7 +30,7 @@ class Row:
 
     choice: str
     layer: int | tuple[int, int] | None
-    options: tuple[Number, ...]
+    options: tuple[Any, ...]
     slot: int
     superposition: Superposition
     gate: tuple[Size, int] | None = None
@@ -61,7 +61,7 @@ def combinations(rows: Iterable[Row]) -> Iterator[dict[Row, int]]:
 class Size:
     """A number that depends on rows of choices. Supports `+`, `-`, `*`, `//` and `map`."""
 
-    def __init__(self, rows: Iterable[Row], values: Iterable[Number]):
+    def __init__(self, rows: Iterable[Row], values: Iterable[Any]):
         self.rows = tuple(rows)
         self.values = tuple(values)
 
@@ -79,7 +79,7 @@ class Size:
     def min(self) -> int:
         return int(min(self.values))
 
-    def number(self, assignment: Assignment) -> Number:
+    def number(self, assignment: Assignment) -> Any:
         """The exact value under an assignment of (at least) this Size's rows."""
         index = 0
         for row in self.rows:
@@ -107,6 +107,10 @@ class Size:
 
     def __mul__(self, other: Size | Number) -> Size:
         return self.map(lambda a, b: a * b, other)
+
+    def positive(self) -> Size:
+        """1 where the Size exceeds 0, else 0: whether what has it is there."""
+        return self.map(lambda value: int(value > 0))
 
     def __floordiv__(self, other: Size | Number) -> Size:
         return self.map(lambda a, b: a // b, other)
@@ -151,9 +155,12 @@ class Axis:
 
     def __post_init__(self) -> None:
         self.size.number(dict.fromkeys(self.size.rows, 0))  # a choice made per layer says that it wants an index
-        if self.layout != "value" and self.size.min < 1:
-            raise TangleNASError(f"a dimension must be at least 1, but {self.size!r} can be {self.size.min}")
-        sizes = {int(value) for value in self.size.values}
+        if any(isinstance(value, str) for value in self.size.values):
+            raise TangleNASError(f"{self.size!r} is a choice between names, not a number: map it to one first")
+        least = 0 if self.layout == "window" and self.size.max else 1  # a kernel may be absent, with its operation
+        if self.layout != "value" and self.size.min < least:
+            raise TangleNASError(f"a dimension must be at least {least}, but {self.size!r} can be {self.size.min}")
+        sizes = {int(value) for value in self.size.values if value}
         if self.layout == "window" and len({size % 2 for size in sizes}) > 1:
             raise TangleNASError(
                 f"nested kernels share their centre, but {self.size!r} mixes odd and even kernel sizes: "

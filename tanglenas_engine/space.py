@@ -48,7 +48,9 @@ class SearchSpace(Elastic):
 
     # What a space author calls.
 
-    def choice(self, name: str, options: Iterable[Number], per: Size | Sequence[Size] | int | None = None) -> Choice:
+    def choice(
+        self, name: str, options: Iterable[Number | str], per: Size | Sequence[Size] | int | None = None
+    ) -> Choice:
         """Declare a choice; `per` makes it for each layer of a depth or of several, or a number of times."""
         if name in self.choices:
             raise TangleNASError(f"choice {name!r} is declared twice in {type(self).__name__}")
@@ -162,12 +164,26 @@ class SearchSpace(Elastic):
         )
 
     def largest(self) -> Architecture:
-        """Every choice at its largest option."""
-        return self.architecture_of({row: row.options.index(max(row.options)) for row in self.rows})
+        """Every choice at its largest option; between names, the one whose network has most parameters."""
+        return self._extreme(largest=True)
 
     def smallest(self) -> Architecture:
-        """Every choice at its smallest option."""
-        return self.architecture_of({row: row.options.index(min(row.options)) for row in self.rows})
+        """Every choice at its smallest option; between names, the one whose network has fewest parameters."""
+        return self._extreme(largest=False)
+
+    def _extreme(self, largest: bool) -> Architecture:
+        pick = max if largest else min
+        assignment = {row: 0 for row in self.rows}
+        for row in self.rows:
+
+            def rank(option: int, row: Row = row) -> tuple[Any, ...]:
+                if isinstance(row.options[option], str):
+                    cost = self._cost_model.cost({**assignment, row: option})
+                    return cost.params, cost.flops
+                return (row.options[option],)
+
+            assignment[row] = pick(range(len(row.options)), key=rank)
+        return self.architecture_of(assignment)
 
     # Which network the next forwards compute.
 

@@ -232,9 +232,9 @@ def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, devi
     return [inputs.to(device) for inputs, _ in itertools.islice(stream.start(), count)]
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The mean over all targets, of images `(B,)` or of tokens `(B, T)`; `outputs` has the classes last."""
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor:

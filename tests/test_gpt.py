@@ -300,19 +300,18 @@ def test_the_head_is_the_embedding_everywhere(heads_are, tmp_path):
 
 
 class Shares(SearchSpace):
-    """The second layer and the last one share a weight; a depth decides whether the second layer is there."""
+    """Layers that share weights: with one that is always there, and with those of another depth."""
 
     def __init__(self, other=None, **options):
         super().__init__(**options)
-        E, L = self.choice("E", (2, 4)), self.choice("L", (1, 2, 3))
+        E, L, M = self.choice("E", (2, 4)), self.choice("L", (1, 2, 3)), self.choice("M", (1, 3))
         self.first = elastic.Linear(3, E)
         self.layers = elastic.Depth(L, [elastic.Linear(E, E, bias=False) for _ in range(3)])
-        self.again = elastic.Depth(L, [elastic.Linear(E, E, bias=False) for _ in range(3)])
+        self.again = elastic.Depth(M, [elastic.Linear(E, E, bias=False) for _ in range(3)])
         self.last = elastic.Linear(other or E, E, bias=False)
-        self.layers[2].weight = self.layers[1].weight
-        self.again[1].weight = self.again[2].weight
-        self.last.weight = self.layers[1].weight
         self.head = elastic.Linear(E, 3, bias=False)
+        self.last.weight = self.layers[1].weight
+        self.again[1].weight = self.again[2].weight = self.layers[2].weight
 
     def forward(self, x):
         return self.head(self.last(torch.tanh(self.again(self.layers(torch.tanh(self.first(x)))))))
@@ -323,24 +322,24 @@ class Shares(SearchSpace):
 
 def test_a_tied_parameter_is_counted_once_and_tied_again():
     space = Shares().double()
-    for architecture in architectures(space):
+    everything = [
+        space.architecture(E=e, L=layers, M=again) for e, layers, again in itertools.product((2, 4), (1, 2, 3), (1, 3))
+    ]
+    for architecture in everything:
         network, x = space.extract(architecture), torch.randn(2, 3, dtype=torch.float64)
-        E, L = architecture.choices["E"], architecture.choices["L"]
-        # Shared: layers[1], layers[2] and last; again[1] and again[2].
-        count = 3 * E + E + 3 * E + E * E * (1 + 1 + 1 + (L > 1))
+        E, L, M = architecture.choices.values()
+        count = 3 * E + E + 3 * E + E * E * (3 + (L > 2 or M > 1))
         assert space.cost(architecture).params == sum(p.numel() for p in network.parameters()) == count
         assert space.expected_cost(space.one_hot(architecture)).params.item() == count
-        tied = [network.last, *network.layers[1:]], network.again[1:]
-        for group in tied:
+        for group in ([network.last, *network.layers[1:2]], [*network.layers[2:], *network.again[1:]]):
             assert len({id(module.weight) for module in group}) <= 1
         for path in ("hard", "exact", "gated"):
             torch.testing.assert_close(put(space, path, architecture)(x), network(x))
-    _, mixture = random_mixture(space)
-    weights = {name: w.detach() for name, w in mixture.items()}
-    expected = sum(
-        p * q * space.cost(space.architecture(E=e, L=depth)).params
-        for (e, p), (depth, q) in itertools.product(zip((2, 4), weights["E"]), zip((1, 2, 3), weights["L"]))  # noqa: B905
-    )
+    weights = {name: w.detach() for name, w in random_mixture(space)[1].items()}
+    expected = 0
+    for architecture in everything:
+        rows = [weights[n][space.choices[n].options.index(o)] for n, o in architecture.choices.items()]
+        expected = expected + math.prod(rows) * space.cost(architecture).params
     torch.testing.assert_close(space.expected_cost(weights).params, expected)
 
 
@@ -414,7 +413,10 @@ def test_generation_follows_its_generator_and_nothing_else():
 
 def test_greedy_generation_takes_the_most_likely_token_after_the_last_block():
     model = network().eval()
+    with torch.no_grad():
+        model.wpe.weight.mul_(9)  # what comes next depends on the place
     ids = torch.randint(11, (2, 3))
+    assert len(generate(model, ids, 9, temperature=0).unique()) > 5
     for cold in (dict(temperature=0), dict(temperature=1e-6), dict(top_k=1)):
         found = generate(model, ids, 6, **cold)
         for place in range(3, 9):

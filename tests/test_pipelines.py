@@ -229,7 +229,10 @@ def test_whatever_is_bound_is_taken_or_refused_in_words(finished: Path, bindings
         ("create_space.patch_size = 3", "images of 8 pixels do not divide into patches of 3"),
         ("create_space.in_channels = 3", "shape 1 x 8 x 8 (C x H x W)"),
         ("create_space.num_classes = 5", "has 5 outputs: create it with"),
-        ('SPACE = "gpt_nano"', "'gpt_nano' is not for data such as 'digits', which need a space with num_classes, image"),
+        (
+            'SPACE = "gpt_nano"',
+            "'gpt_nano' is not for data such as 'digits', which need a space with num_classes, image",
+        ),
         ("create_optimizer.regularisation = 'kl'", "takes no option 'regularisation'"),
         ("create_optimizer.scale = 'small'", "create_optimizer.scale is 'small', expected a number"),
         ("create_dataset.image_size = 99", "digits: image_size is 99"),

@@ -125,6 +125,19 @@ def test_a_network_is_made_of_torch_s_own_layers():
     assert not isinstance(network, SearchSpace)
 
 
+def test_dropout_is_part_of_space_and_network():
+    space = tiny(dropout=0.5)
+    architecture = space.largest()
+    network, x = space.extract(architecture), space.example_input(8).double()
+    outputs = []
+    for model in (space.select(architecture), network):
+        torch.manual_seed(7)
+        outputs.append(model(x))
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(network(x), network(x))
+    torch.testing.assert_close(network.eval()(x), space.eval()(x))
+
+
 # The key of the authors' table.
 
 

@@ -10,3 +10,8 @@ def tanglenas_register_spaces(register):
         "tanglenas_toy.conv_macro:ConvMacro",
         summary="Channels and kernels of four convolutions: 6,561 architectures",
     )
+    register(
+        "toy_cell",
+        "tanglenas_toy.cell:ToyCell",
+        summary="Separable and dilated convolutions on three edges of two cells: 4,096 architectures",
+    )

@@ -10,5 +10,16 @@ from tanglenas_engine.elastic.conv import Conv2d
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.elastic.linear import Embedding, Linear
 from tanglenas_engine.elastic.norm import BatchNorm2d, LayerNorm
+from tanglenas_engine.elastic.operations import MixedOperation
 
-__all__ = ["Attention", "BatchNorm2d", "Conv2d", "Depth", "Elastic", "Embedding", "LayerNorm", "Linear"]
+__all__ = [
+    "Attention",
+    "BatchNorm2d",
+    "Conv2d",
+    "Depth",
+    "Elastic",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "MixedOperation",
+]

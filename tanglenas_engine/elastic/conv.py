@@ -36,7 +36,8 @@ class Conv2d(Elastic, nn.Conv2d):
         kernel, inputs, outputs, groups = map(Size.of, (kernel_size, in_channels, out_channels, groups))
         if padding is None:
             padding = dilation * (kernel.max - 1) // 2
-        crop = dilation * (kernel.max - kernel.min) // 2
+        smallest = min(int(size) for size in kernel.values if size)  # 0: no kernel, the operation is not there
+        crop = dilation * (kernel.max - smallest) // 2
         if padding < crop:
             raise TangleNASError(
                 f"padding {padding} is too small for kernels {sorted(set(kernel.values))} at dilation {dilation}: "

@@ -1,0 +1,143 @@
+"""The toy cell space on Fashion-MNIST, of which the authors published a full table (Sukthanker et al. 2023)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.size import Size
+
+OPERATIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+EDGES = ((0, "in"), (1, "in"), (1, 0))
+"""The edges of a cell, (node, source), in the order of the table's columns."""
+
+
+class Separable(nn.Sequential):
+    """ReLU, depthwise and pointwise convolution, BatchNorm, twice; the first depthwise one has the stride."""
+
+    def __init__(self, channels: int, kernel: Size | int, stride: int):
+        super().__init__(*(layer for s in (stride, 1) for layer in _stage(channels, kernel, s, dilation=1)))
+
+
+class Dilated(nn.Sequential):
+    """ReLU, depthwise convolution with dilation 2, pointwise convolution, BatchNorm."""
+
+    def __init__(self, channels: int, kernel: Size | int, stride: int):
+        super().__init__(*_stage(channels, kernel, stride, dilation=2))
+
+
+FAMILIES: dict[str, type[nn.Module]] = {"sep_conv": Separable, "dil_conv": Dilated}
+
+
+class Cell(nn.Module):
+    """Two nodes and three edges; the output is both nodes, `(B, channels_in, H, W) -> (B, 2 * channels, H', W')`."""
+
+    def __init__(self, channels_in: int, channels: int, reduction: bool, choice: Choice, sharing: str):
+        super().__init__()
+        self.preprocess = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels, affine=False)
+        )
+        self.edges = nn.ModuleList(
+            mixed(choice[i], channels, 2 if reduction and source == "in" else 1, sharing)
+            for i, (_, source) in enumerate(EDGES)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.preprocess(x)
+        first = self.edges[0](x)
+        return torch.cat([first, self.edges[1](x) + self.edges[2](first)], 1)
+
+
+class ToyCell(SearchSpace):
+    """An operation for each of three edges, in a normal and in a reduction cell: 4,096 architectures.
+
+    Kernels of 3 are the centres of those of 5, for separable and for dilated convolutions. The network is a
+    reduction cell, a normal one and a reduction cell again; both reduction cells follow the same choices.
+
+    Args:
+        channels: Of the first two cells; the third has twice as many.
+        dropout: Behind every cell and in the classifier; 0.2 in the paper.
+    """
+
+    sharings = ("superposed", "separate")
+
+    def __init__(
+        self,
+        channels: int = 32,
+        num_classes: int = 10,
+        image_size: int = 28,
+        in_channels: int = 1,
+        dropout: float = 0.0,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        if image_size < 8:
+            raise TangleNASError(f"image_size is {image_size}, but three halvings need at least 8 pixels")
+        self.input_shape = in_channels, image_size, image_size
+        normal, reduce = (self.choice(name, OPERATIONS, per=len(EDGES)) for name in ("normal", "reduce"))
+        C = channels
+        self.cells = nn.ModuleList([
+            Cell(in_channels, C, True, reduce, self.sharing),
+            Cell(2 * C, C, False, normal, self.sharing),
+            Cell(2 * C, 2 * C, True, reduce, self.sharing),
+        ])  # fmt: skip
+        self.dropout = nn.Dropout(dropout)
+        side = (((image_size + 1) // 2 + 1) // 2) // 2  # two reductions, one pooling
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(4 * C * side**2, 128), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(128, num_classes),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        for cell in self.cells:
+            x = self.dropout(cell(x))
+        return self.classifier(F.max_pool2d(x, 2))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, *self.input_shape)
+
+    def to_string(self, architecture: Architecture) -> str:
+        """The operations of the six edges as the table's columns have them, separated by commas."""
+        return ", ".join([*architecture.choices["normal"], *architecture.choices["reduce"]])
+
+    def from_string(self, text: str) -> Architecture:
+        """The architecture of six operations, or of the authors' `Genotype(...)`.
+
+        Raises:
+            TangleNASError: The text has not six of the four operations.
+        """
+        found = re.findall(r"\w+_conv_\w+", text)
+        if len(found) != 2 * len(EDGES):
+            raise TangleNASError(
+                f"{text!r} names {len(found)} operations, expected {2 * len(EDGES)} such as sep_conv_3x3"
+            )
+        return self.architecture(normal=found[: len(EDGES)], reduce=found[len(EDGES) :])
+
+
+def mixed(operation: Size, channels: int, stride: int, sharing: str) -> elastic.MixedOperation:
+    """The mixed operation of an edge: one module per family, or per operation where they share nothing."""
+    members = {}
+    for family, layer in FAMILIES.items():
+        kernels = {name: int(name[-1]) for name in OPERATIONS if name.startswith(family)}
+        for names in [tuple(kernels)] if sharing == "superposed" else [(name,) for name in kernels]:
+            kernel = operation.map(lambda name, names=names, kernels=kernels: kernels[name] if name in names else 0)
+            key = family if len(names) > 1 else names[0]
+            members[key] = kernel.positive(), layer(channels, kernel, stride)
+    return elastic.MixedOperation(members)
+
+
+def _stage(channels: int, kernel: Size | int, stride: int, dilation: int) -> list[nn.Module]:
+    return [
+        nn.ReLU(),
+        elastic.Conv2d(channels, channels, kernel, stride, dilation=dilation, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=False),
+    ]
