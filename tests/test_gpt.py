@@ -413,10 +413,11 @@ def test_generation_follows_its_generator_and_nothing_else():
 
 def test_greedy_generation_takes_the_most_likely_token_after_the_last_block():
     model = network().eval()
-    with torch.no_grad():
-        model.wpe.weight.mul_(9)  # what comes next depends on the place
+    with torch.no_grad():  # a tied head by itself likes to repeat the last token
+        model.wpe.weight.mul_(3)
+        model.norm.weight.normal_()
     ids = torch.randint(11, (2, 3))
-    assert len(generate(model, ids, 9, temperature=0).unique()) > 5
+    assert len(generate(model, ids, 6, temperature=0).unique()) > 5
     for cold in (dict(temperature=0), dict(temperature=1e-6), dict(top_k=1)):
         found = generate(model, ids, 6, **cold)
         for place in range(3, 9):
