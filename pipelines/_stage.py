@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +66,26 @@ MIXTURE = OUT / "search" / "mixture.safetensors"
 SPLITS = OUT / "search" / "splits.json"
 ARCHITECTURE = OUT / "discretize" / "architecture.json"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
+
+
+def benchmark(
+    space: SearchSpace, path: str | None = None, metric: str = "test_acc"
+) -> Callable[[Architecture], dict[str, float]] | None:
+    """What a benchmark table says of architectures: value, rank and regret in `metric`. None without a table.
+
+    Bind `benchmark.path` to a file (see `tanglenas tables`) to have them in the history of a search and in the
+    metrics of evaluate. No result depends on them.
+    """
+    if path is None:
+        return None
+    from tanglenas_engine.tables import load_table
+
+    table = load_table(path, space)
+    table.row(table.best(metric), metric)  # an unknown metric is told before the search, not after its first epoch
+    return lambda architecture: table.row(architecture, metric)
+
+
+benchmark_ = register(benchmark)
 create_space_, create_optimizer_, create_dataset_, make_splits_ = map(
     register, (create_space, create_optimizer, create_dataset, make_splits)
 )

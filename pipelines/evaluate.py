@@ -12,6 +12,7 @@ from pipelines._stage import (
     SPLITS,
     SUPERNET,
     WEIGHTS,
+    benchmark_,
     device,
     load_into,
     read_architecture,
@@ -60,14 +61,17 @@ def main(arguments: Sequence[str]) -> None:
             open_splits(run.dataset, Splits.from_json(SPLITS.read_text()), ("test",)),
             device=device(),
         )
+        table = benchmark_(run.space)
         figures.architecture(run.space, architecture, run.folder / "architecture.png")
         run.finish(
             {
                 "test_accuracy": result.test_accuracy,
+                "test_loss": result.test_loss,
                 "test_samples": result.samples,
                 "params": result.cost.params,
                 "flops": result.cost.flops,
                 "digest": architecture.digest,
+                **(table(architecture) if table else {}),
             },
             architecture,
         )

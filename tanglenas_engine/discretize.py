@@ -21,7 +21,7 @@ from tanglenas_engine.search import check_fit
 from tanglenas_engine.size import Row
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.training import Row as HistoryRow
-from tanglenas_engine.training import accuracy, at_least, device_of, random_inputs, recalibrate, seeded
+from tanglenas_engine.training import at_least, device_of, measure, random_inputs, recalibrate, seeded
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def discretize(
         space.select(architecture)
         if statistics:
             recalibrate(space, statistics)
-        return accuracy(space, samples, batch_size)
+        return measure(space, samples, batch_size).accuracy
 
     rows: list[HistoryRow] = []
     with seeded(seed), _unchanged(space):

@@ -11,14 +11,18 @@ from tanglenas_engine.cost import Cost
 from tanglenas_engine.data import DataView
 from tanglenas_engine.search import check_fit
 from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.training import accuracy, device_of
+from tanglenas_engine.training import device_of, measure
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Test accuracy in %, number of test samples, and the network's cost (multiply-accumulates for one input)."""
+    """Test accuracy in % and mean cross-entropy, number of test samples, and the network's cost.
+
+    The cost is in parameters and in multiply-accumulates for one input.
+    """
 
     test_accuracy: float
+    test_loss: float
     samples: int
     cost: Cost
 
@@ -39,4 +43,5 @@ def evaluate(
     """
     check_fit(space, data.test)
     network = network.to(device_of(device))
-    return EvaluateResult(accuracy(network, data.test, batch_size), len(data.test), space.cost(architecture))
+    found = measure(network, data.test, batch_size)
+    return EvaluateResult(found.accuracy, found.loss, len(data.test), space.cost(architecture))

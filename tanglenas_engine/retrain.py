@@ -23,12 +23,12 @@ from tanglenas_engine.training import (
     OptimizerFactory,
     Row,
     SchedulerFactory,
-    accuracy,
     at_least,
     correct,
     cosine,
     cross_entropy,
     device_of,
+    measure,
     parameter_groups,
     random_inputs,
     recalibrate,
@@ -114,7 +114,7 @@ def retrain(
         if mode == "inherit":
             if recalibration_batches:
                 recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, target))
-            return RetrainResult(network.eval(), accuracy(network, data.validation), [])
+            return RetrainResult(network.eval(), measure(network, data.validation).accuracy, [])
         stream = Stream(data.training, batch_size, seed=seed, num_workers=num_workers)
         optimize = optimizer(parameter_groups(network))
         schedule = scheduler(optimize, epochs * stream.batches_per_epoch) if scheduler else None
@@ -141,7 +141,8 @@ def retrain(
 
         def end_epoch(epoch: int, means: Row) -> Row:
             judged = network if average is None else average.module
-            return {**means, "validation_accuracy": accuracy(judged, data.validation)}
+            found = measure(judged, data.validation)
+            return {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
 
         history = run(
             name="retrain",

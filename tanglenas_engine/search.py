@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,12 +23,12 @@ from tanglenas_engine.training import (
     OptimizerFactory,
     Row,
     SchedulerFactory,
-    accuracy,
     at_least,
     correct,
     cosine,
     cross_entropy,
     device_of,
+    measure,
     parameter_groups,
     run,
     seeded,
@@ -69,6 +69,7 @@ def search(
     seed: int = 0,
     num_workers: int = 0,
     device: str | None = None,
+    table: Callable[[Architecture], Mapping[str, float]] | None = None,
     checkpoints: CheckpointFolder | None = None,
     checkpoint_every: int | None = None,
     tracker: Tracker | None = None,
@@ -90,6 +91,7 @@ def search(
         loss: Of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         num_workers: Processes that load data.
         device: Such as "cpu" or "cuda:0"; by default CUDA where there is one.
+        table: What a benchmark says of an architecture; asked once an epoch about the current one, for the history.
         checkpoints: Where to save after every epoch, and every `checkpoint_every` iterations if given; a search
             that finds its own checkpoint there goes on from it and ends as if it had not been cut off.
 
@@ -164,7 +166,8 @@ def search(
         current = optimizer.current()
         # What alpha says now, judged as it would be extracted; methods that derive later show the largest network.
         space.select(current or space.largest())
-        row: Row = {**means, "validation_accuracy": accuracy(space, data.validation)}
+        found = measure(space, data.validation)
+        row: Row = {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
         mixture = optimizer.expected()
         if mixture is not None and current is not None:
             mixture = mixture.detach()
@@ -178,6 +181,7 @@ def search(
                 digest=current.digest,
                 architecture=str(current),
                 mixture={name: mixture[name].tolist() for name in mixture},
+                **(table(current) if table else {}),
             )
         return row
 

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -190,18 +190,28 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+class Measured(NamedTuple):
+    """Accuracy in % and mean cross-entropy over all targets."""
+
+    accuracy: float
+    loss: float
+
+
 @torch.no_grad()
-def accuracy(network: nn.Module, samples: Samples, batch_size: int = 256) -> float:
-    """Accuracy in % of a network in eval mode, over all targets; its mode is restored."""
+def measure(network: nn.Module, samples: Samples, batch_size: int = 256) -> Measured:
+    """Accuracy and loss of a network in eval mode, over all targets; its mode is restored."""
     device = next(network.parameters()).device
     training = network.training
     network.eval()
-    correct, total = torch.zeros((), dtype=torch.long, device=device), 0
+    hits = torch.zeros((), dtype=torch.long, device=device)
+    loss, count = torch.zeros((), device=device), 0
     for inputs, targets in batches(samples, batch_size):
-        correct += (network(inputs.to(device)).argmax(-1) == targets.to(device)).sum()
-        total += targets.numel()
+        outputs, targets = network(inputs.to(device)), targets.to(device)
+        hits += (outputs.argmax(-1) == targets).sum()
+        loss += cross_entropy(outputs, targets) * targets.numel()
+        count += targets.numel()
     network.train(training)
-    return 100.0 * int(correct) / total
+    return Measured(100.0 * float(hits) / count, float(loss) / count)
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -120,7 +120,7 @@ def test_a_dataset_file_opens_its_dataset(file: str, project: Path) -> None:
 def test_a_file_may_include_others_and_refer_to_any_package(project: Path) -> None:
     Path("other.gin").write_text("search.weight_optimizer = @torch.optim.SGD\nSGD.lr = %RATE\n")
     Path("mine.gin").write_text('include "other.gin"\nRATE = 0.5  # not @nothing.at.all\n')
-    configure(["mine.gin", *BASE, 'create_dataset.root = "me@example.org/#1 %NOTHING"'])
+    configure(["mine.gin", *BASE, 'create_dataset.root = "me@example.org #1 %NOTHING"'])
     optimizer = gin.get_bindings("search")["weight_optimizer"](parameter_groups(torch.nn.Linear(1, 1)))
     assert type(optimizer) is torch.optim.SGD and optimizer.param_groups[0]["lr"] == 0.5
 

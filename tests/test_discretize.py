@@ -14,7 +14,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import ConsoleProgress
 from tanglenas_engine.size import combinations
 from tanglenas_engine.testing import random_data, same
-from tanglenas_engine.training import accuracy, random_inputs, recalibrate
+from tanglenas_engine.training import measure, random_inputs, recalibrate
 
 SPLITS = ("weights", "architecture", "validation")
 CPU = torch.device("cpu")
@@ -57,8 +57,8 @@ def test_random_gives_distinct_architectures_best_first():
     assert result.architecture.digest == result.candidates[0]["digest"]
     data = random_data(space, SPLITS, samples=40)
     space.eval().select(result.architecture)
-    assert accuracies[0] == accuracy(space, data.architecture)
-    assert result.validation_accuracy == accuracy(space, data.validation)
+    assert accuracies[0] == measure(space, data.architecture).accuracy
+    assert result.validation_accuracy == measure(space, data.validation).accuracy
 
 
 def test_random_tries_no_more_than_there_are(capsys):
@@ -233,12 +233,12 @@ def test_every_candidate_is_judged_with_statistics_of_its_own():
     for row in result.candidates:
         network = space.extract(by_text[row["architecture"]])
         recalibrate(network, statistics)
-        assert accuracy(network, data.architecture, 16) == row["accuracy"]
+        assert measure(network, data.architecture, 16).accuracy == row["accuracy"]
         accuracies.add(row["accuracy"])
     assert len(accuracies) > 1
     network = space.extract(result.architecture)
     recalibrate(network, statistics)
-    assert accuracy(network, data.validation, 16) == result.validation_accuracy
+    assert measure(network, data.validation, 16).accuracy == result.validation_accuracy
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -280,4 +280,4 @@ def test_recalibration_can_be_off():
         space(space.example_input(8))
     result = derive(space, random_mixture(space), method="argmax", recalibration_batches=0)
     data = random_data(space, SPLITS, samples=40)
-    assert result.validation_accuracy == accuracy(space.extract(result.architecture), data.validation)
+    assert result.validation_accuracy == measure(space.extract(result.architecture), data.validation).accuracy

@@ -157,7 +157,7 @@ def test_the_exported_folder_is_the_network_that_was_judged(
     from tanglenas_engine import Architecture, create_dataset, create_space
     from tanglenas_engine.checkpoint import load_weights
     from tanglenas_engine.data import Splits, open_splits
-    from tanglenas_engine.training import accuracy
+    from tanglenas_engine.training import measure
 
     monkeypatch.chdir(finished.folder)
     dataset = create_dataset("digits")
@@ -173,7 +173,7 @@ def test_the_exported_folder_is_the_network_that_was_judged(
     inputs, _targets = test.batch(torch.arange(32))
     with torch.no_grad():
         assert torch.equal(loaded(inputs), judged(inputs))
-    assert accuracy(loaded, test) == json.loads(Path("metrics/evaluate.json").read_text())["test_accuracy"]
+    assert measure(loaded, test).accuracy == json.loads(Path("metrics/evaluate.json").read_text())["test_accuracy"]
     assert loaded.pretrained_cfg["input_size"] == (1, 8, 8) and len(loaded.pretrained_cfg["mean"]) == 1
 
 

@@ -18,7 +18,7 @@ from tanglenas_engine.progress import ConsoleProgress
 from tanglenas_engine.retrain import retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training import accuracy, cross_entropy, random_inputs, recalibrate
+from tanglenas_engine.training import cross_entropy, measure, random_inputs, recalibrate
 
 SPLITS = ("training", "validation")
 ema = partial(ModelEmaV3, decay=0.7)
@@ -59,7 +59,7 @@ def test_inherit_gives_the_network_of_the_supernet(make):
     assert result.history == [] and not result.network.training
     network = space.extract(chosen(space)).eval()
     assert result.network(inputs).equal(network(inputs))
-    assert result.validation_accuracy == accuracy(network, data.validation)
+    assert result.validation_accuracy == measure(network, data.validation).accuracy
 
 
 def test_inherit_sets_the_statistics_of_batch_norms_anew():

@@ -22,10 +22,10 @@ from tanglenas_engine.testing import same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training import (
     Interrupted,
-    accuracy,
     at_least,
     cosine,
     device_of,
+    measure,
     parameter_groups,
     random_inputs,
     run,
@@ -320,9 +320,9 @@ def test_accuracy_counts_in_eval_mode_and_restores_the_mode():
     guesses = torch.eye(3)[torch.tensor([0, 1, 2, 2, 1])]
     samples = TensorSamples(guesses, torch.tensor([0, 1, 0, 2, 2]))
     network = Echo().train()
-    assert accuracy(network, samples, batch_size=2) == pytest.approx(60) and network.training
+    assert measure(network, samples, batch_size=2).accuracy == pytest.approx(60) and network.training
     tokens = TensorSamples(guesses[None].repeat(2, 1, 1), torch.tensor([[0, 1, 0, 2, 2], [0, 1, 2, 2, 1]]))
-    assert accuracy(network.eval(), tokens) == pytest.approx(80) and not network.training
+    assert measure(network.eval(), tokens).accuracy == pytest.approx(80) and not network.training
 
 
 def test_random_inputs_are_of_all_classes_and_of_one_seed():
