@@ -62,6 +62,9 @@ def main(arguments: Sequence[str]) -> None:
             device=device(),
         )
         table = benchmark_(run.space)
+        shown = run.space.show(network.cpu(), run.dataset)
+        if shown is not None:
+            run.write("sample.txt", shown + "\n")
         figures.architecture(run.space, architecture, run.folder / "architecture.png")
         run.finish(
             {
@@ -75,6 +78,8 @@ def main(arguments: Sequence[str]) -> None:
             },
             architecture,
         )
+    if shown is not None:
+        print(shown)
     summary(architecture, f"{run.space.name} on {run.dataset.name}")
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.errors import TangleNASError, closest, unknown
 from tanglenas_engine.mixture import COVERED, Mixture, Superposition
 from tanglenas_engine.size import Assignment, Number, Row, Size
+
+if TYPE_CHECKING:
+    from tanglenas_engine.data import Dataset
 
 
 class SearchSpace(Elastic):
@@ -75,6 +78,10 @@ class SearchSpace(Elastic):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "architecture.json", architecture.to_json())
         save_weights(folder / "model.safetensors", network.state_dict(), {"space": self.name})
+
+    def show(self, network: nn.Module, dataset: Dataset) -> str | None:
+        """What a person would like to see of a trained network at the end, such as text that it writes."""
+        return None
 
     # Architectures.
 

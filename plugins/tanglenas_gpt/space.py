@@ -14,6 +14,7 @@ from tanglenas_engine import Architecture, SearchSpace, elastic
 from tanglenas_engine.errors import unknown
 from tanglenas_engine.size import Size
 from tanglenas_gpt import network
+from tanglenas_gpt.network import generate
 from tanglenas_gpt.partition import PartitionedAttention
 
 
@@ -100,3 +101,8 @@ class GPT(SearchSpace):
     def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
         """Write a folder that `tanglenas_gpt.network.GPT.load` reads."""
         network.save(folder)
+
+    def show(self, network: nn.Module, dataset: Any) -> str:
+        """Text that the network goes on with from a line break, always the same for equal weights."""
+        start, generator = dataset.encode("\n")[None], torch.Generator().manual_seed(0)
+        return dataset.decode(generate(network, start, 300, 0.8, generator=generator)[0])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import Assignment, Axis, Size, combinations
+
+Family = tuple[Mapping[str, int], Callable[[Size], nn.Module]]
+"""The kernel size of each operation (1 where it has none), and what makes the module from the Size of the kernel."""
 
 
 class MixedOperation(Elastic, nn.ModuleDict):
@@ -24,9 +30,11 @@ class MixedOperation(Elastic, nn.ModuleDict):
     Args:
         operations: For each name the Size that is 1 where an architecture has the operation and 0 elsewhere, and
             the module.
+        sharing: "superposed" as said. "entangled" keeps the one weight, but mixes outputs: a forward per option
+            with its slice. Operations that share nothing ("separate") are given one by one.
     """
 
-    def __init__(self, operations: Mapping[str, tuple[Size, nn.Module]]):
+    def __init__(self, operations: Mapping[str, tuple[Size, nn.Module]], sharing: str = "superposed"):
         nn.ModuleDict.__init__(self, {name: module for name, (_, module) in operations.items()})
         self.presence = {name: present for name, (present, _) in operations.items()}
         rows = list(dict.fromkeys(row for present in self.presence.values() for row in present.rows))
@@ -35,10 +43,28 @@ class MixedOperation(Elastic, nn.ModuleDict):
             if len(names) != 1:
                 chosen = ", ".join(f"{row!r}={row.options[i]}" for row, i in picks.items())
                 raise TangleNASError(f"for {chosen} the operations are {names or 'none'}, expected exactly one")
+        self.members: dict[str, list[Assignment]] = {}
         for name, present in self.presence.items():
-            role = "group" if sum(present.values) > 1 else "value"
-            axes = (Axis(present, layout="value", role=role),)
-            self.declare(role, **{name: axes})
+            role, size = "value", present
+            if sum(present.values) > 1 and sharing == "entangled":
+                self.members[name] = [picks for picks in combinations(present.rows) if present.value(picks)]
+                self._check_members(name)
+                numbers = (i if there else 0 for i, there in enumerate(present.values, 1))
+                size = Size(present.rows, numbers)  # a value, hence a probability, for each option
+            elif sum(present.values) > 1:
+                role = "group"
+            self.declare(**{name: (Axis(size, layout="value", role=role),)})
+
+    @classmethod
+    def of(cls, choice: Size, families: Mapping[str, Family], sharing: str = "superposed") -> Self:
+        """The mixed operation of a choice between names: a module per family, or per name where all are "separate"."""
+        operations = {}
+        for family, (kernels, layer) in families.items():
+            for names in [(name,) for name in kernels] if sharing == "separate" else [tuple(kernels)]:
+                sizes = {option: kernels[option] if option in names else 0 for option in choice.values}
+                kernel = choice.map(sizes.__getitem__)
+                operations[family if len(names) > 1 else names[0]] = kernel.positive(), layer(kernel)
+        return cls(operations, sharing)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.assignment is not None:
@@ -64,5 +90,45 @@ class MixedOperation(Elastic, nn.ModuleDict):
             masks = self.masks(name)
             if not masks:  # the paper's factor-free groups, and every operation of a network that is not relaxed
                 yield module(x)
+            elif name in self.members:
+                yield from self._one_by_one(module, x, self.members[name], masks[0][-len(self.members[name]) :])
             else:
                 yield module(x) * masks[0][-1]
+
+    def _one_by_one(
+        self, module: nn.Module, x: Tensor, members: list[Assignment], probabilities: Tensor
+    ) -> Iterator[Tensor]:
+        """`p_k operation_k(x)` of a group's options. Running statistics move as expected, given the group."""
+        shares = probabilities.detach() / probabilities.detach().sum().clamp_min(1e-12)
+        before = dict(module.named_buffers())
+        moves = {key: torch.zeros_like(buffer) for key, buffer in before.items()}
+        for picks, probability, share in zip(members, probabilities, shares, strict=True):
+            after = {key: buffer.clone() for key, buffer in before.items()}
+            with self._selected(picks):
+                yield torch.func.functional_call(module, after, (x,)) * probability
+            for key, buffer in before.items():
+                moved = after[key] - buffer
+                moves[key] += moved * share if buffer.is_floating_point() else moved // len(members)
+        for key, buffer in before.items():
+            buffer += moves[key]
+
+    @contextmanager
+    def _selected(self, picks: Assignment) -> Iterator[None]:
+        """The hard path, for a part of a forward."""
+        state = self._superposition
+        assert state is not None
+        mixture = state.mixture
+        state.mixture, state.assignment = None, picks
+        try:
+            yield
+        finally:
+            state.mixture, state.assignment = mixture, None
+
+    def _check_members(self, name: str) -> None:
+        layers = [module for module in self[name].modules() if isinstance(module, Elastic)]
+        rows = {row for layer in layers for axes in layer.axes.values() for axis in axes for row in axis.size.rows}
+        if foreign := rows - set(self.presence[name].rows):
+            raise TangleNASError(
+                f"operation {name!r} is evaluated for each of its options (sharing 'entangled'), but its layers "
+                f"follow other choices too: {', '.join(sorted(map(repr, foreign)))}. Use sharing 'superposed'"
+            )
