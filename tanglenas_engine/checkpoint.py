@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import filelock
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -166,30 +164,6 @@ def code_version(*modules: ModuleType) -> str:
             content = hashlib.sha256(source.read_bytes()).hexdigest()
             digest.update(f"{module.__name__} {name} {content}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def rng_state() -> dict[str, Any]:
-    """Where the global generators stand: torch, this process's GPU if it is in use, Python's and NumPy's.
-
-    NumPy's is there because augmentations of other libraries draw from it.
-    """
-    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
-    numpy["state"] = {**numpy["state"], "key": numpy["state"]["key"].tolist()}  # weights_only refuses arrays
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # asking earlier would claim GPU memory
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back to where `rng_state` found them; a GPU's is skipped where there is none."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    numpy = state["numpy"]
-    key = np.array(numpy["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager

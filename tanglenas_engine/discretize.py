@@ -18,10 +18,11 @@ from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.optimizer import argmax
 from tanglenas_engine.progress import Progress, SilentProgress
 from tanglenas_engine.search import check_fit
+from tanglenas_engine.seeding import seeded
 from tanglenas_engine.size import Row
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.training import Row as HistoryRow
-from tanglenas_engine.training import at_least, device_of, measure, random_inputs, recalibrate, seeded
+from tanglenas_engine.training import at_least, device_of, measure, random_inputs, recalibrate
 
 
 @dataclass(frozen=True)
@@ -189,34 +190,38 @@ Picks = dict[Row, int]
 def project(space: SearchSpace, mixture: Mixture, budget: Budget) -> Architecture:
     """The most probable architecture within the budget, as a local search finds it.
 
-    From the most probable one of all, the row changes that loses the least log-probability per share of the
-    budget saved, until it fits. Then what gains probability and still fits is changed, one or two rows at a time,
-    until nothing is left: no change of one or two rows gives a more probable architecture within the budget.
+    From the most probable one of all, the move of the space is made that loses the least log-probability per share
+    of the budget saved, until it fits. Then what gains probability and still fits is changed, one or two moves at a
+    time, until nothing is left: no move and no two moves give a more probable architecture within the budget.
     """
     picks = space.assignment_of(argmax(space, mixture))
-    stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
-    logs = {row: stacks[len(row.options)][row.slot] for row in space.rows}
+    scores = space.scores(mixture)
+
+    def gain(change: Picks) -> float:
+        return sum(scores[row][option] - scores[row][picks[row]] for row, option in change.items())
 
     over = _excess(space, picks, budget)
     if over == 0:
         return space.architecture_of(picks)
     while over > 0:
         moves = []
-        for row, option in _moves(space, picks):
-            after = _excess(space, {**picks, row: option}, budget)
+        for change in space.moves(picks):
+            after = _excess(space, {**picks, **change}, budget)
             if after < over:
-                moves.append(((logs[row][picks[row]] - logs[row][option]) / (over - after), after, row, option))
+                moves.append((-gain(change) / (over - after), after, change))
         if not moves:  # a change helps only together with another
             picks = space.assignment_of(space.smallest())
             break
-        _, over, row, option = min(moves, key=lambda move: move[0])
-        picks = {**picks, row: option}
+        _, over, change = min(moves, key=lambda move: move[0])
+        picks = {**picks, **change}
 
     better: Picks | None = picks
     while better is not None:
         picks = better
-        gains = [(logs[row][option] - logs[row][picks[row]], {row: option}) for row, option in _moves(space, picks)]
-        pairs = [(a + b, {**one, **two}) for (a, one), (b, two) in itertools.combinations(gains, 2) if {*one} != {*two}]
+        gains = [(gain(change), change) for change in space.moves(picks)]
+        pairs = [
+            (a + b, {**one, **two}) for (a, one), (b, two) in itertools.combinations(gains, 2) if not {*one} & {*two}
+        ]
         # Smaller gains than this may be rounding, and would go on for ever.
         changes = sorted((c for c in [*gains, *pairs] if c[0] > 1e-9), key=lambda change: -change[0])
         fitting = ({**picks, **change} for _, change in changes if not _excess(space, {**picks, **change}, budget))
@@ -229,21 +234,15 @@ def _shrunk(space: SearchSpace, architecture: Architecture, budget: Budget, gene
     picks = space.assignment_of(architecture)
     over = _excess(space, picks, budget)
     while over > 0:
-        moves = list(_moves(space, picks))
+        moves = list(space.moves(picks))
         for index in torch.randperm(len(moves), generator=generator).tolist():
-            row, option = moves[index]
-            after = _excess(space, {**picks, row: option}, budget)
+            after = _excess(space, {**picks, **moves[index]}, budget)
             if after < over:
-                picks, over = {**picks, row: option}, after
+                picks, over = {**picks, **moves[index]}, after
                 break
         else:
             return space.smallest()
     return space.architecture_of(picks)
-
-
-def _moves(space: SearchSpace, picks: Picks) -> Iterator[tuple[Row, int]]:
-    """All changes of one row."""
-    return ((row, option) for row in space.rows for option in range(len(row.options)) if option != picks[row])
 
 
 def _excess(space: SearchSpace, picks: Picks, budget: Budget) -> float:

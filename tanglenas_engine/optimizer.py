@@ -144,9 +144,8 @@ class Optimizer(abc.ABC):
 
 
 def argmax(space: SearchSpace, mixture: Mixture) -> Architecture:
-    """The architecture with the most probable option of every row."""
-    picks = {count: stack.argmax(1).tolist() for count, stack in mixture.stacks.items()}
-    return space.architecture_of({row: picks[len(row.options)][row.slot] for row in space.rows})
+    """The most probable architecture, as the space has it: by default, the most probable option of every row."""
+    return space.most_probable(mixture)
 
 
 def entropy(mixture: Mixture) -> float:

@@ -17,6 +17,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizer import Batch, Loss
 from tanglenas_engine.progress import Progress
 from tanglenas_engine.search import check_fit
+from tanglenas_engine.seeding import seeded
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.tracking import Tracker
 from tanglenas_engine.training import (
@@ -33,7 +34,6 @@ from tanglenas_engine.training import (
     random_inputs,
     recalibrate,
     run,
-    seeded,
     to,
 )
 

@@ -17,6 +17,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.optimizer import Batch, Loss, Optimizer, Step, entropy
 from tanglenas_engine.progress import Progress
+from tanglenas_engine.seeding import seeded
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.tracking import Tracker
 from tanglenas_engine.training import (
@@ -31,7 +32,6 @@ from tanglenas_engine.training import (
     measure,
     parameter_groups,
     run,
-    seeded,
     to,
 )
 

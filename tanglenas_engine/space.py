@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -169,6 +169,24 @@ class SearchSpace(Elastic):
         return self.architecture_of(
             {row: int(torch.randint(len(row.options), (), generator=generator)) for row in self.rows}
         )
+
+    def moves(self, assignment: Assignment) -> Iterator[dict[Row, int]]:
+        """All smallest changes that lead from an architecture to others: by default, one row's option.
+
+        Those of different rows can be made together. A space in which not every assignment is an architecture says
+        here which changes keep it one, and in `sample`, `largest`, `smallest` and `most_probable` which there are.
+        """
+        return ({row: i} for row in self.rows for i in range(len(row.options)) if i != assignment[row])
+
+    def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
+        """What each option contributes to an architecture's score: by default, its log-probability."""
+        stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
+        return {row: stacks[len(row.options)][row.slot] for row in self.rows}
+
+    def most_probable(self, mixture: Mixture) -> Architecture:
+        """The architecture that a mixture stands for, the one of highest score: every row's most probable option."""
+        picks = {count: stack.argmax(1).tolist() for count, stack in mixture.stacks.items()}
+        return self.architecture_of({row: picks[len(row.options)][row.slot] for row in self.rows})
 
     def largest(self) -> Architecture:
         """Every choice at its largest option; between names, the one whose network has most parameters."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine.checkpoint import CheckpointFolder, restore_rng_state, rng_state
+from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import Samples, Stream, batches
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import Progress, SilentProgress
+from tanglenas_engine.seeding import restore_rng_state, rng_state
 from tanglenas_engine.tracking import NullTracker, Tracker
 
 Row = dict[str, Any]
@@ -150,22 +149,6 @@ def run(
                     "Run the same command again to continue"
                 )
     return history
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, Python and NumPy inside, and leave them outside as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

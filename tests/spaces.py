@@ -153,6 +153,7 @@ SMALL["mobilenetv3"] = {
     "stages": ("s1_c24_nre", "s1_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25"),
 }  # fmt: skip
 SMALL["toy_conv_macro"] = {"image_size": 16}
+SMALL["nb201"] = {"channels": 4, "cells": 1, "image_size": 8}
 SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_size": 6}
 """Options that make the large ones fit a test; their widths stay."""
 

@@ -20,13 +20,12 @@ from tanglenas_engine.checkpoint import (
     exclusive,
     fingerprint,
     load_weights,
-    restore_rng_state,
-    rng_state,
     save_weights,
     weights_metadata,
     write_atomic,
 )
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.seeding import restore_rng_state, rng_state
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:

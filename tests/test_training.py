@@ -18,6 +18,7 @@ from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import ConsoleProgress, SilentProgress
+from tanglenas_engine.seeding import seeded
 from tanglenas_engine.testing import same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training import (
@@ -29,7 +30,6 @@ from tanglenas_engine.training import (
     parameter_groups,
     random_inputs,
     run,
-    seeded,
 )
 
 EPOCHS, STEPS = 2, 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class ToyCell(SearchSpace):
         dropout: Behind every cell and in the classifier; 0.2 in the paper.
     """
 
-    sharings = ("superposed", "separate")
+    sharings = ("superposed", "entangled", "separate")
 
     def __init__(
         self,
@@ -123,15 +124,15 @@ class ToyCell(SearchSpace):
 
 
 def mixed(operation: Size, channels: int, stride: int, sharing: str) -> elastic.MixedOperation:
-    """The mixed operation of an edge: one module per family, or per operation where they share nothing."""
-    members = {}
-    for family, layer in FAMILIES.items():
-        kernels = {name: int(name[-1]) for name in OPERATIONS if name.startswith(family)}
-        for names in [tuple(kernels)] if sharing == "superposed" else [(name,) for name in kernels]:
-            kernel = operation.map(lambda name, names=names, kernels=kernels: kernels[name] if name in names else 0)
-            key = family if len(names) > 1 else names[0]
-            members[key] = kernel.positive(), layer(channels, kernel, stride)
-    return elastic.MixedOperation(members)
+    """The mixed operation of an edge."""
+    families: dict[str, elastic.Family] = {
+        family: (
+            {name: int(name[-1]) for name in OPERATIONS if name.startswith(family)},
+            partial(layer, channels, stride=stride),
+        )
+        for family, layer in FAMILIES.items()
+    }
+    return elastic.MixedOperation.of(operation, families, sharing)
 
 
 def _stage(channels: int, kernel: Size | int, stride: int, dilation: int) -> list[nn.Module]:

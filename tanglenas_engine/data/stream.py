@@ -1,18 +1,16 @@
 """Batches: an endless training stream that can start at any step, and sequential ones for evaluation."""
 
 import hashlib
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import TangleNASError
+from ..seeding import seeded
 from .dataset import Samples
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -96,23 +94,6 @@ def _derive(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=7).digest())
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators inside the block and put them back after it."""
-    python, legacy_numpy = random.getstate(), np.random.get_state()
-    # devices=[]: augmentation runs on the CPU, and forking every CUDA generator takes long.
-    with torch.random.fork_rng(devices=[]):
-        try:
-            # Not torch.manual_seed, which goes on to seed every accelerator.
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy_numpy)
-
-
 class _SeededBatches(TorchDataset[Batch]):
     """Samples as a torch dataset whose items are whole batches, each with the seed of its augmentation."""
 
@@ -121,7 +102,7 @@ class _SeededBatches(TorchDataset[Batch]):
 
     def __getitem__(self, item: tuple[int, Tensor | list[int]]) -> Batch:
         seed, indices = item
-        with _seeded(seed):
+        with seeded(seed, accelerators=False):  # augmentation runs on the CPU
             return self.samples.batch(torch.as_tensor(indices))
 
 

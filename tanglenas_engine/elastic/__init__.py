@@ -10,7 +10,7 @@ from tanglenas_engine.elastic.conv import Conv2d
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.elastic.linear import Embedding, Linear
 from tanglenas_engine.elastic.norm import BatchNorm2d, LayerNorm
-from tanglenas_engine.elastic.operations import MixedOperation
+from tanglenas_engine.elastic.operations import Family, MixedOperation
 
 __all__ = [
     "Attention",
@@ -19,6 +19,7 @@ __all__ = [
     "Depth",
     "Elastic",
     "Embedding",
+    "Family",
     "LayerNorm",
     "Linear",
     "MixedOperation",

@@ -53,7 +53,8 @@ class MixedOperation(Elastic, nn.ModuleDict):
                 size = Size(present.rows, numbers)  # a value, hence a probability, for each option
             elif sum(present.values) > 1:
                 role = "group"
-            self.declare(**{name: (Axis(size, layout="value", role=role),)})
+            axes = {name: (Axis(size, layout="value", role=role),)}
+            self.declare(role, **axes)
 
     @classmethod
     def of(cls, choice: Size, families: Mapping[str, Family], sharing: str = "superposed") -> Self:
@@ -105,10 +106,11 @@ class MixedOperation(Elastic, nn.ModuleDict):
         for picks, probability, share in zip(members, probabilities, shares, strict=True):
             after = {key: buffer.clone() for key, buffer in before.items()}
             with self._selected(picks):
-                yield torch.func.functional_call(module, after, (x,)) * probability
+                output = torch.func.functional_call(module, after, (x,))
+            yield output * probability
             for key, buffer in before.items():
                 moved = after[key] - buffer
-                moves[key] += moved * share if buffer.is_floating_point() else moved // len(members)
+                moves[key] = moves[key] + moved * share if buffer.is_floating_point() else moved
         for key, buffer in before.items():
             buffer += moves[key]
 

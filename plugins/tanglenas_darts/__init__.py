@@ -1,0 +1,8 @@
+"""DARTS (Liu et al., 2019, arXiv:1806.09055): the cell space of its paper."""
+
+from tanglenas_engine import hookimpl
+
+
+@hookimpl
+def tanglenas_register_spaces(register):
+    pass

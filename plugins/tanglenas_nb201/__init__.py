@@ -1,0 +1,12 @@
+"""NAS-Bench-201 (Dong and Yang, 2020, arXiv:2001.00326): the cell space with a table of every architecture."""
+
+from tanglenas_engine import hookimpl
+
+
+@hookimpl
+def tanglenas_register_spaces(register):
+    register(
+        "nb201",
+        "tanglenas_nb201.space:NB201",
+        summary="NAS-Bench-201: five operations on six edges of one cell, 15,625 architectures",
+    )
