@@ -33,7 +33,9 @@ class Choice(Size):
         superposition: Superposition,
         per: Size | Sequence[Size] | int | None = None,
     ):
-        options = tuple(options) if isinstance(options, Sequence) and not isinstance(options, str) else (options,)
+        if isinstance(options, str):
+            raise TangleNASError(f"choice {name!r} has the options {options!r}: give a list of them")
+        options = tuple(options) if isinstance(options, Sequence) else (options,)
         if not options:
             raise TangleNASError(f"choice {name!r} has no options: give at least one")
         numbers = [o for o in options if isinstance(o, int | float) and not isinstance(o, bool) and o > 0]

@@ -273,7 +273,7 @@ class SearchSpace(Elastic):
         return self
 
     def release(self) -> Self:
-        """The next forwards compute the largest network."""
+        """The next forwards compute the largest network; where operations are alternatives, the sum of all."""
         self.superposition.release()
         return self
 

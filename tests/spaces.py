@@ -154,6 +154,7 @@ SMALL["mobilenetv3"] = {
 }  # fmt: skip
 SMALL["toy_conv_macro"] = {"image_size": 16}
 SMALL["nb201"] = {"channels": 4, "cells": 1, "image_size": 8}
+SMALL["darts"] = {"channels": 2, "layers": 3, "image_size": 8}
 SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_size": 6}
 """Options that make the large ones fit a test; their widths stay."""
 

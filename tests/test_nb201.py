@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tanglenas_engine import create_space
 from tanglenas_engine.errors import TangleNASError
@@ -106,11 +107,12 @@ def test_a_cell_sums_the_operations_on_all_nodes_before(affine):
         torch.testing.assert_close(found, reference(space, architecture.choices["operation"], x))
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("training", [True, False])
-def test_corners_are_exact(sharing, training):
+def test_corners_are_exact(sharing, training, affine):
     torch.manual_seed(0)
-    space = small(sharing=sharing)
+    space = small(sharing=sharing, affine=affine)
     generator = torch.Generator().manual_seed(0)
     images = space.example_input(3).double()
     space.relax(uniform(space))(images)  # running statistics of a mixture
@@ -126,6 +128,20 @@ def test_corners_are_exact(sharing, training):
             for key, value in network.state_dict().items():
                 torch.testing.assert_close(seen[key], value)
             torch.testing.assert_close(space.select(architecture)(images), expected)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_cost_is_what_the_network_counts(sharing):
+    space = small(sharing=sharing)
+    generator = torch.Generator().manual_seed(2)
+    for architecture in (space.smallest(), space.largest(), *(space.sample(generator) for _ in range(3))):
+        network, cost = space.extract(architecture).eval(), space.cost(architecture)
+        with FlopCounterMode(display=False) as counter:
+            network(space.example_input(1).double())
+        assert (cost.params, cost.flops) == (
+            sum(p.numel() for p in network.parameters()),
+            counter.get_total_flops() // 2,
+        )
 
 
 @pytest.mark.parametrize("image_size", [4, 8, 9, 28])

@@ -12,6 +12,8 @@ OPTIONS = ("conv3", "conv5", "skip")
 
 
 class OneEdge(SearchSpace):
+    sharings = ("superposed", "entangled")
+
     def __init__(self, norm=True, **options):
         super().__init__(**options)
         op = self.choice("op", OPTIONS)
@@ -19,7 +21,7 @@ class OneEdge(SearchSpace):
         conv = [elastic.Conv2d(2, 2, kernel, bias=False)] + [nn.BatchNorm2d(2, affine=False)] * norm
         skip = op.map(lambda name: int(name == "skip"))
         self.edge = elastic.MixedOperation(
-            {"conv": (kernel.positive(), nn.Sequential(*conv)), "skip": (skip, nn.Identity())}
+            {"conv": (kernel.positive(), nn.Sequential(*conv)), "skip": (skip, nn.Identity())}, self.sharing
         )
 
     def forward(self, x):
@@ -109,6 +111,70 @@ def test_a_corner_is_the_operation(option, training, relaxation):
     torch.testing.assert_close(space.select(architecture)(x), expected)
     if relaxation != "paper" or option != "skip":  # the paper's form adds the batch norm of nothing: 0 in train mode
         torch.testing.assert_close(space.relax(space.one_hot(architecture))(x), expected)
+
+
+@pytest.mark.parametrize("relaxation", ["exact", "gated", "paper"])
+def test_entangled_mixes_the_outputs_of_slices_of_one_weight(relaxation):
+    space = OneEdge(sharing="entangled", relaxation=relaxation).double()
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    weight = space.edge["conv"][0].weight
+    alpha, p = weights(0.3, -0.2, 0.5)
+    conv3, conv5 = F.conv2d(x, weight[..., 1:4, 1:4], padding=1), F.conv2d(x, weight, padding=2)
+    normal = [F.batch_norm(y, None, None, training=True) for y in (conv3, conv5)]
+    expected = p[0] * normal[0] + p[1] * normal[1] + p[2] * x
+    target = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * target).sum(), [alpha, weight])
+    alpha, p = weights(0.3, -0.2, 0.5)
+    output = space.relax({"op": p})(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad((output * target).sum(), [alpha, weight]), wanted)
+    # Running statistics moved once, to what is expected of the two given that it is one of them.
+    means = [y.detach().mean((0, 2, 3)) for y in (conv3, conv5)]
+    moved = (p[0] * means[0] + p[1] * means[1]) / (p[0] + p[1])
+    torch.testing.assert_close(space.edge["conv"][1].running_mean, 0.1 * moved.detach())
+    assert space.edge["conv"][1].num_batches_tracked == 1
+
+
+def test_entangled_leaves_the_statistics_of_operations_that_no_option_has():
+    space = OneEdge(sharing="entangled").double()
+    before = space.edge["conv"][1].running_var.clone()
+    space.relax(space.one_hot(space.architecture(op="skip")))(torch.randn(4, 2, 6, 6).double())
+    assert torch.equal(space.edge["conv"][1].running_var, before)
+
+
+def test_an_entangled_operation_follows_one_choice():
+    space = SearchSpace()
+    op, width = space.choice("op", ("conv3", "conv5")), space.choice("width", (2, 4))
+    kernel = op.map({"conv3": 3, "conv5": 5}.__getitem__)
+    operations = {"conv": (kernel.positive(), elastic.Conv2d(2, width, kernel))}
+    elastic.MixedOperation(operations)
+    with pytest.raises(TangleNASError, match=r"layers follow other choices too: width. Use sharing 'superposed'"):
+        elastic.MixedOperation(operations, sharing="entangled")
+
+
+def test_an_error_within_an_entangled_operation_leaves_the_mixture():
+    space = OneEdge(sharing="entangled").double()
+    _, p = weights(0.3, -0.2, 0.5)
+    space.relax({"op": p})
+    with pytest.raises(RuntimeError):
+        space(torch.randn(4, 3, 6, 6).double())
+    assert space.superposition.assignment is None and space.superposition.mixture is not None
+
+
+@pytest.mark.parametrize(
+    ("sharing", "names"),
+    [("superposed", ["conv", "skip"]), ("entangled", ["conv", "skip"]), ("separate", ["conv3", "conv5", "skip"])],
+)
+def test_a_mixed_operation_is_made_of_families_or_of_single_operations(sharing, names):
+    op = SearchSpace().choice("op", OPTIONS)
+    families = {
+        "conv": ({"conv3": 3, "conv5": 5}, lambda kernel: elastic.Conv2d(2, 2, kernel, bias=False)),
+        "skip": ({"skip": 1}, lambda _: nn.Identity()),
+    }
+    edge = elastic.MixedOperation.of(op, families, sharing)
+    assert list(edge) == names
+    sizes = [module.kernel_size[0] for module in edge.values() if isinstance(module, nn.Conv2d)]
+    assert sizes == ([3, 5] if sharing == "separate" else [5])
 
 
 def test_only_the_chosen_operation_is_extracted_and_counted():

@@ -115,7 +115,8 @@ MISTAKES = {
     "a macro that stages read": ('OPTIMISER = "spos"', "nothing uses the macro 'OPTIMISER'. Did you mean 'OPTIMIZER'?"),
     "a macro that is not set": ("search.epochs = %SEEDS", "the macro %SEEDS is not set. Did you mean 'SEED'?"),
     "a scope": (
-        "search.loss = @mine/torch.nn.functional.cross_entropy\nmin/cross_entropy.label_smoothing = 0.1",
+        "search.loss = @mine/torch.nn.functional.cross_entropy\n"
+        "min/torch.nn.functional.cross_entropy.label_smoothing = 0.1",
         "nothing uses the scope 'min' of min/cross_entropy. Did you mean 'mine'?",
     ),
     "a bare word": ("search.epochs = ten", "the value 'ten' cannot be read: expected a number"),

@@ -7,14 +7,16 @@ from tanglenas_engine import create_space
 from tanglenas_engine.errors import TangleNASError
 
 
-@pytest.mark.parametrize(("sharing", "parameters"), [("superposed", 239_146), ("separate", 304_810)])
+@pytest.mark.parametrize(
+    ("sharing", "parameters"), [("superposed", 239_146), ("entangled", 239_146), ("separate", 304_810)]
+)
 def test_the_supernet_has_the_papers_size(sharing, parameters):
     space = create_space("toy_cell", sharing=sharing)
     assert sum(p.numel() for p in space.parameters()) == parameters
     assert space.size == 4_096
 
 
-@pytest.mark.parametrize("sharing", ["superposed", "separate"])
+@pytest.mark.parametrize("sharing", ["superposed", "entangled", "separate"])
 @pytest.mark.parametrize("training", [True, False])
 def test_corners_are_exact(sharing, training):
     space = create_space("toy_cell", sharing=sharing, channels=4).double()

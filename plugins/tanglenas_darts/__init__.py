@@ -5,4 +5,8 @@ from tanglenas_engine import hookimpl
 
 @hookimpl
 def tanglenas_register_spaces(register):
-    pass
+    register(
+        "darts",
+        "tanglenas_darts.space:Darts",
+        summary="DARTS: two of eight operations into each node of a normal and a reduction cell, 1e18 architectures",
+    )

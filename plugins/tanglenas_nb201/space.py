@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tanglenas_darts.operations import Nothing
 from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.size import Size
@@ -16,13 +17,6 @@ from tanglenas_engine.size import Size
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = tuple((node, source) for node in range(1, 4) for source in range(node))
 """The edges of a cell, (node, source), in the order of the official notation; node 0 is the input."""
-
-
-class Nothing(nn.Module):
-    """The operation of an edge that is not there: zeros."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
 
 
 class Convolution(nn.Sequential):

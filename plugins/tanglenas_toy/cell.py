@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_darts.operations import Dilated, Separable
 from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import Size
@@ -17,20 +18,6 @@ from tanglenas_engine.size import Size
 OPERATIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 EDGES = ((0, "in"), (1, "in"), (1, 0))
 """The edges of a cell, (node, source), in the order of the table's columns."""
-
-
-class Separable(nn.Sequential):
-    """ReLU, depthwise and pointwise convolution, BatchNorm, twice; the first depthwise one has the stride."""
-
-    def __init__(self, channels: int, kernel: Size | int, stride: int):
-        super().__init__(*(layer for s in (stride, 1) for layer in _stage(channels, kernel, s, dilation=1)))
-
-
-class Dilated(nn.Sequential):
-    """ReLU, depthwise convolution with dilation 2, pointwise convolution, BatchNorm."""
-
-    def __init__(self, channels: int, kernel: Size | int, stride: int):
-        super().__init__(*_stage(channels, kernel, stride, dilation=2))
 
 
 FAMILIES: dict[str, type[nn.Module]] = {"sep_conv": Separable, "dil_conv": Dilated}
@@ -133,12 +120,3 @@ def mixed(operation: Size, channels: int, stride: int, sharing: str) -> elastic.
         for family, layer in FAMILIES.items()
     }
     return elastic.MixedOperation.of(operation, families, sharing)
-
-
-def _stage(channels: int, kernel: Size | int, stride: int, dilation: int) -> list[nn.Module]:
-    return [
-        nn.ReLU(),
-        elastic.Conv2d(channels, channels, kernel, stride, dilation=dilation, groups=channels, bias=False),
-        nn.Conv2d(channels, channels, 1, bias=False),
-        nn.BatchNorm2d(channels, affine=False),
-    ]

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pluggy
@@ -207,8 +208,11 @@ def _installed() -> list[tuple[Plugin, importlib.metadata.EntryPoint]]:
     """The entry points, in an order that does not depend on sys.path or on the file system."""
     installed = []
     for entry_point in importlib.metadata.entry_points(group=GROUP):
-        # A half-removed distribution has entry points and no metadata.
-        metadata: Any = (entry_point.dist and entry_point.dist.metadata) or {}
+        metadata: Any = {}
+        # A half-removed distribution has entry points and no metadata: the standard library then gives None, and the
+        # backport, which other packages put in its place, raises.
+        with suppress(Exception):
+            metadata = (entry_point.dist and entry_point.dist.metadata) or {}
         name, version = (metadata[key] if key in metadata else "(unknown)" for key in ("Name", "Version"))
         installed.append((Plugin(name, version, entry_point.name), entry_point))
     return sorted(installed, key=lambda pair: (_canonical(pair[0].distribution), pair[0].entry_point))
