@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tanglenas_darts.operations import Separable, pool
 from tanglenas_darts.space import EDGES, OPERATIONS
 from tanglenas_engine import create_space
 from tanglenas_engine.discretize import _random, project
@@ -134,6 +135,16 @@ def test_half_of_a_factorized_reduction_sees_the_even_pixels_and_half_the_odd_on
     assert y.shape == (1, 4, 2, 2) and y[0, :2, 0, 0].any() and not y[0, 2:].any()
     y = reduce(x.roll((1, 1), (2, 3)))
     assert y[0, 2:, 0, 0].any() and not y[0, :2].any()
+
+
+def test_averages_leave_out_the_padding():
+    x = torch.ones(1, 2, 4, 4)
+    assert torch.equal(pool("avg", 2, norm=False)(x), x)
+
+
+def test_the_first_of_two_separable_convolutions_has_the_stride():
+    layers = [layer for layer in Separable(4, 3, stride=2) if isinstance(layer, nn.Conv2d)]
+    assert [(layer.stride[0], layer.groups) for layer in layers] == [(2, 4), (1, 1), (1, 4), (1, 1)]
 
 
 def test_images_that_cannot_be_halved_twice_are_refused():
