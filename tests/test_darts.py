@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tanglenas_darts.operations import Separable, pool
 from tanglenas_darts.space import EDGES, OPERATIONS
 from tanglenas_engine import create_space
-from tanglenas_engine.discretize import _random, project
+from tanglenas_engine.budget import project
+from tanglenas_engine.discretize import _random
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizer import argmax
 
