@@ -180,9 +180,12 @@ class Superposition:
         self.mixture, self.assignment = mixture, None
         self._masks = [mask for batch in batches for mask in batch.masks(mixture)]
 
-    def select(self, assignment: Assignment) -> None:
-        """Hard path: slice for the next forwards."""
-        self.mixture, self.assignment, self._masks = None, assignment, []
+    def select(self, assignment: Assignment, mixture: Mixture | None = None) -> None:
+        """Hard path: slice for the next forwards; a mixture's masks, cut in the same way, multiply what is left."""
+        self.release()
+        if mixture is not None:
+            self.relax(mixture)
+        self.assignment = assignment
 
     def release(self) -> None:
         """The next forwards compute the largest network."""

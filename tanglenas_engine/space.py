@@ -267,9 +267,20 @@ class SearchSpace(Elastic):
         self.superposition.relax(self.mixture(mixture))
         return self
 
-    def select(self, architecture: Architecture) -> Self:
-        """Hard path: the next forwards compute one architecture, with real slices."""
-        self.superposition.select(self.assignment_of(architecture))
+    def select(self, chosen: Architecture | Mixture) -> Self:
+        """Hard path: the next forwards compute one architecture, with real slices.
+
+        Of a mixture every row's heaviest option is taken. If its weights are one-hot with a gradient (a
+        straight-through sample), it reaches them through whatever the architecture uses, as it would on the soft path.
+        """
+        if isinstance(chosen, Architecture):
+            self.superposition.select(self.assignment_of(chosen))
+            return self
+        picks = {count: stack.argmax(1).tolist() for count, stack in chosen.stacks.items()}
+        learns = any(stack.requires_grad for stack in chosen.stacks.values())
+        self.superposition.select(
+            {row: picks[len(row.options)][row.slot] for row in self.rows}, chosen if learns else None
+        )
         return self
 
     def release(self) -> Self:

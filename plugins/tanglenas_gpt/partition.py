@@ -49,13 +49,16 @@ class PartitionedAttention(elastic.Elastic):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)  # (B, T, 3 * width)
-        if pairs := self.masks("pairs"):
+        pairs, dims = self.masks("pairs"), self.masks("dims")
+        if self.assignment is not None:
+            y = self._attention(qkv.unflatten(-1, (3, self.heads.value(self.assignment), -1)))
+            y = math.prod([*pairs, *dims], start=y)
+        elif pairs:
             y = self._as_published(qkv, math.prod(pairs))
-        elif dims := self.masks("dims"):
+        elif dims:
             y = self._expected(qkv, math.prod(dims))
         else:
-            heads = self.num_heads if self.assignment is None else self.heads.value(self.assignment)
-            y = self._attention(qkv.unflatten(-1, (3, heads, -1)))
+            y = self._attention(qkv.unflatten(-1, (3, self.num_heads, -1)))
         return self.proj_drop(self.proj(y))
 
     def _attention(self, qkv: Tensor) -> Tensor:

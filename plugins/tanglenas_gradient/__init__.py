@@ -7,3 +7,9 @@ from tanglenas_engine import hookimpl
 def tanglenas_register_optimizers(register):
     register("darts", "tanglenas_gradient.darts:DARTS", summary="softmax over the options (Liu et al., 2019)")
     register("drnas", "tanglenas_gradient.drnas:DrNAS", summary="samples of a Dirichlet (Chen et al., 2021)")
+    register("gdas", "tanglenas_gradient.gdas:GDAS", summary="hard samples, straight through (Dong and Yang, 2019)")
+    register(
+        "darts2",
+        "tanglenas_gradient.darts2:SecondOrderDARTS",
+        summary="softmax over the options, second order (Liu et al., 2019)",
+    )

@@ -36,6 +36,8 @@ class TransformedConv2d(elastic.Conv2d):
         probabilities = self.masks("kernels") if name == "weight" else []
         if not probabilities:
             return super().current(name)
+        if self.assignment is not None:
+            return self.covered("channels", self.sliced(name, self.assignment)) * probabilities[0]
         kernels = reversed(self.kernels())  # as the probabilities, from the smallest
         largest = self.weight.shape[-1]
         total = sum(p * _resized(kernel, largest) for p, kernel in zip(probabilities[0], kernels, strict=True))

@@ -60,7 +60,7 @@ class Elastic(nn.Module):
         if tensor is None or self._superposition is None:
             return tensor
         if self._superposition.assignment is not None:
-            return self.sliced(name, self._superposition.assignment)
+            tensor = self.sliced(name, self._superposition.assignment)
         return self.covered(name, tensor)
 
     def covered(self, name: str, tensor: Tensor) -> Tensor:
@@ -70,25 +70,19 @@ class Elastic(nn.Module):
         return tensor
 
     def masks(self, name: str) -> list[Tensor]:
-        """The factors of the mask declared as `name`: broadcastable tensors, none on the hard path."""
+        """The factors of the mask declared as `name`, broadcastable tensors; none without a mixture.
+
+        On the hard path with a mixture each is the part that the architecture has: ones, whose gradient alpha gets.
+        """
         if self._superposition is None or self._superposition.mixture is None:
             return []
-        return self._superposition.masks(self._axes[name])
+        axes, assignment = self._axes[name], self._superposition.assignment
+        factors = self._superposition.masks(axes)
+        return factors if assignment is None else [_cut(factor, axes, assignment) for factor in factors]
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
         """The part of the parameter or buffer `name` that an architecture uses: a view where memory allows."""
-        tensor: Tensor = getattr(self, name)
-        for dim, axis in enumerate(self._axes[name]):
-            size, full = axis.size.value(assignment), axis.size.max
-            if axis.role == "fixed" or size == full:
-                continue
-            start = (full - size) // 2 if axis.layout == "window" else 0
-            if axis.parts > 1:
-                parts = tensor.unflatten(dim, (axis.parts, full)).narrow(dim + 1, 0, size)  # type: ignore[no-untyped-call]
-                tensor = parts.flatten(dim, dim + 1)
-            else:
-                tensor = tensor.narrow(dim, start, size)
-        return tensor
+        return _cut(getattr(self, name), self._axes[name], assignment)
 
     def plain(self, assignment: Assignment) -> nn.Module:
         """The torch module that this one is under an architecture, newly initialised where it is a torch layer."""
@@ -101,6 +95,22 @@ class Elastic(nn.Module):
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
         """Multiply-accumulates of one forward that gave `output`, as products (constant, sizes)."""
         return []
+
+
+def _cut(tensor: Tensor, axes: Sequence[Axis], assignment: Assignment) -> Tensor:
+    """The part of `tensor` that an architecture uses; a dimension of length 1 broadcasts, and stays."""
+    for dim, axis in enumerate(axes):
+        size, full = axis.size.value(assignment), axis.size.max
+        if axis.role == "fixed" or tensor.shape[dim] == 1:
+            continue
+        if axis.layout == "value":
+            tensor = tensor.narrow(dim, axis.used(assignment).index(True), 1)
+        elif axis.parts > 1 and size < full:
+            parts = tensor.unflatten(dim, (axis.parts, full)).narrow(dim + 1, 0, size)  # type: ignore[no-untyped-call]
+            tensor = parts.flatten(dim, dim + 1)
+        elif size < full:
+            tensor = tensor.narrow(dim, (full - size) // 2 if axis.layout == "window" else 0, size)
+    return tensor
 
 
 def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]:

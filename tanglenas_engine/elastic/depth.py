@@ -23,17 +23,19 @@ class Depth(Elastic, nn.ModuleList):
         self.declare(outputs=(Axis(self.depth, layout="value", role="value"),))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.assignment is not None:
-            for layer in list(self)[: self.depth.value(self.assignment)]:
-                x = layer(x)
-            return x
+        depth = len(self) if self.assignment is None else self.depth.value(self.assignment)
         probabilities = self.masks("outputs")
         outputs = [x * probabilities[0][0]] if probabilities and 0 in self._depths else []
-        for i, layer in enumerate(self, start=1):
+        for i, layer in enumerate(list(self)[:depth], start=1):
             x = layer(x)
             if probabilities and i in self._depths:
                 outputs.append(x * probabilities[0][len(outputs)])
         return x if not outputs else sum(outputs[1:], outputs[0])
+
+    def masks(self, name: str) -> list[Tensor]:
+        """All probabilities, on the hard path too: the outputs on the way are there, and alpha learns from them."""
+        state = self._superposition
+        return [] if state is None or state.mixture is None else state.masks(self.axes[name])
 
     def gate(self, child: str) -> Size:
         """1 where the depth exceeds the layer, counted from 0, else 0."""

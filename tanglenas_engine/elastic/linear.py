@@ -41,10 +41,9 @@ class Embedding(Elastic, nn.Embedding):
         self.declare(weight=(None, columns), output=(columns,))
 
     def forward(self, indices: Tensor) -> Tensor:
-        if self.assignment is not None:
-            return F.embedding(indices, self.sliced("weight", self.assignment))
+        table = self.weight if self.assignment is None else self.sliced("weight", self.assignment)
         # Masking the rows that were looked up is masking the table, for the price of the batch.
-        return self.covered("output", F.embedding(indices, self.weight))
+        return self.covered("output", F.embedding(indices, table))
 
     def plain(self, assignment: Assignment) -> nn.Embedding:
         return nn.Embedding(self.num_embeddings, self.axes["output"][0].entries(assignment))

@@ -69,7 +69,8 @@ class MixedOperation(Elastic, nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.assignment is not None:
-            return self._chosen(self.assignment)(x)  # type: ignore[no-any-return]
+            name = self._chosen(self.assignment)
+            return self.covered(name, self[name](x))
         terms = list(self._terms(x))
         return sum(terms[1:], terms[0])
 
@@ -78,13 +79,13 @@ class MixedOperation(Elastic, nn.ModuleDict):
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
         """The chosen operation under its name, so that parameter names stay."""
-        name = next(name for name, present in self.presence.items() if present.value(assignment))
+        name = self._chosen(assignment)
         network = nn.Sequential()
         network.add_module(name, plain(self[name], assignment))
         return network
 
-    def _chosen(self, assignment: Assignment) -> nn.Module:
-        return next(self[name] for name, present in self.presence.items() if present.value(assignment))
+    def _chosen(self, assignment: Assignment) -> str:
+        return next(name for name, present in self.presence.items() if present.value(assignment))
 
     def _terms(self, x: Tensor) -> Iterator[Tensor]:
         for name, module in self.items():

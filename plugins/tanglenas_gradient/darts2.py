@@ -1,0 +1,112 @@
+"""Second-order DARTS: alpha's gradient after a step of the weights (Liu et al. 2019, arXiv:1806.09055, section 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tanglenas_engine.errors import unknown
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.optimizer import Batch, Step, positive
+from tanglenas_gradient.darts import DARTS
+
+HYPERGRADIENTS = ("finite_differences", "autograd")
+Weights = Mapping[str, Tensor]
+
+
+class SecondOrderDARTS(DARTS):
+    """The gradient of `L_val(w', alpha)` with `w' = w - rate * dL_train(w, alpha)/dw`, alpha's way through w' included.
+
+    The step to w' is one of SGD with the learning rate, weight decay and momentum that the weight optimizer has now;
+    of another kind of optimizer, its learning rate and weight decay. It is only tried out: weights, running statistics
+    and random generators are as before afterwards.
+
+    Args:
+        weight_decay: As for `darts`.
+        hypergradient: "finite_differences" has the mixed second derivative times a vector v from the gradients at
+            `w +- radius / |v| * v` (the paper's equation 8). "autograd" has it exactly, from a second backward pass
+            through the first, which keeps the first one's memory.
+        radius: 0.01 in the paper.
+    """
+
+    def __init__(self, weight_decay: float = 1e-3, hypergradient: str = "finite_differences", radius: float = 1e-2):
+        super().__init__(weight_decay)
+        if hypergradient not in HYPERGRADIENTS:
+            raise unknown("hypergradient of darts2", hypergradient, HYPERGRADIENTS)
+        self.hypergradient, self.radius = hypergradient, positive("radius", radius)
+
+    def architecture_backward(self, step: Step) -> Tensor:
+        assert step.architecture_batch is not None
+        exact = self.hypergradient == "autograd"
+        alphas, mixture = list(self.alphas.values()), self.expected()
+        weights = dict(step.space.named_parameters())
+        # Fused attention has no second derivative.
+        with _left_alone(step.space), sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+            trained = self._loss_at(step, step.weight_batch, mixture if exact else mixture.detach(), weights)
+            slopes = torch.autograd.grad(trained, list(weights.values()), create_graph=exact)
+            rates = {name: _of(step.weight_optimizer, weight, "lr") for name, weight in weights.items()}
+            moved = _moved(step.weight_optimizer, weights, slopes)
+            loss = self._loss_at(step, step.architecture_batch, mixture, moved)
+            gradients = torch.autograd.grad(loss, [*alphas, *moved.values()], retain_graph=exact)
+            direct, through = gradients[: len(alphas)], gradients[len(alphas) :]
+            vector = {name: rates[name] * v for name, v in zip(weights, through, strict=True)}
+            if exact:
+                mixed = torch.autograd.grad(slopes, alphas, list(vector.values()))
+            else:
+                mixed = self._differences(step, weights, vector)
+        penalties = torch.autograd.grad(self.regularizer(), alphas)
+        for alpha, own, via, penalty in zip(alphas, direct, mixed, penalties, strict=True):
+            alpha.grad = own - via + penalty
+        return loss.detach()
+
+    def _differences(self, step: Step, weights: Weights, vector: Weights) -> list[Tensor]:
+        """`d/dalpha of (dL_train/dw . vector)`, from two gradients."""
+        length = torch.stack([v.norm() for v in vector.values()]).norm()
+        radius = self.radius / length.clamp_min(torch.finfo(length.dtype).tiny)
+        alphas = list(self.alphas.values())
+        ends = []
+        for sign in (1, -1):
+            there = {name: weight.detach() + sign * radius * vector[name] for name, weight in weights.items()}
+            loss = self._loss_at(step, step.weight_batch, self.expected(), there)
+            ends.append(torch.autograd.grad(loss, alphas))
+        return [(plus - minus) / (2 * radius) for plus, minus in zip(*ends, strict=True)]
+
+    def _loss_at(self, step: Step, batch: Batch, mixture: Mixture, weights: Weights) -> Tensor:
+        """The loss at other weights. All calls of a step draw the same: dropout is no derivative."""
+        torch.manual_seed(self.entropy(step.index, "hypergradient"))
+        self.enter(mixture)
+        outputs = torch.func.functional_call(step.space, dict(weights), (batch[0],))
+        return step.loss(outputs, batch[1])
+
+
+def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The weights after a step of SGD, as leaves."""
+    moved = {}
+    for (name, weight), slope in zip(weights.items(), slopes, strict=True):
+        step = slope.detach() + _of(optimizer, weight, "weight_decay") * weight.detach()
+        velocity = optimizer.state.get(weight, {}).get("momentum_buffer")
+        if velocity is not None:
+            step = step + _of(optimizer, weight, "momentum") * velocity
+        moved[name] = (weight.detach() - _of(optimizer, weight, "lr") * step).requires_grad_()
+    return moved
+
+
+def _of(optimizer: torch.optim.Optimizer, weight: Tensor, option: str) -> float:
+    """An option of the group that a weight is in; 0 where the optimizer has none of that name, or not the weight."""
+    groups = (group for group in optimizer.param_groups if any(weight is other for other in group["params"]))
+    return float(next(groups, {}).get(option, 0.0))
+
+
+@contextmanager
+def _left_alone(space: nn.Module) -> Iterator[None]:
+    """Restore running statistics and random generators."""
+    before = [(buffer, buffer.clone()) for buffer in space.buffers()]
+    devices = {p.device for p in space.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        yield
+    for buffer, value in before:
+        buffer.copy_(value)

@@ -1,0 +1,60 @@
+"""GDAS: hard Gumbel-softmax samples with straight-through gradients (Dong and Yang 2019, arXiv:1910.04465)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tanglenas_engine import Optimizer
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.optimizer import l2, positive
+
+
+class GDAS(Optimizer):
+    """Each step samples one option of every row, `argmax(log softmax(alpha) + Gumbel noise)`, and computes that alone.
+
+    The gradient is that of `softmax((log softmax(alpha) + noise) / temperature)`. It reaches alpha through the masks
+    of what was sampled: the entries of a weight that an option shares with the one sampled speak for both, an operation
+    of a cell speaks behind its BatchNorm. So alpha learns where the paper's code, which scales the kernel in front of
+    the BatchNorm, gets no gradient; and the smallest of nested options says nothing against larger ones until one of
+    those is sampled.
+
+    Args:
+        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`.
+        weight_decay: As for `darts`.
+    """
+
+    def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 1e-3):
+        super().__init__()
+        self.start, self.end = positive("temperature", temperature), positive("final_temperature", final_temperature)
+        if self.end > self.start:
+            raise TangleNASError(
+                f"the temperature of gdas would rise from {temperature} to {final_temperature}: it has to fall, "
+                "so that samples get sharper. Exchange the two"
+            )
+        self.temperature = self.start
+        self.weight_decay = weight_decay
+
+    def progress(self, fraction: float) -> None:
+        self.temperature = self.start + (self.end - self.start) * fraction
+
+    def sample(self, step: int, stream: str) -> Mixture:
+        generator = torch.Generator().manual_seed(self.entropy(step, stream))
+        return self._space.mixture({count: self._hard(alpha, generator) for count, alpha in self.alphas.items()})
+
+    def enter(self, sampled: Mixture) -> None:
+        self._space.select(sampled)
+
+    def expected(self) -> Mixture:
+        return self._space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
+
+    def regularizer(self) -> Tensor:
+        return self.weight_decay * l2(self.alphas.values())
+
+    def _hard(self, alpha: Tensor, generator: torch.Generator) -> Tensor:
+        """One-hot rows with the gradient of the soft sample."""
+        noise = -torch.empty(alpha.shape, dtype=alpha.dtype).exponential_(generator=generator).log().to(alpha.device)
+        soft = ((alpha.log_softmax(1) + noise) / self.temperature).softmax(1)
+        hard = torch.nn.functional.one_hot(soft.argmax(1), alpha.shape[1]).to(soft)
+        return hard + (soft - soft.detach())

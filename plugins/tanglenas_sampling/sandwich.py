@@ -1,0 +1,61 @@
+"""The sandwich rule (Yu and Huang 2019, arXiv:1903.05134) with in-place distillation.
+
+That of BigNAS (Yu et al. 2020, arXiv:2003.11142): the largest network is the teacher of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tanglenas_engine import Architecture, Optimizer, SearchSpace
+from tanglenas_engine.optimizer import Step
+from tanglenas_engine.training import at_least
+
+
+class Sandwich(Optimizer):
+    """Every step trains the largest network, the smallest and a few random ones, on one batch.
+
+    The largest learns from the labels, the others from its predictions (cross-entropy to its softmax, without a
+    gradient to it). Gradients add up, as in the papers.
+
+    Args:
+        random: Random architectures a step.
+        distillation: Whether the smaller networks learn from the largest; otherwise they learn from the labels.
+    """
+
+    learns_architecture = False
+    derivation = "random"
+
+    def __init__(self, random: int = 2, distillation: bool = True):
+        super().__init__()
+        self.random, self.distillation = at_least("random", random, 0), distillation
+
+    def bind(self, space: SearchSpace, seed: int) -> None:
+        super().bind(space, seed)
+        self._largest, self._smallest = space.largest(), space.smallest()
+
+    def sample(self, step: int, stream: str) -> Architecture:
+        return self._draw(step, stream, 0)
+
+    def weight_losses(self, step: Step) -> Iterator[Tensor]:
+        inputs, targets = step.weight_batch
+        self.enter(self._largest)
+        step.outputs = outputs = step.space(inputs)
+        yield step.loss(outputs, targets)
+        step.outputs = teacher = outputs.detach()
+        others = [self._smallest, *(self._draw(step.index, "weight", i) for i in range(self.random))]
+        for architecture in others:
+            self.enter(architecture)
+            outputs = step.space(inputs)
+            yield _distilled(outputs, teacher) if self.distillation else step.loss(outputs, targets)
+
+    def _draw(self, step: int, stream: str, number: int) -> Architecture:
+        return self._space.sample(torch.Generator().manual_seed(self.entropy(step, f"{stream}/{number}")))
+
+
+def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy to the teacher's probabilities, over all but the last dimension: the classes."""
+    return -(teacher.softmax(-1) * outputs.log_softmax(-1)).sum(-1).mean()

@@ -1,0 +1,115 @@
+"""Second-order DARTS: its hypergradient against a numerical one, and no traces."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from tanglenas_engine import create_optimizer
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizer import Step
+from tanglenas_engine.testing import random_data
+from tanglenas_engine.training import cross_entropy, parameter_groups
+from tanglenas_gradient.darts2 import SecondOrderDARTS
+
+RATE, DECAY, MOMENTUM = 0.05, 0.01, 0.9
+
+
+def setting(name, **options):
+    """An optimizer on a tiny space in float64, and a step whose weight optimizer has taken one before."""
+    space = tiny(name).double().train()
+    optimizer = SecondOrderDARTS(**{"weight_decay": 0.0, **options})
+    optimizer.bind(space, 0)
+    data = random_data(space, ("weights", "architecture"))
+    batches = [
+        tuple(t.double() if t.is_floating_point() else t for t in samples.batch(torch.arange(8)))
+        for samples in (data.weights, data.architecture)
+    ]
+    sgd = torch.optim.SGD(parameter_groups(space), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
+    step = Step(3, space, cross_entropy, *batches, sgd)
+    for term in optimizer.weight_losses(step):
+        torch.autograd.backward(term)
+    sgd.step()
+    sgd.zero_grad()
+    return optimizer, step
+
+
+def loss_after_a_step(optimizer, step):
+    """L_val(w - rate * (dL_train/dw + decay * w + momentum * velocity), alpha), written down anew."""
+    space = step.space
+    state = {name: value.clone() for name, value in space.state_dict().items()}
+    space.relax(optimizer.expected().detach())
+    parameters = list(space.parameters())
+    slopes = torch.autograd.grad(step.loss(space(step.weight_batch[0]), step.weight_batch[1]), parameters)
+    decayed = {id(p) for p in step.weight_optimizer.param_groups[0]["params"]}
+    with torch.no_grad():
+        for p, slope in zip(parameters, slopes, strict=True):
+            velocity = step.weight_optimizer.state[p]["momentum_buffer"]
+            p -= RATE * (slope + (DECAY if id(p) in decayed else 0.0) * p + MOMENTUM * velocity)
+        value = float(step.loss(space(step.architecture_batch[0]), step.architecture_batch[1]))
+        space.load_state_dict(state)
+    return value
+
+
+@pytest.mark.parametrize("name", ["vit_relative", "convolutional", "language", "nb201"])
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [({"hypergradient": "autograd"}, 1e-8), ({"radius": 1e-5}, 1e-6)],
+    ids=["autograd", "differences"],
+)
+def test_the_hypergradient_is_the_numerical_one(name, options, tolerance):
+    optimizer, step = setting(name, **options)
+    optimizer.architecture_backward(step)
+    for alpha in optimizer.alphas.values():
+        found, wanted = alpha.grad, torch.zeros_like(alpha)
+        for index in range(alpha.numel()):
+            ends = []
+            for change in (1e-5, -2e-5):
+                alpha.data.view(-1)[index] += change
+                ends.append(loss_after_a_step(optimizer, step))
+            alpha.data.view(-1)[index] += 1e-5
+            wanted.view(-1)[index] = (ends[0] - ends[1]) / 2e-5
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=tolerance)
+
+
+def test_it_is_not_the_first_order_gradient():
+    optimizer, step = setting("vit", hypergradient="autograd")
+    optimizer.architecture_backward(step)
+    second = {count: alpha.grad.clone() for count, alpha in optimizer.alphas.items()}
+    for group in step.weight_optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.architecture_backward(step)
+    difference = max(float((second[c] - a.grad).abs().max()) for c, a in optimizer.alphas.items())
+    assert difference > 1e-4
+    first = create_optimizer("darts", weight_decay=0.0)
+    first.bind(step.space, 0)
+    first.architecture_backward(step)
+    for count, alpha in optimizer.alphas.items():
+        torch.testing.assert_close(alpha.grad, first.alphas[count].grad)
+
+
+@pytest.mark.parametrize("hypergradient", ["autograd", "finite_differences"])
+def test_a_step_that_is_tried_out_leaves_no_trace(hypergradient):
+    optimizer, step = setting("convolutional", hypergradient=hypergradient)
+    before = {name: value.clone() for name, value in step.space.state_dict().items()}
+    generator = torch.get_rng_state()
+    optimizer.architecture_backward(step)
+    assert generator.equal(torch.get_rng_state())
+    assert all(value.equal(before[name]) for name, value in step.space.state_dict().items())
+    assert all(parameter.grad is None for parameter in step.space.parameters())
+
+
+def test_the_regularizer_is_added():
+    optimizer, step = setting("vit")
+    optimizer.architecture_backward(step)
+    plain = {count: alpha.grad.clone() for count, alpha in optimizer.alphas.items()}
+    optimizer.weight_decay = 0.5
+    optimizer.architecture_backward(step)
+    for count, alpha in optimizer.alphas.items():
+        torch.testing.assert_close(alpha.grad, plain[count] + 0.5 * alpha.detach())
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(TangleNASError, match="unknown hypergradient of darts2 'exact'"):
+        create_optimizer("darts2", hypergradient="exact")
+    with pytest.raises(TangleNASError, match="radius is 0, expected a positive number"):
+        create_optimizer("darts2", radius=0)

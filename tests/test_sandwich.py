@@ -1,0 +1,74 @@
+"""The sandwich rule: which networks a step trains, and from what they learn."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizer import Step
+from tanglenas_engine.testing import random_data
+from tanglenas_engine.training import cross_entropy, parameter_groups
+from tanglenas_sampling.sandwich import Sandwich
+
+
+def setting(name="vit", **options):
+    space = tiny(name).double().train()
+    optimizer = Sandwich(**options)
+    optimizer.bind(space, 0)
+    inputs, targets = random_data(space, ("weights",)).weights.batch(torch.arange(8))
+    sgd = torch.optim.SGD(parameter_groups(space), lr=0.1)
+    return optimizer, Step(0, space, cross_entropy, (inputs.double(), targets), None, sgd)
+
+
+def test_a_step_trains_the_largest_the_smallest_and_random_ones(monkeypatch):
+    optimizer, step = setting(random=3)
+    entered = []
+    enter = optimizer.enter
+    monkeypatch.setattr(optimizer, "enter", lambda architecture: (entered.append(architecture), enter(architecture)))
+    assert len(list(optimizer.weight_losses(step))) == 5
+    assert entered[:2] == [step.space.largest(), step.space.smallest()]
+    assert len({architecture.digest for architecture in entered}) == 5
+
+
+def test_smaller_networks_learn_from_the_largest_and_it_from_the_labels():
+    optimizer, step = setting(random=0)
+    largest, smallest = optimizer.weight_losses(step)
+    inputs, targets = step.weight_batch
+    teacher = step.space.select(step.space.largest())(inputs)
+    student = step.space.select(step.space.smallest())(inputs)
+    torch.testing.assert_close(largest, cross_entropy(teacher, targets))
+    wanted = torch.nn.functional.cross_entropy(student, teacher.detach().softmax(-1))
+    torch.testing.assert_close(smallest, wanted)
+    assert step.outputs.equal(teacher) and not step.outputs.requires_grad
+    parameters = list(step.space.parameters())
+    got = torch.autograd.grad(smallest, parameters, allow_unused=True)
+    right = torch.autograd.grad(wanted, parameters, allow_unused=True)
+    for one, other in zip(got, right, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_distillation_can_be_turned_off():
+    optimizer, step = setting(random=0, distillation=False)
+    _, smallest = optimizer.weight_losses(step)
+    inputs, targets = step.weight_batch
+    student = step.space.select(step.space.smallest())(inputs)
+    torch.testing.assert_close(smallest, cross_entropy(student, targets))
+
+
+def test_text_is_distilled_token_by_token():
+    space = tiny("language").double().train()
+    optimizer = Sandwich(random=0)
+    optimizer.bind(space, 0)
+    batch = random_data(space, ("weights",)).weights.batch(torch.arange(4))
+    step = Step(0, space, cross_entropy, batch, None, torch.optim.SGD(parameter_groups(space), lr=0.1))
+    _, smallest = optimizer.weight_losses(step)
+    teacher = space.select(space.largest())(batch[0]).softmax(-1)
+    student = space.select(space.smallest())(batch[0]).log_softmax(-1)
+    torch.testing.assert_close(smallest, -(teacher * student).sum(-1).mean())
+
+
+def test_a_negative_number_of_networks_is_refused():
+    with pytest.raises(TangleNASError, match="random is -1, expected a whole number of at least 0"):
+        Sandwich(random=-1)
