@@ -1,23 +1,45 @@
 """From raw images in memory to the inputs of a network, a whole batch at a time."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def prepare(images: Tensor, *, mean: float, std: float, shift: int = 0, flip: bool = False) -> Tensor:
-    """Raw images (B, C, H, W) to float32 inputs (B, C, H, W).
+def prepare(
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    white: int = 255,
+    shift: int = 0,
+    flip: bool = False,
+    cutout: int = 0,
+    image_size: int | None = None,
+) -> Tensor:
+    """Raw images (B, C, H, W) to float32 inputs (B, C, H, W), or of `image_size` where it is given.
 
     Args:
-        mean, std: Of the raw pixels, for the normalisation.
-        shift: Each image moves by up to so many pixels in each direction, at random; zeros come in.
+        mean, std: For the normalisation, one per channel, of pixels from 0 to 1.
+        white: The raw pixel that stands for 1.
+        shift: Each image moves by up to so many pixels in each direction, at random; zeros come in. This is
+            torchvision's random crop with so much padding.
         flip: Each image is mirrored with probability one half.
+        cutout: Side of the square in each image that becomes the mean, 0 for none.
+        image_size: Height and width, by bilinear resizing.
     """
     if shift:
         images = random_shift(images, shift)
     if flip:
         images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-    return (images.float() - mean) / std
+    raw_mean, raw_std = (torch.tensor([value * white for value in values])[:, None, None] for values in (mean, std))
+    inputs = (images.float() - raw_mean) / raw_std
+    if cutout:
+        inputs = random_cutout(inputs, cutout)
+    if image_size not in (None, inputs.shape[-1]):
+        inputs = F.interpolate(inputs, size=image_size, mode="bilinear", antialias=True)
+    return inputs
 
 
 def random_shift(images: Tensor, shift: int) -> Tensor:
@@ -27,3 +49,18 @@ def random_shift(images: Tensor, shift: int) -> Tensor:
     moved = F.pad(images, (shift,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     down, right = torch.randint(2 * shift + 1, (2, len(images)))
     return moved[torch.arange(len(images)), :, down, right]
+
+
+def random_cutout(images: Tensor, length: int) -> Tensor:
+    """Zero a square around a random pixel of each image (B, C, H, W), as far as it lies inside.
+
+    DeVries and Taylor (2017, arXiv:1708.04552). `RandomErasing` of torchvision and timm keeps the whole square inside,
+    so that it takes more from each image and leaves the edges alone.
+    """
+
+    def covered(size: int) -> Tensor:
+        start = torch.randint(size, (len(images), 1)) - length // 2
+        return (torch.arange(size) >= start) & (torch.arange(size) < start + length)  # (B, size)
+
+    rows, columns = map(covered, images.shape[-2:])
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)

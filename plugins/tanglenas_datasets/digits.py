@@ -11,8 +11,7 @@ from tanglenas_datasets.augment import prepare
 from tanglenas_engine.data import Dataset, TensorSamples, content_hash
 from tanglenas_engine.errors import TangleNASError
 
-# Of the raw pixels, which go from 0 to 16.
-_MEAN, _STD = 4.88, 6.02
+_WHITE = 16  # the largest raw pixel
 
 
 class Digits(Dataset):
@@ -27,6 +26,8 @@ class Digits(Dataset):
     num_classes = 10
     in_channels = 1
     class_names = tuple("0123456789")
+    mean = (4.88 / _WHITE,)
+    std = (6.02 / _WHITE,)
 
     def __init__(self, image_size: int = 8, shift: int = 1) -> None:
         if not 8 <= image_size <= 32:
@@ -44,5 +45,5 @@ class Digits(Dataset):
         images = self._images[indices].float()
         if self.image_size != 8:
             images = F.interpolate(images, size=self.image_size, mode="bilinear", align_corners=False)
-        transform = partial(prepare, mean=_MEAN, std=_STD, shift=self.shift if train else 0)
+        transform = partial(prepare, mean=self.mean, std=self.std, white=_WHITE, shift=self.shift if train else 0)
         return TensorSamples(images, self.labels[indices], transform)

@@ -1,30 +1,21 @@
 """Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28x28, one channel."""
 
-import gzip
 import math
 import os
 import struct
-import zlib
-from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tanglenas_datasets.augment import prepare
-from tanglenas_engine.data import Dataset, TensorSamples, content_hash
+from tanglenas_datasets.memory import ImagesInMemory, find, read
 from tanglenas_engine.errors import TangleNASError
 
 _FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-# Of the raw pixels of the training images, which go from 0 to 255.
-_MEAN, _STD = 72.94, 90.02
 
 
-class FashionMNIST(Dataset):
+class FashionMNIST(ImagesInMemory):
     """Ten classes of 28x28 images with one channel; the official test part ends the pool.
-
-    The test images are read when a subset first asks for one: a search never touches their file.
 
     Args:
         root: A folder with the four IDX files, gzipped or not, of Fashion-MNIST or of anything in the form of
@@ -34,6 +25,7 @@ class FashionMNIST(Dataset):
         image_size: 28, or 32 with two rows of background on each side.
         shift: Training images move by up to so many pixels, at random.
         flip: Training images are mirrored at random.
+        cutout: Side of a square that training images lack, at random.
 
     Raises:
         TangleNASError: Files are missing, damaged, or not those of a dataset in the form of MNIST.
@@ -46,6 +38,9 @@ class FashionMNIST(Dataset):
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )
+    # Of the training images.
+    mean = (72.94 / 255,)
+    std = (90.02 / 255,)
 
     def __init__(
         self,
@@ -54,64 +49,29 @@ class FashionMNIST(Dataset):
         image_size: int = 28,
         shift: int = 0,
         flip: bool = False,
+        cutout: int = 0,
     ) -> None:
         if image_size not in (28, 32):
             raise TangleNASError(f"fashion_mnist: image_size is {image_size}; give 28 or 32.")
-        if not 0 <= shift < image_size:
-            raise TangleNASError(f"fashion_mnist: shift is {shift}; give 0 (off) to {image_size - 1} pixels.")
-        self.image_size = image_size
-        self.shift = shift
-        self.flip = flip
-        self._folder = _find(root, download)
-        train_labels, test_labels = (_labels(self._folder, part) for part in ("train", "t10k"))
-        self._train_images = _images(self._folder, "train", len(train_labels))
-        self._test_size = len(test_labels)
-        self.labels = torch.cat([train_labels, test_labels])
-        self.test_indices = torch.arange(len(train_labels), len(self.labels))
-        # Without the test images, which nothing may read yet.
-        self.fingerprint = content_hash(self._train_images, train_labels, test_labels)
+        self._folder = find(self.name, root, "FashionMNIST/raw", _FILES, _fetch if download else None)
+        margin = (image_size - 28) // 2
+        super().__init__(size=28, image_size=image_size, margin=margin, shift=shift, flip=flip, cutout=cutout)
 
-    @cached_property
-    def _test_images(self) -> Tensor:
-        return _images(self._folder, "t10k", self._test_size)
+    def _read_train(self) -> tuple[Tensor, Tensor]:
+        labels = _labels(self._folder, "train")
+        return _images(self._folder, "train", len(labels)), labels
 
-    def subset(self, indices: Tensor, *, train: bool) -> TensorSamples:
-        pool = self._train_images
-        if (indices >= len(pool)).any():
-            pool = torch.cat([pool, self._test_images])
-        margin = (self.image_size - 28) // 2
-        transform = partial(prepare, mean=_MEAN, std=_STD, shift=self.shift if train else 0, flip=self.flip and train)
-        return TensorSamples(F.pad(pool[indices], (margin,) * 4), self.labels[indices], transform)
+    def _read_test_labels(self) -> Tensor:
+        return _labels(self._folder, "t10k")
+
+    def _read_test_images(self) -> Tensor:
+        return _images(self._folder, "t10k", len(self.test_indices))
 
 
-def _find(root: str | os.PathLike[str] | None, download: bool) -> Path:
-    """The folder with the four files."""
-    base = Path(os.environ.get("TANGLENAS_DATA") or "data") if root is None else Path(root)
-    # torchvision's place is FashionMNIST/raw.
-    folders = [base, base / "FashionMNIST" / "raw"]
-    for folder in folders:
-        if all(_path(folder, name) for name in _FILES):
-            return folder
-    if root is None and download:
-        from torchvision.datasets import FashionMNIST as Torchvision
+def _fetch(base: Path) -> None:
+    from torchvision.datasets import FashionMNIST as Torchvision
 
-        try:
-            Torchvision(str(base), download=True)
-        except (OSError, RuntimeError) as error:
-            raise TangleNASError(
-                f"fashion_mnist could not be downloaded to {base}: {error}. Try again with a network, or "
-                "give root=, a folder with the four IDX files."
-            ) from error
-        return folders[1]
-    missing = [name for name in _FILES if not _path(base, name)]
-    raise TangleNASError(
-        f"fashion_mnist: {base} lacks {', '.join(missing)} (each may end in .gz). Give root=, the folder "
-        "that has the four IDX files, or leave root out and allow download=True."
-    )
-
-
-def _path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    Torchvision(str(base), download=True)
 
 
 def _labels(folder: Path, part: str) -> Tensor:
@@ -138,13 +98,7 @@ def _read(folder: Path, name: str, dimensions: int) -> tuple[Tensor, Path]:
     The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each dimension as a
     big-endian uint32, then the values.
     """
-    path = _path(folder, name)
-    if path is None:
-        raise TangleNASError(f"{folder} lacks {name} (or {name}.gz). Put it there.")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise TangleNASError(f"{path} is damaged or cut short: {error}. Fetch it again.") from error
+    content, path = read(folder, name)
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
         raise TangleNASError(

@@ -1,12 +1,13 @@
-"""Your own images, one folder per class."""
+"""Your own images, ImageNet and what is cut from it, one folder per class."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -27,25 +28,34 @@ class ImageFolder(Dataset):
 
     With `train/` and `test/`, test is the official test part. A `val/` folder beside them joins the
     training images, as the splits hold out a validation part of their own; where there is `val/` but no
-    `test/`, as in ImageNet, `val/` is the official test part. Classes are numbered in the order of their
-    sorted names. Images may lie in deeper folders; names that start with a dot and files without an image's
-    suffix are passed over.
+    `test/`, `val/` is the official test part. Classes are numbered in the order of their sorted names.
+    Images may lie in deeper folders; names that start with a dot and files without an image's suffix are
+    passed over.
 
-    Every file is opened once at the start, to check that it is an image; pixels are decoded batch by batch.
+    Pixels are decoded batch by batch.
 
     Args:
         root: The folder.
         image_size: Height and width of the inputs.
         in_channels: 3 for RGB, 1 for grey.
         mean, std: For the normalisation, of pixels from 0 to 1; a number, or one per channel.
+        crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
         crop_scale: Smallest and largest share of a training image's area that its random crop takes.
-        train_transform: Instead of a random resized crop, mirroring and normalisation: takes a PIL image to a
-            float tensor (in_channels, image_size, image_size).
+        shift: Instead of that crop, training images are resized and cropped as in validation, and move by up
+            to so many pixels, at random; black comes in.
+        flip: Training images are mirrored at random.
+        num_classes: How many class folders there must be; None for any number.
+        test_folder: The folder beside `train/` that is the official test part, if not as said above. ImageNet's
+            is `val`: its `test/` has no labels, and is left alone.
+        check: Whether every file is opened at the start, to see that it is an image, and its content goes into the
+            fingerprint. Without it the fingerprint is of names and sizes, which takes about a minute for ImageNet.
+        train_transform: Instead of cropping, mirroring and normalisation: takes a PIL image to a float tensor
+            (in_channels, image_size, image_size).
         eval_transform: Instead of resizing the shorter side, a centre crop and normalisation.
 
     Raises:
-        TangleNASError: The folder is missing or has fewer than two classes, a class has no image, train and
-            test differ in their classes, or a file is no image (at the start, or when it is decoded).
+        TangleNASError: The folder is missing or has too few classes, a class has no image, train and test
+            differ in their classes, or a file is no image (at the start, or when it is decoded).
     """
 
     name = "image_folder"
@@ -57,7 +67,13 @@ class ImageFolder(Dataset):
         in_channels: int = 3,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        crop_pct: float = 1.0,
         crop_scale: tuple[float, float] = (0.08, 1.0),
+        shift: int | None = None,
+        flip: bool = True,
+        num_classes: int | None = None,
+        test_folder: str | None = None,
+        check: bool = True,
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
     ) -> None:
@@ -65,24 +81,29 @@ class ImageFolder(Dataset):
             raise TangleNASError(f"image_folder: in_channels is {in_channels}; give 1 (grey) or 3 (RGB).")
         if image_size < 1:
             raise TangleNASError(f"image_folder: image_size is {image_size}; give at least 1.")
+        if not 0 < crop_pct <= 1:
+            raise TangleNASError(f"image_folder: crop_pct is {crop_pct}; give a share of the image, up to 1.")
+        if shift is not None and not 0 <= shift < image_size:
+            raise TangleNASError(f"image_folder: shift is {shift}; give 0 to {image_size - 1} pixels, or None.")
         self.image_size = image_size
         self.in_channels = in_channels
-        finish = [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(_per_channel("mean", mean, in_channels), _per_channel("std", std, in_channels)),
-        ]
-        self._train_transform: Transform = train_transform or v2.Compose(
-            [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale)), v2.RandomHorizontalFlip(), *finish]
-        )
-        self._eval_transform: Transform = eval_transform or v2.Compose(
-            [v2.Resize(image_size), v2.CenterCrop(image_size), *finish]
-        )
+        self.mean = _per_channel("mean", mean, in_channels)
+        self.std = _per_channel("std", std, in_channels)
+        self.crop_pct = crop_pct
+        centre = [v2.Resize(math.floor(image_size / crop_pct)), v2.CenterCrop(image_size)]
+        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        augment: list[v2.Transform] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))]
+        if shift is not None:
+            augment = [*centre, v2.RandomCrop(image_size, padding=shift)]
+        if flip:
+            augment.append(v2.RandomHorizontalFlip())
+        self._train_transform: Transform = train_transform or v2.Compose([*augment, *finish])
+        self._eval_transform: Transform = eval_transform or v2.Compose([*centre, *finish])
 
         root = Path(root)
         if not root.is_dir():
             raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
-        train_folders, test_folder = _layout(root)
+        train_folders, test = _layout(root, test_folder)
         train = [_classes(folder) for folder in train_folders]
         self.class_names = tuple(sorted(train[0]))
         self.num_classes = len(self.class_names)
@@ -92,10 +113,20 @@ class ImageFolder(Dataset):
                 f"({', '.join(self.class_names) or 'none'}). Give a folder with one folder of images per "
                 "class, two classes or more."
             )
+        if num_classes not in (None, self.num_classes):
+            raise TangleNASError(
+                f"image_folder: {train_folders[0]} has {self.num_classes} class folders; num_classes asks for "
+                f"{num_classes}. Give another root=, or set num_classes."
+            )
         parts = [*zip(train_folders, train, strict=True)]
-        if test_folder is not None:
-            parts.append((test_folder, _classes(test_folder)))
+        if test is not None:
+            parts.append((test, _classes(test)))
         for folder, classes in parts:
+            if not classes:
+                raise TangleNASError(
+                    f"image_folder: {folder} has no class folders, {train_folders[0]} has {self.num_classes}. Sort its "
+                    "images into the same folders, or remove it."
+                )
             if odd := set(classes) ^ set(self.class_names):
                 raise TangleNASError(
                     f"image_folder: {train_folders[0]} and {folder} differ in {len(odd)} classes, such as "
@@ -111,9 +142,10 @@ class ImageFolder(Dataset):
                 labels += [label] * len(classes[class_name])
             sizes.append(len(paths))
         self.labels = torch.tensor(labels)
-        if test_folder is not None:
+        if test is not None:
             self.test_indices = torch.arange(sizes[-2], sizes[-1])
-        self.fingerprint = content_hash(*self.class_names, self.labels, *(_file_hash(path, root) for path in paths))
+        hashes = (_file_hash(path, root, check) for path in paths)
+        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
         self._paths = [str(path) for path in paths]
 
     def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
@@ -157,9 +189,17 @@ class ImageFiles:
         return inputs
 
 
-def _layout(root: Path) -> tuple[list[Path], Path | None]:
+def _layout(root: Path, test_folder: str | None) -> tuple[list[Path], Path | None]:
     """The folders that hold training classes, and the one that holds test classes."""
     train, val, test = root / "train", root / "val", root / "test"
+    if test_folder is not None:
+        test = root / test_folder
+        if missing := [str(folder) for folder in (train, test) if not folder.is_dir()]:
+            raise TangleNASError(
+                f"image_folder: there is no folder {' and no '.join(missing)}. Give root=, a folder with train/ and "
+                f"{test_folder}/, each with one folder per class."
+            )
+        return ([train, val] if val.is_dir() and val != test else [train]), test
     # A class may well be called "train": then its folder holds images.
     if not train.is_dir() or any(path.suffix.lower() in _SUFFIXES for path in train.iterdir()):
         return [root], None
@@ -188,15 +228,17 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _file_hash(path: Path, root: Path) -> str:
-    """Checks that the file is an image by its header; the hash is of name, size and first bytes."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HASHED_BYTES)
-            file.seek(0)
-            Image.open(file)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
+def _file_hash(path: Path, root: Path, check: bool) -> str:
+    """The hash is of name and size; with a check that the file is an image by its header, of its first bytes too."""
+    head = b""
+    if check:
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HASHED_BYTES)
+                file.seek(0)
+                Image.open(file)
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from error
     return content_hash(path.relative_to(root).as_posix(), str(path.stat().st_size), head)
 
 
@@ -204,6 +246,8 @@ def _decode(path: str, mode: str) -> Image.Image:
     try:
         with Image.open(path) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of which black and white are not known")
             if image.mode.startswith("I"):  # 16 bits; Pillow would clip, not scale
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             if "transparency" in image.info:
@@ -214,11 +258,12 @@ def _decode(path: str, mode: str) -> Image.Image:
 
 
 def _unreadable(path: str | Path, error: BaseException) -> TangleNASError:
-    return TangleNASError(f"image_folder: {path} is no readable image: {error}. Replace the file, or remove it.")
+    reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
+    return TangleNASError(f"image_folder: {path} is no readable image: {reason}. Replace the file, or remove it.")
 
 
-def _per_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
-    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * channels
+def _per_channel(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * channels
     if len(values) != channels:
         raise TangleNASError(
             f"image_folder: {name} has {len(values)} values for {channels} channel(s). Give one number, or "

@@ -42,6 +42,8 @@ class Dataset(ABC):
         image_size: Height and width of the inputs, in pixels.
         in_channels: Channels of the inputs.
         class_names: One name per class, in the order of the labels.
+        mean, std: With which inputs are normalised, one per channel, of pixels from 0 to 1; None if they are not.
+        crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
         labels: Targets of the whole pool, shape (N,), int64, values below `num_classes`; None if it has none.
         test_indices: Positions of the official test samples in the pool, None where there are none.
         fingerprint: Identifies which samples the pool holds and in which order (`content_hash`). Two copies
@@ -54,6 +56,9 @@ class Dataset(ABC):
     image_size: int
     in_channels: int
     class_names: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float = 1.0
     labels: Tensor | None
     test_indices: Tensor | None = None
     fingerprint: str

@@ -29,20 +29,30 @@ class Stream:
         batch_size: Samples per batch.
         seed: Streams that run side by side (weights, architecture) want different seeds.
         num_workers: Processes that load ahead; 0 loads in this one, which is fastest for data in memory.
+        part: Which of how many equal parts of every batch to give, counted from 0: the ranks of a job share the
+            batches of one stream. Augmentation draws for each part anew.
 
     Raises:
-        TangleNASError: The batch size is below one or above the number of samples.
+        TangleNASError: The batch size is below one, above the number of samples, or not a multiple of the parts.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, *, seed: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, samples: Samples, batch_size: int, *, seed: int, num_workers: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> None:
         _check_batch_size(batch_size)
         if batch_size > len(samples):
             raise TangleNASError(
                 f"batch size {batch_size} is larger than the {len(samples)} samples to draw from. "
                 f"Use at most {len(samples)}, or more data."
             )
+        if batch_size % part[1]:
+            raise TangleNASError(
+                f"batch size {batch_size} cannot be shared equally: use a multiple of {part[1]}, the number of "
+                "processes times that of accumulated batches."
+            )
         self.samples = samples
         self.batch_size = batch_size
+        self.part = part
         self.seed = seed
         self.num_workers = num_workers
 
@@ -57,14 +67,17 @@ class Stream:
         return _load(self.samples, self._plan(step), self.num_workers)
 
     def _plan(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """For each batch from `step` on, the seed of its augmentation and its indices (B,)."""
+        """For each batch from `step` on, the seed of its augmentation and its indices (B,), those of the part."""
+        number, parts = self.part
+        size = self.batch_size // parts
+        purpose = f"augmentation {number}" if number else "augmentation"
         while True:
             epoch, position = divmod(step, self.batches_per_epoch)
             generator = torch.Generator().manual_seed(_derive(self.seed, "order", epoch))
             order = torch.randperm(len(self.samples), generator=generator)
             for i in range(position, self.batches_per_epoch):
-                indices = order[i * self.batch_size : (i + 1) * self.batch_size]
-                yield _derive(self.seed, "augmentation", step), indices
+                start = i * self.batch_size + number * size
+                yield _derive(self.seed, purpose, step), order[start : start + size]
                 step += 1
 
 

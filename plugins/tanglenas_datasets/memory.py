@@ -1,0 +1,131 @@
+"""Datasets of images small enough to be held in memory, and where their files are found."""
+
+import gzip
+import os
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tanglenas_datasets.augment import prepare
+from tanglenas_engine.data import Dataset, TensorSamples, content_hash
+from tanglenas_engine.errors import TangleNASError
+
+
+class ImagesInMemory(Dataset):
+    """Images (N, C, H, W), uint8, whose official test part ends the pool.
+
+    The test images are kept, and their file decoded, when a subset first asks for one: a search never does.
+
+    Args:
+        size: Height and width of the images.
+        image_size: Height and width of the inputs; larger by `margin` of background, or by bilinear resizing.
+        margin: Rows of background on each side.
+        shift, flip, cutout: Augmentation of training images; see `prepare`.
+    """
+
+    def __init__(
+        self, *, size: int, image_size: int, margin: int = 0, shift: int = 0, flip: bool = False, cutout: int = 0
+    ) -> None:
+        for option, pixels in (("shift", shift), ("cutout", cutout)):
+            if not 0 <= pixels < size:
+                raise TangleNASError(f"{self.name}: {option} is {pixels}; give 0 (off) to {size - 1} pixels.")
+        self.image_size = image_size
+        self.shift = shift
+        self.flip = flip
+        self.cutout = cutout
+        self._margin = margin
+        self._train_images, train_labels = self._read_train()
+        test_labels = self._read_test_labels()
+        self.labels = torch.cat([train_labels, test_labels])
+        self.test_indices = torch.arange(len(train_labels), len(self.labels))
+        # Without the test images, which nothing may read yet.
+        self.fingerprint = content_hash(self._train_images, train_labels, test_labels)
+
+    @abstractmethod
+    def _read_train(self) -> tuple[Tensor, Tensor]:
+        """Training images (N, C, H, W), uint8, and labels (N,), int64."""
+
+    @abstractmethod
+    def _read_test_labels(self) -> Tensor:
+        """Shape (N,), int64."""
+
+    @abstractmethod
+    def _read_test_images(self) -> Tensor:
+        """Shape (N, C, H, W), uint8."""
+
+    @cached_property
+    def _test_images(self) -> Tensor:
+        return self._read_test_images()
+
+    def subset(self, indices: Tensor, *, train: bool) -> TensorSamples:
+        pool = self._train_images
+        if (indices >= len(pool)).any():
+            pool = torch.cat([pool, self._test_images])
+        augmentation = {"shift": self.shift, "flip": self.flip, "cutout": self.cutout} if train else {}
+        transform = partial(prepare, mean=self.mean, std=self.std, image_size=self.image_size, **augmentation)
+        return TensorSamples(F.pad(pool[indices], (self._margin,) * 4), self.labels[indices], transform)
+
+
+def find(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    inner: str,
+    files: Sequence[str],
+    fetch: Callable[[Path], None] | None,
+) -> Path:
+    """The folder that has all the files, each as it is or gzipped.
+
+    Args:
+        name: The dataset's.
+        root: Where to look; without it, in `$TANGLENAS_DATA` or `data/` under the current folder.
+        inner: The folder below, in which downloads put them; it is looked into as well.
+        fetch: Downloads them to `inner` under the folder that it is given, if they are missing and no `root` is given;
+            None if it may not.
+
+    Raises:
+        TangleNASError: Some are missing, and could not be downloaded.
+    """
+    base = Path(os.environ.get("TANGLENAS_DATA") or "data") if root is None else Path(root)
+    for folder in (base, base / inner):
+        if all(located(folder, file) for file in files):
+            return folder
+    if root is None and fetch:
+        try:
+            fetch(base)
+        except (OSError, RuntimeError) as error:
+            raise TangleNASError(
+                f"{name} could not be downloaded to {base}: {error}. Try again with a network, or "
+                f"give root=, a folder with {', '.join(files)}."
+            ) from error
+        return base / inner
+    missing = [file for file in files if not located(base, file)]
+    raise TangleNASError(
+        f"{name}: {base} lacks {', '.join(missing)} (each may end in .gz). Give root=, the folder "
+        "that has them, or leave root out and allow download=True."
+    )
+
+
+def located(folder: Path, file: str) -> Path | None:
+    """The path of a file, gzipped or not; None if it is not there."""
+    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+
+
+def read(folder: Path, file: str) -> tuple[bytes, Path]:
+    """What is in a file, gzipped or not, and its path.
+
+    Raises:
+        TangleNASError: It is missing or damaged.
+    """
+    path = located(folder, file)
+    if path is None:
+        raise TangleNASError(f"{folder} lacks {file} (or {file}.gz). Put it there.")
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes(), path
+    except (OSError, EOFError, zlib.error) as error:
+        raise TangleNASError(f"{path} is damaged or cut short: {error}. Fetch it again.") from error
