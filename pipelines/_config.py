@@ -11,6 +11,7 @@ import inspect
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -49,7 +50,7 @@ def register(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def configure(arguments: Sequence[str]) -> None:
-    """Read gin files and bindings.
+    """Read gin files and bindings. None for what cannot be None, as params.yaml has it, leaves it to the files.
 
     Raises:
         TangleNASError: A file is missing, a binding names something that does not exist or that nothing uses, or
@@ -70,10 +71,15 @@ def configure(arguments: Sequence[str]) -> None:
     for file in (*files[:1], *named, *files[1:]):
         names.read(file)
         _parse(gin.parse_config_file, file)
+    ours = {f"{function.__module__}.{name}": function for name, function in configurable.items() if "." not in name}
+    filed = {key: dict(values) for key, values in gin.config._CONFIG.items()}
     _parse(gin.parse_config, bindings)
+    for (scope, selector), values in gin.config._CONFIG.items():
+        for name, value in values.items() if selector in ours else ():
+            if value is None and not _accepts(_hints(ours[selector]).get(name, Any), None):
+                values[name] = filed.get((scope, selector), {}).get(name)
     _parse(gin.finalize)
     names.check()
-    ours = {f"{function.__module__}.{name}": function for name, function in configurable.items() if "." not in name}
     for (scope, selector), values in gin.config._CONFIG.items():
         if selector in ours:
             check_types(f"{scope}{'/' if scope else ''}{ours[selector].__name__}", ours[selector], values)
@@ -165,13 +171,19 @@ def check_types(label: str, function: Callable[..., Any], values: Mapping[str, A
     Raises:
         TangleNASError: One is of the wrong type; the message has the value and what was expected.
     """
-    try:
-        hints = get_type_hints(function.__init__ if isinstance(function, type) else function)
-    except Exception:  # annotations are documentation: what they name need not exist at run time
-        return
+    hints = _hints(function)
     for name, value in values.items():
         if name in hints and not _accepts(hints[name], value):
             raise TangleNASError(f"{label}.{name} is {_resolved(value)!r}, expected {_in_words(hints[name])}")
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    hints: dict[str, Any] = {}
+    classes = reversed(function.__mro__) if isinstance(function, type) else ()  # **options go to the base class
+    for constructor in [base.__init__ for base in classes if "__init__" in vars(base)] or [function]:
+        with suppress(Exception):  # annotations are documentation: what they name need not exist at run time
+            hints |= get_type_hints(constructor)
+    return hints
 
 
 def _accepts(hint: Any, value: Any) -> bool:
@@ -254,9 +266,11 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
     from ruamel.yaml.error import YAMLError
 
     try:
-        content = YAML(typ="safe").load(params.read_text()) or {}
-    except YAMLError as error:
+        content = YAML(typ="safe").load(params.read_text("utf-8"))
+    except (YAMLError, ValueError, RecursionError) as error:  # bytes and dates that cannot be are a ValueError
         raise TangleNASError(f"params.yaml cannot be read: {error}") from None
+    if not isinstance(content, dict | None):
+        raise TangleNASError(f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line")
     used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text()))
     known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
     for key in _keys(content):

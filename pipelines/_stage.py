@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import gin
 import torch
@@ -43,21 +43,36 @@ from pipelines._config import (
     required,
 )
 from pipelines._tracking import MlflowTracker, project_root
-from tanglenas_engine import Architecture, Dataset, SearchSpace, create_dataset, create_optimizer, create_space
+from tanglenas_engine import (
+    Architecture,
+    Dataset,
+    SearchSpace,
+    create_dataset,
+    create_objective,
+    create_optimizer,
+    create_space,
+    distributed,
+)
 from tanglenas_engine.checkpoint import (
     CheckpointFolder,
     code_version,
     exclusive,
     fingerprint,
     load_weights,
+    sweep,
     weights_metadata,
     write_atomic,
 )
 from tanglenas_engine.data import make_splits
+from tanglenas_engine.discretize import discretize
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.evaluate import evaluate
+from tanglenas_engine.objective import Target
 from tanglenas_engine.plugins import manager
-from tanglenas_engine.progress import ConsoleProgress
-from tanglenas_engine.tracking import Tracker
+from tanglenas_engine.progress import ConsoleProgress, Progress, SilentProgress
+from tanglenas_engine.retrain import retrain
+from tanglenas_engine.search import search
+from tanglenas_engine.tracking import NullTracker, Tracker
 
 OUT = Path("out")
 METRICS = Path("metrics")
@@ -65,6 +80,7 @@ SUPERNET = OUT / "search" / "supernet.safetensors"
 MIXTURE = OUT / "search" / "mixture.safetensors"
 SPLITS = OUT / "search" / "splits.json"
 ARCHITECTURE = OUT / "discretize" / "architecture.json"
+FRONT = OUT / "discretize" / "pareto"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
 
 
@@ -86,14 +102,37 @@ def benchmark(
 
 
 benchmark_ = register(benchmark)
-create_space_, create_optimizer_, create_dataset_, make_splits_ = map(
-    register, (create_space, create_optimizer, create_dataset, make_splits)
+create_space_, create_optimizer_, create_dataset_, create_objective_, make_splits_ = map(
+    register, (create_space, create_optimizer, create_dataset, create_objective, make_splits)
 )
+
+
+def target(
+    objective: str = "flops",
+    value: float | None = None,
+    share: float | None = None,
+    weight: float = 1.0,
+    penalty: Literal["hinge", "log"] = "hinge",
+) -> Target:
+    """A cost that a search is drawn to, for `search.targets`: see `objective.Target`. Options of an objective of a
+    plugin's are bound as `create_objective.OPTION`.
+    """
+    options = gin.get_bindings("create_objective")
+    check_types("create_objective", manager().resolve("objective", objective).load(), options)
+    return Target(create_objective_(name=objective), value, share, weight, penalty)
+
+
+target_ = register(target)
+# Every stage knows all four, so that its gin file can include another's: what they share is written once.
+search_, discretize_, retrain_, evaluate_ = map(register, (search, discretize, retrain, evaluate))
 
 
 @dataclass
 class Stage:
-    """One run of a stage: what it works on, and where it reports and writes."""
+    """One run of a stage: what it works on, and where it reports and writes.
+
+    Of several processes the first reports and writes; the others have neither tracker nor checkpoints.
+    """
 
     name: str
     seed: int
@@ -101,13 +140,18 @@ class Stage:
     space: SearchSpace
     pipeline_id: str
     tracker: Tracker
-    checkpoints: CheckpointFolder
-    progress: ConsoleProgress = field(default_factory=ConsoleProgress)
+    checkpoints: CheckpointFolder | None
+    progress: Progress = field(default_factory=ConsoleProgress)
 
     @property
     def folder(self) -> Path:
         """Where the stage's outputs go."""
         return OUT / self.name
+
+    def alone(self) -> None:
+        """What follows is for the first process only: the others are done, and end."""
+        if distributed.rank() > 0:
+            raise SystemExit
 
     def write(self, name: str, content: str) -> None:
         """Write a text file into the stage's folder."""
@@ -132,7 +176,6 @@ class Stage:
         self.tracker.log_artifact(self.folder)
         # The run's id differs from run to run: it stands apart from the outputs, and nothing depends on it.
         write_atomic(OUT / f"{self.name}.run.json", json.dumps({"mlflow_run_id": self.tracker.run_id}) + "\n")
-        self.checkpoints.discard()
 
 
 @contextmanager
@@ -141,7 +184,7 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
 
     `inputs` are outputs of earlier stages that this one starts from; the supernet's file carries the id of the
     lineage, which the search founds by its config. A TangleNASError or an interruption ends the process with one
-    sentence and a status other than 0.
+    sentence and a status other than 0. With TANGLENAS_NPROC the stage runs in that many processes.
     """
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -149,15 +192,19 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
     try:
         with ExitStack() as stack:
             stack.enter_context(_termination_as_interrupt())
-            configure(arguments)
+            distributed.relaunch(f"pipelines.{name}", arguments)
+            stack.enter_context(distributed.joined())
             root = project_root()
-            for path in inputs:
-                if not path.exists():
-                    raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
-            # One writer per output folder, whatever its config: DVC's own lock dies with DVC, a stage may live on.
-            place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
-            stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
-            seed, space, dataset = _create()
+            with distributed.first():  # what is downloaded is downloaded once
+                configure(arguments)
+                for path in inputs:
+                    if not path.exists():
+                        raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
+                # One writer per output folder, whatever its config: DVC's own lock dies with DVC, a stage may live on.
+                place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
+                if distributed.rank() == 0:
+                    stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
+                seed, space, dataset = _create()
             config = gin.config_str()
             identity = fingerprint(
                 stage=name,
@@ -167,33 +214,78 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 code=code_version(tanglenas_engine, *_packages()),
             )
             pipeline_id = weights_metadata(SUPERNET).get("pipeline_id", "") if SUPERNET in inputs else identity
+            if distributed.rank() > 0:
+                yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
+                return
             resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
-            checkpoints = stack.enter_context(CheckpointFolder(resume, identity))
-            record = resume.with_suffix(".run")  # the MLflow run that a resumed stage goes on with
-            tracker = stack.enter_context(
-                MlflowTracker.open(
-                    stage=name,
-                    root=root,
-                    run_id=record.read_text() if record.exists() else None,
-                    pipeline_id=pipeline_id,
-                    tags={"params.hash": fingerprint(config=config), "space": space.name, "dataset": dataset.name},
-                )
-            )
-            if tracker.run_id:
-                write_atomic(record, tracker.run_id)
-            tracker.log_params(bound_parameters())
-            shutil.rmtree(OUT / name, ignore_errors=True)
-            for folder in (OUT / name, METRICS):
-                folder.mkdir(parents=True, exist_ok=True)
-            yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
+            checkpoints = stack.enter_context(_Checkpoints(resume, identity))
+            record = resume / "run"  # the MLflow run that a resumed stage goes on with
+            with MlflowTracker.open(
+                stage=name,
+                root=root,
+                run_id=record.read_text(errors="replace") if record.exists() else None,
+                pipeline_id=pipeline_id,
+                tags={"params.hash": fingerprint(config=config), "space": space.name, "dataset": dataset.name},
+            ) as tracker:
+                if tracker.run_id:
+                    write_atomic(record, tracker.run_id)
+                tracker.log_params(bound_parameters())
+                shutil.rmtree(OUT / name, ignore_errors=True)
+                for folder in (OUT / name, METRICS):
+                    folder.mkdir(parents=True, exist_ok=True)
+                sweep(METRICS, f"{name}.json")
+                sweep(OUT, f"{name}.run.json")
+                yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
+            # Last of all: what is cut off before this goes on from its last checkpoint.
+            checkpoints.discard()
             record.unlink(missing_ok=True)
+    except (distributed.LostError, KeyboardInterrupt) as problem:
+        stopped = isinstance(problem, KeyboardInterrupt)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first says it
+            advice = f"{name} stopped. Run the same command again to continue"
+            print((str(problem) or advice) if stopped else f"{name}: {problem}", file=sys.stderr)
+        raise SystemExit(130 if stopped else 2) from None
     except TangleNASError as problem:
         sentence = str(problem).split("\n  In call to configurable")[0]  # gin adds where it passed by
         print(f"{name}: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt as problem:
-        print(str(problem) or f"{name} stopped. Run the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    except OSError as problem:
+        place = problem.filename or "a file"  # the engine's own writers name theirs
+        print(
+            f"{name}: {place}: {problem.strerror or problem}. What was saved stays; put it right, and run the same "
+            "command again to continue",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+class _Checkpoints(CheckpointFolder):
+    """Keeps, beside the state, what gin has called with which values.
+
+    A stage that goes on with few steps left, or none, calls less than one that took them all: its operative config
+    would say less.
+    """
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        called = {
+            key: {name: repr(value) for name, value in values.items() if gin.config._is_literally_representable(value)}
+            for key, values in gin.config._OPERATIVE_CONFIG.items()
+        }
+        super().save({**state, "called": called})
+
+    def load(self) -> dict[str, Any] | None:
+        state = super().load()
+        if state is not None:
+            try:
+                for key, values in state.pop("called").items():
+                    known = gin.config._OPERATIVE_CONFIG.setdefault(key, {})
+                    known.update({k: gin.config.parse_value(v) for k, v in values.items() if k not in known})
+            except Exception as error:
+                raise TangleNASError(
+                    f"the checkpoint in {self.folder} is not of this stage ({type(error).__name__}: {error}). "
+                    "Delete the folder to start afresh"
+                ) from error
+        return state
 
 
 @contextmanager
@@ -213,16 +305,33 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def read_architecture(space: SearchSpace) -> Architecture:
+@register
+def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
     """The architecture that discretize wrote, or a person: checked to be one of the space.
 
+    Bind `read_architecture.pick` to the digest of one in `out/discretize/pareto.csv`, or to its first digits, to go on
+    with that one.
+
     Raises:
-        TangleNASError: It is not.
+        TangleNASError: It is not, or there is none like this.
     """
-    return space.architecture_of(space.assignment_of(Architecture.from_json(ARCHITECTURE.read_text())))
+    path = ARCHITECTURE
+    if pick != "best":
+        points = sorted(FRONT.glob("*.json"))
+        found = [point for point in points if pick and point.stem.startswith(pick)]
+        if len(found) != 1:
+            listed = ", ".join(point.stem for point in found or points) or "it has none, since only one was judged"
+            raise TangleNASError(
+                f"read_architecture.pick is {pick!r}, expected 'best' or the digest of one architecture in {FRONT}: "
+                f"{listed}"
+            )
+        (path,) = found
+    return space.architecture_of(space.assignment_of(Architecture.from_json(path.read_text("utf-8", errors="replace"))))
 
 
-def load_into(network: nn.Module, path: Path) -> None:
+def load_into(
+    network: nn.Module, path: Path, advice: str = "Run the stage that writes it again, or `dvc repro`"
+) -> None:
     """Load the weights that an earlier stage wrote.
 
     Raises:
@@ -234,7 +343,7 @@ def load_into(network: nn.Module, path: Path) -> None:
         reason = " ".join(str(error).split("\n\t")[-1].split())
         raise TangleNASError(
             f"{path} holds the weights of another network than the config and {ARCHITECTURE.name} say ({reason}). "
-            "Run the stage that writes it again, or `dvc repro`"
+            f"{advice}"
         ) from None
 
 
@@ -264,6 +373,12 @@ def _create() -> tuple[int, SearchSpace, Dataset]:
                 f"{', '.join(dataset.space_options())}: choose another space or dataset"
             ) from None
         raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # numbers that make no network
+        options = ", ".join(f"{option}={value!r}" for option, value in {**fitted, **bound}.items())
+        raise TangleNASError(
+            f"the space {names['space']!r} cannot be made with {options}: {str(error).splitlines()[0]}. Correct what "
+            "gin binds of create_space"
+        ) from error
     return seed, space, dataset
 
 

@@ -10,11 +10,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tanglenas_engine import distributed
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import Batch, Loss
+from tanglenas_engine.execution import Precision
+from tanglenas_engine.optimizer import Batch
 from tanglenas_engine.progress import Progress
 from tanglenas_engine.search import check_fit
 from tanglenas_engine.seeding import seeded
@@ -29,16 +31,21 @@ from tanglenas_engine.training import (
     cosine,
     cross_entropy,
     device_of,
+    made,
     measure,
     parameter_groups,
+    parts_of,
     random_inputs,
     recalibrate,
     run,
+    running_statistics,
     to,
 )
 
 MODES = ("scratch", "inherit", "finetune")
 Mode = Literal["scratch", "inherit", "finetune"]
+Outputs = Tensor | tuple[Tensor, ...]
+"""What a network gives in train mode: logits, or logits and what else the loss is of."""
 
 
 class EMA(Protocol):
@@ -72,10 +79,13 @@ def retrain(
     batch_size: int = 64,
     optimizer: OptimizerFactory = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
     scheduler: SchedulerFactory | None = cosine,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
     ema: Callable[[nn.Module], EMA] | None = None,
     clip: float | None = 5.0,
-    loss: Loss = cross_entropy,
+    loss: Callable[[Any, Tensor], Tensor] = cross_entropy,
     recalibration_batches: int = 8,
+    precision: str = "float32",
+    accumulate: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     device: str | None = None,
@@ -86,6 +96,9 @@ def retrain(
 ) -> RetrainResult:
     """Train the network of an architecture on the whole training data (weights and architecture splits).
 
+    Modules of the network that have a method `progress(fraction)`, such as a scheduled drop path, are told before each
+    epoch how much of the training is done, from 0 to 1.
+
     Args:
         space: The supernet; its weights matter for "inherit" and "finetune".
         data: A view that reaches `training` and `validation`.
@@ -93,9 +106,12 @@ def retrain(
             the supernet's weights as they are (statistics of batch norms are set anew).
         optimizer: Makes the optimizer from parameter groups.
         scheduler: Makes the learning-rate schedule from (optimizer, total steps), stepped every iteration.
-        ema: Makes a moving average of the weights, which then is what is validated and returned.
+        wrap: Makes what is trained in place of the network: a module with the network in it, such as one with an
+            auxiliary head. The network itself is validated and returned.
+        ema: Makes a moving average of the network's weights, which then is what is validated and returned.
+        loss: Of what the network gives in train mode, a tensor or several with the logits first, and targets.
         recalibration_batches: Batches that set the statistics of batch norms for "inherit"; 0 keeps the supernet's.
-        checkpoints, checkpoint_every, device, num_workers: As in `search`.
+        precision, accumulate, checkpoints, checkpoint_every, device, num_workers: As in `search`.
 
     Raises:
         TangleNASError: An option cannot be, the architecture is not of this space, or training diverged.
@@ -108,40 +124,58 @@ def retrain(
     check_fit(space, data.training)
     space.assignment_of(architecture)  # whether it has one: a space may override what makes the network
     target = device_of(device)
+    precise = Precision(precision, target)
+    part = parts_of("retrain", batch_size, accumulate)
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
         network = network.to(target)
+        distributed.synchronize([*network.parameters(), *network.buffers()])
         if mode == "inherit":
             if recalibration_batches:
                 recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, target))
-            return RetrainResult(network.eval(), measure(network, data.validation).accuracy, [])
-        stream = Stream(data.training, batch_size, seed=seed, num_workers=num_workers)
-        optimize = optimizer(parameter_groups(network))
-        schedule = scheduler(optimize, epochs * stream.batches_per_epoch) if scheduler else None
-        average = ema(network) if ema else None
+            return RetrainResult(network.eval(), measure(network, data.validation, together=True).accuracy, [])
+        stream = Stream(data.training, batch_size, seed=seed, num_workers=num_workers, part=part)
+        trained = wrap(network).to(target) if wrap else network
+        optimize = made("retrain.optimizer", optimizer, parameter_groups(trained))
+        steps = epochs * stream.batches_per_epoch
+        schedule = made("retrain.scheduler", scheduler, optimize, steps) if scheduler else None
+        average = made("retrain.ema", ema, network) if ema else None
         iterators: list[Iterator[Batch]] = []
-        network.train()
+        parameters, statistics, scaler = list(trained.parameters()), running_statistics(trained), precise.scaler
+        scheduled = [hook for module in trained.modules() if callable(hook := getattr(module, "progress", None))]
+        trained.train()
 
         def step(position: int) -> dict[str, Tensor]:
+            if not iterators or position % stream.batches_per_epoch == 0:
+                for hook in scheduled:
+                    hook(position // stream.batches_per_epoch / epochs)
             if not iterators:
                 iterators.append(stream.start(position))
-            inputs, targets = to(next(iterators[0]), target)
-            outputs = network(inputs)
-            value = loss(outputs, targets)
+            batch = (tensor.chunk(accumulate) for tensor in to(next(iterators[0]), target))
+            losses, accuracies = [], []
             optimize.zero_grad()
-            torch.autograd.backward(value)
+            for inputs, targets in zip(*batch, strict=True):
+                with precise.autocast:
+                    outputs = trained(inputs)
+                    value = loss(outputs, targets)
+                torch.autograd.backward(scaler.scale(value / accumulate))
+                losses.append(value.detach())
+                accuracies.append(correct(_all(outputs)[0], targets))
+            distributed.average([*(parameter.grad for parameter in parameters), *statistics])
+            scaler.unscale_(optimize)
             if clip is not None:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-            optimize.step()
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            scaler.step(optimize)
+            scaler.update()
             if schedule is not None:
                 schedule.step()
             if average is not None:
                 average.update(network)
-            return {"loss": value.detach(), "accuracy": correct(outputs, targets)}
+            return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}
 
         def end_epoch(epoch: int, means: Row) -> Row:
             judged = network if average is None else average.module
-            found = measure(judged, data.validation)
+            found = measure(judged, data.validation, together=True)
             return {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
 
         history = run(
@@ -154,12 +188,13 @@ def retrain(
                 f"loss {row['loss']:.3f}  train {row['accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
             ),
             stateful={
-                "network": network,
+                "network": trained,
                 "optimizer": optimize,
                 **({"scheduler": schedule} if schedule is not None else {}),
                 **({"ema": average} if average is not None else {}),
+                **({"scaler": scaler} if scaler.is_enabled() else {}),
             },
-            parameters=list(network.parameters()),
+            parameters=parameters,
             checkpoints=checkpoints,
             checkpoint_every=checkpoint_every,
             tracker=tracker,
@@ -167,3 +202,18 @@ def retrain(
         )
     final = network if average is None else average.module
     return RetrainResult(final.eval(), history[-1]["validation_accuracy"], history)
+
+
+def auxiliary(
+    outputs: Outputs, targets: Tensor, weight: float = 0.4, loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+) -> Tensor:
+    """The loss of the logits and, `weight` times, that of each further output, as of an auxiliary head.
+
+    Szegedy et al. (2015, arXiv:1409.4842), who weigh them 0.3; 0.4 is DARTS' (Liu et al., 2019).
+    """
+    logits, *others = _all(outputs)
+    return sum((weight * loss(output, targets) for output in others), loss(logits, targets))
+
+
+def _all(outputs: Outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -6,17 +6,14 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from tanglenas_darts.operations import Separable, pool
 from tanglenas_darts.space import EDGES, OPERATIONS
+from tanglenas_darts.training import FourAverages, ScheduledDropPath, WithAuxiliaryHead
 from tanglenas_engine import create_space
-from tanglenas_engine.budget import project
-from tanglenas_engine.discretize import _random
+from tanglenas_engine.budget import project, shrunk
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizer import argmax
 
-SHARINGS = ("superposed", "entangled", "separate")
 DARTS_V2 = (
     "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
     "('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], "
@@ -46,16 +43,6 @@ def nodes(architecture):
 # Networks.
 
 
-@pytest.mark.parametrize(
-    ("sharing", "parameters"), [("superposed", 1_143_034), ("entangled", 1_143_034), ("separate", 1_930_618)]
-)
-def test_the_supernet_has_the_papers_size(sharing, parameters):
-    with torch.device("meta"):
-        space = create_space("darts", sharing=sharing)
-    assert sum(p.numel() for p in space.parameters()) == parameters
-    assert space.size == 1_037_664_180**2
-
-
 def test_a_published_network_has_its_published_size():
     with torch.device("meta"):
         space = create_space("darts", layers=20, channels=36, affine=True, pool_norm=False)
@@ -70,42 +57,6 @@ def test_a_network_for_retraining_takes_the_architecture_of_the_search():
     assert not any(isinstance(a, nn.MaxPool2d) and isinstance(b, nn.BatchNorm2d) for a, b in
                    itertools.pairwise(network.modules()))  # fmt: skip
     assert network.double()(space.example_input(2).double()).shape == (2, 3)
-
-
-@pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("training", [True, False])
-def test_corners_are_exact(sharing, training):
-    torch.manual_seed(0)
-    space = small(sharing=sharing)
-    generator = torch.Generator().manual_seed(0)
-    images = space.example_input(3).double()
-    space.relax(random_mixture(space))(images)  # running statistics of a mixture
-    space.train(training)
-    for relaxation in ("exact", "gated"):
-        space.relaxation = relaxation
-        for _ in range(4):
-            architecture = space.sample(generator)
-            network = space.extract(architecture)
-            expected = network(images)
-            torch.testing.assert_close(space.relax(space.one_hot(architecture))(images), expected)
-            seen = space.inherited(architecture)
-            for key, value in network.state_dict().items():
-                torch.testing.assert_close(seen[key], value)
-            torch.testing.assert_close(space.select(architecture)(images), expected)
-
-
-@pytest.mark.parametrize("sharing", SHARINGS)
-def test_the_cost_is_what_the_network_counts(sharing):
-    space = small(sharing=sharing)
-    generator = torch.Generator().manual_seed(2)
-    for architecture in (space.smallest(), space.largest(), *(space.sample(generator) for _ in range(3))):
-        network, cost = space.extract(architecture).eval(), space.cost(architecture)
-        with FlopCounterMode(display=False) as counter:
-            network(space.example_input(1).double())
-        assert (cost.params, cost.flops) == (
-            sum(p.numel() for p in network.parameters()),
-            counter.get_total_flops() // 2,
-        )
 
 
 def test_a_cell_sums_two_edges_in_each_node_and_concatenates_the_nodes():
@@ -127,25 +78,80 @@ def test_a_cell_sums_two_edges_in_each_node_and_concatenates_the_nodes():
         )
 
 
-def test_half_of_a_factorized_reduction_sees_the_even_pixels_and_half_the_odd_ones():
-    space = small()
-    reduce = space.cells[1].edges[0]["skip_connect"].eval()
-    x = torch.zeros(1, 4, 4, 4).double()
-    x[..., 0, 0] = 1
-    y = reduce(x)
-    assert y.shape == (1, 4, 2, 2) and y[0, :2, 0, 0].any() and not y[0, 2:].any()
-    y = reduce(x.roll((1, 1), (2, 3)))
-    assert y[0, 2:, 0, 0].any() and not y[0, :2].any()
+# Training the network found.
 
 
-def test_averages_leave_out_the_padding():
-    x = torch.ones(1, 2, 4, 4)
-    assert torch.equal(pool("avg", 2, norm=False)(x), x)
+def chosen(text=DARTS_V2, **options):
+    space = small(**options)
+    return space.standalone(space.from_string(text)).double(), space.example_input(64).double()
 
 
-def test_the_first_of_two_separable_convolutions_has_the_stride():
-    layers = [layer for layer in Separable(4, 3, stride=2) if isinstance(layer, nn.Conv2d)]
-    assert [(layer.stride[0], layer.groups) for layer in layers] == [(2, 4), (1, 1), (1, 4), (1, 1)]
+def test_drop_path_rises_with_the_training_and_is_a_matter_of_training():
+    network, images = chosen(drop_path=0.4)
+    paths = [module for module in network.modules() if isinstance(module, ScheduledDropPath)]
+    assert len(paths) == 3
+    plain, _ = chosen()
+    plain.load_state_dict(network.state_dict())
+    for model in (network, plain):  # before it is told of any progress, nothing is dropped
+        model.train()
+    torch.testing.assert_close(network(images), plain(images))
+    for path in paths:
+        path.progress(0.5)
+    assert {path.p for path in paths} == {0.2}
+    assert not torch.allclose(network(images), network(images))
+    torch.testing.assert_close(network.eval()(images), network(images))
+
+
+def test_drop_path_takes_an_edge_from_single_images_but_never_the_identity():
+    text = DARTS_V2.replace("sep_conv_3x3", "skip_connect").replace("dil_conv_3x3", "skip_connect")
+    network, _ = chosen(text, drop_path=0.75)
+    normal, reduction = network.train().cells[0], network.cells[1]
+    x = torch.rand(400, 2, 4, 4).double() + 1
+    for cell in (normal, reduction):
+        cell.drop_path.progress(1.0)
+    assert normal._through(normal.edges[0], x) is x
+    edge = reduction.edges[0]  # a pooling
+    kept = reduction._through(edge, x.repeat(1, 2, 1, 1)).flatten(1)
+    whole = edge(x.repeat(1, 2, 1, 1)).flatten(1)
+    there = kept.abs().sum(1) > 0
+    torch.testing.assert_close(kept[there], 4 * whole[there])
+    assert 60 < there.sum() < 140 and not kept[~there].any()
+
+
+def test_the_auxiliary_head_is_that_of_the_paper():
+    with torch.device("meta"):
+        space = create_space("darts", layers=20, channels=36, affine=True, pool_norm=False)
+        whole = WithAuxiliaryHead(space.standalone(space.from_string(DARTS_V2)))
+        logits, auxiliary = whole.train()(space.example_input(2))
+    assert whole.cell == 13 and logits.shape == auxiliary.shape == (2, 10)
+    # 1x1 convolution and norm, 2x2 convolution and norm, classifier
+    parts = 576 * 128 + 2 * 128, 4 * 128 * 768 + 2 * 768, 768 * 10 + 10
+    assert sum(p.numel() for p in whole.auxiliary.parameters()) == sum(parts)
+
+
+def test_the_auxiliary_head_reads_the_cell_at_two_thirds_and_only_in_training():
+    network, images = chosen(layers=6)
+    whole = WithAuxiliaryHead(network).double()
+    seen = []
+    network.cells[4].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.manual_seed(1)
+    logits, auxiliary = whole.train()(images)
+    torch.testing.assert_close(logits, network(images))
+    torch.testing.assert_close(auxiliary, whole.auxiliary(seen[0]))
+    auxiliary.sum().backward()
+    reached = [any(p.grad is not None for p in cell.parameters()) for cell in network.cells]
+    assert reached == [True] * 5 + [False]
+    torch.testing.assert_close(whole.eval()(images), network(images))
+
+
+def test_the_auxiliary_head_averages_four_windows():
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(FourAverages()(x), nn.functional.avg_pool2d(x, 5, 3))  # as in the paper
+    for side in (2, 3, 5, 7, 16, 56):
+        assert FourAverages()(torch.randn(2, 3, side, side)).shape == (2, 3, 2, 2)
+    network, _ = chosen(image_size=4)
+    with pytest.raises(TangleNASError, match="use images of at least 8 x 8"):
+        WithAuxiliaryHead(network).double()(torch.randn(2, 3, 4, 4).double())
 
 
 def test_images_that_cannot_be_halved_twice_are_refused():
@@ -222,7 +228,9 @@ def test_a_budget_is_met_by_the_best_genotype_that_no_move_improves(share):
         if space.cost(space.architecture_of({**picks, **change})).params <= budget["params"]:
             assert sum(scores[row][i] - scores[row][picks[row]] for row, i in change.items()) <= 1e-9
     assert project(space, mixture, {"params": high, "flops": None}) == argmax(space, mixture)
-    for architecture in _random(space, None, budget, 5, torch.Generator().manual_seed(0)):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        architecture = shrunk(space, space.sample(generator), budget, generator)
         assert space.cost(architecture).params <= budget["params"]
 
 

@@ -308,7 +308,6 @@ def test_params_that_are_no_yaml_are_refused(project: Path, text: str) -> None:
         (-1, "search.epochs is -1, expected a whole number of at least 1"),
         (1.5, "search.epochs is 1.5, expected a whole number"),
         (True, "the value 'true' cannot be read"),
-        (None, "search.epochs is None, expected a whole number"),
     ],
 )
 def test_values_of_the_wrong_type_in_params_are_refused(project: Path, refused, value: object, message: str) -> None:

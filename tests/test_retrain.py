@@ -6,16 +6,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from spaces import REGISTERED, Convolutional, vit
 from timm.utils import ModelEmaV3
 from tiny import tiny
+from torch import nn
 
+from tanglenas_darts.training import WithAuxiliaryHead
 from tanglenas_engine import SearchSpace
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.progress import ConsoleProgress
-from tanglenas_engine.retrain import retrain
+from tanglenas_engine.retrain import auxiliary, retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training import cross_entropy, measure, random_inputs, recalibrate
@@ -144,6 +147,95 @@ def test_what_only_reports_changes_no_number(tmp_path, capsys):
         reported = retrained(noisy_vit, checkpoints=checkpoints, checkpoint_every=1, progress=ConsoleProgress())
     same(reported, retrained(noisy_vit), "the retraining")
     assert "retrain 2/2  loss" in capsys.readouterr().out
+
+
+# What is trained around the network
+
+
+def darts(**options) -> SearchSpace:
+    return tiny("darts", drop_path=0.8, **options)
+
+
+scaffolded = {"wrap": WithAuxiliaryHead, "loss": auxiliary, "epochs": 3}
+
+
+class TwoOutputs(nn.Module):
+    """A network whose second output is a parameter, and that notes how far its training is."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.second, self.fractions = network, nn.Parameter(torch.zeros(3)), []
+
+    def progress(self, fraction: float) -> None:
+        self.fractions.append(fraction)
+
+    def forward(self, x):
+        return self.network(x), self.second.expand(len(x), -1)
+
+
+def test_a_network_is_trained_with_what_is_around_it_and_returned_without() -> None:
+    made = []
+
+    def wrap(network):
+        made.append(TwoOutputs(network))
+        return made[-1]
+
+    space = vit()
+    # The second output would be right about all of them.
+    data = DataView({name: TensorSamples(torch.randn(8, 1, 4, 4), torch.zeros(8).long()) for name in SPLITS})
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "scheduler": None, "batch_size": 8}
+    alone = retrained(space, data, **still)
+    wrapped = retrained(space, data, wrap=wrap, loss=partial(auxiliary, weight=0.5), **still)
+    same(wrapped["weights"], alone["weights"], "the network")
+    # Equal logits for all three classes cost log 3.
+    losses = [row["loss"] + 0.5 * torch.log(torch.tensor(3.0)).item() for row in alone["history"]]
+    assert [row["loss"] for row in wrapped["history"]] == pytest.approx(losses)
+    assert [row["accuracy"] for row in wrapped["history"]] == [row["accuracy"] for row in alone["history"]]
+    assert alone["history"][0]["accuracy"] < 100
+    retrained(space, data, wrap=wrap, loss=auxiliary)
+    assert made[0].second.equal(torch.zeros(3)) and made[1].second.abs().min() > 0
+
+
+@pytest.mark.parametrize("cut, expected", [(None, [0, 1 / 3, 2 / 3]), (4, [1 / 3, 2 / 3]), (5, [2 / 3])])
+def test_modules_are_told_before_each_epoch_how_far_the_training_is(tmp_path, cut, expected) -> None:
+    made = []
+
+    def wrap(network):
+        made.append(TwoOutputs(network))
+        return made[-1]
+
+    options = {"wrap": wrap, "loss": auxiliary, "epochs": 3, "checkpoint_every": 1}
+    if cut is not None:
+        with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+            retrained(vit, **options, checkpoints=checkpoints, progress=CutAfter(cut))
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        retrained(vit, **options, checkpoints=checkpoints)
+    assert made[-1].fractions == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("average", [None, ema])
+@pytest.mark.parametrize("cut", [3, 4])
+def test_drop_path_and_an_auxiliary_head_go_on_exactly(tmp_path, cut, average) -> None:
+    whole = retrained(darts, **scaffolded, ema=average)
+    assert not any("auxiliary" in name for name in whole["weights"])
+    options = {**scaffolded, "ema": average, "checkpoint_every": 1}
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+        retrained(darts, **options, checkpoints=checkpoints, progress=CutAfter(cut))
+    torch.rand(3)
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        same(retrained(darts, **options, checkpoints=checkpoints), whole, "the resumed retraining")
+
+
+def test_the_auxiliary_loss_weighs_what_comes_after_the_logits() -> None:
+    logits, other, targets = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    first, second = (F.cross_entropy(outputs, targets) for outputs in (logits, other))
+    torch.testing.assert_close(auxiliary((logits, other), targets), first + 0.4 * second)
+    torch.testing.assert_close(auxiliary((logits, other, other), targets, weight=0.1), first + 0.2 * second)
+    torch.testing.assert_close(auxiliary(logits, targets), first)
+    smooth = partial(cross_entropy, label_smoothing=0.5)
+    torch.testing.assert_close(
+        auxiliary((logits, other), targets, loss=smooth), smooth(logits, targets) + 0.4 * smooth(other, targets)
+    )
 
 
 # The rest

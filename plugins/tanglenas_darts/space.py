@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,8 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_darts.operations import Dilated, FactorizedReduce, Nothing, Pointwise, Separable, pool, skip
+from tanglenas_darts.training import ScheduledDropPath
 from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
+from tanglenas_engine.cells import (
+    Dilated,
+    FactorizedReduce,
+    Nothing,
+    Pointwise,
+    Separable,
+    into_nodes,
+    nodes,
+    pool,
+    skip,
+)
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.size import Assignment, Row, Size
@@ -32,23 +45,26 @@ class Cell(nn.Module):
     """Four nodes on the outputs of two cells: `2 x (B, C', H', W') -> (B, 4 * channels, H, W)`."""
 
     def __init__(
-        self, inputs: tuple[int, int], channels: int, choice: Choice, reduction: bool, after_reduction: bool,
-        affine: bool, pool_norm: bool, sharing: str,
+        self, inputs: tuple[int, int], channels: Size, choice: Choice, reduction: bool, after_reduction: bool,
+        affine: bool, pool_norm: bool, drop_path: float, sharing: str,
     ):  # fmt: skip
         super().__init__()
         first = FactorizedReduce if after_reduction else Pointwise
-        self.preprocess = nn.ModuleList([first(inputs[0], channels, affine), Pointwise(inputs[1], channels, affine)])
+        width = channels.max
+        self.preprocess = nn.ModuleList([first(inputs[0], width, affine), Pointwise(inputs[1], width, affine)])
         self.edges = nn.ModuleList(
             mixed(choice[i], channels, 2 if reduction and source < 2 else 1, affine, pool_norm, sharing)
             for i, (_, source) in enumerate(EDGES)
         )
+        self.drop_path = ScheduledDropPath(drop_path)
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
-        nodes = [layer(x) for layer, x in zip(self.preprocess, (before, last), strict=True)]
-        edges = iter(self.edges)
-        for _ in range(NODES):
-            nodes.append(sum(next(edges)(node) for node in nodes))
-        return torch.cat(nodes[2:], 1)
+        inputs = [layer(x) for layer, x in zip(self.preprocess, (before, last), strict=True)]
+        return torch.cat(nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
+
+    def _through(self, edge: nn.Module, x: Tensor) -> Tensor:
+        y = edge(x)
+        return y if y is x else self.drop_path(y)  # the identity is never dropped
 
 
 class Darts(SearchSpace):
@@ -64,6 +80,8 @@ class Darts(SearchSpace):
         stem_multiplier: Channels of the stem, as a multiple of `channels`.
         affine: Whether BatchNorms in cells have gain and bias: not in the paper's search, but in its networks.
         pool_norm: Whether a BatchNorm follows a pooling: so in the paper's search, not in its networks.
+        drop_path: Probability with which a network loses the output of an edge at the end of its training, 0.2 in
+            the paper; it rises from 0. A search drops none.
         image_size: A multiple of 4: two reductions halve the image.
     """
 
@@ -76,6 +94,7 @@ class Darts(SearchSpace):
         stem_multiplier: int = 3,
         affine: bool = False,
         pool_norm: bool = True,
+        drop_path: float = 0.0,
         num_classes: int = 10,
         image_size: int = 32,
         in_channels: int = 3,
@@ -94,17 +113,33 @@ class Darts(SearchSpace):
             reduction = layer in (layers // 3, 2 * layers // 3)
             channels *= 2 if reduction else 1
             choice = reduce if reduction else normal
-            cell = Cell((before, last), channels, choice, reduction, reduced, affine, pool_norm, self.sharing)
-            self.cells.append(cell)
+            self.cells.append(
+                Cell(
+                    (before, last),
+                    self.partial(channels),
+                    choice,
+                    reduction,
+                    reduced,
+                    affine,
+                    pool_norm,
+                    drop_path,
+                    self.sharing,
+                )
+            )
             before, last, reduced = last, NODES * channels, reduction
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        (last,) = deque(self.features(x), maxlen=1)
+        return self.head(last)
+
+    def features(self, x: Tensor) -> Iterator[Tensor]:
+        """The outputs of the cells, `(B, 4 * channels, H, W)` each."""
         before = last = self.stem(x)
         for cell in self.cells:
             before, last = last, cell(before, last)
-        return self.head(last)
+            yield last
 
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)
@@ -134,12 +169,22 @@ class Darts(SearchSpace):
 
     def moves(self, assignment: Assignment) -> Iterator[dict[Row, int]]:
         """Another operation on an edge, or an edge from another source instead."""
-        for rows in self._nodes():
+        for rows in self.nodes():
             for row in (row for row in rows if assignment[row] != NONE):
                 for option in range(1, len(OPERATIONS)):
                     if option != assignment[row]:
                         yield {row: option}
                     yield from ({row: NONE, other: option} for other in rows if assignment[other] == NONE)
+
+    def decisions(self) -> Iterator[list[dict[Row, int]]]:
+        """Which two edges a node has, and with which operations."""
+        for rows in self.nodes():
+            absent = dict.fromkeys(rows, NONE)
+            yield [
+                {**absent, **dict(zip(kept, picks, strict=True))}
+                for kept in itertools.combinations(rows, KEPT)
+                for picks in itertools.product(range(1, len(OPERATIONS)), repeat=KEPT)
+            ]
 
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
         """The log-probability of each operation; `none` has no say in which edges are kept."""
@@ -161,17 +206,14 @@ class Darts(SearchSpace):
     def _strongest(self, scores: Mapping[Row, Sequence[Any]]) -> Architecture:
         """For each node the edges whose best operations score highest, with these; of equals the first."""
         picks = dict.fromkeys(self.rows, NONE)
-        for rows in self._nodes():
+        for rows in self.nodes():
             best = {row: max(range(1, len(OPERATIONS)), key=scores[row].__getitem__) for row in rows}
             kept = sorted(rows, key=lambda row, best=best: scores[row][best[row]], reverse=True)[:KEPT]
             picks.update((row, best[row]) for row in kept)
         return self.architecture_of(picks)
 
-    def _nodes(self) -> Iterator[list[Row]]:
-        """The edges into each node of both cells."""
-        for choice in self.choices.values():
-            for node in range(NODES):
-                yield [row for row, (n, _) in zip(choice.table, EDGES, strict=True) if n == node]
+    def nodes(self) -> list[list[Row]]:
+        return into_nodes(self.choices.values(), EDGES)
 
     # Their usual notation.
 
@@ -214,7 +256,7 @@ class Darts(SearchSpace):
 
 
 def mixed(
-    operation: Size, channels: int, stride: int, affine: bool, pool_norm: bool, sharing: str
+    operation: Size, channels: Size, stride: int, affine: bool, pool_norm: bool, sharing: str
 ) -> elastic.MixedOperation:
     """The mixed operation of an edge."""
     families: dict[str, elastic.Family] = {
@@ -228,4 +270,4 @@ def mixed(
         ),
         "dil_conv": ({"dil_conv_3x3": 3, "dil_conv_5x5": 5}, partial(Dilated, channels, stride=stride, affine=affine)),
     }
-    return elastic.MixedOperation.of(operation, families, sharing)
+    return elastic.MixedOperation.of(operation, families, sharing, channels)

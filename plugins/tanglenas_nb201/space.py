@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_darts.operations import Nothing
 from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
+from tanglenas_engine.cells import Nothing, into_nodes, nodes
 from tanglenas_engine.errors import TangleNASError, unknown
-from tanglenas_engine.size import Size
+from tanglenas_engine.size import Row, Size
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = tuple((node, source) for node in range(1, 4) for source in range(node))
@@ -22,18 +22,20 @@ EDGES = tuple((node, source) for node in range(1, 4) for source in range(node))
 class Convolution(nn.Sequential):
     """ReLU, convolution, BatchNorm; the convolution has a bias where the BatchNorm has none."""
 
-    def __init__(self, channels_in: int, channels: int, kernel: Size | int, stride: int = 1, affine: bool = True):
+    def __init__(
+        self, channels_in: Size | int, channels: Size | int, kernel: Size | int, stride: int = 1, affine: bool = True
+    ):
         super().__init__(
             nn.ReLU(),
             elastic.Conv2d(channels_in, channels, kernel, stride, bias=not affine),
-            nn.BatchNorm2d(channels, affine=affine),
+            elastic.BatchNorm2d(channels, affine=affine),
         )
 
 
 class Cell(nn.Module):
     """Four nodes, each the sum of an operation on every node before it; the last is the output: `(B, C, H, W)`."""
 
-    def __init__(self, channels: int, operation: Choice, affine: bool, sharing: str):
+    def __init__(self, channels: Size, operation: Choice, affine: bool, sharing: str):
         super().__init__()
         families: dict[str, elastic.Family] = {
             "none": ({"none": 1}, lambda _: Nothing()),
@@ -44,13 +46,10 @@ class Cell(nn.Module):
             ),
             "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
         }
-        self.edges = nn.ModuleList(elastic.MixedOperation.of(edge, families, sharing) for edge in operation)
+        self.edges = nn.ModuleList(elastic.MixedOperation.of(edge, families, sharing, channels) for edge in operation)
 
     def forward(self, x: Tensor) -> Tensor:
-        nodes, edges = [x], iter(self.edges)
-        for _ in range(3):
-            nodes.append(sum(next(edges)(node) for node in nodes))
-        return nodes[-1]
+        return nodes([x], self.edges)[-1]
 
 
 class Reduction(nn.Module):
@@ -98,7 +97,8 @@ class NB201(SearchSpace):
         self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
         widths = [channels, 2 * channels, 4 * channels]
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Cell(width, operation, affine, self.sharing) for _ in range(cells))) for width in widths
+            nn.Sequential(*(Cell(self.partial(width), operation, affine, self.sharing) for _ in range(cells)))
+            for width in widths
         )
         self.reductions = nn.ModuleList(map(Reduction, widths[:-1]))
         self.head = nn.Sequential(
@@ -111,6 +111,9 @@ class NB201(SearchSpace):
         first, second, third = self.stages
         x = self.reductions[0](first(self.stem(x)))
         return self.head(third(self.reductions[1](second(x))))
+
+    def nodes(self) -> list[list[Row]]:
+        return into_nodes(self.choices.values(), EDGES)
 
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_darts.operations import Dilated, Separable
 from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
+from tanglenas_engine.cells import Dilated, Separable, into_nodes, nodes
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Size
+from tanglenas_engine.size import Row, Size
 
 OPERATIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 EDGES = ((0, "in"), (1, "in"), (1, 0))
@@ -26,10 +26,10 @@ FAMILIES: dict[str, type[nn.Module]] = {"sep_conv": Separable, "dil_conv": Dilat
 class Cell(nn.Module):
     """Two nodes and three edges; the output is both nodes, `(B, channels_in, H, W) -> (B, 2 * channels, H', W')`."""
 
-    def __init__(self, channels_in: int, channels: int, reduction: bool, choice: Choice, sharing: str):
+    def __init__(self, channels_in: int, channels: Size, reduction: bool, choice: Choice, sharing: str):
         super().__init__()
         self.preprocess = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels, affine=False)
+            nn.ReLU(), nn.Conv2d(channels_in, channels.max, 1, bias=False), nn.BatchNorm2d(channels.max, affine=False)
         )
         self.edges = nn.ModuleList(
             mixed(choice[i], channels, 2 if reduction and source == "in" else 1, sharing)
@@ -37,9 +37,7 @@ class Cell(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.preprocess(x)
-        first = self.edges[0](x)
-        return torch.cat([first, self.edges[1](x) + self.edges[2](first)], 1)
+        return torch.cat(nodes([self.preprocess(x)], self.edges)[1:], 1)
 
 
 class ToyCell(SearchSpace):
@@ -71,9 +69,9 @@ class ToyCell(SearchSpace):
         normal, reduce = (self.choice(name, OPERATIONS, per=len(EDGES)) for name in ("normal", "reduce"))
         C = channels
         self.cells = nn.ModuleList([
-            Cell(in_channels, C, True, reduce, self.sharing),
-            Cell(2 * C, C, False, normal, self.sharing),
-            Cell(2 * C, 2 * C, True, reduce, self.sharing),
+            Cell(in_channels, self.partial(C), True, reduce, self.sharing),
+            Cell(2 * C, self.partial(C), False, normal, self.sharing),
+            Cell(2 * C, self.partial(2 * C), True, reduce, self.sharing),
         ])  # fmt: skip
         self.dropout = nn.Dropout(dropout)
         side = (((image_size + 1) // 2 + 1) // 2) // 2  # two reductions, one pooling
@@ -88,6 +86,9 @@ class ToyCell(SearchSpace):
         for cell in self.cells:
             x = self.dropout(cell(x))
         return self.classifier(F.max_pool2d(x, 2))
+
+    def nodes(self) -> list[list[Row]]:
+        return into_nodes(self.choices.values(), EDGES)
 
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)
@@ -110,7 +111,7 @@ class ToyCell(SearchSpace):
         return self.architecture(normal=found[: len(EDGES)], reduce=found[len(EDGES) :])
 
 
-def mixed(operation: Size, channels: int, stride: int, sharing: str) -> elastic.MixedOperation:
+def mixed(operation: Size, channels: Size, stride: int, sharing: str) -> elastic.MixedOperation:
     """The mixed operation of an edge."""
     families: dict[str, elastic.Family] = {
         family: (
@@ -119,4 +120,4 @@ def mixed(operation: Size, channels: int, stride: int, sharing: str) -> elastic.
         )
         for family, layer in FAMILIES.items()
     }
-    return elastic.MixedOperation.of(operation, families, sharing)
+    return elastic.MixedOperation.of(operation, families, sharing, channels)
