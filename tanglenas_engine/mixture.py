@@ -30,17 +30,31 @@ COVERED: dict[str, frozenset[str]] = {
 }
 """Which roles of a dimension a mixture covers, for each relaxation: the one place that decides it."""
 
+Factor = tuple[Tensor, ...]
+"""A factor of a mask: one tensor, or two that have a leading dimension of shared options over which to sum their product."""
+
+
+EDGES = "edges"
+"""Under which name a file of mixing weights has those of edges, one number for each."""
+
 
 class Mixture(Mapping[str, Tensor]):
     """Weights on the simplex for every choice: `(options,)`, or `(layers, options)` for a choice per layer.
 
     They are stored stacked, all rows with K options in one `(rows, K)` tensor, so that sampling and masking
     take the same few operations however many choices there are.
+
+    Attributes:
+        edges: In a cell space, what multiplies the output of the edges with these rows (edge normalization).
+        kept: Of rows that have been pruned, the positions of the options left: the others have weight 0, and an
+            operation that stands for none but those is not computed.
     """
 
     def __init__(self, rows: Mapping[str, tuple[Row, ...]], stacks: Mapping[int, Tensor]):
         self._rows = rows
         self.stacks = dict(stacks)
+        self.edges: dict[Row, Tensor] = {}
+        self.kept: dict[Row, frozenset[int]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         rows = self._rows[name]
@@ -58,9 +72,15 @@ class Mixture(Mapping[str, Tensor]):
         """The state of the space whose choices these are."""
         return next(iter(self._rows.values()))[0].superposition
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is to save: the weights by choice and, if there are any, those of edges."""
+        return {**self, **({EDGES: torch.stack(list(self.edges.values()))} if self.edges else {})}
+
     def detach(self) -> Mixture:
         """The same weights as constants."""
-        return Mixture(self._rows, {count: stack.detach() for count, stack in self.stacks.items()})
+        mixture = Mixture(self._rows, {count: stack.detach() for count, stack in self.stacks.items()})
+        mixture.edges, mixture.kept = {row: weight.detach() for row, weight in self.edges.items()}, self.kept
+        return mixture
 
     def joint(self, rows: Sequence[Row], slots: Tensor) -> Tensor:
         """Probabilities of the combinations of `rows`, `(instances, combinations)`; `slots` is `(instances, rows)`."""
@@ -91,6 +111,8 @@ class _Cover:
             for axis, private in zip(axes, self.private, strict=True)
         ]
         self.rows = [*self.shared, *(row for private in self.private for row in private)]
+        # Both sides of a weight together need no tensor of its size: (shared, out) and (shared, in) make the mask.
+        self.factored = len(axes) == 2 and any(axis.layout == "prefix" for axis in axes)
         self.signature = (
             self.conditional,
             tuple(len(row.options) for row in self.shared),
@@ -107,8 +129,8 @@ class _Batch:
         self._slots = torch.tensor([[row.slot for row in cover.rows] for cover in covers]).reshape(len(covers), -1)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, list[Tensor]]] = {}
 
-    def masks(self, mixture: Mixture) -> tuple[Tensor, ...]:
-        """One mask per cover, with one dimension per axis."""
+    def masks(self, mixture: Mixture) -> Iterable[Factor]:
+        """One mask per cover, with one dimension per axis; that of two axes as a `Factor` that is not multiplied out."""
         like = next(iter(mixture.stacks.values()))
         if (like.dtype, like.device) not in self._cast:
             self._cast[like.dtype, like.device] = (
@@ -117,15 +139,21 @@ class _Batch:
             )
         slots, tables = self._cast[like.dtype, like.device]
         start = len(self.cover.shared)
-        operands: list[Any] = [mixture.joint(self.cover.shared, slots[:, :start]), [0, 1]]
-        for axis, (table, private) in enumerate(zip(tables, self.cover.private, strict=True)):
+        shared = mixture.joint(self.cover.shared, slots[:, :start])  # (instances, shared)
+        coverages = []  # of each axis given the shared options: (instances or 1, shared, length)
+        for table, private in zip(tables, self.cover.private, strict=True):
             if private:
                 weights = mixture.joint(private, slots[:, start : start + len(private)])
-                # (instances, shared, length): the axis' coverage given the shared options.
-                operands += [torch.einsum("lp,spn->lsn", weights, table), [0, 1, 2 + axis]]
+                coverages.append(torch.einsum("lp,spn->lsn", weights, table))
             else:
-                operands += [table[:, 0], [1, 2 + axis]]
+                coverages.append(table[:, 0][None])
             start += len(private)
+        if self.cover.factored:
+            left, right = shared[:, :, None] * coverages[0], coverages[1].expand(len(shared), -1, -1)
+            return zip(left.unbind(0), right.unbind(0), strict=True)
+        operands: list[Any] = [shared, [0, 1]]
+        for axis, coverage in enumerate(coverages):
+            operands += [coverage.expand(len(shared), -1, -1), [0, 1, 2 + axis]]
         mask: Tensor = torch.einsum(*operands, [0, *range(2, 2 + len(tables))])
         if self.cover.conditional:
             # Every kernel covers the centre: the mask there is the probability that there is one.
@@ -133,7 +161,25 @@ class _Batch:
             for length in mask.shape[1:]:
                 centre = centre[:, length // 2]
             mask = mask / centre.clamp_min(1e-12).view(-1, *[1] * len(tables))
-        return mask.unbind(0)
+        return [(one,) for one in mask.unbind(0)]
+
+
+def multiplied(factor: Factor) -> Tensor:
+    """A factor as one tensor."""
+    if len(factor) == 1:
+        return factor[0]
+    left, right = factor
+    shape = torch.broadcast_shapes(left.shape[1:], right.shape[1:])
+    return (left.flatten(1).T @ right.flatten(1)).view(shape)
+
+
+def _broadcast(mask: Tensor, positions: Sequence[int], dims: int) -> Tensor:
+    """Shaped so that its last dimensions lie at `positions` of `dims`."""
+    leading = mask.dim() - len(positions)
+    shape = [1] * dims
+    for position, length in zip(positions, mask.shape[leading:], strict=True):
+        shape[position] = length
+    return mask.reshape(*mask.shape[:leading], *shape)
 
 
 class Superposition:
@@ -148,15 +194,17 @@ class Superposition:
         self.relaxation = "exact"
         self.mixture: Mixture | None = None
         self.assignment: Assignment | None = None
+        self.parts = 1  # the share of channels that a `PartialSize` uses is one of so many
         self._axes: dict[tuple[Axis, ...], None] = {}
         # For each relaxation: batches of covers, and for each tuple of axes its covers' (axis positions, index).
         self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]] = {}
-        self._masks: list[Tensor] = []
+        self._masks: list[Factor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies of a space: what a mixture made hangs on an autograd graph, which cannot be copied.
         mixture = None if self.mixture is None else self.mixture.detach()
-        return {**vars(self), "mixture": mixture, "_masks": [mask.detach() for mask in self._masks]}
+        masks = [tuple(tensor.detach() for tensor in factor) for factor in self._masks]
+        return {**vars(self), "mixture": mixture, "_masks": masks}
 
     def add_row(
         self,
@@ -191,16 +239,17 @@ class Superposition:
         """The next forwards compute the largest network."""
         self.mixture, self.assignment, self._masks = None, None, []
 
-    def masks(self, axes: tuple[Axis, ...]) -> list[Tensor]:
-        """The factors of the mask of `axes`, each shaped to broadcast against a parameter with these axes."""
+    def factors(self, axes: tuple[Axis, ...]) -> list[Factor]:
+        """The factors of the mask of `axes`, shaped to broadcast against a parameter with these axes."""
         _, covers = self._plan()
         factors = []
         for positions, index in covers[axes]:
-            mask = self._masks[index]
-            shape = [1] * len(axes)
-            for position, length in zip(positions, mask.shape, strict=True):
-                shape[position] = length
-            factors.append(mask.view(shape))
+            *pair, last = self._masks[index]
+            if pair:
+                sides = zip(positions, (*pair, last), strict=True)
+                factors.append(tuple(_broadcast(side, (p,), len(axes)) for p, side in sides))
+            else:
+                factors.append((_broadcast(last, positions, len(axes)),))
         return factors
 
     def _plan(self) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +31,8 @@ class Step:
     """What one iteration of the search works on.
 
     `architecture_batch` is None in a simultaneous search, where one backward pass serves weights and alpha.
-    `outputs` is set to what the supernet last gave for the weight batch, for the accuracy that people see.
+    `outputs` is set to what the supernet last gave for the weight batch, for the accuracy that people see. The
+    gradient that an optimizer sets for alpha is that of the loss times `scale`: more than 1 in half precision.
     """
 
     index: int
@@ -40,6 +42,7 @@ class Step:
     architecture_batch: Batch | None
     weight_optimizer: torch.optim.Optimizer
     outputs: Tensor | None = None
+    scale: Tensor | float = 1.0
 
 
 class Optimizer(abc.ABC):
@@ -49,11 +52,13 @@ class Optimizer(abc.ABC):
         alphas: Architecture parameters, one `(rows, K)` parameter for all rows of choices with K options.
         learns_architecture: Whether the method has architecture parameters; sampled supernets have none.
         derivation: How discretize derives the architecture unless told otherwise.
+        accumulates: Whether alpha's gradient over a batch is the mean of those over parts of it.
     """
 
     name: str = ""
     learns_architecture: ClassVar[bool] = True
     derivation: ClassVar[str] = "argmax"
+    accumulates: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.alphas: dict[int, nn.Parameter] = {}
@@ -69,6 +74,10 @@ class Optimizer(abc.ABC):
                 count: nn.Parameter((1e-3 * torch.randn(rows, count, generator=generator)).to(reference))
                 for count, rows in space.stacks.items()
             }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the architecture optimizer moves: alpha, and whatever a method learns beside it."""
+        return list(self.alphas.values())
 
     # What a method decides.
 
@@ -102,13 +111,13 @@ class Optimizer(abc.ABC):
         """Set alpha's gradient from the architecture batch (first order), and return the loss."""
         assert step.architecture_batch is not None
         self.enter(self.sample(step.index, "architecture"))
-        loss = self._loss(step, step.architecture_batch)
-        penalty = self.regularizer()
-        total = loss if penalty is None else loss + penalty
-        parameters = list(self.alphas.values())
-        # Weights are constants here: autograd walks only the paths that lead to alpha.
-        for alpha, gradient in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
-            alpha.grad = gradient
+        with constant(step.space):
+            loss = self._loss(step, step.architecture_batch)
+            penalty = self.regularizer()
+            total = loss if penalty is None else loss + penalty
+            parameters = self.parameters()
+            for alpha, gradient in zip(parameters, torch.autograd.grad(total * step.scale, parameters), strict=True):
+                alpha.grad = gradient
         return loss.detach()
 
     # What methods share.
@@ -141,6 +150,19 @@ class Optimizer(abc.ABC):
         if batch is step.weight_batch:
             step.outputs = outputs.detach()
         return step.loss(outputs, batch[1])
+
+
+@contextmanager
+def constant(module: nn.Module) -> Iterator[None]:
+    """Within, nothing is kept or computed for the gradients of the module's parameters."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def argmax(space: SearchSpace, mixture: Mixture) -> Architecture:

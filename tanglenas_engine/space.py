@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.choice import Choice
-from tanglenas_engine.cost import Cost, CostModel
+from tanglenas_engine.cost import Additive, Cost, CostModel
 from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
 from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.errors import TangleNASError, closest, unknown
-from tanglenas_engine.mixture import COVERED, Mixture, Superposition
-from tanglenas_engine.size import Assignment, Number, Row, Size
+from tanglenas_engine.mixture import COVERED, EDGES, Mixture, Superposition
+from tanglenas_engine.size import Assignment, Number, PartialSize, Row, Size
 
 if TYPE_CHECKING:
     from tanglenas_engine.data import Dataset
@@ -37,11 +38,14 @@ class SearchSpace(Elastic):
 
     name: str = ""
     sharings: ClassVar[tuple[str, ...]] = ("superposed",)
+    execute: Callable[..., Tensor] | None = None
+    """How forwards run, of the forward and its inputs: a search in low precision, or a compiled one, sets it."""
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
         super().__init__()
         self.superposition = Superposition()
         self.choices: dict[str, Choice] = {}
+        self.partial_channels: list[int] = []
         if sharing not in self.sharings:
             raise TangleNASError(
                 f"{type(self).__name__} cannot do sharing {sharing!r}. Choose one of: {', '.join(self.sharings)}."
@@ -60,6 +64,15 @@ class SearchSpace(Elastic):
         self.choices[name] = Choice(name, options, self.superposition, per)  # type: ignore[arg-type]
         return self.choices[name]
 
+    def partial(self, channels: int) -> Size:
+        """Channels of which an optimizer with partial channels uses the first few for a while."""
+        self.partial_channels.append(channels)
+        return PartialSize(channels, self.superposition)
+
+    def nodes(self) -> list[list[Row]]:
+        """In a cell space, for each node the rows of choices of the edges into it, of which the node is the sum."""
+        return []
+
     def example_input(self, batch: int) -> Tensor:
         """A random batch of the right shape and type."""
         raise NotImplementedError(f"{type(self).__name__} must say what its input looks like: example_input(batch)")
@@ -71,8 +84,14 @@ class SearchSpace(Elastic):
         """
         return self._standalone(self.assignment_of(architecture))
 
-    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
-        """Write a standalone network as `architecture.json` and `model.safetensors`, or as its library has it."""
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
+    ) -> None:
+        """Write a standalone network as `architecture.json` and `model.safetensors`, or as its library has it.
+
+        Args:
+            dataset: What it was trained on, for libraries that keep how inputs are made with the weights.
+        """
         from tanglenas_engine.checkpoint import save_weights, write_atomic
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,10 +197,22 @@ class SearchSpace(Elastic):
         """
         return ({row: i} for row in self.rows for i in range(len(row.options)) if i != assignment[row])
 
+    def decisions(self) -> Iterator[list[dict[Row, int]]]:
+        """What an architecture is composed of: independent decisions, each a list of alternatives for the same rows.
+
+        By default every row is decided by itself. A space that overrides `moves` says here which rows are decided
+        together, and how they can be, so that budgets are met exactly; otherwise a local search meets them.
+        """
+        return ([{row: i} for i in range(len(row.options))] for row in self.rows)
+
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """What each option contributes to an architecture's score: by default, its log-probability."""
+        """What each option contributes to an architecture's score: by default, its log-probability.
+
+        Where edges have a weight of their own, it counts as that of each of their operations.
+        """
         stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
-        return {row: stacks[len(row.options)][row.slot] for row in self.rows}
+        edges = {row: math.log(max(weight.item(), 1e-12)) for row, weight in mixture.edges.items()}
+        return {row: [s + edges.get(row, 0.0) for s in stacks[len(row.options)][row.slot]] for row in self.rows}
 
     def most_probable(self, mixture: Mixture) -> Architecture:
         """The architecture that a mixture stands for, the one of highest score: every row's most probable option."""
@@ -212,6 +243,11 @@ class SearchSpace(Elastic):
 
     # Which network the next forwards compute.
 
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        forward = super().__call__
+        outputs: Tensor = forward(*inputs) if self.execute is None else self.execute(forward, *inputs)
+        return outputs
+
     @property
     def relaxation(self) -> str:
         return self.superposition.relaxation
@@ -240,17 +276,19 @@ class SearchSpace(Elastic):
             return weights
         if all(isinstance(key, int) for key in weights):
             return Mixture(by_choice, weights)  # type: ignore[arg-type]
-        for name in weights:
+        named: dict[str, Tensor] = {str(key): tensor for key, tensor in weights.items()}
+        edges = named.pop(EDGES, None)
+        for name in named:
             if name not in self.choices:
                 raise unknown(f"choice of {self._label}", name, self.choices)
         for name, choice in self.choices.items():
-            shape = tuple(weights[name].shape) if name in weights else None  # type: ignore[index]
+            shape = tuple(named[name].shape) if name in named else None
             if shape != choice.shape:
                 raise TangleNASError(f"the mixture's {name!r} has shape {shape}, expected {choice.shape}")
         stacked = {
             count: torch.cat(
                 [
-                    weights[name].reshape(-1, count)  # type: ignore[index]
+                    named[name].reshape(-1, count)
                     for name, choice in self.choices.items()
                     if len(choice.options) == count
                 ]
@@ -260,7 +298,10 @@ class SearchSpace(Elastic):
         for count, stack in stacked.items():
             if bool((stack < 0).any()) or not torch.allclose(stack.sum(1), torch.ones_like(stack[:, 0]), atol=1e-4):
                 raise TangleNASError(f"the mixture's rows of {count} options must be non-negative and sum to 1")
-        return Mixture(by_choice, stacked)
+        mixture = Mixture(by_choice, stacked)
+        if edges is not None:
+            mixture.edges = dict(zip(itertools.chain(*self.nodes()), edges, strict=True))
+        return mixture
 
     def relax(self, mixture: Mapping[str, Tensor]) -> Self:
         """Soft path: the next forwards compute the expectation over a mixture."""
@@ -329,8 +370,17 @@ class SearchSpace(Elastic):
         return self._cost_model.cost(self.assignment_of(architecture))
 
     def expected_cost(self, mixture: Mapping[str, Tensor]) -> Cost:
-        """The expectation of `cost` under a mixture: float64 scalars, differentiable."""
+        """The expectation of `cost` over independent rows: float64 scalars, differentiable.
+
+        It counts what the supernet has. Where not every assignment is an architecture (the two edges of a node in
+        `darts`) that is more than architectures have: between the corners each of the 14 edges counts with the
+        probability of its operations other than `none`, so the uniform mixture has 12.25 edges to a cell, not 8.
+        """
         return self._cost_model.expected(self.mixture(mixture))
+
+    def terms(self, metric: str) -> Additive:
+        """A metric of `cost.METRICS` as its tables over rows of choices."""
+        return self._cost_model.metrics[metric]
 
     @property
     def _label(self) -> str:
@@ -342,7 +392,7 @@ class SearchSpace(Elastic):
         for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
             own.update({k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")})
         network = copied(self, assignment)
-        for attribute in ("superposition", "choices", "_cost_model", "stacks"):
+        for attribute in ("superposition", "choices", "_cost_model", "stacks", "execute"):
             network.__dict__.pop(attribute, None)
         network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
         there = dict(network.named_parameters())  # a copy has one of its own in each place

@@ -35,10 +35,20 @@ def bound(optimizer: Optimizer, space: SearchSpace, seed: int = 0) -> Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("space", ALL)
+SHARINGS = ("superposed", "entangled", "separate")
+CAN = {(space, sharing): sharing in type(tiny(space)).sharings for space in ALL for sharing in SHARINGS}
+
+
+@pytest.mark.parametrize(("space", "sharing"), [pair for pair, can in CAN.items() if can])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_runs_on_every_space(optimizer, space):
-    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny(space))
+def test_every_optimizer_runs_on_every_space_with_every_sharing(optimizer, space, sharing):
+    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing))
+
+
+@pytest.mark.parametrize(("space", "sharing"), [pair for pair, can in CAN.items() if not can])
+def test_a_sharing_that_a_space_cannot_do_is_refused_with_those_that_it_can(space, sharing):
+    with pytest.raises(TangleNASError, match=f"cannot do sharing '{sharing}'. Choose one of: superposed"):
+        tiny(space, sharing=sharing)
 
 
 @pytest.mark.parametrize("relaxation", COVERED)

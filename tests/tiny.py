@@ -21,8 +21,9 @@ TINY = {
         }
         for name in ("mobilenetv3", "mobilenetv3_nano")
     },
-    "nb201": {"channels": 2, "cells": 1, "image_size": 8, "num_classes": 3},
-    "darts": {"channels": 2, "layers": 3, "image_size": 8, "num_classes": 3},
+    "toy_cell": {"channels": 4, "image_size": 12},
+    "nb201": {"channels": 4, "cells": 1, "image_size": 8, "num_classes": 3},
+    "darts": {"channels": 4, "layers": 3, "image_size": 8, "num_classes": 3},
     "toy_conv_macro": {
         "image_size": 16, "channels1": (2, 4), "channels2": (2, 4), "channels3": (2, 4), "channels4": (4, 8),
     },

@@ -98,7 +98,7 @@ class GPT(SearchSpace):
         choices = {name: value for name, value in architecture.choices.items() if name != "layers"}
         return network.GPT(network.Config(**self.settings, **choices))
 
-    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
+    def export(self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Any = None) -> None:
         """Write a folder that `tanglenas_gpt.network.GPT.load` reads."""
         network.save(folder)
 

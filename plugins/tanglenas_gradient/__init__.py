@@ -13,3 +13,13 @@ def tanglenas_register_optimizers(register):
         "tanglenas_gradient.darts2:SecondOrderDARTS",
         summary="softmax over the options, second order (Liu et al., 2019)",
     )
+    register(
+        "pc_darts",
+        "tanglenas_gradient.partial:PartialDARTS",
+        summary="darts on a part of the channels, edges weighed (Xu et al., 2020)",
+    )
+    register(
+        "pc_drnas",
+        "tanglenas_gradient.partial:PartialDrNAS",
+        summary="drnas on a part of the channels, options pruned on the way (Chen et al., 2021)",
+    )

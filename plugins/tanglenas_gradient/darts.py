@@ -29,4 +29,4 @@ class DARTS(Optimizer):
         return self._space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
 
     def regularizer(self) -> Tensor:
-        return self.weight_decay * l2(self.alphas.values())
+        return self.weight_decay * l2(self.parameters())

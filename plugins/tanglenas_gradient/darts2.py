@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tanglenas_engine import distributed
 from tanglenas_engine.errors import unknown
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.optimizer import Batch, Step, positive
@@ -33,6 +34,8 @@ class SecondOrderDARTS(DARTS):
         radius: 0.01 in the paper.
     """
 
+    accumulates = False  # the step to w' takes the whole batch
+
     def __init__(self, weight_decay: float = 1e-3, hypergradient: str = "finite_differences", radius: float = 1e-2):
         super().__init__(weight_decay)
         if hypergradient not in HYPERGRADIENTS:
@@ -49,10 +52,10 @@ class SecondOrderDARTS(DARTS):
             trained = self._loss_at(step, step.weight_batch, mixture if exact else mixture.detach(), weights)
             slopes = torch.autograd.grad(trained, list(weights.values()), create_graph=exact)
             rates = {name: _of(step.weight_optimizer, weight, "lr") for name, weight in weights.items()}
-            moved = _moved(step.weight_optimizer, weights, slopes)
+            moved = _moved(step.weight_optimizer, weights, distributed.averaged(slopes))
             loss = self._loss_at(step, step.architecture_batch, mixture, moved)
             gradients = torch.autograd.grad(loss, [*alphas, *moved.values()], retain_graph=exact)
-            direct, through = gradients[: len(alphas)], gradients[len(alphas) :]
+            direct, through = gradients[: len(alphas)], distributed.averaged(gradients[len(alphas) :])
             vector = {name: rates[name] * v for name, v in zip(weights, through, strict=True)}
             if exact:
                 mixed = torch.autograd.grad(slopes, alphas, list(vector.values()))
@@ -60,7 +63,7 @@ class SecondOrderDARTS(DARTS):
                 mixed = self._differences(step, weights, vector)
         penalties = torch.autograd.grad(self.regularizer(), alphas)
         for alpha, own, via, penalty in zip(alphas, direct, mixed, penalties, strict=True):
-            alpha.grad = own - via + penalty
+            alpha.grad = (own - via + penalty) * step.scale
         return loss.detach()
 
     def _differences(self, step: Step, weights: Weights, vector: Weights) -> list[Tensor]:
@@ -83,11 +86,11 @@ class SecondOrderDARTS(DARTS):
         return step.loss(outputs, batch[1])
 
 
-def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: Iterable[Tensor]) -> dict[str, Tensor]:
     """The weights after a step of SGD, as leaves."""
     moved = {}
     for (name, weight), slope in zip(weights.items(), slopes, strict=True):
-        step = slope.detach() + _of(optimizer, weight, "weight_decay") * weight.detach()
+        step = slope + _of(optimizer, weight, "weight_decay") * weight.detach()
         velocity = optimizer.state.get(weight, {}).get("momentum_buffer")
         if velocity is not None:
             step = step + _of(optimizer, weight, "momentum") * velocity

@@ -43,7 +43,7 @@ class DrNAS(Optimizer):
         if self._regularizer == "none":
             return None
         if self._regularizer == "l2":
-            return self.scale * l2(self.alphas.values())
+            return self.scale * l2(self.parameters())
         pairs = [
             (Dirichlet(c, validate_args=False), Dirichlet(torch.ones_like(c))) for c in self._concentrations().values()
         ]

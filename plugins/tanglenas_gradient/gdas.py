@@ -50,7 +50,7 @@ class GDAS(Optimizer):
         return self._space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
 
     def regularizer(self) -> Tensor:
-        return self.weight_decay * l2(self.alphas.values())
+        return self.weight_decay * l2(self.parameters())
 
     def _hard(self, alpha: Tensor, generator: torch.Generator) -> Tensor:
         """One-hot rows with the gradient of the soft sample."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine import elastic
+from tanglenas_engine.mixture import Factor
 from tanglenas_engine.size import Assignment, Axis, Size
 
 
@@ -32,16 +33,16 @@ class TransformedConv2d(elastic.Conv2d):
     def gate(self, child: str) -> Size:
         return Size.of(0)  # the matrices are the supernet's alone
 
-    def current(self, name: str) -> Tensor | None:
+    def parts(self, name: str) -> tuple[Tensor | None, list[Factor]]:
         probabilities = self.masks("kernels") if name == "weight" else []
         if not probabilities:
-            return super().current(name)
+            return super().parts(name)
         if self.assignment is not None:
-            return self.covered("channels", self.sliced(name, self.assignment)) * probabilities[0]
+            return self.sliced(name, self.assignment) * probabilities[0], self.factors("channels")
         kernels = reversed(self.kernels())  # as the probabilities, from the smallest
         largest = self.weight.shape[-1]
         total = sum(p * _resized(kernel, largest) for p, kernel in zip(probabilities[0], kernels, strict=True))
-        return self.covered("channels", total)
+        return total, self.factors("channels")
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
         if name != "weight":

@@ -17,7 +17,7 @@ from timm.models._efficientnet_builder import efficientnet_init_weights, round_c
 from timm.models.mobilenetv3 import MobileNetV3 as TimmMobileNetV3
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, SearchSpace, elastic
+from tanglenas_engine import Architecture, Dataset, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import Size
 from tanglenas_mobilenetv3.kernels import TransformedConv2d
@@ -120,16 +120,22 @@ class MobileNetV3(SearchSpace):
     def standalone(self, architecture: Architecture) -> TimmMobileNetV3:
         return mobilenetv3(**self._arguments(architecture))
 
-    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
-        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads."""
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
+    ) -> None:
+        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+        `timm.data.create_transform` makes inputs as the dataset does; without one, with pixels from -1 to 1.
+        """
         channels = self.settings["in_chans"]
         network.pretrained_cfg = {
             "architecture": "tanglenas_mobilenetv3",
             "num_classes": self.settings["num_classes"],
             "input_size": (channels, self.image_size, self.image_size),
-            # A space does not know the data's normalisation; without these timm writes ImageNet's three channels.
-            "mean": (0.5,) * channels,
-            "std": (0.5,) * channels,
+            "mean": getattr(dataset, "mean", None) or (0.5,) * channels,
+            "std": getattr(dataset, "std", None) or (0.5,) * channels,
+            "crop_pct": getattr(dataset, "crop_pct", 1.0),
+            "interpolation": "bilinear",
             "first_conv": "conv_stem",
             "classifier": "classifier",
         }

@@ -12,7 +12,7 @@ from timm.models import named_apply, save_for_hf
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
+from tanglenas_engine import Architecture, Choice, Dataset, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import Size
 from tanglenas_vit.network import RelativePosition2D, vision_transformer
@@ -121,16 +121,22 @@ class AutoFormer(SearchSpace):
     def standalone(self, architecture: Architecture) -> VisionTransformer:
         return vision_transformer(**self._arguments(architecture))
 
-    def export(self, network: nn.Module, architecture: Architecture, folder: Path) -> None:
-        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads."""
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
+    ) -> None:
+        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+        `timm.data.create_transform` makes inputs as the dataset does; without one, with pixels from -1 to 1.
+        """
         arguments = self._arguments(architecture)
         network.pretrained_cfg = {
             "architecture": "tanglenas_vit",
             "num_classes": arguments["num_classes"],
             "input_size": (arguments["in_chans"], arguments["img_size"], arguments["img_size"]),
-            # A space does not know the data's normalisation; without these timm writes ImageNet's three channels.
-            "mean": (0.5,) * arguments["in_chans"],
-            "std": (0.5,) * arguments["in_chans"],
+            "mean": getattr(dataset, "mean", None) or (0.5,) * arguments["in_chans"],
+            "std": getattr(dataset, "std", None) or (0.5,) * arguments["in_chans"],
+            "crop_pct": getattr(dataset, "crop_pct", 1.0),
+            "interpolation": "bilinear",
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }

@@ -34,12 +34,17 @@ class RelativePosition2D(nn.Module):
         super().__init__()
         rows = 2 * max_distance + 2
         for table in ("key_vertical", "key_horizontal", "value_vertical", "value_horizontal"):
-            setattr(self, table, nn.Parameter(trunc_normal_(torch.empty(rows, head_dim), std=0.02)))
+            setattr(self, table, nn.Parameter(torch.empty(rows, head_dim)))
+        self.reset_parameters()
         steps = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))  # (N, 2)
         distance = (steps[None] - steps[:, None]).clamp(-max_distance, max_distance) + max_distance + 1
         if class_token:
             distance = nn.functional.pad(distance, (0, 0, 1, 0, 1, 0))  # row 0: the class token
         self.register_buffer("distance", distance, persistent=False)  # (N, N, 2)
+
+    def reset_parameters(self) -> None:
+        for table in self.parameters():
+            trunc_normal_(table, std=0.02)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`(B, H, N, D)` each -> `(B, H, N, D)`."""

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Superposition
+from tanglenas_engine.mixture import Factor, Superposition, multiplied
 from tanglenas_engine.size import Assignment, Axis, Number, Size
 
 Dimension = Axis | Size | Number
+
+_WHOLE = Axis(Size.of(1), role="fixed")
+"""A dimension that never varies."""
 
 
 class Elastic(nn.Module):
@@ -34,7 +37,7 @@ class Elastic(nn.Module):
         if "_axes" not in self.__dict__:
             self._axes = {}
         for name, sizes in dimensions.items():
-            axes = tuple(Axis(Size.of(1), role="fixed") if size is None else Axis.of(size, role) for size in sizes)
+            axes = tuple(_WHOLE if size is None else Axis.of(size, role) for size in sizes)
             self._axes[name] = axes
             for row in (row for axis in axes for row in axis.size.rows):
                 if self._superposition not in (None, row.superposition):
@@ -56,12 +59,22 @@ class Elastic(nn.Module):
 
     def current(self, name: str) -> Tensor | None:
         """The parameter or buffer `name` as the next architecture (a slice) or mixture (masked) has it."""
+        tensor, factors = self.parts(name)
+        for factor in factors:
+            tensor = tensor * multiplied(factor)  # type: ignore[operator]
+        return tensor
+
+    def parts(self, name: str) -> tuple[Tensor | None, list[Factor]]:
+        """`current(name)` before the last step: the parameter, and the factors of the mask to multiply it with."""
         tensor: Tensor | None = getattr(self, name)
-        if tensor is None or self._superposition is None:
-            return tensor
-        if self._superposition.assignment is not None:
-            tensor = self.sliced(name, self._superposition.assignment)
-        return self.covered(name, tensor)
+        if tensor is None:
+            return None, []
+        if self.assignment is not None:
+            tensor = self.sliced(name, self.assignment)
+        for dim, axis in enumerate(self.axes.get(name, ())):
+            if axis.size.used < axis.size.max:
+                tensor = tensor.narrow(dim, 0, axis.size.used)
+        return tensor, self.factors(name)
 
     def covered(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` times the mask declared as `name` under the current mixture; `tensor` itself without one."""
@@ -70,15 +83,24 @@ class Elastic(nn.Module):
         return tensor
 
     def masks(self, name: str) -> list[Tensor]:
-        """The factors of the mask declared as `name`, broadcastable tensors; none without a mixture.
+        """The factors of the mask declared as `name`, broadcastable tensors; none without a mixture."""
+        return [multiplied(factor) for factor in self.factors(name)]
+
+    def factors(self, name: str) -> list[Factor]:
+        """The factors of the mask declared as `name`, those of both sides of a weight not multiplied out.
 
         On the hard path with a mixture each is the part that the architecture has: ones, whose gradient alpha gets.
         """
         if self._superposition is None or self._superposition.mixture is None:
             return []
         axes, assignment = self._axes[name], self._superposition.assignment
-        factors = self._superposition.masks(axes)
-        return factors if assignment is None else [_cut(factor, axes, assignment) for factor in factors]
+        factors = self._superposition.factors(axes)
+        if assignment is None:
+            return factors
+        return [
+            tuple(_cut(t, (_WHOLE, *axes) if len(factor) > 1 else axes, assignment) for t in factor)
+            for factor in factors
+        ]
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
         """The part of the parameter or buffer `name` that an architecture uses: a view where memory allows."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.placement import Convolution, masked
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import Assignment, Axis, Size
 
@@ -60,10 +60,11 @@ class Conv2d(Elastic, nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, assignment = self.current("weight"), self.assignment
+        weight, factors = self.parts("weight")
         assert weight is not None
-        padding, groups = self._geometry(assignment)
-        return F.conv2d(x, weight, self.current("bias"), self.stride, padding, self.dilation, groups)
+        padding, _ = self._geometry(self.assignment)
+        op = Convolution(self.stride, padding, self.dilation, x.shape[1] // weight.shape[1])
+        return masked(op, x, weight, self.current("bias"), factors)
 
     def plain(self, assignment: Assignment) -> nn.Conv2d:
         padding, groups = self._geometry(assignment)

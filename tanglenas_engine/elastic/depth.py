@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Factor
 from tanglenas_engine.size import Assignment, Axis, Size
 
 
@@ -25,17 +27,18 @@ class Depth(Elastic, nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         depth = len(self) if self.assignment is None else self.depth.value(self.assignment)
         probabilities = self.masks("outputs")
-        outputs = [x * probabilities[0][0]] if probabilities and 0 in self._depths else []
+        shares = dict(zip(self._depths, probabilities[0], strict=True)) if probabilities else {}
+        total = x * shares[0] if 0 in shares else None
         for i, layer in enumerate(list(self)[:depth], start=1):
             x = layer(x)
-            if probabilities and i in self._depths:
-                outputs.append(x * probabilities[0][len(outputs)])
-        return x if not outputs else sum(outputs[1:], outputs[0])
+            if i in shares:
+                total = x * shares[i] if total is None else torch.addcmul(total, x, shares[i])
+        return x if total is None else total
 
-    def masks(self, name: str) -> list[Tensor]:
+    def factors(self, name: str) -> list[Factor]:
         """All probabilities, on the hard path too: the outputs on the way are there, and alpha learns from them."""
         state = self._superposition
-        return [] if state is None or state.mixture is None else state.masks(self.axes[name])
+        return [] if state is None or state.mixture is None else state.factors(self.axes[name])
 
     def gate(self, child: str) -> Size:
         """1 where the depth exceeds the layer, counted from 0, else 0."""

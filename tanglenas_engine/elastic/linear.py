@@ -7,7 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic import placement
 from tanglenas_engine.elastic.base import Dimension, Elastic
+from tanglenas_engine.elastic.placement import masked
 from tanglenas_engine.size import Assignment, Axis, Size
 
 
@@ -20,7 +22,9 @@ class Linear(Elastic, nn.Linear):
         self.declare(weight=(outputs, inputs), bias=(outputs,))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.current("weight"), self.current("bias"))  # type: ignore[arg-type]
+        weight, factors = self.parts("weight")
+        assert weight is not None
+        return masked(placement.Linear(), x, weight, self.current("bias"), factors)
 
     def plain(self, assignment: Assignment) -> nn.Linear:
         outputs, inputs = (axis.entries(assignment) for axis in self.axes["weight"])

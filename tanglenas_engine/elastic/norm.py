@@ -2,11 +2,82 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Dimension, Elastic
 from tanglenas_engine.size import Assignment, Axis
+
+
+def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of `(*, width)` in whose statistics an entry counts as much as its `coverage`, `(width,)`."""
+    return _WeightedLayerNorm.apply(x.to(coverage.dtype), coverage, weight, bias, eps)[0]  # type: ignore[no-any-return]
+
+
+class _WeightedLayerNorm(torch.autograd.Function):
+    """Keeps what torch's own keeps: the input and, for each position, mean and deviation."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            centred, mean, scale = _statistics(x, coverage, eps)
+        y = centred.mul_(scale)
+        y = y if weight is None else y.mul_(weight)
+        return y if bias is None else y.add_(bias), mean, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, coverage, weight, _, ctx.eps = inputs
+        _, mean, scale = output
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.save_for_backward(x, coverage, weight, mean, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """With y = (x - mean) * scale and the sums s = sum(g), t = sum(g y) of its gradient g over a position,
+
+        dx = scale * (g - c/n * (s + t y)) and dc = sum over positions of -1/n * (s y + t/2 (y^2 - var * scale^2)).
+        """
+        dy = gradients[0]
+        x, c, weight, mean, scale = ctx.saved_tensors
+        need_x, need_c, need_weight, need_bias, _ = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # for second derivatives, as functions of x and c
+                _, mean, scale = _statistics(x, c, ctx.eps)
+            y = torch.addcmul(-mean * scale, x, scale)
+            gain = c.new_ones(c.shape) if weight is None else weight
+            product, n = dy * y, c.sum()
+            s, t = (dy @ gain)[..., None], (product @ gain)[..., None]
+            dx = dc = None
+            if need_x:
+                dx = torch.addcmul(s, t, y).mul_(-c / n).addcmul_(dy, gain).mul_(scale)
+            if need_c:
+                rest = (t * (1 - ctx.eps * scale.square())).sum()  # var * scale^2 = 1 - eps * scale^2
+                dc = (rest / 2 - _over_positions(s, y) - _over_positions(t, y.square()) / 2) / n
+            dweight = _sum_to(product, c) if need_weight else None
+            return dx, dc, dweight, _sum_to(dy, c) if need_bias else None, None
+
+
+def _statistics(x: Tensor, coverage: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The input without its weighted mean, `(*, width)`, that mean and 1 / deviation of each position, `(*, 1)`."""
+    share = coverage / coverage.sum()
+    mean = (x @ share)[..., None]
+    centred = x - mean
+    return centred, mean, ((centred * centred @ share)[..., None] + eps).rsqrt()
+
+
+def _over_positions(factor: Tensor, y: Tensor) -> Tensor:
+    """The sum of `(*, 1)` times `(*, width)` over all positions: `(width,)`."""
+    return factor.reshape(-1) @ y.reshape(-1, y.shape[-1])
+
+
+def _sum_to(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.reshape(-1, *like.shape).sum(0)
 
 
 class LayerNorm(Elastic, nn.LayerNorm):
@@ -28,12 +99,7 @@ class LayerNorm(Elastic, nn.LayerNorm):
         weight, bias = self.current("weight"), self.current("bias")
         coverage = self.masks("statistics")
         if coverage:
-            (c,) = coverage
-            count = c.sum()
-            x = x - (x * c).sum(-1, keepdim=True) / count
-            x = x * ((x.square() * c).sum(-1, keepdim=True) / count + self.eps).rsqrt()
-            x = x if weight is None else x * weight
-            x = x if bias is None else x + bias
+            x = weighted_layer_norm(x, coverage[0], weight, bias, self.eps)
         else:
             x = F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
         return x if self.elementwise_affine else self.covered("weight", x)

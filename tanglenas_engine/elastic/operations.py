@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, plain
@@ -32,12 +33,21 @@ class MixedOperation(Elastic, nn.ModuleDict):
             the module.
         sharing: "superposed" as said. "entangled" keeps the one weight, but mixes outputs: a forward per option
             with its slice. Operations that share nothing ("separate") are given one by one.
+        channels: Those of the input, of which a search may give the operations a part only (`PartialSize`); what is
+            left passes by, pooled at a stride of 2, and the channels are shuffled behind (Xu et al. 2020).
     """
 
-    def __init__(self, operations: Mapping[str, tuple[Size, nn.Module]], sharing: str = "superposed"):
+    def __init__(
+        self,
+        operations: Mapping[str, tuple[Size, nn.Module]],
+        sharing: str = "superposed",
+        channels: Size | int | None = None,
+    ):
         nn.ModuleDict.__init__(self, {name: module for name, (_, module) in operations.items()})
+        self.channels = None if channels is None else Size.of(channels)
         self.presence = {name: present for name, (present, _) in operations.items()}
         rows = list(dict.fromkeys(row for present in self.presence.values() for row in present.rows))
+        self._row = rows[0] if len(rows) == 1 else None
         for picks in combinations(rows):
             names = [name for name, present in self.presence.items() if present.value(picks)]
             if len(names) != 1:
@@ -57,7 +67,13 @@ class MixedOperation(Elastic, nn.ModuleDict):
             self.declare(role, **axes)
 
     @classmethod
-    def of(cls, choice: Size, families: Mapping[str, Family], sharing: str = "superposed") -> Self:
+    def of(
+        cls,
+        choice: Size,
+        families: Mapping[str, Family],
+        sharing: str = "superposed",
+        channels: Size | int | None = None,
+    ) -> Self:
         """The mixed operation of a choice between names: a module per family, or per name where all are "separate"."""
         operations = {}
         for family, (kernels, layer) in families.items():
@@ -65,9 +81,22 @@ class MixedOperation(Elastic, nn.ModuleDict):
                 sizes = {option: kernels[option] if option in names else 0 for option in choice.values}
                 kernel = choice.map(sizes.__getitem__)
                 operations[family if len(names) > 1 else names[0]] = kernel.positive(), layer(kernel)
-        return cls(operations, sharing)
+        return cls(operations, sharing, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = self.channels
+        if channels is None or channels.used == channels.max:
+            y = self._mixed(x)
+        else:
+            y, rest = self._mixed(x[:, : channels.used]), x[:, channels.used :]
+            if y.shape[-2:] != x.shape[-2:]:
+                rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
+            y = F.channel_shuffle(torch.cat([y, rest], 1), channels.max // channels.used)
+        mixture = self._superposition.mixture if self._superposition else None
+        edge = mixture.edges.get(self._row) if mixture and self._row else None
+        return y if edge is None else y * edge
+
+    def _mixed(self, x: Tensor) -> Tensor:
         if self.assignment is not None:
             name = self._chosen(self.assignment)
             return self.covered(name, self[name](x))
@@ -88,7 +117,11 @@ class MixedOperation(Elastic, nn.ModuleDict):
         return next(name for name, present in self.presence.items() if present.value(assignment))
 
     def _terms(self, x: Tensor) -> Iterator[Tensor]:
+        mixture = self._superposition.mixture if self._superposition else None
+        kept = mixture.kept.get(self._row) if mixture and self._row else None
         for name, module in self.items():
+            if kept is not None and not any(self.presence[name].values[option] for option in kept):
+                continue
             masks = self.masks(name)
             if not masks:  # the paper's factor-free groups, and every operation of a network that is not relaxed
                 yield module(x)

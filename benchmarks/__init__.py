@@ -1,0 +1,1 @@
+"""What a search costs, measured. README.md says how to repeat it."""

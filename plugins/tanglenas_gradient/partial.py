@@ -1,0 +1,161 @@
+"""Partial channels, edge normalization and progressive shrinking (Xu et al. 2020, arXiv:1907.05737; Chen et al. 2021).
+
+In a cell space the operations of an edge see a share of the channels, the rest passes by; the output of an edge is
+weighed against those of the other edges into its node. In every space rows of choices are pruned on the way, to the
+options that are most probable, and the operations left see more channels. Since the channels that join are those of
+the same weights, nothing has to be widened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine import SearchSpace
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.optimizer import Optimizer
+from tanglenas_gradient.darts import DARTS
+from tanglenas_gradient.drnas import DrNAS
+
+
+class Progressive(Optimizer):
+    """What the two methods below share: the search in stages of equal length.
+
+    Args:
+        channels: For each stage, one over the share of channels that the operations of cells see; 1 is all of them.
+        keep: For each stage, the share of every row's options that it works with, at least one; the first is 1.
+        edge_normalization: Whether edges into a node are weighed by a softmax over parameters of their own, which
+            then count when a space derives which edges to keep.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        keep: Sequence[float],
+        edge_normalization: bool,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self.channels, self.keep = tuple(channels), tuple(keep)
+        if not self.channels or len(self.channels) != len(self.keep):
+            raise TangleNASError(
+                f"channels {self.channels} and keep {self.keep} have {len(self.channels)} and {len(self.keep)} stages: "
+                "give one of each for every stage"
+            )
+        if any(type(parts) is not int or parts < 1 for parts in self.channels):
+            raise TangleNASError(f"channels are {self.channels}, expected whole numbers of at least 1, such as (6, 4)")
+        if (
+            self.keep[0] != 1
+            or any(not 0 < share <= 1 for share in self.keep)
+            or list(self.keep) != sorted(self.keep)[::-1]
+        ):
+            raise TangleNASError(f"keep is {self.keep}, expected shares that start at 1 and fall, such as (1, 0.5)")
+        self.edge_normalization = edge_normalization
+        self.stage = 0
+        self.edges = nn.Parameter(torch.empty(0))
+        self._kept: dict[int, Tensor] = {}
+
+    def bind(self, space: SearchSpace, seed: int) -> None:
+        super().bind(space, seed)
+        self._nodes = [rows for rows in space.nodes() if self.edge_normalization]
+        count = sum(map(len, self._nodes))
+        noise = torch.randn(count, generator=torch.Generator().manual_seed(self.entropy(-1, "edges")))
+        self.edges = nn.Parameter((1e-3 * noise).to(next(space.parameters())))
+        for widths in space.partial_channels:
+            for parts in self.channels:
+                if widths % parts:
+                    raise TangleNASError(
+                        f"{widths} channels of {space._label} do not divide into {parts} parts: choose other channels "
+                        "of the space or of the optimizer"
+                    )
+        self.stage = 0
+        self._kept = {count: torch.ones_like(alpha, dtype=torch.bool) for count, alpha in self.alphas.items()}
+        space.superposition.parts = self.channels[0]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*super().parameters(), self.edges] if self._nodes else super().parameters()
+
+    def progress(self, fraction: float) -> None:
+        super().progress(fraction)
+        stage = min(len(self.channels) - 1, int(fraction * len(self.channels) + 1e-9))
+        while self.stage < stage:
+            self.stage += 1
+            self._prune(self.keep[self.stage])
+        self._space.superposition.parts = self.channels[self.stage]
+
+    def sample(self, step: int, stream: str) -> Mixture:
+        return self._shrunk(super().sample(step, stream))
+
+    def expected(self) -> Mixture:
+        return self._shrunk(super().expected())
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"stage": self.stage, "edges": self.edges.detach().clone(), "kept": dict(self._kept)}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        with torch.no_grad():
+            self.edges.copy_(state["edges"])
+        self.stage = state["stage"]
+        self._kept = {count: kept.to(self.alphas[count].device) for count, kept in state["kept"].items()}
+        self._space.superposition.parts = self.channels[self.stage]
+
+    def _prune(self, share: float) -> None:
+        """Keep the most probable options of every row."""
+        for count, weights in self.expected().detach().stacks.items():
+            best = weights.topk(max(1, math.ceil(share * count)), dim=1).indices
+            self._kept[count] = torch.zeros_like(self._kept[count]).scatter_(1, best, True)
+
+    def _shrunk(self, mixture: Mixture) -> Mixture:
+        """A mixture given that it is one of the options left, with the weights of edges."""
+        stacks = {count: weights * self._kept[count] for count, weights in mixture.stacks.items()}
+        found = self._space.mixture({count: w / w.sum(1, keepdim=True) for count, w in stacks.items()})
+        if self.keep[self.stage] < 1:
+            kept = {count: stack.tolist() for count, stack in self._kept.items()}
+            found.kept = {
+                row: frozenset(i for i, there in enumerate(kept[len(row.options)][row.slot]) if there)
+                for row in self._space.rows
+            }
+        for rows, logits in zip(self._nodes, self.edges.split(list(map(len, self._nodes))), strict=True):
+            found.edges.update(zip(rows, logits.softmax(0), strict=True))
+        return found
+
+
+class PartialDARTS(Progressive, DARTS):
+    """PC-DARTS: softmax mixtures over a quarter of the channels; options as for `Progressive` and `darts`.
+
+    The paper searches 50 epochs, alpha in the last 35: see `search.warmup_epochs`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (4,),
+        keep: Sequence[float] = (1.0,),
+        edge_normalization: bool = True,
+        weight_decay: float = 1e-3,
+    ):
+        super().__init__(channels, keep, edge_normalization, weight_decay=weight_decay)
+
+
+class PartialDrNAS(Progressive, DrNAS):
+    """DrNAS with partial channels and progressive shrinking; options as for `Progressive` and `drnas`.
+
+    The paper has 36 channels of which stages see 1/6 and 1/4, and keeps 4 of 8 operations in the second; alpha rests in
+    the first 10 epochs of 25 of each. Differs from it in that optimizer and learning rate go on from stage to stage.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (4, 2),
+        keep: Sequence[float] = (1.0, 0.5),
+        edge_normalization: bool = True,
+        regularizer: str = "l2",
+        scale: float = 1e-3,
+    ):
+        super().__init__(channels, keep, edge_normalization, regularizer=regularizer, scale=scale)
