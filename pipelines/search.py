@@ -2,8 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from pipelines._config import register, required
+from ruamel.yaml import YAML
+
+from pipelines._config import required
 from pipelines._stage import (
     MIXTURE,
     SPLITS,
@@ -12,19 +15,20 @@ from pipelines._stage import (
     create_optimizer_,
     device,
     make_splits_,
+    search_,
     stage,
 )
-from tanglenas_engine import figures
+from tanglenas_engine import SearchSpace, figures
+from tanglenas_engine.budget import check_budget
 from tanglenas_engine.checkpoint import save_weights
+from tanglenas_engine.cost import METRICS
 from tanglenas_engine.data import open_splits
-from tanglenas_engine.search import search
-
-search_ = register(search)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with stage("search", arguments) as run:
+        check_later_budget(run.space)
         splits = make_splits_(run.dataset, seed=run.seed)
         optimizer = create_optimizer_(name=required("OPTIMIZER", str))
         size = run.space.size
@@ -45,13 +49,14 @@ def main(arguments: Sequence[str]) -> None:
             tracker=run.tracker,
             progress=run.progress,
         )
+        run.alone()
         run.write(SPLITS.name, splits.to_json())
         save_weights(
             SUPERNET,
             run.space.state_dict(),
             {"space": run.space.name, "optimizer": optimizer.name, "pipeline_id": run.pipeline_id},
         )
-        save_weights(MIXTURE, dict(result.mixture or {}), {"derivation": optimizer.derivation})
+        save_weights(MIXTURE, result.mixture.tensors() if result.mixture else {}, {"derivation": optimizer.derivation})
         run.table("history.csv", result.history)
         run.table(
             "mixture.csv",
@@ -81,7 +86,22 @@ def main(arguments: Sequence[str]) -> None:
             "params",
             "flops",
         )
-        run.finish({key: last[key] for key in keep if key in last}, result.architecture)
+        costs = [key for key in last if key.startswith(("expected_", "penalty_"))]
+        run.finish({key: last[key] for key in (*keep, *costs, "stopped") if key in last}, result.architecture)
+
+
+def check_later_budget(space: SearchSpace, params: Path = Path("params.yaml")) -> None:
+    """Refuse before training the budget that discretize would refuse after it, where params.yaml is about this space.
+
+    The search does not depend on the budget otherwise: another one does not make it run again.
+
+    Raises:
+        TangleNASError: No architecture of the space meets it.
+    """
+    values = YAML(typ="safe").load(params.read_text()) if params.exists() else None
+    if values and values.get("space") == space.name:
+        later = values.get("discretize") or {}
+        check_budget(space, {metric: later.get(f"max_{metric}") for metric in METRICS})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +44,41 @@ Term = tuple[int, tuple[Size, ...]]
 """A constant times Sizes."""
 
 
+class Additive:
+    """A cost that is a sum of tables, each over a few rows of choices: what searches and budgets can compute with.
+
+    Args:
+        tables: For each tuple of rows the value of every combination of their options, the last row's varying fastest.
+            Where a row does not matter (beyond a depth, whose row is then in the tuple too), values must not differ.
+    """
+
+    def __init__(self, tables: Mapping[tuple[Row, ...], Sequence[float]]):
+        self.tables = {rows: tuple(values) for rows, values in tables.items()}
+        self._batches = _batched(self.tables)
+
+    def cost(self, assignment: Assignment) -> Any:
+        """The exact value for an assignment; an int where the tables hold ints."""
+        return sum(Size(rows, values).number(assignment) for rows, values in self.tables.items())
+
+    def expected(self, mixture: Mixture) -> Tensor:
+        """The expectation over independent rows: a float64 scalar, differentiable."""
+        # Counts exceed what float32 holds exactly.
+        mixture = Mixture({}, {count: stack.double() for count, stack in mixture.stacks.items()})
+        total = next(iter(mixture.stacks.values())).new_zeros(())
+        for rows, slots, tables in self._batches:
+            probabilities = mixture.joint(rows, slots.to(total.device))
+            total = total + (probabilities * tables.to(total.device)).sum()
+        return total
+
+
 class CostModel:
-    """All terms of a space, gathered by the rows that they depend on."""
+    """The costs of a space by metric: all its terms, gathered by the rows that they depend on."""
 
     def __init__(self, space: SearchSpace):
-        terms = {"params": _parameter_terms(space), "flops": _mac_terms(space)}
-        self._tables: dict[str, dict[tuple[Row, ...], list[int]]] = {m: {} for m in METRICS}
-        for metric, listed in terms.items():
-            for constant, factors in listed:
+        self.metrics: dict[str, Additive] = {}
+        for metric, terms in (("params", _parameter_terms(space)), ("flops", _mac_terms(space))):
+            tables: dict[tuple[Row, ...], list[int]] = {}
+            for constant, factors in terms:
                 rows = tuple(sorted({r for f in factors for r in f.rows}, key=space.rows.index))
                 values = []
                 for picks in combinations(rows):
@@ -59,30 +86,20 @@ class CostModel:
                     for factor in factors:
                         value *= factor.value(picks)
                     values.append(value)
-                table = self._tables[metric].setdefault(rows, [0] * len(values))
+                table = tables.setdefault(rows, [0] * len(values))
                 table[:] = [a + b for a, b in zip(table, values, strict=True)]
-        self._batches = {metric: _batched(tables) for metric, tables in self._tables.items()}
+            self.metrics[metric] = Additive(tables)
 
     def cost(self, assignment: Assignment) -> Cost:
-        return Cost(*(self._exact(metric, assignment) for metric in METRICS))
+        return Cost(**{metric: terms.cost(assignment) for metric, terms in self.metrics.items()})
 
     def expected(self, mixture: Mixture) -> Cost:
-        return Cost(*(self._expected(metric, mixture) for metric in METRICS))
-
-    def _exact(self, metric: str, assignment: Assignment) -> int:
-        return sum(int(Size(rows, table).number(assignment)) for rows, table in self._tables[metric].items())
-
-    def _expected(self, metric: str, mixture: Mixture) -> Tensor:
-        # Counts exceed what float32 holds exactly.
-        like = next(iter(mixture.stacks.values()))
-        total = torch.zeros((), dtype=torch.float64, device=like.device)
-        for rows, slots, tables in self._batches[metric]:
-            probabilities = mixture.joint(rows, slots.to(like.device)).double()
-            total = total + (probabilities * tables.to(like.device)).sum()
-        return total
+        return Cost(**{metric: terms.expected(mixture) for metric, terms in self.metrics.items()})
 
 
-def _batched(tables: dict[tuple[Row, ...], list[int]]) -> list[tuple[tuple[Row, ...], Tensor, Tensor]]:
+def _batched(
+    tables: Mapping[tuple[Row, ...], Sequence[float]],
+) -> list[tuple[tuple[Row, ...], Tensor, Tensor]]:
     """Tables over rows with the same numbers of options together: (rows of the first, slots, values)."""
     groups: dict[tuple[int, ...], list[tuple[Row, ...]]] = {}
     for rows in tables:
@@ -157,10 +174,11 @@ def _mac_terms(space: SearchSpace) -> list[Term]:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-        if state[0] is not None:
-            space.superposition.relax(state[0])
-        elif state[1] is not None:
-            space.superposition.select(state[1])
+        mixture, assignment = state
+        if assignment is not None:
+            space.superposition.select(assignment, mixture)
+        elif mixture is not None:
+            space.superposition.relax(mixture)
     return terms
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,12 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tanglenas_engine import distributed
 from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, Samples, Stream, batches
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.execution import Precision
 from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import Batch, Loss, Optimizer, Step, entropy
+from tanglenas_engine.objective import Target
+from tanglenas_engine.optimizer import Batch, Loss, Optimizer, Step, entropy, positive
 from tanglenas_engine.progress import Progress
 from tanglenas_engine.seeding import seeded
 from tanglenas_engine.space import SearchSpace
@@ -29,9 +32,12 @@ from tanglenas_engine.training import (
     cosine,
     cross_entropy,
     device_of,
+    made,
     measure,
     parameter_groups,
+    parts_of,
     run,
+    running_statistics,
     to,
 )
 
@@ -44,7 +50,9 @@ class SearchResult:
 
     `architecture` and `mixture` are None for a method that derives its architecture afterwards. `history` has
     one row per epoch: losses, accuracies in %, entropy of the mixture from 1 (undecided) to 0, the current
-    architecture with its cost and, under "mixture", its weights by choice.
+    architecture with its cost and, under "mixture", its weights by choice. For each target it has the expected cost
+    and the cost of the current architecture, and under `penalty_NAME` what the loss of alpha was charged. If the
+    search stopped early, the last row says why under "stopped".
     """
 
     architecture: Architecture | None
@@ -64,8 +72,14 @@ def search(
     scheduler: SchedulerFactory | None = cosine,
     strategy: Strategy = "alternating",
     warmup_epochs: int = 0,
+    targets: Sequence[Target] = (),
+    max_skips: int | None = None,
+    skip_options: Sequence[str] = ("skip_connect",),
+    min_entropy: float | None = None,
     clip: float | None = 5.0,
     loss: Loss = cross_entropy,
+    precision: str = "float32",
+    accumulate: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     device: str | None = None,
@@ -77,6 +91,8 @@ def search(
 ) -> SearchResult:
     """Search `space` with `optimizer`: in every iteration an architecture step and a weight step.
 
+    The ranks of a process group share every batch, and end with the same weights and the same architecture.
+
     Args:
         data: A view that reaches the splits `weights`, `architecture` and `validation`.
         epochs: Passes over the weights split.
@@ -87,13 +103,25 @@ def search(
         strategy: "alternating" takes alpha's gradient from a fresh batch of the architecture split, before each
             weight step (first-order DARTS); "simultaneous" lets one backward pass on the weights split serve both.
         warmup_epochs: Epochs in which only the weights learn.
+        targets: Costs to keep down, in expectation; the loss of alpha is charged for missing them.
+        max_skips: Stop after the epoch, past the warm-up, in which one choice of the current architecture (a cell's
+            operations, say) has more than so many of `skip_options`: the usual sign of a collapse (Liang et al., 2019,
+            arXiv:1909.06035). What is found then is that architecture.
+        skip_options: Names of options that count as skip connections.
+        min_entropy: Stop after the epoch, past the warm-up, in which the entropy in the history falls below this:
+            alpha has decided, and more epochs change little.
         clip: Largest norm of the weights' gradient.
         loss: Of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
+        precision: What matrix products are computed in: "float32", "bfloat16", or "float16" on a GPU. Weights, alpha,
+            masks and losses are float32 throughout.
+        accumulate: Into how many parts a batch is cut, whose gradients are added up before a step: less memory for
+            the same step, but for batch norms, which see the parts.
         num_workers: Processes that load data.
         device: Such as "cpu" or "cuda:0"; by default CUDA where there is one.
         table: What a benchmark says of an architecture; asked once an epoch about the current one, for the history.
         checkpoints: Where to save after every epoch, and every `checkpoint_every` iterations if given; a search
-            that finds its own checkpoint there goes on from it and ends as if it had not been cut off.
+            that finds its own checkpoint there goes on from it and ends as if it had not been cut off. Of several
+            ranks the first has them, the others None.
 
     Raises:
         TangleNASError: An option cannot be, the data do not fit the space, or training diverged.
@@ -107,21 +135,71 @@ def search(
         raise TangleNASError(f"{warmup_epochs} warm-up epochs leave no epoch of {epochs} in which alpha learns")
     if not space.rows:
         raise TangleNASError(f"the space {space._label} has no choices: there is nothing to search")
+    stops = _Stops(space, optimizer, max_skips, skip_options, min_entropy)
     check_fit(space, data.weights)
     target = device_of(device)
+    precise = Precision(precision, target)
+    part = parts_of("search", batch_size, accumulate)
+    if accumulate > 1 and not optimizer.accumulates:
+        raise TangleNASError(
+            f"search.accumulate is {accumulate}, but {optimizer.name or type(optimizer).__name__} takes alpha's "
+            "gradient from a whole batch: leave it out, and use a smaller batch_size"
+        )
     space.to(target).train()
+    distributed.synchronize([*space.parameters(), *space.buffers()])
     optimizer.bind(space, seed)
-    weights = Stream(data.weights, batch_size, seed=2 * seed, num_workers=num_workers)
+    drawn = _bound(targets, space, optimizer)
+    weights = Stream(data.weights, batch_size, seed=2 * seed, num_workers=num_workers, part=part)
     learns = optimizer.learns_architecture
     alternating = learns and strategy == "alternating"
     streams = [weights]
     if alternating:
-        streams.append(Stream(data.architecture, batch_size, seed=2 * seed + 1, num_workers=num_workers))
+        streams.append(Stream(data.architecture, batch_size, seed=2 * seed + 1, num_workers=num_workers, part=part))
     per_epoch = weights.batches_per_epoch
-    of_weights = weight_optimizer(parameter_groups(space))
-    of_alpha = architecture_optimizer(list(optimizer.alphas.values())) if learns else None
-    schedule = scheduler(of_weights, epochs * per_epoch) if scheduler else None
+    of_weights = made("search.weight_optimizer", weight_optimizer, parameter_groups(space))
+    parameters, alphas = list(space.parameters()), optimizer.parameters()
+    statistics = running_statistics(space)
+    of_alpha = made("search.architecture_optimizer", architecture_optimizer, alphas) if learns else None
+    schedule = made("search.scheduler", scheduler, of_weights, epochs * per_epoch) if scheduler else None
     iterators: list[Iterator[Batch]] = []
+    scaler, one = precise.scaler, torch.ones((), device=target)
+
+    def charge() -> dict[str, Tensor]:
+        """Add the targets' gradients to those of alpha, and say what they charge."""
+        if not drawn:
+            return {}
+        mixture = optimizer.expected()
+        assert mixture is not None
+        charges = {f"penalty_{wanted.name}": wanted.charge(mixture) for wanted in drawn}
+        total = torch.stack(list(charges.values())).sum()
+        gradients = torch.autograd.grad(total, alphas, allow_unused=True)
+        for alpha, gradient in zip(alphas, gradients, strict=True):
+            if gradient is not None:
+                alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
+        return charges
+
+    def architecture_backward(steps: Sequence[Step]) -> Tensor:
+        """Set alpha's gradient to its mean over the parts of a batch and the ranks, and give the mean loss here."""
+        losses, gradients = [], []
+        for now in steps:
+            losses.append(optimizer.architecture_backward(now))
+            gradients.append([alpha.grad for alpha in alphas])
+        for alpha, *parts in zip(alphas, *gradients, strict=True):
+            alpha.grad = sum(parts[1:], parts[0]) / len(parts)
+        distributed.average(alpha.grad for alpha in alphas)
+        return torch.stack(losses).mean()
+
+    def weight_backward(steps: Sequence[Step], learning: Sequence[Tensor]) -> Tensor:
+        """Set the weights' gradients to their means over the parts of a batch and the ranks; give the loss here."""
+        total = torch.zeros((), device=target)
+        for now in steps:
+            for term in optimizer.weight_losses(now):
+                term = term / len(steps)
+                torch.autograd.backward(scaler.scale(term))
+                total += term.detach()
+        # Statistics are means of batches: exchanged in every step, they are those of the ranks' batches together.
+        distributed.average([*(parameter.grad for parameter in learning), *statistics])
+        return total
 
     def step(position: int) -> dict[str, Tensor]:
         if not iterators or position % per_epoch == 0:
@@ -129,44 +207,54 @@ def search(
         if not iterators:  # a resumed search starts its streams where it left off
             iterators.extend(stream.start(position) for stream in streams)
         warm = position >= warmup_epochs * per_epoch
-        now = Step(
-            index=position,
-            space=space,
-            loss=loss,
-            weight_batch=to(next(iterators[0]), target),
-            architecture_batch=to(next(iterators[1]), target) if alternating else None,
-            weight_optimizer=of_weights,
-        )
+        batches = [[tensor.chunk(accumulate) for tensor in to(next(iterator), target)] for iterator in iterators]
+        pieces = [list(zip(*batch, strict=True)) for batch in batches]
+        steps = [
+            Step(
+                index=position,
+                space=space,
+                loss=loss,
+                weight_batch=pieces[0][number],
+                architecture_batch=pieces[1][number] if alternating else None,
+                weight_optimizer=of_weights,
+                scale=scaler.scale(one),
+            )
+            for number in range(accumulate)
+        ]
         measured: dict[str, Tensor] = {}
         if alternating and warm and of_alpha is not None:
-            measured["architecture_loss"] = optimizer.architecture_backward(now)
-            of_alpha.step()
+            measured["architecture_loss"] = architecture_backward(steps)
+            scaler.unscale_(of_alpha)
+            measured.update(charge())
+            scaler.step(of_alpha)
         of_weights.zero_grad()
         if of_alpha is not None:
             of_alpha.zero_grad()
-        total = torch.zeros((), device=target)
-        for term in optimizer.weight_losses(now):
-            torch.autograd.backward(term)
-            total += term.detach()
+        together = not alternating and warm and of_alpha is not None
+        measured["weight_loss"] = weight_backward(steps, [*parameters, *alphas] if together else parameters)
+        scaler.unscale_(of_weights)
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(space.parameters(), clip)
-        of_weights.step()
-        if not alternating and warm and of_alpha is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        scaler.step(of_weights)
+        if together and of_alpha is not None:
+            scaler.unscale_(of_alpha)
             if (penalty := optimizer.regularizer()) is not None:
                 torch.autograd.backward(penalty)
-            of_alpha.step()
+            measured.update(charge())
+            scaler.step(of_alpha)
+        scaler.update()
         if schedule is not None:
             schedule.step()
-        measured["weight_loss"] = total
-        if now.outputs is not None:
-            measured["weight_accuracy"] = correct(now.outputs, now.weight_batch[1])
+        seen = [correct(now.outputs, now.weight_batch[1]) for now in steps if now.outputs is not None]
+        if seen:
+            measured["weight_accuracy"] = torch.stack(seen).mean()
         return measured
 
     def end_epoch(epoch: int, means: Row) -> Row:
         current = optimizer.current()
         # What alpha says now, judged as it would be extracted; methods that derive later show the largest network.
         space.select(current or space.largest())
-        found = measure(space, data.validation)
+        found = measure(space, data.validation, together=True)
         row: Row = {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
         mixture = optimizer.expected()
         if mixture is not None and current is not None:
@@ -183,9 +271,17 @@ def search(
                 mixture={name: mixture[name].tolist() for name in mixture},
                 **(table(current) if table else {}),
             )
+            for wanted in targets:
+                row.setdefault(f"expected_{wanted.name}", float(wanted.objective.expected(mixture)))
+                row.setdefault(wanted.name, wanted.objective.cost(current))
+            if epoch > warmup_epochs and (reason := stops.reason(current, row["entropy"])):
+                row["stopped"] = reason
+                if progress is not None:
+                    progress.note(f"search: stopped after epoch {epoch} of {epochs}: {reason}")
         return row
 
     try:
+        space.execute = precise.run
         with seeded(seed):
             history = run(
                 name="search",
@@ -200,17 +296,85 @@ def search(
                     "weight_optimizer": of_weights,
                     **({"architecture_optimizer": of_alpha} if of_alpha is not None else {}),
                     **({"scheduler": schedule} if schedule is not None else {}),
+                    **({"scaler": scaler} if scaler.is_enabled() else {}),
                 },
-                parameters=[*space.parameters(), *optimizer.alphas.values()],
+                parameters=[*parameters, *alphas],
                 checkpoints=checkpoints,
                 checkpoint_every=checkpoint_every,
                 tracker=tracker,
                 progress=progress,
             )
     finally:
+        space.execute = None
         space.release()
+        space.superposition.parts = 1  # an architecture has all channels
     mixture = optimizer.expected()
     return SearchResult(optimizer.current(), mixture and mixture.detach(), history)
+
+
+class _Stops:
+    """When to stop before the last epoch.
+
+    Raises:
+        TangleNASError: An option cannot be, or the space or the optimizer has nothing that it could be about.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        optimizer: Optimizer,
+        max_skips: int | None,
+        skip_options: Sequence[str],
+        min_entropy: float | None,
+    ):
+        self.max_skips, self.skips, self.min_entropy = max_skips, set(skip_options), min_entropy
+        given = [name for name, value in (("max_skips", max_skips), ("min_entropy", min_entropy)) if value is not None]
+        if given and not optimizer.learns_architecture:
+            raise TangleNASError(
+                f"search.{given[0]} is about what alpha says, and {optimizer.name or type(optimizer).__name__} has no "
+                "architecture parameters: leave it out"
+            )
+        if max_skips is not None:
+            at_least("search.max_skips", max_skips, 0)
+            options = {option for choice in space.choices.values() for option in choice.options}
+            if not self.skips & options:
+                raise TangleNASError(
+                    f"search.max_skips is {max_skips}, but no choice of {space._label} has an option among "
+                    f"search.skip_options, {', '.join(sorted(self.skips)) or '(none)'}: name those that skip"
+                )
+        if min_entropy is not None and not 0 < positive("search.min_entropy", min_entropy) < 1:
+            raise TangleNASError(f"search.min_entropy is {min_entropy!r}, expected a number between 0 and 1")
+
+    def reason(self, current: Architecture, entropy: float) -> str | None:
+        """Why to stop now, or None."""
+        if self.max_skips is not None:
+            for name, chosen in current.choices.items():
+                count = sum(option in self.skips for option in (chosen if isinstance(chosen, tuple) else (chosen,)))
+                if count > self.max_skips:
+                    return f"{name} has {count} of {', '.join(sorted(self.skips))}, more than {self.max_skips}"
+        if self.min_entropy is not None and entropy < self.min_entropy:
+            return f"the mixture's entropy is {entropy:.3g}, below {self.min_entropy:g}"
+        return None
+
+
+def _bound(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) -> list[Target]:
+    """Bind targets to the space, and give those that draw alpha.
+
+    Raises:
+        TangleNASError: Two are of one objective, one cannot be met, or the optimizer cannot follow one.
+    """
+    names = [one.name for one in targets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise TangleNASError(f"search.targets has two for {twice[0]!r}: give one for each objective")
+    drawn = [one for one in targets if one.draws]
+    if drawn and not optimizer.learns_architecture:
+        raise TangleNASError(
+            f"search.targets: {optimizer.name or type(optimizer).__name__} has no architecture parameters that a "
+            f"target for {drawn[0].name} could draw. Leave it out, and give a hard budget to discretize"
+        )
+    for one in targets:
+        one.bind(space)
+    return drawn
 
 
 def check_fit(space: SearchSpace, samples: Samples) -> None:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tanglenas_engine import create_space
+from tanglenas_engine.cost import METRICS
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,39 @@ def test_the_gradient_of_the_expected_cost(name):
 
     alphas = list(random_mixture(space)[0].values())
     assert torch.autograd.gradcheck(relative, alphas)
+
+
+@pytest.mark.parametrize("name", ["nb201", "darts"])
+def test_the_expected_cost_of_a_cell_counts_each_edge_by_itself(name):
+    """Of darts that is all 14 edges of a cell, of which an architecture has 8."""
+    space = make(name)
+    weights = {n: w.detach() for n, w in random_mixture(space)[1].items()}
+    expected = space.expected_cost(weights)
+    probabilities = {
+        row: weights[choice][i].tolist()
+        for choice in space.choices
+        for i, row in enumerate(space.choices[choice].table)
+    }
+    for metric in METRICS:
+        terms = space.terms(metric)
+        nothing = {row: row.options.index("none") for row in space.rows}
+        constant, by_hand = terms.cost(nothing), 0.0
+        by_hand = constant + sum(
+            probability * (terms.cost({**nothing, row: option}) - constant)
+            for row, listed in probabilities.items()
+            for option, probability in enumerate(listed)
+        )
+        assert getattr(expected, metric).item() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_expected_costs_of_float32_mixtures_are_exact_for_their_weights():
+    """Products of single-precision weights are taken in double precision."""
+    space = make("vit").float()
+    weights = {name: weights.detach() for name, weights in random_mixture(space)[1].items()}
+    double = {name: weights.double() for name, weights in weights.items()}
+    for metric in METRICS:
+        one, other = (getattr(space.expected_cost(mixture), metric).item() for mixture in (weights, double))
+        assert one == other
 
 
 def test_expected_costs_of_float32_mixtures_are_counted_in_float64():

@@ -18,7 +18,7 @@ from tanglenas_engine.data import DataView, TensorSamples, TokenSamples, make_sp
 from tanglenas_engine.discretize import discretize
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
 from tanglenas_engine.optimizer import l2
-from tanglenas_engine.plugins import create_optimizer, manager
+from tanglenas_engine.plugins import create_optimizer, create_space, manager
 from tanglenas_engine.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.search import check_fit, search
 from tanglenas_engine.testing import check_resume, random_data, same
@@ -477,23 +477,121 @@ def test_a_look_at_the_data_changes_nothing():
     assert before.equal(torch.get_rng_state()) and space.training
 
 
+@pytest.mark.parametrize("every", [1, None])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_divergence_is_told_and_the_checkpoint_before_it_stays(tmp_path, optimizer):
-    calls = []
+def test_divergence_is_told_with_its_step_and_the_checkpoint_before_it_stays(tmp_path, optimizer, every):
+    class Steps(SilentProgress):
+        done = 0
+
+        def advance(self):
+            self.done += 1
+
+    steps = Steps()
 
     def loss(outputs, targets):
-        calls.append(len(calls))
-        value = cross_entropy(outputs, targets)
-        return value if len(calls) <= 4 else value * float("nan")
+        return cross_entropy(outputs, targets) * (1 if steps.done < 2 else float("nan"))
 
     space = vit()
     data = random_data(space, SPLITS)
     with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
-        with pytest.raises(TangleNASError, match=r"search: .* is not finite by step .*Lower the learning rate"):
+        with pytest.raises(
+            TangleNASError, match=r"search: .*_loss is not finite by step 3 of 8.*Lower the learning rate"
+        ):
             search(
-                space, create_optimizer(optimizer), data, epochs=4, batch_size=4, loss=loss,
-                checkpoints=checkpoints, checkpoint_every=1,
+                space, create_optimizer(optimizer), data, epochs=4, batch_size=4, loss=loss, progress=steps,
+                checkpoints=checkpoints, checkpoint_every=every,
             )  # fmt: skip
         state = checkpoints.load()
-    assert 2 <= state["position"] <= 4
+    assert state["position"] == 2 and steps.done == (3 if every else 4)
     assert all(weight.isfinite().all() for weight in state["space"].values())
+
+
+# Stopping early
+
+
+class Leaning(DARTS):
+    """Skips more and more: alpha goes by steps of its own, and not by the loss."""
+
+    def __init__(self, option: int, speed: float = 0.5):
+        super().__init__()
+        self.option, self.speed = option, speed
+
+    def architecture_backward(self, step):
+        loss = super().architecture_backward(step)
+        for count, alpha in self.alphas.items():
+            alpha.grad = torch.zeros_like(alpha)
+            edge = step.index // 2 % len(alpha)
+            alpha.grad[edge, self.option % count] = -self.speed
+        return loss
+
+
+SKIPS_OF_ALL_KINDS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+
+
+def leaning(optimizer=None, **options):
+    space = create_space("nb201", channels=2, cells=1, image_size=8, num_classes=3)
+    rate = partial(torch.optim.SGD, lr=1.0)
+    return searched(space, optimizer or Leaning(1), architecture_optimizer=rate, **{"epochs": 6, **options})
+
+
+def test_a_search_stops_when_a_cell_has_too_many_skip_connections():
+    def skips(history):
+        return [row["architecture"].count("skip_connect") for row in history]
+
+    whole = leaning()["history"]
+    counts = skips(whole)
+    assert len(counts) == 6 and counts[1] < counts[2] < counts[3] and not any("stopped" in row for row in whole)
+    history = leaning(max_skips=counts[2])["history"]
+    assert skips(history) == counts[:4]
+    assert [row.get("stopped") for row in history] == [
+        *[None] * 3,
+        f"operation has {counts[3]} of skip_connect, more than {counts[2]}",
+    ]
+    # The warm-up is not judged.
+    late = leaning(max_skips=0, skip_options=SKIPS_OF_ALL_KINDS, warmup_epochs=3)["history"]
+    assert len(late) == 4 and late[-1]["stopped"].startswith("operation has 6 of avg_pool_3x3, none, nor_conv_1x1, ")
+
+
+def test_a_search_stops_when_alpha_has_decided(capsys):
+    fast = partial(Leaning, 1, 20.0)
+    entropies = [row["entropy"] for row in leaning(fast())["history"]]
+    assert entropies[-1] < entropies[2] < entropies[1]
+    limit = (entropies[1] + entropies[2]) / 2
+    history = leaning(fast(), min_entropy=limit, progress=ConsoleProgress())["history"]
+    assert len(history) == 3
+    reason = f"the mixture's entropy is {entropies[2]:.3g}, below {limit:g}"
+    assert history[-1]["stopped"] == reason
+    assert f"search: stopped after epoch 3 of 6: {reason}" in capsys.readouterr().out
+    # The warm-up is not judged.
+    assert len(leaning(fast(), min_entropy=0.9999, warmup_epochs=4)["history"]) == 5
+
+
+@pytest.mark.parametrize("cuts", [(1,), (3,), (2, 4)])
+def test_a_search_that_stops_early_resumes_like_any_other(cuts):
+    options = {"architecture_optimizer": partial(torch.optim.SGD, lr=1.0), "epochs": 6}
+    space = partial(create_space, "nb201", channels=2, cells=1, image_size=8, num_classes=3)
+    check_resume(partial(Leaning, 1, 20.0), space, cuts, min_entropy=0.75, **options)
+
+
+def test_a_search_that_stopped_early_is_not_taken_up_again(tmp_path):
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+        first = leaning(Leaning(1, 20.0), min_entropy=0.75, checkpoints=checkpoints)
+        assert "stopped" in first["history"][-1] and len(first["history"]) < 6
+        same(leaning(Leaning(1, 20.0), min_entropy=0.75, checkpoints=checkpoints), first, "the search")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_skips": -1}, "search.max_skips is -1, expected a whole number of at least 0"),
+        ({"max_skips": 2}, "no choice of 'AutoFormer' has an option among search.skip_options, skip_connect: name"),
+        ({"min_entropy": 1}, "search.min_entropy is 1, expected a number between 0 and 1"),
+        ({"min_entropy": 0}, "search.min_entropy is 0, expected a positive number"),
+        ({"min_entropy": 0.5, "optimizer": "spos"}, "search.min_entropy is about what alpha says, and spos has no"),
+        ({"max_skips": 2, "optimizer": "spos"}, "search.max_skips is about what alpha says, and spos has no"),
+    ],
+)
+def test_stops_that_cannot_be(options, message):
+    with pytest.raises(TangleNASError) as caught:
+        searched(vit, **options)
+    assert message in str(caught.value)

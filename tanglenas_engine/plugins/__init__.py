@@ -6,7 +6,6 @@ Nothing here imports torch: a plugin's classes are imported when one of them is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .hookspecs import API_VERSION, KINDS, Register, hookimpl
@@ -15,6 +14,7 @@ from .types import Fault, Plugin, PluginWarning, Registration
 
 if TYPE_CHECKING:
     from ..data import Dataset
+    from ..objective import Objective
     from ..optimizer import Optimizer
     from ..space import SearchSpace
 
@@ -66,7 +66,8 @@ def create_dataset(name: str, **options: Any) -> Dataset:
     return dataset
 
 
-def create_objective(name: str, **options: Any) -> Callable[..., Any]:
+def create_objective(name: str, **options: Any) -> Objective:
     """The objective registered under `name`. Raises as `create_space` does."""
-    objective: Callable[..., Any] = manager().create("objective", name, **options)
+    objective: Objective = manager().create("objective", name, **options)
+    objective.name = name
     return objective

@@ -53,4 +53,4 @@ def tanglenas_register_datasets(register: Register) -> None:
 
 @hookspec
 def tanglenas_register_objectives(register: Register) -> None:
-    """Register objectives: what a search minimizes."""
+    """Register objectives: subclasses of `tanglenas_engine.Objective`."""
