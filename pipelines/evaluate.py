@@ -1,6 +1,7 @@
 """Evaluate: judge the final network on the test split, and say where everything is."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -14,15 +15,16 @@ from pipelines._stage import (
     WEIGHTS,
     benchmark_,
     device,
+    evaluate_,
     load_into,
     read_architecture,
     stage,
 )
 from tanglenas_engine import Architecture, figures
 from tanglenas_engine.data import Splits, open_splits
-from tanglenas_engine.evaluate import evaluate
+from tanglenas_engine.evaluate import rank_correlation
 
-evaluate_ = register(evaluate)
+rank_correlation_ = register(rank_correlation)
 
 
 def summary(architecture: Architecture, title: str) -> None:
@@ -54,14 +56,31 @@ def main(arguments: Sequence[str]) -> None:
         architecture = read_architecture(run.space)
         network = run.space.standalone(architecture)
         load_into(network, WEIGHTS)
+        splits = Splits.from_json(SPLITS.read_text("utf-8", errors="replace"))
         result = evaluate_(
-            run.space,
-            architecture,
-            network.eval(),
-            open_splits(run.dataset, Splits.from_json(SPLITS.read_text()), ("test",)),
-            device=device(),
+            run.space, architecture, network.eval(), open_splits(run.dataset, splits, ("test",)), device=device()
         )
         table = benchmark_(run.space)
+        if table is not None:
+            load_into(run.space, SUPERNET)
+        ranking = rank_correlation_(
+            run.space,
+            open_splits(run.dataset, splits, ("weights", "architecture"), augment=False),
+            table,
+            seed=run.seed,
+            device=device(),
+            checkpoints=run.checkpoints,
+            progress=run.progress,
+        )
+        run.alone()
+        agreement = {}
+        if ranking is not None:
+            run.table("rank_correlation.csv", ranking.rows)
+            found = {"kendall_tau": ranking.kendall_tau, "spearman": ranking.spearman}
+            figures.rank_correlation(ranking.rows, **found, path=run.folder / "rank_correlation.png")
+            # JSON has no nan, which says that the supernet, or the table, ranks none.
+            agreement = {name: value for name, value in found.items() if not math.isnan(value)}
+            agreement["ranked_architectures"] = len(ranking.rows)
         shown = run.space.show(network.cpu(), run.dataset)
         if shown is not None:
             run.write("sample.txt", shown + "\n")
@@ -75,6 +94,7 @@ def main(arguments: Sequence[str]) -> None:
                 "flops": result.cost.flops,
                 "digest": architecture.digest,
                 **(table(architecture) if table else {}),
+                **agreement,
             },
             architecture,
         )

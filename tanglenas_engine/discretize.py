@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.budget import Budget, check_budget, project, shrunk
-from tanglenas_engine.cost import Cost
-from tanglenas_engine.data import DataView, Samples
+from tanglenas_engine.budget import Budget, check_budget, project
+from tanglenas_engine.candidates import Candidates
+from tanglenas_engine.checkpoint import CheckpointFolder
+from tanglenas_engine.cost import METRICS, Cost
+from tanglenas_engine.data import DataView
 from tanglenas_engine.errors import TangleNASError, unknown
+from tanglenas_engine.evolution import evolution
 from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.progress import Progress, SilentProgress
+from tanglenas_engine.objective import Objective
+from tanglenas_engine.pareto import front, nsga2
+from tanglenas_engine.progress import Progress
 from tanglenas_engine.search import check_fit
-from tanglenas_engine.seeding import seeded
 from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.training import Row, at_least, device_of, measure, random_inputs, recalibrate
+from tanglenas_engine.training import Row, at_least, device_of
+
+Method = Callable[..., None]
+"""Judges candidates: takes the `Candidates` to draw from and the mixture of the search, or None, and its options."""
+
+
+def argmax(candidates: Candidates, mixture: Mixture | None) -> None:
+    """Judge one candidate: the most probable architecture within the budget."""
+    if mixture is None:
+        raise TangleNASError(
+            "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
+            "use method 'random' or 'evolution' for a sampled supernet"
+        )
+    candidates.judge([project(candidates.space, mixture, candidates.budget, candidates.objectives)])
+
+
+def random(candidates: Candidates, mixture: Mixture | None) -> None:
+    """Judge random candidates, uniform over the rows' options where the budget leaves room, or drawn from the prior.
+
+    The paper's numbers of candidates are 2,000 for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
+    """
+    candidates.judge(candidates.first(candidates.limit))
+
+
+METHODS: Mapping[str, Method] = {"argmax": argmax, "random": random, "evolution": evolution, "nsga2": nsga2}
+"""Ways to derive an architecture."""
 
 
 @dataclass(frozen=True)
 class DiscretizeResult:
     """The architecture found, its cost, and its validation accuracy in % with the supernet's weights.
 
-    `candidates` has one row per architecture that was tried, best first; argmax tries one.
+    `candidates` has one row per architecture that was tried, best first; argmax tries one. `front` has those that no
+    other one dominates in accuracy and in the cost named `front_cost`, cheapest first.
     """
 
     architecture: Architecture
     cost: Cost
     validation_accuracy: float
     candidates: list[Row] = field(default_factory=list)
+    front: list[Architecture] = field(default_factory=list)
+    front_cost: str = "params"
 
 
 def discretize(
@@ -40,15 +71,21 @@ def discretize(
     data: DataView,
     mixture: Mapping[str, Tensor] | None,
     *,
-    method: str | None = None,
+    method: str = "auto",
     derivation: str = "argmax",
     candidates: int = 100,
+    prior: Literal["uniform", "mixture"] = "uniform",
+    cost: str = "params",
     max_params: int | None = None,
     max_flops: int | None = None,
+    objectives: Sequence[Objective] = (),
+    limits: Mapping[str, float] | None = None,
     recalibration_batches: int = 8,
     batch_size: int = 256,
     seed: int = 0,
     device: str | None = None,
+    methods: Mapping[str, Method] = METHODS,
+    checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
 ) -> DiscretizeResult:
     """Derive an architecture from a trained supernet.
@@ -59,102 +96,70 @@ def discretize(
             and `validation` (to judge the result).
         mixture: What alpha stands for after a gradient search, by choice; None or empty after a
             sampled one.
-        method: "argmax" takes the most probable option of every row. "random" evaluates random architectures with
-            the supernet's weights and takes the best on the architecture split. None: what `derivation` says.
+        method: "argmax" takes the most probable option of every row. The others judge candidates with the supernet's
+            weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which looks for
+            the whole front of accuracy and cost. "auto": what `derivation` says.
         derivation: The way that goes with the optimizer that searched.
-        candidates: How many architectures "random" tries.
+        candidates: How many architectures are judged at most: the price of a method.
+        prior: Where the first candidates come from. "uniform" draws every row's options alike; "mixture" draws from
+            the mixture, beginning with what argmax would take.
+        cost: What the front trades against accuracy: "params", "flops" or the name of an objective.
         max_params: Hard budget in parameters, met by construction: argmax takes the most probable architecture
-            within it that `project` finds; random draws within it only.
+            within it that `project` finds; the others never look beyond it.
         max_flops: The same in multiply-accumulates for one input.
+        objectives: Further costs, bound to the space, that the table of candidates has.
+        limits: Hard budgets by name, of objectives too.
         recalibration_batches: Batches that set the statistics of batch norms for each candidate; 0 keeps the
             supernet's. The space has its own again at the end.
+        methods: What the names of methods stand for, here with other options, say.
+        checkpoints: Where to keep what candidates are worth, from time to time and when interrupted; a derivation
+            that finds it there goes on from it and ends as if it had not been cut off.
 
     Raises:
-        TangleNASError: An unknown method, a method that needs a mixture without one, or a budget below the
-            smallest architecture.
+        TangleNASError: An unknown method, options that cannot be, a method or prior that needs a mixture without
+            one, or a budget below the smallest architecture.
     """
-    method = method or derivation
-    if method not in METHODS:
-        raise unknown("discretize.method", method, METHODS)
+    method = derivation if method == "auto" else method
+    if method not in methods:
+        raise unknown("discretize.method", method, methods)
     at_least("discretize.candidates", candidates, 1)
     at_least("discretize.recalibration_batches", recalibration_batches, 0)
-    budget = {"params": max_params, "flops": max_flops}
-    check_budget(space, budget)
+    if not isinstance(limits, Mapping | None):
+        raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
+    costs = [*METRICS, *(objective.name for objective in objectives)]
+    if cost not in costs:
+        raise unknown("discretize.cost", cost, costs)
+    if prior not in ("uniform", "mixture"):
+        raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
+    if prior == "mixture" and not mixture:
+        raise TangleNASError(
+            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
+        )
+    budget: Budget = {"params": max_params, "flops": max_flops, **(limits or {})}
+    check_budget(space, budget, objectives)
     check_fit(space, data.validation)
     target = device_of(device)
     space.to(target)
     weights = space.mixture(mixture) if mixture else None
-    statistics = random_inputs(data.weights, batch_size, recalibration_batches, seed, target)
-    generator = torch.Generator().manual_seed(seed)
-
-    def judge(architecture: Architecture, samples: Samples) -> float:
-        """Accuracy in % with inherited weights, and with batch norms that fit this architecture."""
-        space.select(architecture)
-        if statistics:
-            recalibrate(space, statistics)
-        return measure(space, samples, batch_size).accuracy
-
-    rows: list[Row] = []
-    with seeded(seed), _unchanged(space):
-        tried = METHODS[method](space, weights, budget, candidates, generator)
-        with (progress or SilentProgress()).stage("discretize", len(tried), 0) as line:
-            best = -1.0
-            for number, architecture in enumerate(tried, 1):
-                cost = space.cost(architecture)
-                rows.append(
-                    {
-                        "digest": architecture.digest,
-                        "accuracy": judge(architecture, data.architecture),
-                        "params": cost.params,
-                        "flops": cost.flops,
-                        "architecture": architecture,
-                    }
-                )
-                best = max(best, rows[-1]["accuracy"])
-                line.advance()
-                line.epoch(number, len(tried), f"best {best:.1f} %")
-        rows.sort(key=lambda row: -row["accuracy"])  # stable: the first found wins a tie
-        found: Architecture = rows[0]["architecture"]
-        result = judge(found, data.validation)
-    table = [{**row, "architecture": str(row["architecture"])} for row in rows]
-    return DiscretizeResult(found, space.cost(found), result, table)
-
-
-@contextmanager
-def _unchanged(space: SearchSpace) -> Iterator[None]:
-    """Leave a space released, in its mode and with its statistics: each candidate sets its own."""
-    training, buffers = space.training, [(buffer, buffer.clone()) for buffer in space.buffers()]
-    try:
-        yield
-    finally:
-        space.release().train(training)
-        for buffer, before in buffers:
-            buffer.copy_(before)
-
-
-def _argmax(
-    space: SearchSpace, mixture: Mixture | None, budget: Budget, candidates: int, generator: torch.Generator
-) -> list[Architecture]:
-    if mixture is None:
-        raise TangleNASError(
-            "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
-            "use method 'random' for a sampled supernet"
-        )
-    return [project(space, mixture, budget)]
-
-
-def _random(
-    space: SearchSpace, mixture: Mixture | None, budget: Budget, candidates: int, generator: torch.Generator
-) -> list[Architecture]:
-    """Distinct architectures within the budget, uniform over the rows' options where the budget leaves room."""
-    found: dict[str, Architecture] = {}
-    for _ in range(20 * candidates):
-        architecture = shrunk(space, space.sample(generator), budget, generator)
-        found.setdefault(architecture.digest, architecture)
-        if len(found) == min(candidates, space.size):
-            break
-    return list(found.values())
-
-
-METHODS: dict[str, Callable[..., list[Architecture]]] = {"argmax": _argmax, "random": _random}
-"""Ways to derive: from (space, mixture, budget, candidates, generator) to the architectures to evaluate."""
+    with Candidates(
+        space,
+        data.weights,
+        data.architecture,
+        budget=budget,
+        objectives=objectives,
+        cost=cost,
+        limit=candidates,
+        prior=weights if prior == "mixture" else None,
+        recalibration_batches=recalibration_batches,
+        batch_size=batch_size,
+        seed=seed,
+        device=target,
+        checkpoints=checkpoints,
+        progress=progress,
+    ) as tried:
+        methods[method](tried, weights)
+        best: Architecture = tried.best()[0]["architecture"]
+        accuracy = tried.measured(best, data.validation)
+    rows = [{**row, "architecture": str(row["architecture"])} for row in tried.best(len(tried.rows))]
+    nondominated: list[Architecture] = [row["architecture"] for row in front(tried.rows, cost)]
+    return DiscretizeResult(best, space.cost(best), accuracy, rows, nondominated, cost)

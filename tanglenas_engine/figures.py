@@ -187,6 +187,62 @@ def candidates(rows: Sequence[Row], path: str | Path) -> None:
             _widen(axes)
 
 
+def pareto(rows: Sequence[Row], front: Sequence[Row], cost: str, path: str | Path) -> None:
+    """Draw candidates by accuracy in % and cost, and the front: what there is to have at each cost.
+
+    Args:
+        rows: Of `DiscretizeResult.candidates`.
+        front: Those of them that no other one dominates, cheapest first.
+        cost: The key of the cost in the rows.
+    """
+    if not front:
+        return _note("No candidates.", path)
+    scale, unit = _unit(max(row[cost] for row in rows))
+    names = {"params": "parameters", "flops": "multiply-accumulates"}
+    with _drawing(path, 3.6) as figure:
+        axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
+        axes.scatter([row[cost] / scale for row in rows], [row["accuracy"] for row in rows], s=14, c=FAINT,
+                     alpha=0.5, linewidths=0, label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}")  # fmt: skip
+        axes.step([row[cost] / scale for row in front], [row["accuracy"] for row in front], where="post",
+                  color=ORANGE, marker="o", markersize=4, label=f"front of {len(front)}")  # fmt: skip
+        axes.set_title("accuracy with the supernet's weights (%)")
+        axes.set_xlabel(f"{names.get(cost, cost)}{unit}")
+        axes.margins(0.06)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        if len(rows) == 1:
+            _widen(axes)
+
+
+def rank_correlation(rows: Sequence[Row], kendall_tau: float, spearman: float, path: str | Path) -> None:
+    """Draw the rows of `RankCorrelation`: what the table says of each architecture against what the supernet says."""
+    if not rows:
+        return _note("No architectures.", path)
+    with _drawing(path, 4.1) as figure:
+        axes = _place(figure, 0.65, 0.3, WIDTH - 0.8, 3.3)
+        axes.scatter([row["accuracy"] for row in rows], [row["table_value"] for row in rows], s=14, c=BLUE,
+                     alpha=min(0.6, max(0.15, 200 / len(rows))), linewidths=0)  # fmt: skip
+        axes.set_title(
+            f"table value of {len(rows):,} architectures (Kendall tau {kendall_tau:.2f}, Spearman {spearman:.2f})"
+        )
+        axes.set_xlabel("accuracy with the supernet's weights (%)")
+        axes.margins(0.04)
+        axes.ticklabel_format(useOffset=False)
+
+
+def predictions(predicted: Sequence[float], measured: Sequence[float], path: str | Path) -> None:
+    """Draw predicted against measured latencies in milliseconds, with the line on which they agree."""
+    if not measured:
+        return _note("No networks were measured.", path)
+    with _drawing(path, 4.1) as figure:
+        axes = _place(figure, 0.65, 0.3, WIDTH - 0.8, 3.3)
+        ends = min(*predicted, *measured), max(*predicted, *measured)
+        axes.plot(ends, ends, color=FAINT, linewidth=1, zorder=0)
+        axes.scatter(measured, predicted, s=18, c=BLUE, alpha=0.7, linewidths=0)
+        axes.set_title(f"predicted latency of {len(measured)} networks (ms)")
+        axes.set_xlabel("measured latency (ms)")
+        axes.margins(0.04)
+
+
 @contextmanager
 def _drawing(path: str | Path, height: float) -> Iterator[Figure]:
     """A figure `height` inches high, written to `path` when the block ends."""

@@ -1,16 +1,21 @@
 """Discretization: what each method derives, the budget it keeps to, and what it leaves of the supernet."""
 
+import itertools
 import random
 
 import pytest
 import torch
 from spaces import SPACES, Convolutional, vit
+from tiny import tiny
 from torch import nn
 
 from tanglenas_engine import SearchSpace
+from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.discretize import METHODS, check_budget, discretize, project
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.objective import Objective
+from tanglenas_engine.pareto import front
 from tanglenas_engine.progress import ConsoleProgress
 from tanglenas_engine.size import combinations
 from tanglenas_engine.testing import random_data, same
@@ -18,6 +23,7 @@ from tanglenas_engine.training import measure, random_inputs, recalibrate
 
 SPLITS = ("weights", "architecture", "validation")
 CPU = torch.device("cpu")
+JUDGING = [method for method in METHODS if method != "argmax"]
 
 
 def random_mixture(space: SearchSpace, scale: float = 1.0):
@@ -73,6 +79,94 @@ def test_random_tries_no_more_than_there_are(capsys):
 def test_random_reaches_every_architecture():
     space = vit(depth=(1, 2), num_heads=(1, 3), mlp_ratio=(2,))
     assert len(derive(space, method="random", candidates=space.size).candidates) == space.size == 2 * (2 + 4)
+
+
+@pytest.mark.parametrize("method", JUDGING)
+def test_every_method_that_judges_takes_the_best_of_as_many_as_it_may(method):
+    space = Convolutional()
+    result = derive(space, method=method, candidates=45)
+    accuracies = [row["accuracy"] for row in result.candidates]
+    assert len(accuracies) == 45 == len({row["digest"] for row in result.candidates})
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert result.architecture.digest == result.candidates[0]["digest"]
+    generations = sorted(row["generation"] for row in result.candidates)
+    assert generations == ([0] * 45 if method == "random" else [0] * 20 + [1] * 20 + [2] * 5)
+
+
+@pytest.mark.parametrize("cost", ["params", "flops"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_front_is_what_no_other_candidate_dominates(method, cost):
+    space = Convolutional()
+    result = derive(space, random_mixture(space), method=method, candidates=45, cost=cost)
+    rows = {row["digest"]: row for row in result.candidates}
+    chosen = [rows[architecture.digest] for architecture in result.front]
+    assert chosen == front(result.candidates, cost) and result.front_cost == cost
+    assert chosen[-1]["accuracy"] == result.candidates[0]["accuracy"]
+    for row in result.candidates:
+        beaten = [c for c in chosen if c["accuracy"] >= row["accuracy"] and c[cost] <= row[cost]]
+        assert beaten, "neither on the front nor dominated by it"
+    assert all(space.cost(a) == space.cost(space.architecture(**a.choices)) for a in result.front)
+
+
+@pytest.mark.parametrize("method", JUDGING)
+def test_a_prior_begins_with_what_argmax_takes(method):
+    space = vit()
+    largest = space.cost(space.largest())
+    for limit in (None, (space.cost(space.smallest()).params + largest.params) // 2):
+        mixture = random_mixture(space)
+        likely = derive(space, mixture, max_params=limit)
+        result = derive(space, mixture, method=method, candidates=20, prior="mixture", max_params=limit)
+        assert likely.architecture.digest in {row["digest"] for row in result.candidates if row["generation"] == 0}
+        assert result.candidates[0]["accuracy"] >= likely.candidates[0]["accuracy"]
+
+
+def test_a_prior_of_one_architecture_keeps_to_it():
+    space = vit()
+    chosen = space.sample()
+    mixture = {name: 0.999 * weights + 0.001 / weights.shape[-1] for name, weights in space.one_hot(chosen).items()}
+    result = derive(space, mixture, method="random", candidates=1, prior="mixture")
+    assert result.architecture == chosen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_test_split_is_never_read(method):
+    class Forbidden(TensorSamples):
+        def batch(self, indices):
+            raise AssertionError("the test split was read")
+
+    space = Convolutional()
+    data = random_data(space, SPLITS, samples=40)
+    splits = {name: getattr(data, name) for name in SPLITS}
+    view = DataView({**splits, "test": Forbidden(torch.ones(3), torch.ones(3))})
+    result = discretize(space, view, random_mixture(space), method=method, candidates=25, prior="mixture")
+    assert result.validation_accuracy >= 0
+
+
+class Stopping(Convolutional):
+    """Is stopped, as by a signal, in a certain forward."""
+
+    forwards, stop = 0, None
+
+    def forward(self, x):
+        self.forwards += 1
+        if self.forwards == self.stop:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", JUDGING)
+def test_an_interrupted_derivation_ends_as_if_it_had_not_been(method, tmp_path):
+    torch.manual_seed(0)
+    space = Stopping()
+    whole = derive(space, method=method, candidates=30)
+    forwards, space.forwards = space.forwards, 0
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        space.stop = 2 * forwards // 3
+        with pytest.raises(KeyboardInterrupt):
+            derive(space, method=method, candidates=30, checkpoints=checkpoints)
+        space.forwards, space.stop = 0, None
+        assert derive(space, method=method, candidates=30, checkpoints=checkpoints) == whole
+        assert space.forwards < 0.6 * forwards
 
 
 class Noisy(Convolutional):
@@ -150,6 +244,46 @@ def test_a_budget_that_binds_nothing_changes_nothing():
     assert project(space, mixture, {"params": largest.params, "flops": largest.flops}) == free
 
 
+@pytest.mark.parametrize(
+    "method, prior, name",
+    [
+        *itertools.product(METHODS, ["uniform", "mixture"], ["convolutional", "nb201"]),
+        ("evolution", "mixture", "darts"),
+        ("nsga2", "uniform", "darts"),
+    ],
+)
+def test_no_method_judges_an_architecture_beyond_the_budget(method, prior, name):
+    space = tiny(name)
+    low, high = space.cost(space.smallest()), space.cost(space.largest())
+    budget = {f"max_{m}": int(0.7 * getattr(low, m) + 0.3 * getattr(high, m)) for m in ("params", "flops")}
+    result = derive(space, random_mixture(space), method=method, prior=prior, candidates=45, **budget)
+    assert len(result.candidates) == (1 if method == "argmax" else 45)
+    for row in result.candidates:
+        assert row["params"] <= budget["max_params"] and row["flops"] <= budget["max_flops"]
+    assert result.cost.params <= budget["max_params"] and result.cost.flops <= budget["max_flops"]
+
+
+class Heads(Objective):
+    """The number of heads in all layers."""
+
+    name = "heads"
+
+    def measure(self, architecture):
+        return float(sum(architecture.choices["num_heads"]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_can_be_in_an_objective(method):
+    space = vit()
+    result = derive(
+        space, space.one_hot(space.largest()), method=method, candidates=30, cost="heads",
+        objectives=[Heads().bind(space)], limits={"heads": 4},
+    )  # fmt: skip
+    heads = [row["heads"] for row in result.candidates]
+    assert max(heads) <= 4 and sum(result.architecture.choices["num_heads"]) == heads[0]
+    assert result.front_cost == "heads"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
 def test_random_candidates_keep_to_the_budget(share):
     space = Convolutional()
@@ -200,6 +334,9 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
         ({}, "'argmax' needs the mixture of a gradient search, and the search has none: use method 'random'"),
         ({"mixture": {}}, "'argmax' needs the mixture of a gradient search"),
+        ({"method": "random", "prior": "mixture"}, "discretize.prior 'mixture' needs the mixture of a gradient search"),
+        ({"method": "random", "prior": "alphas"}, "discretize.prior is 'alphas', expected 'uniform' or 'mixture'"),
+        ({"method": "random", "cost": "param"}, "unknown discretize.cost 'param'. Did you mean 'params'?"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be(options, message):

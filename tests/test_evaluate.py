@@ -1,13 +1,19 @@
-"""Evaluation: a plain loop's accuracy, and exact costs."""
+"""Evaluation: a plain loop's accuracy, exact costs, and how well a supernet ranks architectures."""
+
+import math
 
 import pytest
 import torch
 from spaces import SPACES, vit
+from tiny import tiny
+from torch import nn
 
+from tanglenas_engine import SearchSpace, elastic, figures
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
-from tanglenas_engine.evaluate import evaluate
-from tanglenas_engine.testing import random_data
+from tanglenas_engine.evaluate import evaluate, rank_correlation
+from tanglenas_engine.testing import random_data, same
+from tanglenas_engine.training import measure, random_inputs, recalibrate
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -52,3 +58,141 @@ def test_data_that_do_not_fit_or_are_out_of_reach():
         evaluate(space, architecture, network, random_data(space, ("test",)), device="tpu")
     with pytest.raises(TangleNASError, match="batch size 0: give at least 1"):
         evaluate(space, architecture, network, random_data(space, ("test",)), batch_size=0)
+
+
+# Rank correlation
+
+
+def ranked(values):
+    """What a benchmark says, from the value of an architecture by its digest."""
+    ordered = sorted(values.values(), reverse=True)
+
+    def table(architecture):
+        value = values[architecture.digest]
+        return {"table_value": value, "table_rank": 1 + ordered.index(value)}
+
+    return table
+
+
+def scores(space, data, architectures):
+    """What each architecture is worth with the supernet's weights, the long way."""
+    found = {}
+    for architecture in architectures:
+        network = space.extract(architecture)
+        recalibrate(network, random_inputs(data.weights, 256, 8, 0, torch.device("cpu")))
+        found[architecture.digest] = measure(network, data.architecture).accuracy
+    return found
+
+
+class Small(SearchSpace):
+    """Two convolutions: 54 architectures that batch norms tell apart."""
+
+    name = "small"
+
+    def __init__(self):
+        super().__init__()
+        first, second = self.choice("first", (2, 4, 6)), self.choice("second", (3, 5, 2))
+        self.layers = nn.Sequential(
+            elastic.Conv2d(1, first, self.choice("kernel1", (1, 3, 5))), elastic.BatchNorm2d(first), nn.ReLU(),
+            elastic.Conv2d(first, second, self.choice("kernel2", (3, 1))), elastic.BatchNorm2d(second), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), elastic.Linear(second, 3),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def example_input(self, batch):
+        return torch.randn(batch, 1, 5, 5)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    torch.manual_seed(0)
+    space = Small()
+    data = random_data(space, ("weights", "architecture"), samples=200)
+    generator = torch.Generator().manual_seed(0)
+    every = {a.digest: a for a in (space.sample(generator) for _ in range(1000))}
+    assert len(every) == space.size
+    return space, data, scores(space, data, every.values())
+
+
+def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
+    space, data, worth = judged
+    before = {name: tensor.clone() for name, tensor in space.state_dict().items()}
+    found = rank_correlation(space, data, ranked(worth), architectures="all")
+    assert found.kendall_tau == pytest.approx(1) and found.spearman == pytest.approx(1)
+    assert {row["digest"]: row["accuracy"] for row in found.rows} == worth
+    same({**space.state_dict()}, before, "the supernet")
+    assert space.superposition.assignment is None
+    reverse = rank_correlation(space, data, ranked({d: -v for d, v in worth.items()}), architectures=10**6)
+    assert reverse.kendall_tau == pytest.approx(-1) and reverse.spearman == pytest.approx(-1)
+    assert len(reverse.rows) == space.size
+
+
+def test_a_sample_is_of_distinct_architectures_and_follows_from_the_seed(judged):
+    space, data, worth = judged
+    noise = torch.Generator().manual_seed(1)
+    table = ranked({d: v + 3 * float(torch.randn((), generator=noise)) for d, v in worth.items()})
+    samples = [rank_correlation(space, data, table, architectures=40, seed=seed) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] and samples[0].rows != samples[2].rows
+    assert all(len({row["digest"] for row in sample.rows}) == 40 for sample in samples)
+    assert all(0.1 < sample.kendall_tau < sample.spearman < 0.95 for sample in samples)
+
+
+def test_a_table_that_ranks_nothing_has_no_correlation(judged):
+    space, data, _ = judged
+    found = rank_correlation(space, data, lambda _: {"table_value": 5, "table_rank": 1}, architectures=5)
+    assert math.isnan(found.kendall_tau) and math.isnan(found.spearman)
+
+
+def test_nothing_is_compared_unless_asked_for():
+    space = vit()
+    assert rank_correlation(space, DataView({}), None) is None
+    assert rank_correlation(space, DataView({}), ranked({})) is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"architectures": 1}, "rank_correlation.architectures is 1, expected a whole number of at least 2"),
+        ({"architectures": "some"}, "rank_correlation.architectures is 'some', expected a whole number"),
+        ({"architectures": 5, "table": None}, "there is no table to compare with: set benchmark.path"),
+        ({"architectures": 5, "recalibration_batches": -1}, "rank_correlation.recalibration_batches is -1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options, message):
+    space = vit()
+    options = {"table": ranked({}), **options}
+    with pytest.raises(TangleNASError) as caught:
+        rank_correlation(space, random_data(space, ("weights", "architecture")), **options)
+    assert message in str(caught.value)
+
+
+def test_a_space_too_large_to_go_through_is_refused():
+    space = tiny("darts")
+    with pytest.raises(TangleNASError, match=r"architectures, too many to go through: set rank_correlation.arch"):
+        rank_correlation(space, random_data(space, ("weights", "architecture")), ranked({}), architectures="all")
+
+
+def test_an_incomplete_table_is_told_before_anything_is_judged(judged):
+    space, data, _ = judged
+
+    def table(architecture):
+        raise TangleNASError(f"the table has no architecture {architecture}")
+
+    forwards = []
+    hook = space.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(TangleNASError, match="the table has no architecture"):
+        rank_correlation(space, data, table, architectures=20)
+    hook.remove()
+    assert len(forwards) <= 1  # a look at the shapes
+
+
+def test_the_figure_shows_every_architecture_and_both_numbers(tmp_path):
+    rows = [{"accuracy": 30.0 + i, "table_value": 90.0 + i % 5} for i in range(20)]
+    drawn = []
+    for name, shown, tau in (("one", rows, 0.5), ("same", rows, 0.5), ("tau", rows, 0.4), ("less", rows[:9], 0.5),
+                             ("none", [], math.nan)):  # fmt: skip
+        figures.rank_correlation(shown, tau, 0.6, tmp_path / f"{name}.png")
+        drawn.append((tmp_path / f"{name}.png").read_bytes())
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 4 and all(image[:4] == b"\x89PNG" for image in drawn)

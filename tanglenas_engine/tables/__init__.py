@@ -8,6 +8,15 @@ Importing this loads numpy, but not torch. The project ships no table: a path to
 
 from .pickles import read_pickle
 from .reading import load_table
-from .table import Check, Notation, Table, kendall_tau, spearman
+from .table import Check, Notation, Table, kendall_tau, rank_correlations, spearman
 
-__all__ = ["Check", "Notation", "Table", "kendall_tau", "load_table", "read_pickle", "spearman"]
+__all__ = [
+    "Check",
+    "Notation",
+    "Table",
+    "kendall_tau",
+    "load_table",
+    "rank_correlations",
+    "read_pickle",
+    "spearman",
+]

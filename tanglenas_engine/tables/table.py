@@ -291,26 +291,33 @@ def kendall_tau(scores: Mapping[Architecture | str, float], table: Table, metric
 
     1 where the order is the table's, -1 where it is the reverse; nan where all scores, or all values, are equal.
     """
-    from scipy.stats import kendalltau  # type: ignore[import-untyped]
-
-    return _correlation(kendalltau, scores, table, metric)
+    return _compared(scores, table, metric)["kendall_tau"]
 
 
 def spearman(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
     """Spearman's rank correlation between predicted scores (more is better) and the table, as `kendall_tau`."""
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, scores, table, metric)
+    return _compared(scores, table, metric)["spearman"]
 
 
-def _correlation(correlate: Any, scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
-    if len(scores) < 2:
-        raise TangleNASError(f"a rank correlation needs 2 architectures or more, but {len(scores)} have a score")
+def rank_correlations(predicted: Sequence[float], true: Sequence[float]) -> dict[str, float]:
+    """Kendall's tau-b and Spearman's correlation of two lists, in both of which more is better.
+
+    Raises:
+        TangleNASError: They have less than two values.
+    """
+    from scipy.stats import kendalltau, spearmanr  # type: ignore[import-untyped]
+
+    if len(predicted) < 2:
+        raise TangleNASError(f"a rank correlation needs 2 architectures or more, but {len(predicted)} have a score")
+    measures = {"kendall_tau": kendalltau, "spearman": spearmanr}
+    if len(set(predicted)) == 1 or len(set(true)) == 1:
+        return dict.fromkeys(measures, math.nan)
+    return {name: float(measure(predicted, true).statistic) for name, measure in measures.items()}
+
+
+def _compared(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> dict[str, float]:
     for architecture, score in scores.items():
         if not math.isfinite(score):
             raise TangleNASError(f"the score of {architecture} is {score}, expected a finite number")
-    predicted = list(scores.values())
     true = [table.value(architecture, metric) * (-1 if is_cost(metric) else 1) for architecture in scores]
-    if len(set(predicted)) == 1 or len(set(true)) == 1:
-        return math.nan
-    return float(correlate(predicted, true).statistic)
+    return rank_correlations(list(scores.values()), true)
