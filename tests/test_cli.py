@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tanglenas_engine.cli import main
+from tanglenas_engine.cli import COMMANDS, main
 from tanglenas_engine.errors import TangleNASError
 
-COMMAND = Path(sys.executable).with_name("tanglenas")
+TANGLENAS = Path(sys.executable).with_name("tanglenas")
 HEAVY = {"torch", "timm", "mlflow", "dvc", "gin", "sklearn", "matplotlib"}
+EVERY_HELP = [["--help"], *([name, "--help"] for name in COMMANDS)]
 
 
 @pytest.fixture
@@ -37,12 +38,13 @@ def broken_plugin(tmp_path, monkeypatch):
     sys.modules.pop("tanglenas_broken", None)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins", "--json"], ["plugins"]])
-def test_start_up_is_light(arguments):
+@pytest.mark.parametrize("calls", [EVERY_HELP, [["plugins", "--json"], ["plugins"]]])
+def test_start_up_is_light(calls):
     code = f"""
 import sys
 from tanglenas_engine.cli import main
-main({arguments!r}, standalone_mode=False)
+for arguments in {calls!r}:
+    main(arguments, standalone_mode=False)
 print(*({HEAVY!r} & set(sys.modules)), file=sys.stderr)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -53,7 +55,7 @@ print(*({HEAVY!r} & set(sys.modules)), file=sys.stderr)
 def test_help_is_fast():
     def seconds() -> float:
         start = time.perf_counter()
-        subprocess.run([COMMAND, "--help"], capture_output=True, check=True)
+        subprocess.run([TANGLENAS, "--help"], capture_output=True, check=True)
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 1.5  # 0.15 s on an idle machine; the bound forgives a busy one
@@ -131,7 +133,7 @@ def test_a_name_claimed_twice_is_shown_as_a_conflict(call, tmp_path, broken_plug
 def test_wrong_input_is_one_line_and_no_traceback():
     environment = {**os.environ, "TANGLENAS_PLUGINS": "vti"}
     run = subprocess.run(
-        [COMMAND, "plugins"],
+        [TANGLENAS, "plugins"],
         capture_output=True,
         text=True,
         env=environment,
@@ -144,17 +146,26 @@ def test_wrong_input_is_one_line_and_no_traceback():
 def test_a_bug_is_not_dressed_up_as_wrong_input(call, monkeypatch):
     class Bug(Exception): ...
 
-    def fail(kind, error):
+    def fail(error):
         raise error
 
-    monkeypatch.setattr(main.commands["plugins"], "callback", lambda kind, as_json: fail(kind, Bug()))
-    assert isinstance(call("plugins").exception, Bug)
-    monkeypatch.setattr(main.commands["plugins"], "callback", lambda kind, as_json: fail(kind, TangleNASError("x")))
-    result = call("plugins")
+    command = main.get_command(None, "doctor")
+    monkeypatch.setattr(command, "callback", lambda fix: fail(Bug()))
+    assert isinstance(call("doctor").exception, Bug)
+    monkeypatch.setattr(command, "callback", lambda fix: fail(TangleNASError("x")))
+    result = call("doctor")
     assert (result.exit_code, result.stderr) == (2, "Error: x\n")
 
 
-def test_an_unknown_command_names_the_closest(call):
-    result = call("plugin")
+@pytest.mark.parametrize("given, closest", [("plugin", "plugins"), ("docter", "doctor"), ("exprot", "export")])
+def test_an_unknown_command_names_the_closest(call, given, closest):
+    result = call(given)
     assert result.exit_code == 2
-    assert "'plugins'" in result.stderr
+    assert f"'{closest}'" in result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_listed_with_what_it_does(call, name):
+    command = main.get_command(None, name)
+    listed = next(line for line in call("--help").stdout.splitlines() if line.split()[:1] == [name])
+    assert listed.split(maxsplit=1)[1] == command.get_short_help_str()

@@ -1,12 +1,18 @@
 """What a plugin must do, as checks to call from its own tests. They raise AssertionError with what is wrong.
 
 from tanglenas_engine import create_space
-from tanglenas_engine.testing import check_optimizer
+from tanglenas_engine.testing import check_optimizer, check_space
 
 def test_it_is_an_optimizer():
     check_optimizer(MyOptimizer, lambda: create_space("autoformer_nano"))
+
+def test_it_is_a_space():
+    check_space(MySpace)
+
+`tanglenas plugins check NAME` runs them on an installed plugin, and says what came of each.
 """
 
+from .datasets import check_batches, check_dataset, check_pool
 from .optimizers import (
     check_gradients,
     check_optimizer,
@@ -16,12 +22,22 @@ from .optimizers import (
     random_data,
     same,
 )
+from .spaces import check_architectures, check_corners, check_costs, check_learning, check_search, check_space
 
 __all__ = [
+    "check_architectures",
+    "check_batches",
+    "check_corners",
+    "check_costs",
+    "check_dataset",
     "check_gradients",
+    "check_learning",
     "check_optimizer",
+    "check_pool",
     "check_resume",
     "check_sampling",
+    "check_search",
+    "check_space",
     "check_stages",
     "random_data",
     "same",

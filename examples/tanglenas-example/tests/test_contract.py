@@ -1,0 +1,12 @@
+"""The space and the optimizer keep TangleNAS' contract."""
+
+from tanglenas_engine import create_optimizer, create_space
+from tanglenas_engine.testing import check_optimizer, check_space
+
+
+def test_the_space():
+    check_space(lambda: create_space("example"))
+
+
+def test_the_optimizer():
+    check_optimizer(lambda: create_optimizer("example"), lambda: create_space("example"))

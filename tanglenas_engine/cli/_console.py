@@ -1,0 +1,37 @@
+"""How commands talk to a person: aligned tables, numbers, and the files that a person names."""
+
+import sys
+from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+
+from ..errors import TangleNASError
+
+
+def print_table(columns: list[str], rows: list[list[str]], styles: Iterable[str] = ()) -> None:
+    """Print aligned columns; `styles` are rich's, one per row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row, style in zip_longest(rows, styles, fillvalue=""):
+        table.add_row(*row, style=style)
+    width = None if sys.stdout.isatty() else 1000  # a row stays on one line in a pipe
+    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+
+
+def number(value: float) -> str:
+    """Three decimals at most, three digits at least: 94.373, 73306, 0.000214."""
+    return f"{value:.3g}" if 0 < value < 0.1 else f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """The text of a file that a person named; `expected` says what it should be.
+
+    Raises:
+        TangleNASError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TangleNASError(f"cannot read {path}: {error}. Expected {expected}") from None

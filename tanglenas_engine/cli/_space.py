@@ -1,0 +1,73 @@
+"""Which network a person means: an architecture file, and the options of the space that it was searched in."""
+
+import ast
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import TangleNASError
+from ._console import read_text
+from ._shipped import stage_module
+
+if TYPE_CHECKING:
+    from ..architecture import Architecture
+    from ..space import SearchSpace
+
+ARCHITECTURE_FILE = "the architecture.json that discretize writes"
+
+
+def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option `-o NAME=VALUE` of commands that build a space."""
+    return click.option(
+        "options",
+        "-o",
+        "--option",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="An option of the space, such as image_size=32. By default those of the operative.gin beside ARCH.",
+    )(function)
+
+
+def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any]]":
+    """The space, the architecture of a file, and the options that make the space fit it.
+
+    A stage writes `operative.gin` beside the architecture: its dataset and bindings give the options, unless a person
+    gives some.
+
+    Raises:
+        TangleNASError: The file is no architecture, or the space is unknown or takes no such option.
+    """
+    from ..architecture import Architecture
+    from ..plugins import create_space
+
+    architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
+    config = path.with_name("operative.gin")
+    if given:
+        options = parsed(given)
+    elif config.is_file():
+        options = stage_module("_records").space_options(config)
+    else:
+        options = {}
+    space = create_space(architecture.space, **options)
+    return space, space.architecture_of(space.assignment_of(architecture)), options
+
+
+def parsed(given: Sequence[str]) -> dict[str, Any]:
+    """Options as a person gives them: NAME=VALUE, each value a Python literal, or else a string.
+
+    Raises:
+        TangleNASError: One is not of that form.
+    """
+    return dict(map(_option, given))
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise TangleNASError(f"the option {text!r} is not of the form NAME=VALUE, such as image_size=32")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,255 @@
+"""`tanglenas doctor`: what is wrong here, and what to do about each thing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import TangleNASError, closest
+from ..plugins import PluginManager, PluginWarning
+from ._shipped import stage_module
+
+LIBRARIES = ("tanglenas", "torch", "torchvision", "timm", "gin-config", "dvc", "mlflow")
+GIB = 2**30
+LITTLE = 2 * GIB
+"""Free bytes below which a training may not get through: checkpoints are written beside the old ones."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that was looked at. `remedy` says what to do, where that is something and `what` does not say it."""
+
+    state: str  # "ok", "note" (worth knowing) or "problem"
+    what: str
+    remedy: str = ""
+
+
+def ok(what: str) -> Finding:
+    return Finding("ok", what)
+
+
+@click.command(short_help="Say what is wrong here, and what to do about it.")
+@click.option("--fix", is_flag=True, help="Mark dead runs as KILLED, and send the MLflow store what it has missed.")
+def command(fix: bool) -> None:
+    """Look at versions, plugins, the project in this folder, its MLflow runs, the disk and the devices.
+
+    The exit status is 1 where a problem is left.
+    """
+    root: Path = stage_module("_store").project_root()
+    sections = {
+        "versions": _versions(),
+        "plugins": _plugins(),
+        f"project {root}": _project(root),
+        "stages": _stages(root),
+        "MLflow": _runs(root, fix),
+        "disk": _disk(root),
+        "devices": _devices(),
+    }
+    styles: dict[str, dict[str, Any]] = {"ok": {"fg": "green"}, "note": {"fg": "yellow"}, "problem": {"fg": "red"}}
+    problems = 0
+    for title, findings in sections.items():
+        click.secho(title, bold=True)
+        for found in findings:
+            problems += found.state == "problem"
+            click.echo(f"  {click.style(f'{found.state:8}', **styles[found.state])}{found.what}")
+            if found.remedy:
+                click.echo(f"          -> {found.remedy}")
+    if problems:
+        click.echo(f"\n{problems} problem{'s' * (problems > 1)}.", err=True)
+        raise SystemExit(1)
+
+
+def _versions() -> Iterator[Finding]:
+    yield ok(f"Python {sys.version.split()[0]} in {sys.prefix}")
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("problem", f"{name} is not installed", "pip install tanglenas")
+    yield ok(", ".join(f"{name} {version}" for name, version in found.items()))
+    # dvc.yaml says `python`, whatever that is in the shell.
+    try:
+        run = [shutil.which("python") or "", "-c", "import sys; print(sys.prefix)"]
+        prefix = subprocess.run(run, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        yield Finding("problem", "there is no `python` on PATH, which stages run with", _ACTIVATE)
+        return
+    if Path(prefix).resolve() != Path(sys.prefix).resolve():
+        yield Finding("problem", f"stages run with another Python than this one: that of {prefix}", _ACTIVATE)
+
+
+_ACTIVATE = f"activate the environment in which tanglenas is: source {Path(sys.prefix) / 'bin' / 'activate'}"
+
+
+def _plugins() -> Iterator[Finding]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PluginWarning)
+            manager = PluginManager()
+    except TangleNASError as error:
+        yield Finding("problem", str(error), "correct or unset TANGLENAS_PLUGINS, or unset TANGLENAS_STRICT_PLUGINS")
+        return
+    registered = manager.registrations()
+    plugins = {it.plugin for it in registered}
+    others = sorted({f"{it.distribution} {it.version}" for it in registered if it.distribution != "tanglenas"})
+    yield ok(f"{len(registered)} names of {len(plugins)} plugins{', with ' * bool(others)}{', '.join(others)}")
+    for fault in manager.faults:
+        yield Finding("problem", f"{fault.plugin} {fault.problem}", fault.remedy)
+    for conflict in dict.fromkeys(manager.conflict(it.kind, it.name) for it in registered):
+        if conflict:
+            yield Finding("problem", conflict)
+    if manager.blocked:
+        names = ", ".join(plugin.entry_point for plugin in manager.blocked)
+        yield Finding("note", f"TANGLENAS_PLUGINS keeps out {names}", "unset it, or add what you need")
+
+
+def _project(root: Path) -> Iterator[Finding]:
+    if not (root / "dvc.yaml").exists():
+        yield Finding("note", "there is no dvc.yaml: this is no project", "tanglenas init DIR")
+        return
+    for folder, tool in ((".git", "git"), (".dvc", "dvc")):
+        if not (root / folder).exists():
+            yield Finding("problem", f"{tool} does not know this folder", f"{tool} init")
+    missing = [name for name in ("params.yaml", "gin", "pipelines") if not (root / name).exists()]
+    if missing:
+        yield Finding(
+            "problem", f"{' and '.join(missing)} are missing", "restore them, or compare with `tanglenas init DIR`"
+        )
+    if (root / "gin" / "__init__.py").exists():
+        yield Finding("problem", "gin/__init__.py hides the package gin-config", "delete the file")
+    ignored = root / ".dvcignore"
+    if not ignored.exists() or "__pycache__" not in ignored.read_text():
+        yield Finding("note", "compiled files count as changes of code", "write the line __pycache__/ into .dvcignore")
+    if (root / "params.yaml").exists() and not missing:
+        yield ok("dvc.yaml, params.yaml, gin/ and pipelines/ are there")
+
+
+def _stages(root: Path) -> Iterator[Finding]:
+    state = root / ".tanglenas"
+    running = [(folder, pid) for folder in sorted(state.glob("locks/*")) if (pid := _owner(folder))]
+    for folder, pid in running:
+        yield Finding(
+            "note",
+            f"{folder.name.rpartition('-')[0]} is running, as process {pid}",
+            f"wait for it, or end it: kill {pid}. Nobody else can run the stage until then",
+        )
+    for folder in sorted(state.glob("resume/*/")):
+        size = _size(folder)
+        if not _owner(folder) and any(path.name.startswith("state-") for path in folder.iterdir()):
+            where = f"{folder.relative_to(root)}, {_bytes(size)}"
+            yield Finding(
+                "note",
+                f"{folder.name.rpartition('-')[0]} was cut off and can go on ({where})",
+                "run the same command again; delete the folder if you never will",
+            )
+    if not running:
+        yield ok("nothing is running")
+
+
+def _owner(folder: Path) -> int | None:
+    """The living process that holds a folder; the lock itself is left alone, a stage may want it just now."""
+    try:
+        pid = int(json.loads((folder / "owner.json").read_text())["pid"])
+        os.kill(pid, 0)
+    except PermissionError:  # it lives, and is another user's
+        return pid
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid
+
+
+def _runs(root: Path, fix: bool) -> Iterator[Finding]:
+    if os.environ.get("TANGLENAS_TRACKING", "").lower() == "off":
+        yield Finding("note", "runs are not tracked: TANGLENAS_TRACKING=off", "unset it to have them in MLflow")
+        return
+    records = stage_module("_spool")
+    waiting = records.spooled_runs(root)
+    if fix and waiting:
+        for upload in records.upload_spool(root):
+            if upload.problem:
+                yield Finding("problem", f"{upload.spooled.stage} was not sent: {upload.problem}", "try again later")
+            else:
+                yield ok(f"{upload.spooled.stage}: sent as run {upload.run_id}")
+    else:
+        for spooled in waiting:
+            yield Finding(
+                "note",
+                f"the store lacks {spooled.records} records of {spooled.stage} since {spooled.since:%Y-%m-%d %H:%M}",
+                "its process sends them" if spooled.busy else "tanglenas doctor --fix",
+            )
+    try:
+        stale = records.stale_runs(root)
+        if fix and stale:
+            records.mark_killed([run.run_id for run in stale], root)
+    except TangleNASError as error:
+        yield Finding("problem", str(error))
+        return
+    for run in stale:
+        what = f"run {run.run_id} ({run.name}, since {run.since:%Y-%m-%d %H:%M}) is RUNNING, but its process is gone"
+        if fix:
+            yield ok(f"run {run.run_id} ({run.name}) is marked KILLED")
+        elif run.resumable:
+            yield Finding("note", what, "run the same command again to go on with it; or tanglenas doctor --fix")
+        else:
+            yield Finding("problem", what, "tanglenas doctor --fix marks it KILLED")
+    if not stale and not waiting:
+        yield ok("every run has ended, or its process lives")
+
+
+def _disk(root: Path) -> Iterator[Finding]:
+    free = shutil.disk_usage(root).free
+    used = {name: _size(root / name) for name in (".dvc/cache", "out", "mlartifacts", ".tanglenas", "data")}
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in used.items() if size)
+    what = f"{_bytes(free)} free{'; used: ' * bool(parts)}{parts}"
+    if free < LITTLE:
+        yield Finding("problem", what, "make room: `dvc gc --workspace` drops results that no commit has")
+    else:
+        yield ok(what)
+    if not os.access(root, os.W_OK):
+        yield Finding("problem", f"{root} cannot be written to", "change its permissions, or work in a copy")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    names = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        names[f"cuda:{i}"] = f"{properties.name}, {_bytes(properties.total_memory)}"
+    if torch.backends.mps.is_available():
+        names["mps"] = "Apple's GPU"
+    yield ok("; ".join(f"{device} ({described})" for device, described in names.items()))
+    wanted = os.environ.get("TANGLENAS_DEVICE")
+    if wanted:
+        known = {*names, *(name.partition(":")[0] for name in names)}
+        if wanted in known:
+            yield ok(f"TANGLENAS_DEVICE={wanted}")
+        else:
+            remedy = f"unset it, or set one of: {', '.join(names)}.{closest(wanted, known)}"
+            yield Finding("problem", f"TANGLENAS_DEVICE={wanted} is not here", remedy)
+    elif torch.version.cuda and not torch.cuda.is_available():
+        yield ok(f"torch is built for CUDA {torch.version.cuda} and finds no GPU: stages run on the CPU")

@@ -1,0 +1,82 @@
+"""`tanglenas latency`: tables of how long the parts of a space take on a machine."""
+
+from pathlib import Path
+
+import click
+
+from ._console import number, print_table
+from ._space import parsed, read, space_options
+
+
+@click.group(short_help="Measure a space on this machine, and predict the latency of its networks.")
+def command() -> None:
+    """Measure a space on this machine, and predict the latency of its networks."""
+
+
+@command.command(short_help="Measure the parts of a space on this machine.")
+@click.argument("space", metavar="SPACE")
+@click.argument("table", metavar="TABLE", type=click.Path(path_type=Path))
+@space_options
+@click.option("--batch-size", default=1, show_default=True, help="Inputs a batch.")
+@click.option("--threads", type=int, help="Threads of torch; by default as many as it takes itself.")
+@click.option("--device", help="Such as cpu or cuda:0; by default CUDA where there is one.")
+@click.option("--networks", default=32, show_default=True, help="Whole networks that predictions are compared with.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each part; the median counts.")
+@click.option("--figure", metavar="FILE", type=click.Path(path_type=Path), help="Draw predicted against measured.")
+def build(
+    space: str, table: Path, options: tuple[str, ...], batch_size: int, threads: int | None, device: str | None,
+    networks: int, repeats: int, figure: Path | None,
+) -> None:  # fmt: skip
+    """Measure the parts of SPACE on this machine, in eval mode, and write the file TABLE.
+
+    Use it as an objective: `create_objective.table = "TABLE"` for the objective `latency`. Give the space the options
+    that the search has, such as -o image_size=32.
+    """
+    from ..latency import measure_latency
+    from ..plugins import create_space
+    from ..progress import ConsoleProgress
+
+    made = create_space(space, **parsed(options))
+    measured = measure_latency(
+        made,
+        batch_size=batch_size,
+        threads=threads,
+        device=device,
+        validated=networks,
+        repeats=repeats,
+        progress=ConsoleProgress(),
+    )
+    measured.save(table)
+    machine = measured.machine
+    click.echo(
+        f"{machine.processor}, {machine.threads} threads, torch {machine.torch_version}, batches of {batch_size}"
+    )
+    if networks > 1:
+        validation = measured.validation
+        click.echo(
+            f"{networks} other networks of {min(validation.measured):.3g} to {max(validation.measured):.3g} ms: "
+            f"Spearman {validation.spearman:.3f}, mean relative error {100 * validation.relative_error:.1f} %"
+        )
+        if figure is not None:
+            from ..figures import predictions
+
+            predictions(validation.predicted, validation.measured, figure)
+            click.echo(str(figure))
+    click.echo(str(table))
+
+
+@command.command(short_help="Predict the latency of an architecture.")
+@click.argument("file", metavar="ARCH", type=click.Path(path_type=Path))
+@click.argument("table", metavar="TABLE", type=click.Path(path_type=Path))
+@space_options
+def predict(file: Path, table: Path, options: tuple[str, ...]) -> None:
+    """Predict how long the network of the file ARCH takes, from a TABLE that `latency build` wrote."""
+    from ..latency import Latency
+
+    space, architecture, _ = read(file, options)
+    objective = Latency(table).bind(space)
+    machine = objective.table.machine
+    click.echo(f"{machine.processor}, {machine.threads} threads, torch {machine.torch_version}, "
+               f"batches of {objective.table.batch_size}\n")  # fmt: skip
+    networks = {"this one": architecture, "smallest": space.smallest(), "largest": space.largest()}
+    print_table(["", *networks], [["milliseconds", *(number(objective.cost(a)) for a in networks.values())]])

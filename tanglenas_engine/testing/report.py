@@ -1,0 +1,134 @@
+"""The checks of this package on an installed plugin, one after another, each with what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tanglenas_engine import errors
+from tanglenas_engine.data import Dataset
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizer import Optimizer
+from tanglenas_engine.plugins import PluginManager, Registration, manager
+from tanglenas_engine.plugins.manager import _canonical, _options
+from tanglenas_engine.plugins.types import describe
+from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.testing import datasets, optimizers, spaces
+
+BASES: dict[str, type] = {"space": SearchSpace, "optimizer": Optimizer, "dataset": Dataset}
+CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
+    "space": (
+        spaces.check_architectures,
+        spaces.check_corners,
+        spaces.check_costs,
+        spaces.check_learning,
+        spaces.check_search,
+    ),
+    "optimizer": (
+        optimizers.check_sampling,
+        optimizers.check_gradients,
+        optimizers.check_resume,
+        optimizers.check_stages,
+    ),
+    "dataset": (datasets.check_pool, datasets.check_batches),
+    "objective": (),
+}
+SPACES = ("autoformer_nano", "toy_cell")
+"""What an optimizer is checked on: sizes that share a choice, and operations."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one check: `problem` is empty where it passed."""
+
+    subject: str
+    check: str
+    problem: str
+    seconds: float
+
+
+def run(name: str, options: Mapping[str, Any] | None = None) -> Iterator[Outcome]:
+    """Check what a plugin registered.
+
+    Args:
+        name: A distribution, an entry point, or one registered name.
+        options: For whatever takes them: smaller spaces are checked faster, and some datasets need a folder.
+
+    Raises:
+        TangleNASError: Nothing of that name is installed.
+    """
+    plugins = manager()
+    for plugin_fault in plugins.faults:
+        if _canonical(name) in map(_canonical, (plugin_fault.plugin.distribution, plugin_fault.plugin.entry_point)):
+            yield Outcome(str(plugin_fault.plugin), "loads", f"{plugin_fault.problem}. {plugin_fault.remedy}", 0.0)
+            return
+    for registration in _named(plugins, name):
+        yield from _checks(registration, dict(options or {}))
+
+
+def _named(plugins: PluginManager, name: str) -> list[Registration]:
+    everything = plugins.registrations()
+    by_plugin = [
+        it for it in everything if _canonical(name) in map(_canonical, (it.distribution, it.plugin.entry_point))
+    ]
+    found = by_plugin or [it for it in everything if it.name == name]
+    if not found:
+        known = {known for it in everything for known in (it.distribution, it.plugin.entry_point, it.name)}
+        raise errors.unknown("plugin", name, known)
+    return found
+
+
+def _checks(registration: Registration, options: dict[str, Any]) -> Iterator[Outcome]:
+    subject = f"{registration.kind} {registration.name}"
+    base = BASES.get(registration.kind)
+
+    def load() -> None:
+        target = registration.load()
+        assert base is None or not isinstance(target, type) or issubclass(target, base), (
+            f"{registration.target} is no subclass of tanglenas_engine.{base and base.__name__}"
+        )
+        assert registration.summary, "it has no summary: register(..., summary='what it is')"
+        assert not manager().conflict(registration.kind, registration.name), manager().conflict(
+            registration.kind, registration.name
+        )
+
+    outcome = _outcome(subject, "It is imported, and described", load)
+    yield outcome
+    if outcome.problem:
+        return
+    known, _ = _options(registration.load())
+    taken = {option: value for option, value in options.items() if known is None or option in known}
+    make = partial(_make, registration.kind, registration.name, taken)
+    for check in CHECKS[registration.kind]:
+        sentence = _sentence(check)
+        if registration.kind == "optimizer":
+            for space in SPACES:
+                make_space = partial(_make, "space", space, {})
+                yield _outcome(subject, f"{sentence} ({space})", partial(check, make, make_space))
+        else:
+            yield _outcome(subject, sentence, partial(check, make))
+
+
+def _make(kind: str, name: str, options: Mapping[str, Any]) -> Any:
+    made = manager().create(kind, name, **options)
+    made.name = name
+    return made
+
+
+def _sentence(check: Callable[..., None]) -> str:
+    """What a check says that it checks: the first line of its docstring."""
+    return (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
+
+
+def _outcome(subject: str, check: str, action: Callable[[], None]) -> Outcome:
+    start, problem = time.perf_counter(), ""
+    try:
+        action()
+    except (AssertionError, TangleNASError) as error:
+        problem = str(error) or "an assertion failed"
+    except Exception as error:  # whatever a plugin raises
+        problem = describe(error)
+    return Outcome(subject, check, problem, time.perf_counter() - start)

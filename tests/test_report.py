@@ -1,0 +1,153 @@
+"""`tanglenas report`: one page from what the stages wrote and what MLflow knows."""
+
+import json
+import os
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from project import set_params
+
+from pipelines._tracking import MlflowTracker
+from tanglenas_engine import create_space, figures
+from tanglenas_engine.cli import main
+from tanglenas_engine.cli.report import _scatter
+
+# MLflow's own models, on SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+class Page(HTMLParser):
+    """The text of a page by element, and what it would load."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.loads: list[str] = []
+        self.elements: list[str] = []
+        self.open: list[str] = []
+        self.text: list[tuple[str, str]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.text.append((self.open[-1], data.strip()))
+
+    def cells(self) -> list[str]:
+        return [text for tag, text in self.text if tag in ("td", "th", "code")]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project after a run, as far as the report reads it; the current folder."""
+    for name in [name for name in os.environ if name.startswith(("TANGLENAS_", "MLFLOW_", "DVC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, ["init", "project"]).exit_code == 0
+    monkeypatch.chdir("project")
+    Path(".dvc").mkdir()
+    space = create_space("autoformer_nano")
+    architecture = space.architecture(embed_dim=48, depth=2, num_heads=[2, 3], mlp_ratio=[4, 2])
+    for name in ("search", "discretize", "evaluate"):
+        Path("out", name).mkdir(parents=True)
+    Path("out/discretize/architecture.json").write_text(architecture.to_json())
+    figures.architecture(space, architecture, "out/evaluate/architecture.png")
+    Path("out/evaluate/sample.txt").write_text("<script>alert('text')</script>")
+    Path("metrics").mkdir()
+    Path("metrics/evaluate.json").write_text(json.dumps({"test_accuracy": 91.234, "params": 52762}))
+    return tmp_path / "project"
+
+
+def track(stage: str, pipeline: str, status: str = "", **numbers: float) -> None:
+    """A run in the project's store."""
+    try:
+        with MlflowTracker.open(stage=stage, root=".", pipeline_id=pipeline, tags={"space": "autoformer_nano"}) as run:
+            run.log_params({"SEED": 7, **({"OPTIMIZER": f"by-{pipeline}"} if stage == "search" else {})})
+            run.log_metrics({f"final/{name}": value for name, value in numbers.items()}, 0)
+            if status:
+                raise RuntimeError(status)
+    except RuntimeError:
+        assert status
+
+
+def report() -> tuple[Page, str]:
+    result = CliRunner().invoke(main, ["report"])
+    assert result.exit_code == 0, result.output
+    return Page(Path("report.html").read_text()), result.stdout
+
+
+def test_the_page_tells_what_was_found_and_loads_nothing_from_elsewhere(project):
+    page, said = report()
+    assert page.open == [] and page.loads
+    assert all(address.startswith("data:image/") for address in page.loads)
+    assert not {"script", "link", "iframe"} & set(page.elements)  # and the sample's markup is text
+    assert ("pre", "<script>alert('text')</script>") in page.text
+    assert {"embed_dim", "48", "num_heads", "2, 3", "91.23 %", "52,762"} <= set(page.cells())
+    assert ("title", "drnas on autoformer_nano") in page.text
+    assert "0 evaluated runs" in said
+    assert "MLflow knows no evaluated run" in dict(page.text)["p"]
+
+
+def test_all_finished_runs_are_compared_with_the_optimizer_that_led_to_them(project):
+    for pipeline, accuracy in (("one", 90.5), ("two", 80.25)):
+        track("search", pipeline)
+        track("evaluate", pipeline, params=1000, flops=2000, test_accuracy=accuracy)
+    track("evaluate", "one", status="it failed", params=3, test_accuracy=12.5)
+    page, said = report()
+    assert "2 evaluated runs" in said
+    cells = page.cells()
+    rows = [cells[i : i + 4] for i, cell in enumerate(cells) if cell == "autoformer_nano"]
+    assert [row[1] for row in rows] == ["by-two", "by-one"]  # the newest first
+    assert {"90.50 %", "80.25 %"} <= set(cells) and "12.50 %" not in cells
+    assert sum(address.startswith("data:image/svg") for address in page.loads) == 1
+
+
+def test_the_scatter_names_every_group_and_is_the_same_for_the_same_runs():
+    run = {"space": "s", "dataset": "d", "params": 10.0, "accuracy": 50.0}
+    runs = [{**run, "optimizer": name} for name in ("drnas", "spos")]
+    picture = _scatter([*runs, {**run, "optimizer": "untold", "accuracy": None}])
+    assert b"s, drnas, d" in picture and b"s, spos, d" in picture and b"untold" not in picture
+    assert picture == _scatter([*runs, {**run, "optimizer": "untold", "accuracy": None}])
+
+
+def test_the_commands_set_every_value_of_the_run(project):
+    set_params(project, search={"epochs": 3}, discretize={"max_params": None})
+    page, _ = report()
+    (line,) = [line for tag, text in page.text if tag == "pre" for line in text.splitlines() if "dvc exp run" in line]
+    words = shlex.split(line)
+    assert words[:3] == ["dvc", "exp", "run"] and set(words[3::2]) == {"-S"}
+    settings = dict(word.split("=", 1) for word in words[4::2])
+    assert settings["search.epochs"] == "3" and settings["discretize.max_params"] == "null"
+    assert settings["space"] == "autoformer_nano" and settings["seed"] == "0"
+
+
+def test_a_store_that_is_down_costs_the_comparison_only(project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/none/mlflow.db")
+    page, _ = report()
+    assert any("The MLflow store could not be read" in text for _, text in page.text)
+    assert "91.23 %" in page.cells()
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda: Path("out/discretize/architecture.json").unlink(), "run `dvc repro` first"),
+        (lambda: Path("metrics/evaluate.json").write_text("{"), "metrics/evaluate.json cannot be read"),
+    ],
+)
+def test_what_is_missing_or_broken_is_named(project, break_it, message):
+    break_it()
+    result = CliRunner().invoke(main, ["report"])
+    assert result.exit_code == 2 and message in result.stderr
+    assert not Path("report.html").exists()

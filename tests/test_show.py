@@ -1,0 +1,103 @@
+"""`tanglenas show`: every choice of an architecture, and what it costs."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import ALL, tiny
+
+from pipelines import _stage  # noqa: F401  # registers what operative.gin names
+from tanglenas_engine import Architecture, create_space
+from tanglenas_engine.cli import main
+from tanglenas_engine.cli.show import layers
+
+
+@pytest.fixture
+def show(tmp_path):
+    """Write an architecture, call the command and return what it printed."""
+
+    def call(architecture: Architecture, *options: str) -> str:
+        (tmp_path / "architecture.json").write_text(architecture.to_json())
+        result = CliRunner().invoke(main, ["show", str(tmp_path / "architecture.json"), *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return call
+
+
+def test_an_architecture_is_shown_with_its_choices_and_exact_costs(show):
+    space = create_space("autoformer_nano")
+    architecture = space.architecture(embed_dim=48, depth=2, num_heads=[2, 3], mlp_ratio=[4, 2])
+    lines = [line.split() for line in show(architecture).splitlines()]
+    assert lines[0][:2] == ["autoformer_nano", architecture.digest]
+    cost = space.cost(architecture)
+    assert ["params", f"{cost.params:,}"] == next(line for line in lines if line[:1] == ["params"])[:2]
+    assert ["multiply-accumulates", f"{cost.flops:,}"] in [line[:2] for line in lines]
+    assert ["embed_dim", "48", "32", "48", "64"] in lines
+    assert lines[-3:] == [["layer", "num_heads", "mlp_ratio"], ["1", "2", "4"], ["2", "3", "2"]]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_in_use_is_in_the_table_once(name):
+    space = tiny(name)
+    architecture = space.sample(torch.Generator().manual_seed(3))
+    columns, rows = layers(space, architecture)
+    for choice in space.choices.values():
+        if choice.layered:
+            column = [row[columns.index(choice.name)] for row in rows]
+            assert [cell for cell in column if cell != "-"] == list(map(str, architecture.choices[choice.name]))
+    assert len({row[0] for row in rows}) == len(rows)
+
+
+def test_options_of_the_space_change_what_it_costs(show):
+    small, large = create_space("autoformer_nano"), create_space("autoformer_nano", image_size=28)
+    architecture = small.smallest()
+    params = f"{large.cost(architecture).params:,}"
+    assert params != f"{small.cost(architecture).params:,}"
+    assert params in show(architecture, "-o", "image_size=28")
+
+
+def test_the_stage_that_wrote_the_file_says_which_options_the_space_had(show, tmp_path):
+    (tmp_path / "operative.gin").write_text(
+        "SPACE = 'autoformer_nano'\nDATASET = 'digits'\nSEED = 0\n"
+        "create_dataset.image_size = 16\ncreate_space.relative_position = True\ndiscretize.batch_size = 256\n"
+    )
+    space = create_space("autoformer_nano", image_size=16, relative_position=True)
+    params = f"{space.cost(space.smallest()).params:,}"
+    assert params in show(space.smallest())
+    assert params not in show(space.smallest(), "-o", "image_size=8")
+
+
+def test_the_figure_is_a_png(show, tmp_path):
+    show(create_space("autoformer_nano").smallest(), "--figure", str(tmp_path / "drawn.png"))
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+EMPTY = '{"format": 1, "space": "autoformer_nano", "choices": {}}'
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        ("{}", [], "expected an object with 'format', 'space' and 'choices'"),
+        ('{"format": 1, "space": "autoformr_nano", "choices": {}}', [], "Did you mean 'autoformer_nano'?"),
+        (EMPTY, [], "also needs: embed_dim"),
+        (EMPTY, ["-o", "image_size"], "NAME=VALUE"),
+        (
+            '{"format": 1, "space": "autoformer_nano", "choices": {}}',
+            ["-o", "imag_size=8"],
+            "Did you mean 'image_size'",
+        ),
+        (b"\xff", [], "cannot read"),
+    ],
+)
+def test_what_cannot_be_shown_is_told_in_a_sentence(tmp_path, content, options, message):
+    (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = CliRunner().invoke(main, ["show", str(tmp_path / "a.json"), *options])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_an_operative_config_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(create_space("autoformer_nano").smallest().to_json())
+    (tmp_path / "operative.gin").write_text("DATASET = 'digits\n")
+    result = CliRunner().invoke(main, ["show", str(tmp_path / "a.json")])
+    assert result.exit_code == 2 and "operative.gin cannot be read" in result.stderr
