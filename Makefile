@@ -7,7 +7,7 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help demo ui test check format clean
+.PHONY: help demo ui test soak docs check format clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -22,6 +22,14 @@ ui: $(READY)  ## Open MLflow on the runs so far
 test: $(READY) check  ## Check style and types, and run all tests
 	pytest
 
+KILLS ?= 100
+soak: $(READY)  ## Kill stages at KILLS random moments (100) and compare what they leave with undisturbed runs
+	OMP_NUM_THREADS=1 python tests/kills.py $(KILLS)
+
+docs: $(READY)  ## Build the documentation site into build/site, with every link checked
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 check: $(READY)  ## Check style and types
 	ruff check .
 	ruff format --check .
@@ -32,7 +40,7 @@ format: $(READY)  ## Put the code into shape
 	ruff format .
 
 clean:  ## Remove outputs, runs and caches (not the environment)
-	rm -rf out metrics mlflow.db mlartifacts .tanglenas dvc.lock .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build/site out metrics mlflow.db mlartifacts .tanglenas dvc.lock .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

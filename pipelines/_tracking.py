@@ -7,46 +7,36 @@
 The store is `$MLFLOW_TRACKING_URI`, else `<root>/mlflow.db` with its artifacts in `<root>/mlartifacts`, from
 whatever folder the stage runs. `TANGLENAS_TRACKING=off` turns all of it off. Everything goes through MLflow's
 client: the active run of the process is neither read nor changed.
+
+A store in trouble costs a training one warning, and no more than seconds for each call. What it does not take is kept
+(see _spool.py), sent once it answers again, or later by `upload_spool`.
 """
 
 import functools
-import logging
-import math
 import os
 import re
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
-import filelock
-
-from tanglenas_engine.checkpoint import fingerprint
+from pipelines._spool import UNSENT, Spool, mark_killed, open_run, send_all, spooled_runs, stale_runs, upload_spool
+from pipelines._store import Event, Refused, Run, Store, allowed, flat, project_root, reason
+from tanglenas_engine.checkpoint import exclusive
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.tracking import NullTracker, Tracker
 
-if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so the functions do it that need it
-    from mlflow import MlflowClient
+__all__ = ["MlflowTracker", "lineage", "mark_killed", "project_root", "spooled_runs", "stale_runs", "upload_spool"]
 
 P = ParamSpec("P")
-T = TypeVar("T")
 
-PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
-PATIENCE = 3  # failures in a row after which a dead server is left alone
-
-
-def project_root() -> Path:
-    """Where state that outlives a run belongs: the DVC project or git repository, else the current folder.
-
-    `dvc exp run --queue` runs stages in a copy that it deletes; `$DVC_ROOT` is the original all the same.
-    """
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root).resolve()
-    here = Path.cwd()
-    return next((f for f in (here, *here.parents) if (f / ".dvc").is_dir() or (f / ".git").exists()), here)
+RETRY = 60.0
+"""Seconds after a failure in which nothing is sent; they double with every failure after it."""
+DRAIN = 30.0
+"""Seconds that a stage spends on what waits, when the store answers again or the stage ends."""
 
 
 def lineage(stage: str, pipeline_id: str = "", architecture: str = "") -> dict[str, str]:
@@ -87,43 +77,54 @@ def _git_state() -> dict[str, str]:
 def _guarded(
     method: Callable[Concatenate["MlflowTracker", P], None],
 ) -> Callable[Concatenate["MlflowTracker", P], None]:
-    """Tracking never ends a training: what the store does not take is dropped, with one warning for all."""
+    """Tracking never ends a training, not even where there is no place to keep what the store does not take."""
 
     @functools.wraps(method)
     def call(tracker: "MlflowTracker", /, *args: P.args, **kwargs: P.kwargs) -> None:
-        if tracker._failures >= PATIENCE:
-            return
         try:
             method(tracker, *args, **kwargs)
-            tracker._failures = 0
         except Exception as error:
-            tracker._failures += 1
-            if not tracker._warned:
-                tracker._warned = True
-                warnings.warn(
-                    f"the MLflow store did not take {method.__name__.lstrip('_')} ({_reason(error)}). "
-                    f"The stage goes on; run {tracker.run_id} lacks what is dropped, and after {PATIENCE} "
-                    "failures in a row nothing more is sent.",
-                    stacklevel=2,
-                )
+            tracker._warn(f"{method.__name__.lstrip('_')} is not tracked ({reason(error)}). The stage goes on.")
 
     return call
 
 
 class MlflowTracker:
-    """The MLflow run of one stage. Made by `open`."""
+    """The MLflow run of one stage. Made by `open`.
 
-    def __init__(self, client: "MlflowClient", run_id: str) -> None:
-        self.run_id = run_id
-        self._client = client
-        self._failures = 0
+    Attributes:
+        folder: What the run holds as long as this process lives, and where records wait.
+    """
+
+    def __init__(self, store: Store, start: Event, run_id: str | None, hold: ExitStack) -> None:
+        self._store = store
+        self._run: Run | None = None
         self._warned = False
-        run = client.get_run(run_id).data  # holds something when a run that was cut off goes on
-        self._known_params = set(run.params)
-        self._hashed = "params.hash" in run.tags
-        self._last_steps = {
-            name: max(metric.step for metric in client.get_metric_history(run_id, name)) for name in run.metrics
-        }
+        self._wait, self._retry_at = RETRY, 0.0
+        if run_id and not re.fullmatch(r"[\w-]+", run_id):  # it names a folder
+            run_id = None
+        waiting = Spool(store.runs / run_id).start if run_id else {}
+        known = waiting.get("run_id") or (run_id if run_id and not run_id.startswith(UNSENT) else None)
+        start = {**start, "run_id": known}
+        trouble = self._connect(start)
+        name = self._run.run_id if self._run else run_id or f"{UNSENT}{os.urandom(8).hex()}"
+        self.folder = store.runs / (run_id if waiting and run_id else name)
+        hold.enter_context(exclusive(self.folder))
+        self._spool = Spool(self.folder, {**start, "run_id": self._run.run_id if self._run else known})
+        if trouble or waiting:
+            self._spool.save()
+        if trouble:
+            self._warn(
+                f"the MLflow store {store.name} cannot be used ({trouble}). The stage goes on, and what it would "
+                f"have logged is kept in {self.folder}, to be sent once the store answers. Correct "
+                "MLFLOW_TRACKING_URI or start its server, or set TANGLENAS_TRACKING=off."
+            )
+            self._put_off()
+
+    @property
+    def run_id(self) -> str:
+        """Of the run in the store, or, until it has one, the name of what is kept; `open` takes either."""
+        return self._run.run_id if self._run else self.folder.name
 
     @classmethod
     @contextmanager
@@ -140,7 +141,7 @@ class MlflowTracker:
     ) -> Iterator[Tracker]:
         """A run that is RUNNING inside the block, then FINISHED, FAILED (an exception) or KILLED (Ctrl-C).
 
-        A store that cannot be reached costs one warning; a tracker that does nothing takes the run's place.
+        A store that cannot be reached, now or later, costs one warning.
 
         Args:
             stage: names the run, with the first digits of the architecture's digest where it is known.
@@ -150,46 +151,39 @@ class MlflowTracker:
             pipeline_id, architecture: see `lineage`.
             tags: further ones.
         """
-        tracker = None
-        if not _switched_off():
-            known = {**lineage(stage, pipeline_id, architecture), **(tags or {})}
-            tracker = cls._start(stage, experiment, root, run_id, known)
-        if tracker is None:
+        if _switched_off():
             yield NullTracker()
             return
-        status = "FAILED"
-        try:
-            yield tracker
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        except SystemExit as end:
-            status = "FAILED" if end.code else "FINISHED"
-            raise
-        finally:
-            tracker._end(status)
-
-    @classmethod
-    def _start(
-        cls, stage: str, experiment: str, root: str | Path | None, run_id: str | None, tags: dict[str, str]
-    ) -> Self | None:
-        root = Path(root).resolve() if root is not None else project_root()
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').as_posix()}"
-        try:
-            client, experiment_id = _open_store(uri, root, experiment)
-            if not (run_id and _reopen(client, run_id)):
-                name = f"{stage} {tags.get('architecture.digest', '')[:8]}".strip()
-                run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
-            return cls(client, run_id)
-        except Exception as error:
-            warnings.warn(
-                f"this run is not tracked: the MLflow store {_redacted(uri)} cannot be used "
-                f"({_reason(error)}). Correct MLFLOW_TRACKING_URI or start its server, or set "
-                "TANGLENAS_TRACKING=off.",
-                stacklevel=4,
-            )
-            return None
+        known = {**lineage(stage, pipeline_id, architecture), **(tags or {})}
+        start = {
+            "what": "start",
+            "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment,
+            "name": f"{stage} {known.get('architecture.digest', '')[:8]}".strip(),
+            "tags": known,
+            "time": _now(),
+        }
+        store = Store.of(Path(root).resolve() if root is not None else project_root())
+        with ExitStack() as hold:
+            try:
+                tracker = cls(store, start, run_id, hold)
+            except Exception as error:  # there is no place to keep anything either
+                warnings.warn(f"this run is not tracked ({reason(error)}).", stacklevel=3)
+                tracker = None
+            if tracker is None:
+                yield NullTracker()
+                return
+            status = "FAILED"
+            try:
+                yield tracker
+                status = "FINISHED"
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            except SystemExit as end:
+                status = "FAILED" if end.code else "FINISHED"
+                raise
+            finally:
+                tracker._end(status)
 
     @_guarded
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -197,61 +191,98 @@ class MlflowTracker:
 
         Tags their hash as `params.hash` unless the stage set that tag itself.
         """
-        flat = {_allowed(name): str(value) for name, value in _flatten(params)}
-        new = [(name, value) for name, value in flat.items() if name not in self._known_params]
-        if not new:
-            return
-        from mlflow.entities import Param
-
-        for batch in _batches(new, PARAMS_PER_CALL):
-            self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in batch])
-        self._known_params.update(flat)
-        if not self._hashed:
-            self._client.set_tag(self.run_id, "params.hash", fingerprint(params=flat))
-            self._hashed = True
+        self._record("params", params={allowed(name): str(value) for name, value in flat(params)})
 
     @_guarded
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers; an infinite one as NaN, because MLflow would store 1.8e308 and ruin the axis.
+        """Log numbers; an infinite one as NaN.
 
-        Steps that the run already has are skipped: a stage that goes on from a checkpoint repeats a few.
+        Steps go up; those that the run already has are skipped: a stage that goes on from a checkpoint repeats a few.
         """
-        from mlflow.entities import Metric
-
-        now = time.time_ns() // 1_000_000  # milliseconds
-        entries = [
-            Metric(_allowed(name), value if math.isfinite(value) else math.nan, now, step)
-            for name, value in ((name, float(value)) for name, value in metrics.items())
-            if step > self._last_steps.get(_allowed(name), step - 1)
-        ]
-        for batch in _batches(entries, METRICS_PER_CALL):
-            self._client.log_batch(self.run_id, metrics=batch)
+        self._record("metrics", metrics={allowed(name): float(value) for name, value in metrics.items()}, step=step)
 
     @_guarded
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        if os.path.isdir(path):
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        self._record("artifact", path=os.path.abspath(path), folder=folder)
 
     @_guarded
     def log_text(self, text: str, name: str) -> None:
-        self._client.log_text(self.run_id, text, name)
+        self._record("text", text=text, name=name)
 
     @_guarded
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        for batch in _batches([RunTag(name, str(value)) for name, value in tags.items()], PARAMS_PER_CALL):
-            self._client.log_batch(self.run_id, tags=batch)
-
-    def _end(self, status: str) -> None:
-        self._failures = 0  # the end is worth another try
-        self._set_status(status)
+        self._record("tags", tags={name: str(value) for name, value in tags.items()})
 
     @_guarded
-    def _set_status(self, status: str) -> None:
-        self._client.set_terminated(self.run_id, status)
+    def _end(self, status: str) -> None:
+        self._retry_at = 0.0  # the end is worth another try
+        self._record("end", status=status)
+        if not self._spool.events:
+            self._spool.discard()
+
+    def _record(self, what: str, **content: Any) -> None:
+        """Send a record, or keep it: once one waits, those after it do, in their order."""
+        event = {"what": what, "time": _now(), **content}
+        if self._run and not self._spool.events:
+            try:
+                self._send(event)
+                return
+            except Exception as error:
+                self._warn(
+                    f"the MLflow store did not take {what} ({reason(error)}). The stage goes on; what is not taken "
+                    f"is kept in {self.folder} and sent once the store answers."
+                )
+                self._spool.append(event)
+                self._put_off()
+        else:
+            self._spool.append(event)
+        if time.monotonic() >= self._retry_at:
+            self._drain()
+
+    def _send(self, event: Event) -> None:
+        assert self._run is not None
+        try:
+            self._run.send(event, self.folder)
+        except Refused as refusal:
+            self._warn(f"the MLflow store did not take {event['what']} ({refusal}). The stage goes on without.")
+
+    def _connect(self, start: Event) -> str:
+        """Find or make the run; what is in the way, if anything."""
+        try:
+            self._run = open_run(self._store, start)
+        except KeyError as error:
+            self._warn(f"run {start['run_id']} cannot go on ({error.args[0]}): a new run is started.")
+            return self._connect({**start, "run_id": None})
+        except Exception as error:
+            return reason(error)
+        return ""
+
+    def _put_off(self) -> None:
+        self._retry_at = time.monotonic() + self._wait
+        self._wait *= 2
+
+    def _drain(self) -> None:
+        """Send what waits, as long as the store takes it in time."""
+        try:
+            self._run = send_all(self._store, self._spool, time.monotonic() + DRAIN, self._send_waiting)
+            self._wait = RETRY
+        except Exception:
+            self._put_off()
+
+    def _send_waiting(self, run: Run, event: Event) -> None:
+        self._run = run
+        self._send(event)
+
+    def _warn(self, message: str) -> None:
+        """Once: a store in trouble is in trouble with every call."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
+
+
+def _now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return time.time_ns() // 1_000_000
 
 
 def _switched_off() -> bool:
@@ -261,78 +292,3 @@ def _switched_off() -> bool:
             f"TANGLENAS_TRACKING={setting!r} is neither 'on' nor 'off'. Set it to one of them or unset it."
         )
     return setting == "off"
-
-
-def _open_store(uri: str, root: Path, experiment: str) -> tuple["MlflowClient", str]:
-    """A client, and the id of the experiment; store and experiment are made where they do not exist yet."""
-    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
-    # A server that does not answer may cost seconds, not MLflow's minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    if "DO_NOT_TRACK" not in os.environ:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # announces each migration
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-
-    served = uri.startswith(("http:", "https:", "databricks"))
-    lock: Any = nullcontext()
-    if uri.startswith("sqlite:///"):  # processes that create one database at once break each other's migration
-        database = Path(uri.removeprefix("sqlite:///"))
-        database.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{database}.lock", timeout=120)
-    with lock:
-        client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return client, found.experiment_id
-        # Without a location the artifacts would go to the current folder, for good.
-        location = None if served else (root / "mlartifacts").as_uri()
-        try:
-            return client, client.create_experiment(experiment, artifact_location=location)
-        except Exception:
-            if found := client.get_experiment_by_name(experiment):  # another process was faster
-                return client, found.experiment_id
-            raise
-
-
-def _reopen(client: "MlflowClient", run_id: str) -> bool:
-    """Set a run that was cut off to RUNNING; False, with a warning, when the store does not have it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.update_run(run_id, status="RUNNING")
-    except MlflowException as error:
-        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"}:
-            raise
-        warnings.warn(f"run {run_id} cannot go on ({_reason(error)}): a new run is started.", stacklevel=4)
-        return False
-    return True
-
-
-def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _allowed(name: str) -> str:
-    return re.sub(r"[^\w./ -]", "_", name)
-
-
-def _reason(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "")
-    return _redacted(f"{type(error).__name__}: {line[:300]}")
-
-
-def _redacted(text: str) -> str:
-    """Without the password that a URL may hold."""
-    return re.sub(r"(?<=//)[^/@\s]+@", "***@", text)

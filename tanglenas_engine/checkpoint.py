@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -58,6 +60,13 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | Path, name: str = "*") -> None:
+    """Remove the temporary files that killed writes of `name` left in a folder; only its one writer may do this."""
+    for leftover in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):
+            leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -173,18 +182,25 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     A killed `dvc repro` leaves its stage running, and the next `dvc repro` starts a second one beside it.
 
     Raises:
-        TangleNASError: another process holds the folder; the message has its pid.
+        TangleNASError: another process holds the folder (the message has its pid), or there can be no such folder.
     """
     folder = Path(folder)
     owner = folder / "owner.json"
-    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / "lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise TangleNASError(_held(folder, owner)) from None
+    except OSError as error:
+        raise TangleNASError(
+            f"cannot hold the folder {folder}: {error.strerror or error} ({error.filename}). "
+            "Make place for it there, then run again."
+        ) from error
+    claim = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
-        write_atomic(owner, json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}))
+        sweep(folder)
+        write_atomic(owner, json.dumps(claim))
         yield
     finally:
         with suppress(OSError):
@@ -196,15 +212,36 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 
 
 def _held(folder: Path, owner: Path) -> str:
+    """Who holds a folder, for a person."""
     try:
         claim = json.loads(owner.read_bytes())
-        pid, since = claim["pid"], claim["since"]
-    except (OSError, ValueError, KeyError, TypeError):  # the holder is just starting
+        pid, host, since = int(claim["pid"]), str(claim["host"]), claim["since"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        pid, host, since = None, "", None
+    here = host == socket.gethostname()
+    if pid is None or (here and not _alive(pid)):  # the holder is just starting, and has not said who it is
         return f"another process is still running this stage (folder {folder}). Wait for it, then run again."
+    if not here:
+        return (
+            f"pid {pid} on {host} is still running this stage (folder {folder}, since {since}). "
+            "Wait for it, or stop it there, then run again."
+        )
     return (
         f"pid {pid} is still running this stage (folder {folder}, since {since}). "
         f"Wait for it, or stop it with `kill {pid}`, then run again."
     )
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":  # there the call below ends the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class _DamagedError(Exception):
@@ -236,8 +273,6 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         hold = exclusive(self.folder)
         hold.__enter__()
         self._hold = hold
-        for leftover in self.folder.glob(".state-*.tmp"):  # a save that was killed
-            leftover.unlink(missing_ok=True)
         return self
 
     def __exit__(
@@ -288,26 +323,28 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         Warns when the newest one is damaged and the one before it takes its place.
 
         Raises:
-            TangleNASError: every generation is damaged, or they belong to another run.
+            TangleNASError: every generation is damaged, or belongs to another run.
         """
-        damage: list[str] = []
+        problems: list[Exception] = []
         for generation in reversed(self._generations()):
             try:
                 state = self._read(generation)
-            except _DamagedError as error:
-                damage.append(str(error))
+            except (_DamagedError, TangleNASError) as problem:
+                problems.append(problem)
                 continue
-            if damage:
+            if problems:
                 warnings.warn(
-                    f"damaged checkpoint: {'; '.join(damage)}. Going on from the one before it, "
+                    f"damaged checkpoint: {'; '.join(map(str, problems))}. Going on from the one before it, "
                     f"{self._state_path(generation).name}.",
                     stacklevel=2,
                 )
             self._trusted = generation
             return state
-        if damage:
+        if refusal := next((problem for problem in problems if isinstance(problem, TangleNASError)), None):
+            raise refusal
+        if problems:
             raise TangleNASError(
-                f"no checkpoint in {self.folder} can be read: {'; '.join(damage)}. "
+                f"no checkpoint in {self.folder} can be read: {'; '.join(map(str, problems))}. "
                 "Delete the folder to start this stage afresh."
             )
         return None
@@ -322,11 +359,11 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         try:
             claim = json.loads(manifest.read_bytes())
             schema, owner, sha256, size = (claim[key] for key in ("schema", "fingerprint", "sha256", "bytes"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _DamagedError(f"{manifest} is no manifest ({type(error).__name__})") from error
         if schema != SCHEMA_VERSION:
             raise TangleNASError(
-                f"{manifest} has schema version {schema}, this release reads version {SCHEMA_VERSION}. "
+                f"{manifest} has schema version {schema!r}, this release reads version {SCHEMA_VERSION}. "
                 f"Go on with the release that wrote it, or delete {self.folder} to start this stage afresh."
             )
         if owner != self.fingerprint:
@@ -343,7 +380,12 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
             raise _DamagedError(f"{path} has {len(data)} of {size} bytes")
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _DamagedError(f"{path} is not what was written (its sha256 differs)")
-        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:  # the manifest may be as foreign as the rest: what it vouches for need not be a state
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise _DamagedError(f"{path} is no checkpoint ({type(error).__name__})") from error
+        if not isinstance(state, dict):
+            raise _DamagedError(f"{path} holds a {type(state).__name__}, no state")
         return state
 
     def _state_path(self, generation: int) -> Path:
@@ -354,13 +396,14 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
 
     def _generations(self) -> list[int]:
         """Committed ones, oldest first."""
-        return sorted(_generation(path) for path in self.folder.glob("state-*.json"))
+        return sorted(number for path, number in self._files() if path.suffix == ".json")
+
+    def _files(self) -> list[tuple[Path, int]]:
+        """What is ours in the folder, with the generation it is of; .json before .pt, as they are to be deleted."""
+        found = ((path, re.fullmatch(r"state-(\d+)\.(json|pt)", path.name)) for path in self.folder.glob("state-*"))
+        return sorted((path, int(match[1])) for path, match in found if match)
 
     def _drop_all_but(self, *kept: int) -> None:
-        for path in sorted(self.folder.glob("state-*")):  # .json before .pt: no manifest lacks its state
-            if _generation(path) not in kept:
+        for path, generation in self._files():
+            if generation not in kept:
                 path.unlink(missing_ok=True)
-
-
-def _generation(path: Path) -> int:
-    return int(path.stem.removeprefix("state-"))

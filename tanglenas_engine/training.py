@@ -8,12 +8,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_engine import distributed
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import Samples, Stream, batches
 from tanglenas_engine.errors import TangleNASError
@@ -21,6 +22,7 @@ from tanglenas_engine.progress import Progress, SilentProgress
 from tanglenas_engine.seeding import restore_rng_state, rng_state
 from tanglenas_engine.tracking import NullTracker, Tracker
 
+T = TypeVar("T")
 Row = dict[str, Any]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
@@ -78,17 +80,22 @@ def run(
 ) -> list[Row]:
     """Run `step` for all steps of all epochs and return one history row per epoch.
 
+    Several ranks run it side by side. What is decided (rows, a reason to stop, a request to) holds on all of them.
+
     Args:
         step: Takes the number of the step, counted over all epochs, and returns scalar tensors; they stay on
-            their device until the epoch ends, where their means go to `end_epoch`.
-        end_epoch: Takes the epoch, counted from 1, and the means, and returns the history row.
+            their device until the epoch ends, where their means go to `end_epoch`. It leaves equal state on all ranks.
+        end_epoch: Takes the epoch, counted from 1, and the means, and returns the history row, that of rank 0 on all
+            ranks. A reason under "stopped" makes it the last one.
         describe: The row as a person reads it in the progress line.
         stateful: What a checkpoint holds beside the position, the history and the random generators.
         parameters: What is trained. It must be finite, as the means must, or nothing is saved.
+        checkpoints: Where rank 0 saves; None on the others.
         checkpoint_every: Steps between checkpoints within an epoch; there is one after every epoch anyway.
 
     Raises:
-        TangleNASError: Training diverged; the checkpoint from before that stays.
+        TangleNASError: Training diverged; the first step in which a mean was not finite is named, and the checkpoint
+            from before it stays.
         Interrupted: On SIGINT or SIGTERM, after the current step was finished and saved.
     """
     if checkpoint_every is not None:
@@ -97,42 +104,63 @@ def run(
     tracker = tracker or NullTracker()
     history: list[Row] = []
     sums: dict[str, Tensor] = {}
+    # The first step in which a value was not finite, 0 while there is none; on the device, so that no step waits.
+    broken_in: dict[str, Tensor] = {}
     position = 0
-    state = checkpoints.load() if checkpoints else None
-    if state is not None:
-        for key, part in stateful.items():
-            part.load_state_dict(state[key])
-        position, history, sums = state["position"], state["history"], state["sums"]
-        restore_rng_state(state["rng"])
+    saving = distributed.anywhere(checkpoints is not None)
+    state = distributed.broadcast(checkpoints.load() if checkpoints else None)
+    if state is None:
+        distributed.diverge()
+    else:
+        with _own(name, checkpoints):
+            for key, part in stateful.items():
+                part.load_state_dict(state[key])
+            position, history, ranks = state["position"], state["history"], state["ranks"]
+            own = distributed.rank() if len(ranks) == distributed.world() else 0
+            restore_rng_state(ranks[own]["rng"])
+            if len(ranks) == distributed.world():
+                sums = ranks[own]["sums"]
+            else:  # another number of them
+                sums = {key: torch.stack([one["sums"][key] for one in ranks]).mean(0) for key in ranks[0]["sums"]}
+                distributed.diverge()
         progress.note(f"{name}: resuming at step {position} of {epochs * steps_per_epoch}")
 
     def check_finite() -> None:
-        broken = [key for key, total in sums.items() if not bool(total.isfinite())]
+        broken = [(first, key) for key, step in broken_in.items() if (first := int(step))]
         if not bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all()):
-            broken.append("a parameter")
+            broken.append((position, "a parameter"))
+        broken = [pair for pairs in distributed.gather(broken) for pair in pairs]
         if broken:
+            first, what = min(broken, key=lambda pair: pair[0])
             raise TangleNASError(
-                f"{name}: {broken[0]} is not finite by step {position} of {epochs * steps_per_epoch}: training "
+                f"{name}: {what} is not finite by step {first} of {epochs * steps_per_epoch}: training "
                 "diverged. Lower the learning rate, or clip gradients"
             )
 
     def save() -> None:
+        if not saving:
+            return
+        check_finite()
+        ranks = distributed.gather({"sums": sums, "rng": rng_state()})
         if checkpoints:
-            check_finite()
             parts = {key: part.state_dict() for key, part in stateful.items()}
-            checkpoints.save({**parts, "position": position, "history": history, "sums": sums, "rng": rng_state()})
+            checkpoints.save({**parts, "position": position, "history": history, "ranks": ranks})
 
     with _stop_requests() as stop, progress.stage(name, epochs * steps_per_epoch, position) as line:
-        while position < epochs * steps_per_epoch:
+        while position < epochs * steps_per_epoch and not (history and history[-1].get("stopped")):
             for key, value in step(position).items():
                 sums[key] = value.detach() + sums[key] if key in sums else value.detach().clone()
+                first = torch.where(value.detach().isfinite(), 0, position + 1)
+                broken_in[key] = torch.where(broken_in[key] > 0, broken_in[key], first) if key in broken_in else first
             position += 1
             line.advance()
             if position % steps_per_epoch == 0:
                 epoch = position // steps_per_epoch
                 check_finite()
+                distributed.check_equal(parameters)
+                distributed.average(sums.values())
                 means = {key: float(value) / steps_per_epoch for key, value in sums.items()}
-                row = {"epoch": epoch, **end_epoch(epoch, means)}
+                row = distributed.broadcast({"epoch": epoch, **end_epoch(epoch, means)})
                 history.append(row)
                 sums = {}
                 numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -141,7 +169,7 @@ def run(
                 save()
             elif checkpoint_every and position % checkpoint_every == 0:
                 save()
-            if stop.is_set() and position < epochs * steps_per_epoch:
+            if distributed.anywhere(stop.is_set()) and position < epochs * steps_per_epoch:
                 save()
                 where = f" and is saved in {checkpoints.folder}" if checkpoints else ", but it had nowhere to save"
                 raise Interrupted(
@@ -149,6 +177,20 @@ def run(
                     "Run the same command again to continue"
                 )
     return history
+
+
+@contextmanager
+def _own(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]:
+    """Every optimizer, schedule and average refuses the state of another one in its own way: here, in one."""
+    try:
+        yield
+    except TangleNASError:
+        raise
+    except Exception as error:
+        raise TangleNASError(
+            f"{name}: the checkpoint{f' in {checkpoints.folder}' if checkpoints else ''} is not of this run "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Delete the folder to start afresh"
+        ) from error
 
 
 @contextmanager
@@ -181,20 +223,26 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
-def measure(network: nn.Module, samples: Samples, batch_size: int = 256) -> Measured:
-    """Accuracy and loss of a network in eval mode, over all targets; its mode is restored."""
+def measure(network: nn.Module, samples: Samples, batch_size: int = 256, together: bool = False) -> Measured:
+    """Accuracy and loss of a network in eval mode, over all targets; its mode is restored.
+
+    `together` has every rank look at its part of the samples, with equal networks; otherwise each is by itself.
+    """
     device = next(network.parameters()).device
     training = network.training
     network.eval()
     hits = torch.zeros((), dtype=torch.long, device=device)
     loss, count = torch.zeros((), device=device), 0
-    for inputs, targets in batches(samples, batch_size):
+    part = torch.arange(distributed.rank(), len(samples), distributed.world()) if together else None
+    for inputs, targets in batches(samples, batch_size, part):
         outputs, targets = network(inputs.to(device)), targets.to(device)
         hits += (outputs.argmax(-1) == targets).sum()
         loss += cross_entropy(outputs, targets) * targets.numel()
         count += targets.numel()
     network.train(training)
-    return Measured(100.0 * float(hits) / count, float(loss) / count)
+    sums = [float(hits), float(loss), count]
+    right, wrong, seen = distributed.total(sums) if together else sums
+    return Measured(100.0 * right / seen, wrong / seen)
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -236,9 +284,9 @@ def correct(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The named device, or CUDA where there is one (of several ranks each has its own), else the CPU."""
+    if name is None or (name == "cuda" and torch.cuda.is_available()):
+        return distributed.own_device()
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
@@ -248,11 +296,47 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def made(name: str, factory: Callable[..., T], *arguments: Any) -> T:
+    """What a factory makes that someone configured: of an optimizer, or of what goes with it.
+
+    Raises:
+        TangleNASError: It makes nothing of the kind from what such a factory is given.
+    """
+    try:
+        result = factory(*arguments)
+        what = "" if hasattr(result, "state_dict") else f"it makes a {type(result).__name__}"
+    except (TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if what:
+        raise TangleNASError(
+            f"{name} cannot be used ({what}). Expected what takes {len(arguments)} argument"
+            f"{'s' * (len(arguments) > 1)} and makes something that can be saved, such as torch.optim.SGD or cosine"
+        )
+    return result
+
+
 def at_least(name: str, value: Any, least: int) -> int:
     """`value`, checked to be an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise TangleNASError(f"{name} is {value!r}, expected a whole number of at least {least}")
     return value
+
+
+def parts_of(stage: str, batch_size: int, accumulate: int) -> tuple[int, int]:
+    """This rank's part of every batch, and of how many, once it is checked that they and what they accumulate fit."""
+    count = distributed.world() * at_least(f"{stage}.accumulate", accumulate, 1)
+    if batch_size % count:
+        raise TangleNASError(
+            f"{stage}.batch_size is {batch_size}, expected a multiple of {count}: every batch is shared by "
+            f"{distributed.world()} process(es), each of which takes its part in {accumulate} piece(s)"
+        )
+    return distributed.rank(), distributed.world()
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances of all batch norms."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
 
 
 def to(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

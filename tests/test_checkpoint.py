@@ -149,11 +149,30 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def of_another_run(manifest: Path) -> None:
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "fingerprint": "theirs"}))
+
+
+def of_another_state(manifest: Path) -> None:
+    data = b"something else, with a manifest that fits"
+    manifest.with_suffix(".pt").write_bytes(data)
+    claim = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **claim}))
+
+
 DAMAGES = [
     pytest.param("state-000002.pt", truncate, r"state-000002\.pt has \d+ of \d+ bytes", id="truncated"),
     pytest.param("state-000002.pt", flip_a_bit, r"state-000002\.pt is not what was written", id="bit flipped"),
     pytest.param("state-000002.pt", Path.unlink, r"state-000002\.pt cannot be read \(No such", id="missing"),
+    pytest.param("state-000002.pt", empty, r"state-000002\.pt has 0 of \d+ bytes", id="empty"),
     pytest.param("state-000002.json", truncate, r"state-000002\.json is no manifest", id="manifest truncated"),
+    pytest.param("state-000002.json", empty, r"state-000002\.json is no manifest", id="manifest empty"),
+    pytest.param("state-000002.json", of_another_run, "holds the checkpoint of another run", id="foreign"),
+    pytest.param("state-000002.json", of_another_state, r"state-000002\.pt is no checkpoint", id="foreign bytes"),
 ]
 
 
@@ -175,6 +194,18 @@ def test_after_a_fallback_the_good_generation_outlives_the_damaged_one(folder: P
     truncate(folder / "state-000003.pt")
     with pytest.warns(UserWarning, match="damaged"):
         assert resumed_step(folder) == 1
+
+
+def test_files_of_others_in_the_folder_are_left_alone(folder: Path) -> None:
+    others = ["state-mine.json", "state-1.txt", "state-.pt", "states.json"]
+    folder.mkdir(parents=True)
+    for name in others:
+        (folder / name).write_text("")
+    saved(folder, 1, 2, 3)
+    assert resumed_step(folder) == 3
+    with CheckpointFolder(folder, "mine") as checkpoints:
+        checkpoints.discard()
+    assert sorted(os.listdir(folder)) == sorted([*others, "lock"])
 
 
 def test_when_both_are_damaged_the_error_names_both_and_the_way_out(folder: Path) -> None:
@@ -263,6 +294,63 @@ def test_a_second_process_is_told_the_pid_of_the_first_until_that_is_killed(fold
         process.kill()
     with CheckpointFolder(folder, "mine") as checkpoints:
         assert checkpoints.load() is None
+
+
+LEAVE = """
+import os, sys
+from tanglenas_engine.checkpoint import exclusive
+with exclusive(sys.argv[1]):
+    if os.fork() == 0:  # as a data loader's worker
+        print("forked", flush=True)
+        sys.stdin.read(1)
+        os._exit(0)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_children_of_a_killed_process_hold_nothing(folder: Path) -> None:
+    with python(LEAVE, folder) as process:
+        assert process.stdout is not None and process.stdout.readline() == "forked\n"
+        process.wait()
+        with exclusive(folder):
+            pass
+
+
+def test_a_claim_that_a_kill_left_behind_is_not_taken_for_the_holders(folder: Path) -> None:
+    with exclusive(folder):
+        claim = json.loads((folder / "owner.json").read_text())
+        with subprocess.Popen(["true"]) as gone:
+            gone.wait()
+        (folder / "owner.json").write_text(json.dumps({**claim, "pid": gone.pid}))
+        with pytest.raises(TangleNASError, match="another process is still running this stage"):
+            with exclusive(folder):
+                pass
+
+
+def test_a_process_of_another_machine_is_named_with_it(folder: Path) -> None:
+    with exclusive(folder):
+        claim = json.loads((folder / "owner.json").read_text())
+        (folder / "owner.json").write_text(json.dumps({**claim, "host": "elsewhere"}))
+        with pytest.raises(TangleNASError, match=f"pid {os.getpid()} on elsewhere is still running"):
+            with exclusive(folder):
+                pass
+
+
+@pytest.mark.parametrize("claim", ["", "[]", "{}", '{"pid": "x", "host": "y", "since": 0}', '{"pid": 1e999}'])
+def test_a_claim_that_cannot_be_read_is_somebodys_all_the_same(folder: Path, claim: str) -> None:
+    with exclusive(folder):
+        (folder / "owner.json").write_text(claim)
+        with pytest.raises(TangleNASError, match="another process is still running this stage"):
+            with exclusive(folder):
+                pass
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TangleNASError, match=f"cannot hold the folder {folder}"):
+            with exclusive(folder):
+                pass
 
 
 def test_the_refused_process_leaves_the_holders_claim_alone(folder: Path) -> None:

@@ -1,16 +1,29 @@
 """What a stage leaves in MLflow, and that a store in trouble costs a warning and nothing else."""
 
+import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelines._tracking import MlflowTracker, lineage, project_root
+from pipelines import _store, _tracking
+from pipelines._tracking import (
+    MlflowTracker,
+    lineage,
+    mark_killed,
+    project_root,
+    spooled_runs,
+    stale_runs,
+    upload_spool,
+)
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.tracking import NullTracker
 
@@ -135,13 +148,13 @@ def test_infinite_metrics_are_stored_as_not_a_number(root: Path) -> None:
 def test_more_than_fits_one_call_is_split_and_long_values_are_cut(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
     with MlflowTracker.open(stage="search", root=root) as tracker:
-        send = tracker._client.log_batch
+        send = tracker._run._client.log_batch
 
         def count(run_id: str, metrics=(), params=(), tags=()) -> None:
             calls.append((len(metrics), len(params), len(tags)))
             send(run_id, metrics=metrics, params=params, tags=tags)
 
-        monkeypatch.setattr(tracker._client, "log_batch", count)
+        monkeypatch.setattr(tracker._run._client, "log_batch", count)
         tracker.log_params({f"p{index}": index for index in range(230)} | {"long": "x" * 7000})
         tracker.log_metrics({f"m{index}": index for index in range(1100)}, step=0)
         tracker.set_tags({f"t{index}": str(index) for index in range(130)})
@@ -212,62 +225,357 @@ def test_a_run_that_the_store_does_not_have_is_started_anew_with_a_warning(root:
 # --- trouble --------------------------------------------------------------------------------------------------
 
 
-def test_a_server_out_of_reach_costs_one_warning_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+class Server:
+    """A real MLflow server in a thread, which `stop` takes away and `start` brings back at the same address.
+
+    `before` is called with the method of every request; what it returns, if anything, is the status it is refused with.
+    """
+
+    def __init__(self, app: Callable) -> None:
+        self.app = app
+        self.before: Callable[[str], str | None] = lambda method: None
+        self.port = 0
+        self.start()
+
+    def __call__(self, environ: dict, respond: Callable) -> object:
+        if status := self.before(environ["REQUEST_METHOD"]):
+            respond(status, [])
+            return [b""]
+        return self.app(environ, respond)
+
+    def start(self) -> None:
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Silent(WSGIRequestHandler):
+            def log(self, *arguments: object) -> None: ...
+
+        self._server = make_server("127.0.0.1", self.port, self, threaded=True, request_handler=Silent)
+        self._server.block_on_close = False
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.01])
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def server(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """The store of MLFLOW_TRACKING_URI, which gives up at the first failure."""
+    shutil.copy(migrated, tmp_path / "served.db")
+    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{tmp_path / 'served.db'}")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(tmp_path / "served"))
+    from mlflow.server import app, handlers
+
+    monkeypatch.setattr(handlers, "_tracking_store", None)  # the one of the test before
+    serving = Server(app)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{serving.port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    yield serving
+    serving.stop()
+
+
+def served_run():
+    from mlflow import MlflowClient
+
+    found = MlflowClient()
+    (run,) = found.search_runs([experiment.experiment_id for experiment in found.search_experiments()])
+    return run
+
+
+def served_steps(name: str) -> list[int]:
+    from mlflow import MlflowClient
+
+    return [metric.step for metric in MlflowClient().get_metric_history(served_run().info.run_id, name)]
+
+
+def kept(root: Path) -> list[Path]:
+    return [path for path in (root / ".tanglenas").rglob("*") if path.is_file()]
+
+
+def test_a_server_out_of_reach_costs_one_warning_and_seconds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
     start = time.monotonic()
-    with pytest.warns(UserWarning, match="this run is not tracked") as warned:
-        with MlflowTracker.open(stage="search") as tracker:
+    with pytest.warns(UserWarning, match=r"the MLflow store .* cannot be used.* is kept in .*unsent-") as warned:
+        with MlflowTracker.open(stage="search", root=root) as tracker:
             tracker.log_params({"seed": 0})
             tracker.log_metrics({"loss": 1.0}, step=0)
-    assert isinstance(tracker, NullTracker)
     assert len(warned) == 1
     assert "secret" not in str(warned[0].message) and "127.0.0.1:9" in str(warned[0].message)
+    assert not any("secret" in path.read_text() for path in kept(root))
     assert time.monotonic() - start < 30
+    (waiting,) = spooled_runs(root)
+    assert (waiting.run_id, waiting.stage, waiting.records, waiting.busy) == (None, "search", 3, False)
+    assert waiting.folder.name == tracker.run_id
 
 
-def test_the_error_of_an_untracked_stage_comes_through_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_server_took_is_uploaded_later_as_it_would_have_been(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "out").mkdir()
+    (root / "out" / "a.txt").write_text("of the first run")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.warns(UserWarning, match="not tracked"), pytest.raises(KeyError) as error:
-        with MlflowTracker.open(stage="search"):
+    with pytest.warns(UserWarning, match="cannot be used"):
+        with MlflowTracker.open(stage="search", root=root, pipeline_id="p1") as tracker:
+            tracker.log_params({"seed": 0, "search": {"lr": 0.1}})
+            for step in range(3):
+                tracker.log_metrics({"loss": 1 / (step + 1), "bad@name": math.inf}, step)
+            tracker.set_tags({"architecture.digest": "abc"})
+            tracker.log_artifact(root / "out")
+            tracker.log_text("lr = 1", "operative.gin")
+    ended = time.time_ns() // 1_000_000
+    shutil.rmtree(root / "out")  # as the next run of the stage does
+    (upload,) = upload_spool(root)
+    assert upload.run_id is None and upload.problem.startswith("http://***@127.0.0.1:9: ")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (upload,) = upload_spool(root)
+    run = only_run(root)
+    assert (upload.run_id, upload.problem) == (run.info.run_id, "")
+    assert (run.info.status, run.info.run_name, run.data.params) == (
+        "FINISHED",
+        "search",
+        {"seed": "0", "search.lr": "0.1"},
+    )
+    assert run.info.start_time <= run.info.end_time <= ended
+    assert run.data.tags["architecture.digest"] == "abc" and run.data.tags["tanglenas.pipeline_id"] == "p1"
+    history = client(root).get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+    assert all(metric.timestamp <= ended for metric in history)
+    assert math.isnan(run.data.metrics["bad_name"])
+    folder = root / "mlartifacts" / run.info.run_id / "artifacts"
+    assert (folder / "a.txt").read_text() == "of the first run" and (folder / "operative.gin").read_text() == "lr = 1"
+    assert not kept(root) and not spooled_runs(root) and upload_spool(root) == []
+
+
+def test_the_error_of_a_stage_without_server_comes_through_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.warns(UserWarning, match="cannot be used"), pytest.raises(KeyError) as error:
+        with MlflowTracker.open(stage="search", root=root):
             raise KeyError("the stage's own")
     assert error.value.__context__ is None
 
 
-def test_a_store_that_breaks_on_the_way_costs_one_warning(root: Path) -> None:
-    with pytest.warns(UserWarning, match="did not take log_metrics") as warned:
+@pytest.mark.parametrize("trouble", ["dead", "read-only", "failing"])
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_server_in_trouble_midway_costs_one_warning_and_no_record(
+    root: Path, server: Server, trouble: str, recovers: bool
+) -> None:
+    status = {"read-only": "403 FORBIDDEN", "failing": "500 INTERNAL SERVER ERROR"}.get(trouble)
+    with pytest.warns(UserWarning, match=r"did not take metrics .*kept in") as warned:
         with MlflowTracker.open(stage="search", root=root) as tracker:
-            (root / "mlflow.db").write_bytes(b"no database" * 1000)
+            tracker.log_metrics({"loss": 0.0}, step=0)
+            server.before = lambda method: status if method == "POST" else None
+            if trouble == "dead":
+                server.stop()
+            for step in range(1, 6):
+                tracker.log_metrics({"loss": step}, step)
+            tracker.log_params({"seed": 0})
+            (waiting,) = spooled_runs(root)
+            assert waiting.busy and waiting.run_id == tracker.run_id
+            assert "is still running this stage" in upload_spool(root)[0].problem
+            if recovers:
+                server.before = lambda method: None
+                if trouble == "dead":
+                    server.start()
+    assert len(warned) == 1
+    if not recovers:
+        if trouble == "dead":
+            server.start()
+        server.before = lambda method: None
+        (waiting,) = spooled_runs(root)
+        assert (waiting.run_id, waiting.records, waiting.busy) == (tracker.run_id, 7, False)
+        assert [(upload.run_id, upload.problem) for upload in upload_spool(root)] == [(tracker.run_id, "")]
+    run = served_run()
+    assert (run.info.run_id, run.info.status, run.data.params) == (tracker.run_id, "FINISHED", {"seed": "0"})
+    assert served_steps("loss") == list(range(6))
+    assert not kept(root)
+
+
+def test_a_server_that_answers_again_is_told_what_waits(
+    root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tracking, "RETRY", 0.0)
+    with pytest.warns(UserWarning, match="did not take metrics"):
+        with MlflowTracker.open(stage="search", root=root) as tracker:
+            server.before = lambda method: "503 SERVICE UNAVAILABLE"
+            for step in range(3):
+                tracker.log_metrics({"loss": step}, step)
+            server.before = lambda method: None
+            tracker.log_metrics({"loss": 3}, step=3)
+            assert served_steps("loss") == [0, 1, 2, 3] and not spooled_runs(root)
+            tracker.log_metrics({"loss": 4}, step=4)
+            assert served_steps("loss") == [0, 1, 2, 3, 4]
+    assert served_run().info.status == "FINISHED" and not kept(root)
+
+
+def test_a_slow_server_costs_a_bounded_time_and_doubles_nothing(
+    root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_store, "ANSWER", 0.3)
+    answer = threading.Event()
+    with pytest.warns(UserWarning, match=r"did not take metrics \(TimeoutError: no answer within 0.3 seconds\)"):
+        with MlflowTracker.open(stage="search", root=root) as tracker:
+            tracker.log_metrics({"loss": 0}, step=0)
+            server.before = lambda method: answer.wait() and None
+            start = time.monotonic()
+            for step in range(1, 20):
+                tracker.log_metrics({"loss": step}, step)
+            assert time.monotonic() - start < 3
+            answer.set()  # the call that was given up arrives after all
+            while len(served_steps("loss")) < 2:
+                pass
+    assert served_steps("loss") == list(range(20))
+    assert served_run().info.status == "FINISHED" and not kept(root)
+
+
+def test_a_store_that_breaks_on_the_way_costs_one_warning(root: Path) -> None:
+    good = root / "mlflow.db"
+    with pytest.warns(UserWarning, match="did not take metrics") as warned:
+        with MlflowTracker.open(stage="search", root=root) as tracker:
+            backup = good.read_bytes()
+            good.write_bytes(b"no database" * 1000)
             for step in range(10):
                 tracker.log_metrics({"loss": 1.0}, step)
             tracker.log_params({"seed": 0})
     assert len(warned) == 1
+    good.write_bytes(backup)
+    assert [upload.run_id for upload in upload_spool(root)] == [tracker.run_id]
+    assert len(client(root).get_metric_history(tracker.run_id, "loss")) == 10
+    assert only_run(root).info.status == "FINISHED"
 
 
 def test_after_a_refused_call_the_next_ones_are_still_sent(root: Path) -> None:
-    with pytest.warns(UserWarning, match="did not take log_artifact") as warned:
+    with pytest.warns(UserWarning, match=r"did not take artifact \(there is no .*missing.json") as warned:
         with MlflowTracker.open(stage="search", root=root) as tracker:
             for step in range(5):
                 tracker.log_artifact(root / "missing.json")
                 tracker.log_metrics({"loss": step}, step)
     assert only_run(root).data.metrics == {"loss": 4}
+    assert len(warned) == 1 and not kept(root)
+
+
+def test_a_place_where_nothing_can_be_kept_ends_no_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / ".tanglenas").write_text("a file where a folder should be")
+    with pytest.warns(UserWarning, match=r"this run is not tracked .*\.tanglenas"):
+        with MlflowTracker.open(stage="search", root=root) as tracker:
+            tracker.log_metrics({"loss": 1.0}, step=0)
+    assert isinstance(tracker, NullTracker)
+
+
+def test_a_disk_that_fills_up_ends_no_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.warns(UserWarning) as warned:
+        with MlflowTracker.open(stage="search", root=root) as tracker:
+            (folder,) = (root / ".tanglenas" / "runs").iterdir()
+            (folder / "spool.jsonl").unlink()
+            (folder / "spool.jsonl").mkdir()
+            tracker.log_metrics({"loss": 1.0}, step=0)
     assert len(warned) == 1
 
 
-def test_a_dead_server_is_left_alone_until_the_run_ends(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
+# --- killed runs ----------------------------------------------------------------------------------------------
 
-    def refuse(*_: object, **batch: object) -> None:
-        sent.append(batch)
-        raise ConnectionError("no route")
+KILLED = """
+import os, signal, sys
+from pipelines._tracking import MlflowTracker
+with MlflowTracker.open(stage="search", root=sys.argv[1], run_id=sys.argv[2] or None) as tracker:
+    for step in range(3):
+        tracker.log_metrics({"loss": step}, step)
+    print(tracker.run_id, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
-    with pytest.warns(UserWarning, match="did not take log_metrics .ConnectionError: no route"):
-        with MlflowTracker.open(stage="search", root=root) as tracker:
-            monkeypatch.setattr(tracker._client, "log_batch", refuse)
-            for step in range(10):
-                tracker.log_metrics({"loss": step}, step)
-    assert len(sent) == 3
-    assert only_run(root).info.status == "FINISHED"
+
+def killed(root: Path, run_id: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(root), run_id], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_killed_run_is_found_and_marked_and_may_go_on_after_all(root: Path) -> None:
+    run_id = killed(root)
+    with MlflowTracker.open(stage="retrain", root=root) as living:
+        (stale,) = stale_runs(root)
+        assert (stale.run_id, stale.name, stale.resumable) == (run_id, "search", False)
+        record = root / ".tanglenas" / "resume" / "search-0123" / "run"
+        record.parent.mkdir(parents=True)
+        record.write_text(run_id)
+        assert stale_runs(root)[0].resumable
+        assert living.run_id != run_id
+    mark_killed([run_id], root)
+    assert client(root).get_run(run_id).info.status == "KILLED" and not stale_runs(root)
+    record.unlink()
+    assert not kept(root)
+    with MlflowTracker.open(stage="search", root=root, run_id=run_id) as again:
+        again.log_metrics({"loss": 3}, step=3)
+    assert client(root).get_run(run_id).info.status == "FINISHED"
+    assert not stale_runs(root) and not kept(root)
+
+
+def test_a_run_killed_before_it_held_its_folder_is_found_in_the_own_store(root: Path) -> None:
+    run_id = killed(root)
+    shutil.rmtree(root / ".tanglenas" / "runs")
+    assert [stale.run_id for stale in stale_runs(root)] == [run_id]
+    mark_killed([run_id], root)
+    assert not stale_runs(root)
+
+
+def test_no_store_has_no_stale_runs_and_one_in_trouble_says_so(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stale_runs(tmp_path) == [] and not (tmp_path / "mlflow.db").exists()
+    killed(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TangleNASError, match=r"the MLflow store http://\*\*\*@127.0.0.1:9 cannot be used"):
+        stale_runs(root)
+
+
+@pytest.mark.parametrize("uploaded_between", [False, True])
+def test_a_run_killed_while_the_server_was_down_goes_on_as_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch, uploaded_between: bool
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    name = killed(root)
+    assert name.startswith("unsent-") and killed(root, name) == name
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if uploaded_between:
+        (upload,) = upload_spool(root)
+        assert [stale.run_id for stale in stale_runs(root)] == [upload.run_id]
+    with MlflowTracker.open(stage="search", root=root, run_id=name) as tracker:
+        for step in range(2, 5):
+            tracker.log_metrics({"loss": step}, step)
+    run = only_run(root)
+    assert (run.info.run_id, run.info.status) == (tracker.run_id, "FINISHED")
+    assert [metric.step for metric in client(root).get_metric_history(run.info.run_id, "loss")] == [0, 1, 2, 3, 4]
+    assert not kept(root)
+
+
+def test_a_damaged_or_hostile_spool_sends_what_is_whole_and_no_file_of_others(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    killed(root)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (root / "private.txt").write_text("not for the store")
+    (waiting,) = spooled_runs(root)
+    with open(waiting.folder / "spool.jsonl", "a") as file:
+        for path in ("../../../private.txt", str(root / "private.txt")):
+            file.write(json.dumps({"what": "artifact", "path": path, "folder": None, "time": 0}) + "\n")
+        file.write('[1]\n{"what": "nothing"}\n\xff\n{"what": "metrics", "metr')  # a kill in the middle of a line
+    (upload,) = upload_spool(root)
+    assert upload.problem == ""
+    assert [metric.step for metric in client(root).get_metric_history(upload.run_id, "loss")] == [0, 1, 2]
+    assert not list((root / "mlartifacts").rglob("private.txt"))
 
 
 def test_tracking_off_touches_no_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,302 @@
+"""What an MLflow store did not take, kept on disk until it does.
+
+Every run that is tracked holds a folder of its own, `.tanglenas/runs/<run id>`, as long as its process lives: a run
+that the store believes to be RUNNING while nothing holds its folder was killed. What the store does not take goes to
+`spool.jsonl` in that folder, one record a line, and is sent in the same order later on. A run that could not even be
+started has the name `unsent-...` until then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from pipelines._store import Event, Refused, Run, Store, project_root, reason, within
+from tanglenas_engine.checkpoint import exclusive, write_atomic
+from tanglenas_engine.errors import TangleNASError
+
+UNSENT = "unsent-"
+RECORDS = ("start", "params", "metrics", "tags", "artifact", "text", "end")
+
+
+class Spool:
+    """The records of one run that wait: a file in the run's folder, which its one writer holds.
+
+    Attributes:
+        start: The record that founds the run, with its `run_id` in the store once it has one.
+        events: What waits, in order.
+    """
+
+    def __init__(self, folder: Path, start: Event | None = None) -> None:
+        self.folder = folder
+        self._file = folder / "spool.jsonl"
+        self.start, self.events = start or {}, []
+        records = list(_read(self._file))
+        if records and records[0].get("what") == "start":
+            self.start, *self.events = records
+        if start and start.get("run_id"):
+            self.start["run_id"] = start["run_id"]
+
+    def append(self, event: Event) -> None:
+        if event["what"] == "artifact":
+            event = {**event, "path": self._keep(Path(event["path"]))}
+        if not self._file.exists():
+            self.save()
+        self.events.append(event)
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def save(self) -> None:
+        """Write the file anew."""
+        write_atomic(self._file, "".join(f"{json.dumps(record)}\n" for record in (self.start, *self.events)))
+
+    def _keep(self, path: Path) -> str:
+        """Keep a file or folder as it is now: by links, which cost nothing, where the file system has them."""
+        kept = self.folder / "artifacts" / secrets.token_hex(4) / path.name
+        kept.parent.mkdir(parents=True)
+        if path.is_dir():
+            shutil.copytree(path, kept, copy_function=_link)
+        else:
+            _link(str(path), str(kept))
+        return kept.relative_to(self.folder).as_posix()
+
+    def discard(self) -> None:
+        self._file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _read(file: Path) -> Iterator[Event]:
+    """The records of a spool; a line that a kill cut off is left out."""
+    with suppress(FileNotFoundError):
+        for line in file.read_bytes().splitlines():
+            with suppress(ValueError, RecursionError, KeyError, TypeError):
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("what") in RECORDS and _inside(file.parent, record):
+                    yield record
+
+
+def _inside(folder: Path, record: Event) -> bool:
+    """Whether the files that a record names are those that lie in its folder."""
+    return record["what"] != "artifact" or (folder / record["path"]).resolve().is_relative_to(folder.resolve())
+
+
+def send_all(store: Store, spool: Spool, until: float, send: Callable[[Run, Event], None]) -> Run:
+    """Send what a spool holds and empty it; what is sent is gone from it even when the rest fails.
+
+    Raises:
+        Exception: Whatever the store raises; TimeoutError past the time `until`.
+    """
+    try:
+        run = open_run(store, spool.start)  # anew: what a call that was given up has brought about is known then
+    except KeyError:  # another store, or the run was deleted
+        run = open_run(store, {**spool.start, "run_id": None})
+    if spool.start.get("run_id") != run.run_id:
+        spool.start["run_id"] = run.run_id
+        spool.save()  # before anything else: a run is made once
+    try:
+        while spool.events:
+            if time.monotonic() > until:
+                raise TimeoutError("the store is slow")
+            send(run, spool.events[0])
+            del spool.events[0]
+    except BaseException:
+        spool.save()
+        raise
+    spool.discard()
+    return run
+
+
+def open_run(store: Store, start: Event) -> Run:
+    """The run that a record founds, or founded before.
+
+    Raises:
+        KeyError: The store does not have the run of that id.
+        Exception: Whatever else the store raises.
+    """
+    client = store.connect()
+    return within(15.0, Run, store, client, start, start.get("run_id"))
+
+
+# --- what runs leave behind -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpooledRun:
+    """A run of which something waits to be sent.
+
+    `run_id` is None where the store does not have the run yet. `busy` runs are those of a living process, which sends
+    what waits itself.
+    """
+
+    folder: Path
+    run_id: str | None
+    stage: str
+    records: int
+    since: datetime
+    busy: bool
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What came of uploading a spooled run: its id in the store, or the problem, for a person."""
+
+    spooled: SpooledRun
+    run_id: str | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class StaleRun:
+    """A run that the store believes to be RUNNING, and whose process was killed.
+
+    The same command goes on with a `resumable` one.
+    """
+
+    run_id: str
+    name: str
+    since: datetime
+    resumable: bool
+
+
+def spooled_runs(root: str | Path | None = None) -> list[SpooledRun]:
+    """The runs of a project of which the store lacks something."""
+    found = []
+    for folder in _folders(root):
+        if not (start := (spool := Spool(folder)).start):
+            continue
+        run_id = start.get("run_id")
+        if spool.events or run_id is None:
+            since = datetime.fromtimestamp(start["time"] / 1000, UTC)
+            found.append(SpooledRun(folder, run_id, start["name"], len(spool.events), since, _held(folder)))
+    return found
+
+
+def upload_spool(root: str | Path | None = None) -> list[Upload]:
+    """Send the store what waits, but for the runs of living processes; never raises for a store in trouble."""
+    store, uploads = Store.of(_root(root)), []
+    for spooled in spooled_runs(root):
+        refused: list[str] = []
+
+        def send(run: Run, event: Event, folder: Path = spooled.folder, refused: list[str] = refused) -> None:
+            try:
+                run.send(event, folder)
+            except Refused as refusal:
+                refused.append(f"{event['what']}: {refusal}")
+
+        try:
+            with exclusive(spooled.folder):
+                spool = Spool(spooled.folder)
+                ended = any(event["what"] == "end" for event in spool.events)
+                run = send_all(store, spool, time.monotonic() + 3600, send)
+                if not ended:  # it was killed: the same command may go on with it, and `stale_runs` finds it
+                    spool.save()
+            uploads.append(Upload(spooled, run.run_id, "; ".join(refused)))
+        except Exception as error:
+            problem = str(error) if isinstance(error, TangleNASError) else f"{store.name}: {reason(error)}"
+            uploads.append(Upload(spooled, spooled.run_id, problem))
+    return uploads
+
+
+def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
+    """Runs that the store believes to be RUNNING although their process is gone.
+
+    Of a store that others use as well, those are found that this project has started.
+
+    Raises:
+        TangleNASError: The store does not answer.
+    """
+    store = Store.of(_root(root))
+    folders = {_run_id(folder): folder for folder in _folders(root)}
+    own = store.uri == store.default(store.root)
+    if not folders and (not own or not (store.root / "mlflow.db").exists()):
+        return []
+    resumable = {path.read_text() for path in (store.root / ".tanglenas" / "resume").glob("*/run")}
+    found = []
+    for run in _running(store, folders):
+        folder = folders.get(run.info.run_id)
+        if (folder is None and not own) or (folder is not None and _held(folder)):
+            continue
+        since = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+        names = {run.info.run_id, folder.name if folder else ""}
+        found.append(StaleRun(run.info.run_id, run.info.run_name, since, bool(names & resumable)))
+    return found
+
+
+def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> None:
+    """End runs that `stale_runs` found, with the status KILLED; one that goes on after all is RUNNING again.
+
+    Raises:
+        TangleNASError: The store does not answer.
+    """
+    store = Store.of(_root(root))
+    folders = {_run_id(folder): folder for folder in _folders(root)}
+    for run_id in run_ids:
+        try:
+            client = store.connect()
+            within(15.0, client.set_terminated, run_id, "KILLED")
+        except Exception as error:
+            raise TangleNASError(f"the MLflow store {store.name} did not end run {run_id} ({reason(error)})") from error
+        if (folder := folders.get(run_id)) and not Spool(folder).events:
+            with suppress(TangleNASError), exclusive(folder):
+                Spool(folder).discard()
+
+
+def _running(store: Store, known: Iterable[str | None]) -> list[Any]:
+    """The runs of this project's stages that the store believes to be RUNNING."""
+
+    def search(client: Any) -> list[Any]:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        query, page, runs = "attributes.status = 'RUNNING'", None, []
+        while True:
+            runs += (found := client.search_runs(experiments, query, page_token=page))
+            if not (page := found.token):
+                return [run for run in runs if "tanglenas.stage" in run.data.tags or run.info.run_id in known]
+
+    try:
+        return within(60.0, search, store.connect())
+    except Exception as error:
+        raise TangleNASError(
+            f"the MLflow store {store.name} cannot be used ({reason(error)}). Start its server, or correct "
+            "MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def _root(root: str | Path | None) -> Path:
+    return Path(root).resolve() if root is not None else project_root()
+
+
+def _folders(root: str | Path | None) -> list[Path]:
+    return sorted(path for path in Store.of(_root(root)).runs.glob("*") if path.is_dir())
+
+
+def _run_id(folder: Path) -> str | None:
+    name = None if folder.name.startswith(UNSENT) else folder.name
+    return Spool(folder).start.get("run_id") or name
+
+
+def _held(folder: Path) -> bool:
+    """Whether a process holds the folder of its run."""
+    try:
+        lock = filelock.FileLock(folder / "lock")
+        with lock.acquire(timeout=0):
+            return False
+    except filelock.Timeout:
+        return True

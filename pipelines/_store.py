@@ -1,0 +1,270 @@
+"""An MLflow store and a run in it, as the stages talk to them: every call ends within seconds, and may be repeated."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import filelock
+
+from tanglenas_engine.checkpoint import fingerprint
+
+if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so the functions do it that need it
+    from mlflow import MlflowClient
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Event = dict[str, Any]
+
+PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
+ANSWER = 5.0
+"""Seconds that a call to the store may cost a training."""
+UPLOAD = 300.0
+"""The same for a file or folder, of which a stage logs one at its end."""
+OPENING = {True: 15.0, False: 150.0}
+"""The same for opening a store, by whether a server has it: a new database takes long, and four in a row longer."""
+
+
+def project_root() -> Path:
+    """Where state that outlives a run belongs: the DVC project or git repository, else the current folder.
+
+    `dvc exp run --queue` runs stages in a copy that it deletes; `$DVC_ROOT` is the original all the same.
+    """
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root).resolve()
+    here = Path.cwd()
+    return next((f for f in (here, *here.parents) if (f / ".dvc").is_dir() or (f / ".git").exists()), here)
+
+
+class Refused(Exception):
+    """The store will never take this."""
+
+
+def within(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a call returns or raises, or TimeoutError after so many seconds; its thread is then left behind."""
+    outcome: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, name="MLflow", daemon=True).start()
+    try:
+        return outcome.result(timeout=seconds)
+    except TimeoutError as error:
+        raise error if error.args else TimeoutError(f"no answer within {seconds:g} seconds") from None
+
+
+@dataclass(frozen=True)
+class Store:
+    """The MLflow store that a project's stages report to, and where what it did not take is kept."""
+
+    uri: str
+    root: Path
+
+    @classmethod
+    def of(cls, root: Path) -> Store:
+        """`$MLFLOW_TRACKING_URI`, else the database of the project."""
+        return cls(os.environ.get("MLFLOW_TRACKING_URI") or cls.default(root), root)
+
+    @staticmethod
+    def default(root: Path) -> str:
+        return f"sqlite:///{(root / 'mlflow.db').as_posix()}"
+
+    @property
+    def name(self) -> str:
+        """The address without the password that it may hold."""
+        return redacted(self.uri)
+
+    @property
+    def runs(self) -> Path:
+        """The folders of the runs."""
+        return self.root / ".tanglenas" / "runs"
+
+    @property
+    def served(self) -> bool:
+        return self.uri.startswith(("http:", "https:", "databricks"))
+
+    def connect(self) -> MlflowClient:
+        """A client that gives up soon: a server that does not answer may cost seconds, not MLflow's minutes."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        if "DO_NOT_TRACK" not in os.environ:
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # announces each migration
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        return within(OPENING[self.served], self._open, MlflowClient)
+
+    def _open(self, make: type[MlflowClient]) -> MlflowClient:
+        lock: Any = nullcontext()
+        if self.uri.startswith("sqlite:///"):  # processes that create one database at once break each other's migration
+            database = Path(self.uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(f"{database}.lock", timeout=120)
+        with lock:
+            client = make(tracking_uri=self.uri)
+            client.get_experiment_by_name("Default")  # makes the tables of a new database
+            return client
+
+    def experiment(self, client: MlflowClient, name: str) -> str:
+        """The id of an experiment, which is made where it does not exist yet."""
+        if found := client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        # Without a location the artifacts would go to the current folder, for good.
+        location = None if self.served else (self.root / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:
+            if found := client.get_experiment_by_name(name):  # another process was faster
+                return str(found.experiment_id)
+            raise
+
+
+class Run:
+    """A run in the store, which takes each record once.
+
+    Args:
+        store: Where it is.
+        start: The record that founds it, if it is to be made.
+        run_id: Of one that exists, and goes on.
+
+    Raises:
+        KeyError: The store has no such run.
+    """
+
+    def __init__(self, store: Store, client: MlflowClient, start: Event, run_id: str | None = None) -> None:
+        self._client = client
+        if run_id is None:
+            experiment = store.experiment(client, start["experiment"])
+            made = client.create_run(experiment, start["time"], tags=start["tags"], run_name=start["name"])
+            run_id = made.info.run_id
+        else:
+            _reopen(client, run_id)
+        self.run_id = str(run_id)
+        run = client.get_run(run_id).data  # holds something when a run that was cut off goes on
+        self._known_params = set(run.params)
+        self._hashed = "params.hash" in run.tags
+        self._last_steps = {
+            name: max(metric.step for metric in client.get_metric_history(run_id, name)) for name in run.metrics
+        }
+
+    def send(self, event: Event, folder: Path) -> None:
+        """Send a record; `folder` holds the files that it names by relative paths.
+
+        Raises:
+            Refused: Sending it again would not help.
+            TimeoutError: The store takes too long.
+        """
+        from mlflow.exceptions import MlflowException
+
+        limit = UPLOAD if event["what"] == "artifact" else ANSWER
+        try:
+            within(limit, getattr(self, f"_{event['what']}"), event, folder)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise Refused(reason(error)) from error
+            raise
+
+    def _params(self, event: Event, folder: Path) -> None:
+        """Log what the run does not have yet, and the hash of all as a tag unless the stage set that tag itself."""
+        from mlflow.entities import Param
+
+        flat = event["params"]
+        new = [(name, value) for name, value in flat.items() if name not in self._known_params]
+        for batch in _batches(new, PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in batch])
+        self._known_params.update(flat)
+        if new and not self._hashed:
+            self._client.set_tag(self.run_id, "params.hash", fingerprint(params=flat))
+            self._hashed = True
+
+    def _metrics(self, event: Event, folder: Path) -> None:
+        """Log numbers, but for those of steps that the run has, or is past: a stage that goes on repeats a few.
+
+        An infinite number becomes NaN, because MLflow would store 1.8e308 and ruin the axis.
+        """
+        from mlflow.entities import Metric
+
+        step = event["step"]
+        entries = [
+            Metric(name, value if math.isfinite(value) else math.nan, event["time"], step)
+            for name, value in event["metrics"].items()
+            if step > self._last_steps.get(name, step - 1)
+        ]
+        for batch in _batches(entries, METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=batch)
+        self._last_steps.update((entry.key, step) for entry in entries)
+
+    def _tags(self, event: Event, folder: Path) -> None:
+        from mlflow.entities import RunTag
+
+        for batch in _batches([RunTag(name, value) for name, value in event["tags"].items()], PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, tags=batch)
+
+    def _artifact(self, event: Event, folder: Path) -> None:
+        path = folder / event["path"]
+        if not path.exists():
+            raise Refused(f"there is no {path}")
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), event["folder"])
+        else:
+            self._client.log_artifact(self.run_id, str(path), event["folder"])
+
+    def _text(self, event: Event, folder: Path) -> None:
+        self._client.log_text(self.run_id, event["text"], event["name"])
+
+    def _end(self, event: Event, folder: Path) -> None:
+        self._client.set_terminated(self.run_id, event["status"], event["time"])
+
+
+def _reopen(client: MlflowClient, run_id: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"}:
+            raise
+        raise KeyError(reason(error)) from error
+
+
+def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings with dotted names."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def allowed(name: str) -> str:
+    """A name as MLflow takes it."""
+    return re.sub(r"[^\w./ -]", "_", name)
+
+
+def reason(error: BaseException) -> str:
+    line = next(iter(str(error).splitlines()), "")
+    return redacted(f"{type(error).__name__}: {line[:300]}")
+
+
+def redacted(text: str) -> str:
+    """Without the password that a URL may hold."""
+    return re.sub(r"(?<=//)[^/@\s]+@", "***@", text)
