@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tanglenas_engine.errors import TangleNASError, unknown
+from tanglenas_engine.space import SearchSpace
+
+Forward = Callable[..., Tensor]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,10 +39,70 @@ class Precision:
         # Without float16 its methods hand on what they get.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    def run(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
         """The outputs of a forward, in float32."""
         if not self.autocast._enabled:
             return forward(*inputs)
         with self.autocast:
             outputs = forward(*inputs)
         return outputs.float()
+
+
+class Compiled:
+    """The soft path of a space through `torch.compile`; the hard path, which is another network each time, as it is.
+
+    Masks are inputs of what is compiled, so a search has two graphs, one for the step of the weights and one for that
+    of alpha, however alpha moves.
+
+    Args:
+        backend: Of `torch.compile`.
+    """
+
+    def __init__(self, space: SearchSpace, backend: str = "inductor"):
+        state = space.superposition
+
+        def forward(masks: Any, *inputs: Tensor) -> Tensor:
+            state._masks = masks
+            outputs: Tensor = space.forward(*inputs)
+            return outputs
+
+        self._state = state
+        self._compiled = torch.compile(forward, dynamic=False, backend=backend)
+
+    def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
+        """The outputs of a forward."""
+        soft = self._state.mixture is not None and self._state.assignment is None
+        if not soft or not torch.is_grad_enabled():
+            return forward(*inputs)
+        outputs: Tensor = self._compiled(self._state._masks, *inputs)
+        return outputs
+
+
+def backend_of(compile: bool | str) -> str | None:
+    """The backend that an option `compile` asks for: True is torch's own, False none.
+
+    Raises:
+        TangleNASError: There is none of that name.
+    """
+    if isinstance(compile, bool):
+        return "inductor" if compile else None
+    known = torch.compiler.list_backends(())
+    if compile not in known:
+        raise unknown("backend of torch.compile", compile, known)
+    return compile
+
+
+@contextmanager
+def executing(space: SearchSpace, *ways: Callable[..., Tensor]) -> Iterator[None]:
+    """Let the forwards of a space run in these ways, the first outermost, inside the block."""
+
+    def execute(forward: Forward, *inputs: Tensor, ways: Sequence[Callable[..., Tensor]] = ways) -> Tensor:
+        if not ways:
+            return forward(*inputs)
+        return ways[0](lambda *given: execute(forward, *given, ways=ways[1:]), *inputs)
+
+    space.execute = execute if ways else None
+    try:
+        yield
+    finally:
+        space.execute = None

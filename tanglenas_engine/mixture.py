@@ -12,7 +12,7 @@ independent again, so `M = sum_e p(e) * outer(coverage given e, ...)`, one small
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,30 @@ COVERED: dict[str, frozenset[str]] = {
 }
 """Which roles of a dimension a mixture covers, for each relaxation: the one place that decides it."""
 
-Factor = tuple[Tensor, ...]
-"""A factor of a mask: one tensor, or two that have a leading dimension of shared options over which to sum their product."""
-
-
 EDGES = "edges"
 """Under which name a file of mixing weights has those of edges, one number for each."""
+
+
+class Factor(NamedTuple):
+    """A factor of a parameter's mask, which broadcasts against the parameter.
+
+    Rows of a weight that every architecture uses together, or not at all, are a band, and have one row in `mask`:
+    row i stands for the next `bands[i]` rows of the weight. Without `bands` nothing is left out.
+    """
+
+    mask: Tensor
+    bands: tuple[int, ...] | None = None
+
+    def whole(self) -> Tensor:
+        """The factor with all rows."""
+        return self.mask if self.bands is None else expanded(self.mask, self.bands)
+
+
+def expanded(mask: Tensor, bands: Sequence[int]) -> Tensor:
+    """Row i of `mask` repeated `bands[i]` times."""
+    if len(bands) == 1:
+        return mask.expand(bands[0], *mask.shape[1:])
+    return torch.cat([row.expand(n, *row.shape[1:]) for row, n in zip(mask.split(1), bands, strict=True)])
 
 
 class Mixture(Mapping[str, Tensor]):
@@ -94,7 +112,7 @@ class Mixture(Mapping[str, Tensor]):
 class _Cover:
     """The mask of a few axes that share rows, as tables from which a mixture makes it."""
 
-    def __init__(self, axes: Sequence[Axis], conditional: bool):
+    def __init__(self, axes: Sequence[Axis], conditional: bool, banded: bool):
         # A kernel that may be absent is superposed given that it is there; its operation knows how probable that is.
         self.conditional = conditional and all(axis.layout == "window" and axis.size.min == 0 for axis in axes)
         counts: dict[Row, int] = {}
@@ -111,10 +129,12 @@ class _Cover:
             for axis, private in zip(axes, self.private, strict=True)
         ]
         self.rows = [*self.shared, *(row for private in self.private for row in private)]
-        # Both sides of a weight together need no tensor of its size: (shared, out) and (shared, in) make the mask.
-        self.factored = len(axes) == 2 and any(axis.layout == "prefix" for axis in axes)
+        self.bands: tuple[int, ...] | None = None
+        if banded:
+            self.tables[0], self.bands = _in_bands(self.tables[0])
         self.signature = (
             self.conditional,
+            self.bands,
             tuple(len(row.options) for row in self.shared),
             tuple(tuple(len(row.options) for row in private) for private in self.private),
             tuple((tuple(table.shape), table.numpy().tobytes()) for table in self.tables),
@@ -129,8 +149,8 @@ class _Batch:
         self._slots = torch.tensor([[row.slot for row in cover.rows] for cover in covers]).reshape(len(covers), -1)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, list[Tensor]]] = {}
 
-    def masks(self, mixture: Mixture) -> Iterable[Factor]:
-        """One mask per cover, with one dimension per axis; that of two axes as a `Factor` that is not multiplied out."""
+    def masks(self, mixture: Mixture) -> tuple[Tensor, ...]:
+        """One mask per cover, with one dimension per axis."""
         like = next(iter(mixture.stacks.values()))
         if (like.dtype, like.device) not in self._cast:
             self._cast[like.dtype, like.device] = (
@@ -139,21 +159,15 @@ class _Batch:
             )
         slots, tables = self._cast[like.dtype, like.device]
         start = len(self.cover.shared)
-        shared = mixture.joint(self.cover.shared, slots[:, :start])  # (instances, shared)
-        coverages = []  # of each axis given the shared options: (instances or 1, shared, length)
-        for table, private in zip(tables, self.cover.private, strict=True):
+        operands: list[Any] = [mixture.joint(self.cover.shared, slots[:, :start]), [0, 1]]
+        for axis, (table, private) in enumerate(zip(tables, self.cover.private, strict=True)):
             if private:
                 weights = mixture.joint(private, slots[:, start : start + len(private)])
-                coverages.append(torch.einsum("lp,spn->lsn", weights, table))
+                # (instances, shared, length): the axis' coverage given the shared options.
+                operands += [torch.einsum("lp,spn->lsn", weights, table), [0, 1, 2 + axis]]
             else:
-                coverages.append(table[:, 0][None])
+                operands += [table[:, 0], [1, 2 + axis]]
             start += len(private)
-        if self.cover.factored:
-            left, right = shared[:, :, None] * coverages[0], coverages[1].expand(len(shared), -1, -1)
-            return zip(left.unbind(0), right.unbind(0), strict=True)
-        operands: list[Any] = [shared, [0, 1]]
-        for axis, coverage in enumerate(coverages):
-            operands += [coverage.expand(len(shared), -1, -1), [0, 1, 2 + axis]]
         mask: Tensor = torch.einsum(*operands, [0, *range(2, 2 + len(tables))])
         if self.cover.conditional:
             # Every kernel covers the centre: the mask there is the probability that there is one.
@@ -161,25 +175,18 @@ class _Batch:
             for length in mask.shape[1:]:
                 centre = centre[:, length // 2]
             mask = mask / centre.clamp_min(1e-12).view(-1, *[1] * len(tables))
-        return [(one,) for one in mask.unbind(0)]
+        return mask.unbind(0)
 
 
-def multiplied(factor: Factor) -> Tensor:
-    """A factor as one tensor."""
-    if len(factor) == 1:
-        return factor[0]
-    left, right = factor
-    shape = torch.broadcast_shapes(left.shape[1:], right.shape[1:])
-    return (left.flatten(1).T @ right.flatten(1)).view(shape)
+def _in_bands(table: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A table `(shared, private, length)` with one column for each run of equal ones, and the lengths of the runs."""
+    _, counts = torch.unique_consecutive(table.flatten(0, 1), return_counts=True, dim=1)
+    starts = counts.cumsum(0) - counts
+    return table[..., starts], tuple(counts.tolist())
 
 
-def _broadcast(mask: Tensor, positions: Sequence[int], dims: int) -> Tensor:
-    """Shaped so that its last dimensions lie at `positions` of `dims`."""
-    leading = mask.dim() - len(positions)
-    shape = [1] * dims
-    for position, length in zip(positions, mask.shape[leading:], strict=True):
-        shape[position] = length
-    return mask.reshape(*mask.shape[:leading], *shape)
+_Place = tuple[tuple[int, ...], int, tuple[int, ...] | None]
+"""The positions of a cover's axes, its index among all, and the bands of the first axis."""
 
 
 class Superposition:
@@ -196,15 +203,14 @@ class Superposition:
         self.assignment: Assignment | None = None
         self.parts = 1  # the share of channels that a `PartialSize` uses is one of so many
         self._axes: dict[tuple[Axis, ...], None] = {}
-        # For each relaxation: batches of covers, and for each tuple of axes its covers' (axis positions, index).
-        self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]] = {}
-        self._masks: list[Factor] = []
+        # For each relaxation: batches of covers, and for each tuple of axes the places of its covers.
+        self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]] = {}
+        self._masks: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies of a space: what a mixture made hangs on an autograd graph, which cannot be copied.
         mixture = None if self.mixture is None else self.mixture.detach()
-        masks = [tuple(tensor.detach() for tensor in factor) for factor in self._masks]
-        return {**vars(self), "mixture": mixture, "_masks": masks}
+        return {**vars(self), "mixture": mixture, "_masks": [mask.detach() for mask in self._masks]}
 
     def add_row(
         self,
@@ -240,42 +246,40 @@ class Superposition:
         self.mixture, self.assignment, self._masks = None, None, []
 
     def factors(self, axes: tuple[Axis, ...]) -> list[Factor]:
-        """The factors of the mask of `axes`, shaped to broadcast against a parameter with these axes."""
+        """The factors of the mask of `axes`."""
         _, covers = self._plan()
         factors = []
-        for positions, index in covers[axes]:
-            *pair, last = self._masks[index]
-            if pair:
-                sides = zip(positions, (*pair, last), strict=True)
-                factors.append(tuple(_broadcast(side, (p,), len(axes)) for p, side in sides))
-            else:
-                factors.append((_broadcast(last, positions, len(axes)),))
+        for positions, index, bands in covers[axes]:
+            mask = self._masks[index]
+            shape = [1] * len(axes)
+            for position, length in zip(positions, mask.shape, strict=True):
+                shape[position] = length
+            factors.append(Factor(mask.view(shape), bands))
         return factors
 
-    def _plan(self) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]:
+    def _plan(self) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]:
         if self.relaxation not in COVERED:
             raise unknown("relaxation", self.relaxation, COVERED)
         if self.relaxation not in self._plans:
             self._plans[self.relaxation] = self._make_plan(self.relaxation)
         return self._plans[self.relaxation]
 
-    def _make_plan(
-        self, relaxation: str
-    ) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[tuple[tuple[int, ...], int]]]]:
+    def _make_plan(self, relaxation: str) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]:
         covers: dict[tuple[Axis, ...], list[tuple[tuple[int, ...], _Cover]]] = {}
         unique: dict[Any, _Cover] = {}  # layers that cover the same rows in the same way share one mask
         for axes in self._axes:
             positions = [i for i, axis in enumerate(axes) if axis.size.rows and axis.role in COVERED[relaxation]]
             covers[axes] = []
             for group in _connected(axes, positions, jointly=relaxation != "gated"):
-                cover = _Cover([axes[i] for i in group], conditional=relaxation != "paper")
+                banded = group[0] == 0 and len(axes) > 1 and axes[0].layout == "prefix"
+                cover = _Cover([axes[i] for i in group], conditional=relaxation != "paper", banded=banded)
                 covers[axes].append((group, unique.setdefault((cover.signature, tuple(cover.rows)), cover)))
         batches: dict[Any, list[_Cover]] = {}
         for cover in unique.values():
             batches.setdefault(cover.signature, []).append(cover)
         index = {id(cover): i for i, cover in enumerate(c for batch in batches.values() for c in batch)}
         return [_Batch(batch) for batch in batches.values()], {
-            axes: [(group, index[id(cover)]) for group, cover in pairs] for axes, pairs in covers.items()
+            axes: [(group, index[id(cover)], cover.bands) for group, cover in pairs] for axes, pairs in covers.items()
         }
 
 

@@ -15,7 +15,7 @@ from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.execution import Precision
+from tanglenas_engine.execution import Precision, backend_of
 from tanglenas_engine.optimizer import Batch
 from tanglenas_engine.progress import Progress
 from tanglenas_engine.search import check_fit
@@ -85,6 +85,7 @@ def retrain(
     loss: Callable[[Any, Tensor], Tensor] = cross_entropy,
     recalibration_batches: int = 8,
     precision: str = "float32",
+    compile: bool | str = False,
     accumulate: int = 1,
     seed: int = 0,
     num_workers: int = 0,
@@ -111,6 +112,8 @@ def retrain(
         ema: Makes a moving average of the network's weights, which then is what is validated and returned.
         loss: Of what the network gives in train mode, a tensor or several with the logits first, and targets.
         recalibration_batches: Batches that set the statistics of batch norms for "inherit"; 0 keeps the supernet's.
+        compile: Whether `torch.compile` takes the network's forward, or with which of its backends. A drop path that
+            a schedule changes is compiled anew each time.
         precision, accumulate, checkpoints, checkpoint_every, device, num_workers: As in `search`.
 
     Raises:
@@ -124,7 +127,7 @@ def retrain(
     check_fit(space, data.training)
     space.assignment_of(architecture)  # whether it has one: a space may override what makes the network
     target = device_of(device)
-    precise = Precision(precision, target)
+    precise, backend = Precision(precision, target), backend_of(compile)
     part = parts_of("retrain", batch_size, accumulate)
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
@@ -143,6 +146,7 @@ def retrain(
         iterators: list[Iterator[Batch]] = []
         parameters, statistics, scaler = list(trained.parameters()), running_statistics(trained), precise.scaler
         scheduled = [hook for module in trained.modules() if callable(hook := getattr(module, "progress", None))]
+        forward = trained if backend is None else torch.compile(trained, dynamic=False, backend=backend)
         trained.train()
 
         def step(position: int) -> dict[str, Tensor]:
@@ -156,7 +160,7 @@ def retrain(
             optimize.zero_grad()
             for inputs, targets in zip(*batch, strict=True):
                 with precise.autocast:
-                    outputs = trained(inputs)
+                    outputs = forward(inputs)
                     value = loss(outputs, targets)
                 torch.autograd.backward(scaler.scale(value / accumulate))
                 losses.append(value.detach())

@@ -15,7 +15,7 @@ from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, Samples, Stream, batches
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.execution import Precision
+from tanglenas_engine.execution import Compiled, Precision, backend_of, executing
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.objective import Target
 from tanglenas_engine.optimizer import Batch, Loss, Optimizer, Step, entropy, positive
@@ -79,6 +79,7 @@ def search(
     clip: float | None = 5.0,
     loss: Loss = cross_entropy,
     precision: str = "float32",
+    compile: bool | str = False,
     accumulate: int = 1,
     seed: int = 0,
     num_workers: int = 0,
@@ -114,6 +115,8 @@ def search(
         loss: Of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         precision: What matrix products are computed in: "float32", "bfloat16", or "float16" on a GPU. Weights, alpha,
             masks and losses are float32 throughout.
+        compile: Whether `torch.compile` takes the forwards of mixtures, or with which of its backends. Sampled
+            architectures (spos, gdas, validation) run uncompiled: each is another network.
         accumulate: Into how many parts a batch is cut, whose gradients are added up before a step: less memory for
             the same step, but for batch norms, which see the parts.
         num_workers: Processes that load data.
@@ -138,7 +141,7 @@ def search(
     stops = _Stops(space, optimizer, max_skips, skip_options, min_entropy)
     check_fit(space, data.weights)
     target = device_of(device)
-    precise = Precision(precision, target)
+    precise, backend = Precision(precision, target), backend_of(compile)
     part = parts_of("search", batch_size, accumulate)
     if accumulate > 1 and not optimizer.accumulates:
         raise TangleNASError(
@@ -280,9 +283,9 @@ def search(
                     progress.note(f"search: stopped after epoch {epoch} of {epochs}: {reason}")
         return row
 
+    ways = [precise.run, *([] if backend is None else [Compiled(space, backend).run])]
     try:
-        space.execute = precise.run
-        with seeded(seed):
+        with seeded(seed), executing(space, *ways):
             history = run(
                 name="search",
                 epochs=epochs,
@@ -305,7 +308,6 @@ def search(
                 progress=progress,
             )
     finally:
-        space.execute = None
         space.release()
         space.superposition.parts = 1  # an architecture has all channels
     mixture = optimizer.expected()

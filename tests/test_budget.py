@@ -10,6 +10,7 @@ from tiny import ALL, tiny
 from torch import nn
 
 import tanglenas_engine.budget as budgets
+import tanglenas_engine.elimination as elimination
 from tanglenas_engine import Objective, SearchSpace, create_space, elastic
 from tanglenas_engine.budget import cheapest, check_budget, project, projection, shrunk
 from tanglenas_engine.cost import METRICS, Additive
@@ -182,7 +183,7 @@ def test_multipliers_change_what_is_looked_at_and_not_what_is_found():
     for share in (0.1, 0.4, 0.7):
         mixture = random_mixture(space, 2.0)
         budget = {"params": int(low + share * (high - low))}
-        problem = budgets._Problem.of(space, space.scores(mixture), budgets._limits(space, budget, ()))
+        problem = elimination.Problem.of(space, space.scores(mixture), budgets._limits(space, budget, ()))
         whole = problem._eliminated(np.zeros(1), np.inf)
         found = projection(space, mixture, budget)
         assert found.exact and space.cost(found.architecture).params <= budget["params"]
@@ -246,7 +247,7 @@ def test_where_tables_grow_too_large_a_local_search_keeps_the_budget(name, monke
     for _ in range(6):
         mixture, budget = random_mixture(space, 2.0), random_budget(possible, METRICS)
         cases.append((mixture, budget, projection(space, mixture, budget).architecture))
-    monkeypatch.setattr(budgets, "ENTRIES", 1)
+    monkeypatch.setattr(elimination, "ENTRIES", 1)
     for mixture, budget, exact in cases:
         found = projection(space, mixture, budget)
         picks = space.assignment_of(found.architecture)

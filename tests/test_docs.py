@@ -256,12 +256,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     outcome = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert outcome.returncode == 0, outcome.stderr
-    assert "def search" not in (tmp_path / "api" / "index.html").read_text()
     assert 'id="tanglenas_engine.search.search"' in (tmp_path / "api" / "index.html").read_text()
 
 

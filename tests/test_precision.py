@@ -9,10 +9,11 @@ from tanglenas_engine import create_optimizer
 from tanglenas_engine.data import SPLITS
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.execution import Precision
+from tanglenas_engine.optimizer import Step
 from tanglenas_engine.retrain import retrain
 from tanglenas_engine.search import search
 from tanglenas_engine.testing import random_data
-from tanglenas_engine.training import cross_entropy, measure
+from tanglenas_engine.training import cross_entropy, measure, parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -22,11 +23,13 @@ def watched(space):
     seen = {"outputs": set(), "masks": set()}
 
     def look(module, inputs, output):
+        if not module.training:  # a look at whether the data fit
+            return
         seen["outputs"].add(output.dtype)
         if module.axes and space.superposition.mixture is not None:
             seen["masks"].update(mask.dtype for mask in module.masks("weight"))
 
-    space.blocks[0].fc1.register_forward_hook(look)
+    space.blocks[0].mlp.fc1.register_forward_hook(look)
     return space, seen
 
 
@@ -42,20 +45,18 @@ def test_a_search_in_bfloat16_keeps_everything_but_matrix_products_in_float32(op
 
     method = create_optimizer(optimizer)
     data = random_data(space, ("weights", "architecture", "validation"))
-    seen["outputs"].clear()
     result = search(space, method, data, epochs=2, batch_size=4, precision="bfloat16", loss=loss)
     assert seen["outputs"] == {torch.bfloat16}
     assert seen["masks"] <= {torch.float32}
-    assert bool(seen["masks"]) == (optimizer not in ("spos",))
-    for tensor in [*space.parameters(), *method.alphas.values(), *(a.grad for a in method.alphas.values() if a.grad is not None)]:
-        assert tensor.dtype == torch.float32
+    assert bool(seen["masks"]) == (optimizer != "spos")
+    assert {tensor.dtype for tensor in [*space.parameters(), *method.alphas.values()]} == {torch.float32}
     assert losses and len(result.history) == 2
 
 
 def test_a_search_in_bfloat16_is_near_one_in_float32_and_not_the_same():
     full, low = searched("drnas"), searched("drnas", precision="bfloat16")
-    differences = [abs(a["weight_loss"] - b["weight_loss"]) for a, b in zip(full["history"], low["history"], strict=True)]
-    assert 0 < max(differences) < 0.02
+    rows = zip(full["history"], low["history"], strict=True)
+    assert 0 < max(abs(one["weight_loss"] - other["weight_loss"]) for one, other in rows) < 0.02
 
 
 def test_the_space_is_as_before_a_search_in_low_precision():
@@ -64,9 +65,11 @@ def test_the_space_is_as_before_a_search_in_low_precision():
     search(space, create_optimizer("drnas"), data, epochs=2, batch_size=4, precision="bfloat16")
     assert space.execute is None
     assert space.eval()(space.example_input(2)).dtype == torch.float32
-    space.blocks[0].fc1.register_forward_hook(lambda module, inputs, output: output.new_zeros(()).double())
-    with pytest.raises(Exception):
-        search(space, create_optimizer("drnas"), data, epochs=2, batch_size=4, precision="bfloat16")
+    with pytest.raises(TangleNASError, match="not finite"):
+        search(
+            space, create_optimizer("drnas"), data, epochs=2, batch_size=4, precision="bfloat16",
+            loss=lambda outputs, targets: cross_entropy(outputs, targets) * float("nan"),
+        )  # fmt: skip
     assert space.execute is None
 
 
@@ -101,9 +104,6 @@ def test_scaled_losses_give_scaled_gradients_of_alpha():
     for name in ("darts", "darts2", "drnas", "gdas"):
         gradients = []
         for scale in (1.0, 1024.0):
-            from tanglenas_engine.optimizer import Step
-            from tanglenas_engine.training import parameter_groups
-
             torch.manual_seed(0)
             space, optimizer = vit().train(), create_optimizer(name)
             optimizer.bind(space, 0)
@@ -121,7 +121,6 @@ def test_a_precision_that_cannot_be():
         Precision("bfloat", CPU)
     with pytest.raises(TangleNASError, match=r"'float16' needs a GPU, and the device is 'cpu': use 'bfloat16'"):
         searched("drnas", precision="float16")
-    assert Precision("float16", torch.device("cuda")).scaler.is_enabled() == torch.cuda.is_available()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a GPU")

@@ -10,7 +10,7 @@ import click
 
 from ..errors import TangleNASError
 
-COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "tables", "report", "doctor")
+COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "latency", "tables", "report", "doctor")
 
 
 class WrongInput(click.ClickException):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Factor, Superposition, multiplied
+from tanglenas_engine.mixture import Factor, Superposition
 from tanglenas_engine.size import Assignment, Axis, Number, Size
 
 Dimension = Axis | Size | Number
@@ -61,7 +61,7 @@ class Elastic(nn.Module):
         """The parameter or buffer `name` as the next architecture (a slice) or mixture (masked) has it."""
         tensor, factors = self.parts(name)
         for factor in factors:
-            tensor = tensor * multiplied(factor)  # type: ignore[operator]
+            tensor = tensor * factor.whole()  # type: ignore[operator]
         return tensor
 
     def parts(self, name: str) -> tuple[Tensor | None, list[Factor]]:
@@ -83,11 +83,11 @@ class Elastic(nn.Module):
         return tensor
 
     def masks(self, name: str) -> list[Tensor]:
-        """The factors of the mask declared as `name`, broadcastable tensors; none without a mixture."""
-        return [multiplied(factor) for factor in self.factors(name)]
+        """The factors of the mask declared as `name` as tensors that broadcast; none without a mixture."""
+        return [factor.whole() for factor in self.factors(name)]
 
     def factors(self, name: str) -> list[Factor]:
-        """The factors of the mask declared as `name`, those of both sides of a weight not multiplied out.
+        """The factors of the mask declared as `name`; none without a mixture.
 
         On the hard path with a mixture each is the part that the architecture has: ones, whose gradient alpha gets.
         """
@@ -95,12 +95,7 @@ class Elastic(nn.Module):
             return []
         axes, assignment = self._axes[name], self._superposition.assignment
         factors = self._superposition.factors(axes)
-        if assignment is None:
-            return factors
-        return [
-            tuple(_cut(t, (_WHOLE, *axes) if len(factor) > 1 else axes, assignment) for t in factor)
-            for factor in factors
-        ]
+        return factors if assignment is None else [_cut_factor(factor, axes, assignment) for factor in factors]
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
         """The part of the parameter or buffer `name` that an architecture uses: a view where memory allows."""
@@ -133,6 +128,17 @@ def _cut(tensor: Tensor, axes: Sequence[Axis], assignment: Assignment) -> Tensor
         elif size < full:
             tensor = tensor.narrow(dim, (full - size) // 2 if axis.layout == "window" else 0, size)
     return tensor
+
+
+def _cut_factor(factor: Factor, axes: Sequence[Axis], assignment: Assignment) -> Factor:
+    """The part of a factor that an architecture uses."""
+    mask, bands = factor
+    if bands is None:
+        return Factor(_cut(mask, axes, assignment))
+    used = torch.tensor(axes[0].used(assignment)).split(list(bands))
+    counts = [int(band.sum()) for band in used]
+    rows = torch.cat([row for row, count in zip(mask.split(1), counts, strict=True) if count])
+    return Factor(_cut(rows, (_WHOLE, *axes[1:]), assignment), tuple(count for count in counts if count))
 
 
 def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]:

@@ -2,55 +2,37 @@
 
 The numbers are those of the formula wherever a mask sits. What differs is what has to be computed and kept:
 
-- Only the weight and small factors are kept for backward: neither the mask nor the masked weight, which are as
-  large as the weight and made again in no time.
-- A *gate* covers the dimension that is read. With constant weights its gradient is `sum(x * g)`, where
-  `g = dy W` is needed for x anyway: the architecture step then costs no weight gradient.
+- For backward the weight and small factors are kept, not the masked weight: it is as large, and soon made again.
+- With constant weights, the gradient of a mask `m` over what is read needs no gradient of the weight. With
+  `g = dy W`, which x needs anyway, it is `sum(x * g)`, and `dx = g * m`. A mask over both sides is one over what is
+  read for each band of rows, and `dy W` the sum over the bands. So an architecture step has forward and input gradients
+  only. A mask over a kernel's window still needs the gradient of the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tanglenas_engine.mixture import Factor, expanded
 
-class Masks(NamedTuple):
-    """A mask of a weight `(out, in, ...)` as the product of up to three parts, None where one is 1 everywhere."""
-
-    gate: Tensor | None = None
-    """`(in,)`"""
-    outer: Tensor | None = None
-    """Broadcasts against the weight."""
-    left: Tensor | None = None
-    """`(S, out)`, which with `right` `(S, in)` makes the mask `left.T @ right`."""
-    right: Tensor | None = None
-
-    def times(self, weight: Tensor) -> Tensor:
-        """`weight` times the mask."""
-        for part in (self.outer, self.joint(weight.dim()), self.shaped_gate(weight.dim())):
-            weight = weight if part is None else weight * part
-        return weight
-
-    def joint(self, dim: int) -> Tensor | None:
-        """The joint mask of both sides, for a weight of `dim` dimensions."""
-        if self.left is None or self.right is None:
-            return None
-        return (self.left.T @ self.right).reshape(self.left.shape[1], self.right.shape[1], *[1] * (dim - 2))
-
-    def shaped_gate(self, dim: int) -> Tensor | None:
-        return None if self.gate is None else self.gate.view(-1, *[1] * (dim - 2))
+LEAST_ROWS = 32
+"""Rows of a band, on average, from which bands cost less than the gradient of the weight."""
 
 
 class Operation(Protocol):
-    """A product of an input and a weight, linear in both. Channels of the input and the output are at `channels`."""
+    """A product of an input and a weight, linear in both, whose channels are at `channels` of input and output."""
 
     @property
     def channels(self) -> int: ...
+
+    @property
+    def groups(self) -> int: ...
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -64,6 +46,7 @@ class Linear:
     """`F.linear`."""
 
     channels: int = -1
+    groups: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -94,16 +77,15 @@ class Convolution:
     def weight_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
         return self._gradients(x, weight, dy, 1)
 
-    def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, of: int) -> Tensor:
-        arguments = ([0], self.stride, [self.padding] * 2, self.dilation, False, [0], self.groups)
-        wanted = [i == of for i in range(3)]
-        gradients = torch.ops.aten.convolution_backward(dy, x, weight, *arguments, wanted)
-        return gradients[of]  # type: ignore[no-any-return]
+    def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, wanted: int) -> Tensor:
+        geometry = (self.stride, [self.padding] * 2, self.dilation, False, [0, 0], self.groups)
+        # An image without a batch is a batch of one.
+        x, dy, single = (x, dy, False) if x.dim() == 4 else (x[None], dy[None], wanted == 0)
+        gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [wanted == i for i in range(3)])
+        return gradients[wanted][0] if single else gradients[wanted]  # type: ignore[no-any-return]
 
 
-def masked(
-    op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[tuple[Tensor, ...]]
-) -> Tensor:
+def masked(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factor]) -> Tensor:
     """`op(x, weight * mask, bias)`: the one way in which masks meet weights that multiply an input.
 
     Args:
@@ -111,76 +93,98 @@ def masked(
     """
     if not factors:
         return op(x, weight, bias)
-    gate = outer = left = right = None
+    rows = rest = None
+    bands: tuple[int, ...] = (len(weight),)
     for factor in factors:
-        if len(factor) == 2:
-            left, right = (side.flatten(1) for side in factor)
-        elif factor[0].numel() == factor[0].shape[1] == x.shape[op.channels]:
-            gate = factor[0].flatten()
+        mask = factor.mask
+        if op.groups == 1 and mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1):
+            bands = factor.bands or bands  # one factor at most has the first dimension
+            rows = mask.flatten(1) if rows is None else rows * mask.flatten(1)
         else:
-            outer = factor[0] if outer is None else outer * factor[0]
+            rest = factor.whole() if rest is None else rest * factor.whole()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Masked.apply(op, x, weight, bias, gate, outer, left, right)  # type: ignore[no-any-return,no-untyped-call]
+    return _Masked.apply(op, bands, x, weight, bias, rows, rest)  # type: ignore[no-any-return]
+
+
+def _times(weight: Tensor, rows: Tensor | None, bands: tuple[int, ...], rest: Tensor | None) -> Tensor:
+    """`weight` times its mask."""
+    if rest is not None:
+        weight = weight * rest
+    if rows is not None:
+        weight = weight * _over(expanded(rows, bands) if len(bands) > 1 else rows, weight.dim())
+    return weight
+
+
+def _over(rows: Tensor, dim: int) -> Tensor:
+    """`(out, in)` over a weight of `dim` dimensions."""
+    return rows.view(*rows.shape, *[1] * (dim - 2))
 
 
 class _Masked(torch.autograd.Function):
+    """`op(x, weight * mask)` with the mask `rows`, `(bands, in or 1)`, times `rest`, which broadcasts."""
+
     @staticmethod
-    def forward(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, *masks: Tensor | None) -> Tensor:
+    def forward(
+        op: Operation,
+        bands: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        rest: Tensor | None,
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # masks stay in the weights' precision
-            mixed = Masks(*masks).times(weight).to(x.dtype)
+            mixed = _times(weight, rows, bands, rest).to(x.dtype)
             return op(x, mixed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.op, x, weight, ctx.bias, *masks = inputs
-        ctx.bias = None if ctx.bias is None else ctx.bias.dtype
-        ctx.save_for_backward(x, weight, *masks)
+        ctx.op, ctx.bands, x, weight, bias, rows, rest = inputs
+        ctx.bias_type = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, rows, rest)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
-        x, weight, *parts = ctx.saved_tensors
-        op, masks = ctx.op, Masks(*parts)
-        _, need_x, need_weight, need_bias, need_gate, need_outer, need_left, need_right = ctx.needs_input_grad
+        x, weight, rows, rest = ctx.saved_tensors
+        op, bands = ctx.op, ctx.bands
+        _, _, need_x, need_weight, need_bias, need_rows, need_rest = ctx.needs_input_grad
+        dx = dweight = dbias = drows = drest = None
         with torch.autocast(x.device.type, enabled=False):
-            dx = dweight = dbias = dgate = douter = dleft = dright = None
             if need_bias:
-                dbias = _sum_but(dy, op.channels).to(ctx.bias)
-            if need_weight or need_outer or need_left or need_right:
-                whole = masks.times(weight)
-                dmixed = op.weight_gradient(x, whole.to(x.dtype), dy).to(weight.dtype)
+                dbias = _sum_but(dy, op.channels).to(ctx.bias_type)
+            if need_rows and not (need_weight or need_rest) and len(weight) >= LEAST_ROWS * (len(bands) - 1):
+                dx, drows = _by_bands(op, bands, x, _times(weight, None, bands, rest), rows, dy, need_x)
+            else:
+                mixed = _times(weight, rows, bands, rest).to(x.dtype)
                 if need_x:
-                    dx = op.input_gradient(x, whole.to(x.dtype), dy)
-                if need_weight:
-                    dweight = masks.times(dmixed)
-                if any(ctx.needs_input_grad[4:]):
-                    dgate, douter, dleft, dright = _mask_gradients(dmixed * weight, masks, ctx.needs_input_grad[4:])
-            elif need_gate:
-                inner = masks._replace(gate=None).times(weight)
-                g = op.input_gradient(x, inner.to(x.dtype), dy)
-                dgate = _sum_but(x * g, op.channels).to(weight.dtype)
-                dx = g * masks.gate.to(x.dtype).view(-1, *[1] * (-op.channels - 1)) if need_x else None  # type: ignore[union-attr]
-            elif need_x:
-                dx = op.input_gradient(x, masks.times(weight).to(x.dtype), dy)
-            return None, dx, dweight, dbias, dgate, douter, dleft, dright
+                    dx = op.input_gradient(x, mixed, dy)
+                if need_weight or need_rows or need_rest:
+                    dmixed = op.weight_gradient(x, mixed, dy).to(weight.dtype)
+                    dweight = _times(dmixed, rows, bands, rest) if need_weight else None
+                    dmask = dmixed * weight if need_rows or need_rest else None
+                    if need_rows:
+                        parts = _times(dmask, None, bands, rest).flatten(2).sum(2) if weight.dim() > 2 else dmask
+                        parts = parts if weight.dim() > 2 or rest is None else parts * rest
+                        drows = torch.stack([part.sum(0) for part in parts.split(bands)]).sum_to_size(rows.shape)
+                    if need_rest:
+                        drest = _times(dmask, rows, bands, None).sum_to_size(rest.shape)
+        return None, None, dx, dweight, dbias, drows, drest
 
 
-def _mask_gradients(dmask: Tensor, masks: Masks, need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of the parts of a mask, from that of the mask: each is the sum of it times the other parts."""
-    need_gate, need_outer, need_left, need_right = need
-    dim = dmask.dim()
-    dgate = douter = dleft = dright = None
-    if need_gate:
-        dgate = _sum_but(masks._replace(gate=None).times(dmask), 1)
-    if need_outer and masks.outer is not None:
-        douter = masks._replace(outer=None).times(dmask).sum_to_size(masks.outer.shape)
-    if (need_left or need_right) and masks.left is not None and masks.right is not None:
-        djoint = masks._replace(left=None, right=None).times(dmask)
-        djoint = djoint.flatten(2).sum(2) if dim > 2 else djoint
-        dleft = masks.right @ djoint.T if need_left else None
-        dright = masks.left @ djoint if need_right else None
-    return dgate, douter, dleft, dright
+def _by_bands(
+    op: Operation, bands: tuple[int, ...], x: Tensor, weight: Tensor, rows: Tensor, dy: Tensor, need_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of the input and of `rows` for a constant weight."""
+    dx, gradients = None, []
+    for part, row, dpart in zip(weight.split(bands), rows.unbind(0), dy.split(bands, op.channels), strict=True):
+        g = op.input_gradient(x, part.to(x.dtype), dpart)
+        gradients.append(_sum_but(x * g, op.channels).to(rows.dtype).sum_to_size(row.shape))
+        if need_x:
+            row = row.to(g.dtype).view(-1, *[1] * (-op.channels - 1))
+            dx = g * row if dx is None else torch.addcmul(dx, g, row)
+    return dx, torch.stack(gradients)
 
 
 def _sum_but(tensor: Tensor, dim: int) -> Tensor:

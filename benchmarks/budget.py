@@ -1,0 +1,118 @@
+"""A search under a budget against random architectures of the same cost, each retrained in the same way.
+
+    python -m benchmarks.budget --seeds 0 1
+
+The vision transformer of the demo on handwritten digits: a search with a target in multiply-accumulates, the most
+probable architecture within it, and random architectures whose cost is within 2 % of that one's. Test accuracy after
+training from scratch; prints a line a network, and JSON with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+
+import torch
+
+from tanglenas_engine import create_dataset, create_objective, create_optimizer, create_space
+from tanglenas_engine.data import make_splits, open_splits
+from tanglenas_engine.discretize import discretize
+from tanglenas_engine.evaluate import evaluate
+from tanglenas_engine.objective import Target
+from tanglenas_engine.retrain import retrain
+from tanglenas_engine.search import search
+from tanglenas_engine.training import cross_entropy
+
+SPACE = {"relative_position": True, "weight_init": "jax", "drop_path": 0.1}  # as in gin/spaces/autoformer_nano.gin
+ADAMW = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--optimizer", default="drnas")
+    parser.add_argument("--share", type=float, default=0.6, help="of the largest architecture's multiply-accumulates")
+    parser.add_argument("--weight", type=float, default=1.0)
+    parser.add_argument("--penalty", default="log")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--retrain-epochs", type=int, default=50)
+    parser.add_argument("--random", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dataset = create_dataset("digits")
+    results = []
+
+    def report(**row: object) -> None:
+        results.append(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if options.json:
+            with open(options.json, "w") as file:
+                json.dump(results, file, indent=1)
+
+    for seed in options.seeds:
+        splits = make_splits(dataset, seed=seed)
+        data = open_splits(dataset, splits, ("weights", "architecture", "validation", "training"))
+        test = open_splits(dataset, splits, ("test",))
+        torch.manual_seed(seed)
+        space = create_space("autoformer_nano", **dataset.space_options(), **SPACE)
+        target = Target(create_objective("flops"), share=options.share, weight=options.weight, penalty=options.penalty)
+        largest = space.cost(space.largest()).flops
+        started = time.perf_counter()
+        result = search(
+            space,
+            create_optimizer(options.optimizer),
+            data,
+            epochs=options.epochs,
+            batch_size=32,
+            warmup_epochs=options.epochs // 6,
+            weight_optimizer=ADAMW,
+            architecture_optimizer=partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999)),
+            targets=[target],
+            seed=seed,
+        )
+        budget = int(options.share * largest)
+        found = discretize(space, data, result.mixture, max_flops=budget, seed=seed).architecture
+        cost = space.cost(found).flops
+        report(
+            seed=seed,
+            what="search",
+            expected_over_target=round(result.history[-1]["expected_flops"] / budget, 4),
+            argmax_over_target=round(result.history[-1]["flops"] / budget, 4),
+            found_over_target=round(cost / budget, 4),
+            entropy=round(result.history[-1]["entropy"], 3),
+            seconds=round(time.perf_counter() - started),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        networks = {"found": found}
+        while len(networks) <= options.random:
+            other = space.sample(generator)
+            if abs(space.cost(other).flops / cost - 1) <= 0.02 and other not in networks.values():
+                networks[f"random {len(networks)}"] = other
+        for name, architecture in networks.items():
+            trained = retrain(
+                space,
+                architecture,
+                data,
+                epochs=options.retrain_epochs,
+                batch_size=32,
+                optimizer=ADAMW,
+                loss=partial(cross_entropy, label_smoothing=0.1),
+                seed=seed,
+            )
+            judged = evaluate(space, architecture, trained.network, test)
+            report(
+                seed=seed,
+                what=name,
+                test_accuracy=round(judged.test_accuracy, 2),
+                validation_accuracy=round(trained.validation_accuracy, 2),
+                flops=judged.cost.flops,
+                params=judged.cost.params,
+            )
+
+
+if __name__ == "__main__":
+    main()
