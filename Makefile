@@ -19,8 +19,8 @@ demo: $(READY)  ## Search, discretize, retrain and evaluate a vision transformer
 ui: $(READY)  ## Open MLflow on the runs so far
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
-test: $(READY) check  ## Check style and types, and run all tests
-	pytest
+test: $(READY) check  ## Check style and types, and run all tests, one process for each core
+	pytest --numprocesses auto --maxprocesses 4
 
 KILLS ?= 100
 soak: $(READY)  ## Kill stages at KILLS random moments (100) and compare what they leave with undisturbed runs
