@@ -27,7 +27,6 @@ soak: $(READY)  ## Kill stages at KILLS random moments (100) and compare what th
 	OMP_NUM_THREADS=1 python tests/kills.py $(KILLS)
 
 docs: $(READY)  ## Build the documentation site into build/site, with every link checked
-	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 check: $(READY)  ## Check style and types

@@ -213,7 +213,10 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
                 code=code_version(tanglenas_engine, *_packages()),
             )
-            pipeline_id = weights_metadata(SUPERNET).get("pipeline_id", "") if SUPERNET in inputs else identity
+            lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
+            pipeline_id = lineage.get("pipeline_id", "")
+            # Which method a result goes back to is what people compare runs of later stages by.
+            optimizer = lineage.get("optimizer") or macro_value("OPTIMIZER") or ""
             if distributed.rank() > 0:
                 yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
                 return
@@ -225,11 +228,16 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 root=root,
                 run_id=record.read_text(errors="replace") if record.exists() else None,
                 pipeline_id=pipeline_id,
-                tags={"params.hash": fingerprint(config=config), "space": space.name, "dataset": dataset.name},
+                tags={
+                    "params.hash": fingerprint(config=config),
+                    "space": space.name,
+                    "dataset": dataset.name,
+                    "optimizer": optimizer,
+                },
             ) as tracker:
                 if tracker.run_id:
                     write_atomic(record, tracker.run_id)
-                tracker.log_params(bound_parameters())
+                tracker.log_params({"OPTIMIZER": optimizer, **bound_parameters()})
                 shutil.rmtree(OUT / name, ignore_errors=True)
                 for folder in (OUT / name, METRICS):
                     folder.mkdir(parents=True, exist_ok=True)

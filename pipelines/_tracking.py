@@ -158,7 +158,7 @@ class MlflowTracker:
         start = {
             "what": "start",
             "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment,
-            "name": f"{stage} {known.get('architecture.digest', '')[:8]}".strip(),
+            "name": " ".join(filter(None, (stage, known.get("optimizer"), known.get("architecture.digest", "")[:8]))),
             "tags": known,
             "time": _now(),
         }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,30 +51,25 @@ class Precision:
 class Compiled:
     """The soft path of a space through `torch.compile`; the hard path, which is another network each time, as it is.
 
-    Masks are inputs of what is compiled, so a search has two graphs, one for the step of the weights and one for that
-    of alpha, however alpha moves.
+    The tracer takes tensors that a forward finds in its surroundings as inputs, masks among them: a search has two
+    graphs, one for the step of the weights and one for that of alpha, however alpha moves.
 
     Args:
         backend: Of `torch.compile`.
     """
 
     def __init__(self, space: SearchSpace, backend: str = "inductor"):
-        state = space.superposition
-
-        def forward(masks: Any, *inputs: Tensor) -> Tensor:
-            state._masks = masks
-            outputs: Tensor = space.forward(*inputs)
-            return outputs
-
-        self._state = state
-        self._compiled = torch.compile(forward, dynamic=False, backend=backend)
+        # Masks hang on alpha; torch's tracer looks at everything that a tensor has, and warns of looking at that.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        self._state = space.superposition
+        self._compiled = torch.compile(space.forward, dynamic=False, backend=backend)
 
     def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
         """The outputs of a forward."""
         soft = self._state.mixture is not None and self._state.assignment is None
         if not soft or not torch.is_grad_enabled():
             return forward(*inputs)
-        outputs: Tensor = self._compiled(self._state._masks, *inputs)
+        outputs: Tensor = self._compiled(*inputs)
         return outputs
 
 

@@ -43,6 +43,8 @@ class Factor(NamedTuple):
 
     mask: Tensor
     bands: tuple[int, ...] | None = None
+    windows: tuple[int, ...] | None = None
+    """The kernel sizes, ascending, of a factor over a kernel alone: it is constant on what each adds to the last."""
 
     def whole(self) -> Tensor:
         """The factor with all rows."""
@@ -53,7 +55,7 @@ def expanded(mask: Tensor, bands: Sequence[int]) -> Tensor:
     """Row i of `mask` repeated `bands[i]` times."""
     if len(bands) == 1:
         return mask.expand(bands[0], *mask.shape[1:])
-    return torch.cat([row.expand(n, *row.shape[1:]) for row, n in zip(mask.split(1), bands, strict=True)])
+    return torch.cat([row.expand(n, *row.shape[1:]) for row, n in zip(torch.split(mask, 1), bands, strict=True)])
 
 
 class Mixture(Mapping[str, Tensor]):
@@ -130,6 +132,9 @@ class _Cover:
         ]
         self.rows = [*self.shared, *(row for private in self.private for row in private)]
         self.bands: tuple[int, ...] | None = None
+        self.windows: tuple[int, ...] | None = None
+        if all(axis.layout == "window" for axis in axes):
+            self.windows = tuple(sorted({int(size) for size in axes[0].size.values if size}))
         if banded:
             self.tables[0], self.bands = _in_bands(self.tables[0])
         self.signature = (
@@ -185,8 +190,8 @@ def _in_bands(table: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return table[..., starts], tuple(counts.tolist())
 
 
-_Place = tuple[tuple[int, ...], int, tuple[int, ...] | None]
-"""The positions of a cover's axes, its index among all, and the bands of the first axis."""
+_Place = tuple[tuple[int, ...], int, tuple[int, ...] | None, tuple[int, ...] | None]
+"""The positions of a cover's axes, its index among all, and what a `Factor` says of its form."""
 
 
 class Superposition:
@@ -249,12 +254,12 @@ class Superposition:
         """The factors of the mask of `axes`."""
         _, covers = self._plan()
         factors = []
-        for positions, index, bands in covers[axes]:
+        for positions, index, bands, windows in covers[axes]:
             mask = self._masks[index]
             shape = [1] * len(axes)
             for position, length in zip(positions, mask.shape, strict=True):
                 shape[position] = length
-            factors.append(Factor(mask.view(shape), bands))
+            factors.append(Factor(mask.view(shape), bands, windows))
         return factors
 
     def _plan(self) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]:
@@ -279,7 +284,8 @@ class Superposition:
             batches.setdefault(cover.signature, []).append(cover)
         index = {id(cover): i for i, cover in enumerate(c for batch in batches.values() for c in batch)}
         return [_Batch(batch) for batch in batches.values()], {
-            axes: [(group, index[id(cover)], cover.bands) for group, cover in pairs] for axes, pairs in covers.items()
+            axes: [(group, index[id(cover)], cover.bands, cover.windows) for group, cover in pairs]
+            for axes, pairs in covers.items()
         }
 
 

@@ -54,8 +54,7 @@ def _flat(weights):
     return [value for row in weights for value in (row if isinstance(row, list) else [row])]
 
 
-@pytest.mark.parametrize("name", ["gpt_nano", "mobilenetv3_nano", "nb201"])
-@pytest.mark.parametrize("relaxation", ["exact", "gated"])
+@pytest.mark.parametrize("name, relaxation", [("gpt_nano", "exact"), ("mobilenetv3_nano", "gated"), ("nb201", "exact")])
 def test_spaces_of_all_kinds_compile_without_a_break(name, relaxation):
     options = dict(space=partial(tiny, name, relaxation=relaxation), epochs=1)
     plain, compiled = (searched("drnas", compile=way, **options) for way in (False, TRACED))
@@ -64,14 +63,15 @@ def test_spaces_of_all_kinds_compile_without_a_break(name, relaxation):
 
 
 def test_second_order_steps_compile_too():
-    plain, compiled = (searched("darts2", epochs=1, compile=way) for way in (False, TRACED))
+    space = partial(tiny, "language")
+    plain, compiled = (searched("darts2", space, epochs=1, compile=way) for way in (False, TRACED))
     # w' stands in for the weights with the mixture's gradient, w with and without.
     assert graphs() <= 4
     near(plain, compiled)
 
 
 def test_a_simultaneous_search_has_one_graph():
-    searched("drnas", epochs=2, strategy="simultaneous", compile=TRACED)
+    searched("drnas", partial(tiny, "stages"), epochs=2, strategy="simultaneous", compile=TRACED)
     assert graphs() == 1
 
 
@@ -83,7 +83,8 @@ def test_sampled_architectures_run_as_they_are(optimizer):
 
 
 def test_low_precision_compiles():
-    low, compiled = (searched("drnas", epochs=1, precision="bfloat16", compile=way) for way in (False, TRACED))
+    options = dict(space=partial(tiny, "language"), epochs=1, precision="bfloat16")
+    low, compiled = (searched("drnas", **options, compile=way) for way in (False, TRACED))
     assert graphs() == 2
     assert compiled["history"][0]["weight_loss"] == pytest.approx(low["history"][0]["weight_loss"], abs=1e-2)
 

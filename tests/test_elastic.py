@@ -1,6 +1,8 @@
 """Every elastic layer against Algorithm 1 (oracle.py): outputs, weight gradients and alpha gradients in float64."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from oracle import DIMENSIONS, Dimension, Oracle, Used, heads, layer_norm
 from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine.elastic import placement
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.size import make_divisible
 from tanglenas_engine.training import recalibrate
@@ -66,23 +69,40 @@ class Case:
         return layer
 
     def compare(self, layer, expected, x):
-        """`layer` on the soft path gives what `expected(oracle)` gives, and the same gradients."""
-        leaves = [*layer.parameters(), *self.alphas.values()]
-        if x.is_floating_point():
-            leaves.append(x.requires_grad_())
-        self.space.relax(self.probabilities())
-        ours = layer(x)
+        """`layer` on the soft path gives what `expected(oracle)` gives, and the same gradients, whatever learns."""
+        weights, alphas = list(layer.parameters()), list(self.alphas.values())
+        inputs = [x.requires_grad_()] if x.is_floating_point() else []
         theirs = expected(Oracle(self.options, self.probabilities()))
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
-        direction = torch.randn_like(ours)
-        for a, b in zip(
-            *(
-                torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True, materialize_grads=True)
-                for y in (ours, theirs)
-            ),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+        direction = torch.randn_like(theirs)
+        leaves = [*weights, *alphas, *inputs]
+        right = dict(zip(leaves, gradients(theirs, direction, leaves), strict=True))
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        # A simultaneous step, a weight step, and an architecture step, in bands of rows and without.
+        for learn, least_rows in [(leaves, 64), ([*weights, *inputs], 64), (alphas, 0), ([*alphas, *inputs], 10**9)]:
+            with mock.patch.object(placement, "LEAST_ROWS", least_rows), only(learn, leaves):
+                layer.load_state_dict(before, strict=False)
+                self.space.relax(self.probabilities())
+                ours = layer(x)
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+                for leaf, gradient in zip(learn, gradients(ours, direction, learn), strict=True):
+                    torch.testing.assert_close(gradient, right[leaf], rtol=1e-8, atol=1e-9)
+
+
+def gradients(y, direction, leaves):
+    """Zeros where a leaf has no part in y."""
+    if not y.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def only(learning, leaves):
+    """Within, no other leaf asks for a gradient."""
+    for leaf in leaves:
+        leaf.requires_grad_(any(leaf is one for one in learning))
+    yield
+    for leaf in leaves:
+        leaf.requires_grad_()
 
 
 def randn(*shape):
@@ -323,6 +343,39 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
 
     x = randn(2, 3)
     case.compare(layer, expected, x)
+
+
+# Second derivatives, which darts2 takes.
+
+
+@pytest.mark.parametrize("learn", ["weights and alpha", "alpha"])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda c: elastic.Linear(c.E, c.E * c.R), (2, 6)),
+        (lambda c: elastic.Linear(c.F, c.E), (3, 3)),
+        (lambda c: elastic.Conv2d(c.F, c.E, c.K), (2, 3, 4, 3)),
+        (lambda c: elastic.Conv2d(c.E, c.E, c.K, groups=c.E, dilation=2), (1, 4, 3, 4)),
+        (lambda c: elastic.LayerNorm(c.E), (3, 4)),
+        (lambda c: elastic.LayerNorm(c.E, elementwise_affine=False), (3, 4)),
+    ],
+)
+def test_gradients_of_gradients(build, shape, learn):
+    case = Case({"E": (2, 4), "F": (3, 1), "R": (1, 1.5), "K": (3, 1)})
+    layer = build(case.symbols)
+    shape = (shape[0], *(layer.in_features,)) if isinstance(layer, elastic.Linear) else shape
+    layer = case.prepare(layer).requires_grad_(learn != "alpha")
+    weights = list(layer.parameters()) if learn != "alpha" else []
+
+    def output(x, *leaves):
+        case.space.relax({n: a.softmax(0) for n, a in zip(case.alphas, leaves, strict=False)})
+        return layer(x)
+
+    x = randn(*shape).requires_grad_()
+    with mock.patch.object(placement, "LEAST_ROWS", 0):
+        leaves = (x, *case.alphas.values(), *weights)
+        assert torch.autograd.gradcheck(output, leaves)
+        assert torch.autograd.gradgradcheck(output, leaves)
 
 
 # The hard path: real slices.

@@ -686,3 +686,10 @@ def test_the_project_root_is_that_of_dvc_then_of_the_repository_then_here(
     assert project_root() == repository
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert project_root() == tmp_path
+
+
+def test_runs_of_later_stages_say_which_optimizer_they_go_back_to(tmp_path: Path) -> None:
+    with MlflowTracker.open(stage="evaluate", root=tmp_path, pipeline_id="p", tags={"optimizer": "gdas"}) as tracker:
+        run_id = tracker.run_id
+    run = client(tmp_path).get_run(run_id)
+    assert run.info.run_name == "evaluate gdas" and run.data.tags["optimizer"] == "gdas"

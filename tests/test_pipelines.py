@@ -446,7 +446,7 @@ def tracked(project: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch):
 
     def runs() -> list[tuple[str, str]]:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        return [(run.info.run_name, run.info.status) for run in client.search_runs(experiments)]
+        return [(run.data.tags["tanglenas.stage"], run.info.status) for run in client.search_runs(experiments)]
 
     return runs
 

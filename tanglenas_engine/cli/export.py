@@ -93,22 +93,22 @@ def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> n
     from ..checkpoint import load_weights
 
     state = load_weights(weights)
-    shapes = {name: tensor.shape for name, tensor in state.items()}
 
-    def fits(module: nn.Module) -> bool:
-        return {name: tensor.shape for name, tensor in module.state_dict().items()} == shapes
+    def loaded(module: nn.Module) -> bool:
+        try:
+            module.load_state_dict(state)
+        except RuntimeError:  # names or shapes of another network
+            return False
+        return True
 
     network = space.standalone(architecture)
-    if fits(network):
-        network.load_state_dict(state)
-    elif fits(space):
-        space.load_state_dict(state)
+    if not loaded(network):
+        if not loaded(space):
+            raise TangleNASError(
+                f"{weights} holds the weights of another network than the one of this architecture of {space.name!r}, "
+                "and of another supernet. Give the file that retrain wrote for it, or set the space's options with -o"
+            )
         network = space.extract(architecture)
-    else:
-        raise TangleNASError(
-            f"{weights} holds the weights of another network than the one of this architecture of {space.name!r}, and "
-            "of another supernet. Give the file that retrain wrote for it, or set the space's options with -o"
-        )
     return network
 
 

@@ -132,12 +132,15 @@ def _cut(tensor: Tensor, axes: Sequence[Axis], assignment: Assignment) -> Tensor
 
 def _cut_factor(factor: Factor, axes: Sequence[Axis], assignment: Assignment) -> Factor:
     """The part of a factor that an architecture uses."""
-    mask, bands = factor
+    mask, bands, windows = factor
+    if windows is not None:
+        size = max(axis.size.value(assignment) for axis in axes if axis.layout == "window")
+        windows = tuple(window for window in windows if window <= size)
     if bands is None:
-        return Factor(_cut(mask, axes, assignment))
-    used = torch.tensor(axes[0].used(assignment)).split(list(bands))
+        return Factor(_cut(mask, axes, assignment), None, windows)
+    used = torch.split(torch.tensor(axes[0].used(assignment)), list(bands))
     counts = [int(band.sum()) for band in used]
-    rows = torch.cat([row for row, count in zip(mask.split(1), counts, strict=True) if count])
+    rows = torch.cat([row for row, count in zip(torch.split(mask, 1), counts, strict=True) if count])
     return Factor(_cut(rows, (_WHOLE, *axes[1:]), assignment), tuple(count for count in counts if count))
 
 

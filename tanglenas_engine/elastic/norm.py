@@ -14,7 +14,7 @@ from tanglenas_engine.size import Assignment, Axis
 
 def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of `(*, width)` in whose statistics an entry counts as much as its `coverage`, `(width,)`."""
-    return _WeightedLayerNorm.apply(x.to(coverage.dtype), coverage, weight, bias, eps)[0]  # type: ignore[no-any-return]
+    return _WeightedLayerNorm.apply(x.to(coverage.dtype), coverage, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 class _WeightedLayerNorm(torch.autograd.Function):
@@ -22,20 +22,15 @@ class _WeightedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             centred, mean, scale = _statistics(x, coverage, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, coverage, weight, mean, scale)
         y = centred.mul_(scale)
         y = y if weight is None else y.mul_(weight)
-        return y if bias is None else y.add_(bias), mean, scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, coverage, weight, _, ctx.eps = inputs
-        _, mean, scale = output
-        ctx.mark_non_differentiable(mean, scale)
-        ctx.save_for_backward(x, coverage, weight, mean, scale)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -43,7 +38,7 @@ class _WeightedLayerNorm(torch.autograd.Function):
 
         dx = scale * (g - c/n * (s + t y)) and dc = sum over positions of -1/n * (s y + t/2 (y^2 - var * scale^2)).
         """
-        dy = gradients[0]
+        (dy,) = gradients
         x, c, weight, mean, scale = ctx.saved_tensors
         need_x, need_c, need_weight, need_bias, _ = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):

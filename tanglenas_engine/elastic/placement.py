@@ -12,7 +12,7 @@ The numbers are those of the formula wherever a mask sits. What differs is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tanglenas_engine.mixture import Factor, expanded
 
-LEAST_ROWS = 32
+LEAST_ROWS = 64
 """Rows of a band, on average, from which bands cost less than the gradient of the weight."""
 
 
@@ -77,6 +77,10 @@ class Convolution:
     def weight_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
         return self._gradients(x, weight, dy, 1)
 
+    def cropped(self, margin: int) -> Convolution:
+        """The convolution with a kernel that lacks a margin."""
+        return replace(self, padding=self.padding - margin * self.dilation[0])
+
     def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, wanted: int) -> Tensor:
         geometry = (self.stride, [self.padding] * 2, self.dilation, False, [0, 0], self.groups)
         # An image without a batch is a batch of one.
@@ -93,98 +97,155 @@ def masked(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, factor
     """
     if not factors:
         return op(x, weight, bias)
+    form = _Form(op, depthwise=1 < op.groups == len(weight) == x.shape[op.channels], bands=(len(weight),))
     rows = rest = None
-    bands: tuple[int, ...] = (len(weight),)
     for factor in factors:
         mask = factor.mask
-        if op.groups == 1 and mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1):
-            bands = factor.bands or bands  # one factor at most has the first dimension
+        in_rows = mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1)
+        if in_rows and (op.groups == 1 or form.depthwise) and not factor.windows:
+            if factor.bands:  # one factor at most has the first dimension
+                form = replace(form, bands=factor.bands)
             rows = mask.flatten(1) if rows is None else rows * mask.flatten(1)
         else:
+            form = replace(form, windows=factor.windows if rest is None else None)
             rest = factor.whole() if rest is None else rest * factor.whole()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Masked.apply(op, bands, x, weight, bias, rows, rest)  # type: ignore[no-any-return]
+    return _Masked.apply(form, x, weight, bias, rows, rest)  # type: ignore[no-any-return]
 
 
-def _times(weight: Tensor, rows: Tensor | None, bands: tuple[int, ...], rest: Tensor | None) -> Tensor:
-    """`weight` times its mask."""
-    if rest is not None:
-        weight = weight * rest
-    if rows is not None:
-        weight = weight * _over(expanded(rows, bands) if len(bands) > 1 else rows, weight.dim())
-    return weight
+@dataclass(frozen=True)
+class _Form:
+    """What is known beforehand of an operation with a masked weight."""
 
+    op: Operation
+    depthwise: bool
+    bands: tuple[int, ...]
+    windows: tuple[int, ...] | None = None
 
-def _over(rows: Tensor, dim: int) -> Tensor:
-    """`(out, in)` over a weight of `dim` dimensions."""
-    return rows.view(*rows.shape, *[1] * (dim - 2))
+    def mask(self, rows: Tensor | None, rest: Tensor | None, dim: int) -> Tensor | None:
+        """The mask of a weight of `dim` dimensions: `rows`, `(bands, in or 1)`, times `rest`, which broadcasts."""
+        if rows is None:
+            return rest
+        whole = expanded(rows, self.bands) if len(self.bands) > 1 else rows
+        whole = whole.view(*whole.shape, *[1] * (dim - 2))
+        return whole if rest is None else whole * rest
+
+    def splits(self, weight: Tensor, rest: Tensor | None, rest_learns: bool) -> bool:
+        """Whether the masks' gradients come cheaper from parts of `dy W` than from the gradient of the weight."""
+        if self.depthwise:
+            return rest is None or self.windows is not None
+        return not rest_learns and len(weight) >= LEAST_ROWS * (len(self.bands) - 1)
 
 
 class _Masked(torch.autograd.Function):
-    """`op(x, weight * mask)` with the mask `rows`, `(bands, in or 1)`, times `rest`, which broadcasts."""
-
+    # Without `setup_context`, for whose sake torch would look up the signature in every call.
     @staticmethod
     def forward(
-        op: Operation,
-        bands: tuple[int, ...],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: Tensor | None,
-        rest: Tensor | None,
+        ctx: Any, form: _Form, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, rest: Tensor | None
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # masks stay in the weights' precision
-            mixed = _times(weight, rows, bands, rest).to(x.dtype)
-            return op(x, mixed, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.op, ctx.bands, x, weight, bias, rows, rest = inputs
-        ctx.bias_type = None if bias is None else bias.dtype
+        ctx.form, ctx.bias_type = form, None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, rows, rest)
+        with torch.autocast(x.device.type, enabled=False):  # masks stay in the weights' precision
+            mixed = _times(weight, form.mask(rows, rest, weight.dim())).to(x.dtype)
+            return form.op(x, mixed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
         x, weight, rows, rest = ctx.saved_tensors
-        op, bands = ctx.op, ctx.bands
-        _, _, need_x, need_weight, need_bias, need_rows, need_rest = ctx.needs_input_grad
+        form, op = ctx.form, ctx.form.op
+        _, need_x, need_weight, need_bias, need_rows, need_rest = ctx.needs_input_grad
         dx = dweight = dbias = drows = drest = None
         with torch.autocast(x.device.type, enabled=False):
             if need_bias:
                 dbias = _sum_but(dy, op.channels).to(ctx.bias_type)
-            if need_rows and not (need_weight or need_rest) and len(weight) >= LEAST_ROWS * (len(bands) - 1):
-                dx, drows = _by_bands(op, bands, x, _times(weight, None, bands, rest), rows, dy, need_x)
-            else:
-                mixed = _times(weight, rows, bands, rest).to(x.dtype)
-                if need_x:
-                    dx = op.input_gradient(x, mixed, dy)
-                if need_weight or need_rows or need_rest:
-                    dmixed = op.weight_gradient(x, mixed, dy).to(weight.dtype)
-                    dweight = _times(dmixed, rows, bands, rest) if need_weight else None
-                    dmask = dmixed * weight if need_rows or need_rest else None
-                    if need_rows:
-                        parts = _times(dmask, None, bands, rest).flatten(2).sum(2) if weight.dim() > 2 else dmask
-                        parts = parts if weight.dim() > 2 or rest is None else parts * rest
-                        drows = torch.stack([part.sum(0) for part in parts.split(bands)]).sum_to_size(rows.shape)
-                    if need_rest:
-                        drest = _times(dmask, rows, bands, None).sum_to_size(rest.shape)
-        return None, None, dx, dweight, dbias, drows, drest
+            if (need_rows or need_rest) and not need_weight and form.splits(weight, rest, need_rest):
+                parts = _by_windows if form.depthwise else _by_bands
+                dx, drows, drest = parts(form, x, weight, rows, rest, dy, need_x)
+                return None, dx, None, dbias, drows, drest
+            mask = form.mask(rows, rest, weight.dim())
+            mixed = _times(weight, mask).to(x.dtype)
+            if need_x:
+                dx = op.input_gradient(x, mixed, dy)
+            if need_weight or need_rows or need_rest:
+                dmixed = op.weight_gradient(x, mixed, dy).to(weight.dtype)
+                dweight = _times(dmixed, mask) if need_weight else None
+                if need_rows:
+                    terms = _times(dmixed * weight, rest)
+                    terms = terms.reshape(*terms.shape[:2], -1).sum(2)  # (out, in)
+                    by_band = [term.sum(0) for term in torch.split(terms, list(form.bands))]
+                    drows = torch.stack(by_band).sum_to_size(rows.shape)
+                if need_rest:
+                    drest = _times(dmixed * weight, form.mask(rows, None, weight.dim())).sum_to_size(rest.shape)
+        return None, dx, dweight, dbias, drows, drest
+
+
+def _times(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else weight * mask
 
 
 def _by_bands(
-    op: Operation, bands: tuple[int, ...], x: Tensor, weight: Tensor, rows: Tensor, dy: Tensor, need_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """The gradients of the input and of `rows` for a constant weight."""
-    dx, gradients = None, []
-    for part, row, dpart in zip(weight.split(bands), rows.unbind(0), dy.split(bands, op.channels), strict=True):
-        g = op.input_gradient(x, part.to(x.dtype), dpart)
-        gradients.append(_sum_but(x * g, op.channels).to(rows.dtype).sum_to_size(row.shape))
+    form: _Form, x: Tensor, weight: Tensor, rows: Tensor, rest: Tensor | None, dy: Tensor, need_x: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, rows and rest for a constant weight, from `g = dy W` of each band of rows."""
+    op, bands = form.op, form.bands
+    dx, drows = None, []
+    weights = torch.split(_times(weight, rest).to(x.dtype), list(bands))
+    for part, row, dpart in zip(weights, rows.unbind(0), torch.split(dy, list(bands), op.channels), strict=True):
+        g = op.input_gradient(x, part, dpart)
+        drows.append(_sum_but(x * g, op.channels).to(rows.dtype).sum_to_size(row.shape))
         if need_x:
-            row = row.to(g.dtype).view(-1, *[1] * (-op.channels - 1))
+            row = _along(row, op).to(g.dtype)
             dx = g * row if dx is None else torch.addcmul(dx, g, row)
-    return dx, torch.stack(gradients)
+    return dx, torch.stack(drows), None
+
+
+def _by_windows(
+    form: _Form,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    rest: Tensor | None,
+    dy: Tensor,
+    need_x: bool,
+) -> tuple[Tensor | None, ...]:
+    """The same for a depthwise convolution, from what each window adds to the last.
+
+    On a CPU the gradient of a depthwise weight takes some ten times as long as that of the input.
+    """
+    op, largest = form.op, weight.shape[-1]
+    channel = None if rows is None else expanded(rows, form.bands)[:, 0]
+    total, by_channel = None, torch.zeros((), dtype=weight.dtype, device=weight.device)
+    drest = None if rest is None else torch.zeros_like(rest)
+    inner = 0
+    for window in form.windows or (largest,):
+        low, hole = (largest - window) // 2, (window - inner) // 2
+        ring = weight[..., low : low + window, low : low + window]
+        if inner:
+            ring = ring * F.pad(ring.new_zeros(inner, inner), [hole] * 4, value=1.0)
+        g = op.cropped(low).input_gradient(x, ring.to(x.dtype), dy)  # type: ignore[attr-defined]
+        sums = _sum_but(x * g, op.channels).to(weight.dtype)
+        share = None
+        if rest is not None and drest is not None:
+            # The mask is the same on all of the ring: one entry may stand for it.
+            share = rest[0, 0, low, low]
+            ringed = (sums if channel is None else sums * channel).sum()
+            drest = drest + F.pad(ringed.view(1, 1, 1, 1), [low, largest - 1 - low] * 2)
+        by_channel = by_channel + _times(sums, share)
+        g = _times(g, None if share is None else share.to(g.dtype))
+        total = g if total is None else total + g
+        inner = window
+    drows = None if rows is None else torch.stack([b.sum() for b in torch.split(by_channel, list(form.bands))])[:, None]
+    dx = None
+    if need_x and total is not None:
+        dx = total if channel is None else total * _along(channel, op).to(total.dtype)
+    return dx, drows, drest
+
+
+def _along(row: Tensor, op: Operation) -> Tensor:
+    """A vector over the channels of an input."""
+    return row.view(-1, *[1] * (-op.channels - 1))
 
 
 def _sum_but(tensor: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,109 @@
+"""The benchmark measures what it says: the same numbers by pad-and-sum, every byte once, and one JSON object."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from spaces import SPACES, inputs, make, random_mixture
+from torch import nn
+
+from benchmarks.options_figure import options
+from benchmarks.pad_and_sum import pad_and_sum
+from benchmarks.search_step import Bench, main, saved_bytes
+from tanglenas_engine import create_space
+
+
+@pytest.mark.parametrize("relaxation", ["exact", "paper"])
+@pytest.mark.parametrize("name", [*SPACES, "autoformer_nano", "gpt_nano", "mobilenetv3_nano"])
+def test_pad_and_sum_computes_what_masks_do(name, relaxation):
+    space = make(name, relaxation=relaxation).eval()
+    alphas, mixture = random_mixture(space)
+    x, leaves = inputs(space, 2), [*alphas.values(), *space.parameters()]
+    outcomes = []
+    for form in (None, pad_and_sum()):
+        space.relax(mixture)
+        with form or torch.enable_grad():
+            y = space(x)
+        gradients = torch.autograd.grad(
+            y.square().sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        outcomes.append([y, *gradients])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_pad_and_sum_ends_with_its_block():
+    space = make("vit")
+    space.relax(random_mixture(space)[1])
+    before = type(space).current, type(space.head).forward
+    with pytest.raises(RuntimeError), pad_and_sum():
+        assert type(space).current is not before[0]
+        raise RuntimeError
+    assert (type(space).current, type(space.head).forward) == before
+
+
+def test_saved_bytes_count_every_storage_once_and_no_parameter():
+    layer, x = nn.Linear(100, 10), torch.randn(5, 100, requires_grad=True)
+
+    def step(_):
+        h = x * 1.0  # 2,000 bytes, kept by both products
+        (layer(h) * layer(h.view(5, 100))).sum().backward()  # each keeps the other's 200 bytes
+
+    assert saved_bytes(step, {p.untyped_storage().data_ptr() for p in layer.parameters()}) == 2400
+    assert saved_bytes(step, set()) == 2400 + 4000
+
+
+def test_a_search_keeps_hardly_more_for_backward_than_training():
+    for relaxation, most in (("exact", 1.10), ("gated", 1.05)):
+        space = create_space("gpt_nano", relaxation=relaxation)
+        saved = Bench(space, 4, naive=False, sampled=False).saved()
+        assert max(saved["weight"], saved["arch"]) / saved["plain"] < most, relaxation
+
+
+def test_an_architecture_step_computes_no_gradient_of_a_weight():
+    bench = Bench(create_space("gpt_nano"), 2, naive=False, sampled=False)
+    before = {name: parameter.clone() for name, parameter in bench.space.named_parameters()}
+    alphas = [alpha.clone() for alpha in bench.optimizer.alphas.values()]
+    bench.steps["arch"](0)
+    for name, parameter in bench.space.named_parameters():
+        assert parameter.grad is None and parameter.requires_grad, name
+        assert parameter.equal(before[name]), name
+    assert not any(a.equal(b) for a, b in zip(alphas, bench.optimizer.alphas.values(), strict=True))
+
+
+def test_every_kind_of_step_but_the_architecture_s_trains_weights():
+    bench = Bench(create_space("gpt_nano"), 2)
+    for name, step in bench.steps.items():
+        if name not in ("arch", "naive_arch"):
+            bench.prepare.get(name, lambda _: None)(0)
+            network = {"plain": bench.plain, "standalone": getattr(bench, "network", None)}.get(name, bench.space)
+            before = next(network.parameters()).clone()
+            step(0)
+            assert not next(network.parameters()).equal(before), name
+    assert bench.space.relaxation == "exact"
+
+
+def test_more_options_leave_the_largest_network_as_it_is():
+    largest = []
+    for count in (2, 3, 6, 12):
+        with torch.device("meta"):
+            space = create_space("gpt", **options(count))
+        for name in ("embed_dim", "num_heads", "mlp_ratio"):
+            assert len(set(space.choices[name].options)) == count
+        largest.append([p.shape for p in space.parameters()])
+    assert all(shapes == largest[0] for shapes in largest)
+
+
+def test_the_command_prints_one_json_object():
+    arguments = ["--space", "autoformer_nano", "--image-size", "16", "--batch", "2", "--rounds", "1", "--json"]
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(main, [*arguments, "--relaxation", "gated", "--threads", str(threads)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    for name in ("plain", "weight", "arch", "naive", "spos", "standalone", "peak_memory_over_plain"):
+        assert found[name] > 0, name
+    assert found["search_over_plain"] == pytest.approx((found["weight"] + found["arch"]) / found["plain"])
+    assert found["naive_over_search"] == pytest.approx(found["naive"] / (found["weight"] + found["arch"]))
+    assert found["saved_over_plain"] == max(found["saved_weight"], found["saved_arch"]) / found["saved_plain"]
+    assert found["options"] == {"image_size": 16} and found["batch"] == 2 and found["relaxation"] == "gated"
