@@ -5,8 +5,18 @@ from tanglenas_engine import hookimpl
 
 @hookimpl
 def tanglenas_register_spaces(register):
+    nb201 = "tanglenas_nb201.space:NB201"
     register(
         "nb201",
-        "tanglenas_nb201.space:NB201",
+        nb201,
         summary="NAS-Bench-201: five operations on six edges of one cell, 15,625 architectures",
+    )
+    register(
+        "nb201_nano",
+        nb201,
+        summary="NAS-Bench-201 with one cell per stage, small enough for a CPU",
+        channels=8,
+        cells=1,
+        image_size=8,
+        in_channels=1,
     )

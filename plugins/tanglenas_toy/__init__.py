@@ -5,13 +5,32 @@ from tanglenas_engine import hookimpl
 
 @hookimpl
 def tanglenas_register_spaces(register):
+    conv_macro, cell = "tanglenas_toy.conv_macro:ConvMacro", "tanglenas_toy.cell:ToyCell"
     register(
         "toy_conv_macro",
-        "tanglenas_toy.conv_macro:ConvMacro",
+        conv_macro,
         summary="Channels and kernels of four convolutions: 6,561 architectures",
     )
     register(
+        "toy_conv_macro_nano",
+        conv_macro,
+        summary="The same with a quarter of the channels, for images from 16 pixels on, small enough for a CPU",
+        channels1=(2, 4, 8),
+        channels2=(4, 8, 16),
+        channels3=(8, 16, 32),
+        channels4=(16, 32, 64),
+        image_size=16,
+        in_channels=1,
+    )
+    register(
         "toy_cell",
-        "tanglenas_toy.cell:ToyCell",
+        cell,
         summary="Separable and dilated convolutions on three edges of two cells: 4,096 architectures",
+    )
+    register(
+        "toy_cell_nano",
+        cell,
+        summary="The same with a quarter of the channels, for images from 8 pixels on, small enough for a CPU",
+        channels=8,
+        image_size=8,
     )
