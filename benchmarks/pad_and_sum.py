@@ -2,7 +2,7 @@
 
 For every combination of the options of a layer's choices: cut the slice out of each parameter, pad it with zeros to
 the full shape, weigh it by the combination's probability, and add it up. Everything else of a space stays as it is:
-attention, weighted norms, the mixture over depths, and the steps that the optimizer takes.
+attention, weighted norms, and the mixture over depths.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class Bench:
         }
         self.prepare: dict[str, Callable[[int], None]] = {}
         if self.naive:
-            self.steps |= {"naive_weight": partial(self._naive, self._weight)}
-            self.steps |= {"naive_arch": partial(self._naive, self._arch)}
+            self.steps |= {"naive_weight": partial(self._naive, "weight")}
+            self.steps |= {"naive_arch": partial(self._naive, "architecture")}
         if self.sampled:
             self.spos = create_optimizer("spos")
             self.spos.bind(space, seed=0)
@@ -108,12 +108,21 @@ class Bench:
         self.optimizer.architecture_backward(self._step(index))
         self.alpha_optimizer.step()
 
-    def _naive(self, step: Callable[[int], None], index: int) -> None:
+    def _naive(self, stream: str, index: int) -> None:
+        """As published: pad and sum, and in both steps back to weights and alpha alike."""
         relaxation = self.space.relaxation
         if relaxation == "gated":  # Algorithm 1 knows no gates
             self.space.relaxation = "exact"
+        optimizer = self.weight_optimizer if stream == "weight" else self.alpha_optimizer
         with pad_and_sum():
-            step(index)
+            self.space.relax(self.optimizer.sample(index, stream))
+            loss = cross_entropy(self.space(self.batches[0][0]), self.batches[0][1])
+            self.weight_optimizer.zero_grad()
+            self.alpha_optimizer.zero_grad()
+            torch.autograd.backward(loss)
+        if stream == "weight":
+            nn.utils.clip_grad_norm_(self.space.parameters(), 5.0)
+        optimizer.step()
         if self.space.relaxation != relaxation:
             self.space.relaxation = relaxation
 

@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 from spaces import SPACES, inputs, make, random_mixture
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.options_figure import options
 from benchmarks.pad_and_sum import pad_and_sum
@@ -61,7 +62,19 @@ def test_a_search_keeps_hardly_more_for_backward_than_training():
         assert max(saved["weight"], saved["arch"]) / saved["plain"] < most, relaxation
 
 
-def test_an_architecture_step_computes_no_gradient_of_a_weight():
+@pytest.mark.parametrize("name", ["gpt_nano", "autoformer_nano"])
+def test_an_architecture_step_with_gates_multiplies_as_often_as_forward_and_input_gradients_do(name):
+    products = {}
+    bench = Bench(create_space(name, relaxation="gated"), 2, naive=False, sampled=False)
+    for kind, step in bench.steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step(0)
+        products[kind] = counter.get_total_flops()
+    assert products["weight"] < 1.01 * products["plain"]
+    assert products["arch"] < 0.68 * products["plain"]
+
+
+def test_an_architecture_step_leaves_the_weights_alone():
     bench = Bench(create_space("gpt_nano"), 2, naive=False, sampled=False)
     before = {name: parameter.clone() for name, parameter in bench.space.named_parameters()}
     alphas = [alpha.clone() for alpha in bench.optimizer.alphas.values()]

@@ -24,9 +24,9 @@ TINY = {
     "toy_cell": {"channels": 4, "image_size": 12},
     "toy_cell_nano": {"channels": 2},
     "nb201": {"channels": 4, "cells": 1, "image_size": 8, "num_classes": 3},
-    "nb201_nano": {"channels": 2, "num_classes": 3},
+    "nb201_nano": {"channels": 4, "num_classes": 3},
     "darts": {"channels": 4, "layers": 3, "image_size": 8, "num_classes": 3},
-    "darts_nano": {"channels": 2, "num_classes": 3},
+    "darts_nano": {"channels": 4, "num_classes": 3},
     **{
         name: {"image_size": 16, "channels1": (2, 4), "channels2": (2, 4), "channels3": (2, 4), "channels4": (4, 8)}
         for name in ("toy_conv_macro", "toy_conv_macro_nano")

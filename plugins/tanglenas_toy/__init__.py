@@ -14,11 +14,11 @@ def tanglenas_register_spaces(register):
     register(
         "toy_conv_macro_nano",
         conv_macro,
-        summary="The same with a quarter of the channels, for images from 16 pixels on, small enough for a CPU",
-        channels1=(2, 4, 8),
-        channels2=(4, 8, 16),
-        channels3=(8, 16, 32),
-        channels4=(16, 32, 64),
+        summary="toy_conv_macro with a quarter of the channels, for images from 16 pixels on, small enough for a CPU",
+        channels1=(4, 6, 8),
+        channels2=(8, 12, 16),
+        channels3=(16, 24, 32),
+        channels4=(32, 48, 64),
         image_size=16,
         in_channels=1,
     )
@@ -30,7 +30,7 @@ def tanglenas_register_spaces(register):
     register(
         "toy_cell_nano",
         cell,
-        summary="The same with a quarter of the channels, for images from 8 pixels on, small enough for a CPU",
+        summary="toy_cell with a quarter of the channels, for images from 8 pixels on, small enough for a CPU",
         channels=8,
         image_size=8,
     )
