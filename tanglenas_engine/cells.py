@@ -29,7 +29,12 @@ def nodes(inputs: Sequence[Tensor], edges: Iterable[Callable[[Tensor], Tensor]])
 
 
 def into_nodes(choices: Iterable[Choice], edges: Sequence[tuple[int, object]]) -> list[list[Row]]:
-    """For each node of each cell the rows of the edges into it; `edges` has (node, source) for each layer of a choice."""
+    """For each node of each cell the rows of the edges into it.
+
+    Args:
+        choices: One for each kind of cell, with a layer for each edge.
+        edges: (node, source) of each edge.
+    """
     ends = list(dict.fromkeys(node for node, _ in edges))
     return [
         [row for row, (node, _) in zip(choice.table, edges, strict=True) if node == end]

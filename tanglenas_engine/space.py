@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from tanglenas_engine.data import Dataset
 
 
+SHARINGS = {
+    "superposed": "it says so itself",
+    "entangled": "its layers are linear in their weights, so that mixing the outputs of slices is the superposition",
+    "separate": "weights of their own for every combination of its options would multiply beyond reason",
+}
+"""How options can share weights, and why a space refuses to: one weight of masks, one weight of slices, or none."""
+
+
 class SearchSpace(Elastic):
     """A supernet: a module made of elastic layers over `self.choice(...)`.
 
@@ -46,9 +54,12 @@ class SearchSpace(Elastic):
         self.superposition = Superposition()
         self.choices: dict[str, Choice] = {}
         self.partial_channels: list[int] = []
+        if sharing not in SHARINGS:
+            raise unknown("sharing", sharing, SHARINGS)
         if sharing not in self.sharings:
             raise TangleNASError(
-                f"{type(self).__name__} cannot do sharing {sharing!r}. Choose one of: {', '.join(self.sharings)}."
+                f"{type(self).__name__} cannot do sharing {sharing!r}: {SHARINGS[sharing]}. "
+                f"Choose one of: {', '.join(self.sharings)}."
             )
         self.sharing = sharing
         self.relaxation = relaxation

@@ -35,7 +35,15 @@ def named(path: str) -> list[str]:
 
 
 def test_every_gin_file_is_in_a_folder_that_is_tested_here_or_is_a_recipe() -> None:
-    assert {Path(file).parts[1] for file in FILES} <= {"stages", "spaces", "optimizers", "datasets", "demo", "cpu", "paper"}
+    assert {Path(file).parts[1] for file in FILES} <= {
+        "stages",
+        "spaces",
+        "optimizers",
+        "datasets",
+        "demo",
+        "cpu",
+        "paper",
+    }
     assert {Path(file).stem for file in named("stages")} == set(STAGES)
 
 

@@ -47,7 +47,7 @@ def test_every_optimizer_runs_on_every_space_with_every_sharing(optimizer, space
 
 @pytest.mark.parametrize(("space", "sharing"), [pair for pair, can in CAN.items() if not can])
 def test_a_sharing_that_a_space_cannot_do_is_refused_with_those_that_it_can(space, sharing):
-    with pytest.raises(TangleNASError, match=f"cannot do sharing '{sharing}'. Choose one of: superposed"):
+    with pytest.raises(TangleNASError, match=f"cannot do sharing '{sharing}': .*Choose one of: superposed"):
         tiny(space, sharing=sharing)
 
 

@@ -315,7 +315,7 @@ def test_an_unknown_relaxation_names_the_closest():
 
 
 def test_a_sharing_that_a_space_cannot_do_lists_those_it_can():
-    with pytest.raises(TangleNASError, match=r"Language cannot do sharing 'separate'. .*: superposed"):
+    with pytest.raises(TangleNASError, match=r"Language cannot do sharing 'separate': .*: superposed"):
         Language(sharing="separate")
 
 

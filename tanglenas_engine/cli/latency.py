@@ -8,7 +8,7 @@ from ._console import number, print_table
 from ._space import parsed, read, space_options
 
 
-@click.group(short_help="Measure a space on this machine, and predict the latency of its networks.")
+@click.group(short_help="Measure a space here, and predict latencies.")
 def command() -> None:
     """Measure a space on this machine, and predict the latency of its networks."""
 
