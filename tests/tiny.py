@@ -22,7 +22,7 @@ TINY = {
         for name in ("mobilenetv3", "mobilenetv3_nano")
     },
     "toy_cell": {"channels": 4, "image_size": 12},
-    "toy_cell_nano": {"channels": 2},
+    "toy_cell_nano": {"channels": 4},
     "nb201": {"channels": 4, "cells": 1, "image_size": 8, "num_classes": 3},
     "nb201_nano": {"channels": 4, "num_classes": 3},
     "darts": {"channels": 4, "layers": 3, "image_size": 8, "num_classes": 3},
