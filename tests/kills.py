@@ -35,7 +35,7 @@ MAIN = {module.__name__.split(".")[-1]: module.main for module in (search, discr
 # Each is small enough to end in about a second.
 SPACES = {
     "autoformer_nano": ["create_space.embed_dim = (8, 16)", "create_space.depth = (1, 2)"],
-    "nb201": ["create_space.channels = 2", "create_space.cells = 1"],
+    "nb201": ["create_space.channels = 4", "create_space.cells = 1"],
     "toy_cell": ["create_space.channels = 4"],
     "gpt_nano": [
         "create_space.embed_dim = (8, 16)", "create_space.layers = (1, 2)",
