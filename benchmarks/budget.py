@@ -1,10 +1,13 @@
-"""A search under a budget against random architectures of the same cost, each retrained in the same way.
+"""A search, under a budget or not, against random architectures of the same cost, each retrained in the same way.
 
     python -m benchmarks.budget --seeds 0 1
+    python -m benchmarks.budget --space gpt_nano --final-temperature 0.1
+    python -m benchmarks.budget --space gpt_nano --share 1 --random 0 --relaxation gated
 
-The vision transformer of the demo on handwritten digits: a search with a target in multiply-accumulates, the most
-probable architecture within it, and random architectures whose cost is within 2 % of that one's. Test accuracy after
-training from scratch; prints a line a network, and JSON with --json.
+Either the vision transformer of the demo on handwritten digits, or a language model on Python's standard library: a
+search with a target in multiply-accumulates, the most probable architecture within it, and random architectures whose
+cost is within 2 % of that one's. Test accuracy and loss after training from scratch; prints a line a network, and JSON
+with --json.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,25 +30,64 @@ from tanglenas_engine.retrain import retrain
 from tanglenas_engine.search import search
 from tanglenas_engine.training import cross_entropy
 
-SPACE = {"relative_position": True, "weight_init": "jax", "drop_path": 0.1}  # as in gin/spaces/autoformer_nano.gin
 ADAMW = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is searched on what, and for how long; the options of spaces are those of gin/spaces."""
+
+    dataset: tuple[str, dict[str, Any]]
+    options: dict[str, Any]
+    batch_size: int
+    epochs: int
+    retrain_epochs: int
+    label_smoothing: float
+
+
+STUDIES = {
+    "autoformer_nano": Study(
+        dataset=("digits", {}),
+        options={"relative_position": True, "weight_init": "jax", "drop_path": 0.1},
+        batch_size=32,
+        epochs=30,
+        retrain_epochs=50,
+        label_smoothing=0.1,
+    ),
+    "gpt_nano": Study(
+        dataset=("stdlib_text", {"characters": 400_000, "block_size": 64}),
+        options={"bias": True},
+        batch_size=32,
+        epochs=12,
+        retrain_epochs=6,
+        label_smoothing=0.0,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--space", choices=STUDIES, default="autoformer_nano")
+    parser.add_argument("--relaxation", default="exact")
     parser.add_argument("--optimizer", default="drnas")
-    parser.add_argument("--share", type=float, default=0.6, help="of the largest architecture's multiply-accumulates")
+    parser.add_argument("--alpha-lr", type=float, default=0.01)
+    parser.add_argument("--final-temperature", type=float, help="to which that of alpha falls from 1")
+    parser.add_argument("--share", type=float, default=0.6, help="of the largest architecture's MACs; 1: no budget")
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--penalty", default="log")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--retrain-epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, help="of the search")
+    parser.add_argument("--retrain-epochs", type=int)
     parser.add_argument("--random", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dataset = create_dataset("digits")
+    study = STUDIES[options.space]
+    epochs, retrain_epochs = options.epochs or study.epochs, options.retrain_epochs or study.retrain_epochs
+    name, data_options = study.dataset
+    dataset = create_dataset(name, **data_options)
+    annealing = {} if options.final_temperature is None else {"final_temperature": options.final_temperature}
     results = []
 
     def report(**row: object) -> None:
@@ -58,24 +102,26 @@ def main() -> None:
         data = open_splits(dataset, splits, ("weights", "architecture", "validation", "training"))
         test = open_splits(dataset, splits, ("test",))
         torch.manual_seed(seed)
-        space = create_space("autoformer_nano", **dataset.space_options(), **SPACE)
-        target = Target(create_objective("flops"), share=options.share, weight=options.weight, penalty=options.penalty)
+        space = create_space(options.space, **dataset.space_options(), **study.options, relaxation=options.relaxation)
+        budgeted = options.share < 1
+        share = {"share": options.share} if budgeted else {}
+        target = Target(create_objective("flops"), **share, weight=options.weight, penalty=options.penalty)
         largest = space.cost(space.largest()).flops
         started = time.perf_counter()
         result = search(
             space,
-            create_optimizer(options.optimizer),
+            create_optimizer(options.optimizer, **annealing),
             data,
-            epochs=options.epochs,
-            batch_size=32,
-            warmup_epochs=options.epochs // 6,
+            epochs=epochs,
+            batch_size=study.batch_size,
+            warmup_epochs=epochs // 6,
             weight_optimizer=ADAMW,
-            architecture_optimizer=partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999)),
+            architecture_optimizer=partial(torch.optim.Adam, lr=options.alpha_lr, betas=(0.5, 0.999)),
             targets=[target],
             seed=seed,
         )
         budget = int(options.share * largest)
-        found = discretize(space, data, result.mixture, max_flops=budget, seed=seed).architecture
+        found = discretize(space, data, result.mixture, max_flops=budget if budgeted else None, seed=seed).architecture
         cost = space.cost(found).flops
         report(
             seed=seed,
@@ -97,20 +143,23 @@ def main() -> None:
                 space,
                 architecture,
                 data,
-                epochs=options.retrain_epochs,
-                batch_size=32,
+                epochs=retrain_epochs,
+                batch_size=study.batch_size,
                 optimizer=ADAMW,
-                loss=partial(cross_entropy, label_smoothing=0.1),
+                loss=partial(cross_entropy, label_smoothing=study.label_smoothing),
                 seed=seed,
             )
             judged = evaluate(space, architecture, trained.network, test)
             report(
                 seed=seed,
                 what=name,
+                test_loss=round(judged.test_loss, 4),
                 test_accuracy=round(judged.test_accuracy, 2),
+                validation_loss=round(trained.history[-1]["validation_loss"], 4),
                 validation_accuracy=round(trained.validation_accuracy, 2),
                 flops=judged.cost.flops,
                 params=judged.cost.params,
+                architecture=str(architecture),
             )
 
 

@@ -100,6 +100,10 @@ class Optimizer(abc.ABC):
         """Told before each epoch how much of the search is done, from 0 to 1: for temperatures and schedules."""
         return None
 
+    def schedules(self) -> dict[str, float]:
+        """What the method's own schedules stand at, by name, such as a temperature: for the history."""
+        return {}
+
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
         """The losses that train the weights; each is back-propagated as it comes, gradients add up."""
         sampled = self.sample(step.index, "weight")

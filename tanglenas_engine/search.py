@@ -258,7 +258,12 @@ def search(
         # What alpha says now, judged as it would be extracted; methods that derive later show the largest network.
         space.select(current or space.largest())
         found = measure(space, data.validation, together=True)
-        row: Row = {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
+        row: Row = {
+            **means,
+            "validation_accuracy": found.accuracy,
+            "validation_loss": found.loss,
+            **optimizer.schedules(),
+        }
         mixture = optimizer.expected()
         if mixture is not None and current is not None:
             mixture = mixture.detach()

@@ -5,28 +5,29 @@ Differs from the paper's code, which uses sparsemax where weights are entangled.
 
 from torch import Tensor
 
-from tanglenas_engine import Optimizer
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.optimizer import l2
+from tanglenas_gradient.annealed import Annealed
 
 
-class DARTS(Optimizer):
-    """The mixture is `softmax(alpha)`; nothing is sampled.
+class DARTS(Annealed):
+    """The mixture is `softmax(alpha / temperature)`; nothing is sampled.
 
     Args:
         weight_decay: Pulls alpha to 0, the uniform mixture, by `weight_decay / 2 * |alpha|^2` in the loss, as
             Adam's option of that name does.
+        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`, if given.
     """
 
-    def __init__(self, weight_decay: float = 1e-3):
-        super().__init__()
+    def __init__(self, weight_decay: float = 1e-3, temperature: float = 1.0, final_temperature: float | None = None):
+        super().__init__(temperature, final_temperature)
         self.weight_decay = weight_decay
 
     def sample(self, step: int, stream: str) -> Mixture:
         return self.expected()
 
     def expected(self) -> Mixture:
-        return self._space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
+        return self._space.mixture({count: logits.softmax(1) for count, logits in self.logits().items()})
 
     def regularizer(self) -> Tensor:
         return self.weight_decay * l2(self.parameters())

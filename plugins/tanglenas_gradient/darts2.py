@@ -32,12 +32,20 @@ class SecondOrderDARTS(DARTS):
             `w +- radius / |v| * v` (the paper's equation 8). "autograd" has it exactly, from a second backward pass
             through the first, which keeps the first one's memory.
         radius: 0.01 in the paper.
+        temperature, final_temperature: As for `darts`.
     """
 
     accumulates = False  # the step to w' takes the whole batch
 
-    def __init__(self, weight_decay: float = 1e-3, hypergradient: str = "finite_differences", radius: float = 1e-2):
-        super().__init__(weight_decay)
+    def __init__(
+        self,
+        weight_decay: float = 1e-3,
+        hypergradient: str = "finite_differences",
+        radius: float = 1e-2,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+    ):
+        super().__init__(weight_decay, temperature, final_temperature)
         if hypergradient not in HYPERGRADIENTS:
             raise unknown("hypergradient of darts2", hypergradient, HYPERGRADIENTS)
         self.hypergradient, self.radius = hypergradient, positive("radius", radius)

@@ -6,25 +6,32 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
-from tanglenas_engine import Optimizer
 from tanglenas_engine.errors import unknown
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.optimizer import l2, positive
+from tanglenas_gradient.annealed import Annealed
 
 REGULARIZERS = ("l2", "kl", "none")
 
 
-class DrNAS(Optimizer):
-    """Mixtures are `Dirichlet(elu(alpha) + 1)`, with pathwise gradients.
+class DrNAS(Annealed):
+    """Mixtures are `Dirichlet(elu(alpha / temperature) + 1)`, with pathwise gradients.
 
     Args:
         regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2` (the paper has it
             as weight decay of the architecture optimizer); "kl" adds `scale * KL(Dirichlet || uniform)`; "none".
         scale: The regularizer's weight.
+        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`, if given.
     """
 
-    def __init__(self, regularizer: str = "l2", scale: float = 1e-3):
-        super().__init__()
+    def __init__(
+        self,
+        regularizer: str = "l2",
+        scale: float = 1e-3,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+    ):
+        super().__init__(temperature, final_temperature)
         if regularizer not in REGULARIZERS:
             raise unknown("regularizer of drnas", regularizer, REGULARIZERS)
         self._regularizer, self.scale = regularizer, positive("the regularizer's scale", scale)
@@ -50,5 +57,5 @@ class DrNAS(Optimizer):
         return self.scale * sum(kl_divergence(learned, uniform).sum() for learned, uniform in pairs)
 
     def _concentrations(self) -> dict[int, Tensor]:
-        # From alpha = -17 on float32 gives 0, which is no Dirichlet: neither samples nor gradients are finite then.
-        return {count: (torch.nn.functional.elu(alpha) + 1).clamp_min(1e-6) for count, alpha in self.alphas.items()}
+        # From logits of -17 on float32 gives 0, which is no Dirichlet: neither samples nor gradients are finite then.
+        return {n: (torch.nn.functional.elu(logits) + 1).clamp_min(1e-6) for n, logits in self.logits().items()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tanglenas_engine import Optimizer
-from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import l2, positive
+from tanglenas_engine.optimizer import l2
+from tanglenas_gradient.annealed import Annealed
 
 
-class GDAS(Optimizer):
+class GDAS(Annealed):
     """Each step samples one option of every row, `argmax(log softmax(alpha) + Gumbel noise)`, and computes that alone.
 
     The gradient is that of `softmax((log softmax(alpha) + noise) / temperature)`. It reaches alpha through the masks
@@ -21,23 +20,14 @@ class GDAS(Optimizer):
     those is sampled.
 
     Args:
-        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`.
+        temperature: That of the samples, at the start of the search; it falls linearly with the epochs to
+            `final_temperature`. What alpha stands for has none.
         weight_decay: As for `darts`.
     """
 
     def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 1e-3):
-        super().__init__()
-        self.start, self.end = positive("temperature", temperature), positive("final_temperature", final_temperature)
-        if self.end > self.start:
-            raise TangleNASError(
-                f"the temperature of gdas would rise from {temperature} to {final_temperature}: it has to fall, "
-                "so that samples get sharper. Exchange the two"
-            )
-        self.temperature = self.start
+        super().__init__(temperature, final_temperature)
         self.weight_decay = weight_decay
-
-    def progress(self, fraction: float) -> None:
-        self.temperature = self.start + (self.end - self.start) * fraction
 
     def sample(self, step: int, stream: str) -> Mixture:
         generator = torch.Generator().manual_seed(self.entropy(step, stream))

@@ -88,6 +88,10 @@ class Progressive(Optimizer):
             self._prune(self.keep[self.stage])
         self._space.superposition.parts = self.channels[self.stage]
 
+    def schedules(self) -> dict[str, float]:
+        share = self.keep[self.stage]
+        return {**super().schedules(), "channel_parts": self.channels[self.stage], "options_kept": share}
+
     def sample(self, step: int, stream: str) -> Mixture:
         return self._shrunk(super().sample(step, stream))
 
@@ -139,8 +143,11 @@ class PartialDARTS(Progressive, DARTS):
         keep: Sequence[float] = (1.0,),
         edge_normalization: bool = True,
         weight_decay: float = 1e-3,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
     ):
-        super().__init__(channels, keep, edge_normalization, weight_decay=weight_decay)
+        own = {"temperature": temperature, "final_temperature": final_temperature}
+        super().__init__(channels, keep, edge_normalization, weight_decay=weight_decay, **own)
 
 
 class PartialDrNAS(Progressive, DrNAS):
@@ -157,5 +164,8 @@ class PartialDrNAS(Progressive, DrNAS):
         edge_normalization: bool = True,
         regularizer: str = "l2",
         scale: float = 1e-3,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
     ):
-        super().__init__(channels, keep, edge_normalization, regularizer=regularizer, scale=scale)
+        own = {"scale": scale, "temperature": temperature, "final_temperature": final_temperature}
+        super().__init__(channels, keep, edge_normalization, regularizer=regularizer, **own)

@@ -1,0 +1,43 @@
+"""A temperature that falls while a search runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tanglenas_engine import Optimizer
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizer import positive
+
+
+class Annealed(Optimizer):
+    """What the optimizers here share: alpha is read at a temperature.
+
+    The colder, the sharper is the mixture of logits `alpha / temperature`. As the temperature falls the mixture has to
+    decide: what the supernet computes, what it is expected to cost, and its most probable architecture become one.
+
+    Args:
+        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`.
+        final_temperature: None keeps the temperature.
+    """
+
+    def __init__(self, temperature: float, final_temperature: float | None):
+        super().__init__()
+        self.start = positive("temperature", temperature)
+        self.end = self.start if final_temperature is None else positive("final_temperature", final_temperature)
+        if self.end > self.start:
+            raise TangleNASError(
+                f"the temperature of {self.name or type(self).__name__} would rise from {temperature} to "
+                f"{final_temperature}: it has to fall, so that mixtures get sharper. Exchange the two"
+            )
+        self.temperature = self.start
+
+    def progress(self, fraction: float) -> None:
+        super().progress(fraction)
+        self.temperature = self.start + (self.end - self.start) * fraction
+
+    def schedules(self) -> dict[str, float]:
+        return {**super().schedules(), "temperature": self.temperature}
+
+    def logits(self) -> dict[int, Tensor]:
+        """Alpha at the temperature, `(rows, K)` by the number of options."""
+        return {count: alpha / self.temperature for count, alpha in self.alphas.items()}
