@@ -6,12 +6,14 @@ stage sets anyway.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
+import shlex
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -83,6 +85,24 @@ def configure(arguments: Sequence[str]) -> None:
     for (scope, selector), values in gin.config._CONFIG.items():
         if selector in ours:
             check_types(f"{scope}{'/' if scope else ''}{ours[selector].__name__}", ours[selector], values)
+
+
+@contextmanager
+def configured(arguments: Sequence[str]) -> Iterator[None]:
+    """Within the block, the config that these files and bindings make; then the present one is back.
+
+    Raises:
+        TangleNASError: As `configure` does.
+    """
+    parts = (gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS)
+    kept = [part.copy() for part in parts]
+    try:
+        configure(arguments)
+        yield
+    finally:
+        for part, content in zip(parts, kept, strict=True):
+            part.clear()
+            part.update(content)
 
 
 class _Names:
@@ -174,7 +194,12 @@ def check_types(label: str, function: Callable[..., Any], values: Mapping[str, A
     hints = _hints(function)
     for name, value in values.items():
         if name in hints and not _accepts(hints[name], value):
-            raise TangleNASError(f"{label}.{name} is {_resolved(value)!r}, expected {_in_words(hints[name])}")
+            given = _resolved(value)
+            made = isinstance(given, gin.config.ConfigurableReference) and isinstance(given.configurable.wrapped, type)
+            raise TangleNASError(
+                f"{label}.{name} is {given!r}, expected {_in_words(hints[name])}"
+                + f". With () behind it, an instance of that class is meant: {given!r}()" * made
+            )
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -190,10 +215,12 @@ def _accepts(hint: Any, value: Any) -> bool:
     """Whether a literal or reference of gin's may stand for a type; of a type that is not plain, anything may."""
     origin, args = get_origin(hint), get_args(hint)
     value = _resolved(value)
-    if isinstance(value, gin.config.ConfigurableReference):
-        return value.evaluate or hint not in WORDS
     if origin in (Union, UnionType):
         return any(_accepts(part, value) for part in args)
+    if isinstance(value, gin.config.ConfigurableReference):
+        if value.evaluate:
+            return True
+        return _can_be_called(value, args) if origin is Callable else hint not in WORDS
     if origin is Literal:
         return value in args
     if hint in WORDS:
@@ -202,6 +229,37 @@ def _accepts(hint: Any, value: Any) -> bool:
     if origin in (Sequence, list, tuple):
         return isinstance(value, list | tuple) and all(_accepts(args[0], item) for item in value)
     return origin is not Callable
+
+
+def _can_be_called(reference: Any, args: tuple[Any, ...]) -> bool:
+    """Whether what a reference names takes so many arguments, beside those bound, and can give what is expected.
+
+    A class gives instances of itself: `@torch.nn.CrossEntropyLoss` makes losses, and is none.
+    """
+    arguments, result = _signature(args)
+    target = reference.configurable.wrapped
+    if isinstance(target, type) and isinstance(result, type) and not getattr(result, "_is_protocol", False):
+        if not issubclass(target, result):
+            return False
+    if arguments is None:
+        return True
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # written in C
+        return True
+    given = list(signature.parameters)[: len(arguments)]  # these come from the caller, whatever is bound
+    bound = gin.get_bindings(reference.scoped_selector, resolve_references=False)
+    try:
+        signature.bind(*arguments, **{name: value for name, value in bound.items() if name not in given})
+    except TypeError:
+        return False
+    return True
+
+
+def _signature(args: tuple[Any, ...]) -> tuple[list[Any] | None, Any]:
+    """What a Callable takes, None where that is left open, and what it returns."""
+    arguments, result = args or (..., Any)
+    return arguments if isinstance(arguments, list) else None, result
 
 
 def _resolved(value: Any) -> Any:
@@ -220,7 +278,9 @@ def _in_words(hint: Any) -> str:
     if origin in (Sequence, list, tuple):
         return f"a list, each item {_in_words(args[0])}"
     if origin is Callable:
-        return "an @reference"
+        arguments, result = _signature(args)
+        takes = "" if arguments is None else f" takes {len(arguments)} argument{'s' * (len(arguments) > 1)} and"
+        return f"an @reference to what{takes} returns {getattr(result, '__name__', result)}"
     return WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
@@ -232,6 +292,22 @@ def bound_parameters() -> dict[str, Any]:
             key = f"{scope or selector.split('.')[-1]}.{name}"
             parameters[scope if selector == "gin.macro" else key] = value
     return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in sorted(parameters.items())}
+
+
+def bindings_of(name: str) -> list[dict[str, Any]]:
+    """What is bound of one of our functions, for each scope."""
+    return [
+        {parameter: _resolved(value) for parameter, value in values.items()}
+        for (_, selector), values in gin.config._CONFIG.items()
+        if selector.split(".")[-1] == name
+    ]
+
+
+def referred() -> set[str]:
+    """The full names that an @ refers to: code of others that a run depends on."""
+    return {reference.selector for reference in gin.config.iterate_references(gin.config._CONFIG)} & {
+        path for path in configurable if "." in path
+    }
 
 
 def required(macro: str, kind: type) -> Any:
@@ -279,6 +355,31 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
                 f"params.yaml: nothing in dvc.yaml uses the key {key!r}.{closest(key, known)} "
                 "Correct it, or use it as ${" + key + "} in a stage's cmd"
             )
+
+
+def stage_arguments(
+    stage: str, params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")
+) -> list[str] | None:
+    """What `dvc repro` runs a stage with; None where there is no such stage of ours, or not all of its files."""
+    if not (params.exists() and pipeline.exists()):
+        return None
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    yaml = YAML(typ="safe")
+    values = yaml.load(params.read_text("utf-8"))
+
+    def value(key: re.Match[str]) -> str:
+        return str(functools.reduce(lambda group, name: group[name], key[1].split("."), values))
+
+    try:
+        command = re.sub(r"\$\{([\w.]+)\}", value, yaml.load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
+    except (KeyError, TypeError, YAMLError):  # someone wrote it anew; what is wrong with it DVC tells
+        return None
+    start, _, rest = command.partition(f"pipelines.{stage} ")
+    arguments = shlex.split(rest)
+    there = all(Path(argument).exists() for argument in arguments if argument.endswith(".gin"))
+    return arguments if start == "python -m " and there else None
 
 
 def _keys(content: Any, prefix: str = "") -> Iterator[str]:

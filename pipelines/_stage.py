@@ -34,11 +34,13 @@ from torch import nn
 import tanglenas_engine
 from pipelines._config import (
     KINDS,
+    bindings_of,
     bound_parameters,
     check_types,
     configure,
     macro_value,
     operative_config,
+    referred,
     register,
     required,
 )
@@ -63,11 +65,12 @@ from tanglenas_engine.checkpoint import (
     weights_metadata,
     write_atomic,
 )
+from tanglenas_engine.cost import METRICS as COSTS
 from tanglenas_engine.data import make_splits
-from tanglenas_engine.discretize import discretize
+from tanglenas_engine.discretize import METHODS, discretize
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.evaluate import evaluate
-from tanglenas_engine.objective import Target
+from tanglenas_engine.objective import Objective, Target
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.progress import ConsoleProgress, Progress, SilentProgress
 from tanglenas_engine.retrain import retrain
@@ -82,6 +85,8 @@ SPLITS = OUT / "search" / "splits.json"
 ARCHITECTURE = OUT / "discretize" / "architecture.json"
 FRONT = OUT / "discretize" / "pareto"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
+MADE_BY = "made-by.json"
+"""Beside a checkpoint: versions of the code that can go on with it."""
 
 
 def benchmark(
@@ -117,14 +122,32 @@ def target(
     """A cost that a search is drawn to, for `search.targets`: see `objective.Target`. Options of an objective of a
     plugin's are bound as `create_objective.OPTION`.
     """
-    options = gin.get_bindings("create_objective")
-    check_types("create_objective", manager().resolve("objective", objective).load(), options)
-    return Target(create_objective_(name=objective), value, share, weight, penalty)
+    return Target(_objective(objective), value, share, weight, penalty)
 
 
 target_ = register(target)
 # Every stage knows all four, so that its gin file can include another's: what they share is written once.
 search_, discretize_, retrain_, evaluate_ = map(register, (search, discretize, retrain, evaluate))
+# Their options are bound by the names of the methods: `evolution.population = 50`.
+methods = {name: register(method) for name, method in METHODS.items()}
+
+
+def objectives(space: SearchSpace) -> list[Objective]:
+    """The plugins' objectives that `discretize.limits` and `discretize.cost` name, bound to the space."""
+    return [_objective(name).bind(space) for name in sorted(_costs())]
+
+
+def _objective(name: str) -> Objective:
+    check_types("create_objective", manager().resolve("objective", name).load(), gin.get_bindings("create_objective"))
+    objective: Objective = create_objective_(name=name)
+    return objective
+
+
+def _costs() -> set[str]:
+    """What `discretize.limits` and `discretize.cost` name beside the costs that every space counts."""
+    bound = gin.get_bindings("discretize")
+    limits = bound.get("limits")
+    return {bound.get("cost", "params"), *(limits if isinstance(limits, Mapping) else ())} - {*COSTS}
 
 
 @dataclass
@@ -206,12 +229,15 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                     stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
                 seed, space, dataset = _create()
             config = gin.config_str()
+            code = {package.__name__: code_version(package) for package in {tanglenas_engine, *_packages()}}
             identity = fingerprint(
                 stage=name,
                 config=config,
                 data=dataset.fingerprint,
                 inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
-                code=code_version(tanglenas_engine, *_packages()),
+                code=code,
+                torch=torch.__version__,
+                tables=_tables(),
             )
             lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
             pipeline_id = lineage.get("pipeline_id", "")
@@ -221,7 +247,7 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
                 yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
                 return
             resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
-            checkpoints = stack.enter_context(_Checkpoints(resume, identity))
+            checkpoints = stack.enter_context(_Checkpoints(resume, identity, code))
             record = resume / "run"  # the MLflow run that a resumed stage goes on with
             with MlflowTracker.open(
                 stage=name,
@@ -255,7 +281,7 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
         raise SystemExit(130 if stopped else 2) from None
     except TangleNASError as problem:
         sentence = str(problem).split("\n  In call to configurable")[0]  # gin adds where it passed by
-        print(f"{name}: {sentence}", file=sys.stderr)
+        print(f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr)  # the engine's loop says where it is
         raise SystemExit(2) from None
     except OSError as problem:
         place = problem.filename or "a file"  # the engine's own writers name theirs
@@ -268,11 +294,16 @@ def stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> I
 
 
 class _Checkpoints(CheckpointFolder):
-    """Keeps, beside the state, what gin has called with which values.
+    """Keeps, beside the state, what gin has called with which values, and of which code it is.
 
     A stage that goes on with few steps left, or none, calls less than one that took them all: its operative config
-    would say less.
+    would say less. The code is for `tanglenas doctor`, which finds what no command goes on with.
     """
+
+    def __init__(self, folder: Path, identity: str, code: Mapping[str, str]):
+        super().__init__(folder, identity)
+        self._made_by = folder / MADE_BY
+        self._code = {"code": code, "torch": torch.__version__}
 
     def save(self, state: Mapping[str, Any]) -> None:
         called = {
@@ -280,6 +311,12 @@ class _Checkpoints(CheckpointFolder):
             for key, values in gin.config._OPERATIVE_CONFIG.items()
         }
         super().save({**state, "called": called})
+        if not self._made_by.exists():
+            write_atomic(self._made_by, json.dumps(self._code, indent=2) + "\n")
+
+    def discard(self) -> None:
+        super().discard()
+        self._made_by.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         state = super().load()
@@ -391,6 +428,18 @@ def _create() -> tuple[int, SearchSpace, Dataset]:
 
 
 def _packages() -> set[ModuleType]:
-    """The top-level packages of the plugins that the config names."""
-    targets = [manager().resolve(kind, name).load() for macro, kind in KINDS.items() if (name := macro_value(macro))]
-    return {sys.modules[target.__module__.split(".")[0]] for target in targets}
+    """The top-level packages of what the config names: plugins, and whatever an @ refers to by its full name."""
+    named = {(kind, name) for macro, kind in KINDS.items() if (name := macro_value(macro))}
+    named |= {("objective", name) for name in _costs()}
+    named |= {("objective", values.get("objective", "flops")) for values in bindings_of("target")}
+    modules = {manager().resolve(kind, name).load().__module__ for kind, name in named} | referred()
+    packages = {sys.modules[module.split(".")[0]] for module in modules}
+    # torch is large, and has a version; what is written in C has no file.
+    return {package for package in packages - {torch} if hasattr(package, "__file__") or hasattr(package, "__path__")}
+
+
+def _tables() -> dict[str, str]:
+    """Digests of the files that objectives and benchmarks are read from."""
+    values = [value for name in ("create_objective", "benchmark") for it in bindings_of(name) for value in it.values()]
+    paths = [value for value in values if isinstance(value, str) and Path(value).is_file()]
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}

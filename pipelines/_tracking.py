@@ -66,8 +66,8 @@ def _git_state() -> dict[str, str]:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # `dvc repro` rewrites dvc.lock and the metrics after each stage: that alone makes no other code.
-        written = [f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "metrics/*.json")]
+        # `dvc repro` rewrites these: that alone makes no other code.
+        written = [f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "environment.json", "metrics/*.json")]
         changes = git("status", "--porcelain", "--untracked-files=no", "--", *written)
         return {"git.sha": git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
     except (OSError, subprocess.CalledProcessError):

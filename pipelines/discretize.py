@@ -1,40 +1,45 @@
 """Discretize: derive one architecture from the trained supernet, within the budget."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import gin
-
-from pipelines._config import register
 from pipelines._stage import (
     ARCHITECTURE,
     FRONT,
     MIXTURE,
     SPLITS,
     SUPERNET,
-    create_objective_,
     device,
     discretize_,
     load_into,
+    methods,
+    objectives,
     stage,
 )
 from tanglenas_engine import SearchSpace, figures
 from tanglenas_engine.checkpoint import load_weights, weights_metadata, write_atomic
-from tanglenas_engine.cost import METRICS
 from tanglenas_engine.data import Splits, open_splits
-from tanglenas_engine.discretize import METHODS
-from tanglenas_engine.objective import Objective
-
-# Their options are bound by the names of the methods: `evolution.population = 50`.
-methods = {name: register(method) for name, method in METHODS.items()}
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.mixture import Mixture
 
 
-def objectives(space: SearchSpace) -> list[Objective]:
-    """The plugins' objectives that `discretize.limits` and `discretize.cost` name."""
-    bound = gin.get_bindings("discretize")
-    limits = bound.get("limits")
-    names = {bound.get("cost", "params"), *(limits if isinstance(limits, Mapping) else ())}
-    return [create_objective_(name=name).bind(space) for name in sorted(names - set(METRICS))]
+def searched(space: SearchSpace) -> tuple[Mixture | None, str]:
+    """What a search ended with: its mixture, or None after a sampled one, and how its method derives.
+
+    Raises:
+        TangleNASError: The file is another one than search writes for this space.
+    """
+    weights, derivation = load_weights(MIXTURE), weights_metadata(MIXTURE).get("derivation")
+    try:
+        if derivation not in methods:
+            raise TangleNASError(
+                f"its metadata has the derivation {derivation!r}, expected one of {', '.join(methods)}"
+            )
+        return space.mixture(weights) if weights else None, derivation
+    except (TangleNASError, RuntimeError, ValueError) as error:
+        raise TangleNASError(
+            f"{MIXTURE} is not what search writes for {space.name!r}: {error}. Run search again, or `dvc repro`"
+        ) from None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,12 +47,12 @@ def main(arguments: Sequence[str]) -> None:
     with stage("discretize", arguments, (SUPERNET, MIXTURE, SPLITS)) as run:
         splits = Splits.from_json(SPLITS.read_text("utf-8", errors="replace"))
         load_into(run.space, SUPERNET)
-        mixture = load_weights(MIXTURE)
+        mixture, derivation = searched(run.space)
         result = discretize_(
             run.space,
             open_splits(run.dataset, splits, ("weights", "architecture", "validation"), augment=False),
-            run.space.mixture(mixture) if mixture else None,
-            derivation=weights_metadata(MIXTURE)["derivation"],
+            mixture,
+            derivation=derivation,
             seed=run.seed,
             device=device(),
             methods=methods,
@@ -73,6 +78,7 @@ def main(arguments: Sequence[str]) -> None:
                 "validation_accuracy": result.validation_accuracy,
                 "params": result.cost.params,
                 "flops": result.cost.flops,
+                **({} if result.exact is None else {"exact": result.exact}),
                 "digest": result.architecture.digest,
             },
             result.architecture,

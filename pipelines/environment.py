@@ -2,8 +2,8 @@
 
     python -m pipelines.environment SPACE OPTIMIZER DATASET
 
-Beside versions it notes a digest of the sources of the library and of the plugins in use: a plugin that is installed
-for editing keeps its version while its code changes.
+Beside versions it notes a digest of the sources of the library and of the plugins in use: what is installed for editing
+keeps its version while its code changes. Objectives may be named anywhere in gin/: all that are installed count.
 """
 
 import importlib
@@ -19,6 +19,7 @@ from tanglenas_engine.checkpoint import code_version, write_atomic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import Registration, manager
 
+KINDS = ("space", "optimizer", "dataset")
 LIBRARIES = ("tanglenas", "timm", "torch")
 
 
@@ -31,10 +32,13 @@ def _package(used: Registration) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Write environment.json."""
     try:
-        used = [manager().resolve(*named) for named in zip(("space", "optimizer", "dataset"), arguments, strict=True)]
+        if len(arguments) != len(KINDS):
+            raise TangleNASError(f"got the arguments {list(arguments)}, expected the names of {', '.join(KINDS)}")
+        used = [manager().resolve(*named) for named in zip(KINDS, arguments, strict=True)]
     except TangleNASError as problem:
         print(f"environment: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
+    used += manager().registrations("objective")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     versions.update((it.distribution, it.version) for it in used)
     modules = {package: importlib.import_module(package) for package in map(_package, used)}

@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ruamel.yaml import YAML
+import gin
 
-from pipelines._config import required
+from pipelines._config import configured, macro_value, required, stage_arguments
 from pipelines._stage import (
     MIXTURE,
     SPLITS,
@@ -15,20 +14,21 @@ from pipelines._stage import (
     create_optimizer_,
     device,
     make_splits_,
+    objectives,
     search_,
     stage,
 )
-from tanglenas_engine import SearchSpace, figures
+from tanglenas_engine import Dataset, SearchSpace, figures
 from tanglenas_engine.budget import check_budget
 from tanglenas_engine.checkpoint import save_weights
-from tanglenas_engine.cost import METRICS
 from tanglenas_engine.data import open_splits
+from tanglenas_engine.discretize import budget_of
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with stage("search", arguments) as run:
-        check_later_budget(run.space)
+        check_later_budget(run.space, run.dataset)
         splits = make_splits_(run.dataset, seed=run.seed)
         optimizer = create_optimizer_(name=required("OPTIMIZER", str))
         size = run.space.size
@@ -90,18 +90,22 @@ def main(arguments: Sequence[str]) -> None:
         run.finish({key: last[key] for key in (*keep, *costs, "stopped") if key in last}, result.architecture)
 
 
-def check_later_budget(space: SearchSpace, params: Path = Path("params.yaml")) -> None:
-    """Refuse before training the budget that discretize would refuse after it, where params.yaml is about this space.
+def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
+    """Refuse before training what discretize would refuse after it, where params.yaml is about this space and dataset.
 
     The search does not depend on the budget otherwise: another one does not make it run again.
 
     Raises:
-        TangleNASError: No architecture of the space meets it.
+        TangleNASError: No architecture of the space meets the budget, or an objective in it fails.
     """
-    values = YAML(typ="safe").load(params.read_text()) if params.exists() else None
-    if values and values.get("space") == space.name:
-        later = values.get("discretize") or {}
-        check_budget(space, {metric: later.get(f"max_{metric}") for metric in METRICS})
+    later = stage_arguments("discretize")
+    if later is None:
+        return
+    with configured(later):
+        if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
+            limits = gin.get_bindings("discretize")
+            budget = budget_of(*(limits.get(name) for name in ("max_params", "max_flops", "limits")))
+            check_budget(space, budget, objectives(space))
 
 
 if __name__ == "__main__":

@@ -46,28 +46,31 @@ def check_budget(space: SearchSpace, budget: Budget, objectives: Iterable[Object
     """Check that an architecture fits.
 
     Raises:
-        TangleNASError: None does; the message has the smallest possible cost.
+        TangleNASError: None does, or none was found where there is no exact way; the message has the smallest cost.
     """
     limits = _limits(space, budget, objectives)
     smallest: dict[str, Picks] = {}
+    certain = True
     for limit in limits:
-        smallest[limit.name] = _extreme(space, limit)
+        smallest[limit.name], exact = _extreme(space, limit)
+        certain = certain and exact
         least = limit.cost(smallest[limit.name])
         if least > limit.allowed:
             raise TangleNASError(
-                f"no architecture of {space._label} has at most {limit.most:,} {limit.name}: the smallest has "
-                f"{least:,}. Raise max_{limit.name}"
+                f"no architecture of {space._label} {_has(exact)} at most {_counted(limit, limit.most)}: the smallest "
+                f"has {amount(least)}{limit.unit and f' {limit.unit}'}. Raise {_setting(limit.name)}"
             )
     if len(limits) > 1 and not any(_excess(limits, picks) == 0 for picks in smallest.values()):
         indifferent = {row: [0.0] * len(row.options) for row in space.rows}
         if _solve(space, indifferent, limits) is None:
-            wanted = " and ".join(f"{limit.most:,} {limit.name}" for limit in limits)
+            wanted = " and ".join(_counted(limit, limit.most) for limit in limits)
             known = "; ".join(
-                f"that with fewest {name} has "
-                + " and ".join(f"{other.cost(picks):,} {other.name}" for other in limits)
+                f"that with least {name} has " + " and ".join(_counted(other, other.cost(picks)) for other in limits)
                 for name, picks in smallest.items()
             )
-            raise TangleNASError(f"no architecture of {space._label} has at most {wanted} together: {known}")
+            raise TangleNASError(
+                f"no architecture of {space._label} {_has(certain)} at most {wanted} together: {known}"
+            )
 
 
 def cheapest(space: SearchSpace, cost: str | Objective) -> Architecture:
@@ -76,12 +79,12 @@ def cheapest(space: SearchSpace, cost: str | Objective) -> Architecture:
     Exact, but for a cost without tables or a space whose decisions are too entangled: there it is the end of a descent
     from the smallest architecture, one move at a time.
     """
-    return space.architecture_of(_extreme(space, _unlimited(space, cost)))
+    return space.architecture_of(_extreme(space, _unlimited(space, cost))[0])
 
 
 def dearest(space: SearchSpace, cost: str | Objective) -> Architecture:
     """The architecture that costs most, as `cheapest` finds the one that costs least."""
-    return space.architecture_of(_extreme(space, _unlimited(space, cost), -1))
+    return space.architecture_of(_extreme(space, _unlimited(space, cost), -1)[0])
 
 
 def project(space: SearchSpace, mixture: Mixture, budget: Budget, objectives: Iterable[Objective] = ()) -> Architecture:
@@ -140,6 +143,24 @@ def shrunk(
 # Limits.
 
 
+def amount(value: float) -> str:
+    """A cost as a person reads it: whole from a million on."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e6 else f"{value:,.7g}"
+
+
+def _has(certain: bool) -> str:
+    return "has" if certain else "was found that has"
+
+
+def _counted(limit: Limit, cost: float) -> str:
+    return " ".join(part for part in (amount(cost), limit.unit, limit.name) if part)
+
+
+def _setting(name: str) -> str:
+    """What a limit is given as."""
+    return f"max_{name}" if name in METRICS else f"limits[{name!r}]"
+
+
 def _limits(space: SearchSpace, budget: Budget, objectives: Iterable[Objective]) -> list[Limit]:
     known = {objective.name: objective for objective in objectives}
     limits = []
@@ -147,16 +168,17 @@ def _limits(space: SearchSpace, budget: Budget, objectives: Iterable[Objective])
         if most is None:
             continue
         if most != math.inf and name in METRICS:
-            at_least(f"max_{name}", most, 1)
+            at_least(_setting(name), most, 1)
         elif isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
-            raise TangleNASError(f"max_{name} is {most!r}, expected a positive number")
+            raise TangleNASError(f"{_setting(name)} is {most!r}, expected a positive number")
         if name in known:
 
             def measured(picks: Picks, objective: Objective = known[name]) -> float:
                 return objective.cost(space.architecture_of(picks))
 
             terms = known[name].additive
-            limits.append(Limit(name, most, terms.cost if terms else measured, terms))
+            unit = "" if name in METRICS else known[name].unit
+            limits.append(Limit(name, most, terms.cost if terms else measured, terms, unit))
         elif name in METRICS:
             limits.append(Limit(name, most, space.terms(name).cost, space.terms(name)))
         else:
@@ -176,11 +198,11 @@ def _unlimited(space: SearchSpace, cost: str | Objective) -> Limit:
     return _limits(space, {cost.name: math.inf}, (cost,))[0]
 
 
-def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> Picks:
-    """The assignment for which `sign` times the cost is least."""
+def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> tuple[Picks, bool]:
+    """The assignment for which `sign` times the cost is least, and whether that is certain."""
     problem = Problem.of(space, {}, [limit])
     if problem is not None:
-        return problem.picks(problem.relaxed(np.array([sign]))[1])
+        return problem.picks(problem.relaxed(np.array([sign]))[1]), True
 
     def cost(picks: Picks) -> float:
         return sign * limit.cost(picks)
@@ -189,7 +211,7 @@ def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> Picks:
     while True:
         least = min(({**picks, **change} for change in space.moves(picks)), key=cost, default=picks)
         if not cost(least) < cost(picks):
-            return picks
+            return picks, False
         picks = least
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.budget import Budget, check_budget, project
+from tanglenas_engine.budget import Budget, Projection, check_budget, projection
 from tanglenas_engine.candidates import Candidates
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.cost import METRICS, Cost
@@ -18,24 +18,30 @@ from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.evolution import evolution
 from tanglenas_engine.mixture import Mixture
 from tanglenas_engine.objective import Objective
+from tanglenas_engine.optimizer import argmax as most_probable
 from tanglenas_engine.pareto import front, nsga2
 from tanglenas_engine.progress import Progress
 from tanglenas_engine.search import check_fit
 from tanglenas_engine.space import SearchSpace
 from tanglenas_engine.training import Row, at_least, device_of
 
-Method = Callable[..., None]
-"""Judges candidates: takes the `Candidates` to draw from and the mixture of the search, or None, and its options."""
+Method = Callable[..., Projection | None]
+"""Judges candidates: takes the `Candidates` to draw from and the mixture of the search, or None, and its options.
+
+What brings that mixture's most probable architecture into the budget, and judges nothing else, returns how.
+"""
 
 
-def argmax(candidates: Candidates, mixture: Mixture | None) -> None:
+def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
     """Judge one candidate: the most probable architecture within the budget."""
     if mixture is None:
         raise TangleNASError(
             "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
             "use method 'random' or 'evolution' for a sampled supernet"
         )
-    candidates.judge([project(candidates.space, mixture, candidates.budget, candidates.objectives)])
+    found = projection(candidates.space, mixture, candidates.budget, candidates.objectives)
+    candidates.judge([found.architecture])
+    return found
 
 
 def random(candidates: Candidates, mixture: Mixture | None) -> None:
@@ -55,7 +61,8 @@ class DiscretizeResult:
     """The architecture found, its cost, and its validation accuracy in % with the supernet's weights.
 
     `candidates` has one row per architecture that was tried, best first; argmax tries one. `front` has those that no
-    other one dominates in accuracy and in the cost named `front_cost`, cheapest first.
+    other one dominates in accuracy and in the cost named `front_cost`, cheapest first. `exact`, of argmax: whether the
+    architecture is known to be the most probable one within the budget, or is what a local search found.
     """
 
     architecture: Architecture
@@ -64,6 +71,28 @@ class DiscretizeResult:
     candidates: list[Row] = field(default_factory=list)
     front: list[Architecture] = field(default_factory=list)
     front_cost: str = "params"
+    exact: bool | None = None
+
+
+def budget_of(
+    max_params: int | None = None, max_flops: int | None = None, limits: Mapping[str, float] | None = None
+) -> Budget:
+    """The budget that the options of `discretize` ask for.
+
+    Raises:
+        TangleNASError: The limits are no mapping, or one is given twice.
+    """
+    if not isinstance(limits, Mapping | None):
+        raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
+    budget: dict[str, float | None] = {"params": max_params, "flops": max_flops}
+    for name, most in (limits or {}).items():
+        if budget.get(name) is not None:
+            raise TangleNASError(
+                f"discretize.limits has {name!r}: {most!r}, and discretize.max_{name} is {budget[name]!r}: leave one "
+                "out"
+            )
+        budget[name] = most
+    return budget
 
 
 def discretize(
@@ -124,8 +153,6 @@ def discretize(
         raise unknown("discretize.method", method, methods)
     at_least("discretize.candidates", candidates, 1)
     at_least("discretize.recalibration_batches", recalibration_batches, 0)
-    if not isinstance(limits, Mapping | None):
-        raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
     costs = [*METRICS, *(objective.name for objective in objectives)]
     if cost not in costs:
         raise unknown("discretize.cost", cost, costs)
@@ -135,8 +162,11 @@ def discretize(
         raise TangleNASError(
             "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
         )
-    budget: Budget = {"params": max_params, "flops": max_flops, **(limits or {})}
+    budget = budget_of(max_params, max_flops, limits)
     check_budget(space, budget, objectives)
+    for one in objectives:
+        if one.source and progress is not None:
+            progress.note(f"discretize: {one.name} in {one.unit}, of {one.source}")
     check_fit(space, data.validation)
     target = device_of(device)
     space.to(target)
@@ -157,9 +187,20 @@ def discretize(
         checkpoints=checkpoints,
         progress=progress,
     ) as tried:
-        methods[method](tried, weights)
+        found = methods[method](tried, weights)
         best: Architecture = tried.best()[0]["architecture"]
         accuracy = tried.measured(best, data.validation)
     rows = [{**row, "architecture": str(row["architecture"])} for row in tried.best(len(tried.rows))]
     nondominated: list[Architecture] = [row["architecture"] for row in front(tried.rows, cost)]
-    return DiscretizeResult(best, space.cost(best), accuracy, rows, nondominated, cost)
+    exact = found.exact if isinstance(found, Projection) else None
+    if exact is not None and weights is not None and best != most_probable(space, weights) and progress is not None:
+        progress.note(
+            "discretize: the mixture's most probable architecture is beyond the budget; this is the most probable "
+            "one within it. What the mixture leaves open is rather judged on data: method 'evolution', prior 'mixture'"
+        )
+    if exact is False and progress is not None:
+        progress.note(
+            "discretize: a local search found the architecture within the budget, which has a limit without tables or "
+            "leaves too much to look at: a more probable one may fit"
+        )
+    return DiscretizeResult(best, space.cost(best), accuracy, rows, nondominated, cost, exact)

@@ -42,6 +42,7 @@ class Limit:
     most: float
     cost: Callable[[Picks], float]
     terms: Additive | None
+    unit: str = ""
 
     @cached_property
     def allowed(self) -> float:

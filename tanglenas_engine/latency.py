@@ -56,6 +56,9 @@ class Machine:
         name = torch.cuda.get_device_name(device) if cuda else _processor()
         return cls(name, threads, torch.__version__.split("+")[0])
 
+    def __str__(self) -> str:
+        return f"{self.processor}, {self.threads} thread{'s'[: self.threads > 1]}, torch {self.torch_version}"
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -174,6 +177,7 @@ class Latency(Objective):
 
     def __init__(self, table: str | Path):
         self.table = LatencyTable.load(table)
+        self.source = f"batches of {self.table.batch_size} on {self.table.machine}"
 
     def terms(self, space: SearchSpace) -> Additive:
         return self.table.terms(space)

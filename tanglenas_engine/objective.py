@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.budget import cheapest, dearest
+from tanglenas_engine.budget import amount, cheapest, dearest
 from tanglenas_engine.cost import Additive
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.mixture import Mixture
@@ -29,13 +29,15 @@ class Objective:
     `expectation` instead; hard budgets in it are met by a local search.
 
     Attributes:
-        name: Under which histories, metrics and budgets (`max_NAME`) list it.
+        name: Under which histories, metrics and budgets list it.
         unit: What its numbers count, as a person reads it.
+        source: Where its numbers come from, if not from the architecture alone; stages say it.
         additive: Its terms on the space that it is bound to.
     """
 
     name: str = ""
     unit: str = ""
+    source: str = ""
     additive: Additive | None = None
 
     # What an objective says.
@@ -176,14 +178,14 @@ class Target:
         limit = self.value
         if limit is None:
             limit = (self.share or 1.0) * self.objective.cost(space.largest())
-        given = f"the target for {self.name} is {limit:,.7g} {self.objective.unit}".rstrip()
+        given = f"the target for {self.name} is {amount(limit)} {self.objective.unit}".rstrip()
         if limit < least:
             raise TangleNASError(
-                f"{given}, but no architecture of {space._label} has less than {least:,.7g}: raise the target"
+                f"{given}, but no architecture of {space._label} has less than {amount(least)}: raise the target"
             )
         if limit > most:
             raise TangleNASError(
-                f"{given}, but no architecture of {space._label} has more than {most:,.7g}: lower the target, or "
+                f"{given}, but no architecture of {space._label} has more than {amount(most)}: lower the target, or "
                 "leave it out"
             )
         stacks = {count: torch.zeros(rows, count, requires_grad=True) for count, rows in space.stacks.items()}

@@ -60,16 +60,18 @@ class ConsoleProgress:
             return
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
+        from rich.table import Column
 
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # or a long line would squeeze the others
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", table_column=rest),
         )
-        with Bars(*columns) as bars:
+        with Bars(*columns, expand=True) as bars:
             yield _LiveLine(bars, bars.add_task(name, total=total, completed=done, text=""))
 
 

@@ -152,6 +152,9 @@ def search(
     distributed.synchronize([*space.parameters(), *space.buffers()])
     optimizer.bind(space, seed)
     drawn = _bound(targets, space, optimizer)
+    for wanted in targets:
+        if wanted.objective.source and progress is not None:
+            progress.note(f"search: {wanted.name} in {wanted.objective.unit}, of {wanted.objective.source}")
     weights = Stream(data.weights, batch_size, seed=2 * seed, num_workers=num_workers, part=part)
     learns = optimizer.learns_architecture
     alternating = learns and strategy == "alternating"

@@ -5,21 +5,29 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny import tiny
 from torch import nn
 
-from tanglenas_engine import Dataset, SearchSpace, create_dataset, elastic
+from tanglenas_engine import Dataset, Objective, SearchSpace, create_dataset, create_objective, create_space, elastic
 from tanglenas_engine.cli import main
 from tanglenas_engine.cost import Cost
 from tanglenas_engine.data import TensorSamples
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.latency import measure_latency
 from tanglenas_engine.plugins import manager
+from tanglenas_engine.size import combinations
 from tanglenas_engine.testing import (
     check_architectures,
     check_batches,
     check_corners,
     check_costs,
     check_dataset,
+    check_expectation,
     check_learning,
+    check_measure,
+    check_objective,
     check_pool,
+    check_slope,
     check_space,
 )
 
@@ -170,6 +178,114 @@ def test_a_dataset_that_breaks_the_contract_is_told_how(check, dataset, message)
         check(dataset)
 
 
+class Weight(Objective):
+    """A cost that is no sum of tables: the square of the parameters. It is for spaces that can be enumerated."""
+
+    name, unit = "weight", "g"
+
+    def terms(self, space):
+        if space.size > 100:
+            raise TangleNASError(f"{space.name!r} is too large")
+
+    def measure(self, architecture):
+        return float(self._space.cost(architecture).params) ** 2
+
+    def expectation(self, mixture):
+        total = torch.zeros((), dtype=torch.float64)
+        for picks in combinations(self._space.rows):
+            weights = [mixture.stacks[len(row.options)][row.slot][option] for row, option in picks.items()]
+            total = total + torch.stack(weights).prod() * self.measure(self._space.architecture_of(picks))
+        return total
+
+
+class ForOne(Weight):
+    def terms(self, space):
+        raise TangleNASError(f"it is for the space 'mine', not {space.name!r}")
+
+
+class Unitless(Weight):
+    unit = ""
+
+
+class Falling(Weight):
+    def measure(self, architecture):
+        return 1.0 / super().measure(architecture)
+
+
+class Moody(Weight):
+    def measure(self, architecture):
+        return super().measure(architecture) + torch.rand(()).item()
+
+
+class OfTheMean(Weight):
+    """The square of the expected number: right at the corners only."""
+
+    def expectation(self, mixture):
+        return self._space.expected_cost(mixture).params ** 2
+
+
+class Offset(Weight):
+    def expectation(self, mixture):
+        return super().expectation(mixture) + 1e5
+
+
+class Flat(Weight):
+    def expectation(self, mixture):
+        return super().expectation(mixture).detach()
+
+
+class Halved(Weight):
+    """Its gradient is half of what its values say."""
+
+    def expectation(self, mixture):
+        expected = super().expectation(mixture)
+        return (expected + expected.detach()) / 2
+
+
+class Square(Right):
+    """Two choices, one of which counts twice."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.inner = inner = self.choice("inner", (2, 4))
+        self.last = nn.Sequential(elastic.Linear(self.width, inner), elastic.Linear(inner, 3))
+
+
+@pytest.mark.parametrize("objective", [Weight, lambda: create_objective("params"), lambda: create_objective("flops")])
+@pytest.mark.parametrize("space", [Right, Square])
+def test_an_objective_that_keeps_the_contract_passes(objective, space):
+    check_objective(objective, space)
+
+
+@pytest.mark.parametrize("space", ["autoformer_nano", "toy_cell", "gpt_nano", "darts"])
+@pytest.mark.parametrize("metric", ["params", "flops"])
+def test_our_counts_keep_the_contract_on_every_kind_of_space(metric, space):
+    check_objective(lambda: create_objective(metric), lambda: tiny(space))
+
+
+def test_our_latency_keeps_the_contract(tmp_path):
+    measure_latency(tiny("toy_conv_macro"), threads=1, fitted=2, validated=0, repeats=1).save(tmp_path / "table.json")
+    for check in (check_expectation, check_slope):  # of one hurried measurement, the largest need not be slowest
+        check(lambda: create_objective("latency", table=tmp_path / "table.json"), lambda: tiny("toy_conv_macro"))
+
+
+@pytest.mark.parametrize(
+    "check, objective, message",
+    [
+        (check_measure, Unitless, "no unit"),
+        (check_measure, Falling, "less than the smallest"),
+        (check_measure, Moody, "asked again"),
+        (check_expectation, OfTheMean, "under a mixture over .* the architectures cost"),
+        (check_expectation, Offset, "at its corner"),
+        (check_slope, Flat, "does not depend on the mixing weights"),
+        (check_slope, Halved, "but its values rise by"),
+    ],
+)
+def test_an_objective_that_breaks_the_contract_is_told_how(check, objective, message):
+    with pytest.raises(AssertionError, match=message):
+        check(objective, Square)
+
+
 PLUGIN = """
 from tanglenas_engine import hookimpl
 
@@ -181,6 +297,12 @@ def tanglenas_register_spaces(register):
     register("crash", "test_conformance:Crash", summary="fails in its constructor")
     register("silent", "test_conformance:Right")
     register("no_space", "test_conformance:Images", summary="a dataset")
+
+@hookimpl
+def tanglenas_register_objectives(register):
+    register("weight", "test_conformance:Weight", summary="keeps the contract")
+    register("of_the_mean", "test_conformance:OfTheMean", summary="does not")
+    register("for_one", "test_conformance:ForOne", summary="is for another space")
 """
 
 
@@ -204,6 +326,26 @@ def test_one_name_is_checked_and_passes(check):
     result = check("right")
     assert result.exit_code == 0
     assert result.stdout.count("\n  ok  ") == 6 and result.stdout.startswith("space right\n")
+
+
+@pytest.mark.parametrize(
+    "name, status, passed, message",
+    [
+        ("weight", 0, 4, "Every check passed"),
+        ("of_the_mean", 1, 3, "the architectures cost"),
+        ("for_one", 1, 1, "it is for the space 'mine', not 'right'"),
+    ],
+)
+def test_an_objective_is_checked_on_the_space_that_is_named(check, name, status, passed, message):
+    result = check(name, "--space", "right")
+    assert result.exit_code == status and message in result.stdout
+    assert result.stdout.count("\n  ok  ") == passed and result.stdout.count("(right)") == 3
+
+
+def test_an_objective_is_checked_where_it_fits(check, tmp_path):
+    measure_latency(create_space("toy_cell"), threads=1, fitted=0, validated=0, repeats=1).save(tmp_path / "table.json")
+    result = check("latency", "-o", f"table={tmp_path / 'table.json'}")
+    assert result.stdout.count("(toy_cell)") == 3 and "(autoformer_nano)" not in result.stdout
 
 
 def test_a_plugin_is_checked_whole_and_each_fault_is_in_the_report(check):

@@ -10,9 +10,10 @@ from tiny import tiny
 from torch import nn
 
 from tanglenas_engine import SearchSpace
+from tanglenas_engine.budget import check_budget, project
 from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples
-from tanglenas_engine.discretize import METHODS, check_budget, discretize, project
+from tanglenas_engine.discretize import METHODS, discretize
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.objective import Objective
 from tanglenas_engine.pareto import front
@@ -303,6 +304,15 @@ def test_argmax_keeps_to_the_budget():
     mixture = space.one_hot(space.largest())
     assert derive(space, mixture).cost.params > limit
     assert derive(space, mixture, max_params=limit).cost.params <= limit
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_argmax_says_where_the_budget_decides_instead_of_the_mixture(share, capsys):
+    space = vit()
+    mixture = space.one_hot(space.largest())
+    most = int(share * space.cost(space.largest()).params)
+    derive(space, mixture, method="argmax", max_params=most, progress=ConsoleProgress(every=0))
+    assert ("most probable architecture is beyond the budget" in capsys.readouterr().out) == (share < 1)
 
 
 @pytest.mark.parametrize("metric", ["params", "flops"])

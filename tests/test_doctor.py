@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import gin
 import pytest
 from click.testing import CliRunner
 
@@ -151,7 +153,68 @@ def test_a_stage_that_was_cut_off_can_go_on(ask, project):
         checkpoints.save({"step": 3})
         assert not those(ask()[1], "note")  # its process lives
     (note,) = those(ask()[1], "note")
-    assert "retrain was cut off and can go on" in note and "run the same command again" in note
+    assert "retrain was cut off, and can go on" in note and "run the same command again" in note
+
+
+@pytest.fixture
+def cut_off(project, monkeypatch):
+    """The checkpoint of a search that the pipeline itself was stopped in; its folder."""
+    from pipelines import _stage, search
+
+    monkeypatch.setenv("TANGLENAS_TRACKING", "off")
+    save = _stage._Checkpoints.save
+
+    def save_and_stop(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_stage._Checkpoints, "save", save_and_stop)
+    names = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "spos"', 'DATASET = "digits"', "SEED = 0", "search.epochs = 2"]
+    with pytest.raises(SystemExit):
+        search.main(["gin/stages/search.gin", *names])
+    gin.clear_config()
+    monkeypatch.delenv("TANGLENAS_TRACKING")
+    (folder,) = (project / ".tanglenas" / "resume").iterdir()
+    return folder
+
+
+def test_a_checkpoint_that_the_pipeline_left_can_go_on(ask, cut_off):
+    (note,) = those(ask()[1], "note")
+    assert "search was cut off, and can go on" in note and re.search(
+        r"search-[0-9a-f]{16}, [\d.]+ [kM]B, saved 20", note
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"torch": "1.0"}, "torch has changed"),
+        ({"code": {"tanglenas_engine": "0"}}, "tanglenas_engine has changed"),
+        ({"code": {"tanglenas_gone": "0"}, "torch": "1.0"}, "tanglenas_gone and torch have changed"),
+    ],
+)
+def test_a_checkpoint_of_other_code_is_of_no_use(ask, cut_off, change, message):
+    file = cut_off / "made-by.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    (note,) = those(ask()[1], "note")
+    assert f"search was cut off, and cannot go on: {message} (" in note and f"rm -r {cut_off}" in note
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"code": 3, "torch": "1"}', '{"code": {"../x": 1}, "torch": 1}'])
+def test_a_damaged_note_about_the_code_disturbs_nobody(ask, cut_off, text):
+    (cut_off / "made-by.json").write_text(text)
+    (note,) = those(ask()[1], "note")
+    assert "search was cut off" in note
+
+
+def test_a_checkpoint_of_a_stage_that_has_finished_since_is_told_apart(ask, cut_off, project):
+    (project / "out").mkdir(exist_ok=True)
+    (project / "out" / "search.run.json").write_text("{}")
+    os.utime(project / "out" / "search.run.json", (2**31, 2**31))
+    (note,) = those(ask()[1], "note")
+    assert "search was cut off, and has run with other settings since" in note and f"rm -r {cut_off}" in note
+    os.utime(project / "out" / "search.run.json", (1, 1))
+    assert "can go on" in those(ask()[1], "note")[0]
 
 
 def test_a_run_whose_process_was_killed_is_found_and_marked(ask, project):

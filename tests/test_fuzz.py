@@ -17,7 +17,7 @@ import torch
 from dvc.parsing.context import Context, ContextError
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from project import ROOT
+from project import ROOT, STAGES
 from ruamel.yaml import YAML
 from tiny import tiny
 
@@ -141,9 +141,7 @@ def project(tmp_path_factory: pytest.TempPathFactory):
 PARAMS = (ROOT / "params.yaml").read_bytes()
 CONTENT = YAML(typ="safe").load(PARAMS)
 COMMANDS = {
-    name: stage["cmd"]
-    for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items()
-    if "pipelines." in stage.get("cmd", "")
+    name: stage["cmd"] for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items() if name in STAGES
 }
 KEYS = [(key,) for key in CONTENT] + [
     (group, key) for group, keys in CONTENT.items() if isinstance(keys, dict) for key in keys

@@ -46,7 +46,13 @@ def test_the_recipes_and_stages_are_those_of_this_version(init, tmp_path):
     init()
     laid_out = contents(tmp_path / "project")
     assert not [name for name in laid_out if "__pycache__" in name]
-    for name in ("gin/stages/search.gin", "gin/spaces/autoformer_nano.gin", "pipelines/_stage.py", ".dvcignore"):
+    for name in (
+        "gin/stages/search.gin",
+        "gin/spaces/autoformer_nano.gin",
+        "pipelines/_stage.py",
+        "dvc.yaml",
+        ".dvcignore",
+    ):
         assert laid_out[name] == (ROOT / name).read_bytes()
     assert not (tmp_path / "project" / "gin" / "__init__.py").exists()
     assert {"README.md", ".gitignore"} <= set(laid_out)
@@ -124,7 +130,7 @@ def test_the_environment_changes_with_the_code_of_a_plugin_in_use_only(plugin, t
     before = plugin()
     assert before["versions"]["tanglenas-theirs"] == "0.3"
     assert set(before["sources"]) == {
-        "tanglenas_datasets", "tanglenas_engine", "tanglenas_gradient", "tanglenas_theirs",
+        "tanglenas_datasets", "tanglenas_engine", "tanglenas_gradient", "tanglenas_objectives", "tanglenas_theirs",
     }  # fmt: skip
     (tmp_path / "tanglenas_unused" / "space.py").write_text("WIDTH = 4\n")
     assert plugin() == before
@@ -134,11 +140,18 @@ def test_the_environment_changes_with_the_code_of_a_plugin_in_use_only(plugin, t
     assert after == before
 
 
-def test_the_environment_of_an_unknown_plugin_is_told_in_a_sentence(capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["autoformr_nano", "drnas", "digits"], "Did you mean 'autoformer_nano'?"),
+        (["autoformer_nano", "drnas"], "expected the names of space, optimizer, dataset"),
+    ],
+)
+def test_the_environment_of_an_unknown_plugin_is_told_in_a_sentence(capsys, arguments, message):
     with pytest.raises(SystemExit) as ending:
-        environment.main(["autoformr_nano", "drnas", "digits"])
+        environment.main(arguments)
     assert ending.value.code == 2
-    assert "Did you mean 'autoformer_nano'?" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_editable_installation_copies_nothing(tmp_path):

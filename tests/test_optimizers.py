@@ -57,6 +57,15 @@ def test_gradients_reach_alpha_under_every_relaxation(optimizer, relaxation):
     check_gradients(lambda: create_optimizer(optimizer), lambda: tiny("vit_relative", relaxation=relaxation))
 
 
+FAMILIES = ("autoformer_nano", "gpt_nano", "mobilenetv3_nano", "toy_conv_macro_nano", "toy_cell_nano", "nb201_nano")
+
+
+@pytest.mark.parametrize("space", FAMILIES)
+@pytest.mark.parametrize("relaxation", [relaxation for relaxation in COVERED if relaxation != "exact"])
+def test_the_other_relaxations_are_searched_in_every_family_of_spaces(space, relaxation):
+    check_optimizer(lambda: create_optimizer("drnas"), lambda: tiny(space, relaxation=relaxation))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_choice_of_one_option_is_no_trouble(optimizer):
     check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny("vit", num_heads=(2,), depth=(2,)))

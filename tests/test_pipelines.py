@@ -18,6 +18,7 @@ from dvc.repo import Repo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import STAGES, contents, lay_out, set_params
+from safetensors.torch import save_file
 
 from pipelines import discretize, evaluate, retrain, search
 from pipelines._config import check_params, configurable, configure
@@ -131,6 +132,33 @@ MISTAKES = {
     "a wrong type behind a macro": ("search.clip = %CLIP\nCLIP = 'a'", "search.clip is 'a', expected a number or None"),
     "a number for a function": ("search.weight_optimizer = 3", "weight_optimizer is 3, expected an @reference"),
     "a function for a number": ("search.epochs = @torch.optim.SGD", "is @torch.optim.SGD, expected a whole number"),
+    "a loss of one argument": (
+        "search.loss = @torch.nn.functional.softsign",
+        "search.loss is @torch.nn.functional.softsign, expected an @reference to what takes 2 arguments and",
+    ),
+    "a loss that needs more": (
+        "retrain.loss = @torch.nn.functional.gaussian_nll_loss",
+        "retrain.loss is @torch.nn.functional.gaussian_nll_loss, expected an @reference to what takes 2 arguments",
+    ),
+    "a class for a loss": (
+        "search.loss = @torch.nn.CrossEntropyLoss",
+        "an instance of that class is meant: @torch.nn.CrossEntropyLoss()",
+    ),
+    "an optimizer that needs more": (
+        "search.weight_optimizer = @torch.optim.lr_scheduler.StepLR",
+        "search.weight_optimizer is @torch.optim.lr_scheduler.StepLR, expected an @reference to what takes 1 argument",
+    ),
+    "what is no optimizer": (
+        "search.architecture_optimizer = @torch.nn.Identity",
+        "@torch.nn.Identity, expected an @reference to what takes 1 argument and returns Optimizer",
+    ),
+    "a scheduler of one argument": (
+        "search.scheduler = @torch.nn.functional.softsign",
+        "expected an @reference to what takes 2 arguments and returns LRScheduler or None",
+    ),
+    "an optimizer for a scheduler": ("retrain.scheduler = @torch.optim.SGD", "expected an @reference to what takes 2"),
+    "a wrapper that needs more": ("retrain.wrap = @torch.nn.Bilinear", "retrain.wrap is @torch.nn.Bilinear, expected"),
+    "a function for a number that may be left out": ("search.clip = @torch.optim.SGD", "expected a number or None"),
     "another word": ('search.strategy = "alternate"', "expected 'alternating' or 'simultaneous'"),
     "a module": ("search.loss = @torhc.nn.functional.mse_loss", "@torhc.nn.functional.mse_loss cannot be used: Modu"),
     "an attribute": ("search.loss = @torch.nn.functional.mse_los", "has no attribute 'mse_los'"),
@@ -148,6 +176,23 @@ def test_a_mistake_in_a_binding_is_explained(project: Path, binding: str, messag
     with pytest.raises(TangleNASError) as error:
         configure([*BASE, binding])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "bindings",
+    [
+        ["search.loss = @torch.nn.CrossEntropyLoss()"],
+        ["search.loss = @torch.nn.functional.gaussian_nll_loss", "torch.nn.functional.gaussian_nll_loss.var = 1.0"],
+        ["search.loss = @torch.nn.functional.cross_entropy", "torch.nn.functional.cross_entropy.target = None"],
+        ["search.weight_optimizer = @timm.optim.create_optimizer_v2"],
+        ["search.scheduler = @torch.optim.lr_scheduler.CosineAnnealingLR"],
+        ["search.scheduler = None"],
+        ["retrain.wrap = @torch.nn.Sequential"],
+    ],
+    ids=lambda bindings: bindings[0],
+)
+def test_what_takes_the_arguments_that_are_given_may_be_bound(project: Path, bindings: list[str]) -> None:
+    configure([*BASE, *bindings])
 
 
 def test_a_mistake_in_a_file_names_file_and_line(project: Path) -> None:
@@ -345,6 +390,12 @@ def test_the_stages_leave_their_files_and_metrics(finished: Path) -> None:
     assert not list((finished / ".tanglenas").rglob("*")) or not list((finished / ".tanglenas" / "resume").iterdir())
 
 
+def test_the_model_says_how_inputs_of_its_dataset_are_made(finished: Path) -> None:
+    config = json.loads((finished / "out" / "retrain" / "model" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [4.88 / 16]  # that of digits, whose pixels go to 16
+    assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
+
+
 def test_the_operative_config_runs_a_stage_again_with_the_same_result(done: Path) -> None:
     before, weights = contents(done / "out" / "search"), load_weights("out/search/supernet.safetensors")
     for folder in ("stages", "spaces", "optimizers", "datasets"):
@@ -401,6 +452,40 @@ def test_weights_of_another_network_are_refused(done: Path, refused) -> None:
     assert "out/retrain/model/model.safetensors holds the weights of another network" in refused("evaluate")
     message = refused("discretize", "create_space.embed_dim = (8, 16)")
     assert "out/search/supernet.safetensors holds the weights of another network" in message
+
+
+FOREIGN = {
+    "of another project": ({"conv1.weight": torch.zeros(3, 3)}, {"format": "pt"}),
+    "without tensors": ({}, {"format": "pt"}),
+    "without metadata": ({}, None),
+    "a number": ({"embed_dim": torch.tensor(1.0)}, {"derivation": "argmax"}),
+    "other edges": ({"edges": torch.zeros(2)}, {"derivation": "argmax"}),
+    "another method": ({}, {"derivation": "guess"}),
+}
+
+
+@pytest.mark.parametrize("tensors, metadata", FOREIGN.values(), ids=FOREIGN)
+def test_the_mixture_of_something_else_is_refused(done: Path, refused, tensors, metadata) -> None:
+    save_file(tensors, "out/search/mixture.safetensors", metadata)
+    message = refused("discretize")
+    assert "out/search/mixture.safetensors is not what search writes for 'autoformer_nano': " in message
+    assert message.endswith("Run search again, or `dvc repro`\n")
+
+
+@pytest.mark.parametrize("tensors, metadata", list(FOREIGN.values())[:3], ids=list(FOREIGN)[:3])
+@pytest.mark.parametrize(
+    "stage, file, bindings",
+    [
+        ("discretize", "out/search/supernet.safetensors", []),
+        ("retrain", "out/search/supernet.safetensors", ["retrain.mode = 'finetune'"]),
+        ("evaluate", "out/retrain/model/model.safetensors", []),
+    ],
+)
+def test_the_weights_of_something_else_are_refused(
+    done: Path, refused, stage: str, file: str, bindings: list[str], tensors, metadata
+) -> None:
+    save_file(tensors, file, metadata)
+    assert f"{file} holds the weights of another network than" in refused(stage, *bindings)
 
 
 @pytest.mark.parametrize("stage", ["discretize", "retrain", "evaluate"])

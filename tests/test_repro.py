@@ -179,10 +179,11 @@ def test_the_exported_folder_is_the_network_that_was_judged(
 
 def test_nothing_is_left_that_git_should_not_see(finished: Finished) -> None:
     status = git(finished.folder, "status", "--porcelain").splitlines()
-    assert sorted(status) == ["?? dvc.lock", "?? metrics/", "?? out/"]
+    assert sorted(status) == ["?? dvc.lock", "?? environment.json", "?? metrics/", "?? out/"]
     git(finished.folder, "add", "-A", "-n")
     tracked = git(finished.folder, "ls-files", "--others", "--exclude-standard").split()
-    assert sorted(tracked) == ["dvc.lock", *(f"metrics/{stage}.json" for stage in sorted(STAGES)), "out/.gitignore"]
+    metrics = [f"metrics/{stage}.json" for stage in sorted(STAGES)]
+    assert sorted(tracked) == ["dvc.lock", "environment.json", *metrics, "out/.gitignore"]
     assert not contents(finished.folder / ".tanglenas")  # no lock, no checkpoint
 
 
@@ -235,7 +236,10 @@ def changed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def stages_that_ran(output: str) -> list[str]:
-    return re.findall(r"^Running stage '(\w+)'", output, re.MULTILINE)
+    """Without the one that always runs."""
+    first, *others = re.findall(r"^Running stage '(\w+)'", output, re.MULTILINE)
+    assert first == "environment"
+    return others
 
 
 def test_a_second_repro_does_nothing_whatever_python_left_beside_the_code(changed: Path) -> None:
@@ -243,7 +247,22 @@ def test_a_second_repro_does_nothing_whatever_python_left_beside_the_code(change
         (changed / folder / "__pycache__").mkdir(exist_ok=True)
         (changed / folder / "__pycache__" / "x.cpython-311.pyc").write_bytes(b"x")
     output = dvc(changed, "repro")
-    assert stages_that_ran(output) == [] and "Data and pipelines are up to date" in output
+    assert stages_that_ran(output) == [] and output.count("didn't change, skipping") == len(STAGES)
+
+
+def test_an_upgrade_makes_every_stage_run_again_unless_its_results_are_committed(changed: Path) -> None:
+    before = contents(changed / "out")
+    module = changed / "tanglenas_engine" / "retrain.py"
+    source = module.read_text()
+    module.write_text(source + "# another version\n")
+    dvc(changed, "repro", "environment")
+    assert re.findall(r"^(\w+):$", dvc(changed, "status"), re.MULTILINE) == ["environment", *STAGES]
+    dvc(changed, "commit", "--force")
+    assert stages_that_ran(dvc(changed, "repro")) == [] and contents(changed / "out") == before
+    module.write_text(source)
+    output = dvc(changed, "repro")
+    assert stages_that_ran(output) == [] and contents(changed / "out") == before
+    assert output.count("is cached - skipping run, checking out outputs") == len(STAGES)
 
 
 def test_a_changed_parameter_runs_what_it_touches_and_comes_back_from_the_cache(changed: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +149,49 @@ def _stages(root: Path) -> Iterator[Finding]:
             f"wait for it, or end it: kill {pid}. Nobody else can run the stage until then",
         )
     for folder in sorted(state.glob("resume/*/")):
-        size = _size(folder)
-        if not _owner(folder) and any(path.name.startswith("state-") for path in folder.iterdir()):
-            where = f"{folder.relative_to(root)}, {_bytes(size)}"
-            yield Finding(
-                "note",
-                f"{folder.name.rpartition('-')[0]} was cut off and can go on ({where})",
-                "run the same command again; delete the folder if you never will",
-            )
+        if not _owner(folder) and any(folder.glob("state-*")):
+            yield _cut_off(folder, root)
     if not running:
         yield ok("nothing is running")
+
+
+def _cut_off(folder: Path, root: Path) -> Finding:
+    """What becomes of a checkpoint whose stage is not running."""
+    stage = folder.name.rpartition("-")[0]
+    saved = max(path.stat().st_mtime for path in folder.glob("state-*"))
+    finished = root / "out" / f"{stage}.run.json"  # the last thing that a stage writes
+    delete = f"rm -r {shlex.quote(str(folder))}"
+    if changed := _changed_since(folder):
+        what, remedy = f"cannot go on: {changed}", f"delete it, unless you go back to that code: {delete}"
+    elif finished.exists() and finished.stat().st_mtime > saved:
+        what, remedy = "has run with other settings since", f"run the command that was cut off again; or {delete}"
+    else:
+        what, remedy = "can go on", f"run the same command again; or, if you never will, {delete}"
+    when = datetime.fromtimestamp(saved)
+    where = f"{folder.relative_to(root)}, {_bytes(_size(folder))}, saved {when:%Y-%m-%d %H:%M}"
+    return Finding("note", f"{stage} was cut off, and {what} ({where})", remedy)
+
+
+def _changed_since(folder: Path) -> str:
+    """What of the code that made a checkpoint is another now: a stage takes up only its own. Empty if nothing is."""
+    import torch
+
+    try:
+        made = json.loads((folder / stage_module("_stage").MADE_BY).read_text())
+        changed = [name for name, version in made["code"].items() if _version_of(str(name)) != version]
+        if made["torch"] != torch.__version__:
+            changed.append("torch")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed" if changed else ""
+
+
+def _version_of(package: str) -> str | None:
+    """That of the sources of an installed package, which is not imported for it."""
+    from ..checkpoint import code_version
+
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    return code_version(importlib.util.module_from_spec(spec)) if spec else None
 
 
 def _owner(folder: Path) -> int | None:

@@ -10,21 +10,8 @@ import click
 
 from ..errors import TangleNASError
 from ..plugins import PluginManager, Registration
-from ..plugins.manager import _options
+from ..plugins.manager import options_of
 from ._shipped import TEMPLATE, pipeline
-
-ENVIRONMENT = """\
-stages:
-  environment:
-    desc: Write down the versions that results depend on; where they change, the stages run again
-    cmd: python -m pipelines.environment ${space} ${optimizer} ${dataset}
-    always_changed: true
-    deps:
-      - pipelines/environment.py
-    outs:
-      - environment.json: {cache: false}
-
-"""
 
 
 @click.command(short_help="Start a project of your own.")
@@ -52,9 +39,9 @@ def command(folder: Path, **named: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("gin", "pipelines"):
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(source / ".dvcignore", folder)
+    for name in (".dvcignore", "dvc.yaml"):
+        shutil.copy(source / name, folder)
     (folder / "params.yaml").write_text(params)
-    (folder / "dvc.yaml").write_text(_standing_alone((source / "dvc.yaml").read_text()))
     shutil.copy(TEMPLATE / "project" / "gitignore", folder / ".gitignore")
     shutil.copy(TEMPLATE / "project" / "README.md", folder)
 
@@ -63,17 +50,6 @@ def command(folder: Path, **named: str | None) -> None:
     if data.exists():
         click.echo(f"{data} says where the data are and how they are prepared.")
     click.echo(f"\nNext:\n    cd {folder}\n    git init && dvc init && dvc repro")
-
-
-def _standing_alone(pipeline: str) -> str:
-    """A dvc.yaml for a project in which the library and its plugins are installed, not folders to depend on.
-
-    DVC cannot see an installed package. A stage that always runs writes the versions to a small file, on which the
-    others depend: while the file stays as it is, they count as unchanged.
-    """
-    pipeline = re.sub(r"^ *- (tanglenas_engine|plugins)\n", "", pipeline, flags=re.MULTILINE)
-    pipeline = re.sub(r"^    deps:\n", r"\g<0>      - environment.json\n", pipeline, flags=re.MULTILINE)
-    return pipeline.replace("stages:\n", ENVIRONMENT, 1)
 
 
 def _check_fit(manager: PluginManager, space: Registration, dataset: Registration) -> None:
@@ -91,7 +67,7 @@ def _check_fit(manager: PluginManager, space: Registration, dataset: Registratio
 
 def _takes(space: Registration, needed: set[str]) -> bool:
     try:
-        known, _ = _options(space.load())
+        known, _ = options_of(space.load())
     except TangleNASError:  # it cannot be imported
         return False
     return known is None or needed <= known

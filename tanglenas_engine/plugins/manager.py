@@ -100,7 +100,7 @@ class PluginManager:
         registration = self.resolve(kind, name)
         target = registration.load()
         options = {**registration.defaults, **options}
-        known, required = _options(target)
+        known, required = options_of(target)
         for option in options:
             if known is not None and option not in known:
                 raise TangleNASError(
@@ -110,7 +110,8 @@ class PluginManager:
         if missing := [option for option in required if option not in options]:
             raise TangleNASError(
                 f"{registration} needs the option {' and '.join(map(repr, missing))}: pass"
-                f" create_{kind}({name!r}, {', '.join(f'{option}=...' for option in missing)})."
+                f" create_{kind}({name!r}, {', '.join(f'{option}=...' for option in missing)}), or bind"
+                f" {' and '.join(f'create_{kind}.{option}' for option in missing)} in a gin file."
             )
         return target(**options)
 
@@ -199,8 +200,8 @@ def _check_kind(kind: str | None) -> None:
         raise errors.unknown("kind of plugin", kind, KINDS)
 
 
-def _canonical(name: str) -> str:
-    """The form in which names of distributions compare (PEP 503)."""
+def canonical_name(name: str) -> str:
+    """The form in which names of distributions and entry points compare: `My_Plugin` is `my-plugin` (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -215,7 +216,7 @@ def _installed() -> list[tuple[Plugin, importlib.metadata.EntryPoint]]:
             metadata = (entry_point.dist and entry_point.dist.metadata) or {}
         name, version = (metadata[key] if key in metadata else "(unknown)" for key in ("Name", "Version"))
         installed.append((Plugin(name, version, entry_point.name), entry_point))
-    return sorted(installed, key=lambda pair: (_canonical(pair[0].distribution), pair[0].entry_point))
+    return sorted(installed, key=lambda pair: (canonical_name(pair[0].distribution), pair[0].entry_point))
 
 
 def _wanted(installed: list[Plugin]) -> list[Plugin]:
@@ -225,15 +226,15 @@ def _wanted(installed: list[Plugin]) -> list[Plugin]:
         return installed
     asked = [name.strip() for name in setting.split(",") if name.strip()]
     known = {name for plugin in installed for name in (plugin.distribution, plugin.entry_point)}
-    wanted = {_canonical(name) for name in asked}
+    wanted = {canonical_name(name) for name in asked}
     for name in asked:
-        if _canonical(name) not in map(_canonical, known):
+        if canonical_name(name) not in map(canonical_name, known):
             raise errors.unknown("plugin in TANGLENAS_PLUGINS:", name, known)
-    return [p for p in installed if {_canonical(p.distribution), _canonical(p.entry_point)} & wanted]
+    return [p for p in installed if {canonical_name(p.distribution), canonical_name(p.entry_point)} & wanted]
 
 
-def _options(target: Callable[..., Any]) -> tuple[set[str] | None, list[str]]:
-    """Names of the options that `target` takes (None: any), and of those that it cannot do without.
+def options_of(target: Callable[..., Any]) -> tuple[set[str] | None, list[str]]:
+    """Names of the options that a registered class or function takes (None: any), and of those that it must have.
 
     The **options of a class go to its base class, so the options of the base class count as its own. Only a
     function can take options that no signature names.

@@ -13,6 +13,7 @@ def test_it_is_a_space():
 """
 
 from .datasets import check_batches, check_dataset, check_pool
+from .objectives import check_expectation, check_measure, check_objective, check_slope
 from .optimizers import (
     check_gradients,
     check_optimizer,
@@ -30,13 +31,17 @@ __all__ = [
     "check_corners",
     "check_costs",
     "check_dataset",
+    "check_expectation",
     "check_gradients",
     "check_learning",
+    "check_measure",
+    "check_objective",
     "check_optimizer",
     "check_pool",
     "check_resume",
     "check_sampling",
     "check_search",
+    "check_slope",
     "check_space",
     "check_stages",
     "random_data",

@@ -11,14 +11,15 @@ from typing import Any
 from tanglenas_engine import errors
 from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.objective import Objective
 from tanglenas_engine.optimizer import Optimizer
-from tanglenas_engine.plugins import PluginManager, Registration, manager
-from tanglenas_engine.plugins.manager import _canonical, _options
+from tanglenas_engine.plugins import Plugin, PluginManager, Registration, manager
+from tanglenas_engine.plugins.manager import canonical_name, options_of
 from tanglenas_engine.plugins.types import describe
 from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.testing import datasets, optimizers, spaces
+from tanglenas_engine.testing import datasets, objectives, optimizers, spaces
 
-BASES: dict[str, type] = {"space": SearchSpace, "optimizer": Optimizer, "dataset": Dataset}
+BASES: dict[str, type] = {"space": SearchSpace, "optimizer": Optimizer, "dataset": Dataset, "objective": Objective}
 CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
     "space": (
         spaces.check_architectures,
@@ -34,10 +35,10 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
         optimizers.check_stages,
     ),
     "dataset": (datasets.check_pool, datasets.check_batches),
-    "objective": (),
+    "objective": (objectives.check_measure, objectives.check_expectation, objectives.check_slope),
 }
 SPACES = ("autoformer_nano", "toy_cell")
-"""What an optimizer is checked on: sizes that share a choice, and operations."""
+"""What optimizers and objectives are checked on: sizes that share a choice, and operations."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,29 @@ class Outcome:
     seconds: float
 
 
-def run(name: str, options: Mapping[str, Any] | None = None) -> Iterator[Outcome]:
+def run(name: str, options: Mapping[str, Any] | None = None, space: str | None = None) -> Iterator[Outcome]:
     """Check what a plugin registered.
 
     Args:
         name: A distribution, an entry point, or one registered name.
         options: For whatever takes them: smaller spaces are checked faster, and some datasets need a folder.
+        space: What optimizers and objectives are checked on, instead of `SPACES`; it takes options, too.
 
     Raises:
         TangleNASError: Nothing of that name is installed.
     """
     plugins = manager()
     for plugin_fault in plugins.faults:
-        if _canonical(name) in map(_canonical, (plugin_fault.plugin.distribution, plugin_fault.plugin.entry_point)):
+        if _is_called(plugin_fault.plugin, name):
             yield Outcome(str(plugin_fault.plugin), "loads", f"{plugin_fault.problem}. {plugin_fault.remedy}", 0.0)
             return
     for registration in _named(plugins, name):
-        yield from _checks(registration, dict(options or {}))
+        yield from _checks(registration, dict(options or {}), space)
 
 
 def _named(plugins: PluginManager, name: str) -> list[Registration]:
     everything = plugins.registrations()
-    by_plugin = [
-        it for it in everything if _canonical(name) in map(_canonical, (it.distribution, it.plugin.entry_point))
-    ]
+    by_plugin = [it for it in everything if _is_called(it.plugin, name)]
     found = by_plugin or [it for it in everything if it.name == name]
     if not found:
         known = {known for it in everything for known in (it.distribution, it.plugin.entry_point, it.name)}
@@ -81,7 +81,11 @@ def _named(plugins: PluginManager, name: str) -> list[Registration]:
     return found
 
 
-def _checks(registration: Registration, options: dict[str, Any]) -> Iterator[Outcome]:
+def _is_called(plugin: Plugin, name: str) -> bool:
+    return canonical_name(name) in map(canonical_name, (plugin.distribution, plugin.entry_point))
+
+
+def _checks(registration: Registration, options: dict[str, Any], space: str | None) -> Iterator[Outcome]:
     subject = f"{registration.kind} {registration.name}"
     base = BASES.get(registration.kind)
 
@@ -99,21 +103,32 @@ def _checks(registration: Registration, options: dict[str, Any]) -> Iterator[Out
     yield outcome
     if outcome.problem:
         return
-    known, _ = _options(registration.load())
-    taken = {option: value for option, value in options.items() if known is None or option in known}
-    make = partial(_make, registration.kind, registration.name, taken)
+    make = partial(_make, registration.kind, registration.name, options)
+    named = {space: options} if space else {name: {} for name in SPACES}
+    on = [partial(_make, "space", name, taken) for name, taken in named.items()]
+    if registration.kind == "objective":
+        on = [it for it in on if _fits(make, it)] or on[:1]  # one that refuses all of them says why
     for check in CHECKS[registration.kind]:
         sentence = _sentence(check)
-        if registration.kind == "optimizer":
-            for space in SPACES:
-                make_space = partial(_make, "space", space, {})
-                yield _outcome(subject, f"{sentence} ({space})", partial(check, make, make_space))
-        else:
+        if registration.kind in ("space", "dataset"):
             yield _outcome(subject, sentence, partial(check, make))
+        else:
+            for make_space in on:
+                yield _outcome(subject, f"{sentence} ({make_space.args[1]})", partial(check, make, make_space))
+
+
+def _fits(make_objective: Callable[[], Any], make_space: Callable[[], Any]) -> bool:
+    """Whether an objective is for a space; a table of times is for one only."""
+    try:
+        make_objective().bind(make_space())
+    except Exception:  # whatever a plugin raises
+        return False
+    return True
 
 
 def _make(kind: str, name: str, options: Mapping[str, Any]) -> Any:
-    made = manager().create(kind, name, **options)
+    known, _ = options_of(manager().resolve(kind, name).load())
+    made = manager().create(kind, name, **{k: value for k, value in options.items() if known is None or k in known})
     made.name = name
     return made
 

@@ -1,0 +1,128 @@
+"""Conformance of an objective: what it says of architectures, and of mixtures of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.objective import Objective
+from tanglenas_engine.size import Row, combinations
+from tanglenas_engine.space import SearchSpace
+
+ENUMERATED = 64
+"""Architectures that an expectation is enumerated over."""
+
+MakeObjective = Callable[[], Objective]
+MakeSpace = Callable[[], SearchSpace]
+
+
+def check_objective(make_objective: MakeObjective, make_space: MakeSpace) -> None:
+    """All checks of this module, on one space.
+
+    Args:
+        make_objective: Makes the objective anew, with the same options each time.
+        make_space: Makes a space that it is for; a small one will do.
+    """
+    check_measure(make_objective, make_space)
+    check_expectation(make_objective, make_space)
+    check_slope(make_objective, make_space)
+
+
+def check_measure(make_objective: MakeObjective, make_space: MakeSpace) -> None:
+    """It has a name and a unit, and the same cost each time, in which the largest architecture exceeds the smallest."""
+    space = make_space()
+    objective, again = (make_objective().bind(space) for _ in range(2))
+    assert objective.name, "it has no name, under which histories and budgets list it"
+    assert objective.unit, "it has no unit: say what its numbers count, as a person reads it"
+    costs = {architecture: objective.cost(architecture) for architecture in _architectures(space, 5)}
+    for architecture, cost in costs.items():
+        repeated = objective.cost(architecture), again.cost(architecture)
+        assert repeated == (cost, cost), f"{architecture} costs {cost}, and asked again {repeated}"
+    smallest, largest = costs[space.smallest()], costs[space.largest()]
+    assert largest >= smallest, f"the largest architecture costs {largest}, less than the smallest: {smallest}"
+
+
+@torch.no_grad()
+def check_expectation(make_objective: MakeObjective, make_space: MakeSpace) -> None:
+    """The expected cost is the mean over architectures, at the corners and in between."""
+    space = make_space()
+    objective = make_objective().bind(space)
+    for architecture in _architectures(space, 5):
+        exact, expected = objective.cost(architecture), float(objective.expected(space.one_hot(architecture)))
+        assert _close(exact, expected), f"{architecture} costs {exact}, but at its corner {expected} are expected"
+    generator = torch.Generator().manual_seed(0)
+    for architecture in _architectures(space, 1):
+        rows, weights = _soft(space, architecture, generator)
+        expected = float(objective.expected(space.mixture(_stacked(space, weights))))
+        corner, mean = space.assignment_of(architecture), 0.0
+        for picks in combinations(rows):
+            probability = math.prod(float(weights[row][option]) for row, option in picks.items())
+            mean += probability * objective.cost(space.architecture_of({**corner, **picks}))
+        assert _close(mean, expected), (
+            f"under a mixture over {', '.join(map(repr, rows))} the architectures cost {mean} in the mean, but "
+            f"{expected} are expected"
+        )
+
+
+def check_slope(make_objective: MakeObjective, make_space: MakeSpace) -> None:
+    """The gradient of the expected cost is that of its values."""
+    space = make_space()
+    objective = make_objective().bind(space)
+    generator = torch.Generator().manual_seed(0)
+    point = {count: torch.randn(rows, count, generator=generator).double() for count, rows in space.stacks.items()}
+    direction = {count: torch.randn(x.shape, generator=generator, dtype=x.dtype) for count, x in point.items()}
+
+    def value(step: Tensor | float) -> Tensor:
+        return objective.expected(space.mixture({c: (x + step * direction[c]).softmax(1) for c, x in point.items()}))
+
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    expected = value(step)
+    assert expected.requires_grad, "the expectation does not depend on the mixing weights: a search cannot follow it"
+    (slope,) = torch.autograd.grad(expected, step, allow_unused=True)
+    assert slope is not None and bool(slope.isfinite()), f"its gradient by the mixing weights is {slope}"
+    small = 1e-2
+    measured = (float(value(small).detach()) - float(value(-small).detach())) / (2 * small)
+    scale = abs(float(expected.detach()))
+    assert abs(measured - float(slope)) <= 0.02 * abs(measured) + 1e-3 * scale, (
+        f"its gradient in a direction is {float(slope)}, but its values rise by {measured}"
+    )
+
+
+def _architectures(space: SearchSpace, samples: int) -> list[Architecture]:
+    generator = torch.Generator().manual_seed(0)
+    return [space.smallest(), space.largest(), *(space.sample(generator) for _ in range(samples))]
+
+
+def _soft(
+    space: SearchSpace, architecture: Architecture, generator: torch.Generator
+) -> tuple[list[Row], dict[Row, Tensor]]:
+    """As many rows, drawn at random, as can be enumerated together, and weights of all: random for these, a corner's
+    for the others. Of rows that are decided together not every combination is an architecture: they stay at a corner.
+    """
+    free = [row for alternatives in space.decisions() if len(alternatives[0]) == 1 for row in alternatives[0]]
+    rows: list[Row] = []
+    for i in torch.randperm(len(free), generator=generator).tolist():
+        if math.prod(len(row.options) for row in [*rows, free[i]]) <= ENUMERATED:
+            rows.append(free[i])
+    corner = space.assignment_of(architecture)
+    weights = {
+        row: torch.nn.functional.one_hot(torch.tensor(corner[row]), len(row.options)).double() for row in space.rows
+    }
+    weights |= {row: torch.randn(len(row.options), generator=generator).double().softmax(0) for row in rows}
+    return rows, weights
+
+
+def _stacked(space: SearchSpace, weights: Mapping[Row, Tensor]) -> dict[int, Tensor]:
+    """Weights by row as the stacks of a mixture."""
+    ordered = sorted(space.rows, key=lambda row: row.slot)
+    return {
+        count: torch.stack([weights[row] for row in ordered if len(row.options) == count]) for count in space.stacks
+    }
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9)

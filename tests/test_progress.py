@@ -1,0 +1,45 @@
+"""What a person sees in a terminal while a stage runs."""
+
+import contextlib
+import os
+import re
+import threading
+
+import pytest
+
+from tanglenas_engine.progress import ConsoleProgress
+
+pty = pytest.importorskip("pty")
+
+
+def shown_in_a_terminal(action) -> list[str]:
+    """What an action writes to a terminal: every state of its lines, without colours."""
+    master, slave = pty.openpty()
+    parts = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+            while part := os.read(master, 4096):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as stdout, contextlib.redirect_stdout(stdout):
+        action()
+    reader.join()
+    os.close(master)
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", b"".join(parts).decode()).replace("\r", "\n").splitlines()
+
+
+def test_the_bar_and_the_time_stay_whole_beside_a_long_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def train() -> None:
+        with ConsoleProgress().stage("search", 600, 0) as line:
+            line.advance()
+            line.epoch(1, 30, "loss 2.296  train 15.8 %  embed_dim=48 depth=3 num_heads=3,3,4 mlp_ratio=3,4,4")
+
+    last = [text for text in shown_in_a_terminal(train) if text.startswith("search")][-1]
+    assert re.fullmatch(r"search [━╸╺]{20} \d:\d\d:\d\d eta [\d:-]+ epoch 1/30  loss 2.296 .*…", last), last
+    assert len(last) <= 80
