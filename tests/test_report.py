@@ -139,10 +139,23 @@ def test_a_store_that_is_down_costs_the_comparison_only(project, monkeypatch):
     assert "91.23 %" in page.cells()
 
 
+def test_an_architecture_that_a_person_changed_needs_no_digest(project):
+    path = Path("out/discretize/architecture.json")
+    content = json.loads(path.read_text())
+    digest = content.pop("digest")
+    path.write_text(json.dumps(content))
+    assert CliRunner().invoke(main, ["report"]).exit_code == 0
+    assert digest in Page(Path("report.html").read_text()).cells()
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
         (lambda: Path("out/discretize/architecture.json").unlink(), "run `dvc repro` first"),
+        (
+            lambda: Path("out/discretize/architecture.json").write_text('{"of": "another project"}'),
+            "not an architecture",
+        ),
         (lambda: Path("metrics/evaluate.json").write_text("{"), "metrics/evaluate.json cannot be read"),
     ],
 )

@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from ..errors import TangleNASError
+from ._console import read_text
 from ._shipped import TEMPLATE, stage_module
+from ._space import ARCHITECTURE_FILE
 
 FIGURES = {
     "Anytime curve": "search/anytime.png",
@@ -34,9 +36,12 @@ def command(output: Path) -> None:
     """
     root: Path = stage_module("_store").project_root()
     metrics = {name: _json(root / "metrics" / f"{name}.json") for name in STAGES}
-    found = _json(root / "out" / "discretize" / "architecture.json")
-    if not found:
+    path = root / "out" / "discretize" / "architecture.json"
+    if not path.exists():
         raise TangleNASError(f"{root} has no out/discretize/architecture.json: run `dvc repro` first")
+    from ..architecture import Architecture
+
+    architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
     records = stage_module("_records")
     try:
         runs, trouble = records.evaluated(root), ""
@@ -47,14 +52,14 @@ def command(output: Path) -> None:
         title=f"{params.get('optimizer')} on {params.get('space')}",
         params=params,
         metrics=[(stage, key, _shown(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
-        architecture=found,
+        architecture=architecture,
         figures=[(title, _image((root / "out" / name).read_bytes())) for title, name in FIGURES.items()
                  if (root / "out" / name).exists()],
         sample=_text(root / "out" / "evaluate" / "sample.txt"),
         runs=list(reversed(runs)),
         trouble=trouble,
         scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
-        commands=_commands(params, runs, found["digest"]),
+        commands=_commands(params, runs, architecture.digest),
         environment=_json(root / "environment.json").get("versions", {}),
     )  # fmt: skip
     from ..checkpoint import write_atomic
