@@ -28,7 +28,7 @@ from tanglenas_engine.evaluate import evaluate
 from tanglenas_engine.objective import Target
 from tanglenas_engine.retrain import retrain
 from tanglenas_engine.search import search
-from tanglenas_engine.training import cross_entropy
+from tanglenas_engine.training import Row, cross_entropy
 
 ADAMW = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
 
@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--space", choices=STUDIES, default="autoformer_nano")
     parser.add_argument("--relaxation", default="exact")
     parser.add_argument("--optimizer", default="drnas")
+    parser.add_argument("--method", default="auto", help="of discretize: argmax, random, evolution")
+    parser.add_argument("--candidates", type=int, default=300)
     parser.add_argument("--alpha-lr", type=float, default=0.01)
     parser.add_argument("--final-temperature", type=float, help="to which that of alpha falls from 1")
     parser.add_argument("--share", type=float, default=0.6, help="of the largest architecture's MACs; 1: no budget")
@@ -105,31 +107,41 @@ def main() -> None:
         space = create_space(options.space, **dataset.space_options(), **study.options, relaxation=options.relaxation)
         budgeted = options.share < 1
         share = {"share": options.share} if budgeted else {}
+        optimizer = create_optimizer(options.optimizer, **annealing)
+        learns = optimizer.learns_architecture
         target = Target(create_objective("flops"), **share, weight=options.weight, penalty=options.penalty)
         largest = space.cost(space.largest()).flops
         started = time.perf_counter()
         result = search(
             space,
-            create_optimizer(options.optimizer, **annealing),
+            optimizer,
             data,
             epochs=epochs,
             batch_size=study.batch_size,
             warmup_epochs=epochs // 6,
             weight_optimizer=ADAMW,
             architecture_optimizer=partial(torch.optim.Adam, lr=options.alpha_lr, betas=(0.5, 0.999)),
-            targets=[target],
+            targets=[target] if learns else [],
             seed=seed,
         )
         budget = int(options.share * largest)
-        found = discretize(space, data, result.mixture, max_flops=budget if budgeted else None, seed=seed).architecture
+        found = discretize(
+            space,
+            data,
+            result.mixture,
+            method=options.method,
+            derivation=optimizer.derivation,
+            candidates=options.candidates,
+            prior="mixture" if learns else "uniform",
+            max_flops=budget if budgeted else None,
+            seed=seed,
+        ).architecture
         cost = space.cost(found).flops
         report(
             seed=seed,
             what="search",
-            expected_over_target=round(result.history[-1]["expected_flops"] / budget, 4),
-            argmax_over_target=round(result.history[-1]["flops"] / budget, 4),
+            **(_alpha(result.history[-1], budget) if learns else {}),
             found_over_target=round(cost / budget, 4),
-            entropy=round(result.history[-1]["entropy"], 3),
             seconds=round(time.perf_counter() - started),
         )
         generator = torch.Generator().manual_seed(seed)
@@ -161,6 +173,15 @@ def main() -> None:
                 params=judged.cost.params,
                 architecture=str(architecture),
             )
+
+
+def _alpha(row: Row, budget: int) -> Row:
+    """What alpha stands for at the end of a search, its cost over the budget."""
+    return {
+        "expected_over_target": round(row["expected_flops"] / budget, 4),
+        "argmax_over_target": round(row["flops"] / budget, 4),
+        "entropy": round(row["entropy"], 3),
+    }
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import torch
 from spaces import Convolutional, vit
 from torch import nn
 
-from tanglenas_engine import create_optimizer, distributed
+from tanglenas_engine import create_optimizer, create_space, distributed
 from tanglenas_engine.checkpoint import CheckpointFolder
-from tanglenas_engine.data import SPLITS
+from tanglenas_engine.data import SPLITS, make_splits, open_splits
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.evaluate import evaluate
+from tanglenas_engine.plugins import create_dataset
 from tanglenas_engine.retrain import retrain
 from tanglenas_engine.search import search
 from tanglenas_engine.testing import random_data
@@ -76,6 +77,26 @@ def bfloat16():
 
 def batch_norm():
     return searched("drnas", space=Convolutional)
+
+
+def _digits(drop_path):
+    """One epoch of a search as the pipeline would run it, without augmentation."""
+    space = create_space("autoformer_nano", weight_init="jax", drop_path=drop_path)
+    digits, optimizer = create_dataset("digits", shift=0), create_optimizer("drnas")
+    data = open_splits(digits, make_splits(digits, seed=0), ("weights", "architecture", "validation"))
+    adamw, adam = partial(torch.optim.AdamW, lr=4e-3, weight_decay=0.05), partial(torch.optim.Adam, lr=0.01)
+    result = search(
+        space, optimizer, data, epochs=1, batch_size=32, weight_optimizer=adamw, architecture_optimizer=adam
+    )
+    return {"alphas": optimizer.state_dict()["alphas"], "architecture": result.architecture.to_json()}
+
+
+def digits():
+    return _digits(drop_path=0.0)
+
+
+def dropped():
+    return _digits(drop_path=0.1)
 
 
 def _architecture_gradient(space, optimizer):

@@ -9,10 +9,13 @@ from spaces import SPACES, inputs, make, random_mixture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import profile
+from benchmarks.candidates import compared
 from benchmarks.options_figure import options
 from benchmarks.pad_and_sum import pad_and_sum
 from benchmarks.search_step import Bench, main, saved_bytes
-from tanglenas_engine import create_space
+from tanglenas_engine import create_space, elastic
+from tanglenas_engine.testing import random_data
 
 
 @pytest.mark.parametrize("relaxation", ["exact", "paper"])
@@ -120,3 +123,49 @@ def test_the_command_prints_one_json_object():
     assert found["naive_over_search"] == pytest.approx(found["naive"] / (found["weight"] + found["arch"]))
     assert found["saved_over_plain"] == max(found["saved_weight"], found["saved_arch"]) / found["saved_plain"]
     assert found["options"] == {"image_size": 16} and found["batch"] == 2 and found["relaxation"] == "gated"
+
+
+def test_candidates_are_worth_what_the_networks_are_that_a_loop_builds():
+    space = create_space("nb201_nano")
+    data = random_data(space, ("weights", "architecture"), samples=24)
+    found = compared(space, data, count=2, repeats=2, batch_size=8, recalibration_batches=2, clock="processor")
+    assert (found["candidates"], found["distinct"], found["samples"]) == (6, 2, 24)
+    assert found["largest_difference"] == 0
+    assert found["median_engine"] < found["median_naive"] / 5  # four are looked up
+    assert found["engine_over_naive"] == pytest.approx(found["engine"] / found["naive"])
+
+
+@pytest.mark.parametrize("relaxation", ["exact", "gated"])
+def test_a_profile_tells_the_products_of_a_step_apart(relaxation):
+    before = elastic.Attention.forward
+    kinds, operators = profile.measure(create_space("gpt_nano", relaxation=relaxation), 3, rounds=1)
+    assert elastic.Attention.forward is before
+    for name, total in kinds.items():
+        assert set(total) <= set(profile.KINDS)
+        assert total[profile.FORWARD] > 0 and total[profile.INPUTS] > 0 and total[profile.ATTENTION] > 0, name
+        assert (total[profile.MASKS] > 0) == (name != "plain")
+        assert sum(operators[name].values()) == pytest.approx(total.total() - total[profile.PYTHON])
+    assert kinds["plain"][profile.WEIGHTS] > 0 and kinds["weight"][profile.WEIGHTS] > 0
+    assert kinds["naive_arch"][profile.WEIGHTS] > 0
+
+
+@pytest.mark.parametrize(
+    ("learns", "expected"),
+    [
+        ("xw", {"products forward: addmm", "input gradients: mm", "weight gradients: mm"}),
+        ("x", {"products forward: addmm", "input gradients: mm"}),
+        ("w", {"products forward: addmm", "weight gradients: mm"}),
+    ],
+)
+def test_gradients_of_inputs_and_weights_are_told_by_their_shapes(learns, expected):
+    layer, x = nn.Linear(8, 4), torch.randn(6, 8, requires_grad="x" in learns)
+    layer.weight.requires_grad_("w" in learns)
+    _, operators = profile.profiled(lambda: layer(x).sum().backward(), positions=6)
+    assert {name for name in operators if name.endswith("mm")} == expected
+
+
+def test_convolutions_are_told_by_the_gradients_asked_for():
+    space = create_space("toy_conv_macro_nano")
+    kinds, _ = profile.measure(space, 2, rounds=1, naive=False)
+    assert kinds["plain"][profile.BOTH] > 0
+    assert kinds["weight"][profile.INPUTS] > 0 and kinds["weight"][profile.WEIGHTS] > 0

@@ -18,8 +18,8 @@ from tanglenas_engine.training import parts_of
 
 SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
 CASES = [
-    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "retrained", "walked", "resumed", "resumed_search",
-    "resumed_batch_norm", "interrupted", "exchanged", "after_the_first", "apart",
+    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "walked",
+    "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged", "after_the_first", "apart",
 ]  # fmt: skip
 
 
@@ -57,6 +57,17 @@ def test_a_search_moves_what_is_compared():
     start, end = ranked.searched("drnas", epochs=1), ranked.drnas()
     assert apart(start["alphas"], end["alphas"]) > 1e-3
     assert apart(start["weights"], end["weights"]) > 1e-2
+
+
+def test_noise_alone_lets_the_number_of_processes_decide(two):
+    alone, (first, second) = ranked.digits(), two("digits")
+    same(first, second, "the ranks")
+    assert apart(alone["alphas"], first["alphas"]) < 1e-5
+    assert alone["architecture"] == first["architecture"]
+    # Each process has drop path of its own: other losses than one process would have, hence another alpha.
+    alone, (first, second) = ranked.dropped(), two("dropped")
+    same(first, second, "the ranks")
+    assert apart(alone["alphas"], first["alphas"]) > 1e-3
 
 
 def test_ranks_agree_in_low_precision_too(two):

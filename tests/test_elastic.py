@@ -77,8 +77,9 @@ class Case:
         leaves = [*weights, *alphas, *inputs]
         right = dict(zip(leaves, gradients(theirs, direction, leaves), strict=True))
         before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-        # A simultaneous step, a weight step, and an architecture step, in bands of rows and without.
-        for learn, least_rows in [(leaves, 64), ([*weights, *inputs], 64), (alphas, 0), ([*alphas, *inputs], 10**9)]:
+        # A simultaneous step, a weight step, and an architecture step: of a first layer, in bands of rows and without.
+        later = [*alphas, *inputs]
+        for learn, least_rows in [(leaves, 64), ([*weights, *inputs], 64), (alphas, 0), (later, 0), (later, 10**9)]:
             with mock.patch.object(placement, "LEAST_ROWS", least_rows), only(learn, leaves):
                 layer.load_state_dict(before, strict=False)
                 self.space.relax(self.probabilities())
@@ -376,6 +377,20 @@ def test_gradients_of_gradients(build, shape, learn):
         leaves = (x, *case.alphas.values(), *weights)
         assert torch.autograd.gradcheck(output, leaves)
         assert torch.autograd.gradgradcheck(output, leaves)
+
+
+def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkeypatch):
+    case = Case({"E": (2, 4)})
+    layer = case.prepare(elastic.Conv2d(3, case.symbols.E, 2, stride=2, padding=0)).requires_grad_(False)
+    monkeypatch.setattr(placement, "LEAST_ROWS", 0)
+    asked = []
+    original = placement.Convolution._gradients
+    monkeypatch.setattr(placement.Convolution, "_gradients", lambda *given: asked.append(given[-1]) or original(*given))
+    for learns, wanted in ((False, [1]), (True, [0, 0])):  # that of the weight; those of the input by both bands
+        case.space.relax(case.probabilities())
+        asked.clear()
+        layer(randn(2, 3, 4, 4).requires_grad_(learns)).sum().backward()
+        assert asked == wanted
 
 
 # The hard path: real slices.

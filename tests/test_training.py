@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,13 @@ from tanglenas_engine.training import (
     at_least,
     cosine,
     device_of,
+    made,
     measure,
     parameter_groups,
     random_inputs,
+    recalibrate,
     run,
+    to,
 )
 
 EPOCHS, STEPS = 2, 3
@@ -305,6 +309,88 @@ def test_only_the_weights_of_layers_decay():
     assert [p.shape for p in decayed["params"]] == [network[0].weight.shape, network[3].weight.shape]
     assert decayed["weight_decay"] == 0.5 and free["weight_decay"] == 0
     assert len(free["params"]) == len([p for p in network.parameters() if p.requires_grad]) - 2
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        partial(torch.optim.Adam, lr=0.1),
+        partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1),
+    ],
+)
+def test_steps_in_one_pass_are_those_of_one_operation_after_another(factory):
+    ends = []
+    for make in (factory, lambda parameters: made("weights", factory, parameters)):
+        torch.manual_seed(0)
+        network = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+        optimizer = make(parameter_groups(network))
+        for step in range(5):
+            optimizer.zero_grad()
+            network[step % 2](torch.randn(4, 3)).square().sum().backward()  # a path has a part of the parameters
+            optimizer.step()
+        ends.append(dict(network.named_parameters()))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    torch.testing.assert_close(*ends)
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_than_its_parameter_moves_the_same_entries():
+    ends, gradient = [], torch.arange(6.0).view(3, 2)
+    for laid in (gradient, gradient.T.contiguous().T):
+        weight = nn.Parameter(torch.zeros(3, 2))
+        optimizer = made("alpha", partial(torch.optim.Adam, lr=0.1), [weight])
+        weight.grad = laid
+        optimizer.step()
+        ends.append(weight.detach())
+    assert ends[0][0, 0] == 0 > ends[0][0, 1]
+    assert ends[0].equal(ends[1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_come_with_their_channels_last_in_memory_and_stay_so(channels):
+    images, targets = torch.randn(2, channels, 6, 6), torch.tensor([0, 1])
+    laid, same_targets = to((images, targets), torch.device("cpu"))
+    assert laid.equal(images) and same_targets.equal(targets)
+    convolution = nn.Conv2d(channels, 4, 3)
+    outputs = convolution(laid)
+    assert outputs.stride(1) == 1 < convolution(images).stride(1)
+    torch.testing.assert_close(outputs, convolution(images))
+    samples, seen = TensorSamples(images, targets), []
+    network = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    convolution.register_forward_hook(lambda module, given, output: seen.append(output.stride(1)))
+    measure(network, samples)
+    recalibrate(network, random_inputs(samples, 2, 1, 0, torch.device("cpu")))
+    network(random_inputs(samples, 2, 1, 0, torch.device("cpu"))[0])
+    assert seen == [1, 1]
+
+
+def test_tokens_stay_as_they_are():
+    tokens = torch.arange(6).view(2, 3)
+    assert to((tokens, tokens), torch.device("cpu"))[0] is tokens
+
+
+class Own(torch.optim.Adam):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("factory", "fused"),
+    [
+        (partial(torch.optim.AdamW, lr=0.1, fused=False), False),
+        (partial(torch.optim.Adam, lr=0.1, foreach=True), None),
+        (partial(torch.optim.Adam, lr=0.1, differentiable=True), None),
+        (partial(Own, lr=0.1), None),
+    ],
+)
+def test_an_optimizer_that_was_told_how_to_step_does_so(factory, fused):
+    optimizer = made("weights", factory, [nn.Parameter(torch.ones(1))])
+    assert [group["fused"] for group in optimizer.param_groups] == [fused]
+
+
+def test_parameters_that_no_fused_step_takes_are_stepped_one_by_one():
+    optimizer = made("weights", partial(torch.optim.Adam, lr=0.1), [nn.Parameter(torch.ones(1, dtype=torch.complex64))])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(1, dtype=torch.complex64)
+    optimizer.step()
+    assert not optimizer.param_groups[0]["fused"]
 
 
 def test_accuracy_counts_in_eval_mode_and_restores_the_mode():

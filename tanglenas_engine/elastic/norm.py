@@ -29,6 +29,8 @@ class _WeightedLayerNorm(torch.autograd.Function):
         ctx.eps = eps
         ctx.save_for_backward(x, coverage, weight, mean, scale)
         y = centred.mul_(scale)
+        if weight is not None and bias is not None:
+            return torch.addcmul(bias, y, weight)
         y = y if weight is None else y.mul_(weight)
         return y if bias is None else y.add_(bias)
 

@@ -131,11 +131,12 @@ class _Form:
         whole = whole.view(*whole.shape, *[1] * (dim - 2))
         return whole if rest is None else whole * rest
 
-    def splits(self, weight: Tensor, rest: Tensor | None, rest_learns: bool) -> bool:
+    def splits(self, weight: Tensor, rest: Tensor | None, rest_learns: bool, need_x: bool) -> bool:
         """Whether the masks' gradients come cheaper from parts of `dy W` than from the gradient of the weight."""
         if self.depthwise:
             return rest is None or self.windows is not None
-        return not rest_learns and len(weight) >= LEAST_ROWS * (len(self.bands) - 1)
+        # Where x needs none, as in the first layer, `dy W` would be made for the masks alone.
+        return need_x and not rest_learns and len(weight) >= LEAST_ROWS * (len(self.bands) - 1)
 
 
 class _Masked(torch.autograd.Function):
@@ -160,7 +161,7 @@ class _Masked(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if need_bias:
                 dbias = _sum_but(dy, op.channels).to(ctx.bias_type)
-            if (need_rows or need_rest) and not need_weight and form.splits(weight, rest, need_rest):
+            if (need_rows or need_rest) and not need_weight and form.splits(weight, rest, need_rest, need_x):
                 parts = _by_windows if form.depthwise else _by_bands
                 dx, drows, drest = parts(form, x, weight, rows, rest, dy, need_x)
                 return None, dx, None, dbias, drows, drest
@@ -170,7 +171,6 @@ class _Masked(torch.autograd.Function):
                 dx = op.input_gradient(x, mixed, dy)
             if need_weight or need_rows or need_rest:
                 dmixed = op.weight_gradient(x, mixed, dy).to(weight.dtype)
-                dweight = _times(dmixed, mask) if need_weight else None
                 if need_rows:
                     terms = _times(dmixed * weight, rest)
                     terms = terms.reshape(*terms.shape[:2], -1).sum(2)  # (out, in)
@@ -178,11 +178,17 @@ class _Masked(torch.autograd.Function):
                     drows = torch.stack(by_band).sum_to_size(rows.shape)
                 if need_rest:
                     drest = _times(dmixed * weight, form.mask(rows, None, weight.dim())).sum_to_size(rest.shape)
+                dweight = _times_(dmixed, mask) if need_weight else None
         return None, dx, dweight, dbias, drows, drest
 
 
 def _times(weight: Tensor, mask: Tensor | None) -> Tensor:
     return weight if mask is None else weight * mask
+
+
+def _times_(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """A tensor that nothing else needs times a mask: in place, which takes half the time, unless a graph is kept."""
+    return _times(tensor, mask) if mask is None or torch.is_grad_enabled() else tensor.mul_(mask)
 
 
 def _by_bands(
@@ -197,7 +203,7 @@ def _by_bands(
         drows.append(_sum_but(x * g, op.channels).to(rows.dtype).sum_to_size(row.shape))
         if need_x:
             row = _along(row, op).to(g.dtype)
-            dx = g * row if dx is None else torch.addcmul(dx, g, row)
+            dx = _times_(g, row) if dx is None else dx.addcmul_(g, row)
     return dx, torch.stack(drows), None
 
 
@@ -233,13 +239,13 @@ def _by_windows(
             ringed = (sums if channel is None else sums * channel).sum()
             drest = drest + F.pad(ringed.view(1, 1, 1, 1), [low, largest - 1 - low] * 2)
         by_channel = by_channel + _times(sums, share)
-        g = _times(g, None if share is None else share.to(g.dtype))
+        g = _times_(g, None if share is None else share.to(g.dtype))
         total = g if total is None else total + g
         inner = window
     drows = None if rows is None else torch.stack([b.sum() for b in torch.split(by_channel, list(form.bands))])[:, None]
     dx = None
     if need_x and total is not None:
-        dx = total if channel is None else total * _along(channel, op).to(total.dtype)
+        dx = total if channel is None else _times_(total, _along(channel, op).to(total.dtype))
     return dx, drows, drest
 
 
