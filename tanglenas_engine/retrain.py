@@ -39,6 +39,7 @@ from tanglenas_engine.training import (
     recalibrate,
     run,
     running_statistics,
+    scalar,
     to,
 )
 
@@ -126,7 +127,7 @@ def retrain(
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
     space.assignment_of(architecture)  # whether it has one: a space may override what makes the network
-    target = device_of(device)
+    target, loss = device_of(device), scalar(loss)
     precise, backend = Precision(precision, target), backend_of(compile)
     part = parts_of("retrain", batch_size, accumulate)
     with seeded(seed):

@@ -38,6 +38,7 @@ from tanglenas_engine.training import (
     parts_of,
     run,
     running_statistics,
+    scalar,
     to,
 )
 
@@ -140,7 +141,7 @@ def search(
         raise TangleNASError(f"the space {space._label} has no choices: there is nothing to search")
     stops = _Stops(space, optimizer, max_skips, skip_options, min_entropy)
     check_fit(space, data.weights)
-    target = device_of(device)
+    target, loss = device_of(device), scalar(loss)
     precise, backend = Precision(precision, target), backend_of(compile)
     part = parts_of("search", batch_size, accumulate)
     if accumulate > 1 and not optimizer.accumulates:

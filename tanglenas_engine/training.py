@@ -169,7 +169,7 @@ def run(
                 row = distributed.broadcast({"epoch": epoch, **end_epoch(epoch, means)})
                 history.append(row)
                 sums = {}
-                numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+                numbers = {key: n for key, n in row.items() if isinstance(n, int | float) and key != "epoch"}
                 tracker.log_metrics({f"{name}/{key}": value for key, value in numbers.items()}, step=epoch)
                 line.epoch(epoch, epochs, describe(row))
                 save()
@@ -283,6 +283,22 @@ def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, devi
 def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The mean over all targets, of images `(B,)` or of tokens `(B, T)`; `outputs` has the classes last."""
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
+
+
+def scalar(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A loss whose result is checked to be one number, a TangleNASError otherwise."""
+
+    def checked(outputs: Any, targets: Tensor) -> Tensor:
+        value = loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.dim():
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TangleNASError(
+                f"the loss gives {what}, expected a tensor with one number: of torch's losses, take those with the "
+                "reduction 'mean'"
+            )
+        return value
+
+    return checked
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -316,3 +316,12 @@ def test_divergence_is_told_and_the_checkpoint_before_it_stays(tmp_path, mode):
             retrained(vit, mode=mode, loss=loss, checkpoints=checkpoints, checkpoint_every=1)
         state = checkpoints.load()
     assert state["position"] == 3 and all(weight.isfinite().all() for weight in state["network"].values())
+
+
+@pytest.mark.parametrize("reduction, given", [(None, "nothing"), ("none", r"a tensor of shape \(4,\)")])
+def test_a_loss_that_is_not_one_number(reduction, given):
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction=reduction) if reduction else "nothing"
+
+    with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
+        retrained(vit, loss=loss)

@@ -595,3 +595,12 @@ def test_stops_that_cannot_be(options, message):
     with pytest.raises(TangleNASError) as caught:
         searched(vit, **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("reduction, given", [(None, "nothing"), ("none", r"a tensor of shape \(4,\)")])
+def test_a_loss_that_is_not_one_number(reduction, given):
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction=reduction) if reduction else "nothing"
+
+    with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
+        searched(noisy_vit, loss=loss)

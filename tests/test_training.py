@@ -226,8 +226,8 @@ def test_the_history_has_means_and_the_tracker_its_numbers():
     )
     assert history == [{"epoch": 1, "position": 1.0, **extra}, {"epoch": 2, "position": 4.0, **extra}]
     assert tracker.metrics == [
-        (1, {"walk/epoch": 1, "walk/position": 1.0}),
-        (2, {"walk/epoch": 2, "walk/position": 4.0}),
+        (1, {"walk/position": 1.0}),
+        (2, {"walk/position": 4.0}),
     ]
 
 
