@@ -10,14 +10,13 @@ its batches, and keeps nothing. Evolution asks again for some of the networks th
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 import click
 import torch
 
-from benchmarks.search_step import CLOCKS
+from benchmarks.search_step import CLOCKS, show
 from tanglenas_engine import Architecture, SearchSpace, create_space
 from tanglenas_engine.candidates import Candidates
 from tanglenas_engine.data import Dataset, DataView, make_splits, open_splits
@@ -121,11 +120,7 @@ def main(
     found: dict[str, Any] = {"space": space, "dataset": dataset, "image_size": samples.image_size, "device": device}
     found |= {"clock": clock, "threads": torch.get_num_threads()}
     found |= compared(made, data, count, repeats, batch_size, recalibration_batches, clock)
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    for name, value in found.items():
-        click.echo(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    show(found, as_json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -308,6 +308,11 @@ def main(
         "torch": torch.__version__,
     }
     found |= measure(made, found["batch"], rounds, memory, method=method, naive=naive, sampled=sampled, clock=clock)
+    show(found, as_json)
+
+
+def show(found: Mapping[str, Any], as_json: bool) -> None:
+    """Print figures by name, a line each or as one JSON object."""
     if as_json:
         click.echo(json.dumps(found))
         return
