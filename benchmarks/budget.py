@@ -23,12 +23,13 @@ import torch
 
 from tanglenas_engine import create_dataset, create_objective, create_optimizer, create_space
 from tanglenas_engine.data import make_splits, open_splits
-from tanglenas_engine.discretize import discretize
-from tanglenas_engine.evaluate import evaluate
-from tanglenas_engine.objective import Target
-from tanglenas_engine.retrain import retrain
-from tanglenas_engine.search import search
-from tanglenas_engine.training import Row, cross_entropy
+from tanglenas_engine.spaces.objective import Target
+from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.evaluate import evaluate
+from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.stages.search import search
+from tanglenas_engine.training.loop import Row
+from tanglenas_engine.training.losses import cross_entropy
 
 ADAMW = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
 

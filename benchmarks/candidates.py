@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.search_step import CLOCKS, show
 from tanglenas_engine import Architecture, SearchSpace, create_space
-from tanglenas_engine.candidates import Candidates
 from tanglenas_engine.data import Dataset, DataView, make_splits, open_splits
+from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.plugins import create_dataset
-from tanglenas_engine.training import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
 
 def fitting(space: str, dataset: Dataset) -> SearchSpace:

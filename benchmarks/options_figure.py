@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.search_step import CLOCKS, PRESETS, measure
 from tanglenas_engine import create_space
-from tanglenas_engine.mixture import COVERED
+from tanglenas_engine.superposition.mixture import COVERED
 
 
 def options(count: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tanglenas_engine import elastic
 from tanglenas_engine.elastic import Elastic
-from tanglenas_engine.mixture import COVERED
-from tanglenas_engine.size import Axis, combinations
+from tanglenas_engine.superposition.mixture import COVERED
+from tanglenas_engine.superposition.size import Axis, combinations
 
 
 @contextmanager

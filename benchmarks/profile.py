@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine import SearchSpace, create_space, elastic
 from tanglenas_engine.elastic import Elastic
-from tanglenas_engine.mixture import COVERED, Superposition
+from tanglenas_engine.superposition.mixture import COVERED, Superposition
 
 FORWARD, INPUTS, WEIGHTS, BOTH = "products forward", "input gradients", "weight gradients", "gradients of convolutions"
 ATTENTION, NORMS, MASKS, REST = "attention", "norms", "masks", "activations, sums, copies"

@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from benchmarks.pad_and_sum import pad_and_sum
 from tanglenas_engine import Optimizer, SearchSpace, create_optimizer, create_space
-from tanglenas_engine.mixture import COVERED
-from tanglenas_engine.optimizer import Batch, Step
-from tanglenas_engine.training import cross_entropy, laid_out, made, parameter_groups
+from tanglenas_engine.optimizers.optimizer import Batch, Step
+from tanglenas_engine.runtime.devices import laid_out
+from tanglenas_engine.superposition.mixture import COVERED
+from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.optim import made, parameter_groups
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 
 from pipelines import search as stage
 from pipelines._config import stage_arguments
-from tanglenas_engine import search
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import Stream
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.stages import search
 
 
 class Clock(Counter[str]):

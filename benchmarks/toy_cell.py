@@ -19,8 +19,8 @@ import torch
 
 from tanglenas_engine import create_dataset, create_optimizer, create_space
 from tanglenas_engine.data import DataView
-from tanglenas_engine.discretize import discretize
-from tanglenas_engine.search import search
+from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.tables import load_table
 
 GRADIENT = ("darts", "darts2", "drnas", "gdas")

@@ -20,8 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gin
 
-from tanglenas_engine.errors import TangleNASError, closest
-from tanglenas_engine.plugins.types import describe
+from tanglenas_engine.errors import TangleNASError, closest, describe
 
 KINDS = {"SPACE": "space", "OPTIMIZER": "optimizer", "DATASET": "dataset"}
 """Macros that name a plugin, and its kind; its gin file, if it has one, is `gin/<kind>s/<name>.gin`."""

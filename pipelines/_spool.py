@@ -23,8 +23,8 @@ from typing import Any
 import filelock
 
 from pipelines._store import Event, Refused, Run, Store, project_root, reason, within
-from tanglenas_engine.checkpoint import exclusive, write_atomic
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.files import exclusive, write_atomic
 
 UNSENT = "unsent-"
 RECORDS = ("start", "params", "metrics", "tags", "artifact", "text", "end")

@@ -53,29 +53,23 @@ from tanglenas_engine import (
     create_objective,
     create_optimizer,
     create_space,
-    distributed,
 )
-from tanglenas_engine.checkpoint import (
-    CheckpointFolder,
-    code_version,
-    exclusive,
-    fingerprint,
-    load_weights,
-    sweep,
-    weights_metadata,
-    write_atomic,
-)
-from tanglenas_engine.cost import METRICS as COSTS
 from tanglenas_engine.data import make_splits
-from tanglenas_engine.discretize import METHODS, discretize
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.evaluate import evaluate
-from tanglenas_engine.objective import Objective, Target
 from tanglenas_engine.plugins import manager
-from tanglenas_engine.progress import ConsoleProgress, Progress, SilentProgress
-from tanglenas_engine.retrain import retrain
-from tanglenas_engine.search import search
-from tanglenas_engine.tracking import NullTracker, Tracker
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic
+from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
+from tanglenas_engine.runtime.progress import ConsoleProgress, Progress, SilentProgress
+from tanglenas_engine.runtime.tracking import NullTracker, Tracker
+from tanglenas_engine.runtime.weights import load_weights, weights_metadata
+from tanglenas_engine.spaces.cost import METRICS as COSTS
+from tanglenas_engine.spaces.objective import Objective, Target
+from tanglenas_engine.stages.discretize import METHODS, discretize
+from tanglenas_engine.stages.evaluate import evaluate
+from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.stages.search import search
 
 OUT = Path("out")
 METRICS = Path("metrics")

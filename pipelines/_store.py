@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import filelock
 
-from tanglenas_engine.checkpoint import fingerprint
+from tanglenas_engine.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so the functions do it that need it
     from mlflow import MlflowClient

@@ -25,9 +25,9 @@ from typing import Any, Concatenate, ParamSpec
 
 from pipelines._spool import UNSENT, Spool, mark_killed, open_run, send_all, spooled_runs, stale_runs, upload_spool
 from pipelines._store import Event, Refused, Run, Store, allowed, flat, project_root, reason
-from tanglenas_engine.checkpoint import exclusive
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.tracking import NullTracker, Tracker
+from tanglenas_engine.runtime.files import exclusive
+from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 
 __all__ = ["MlflowTracker", "lineage", "mark_killed", "project_root", "spooled_runs", "stale_runs", "upload_spool"]
 

@@ -17,10 +17,11 @@ from pipelines._stage import (
     stage,
 )
 from tanglenas_engine import SearchSpace, figures
-from tanglenas_engine.checkpoint import load_weights, weights_metadata, write_atomic
 from tanglenas_engine.data import Splits, open_splits
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Mixture
+from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.weights import load_weights, weights_metadata
+from tanglenas_engine.superposition.mixture import Mixture
 
 
 def searched(space: SearchSpace) -> tuple[Mixture | None, str]:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tanglenas_engine
-from tanglenas_engine.checkpoint import code_version, write_atomic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import Registration, manager
+from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.fingerprint import code_version
 
 KINDS = ("space", "optimizer", "dataset")
 LIBRARIES = ("tanglenas", "timm", "torch")

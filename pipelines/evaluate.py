@@ -22,7 +22,7 @@ from pipelines._stage import (
 )
 from tanglenas_engine import Architecture, figures
 from tanglenas_engine.data import Splits, open_splits
-from tanglenas_engine.evaluate import rank_correlation
+from tanglenas_engine.stages.evaluate import rank_correlation
 
 rank_correlation_ = register(rank_correlation)
 

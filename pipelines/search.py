@@ -19,10 +19,10 @@ from pipelines._stage import (
     stage,
 )
 from tanglenas_engine import Dataset, SearchSpace, figures
-from tanglenas_engine.budget import check_budget
-from tanglenas_engine.checkpoint import save_weights
 from tanglenas_engine.data import open_splits
-from tanglenas_engine.discretize import budget_of
+from tanglenas_engine.derivation.budget import check_budget
+from tanglenas_engine.runtime.weights import save_weights
+from tanglenas_engine.stages.discretize import budget_of
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,7 +1,10 @@
 """What a person is told when the input is wrong: what was given, what was expected, what to do next."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class TangleNASError(ValueError):
@@ -24,3 +27,23 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> TangleNASError:
     return TangleNASError(
         f"unknown {kind} {str(name)!r}.{closest(str(name), names)} Choose one of: {', '.join(names) or '(none)'}."
     )
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """`value`, checked to be an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TangleNASError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """`value`, checked to be a positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise TangleNASError(f"{name} is {value!r}, expected a positive number")
+    return value
+
+
+def describe(cause: BaseException) -> str:
+    """Type and message of an exception, on one line and without a closing stop."""
+    message = " ".join(str(cause).split()).rstrip(".")
+    return f"{type(cause).__name__}: {message}" if message else type(cause).__name__

@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.checkpoint import write_atomic
-from tanglenas_engine.choice import Choice
-from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.training import Row
+from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.choice import Choice
+from tanglenas_engine.training.loop import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

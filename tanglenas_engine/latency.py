@@ -21,16 +21,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine.checkpoint import write_atomic
-from tanglenas_engine.cost import Additive
 from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.elastic.depth import Depth, walk
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.objective import Objective
-from tanglenas_engine.progress import Line, Progress, SilentProgress
-from tanglenas_engine.size import Assignment, Row, Size, combinations
-from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.training import at_least, device_of
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime.devices import device_of
+from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.progress import Line, Progress, SilentProgress
+from tanglenas_engine.spaces.cost import Additive
+from tanglenas_engine.spaces.objective import Objective
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import Assignment, Row, Size, combinations
 
 FORMAT = 1
 """Version of the file format."""
@@ -159,7 +159,7 @@ class LatencyTable:
         try:
             tables = {tuple(rows[name] for name in names.split()): values for names, values in self.tables.items()}
         except KeyError as error:
-            raise TangleNASError(f"the latency table has the row {error}, which {space._label} has not") from None
+            raise TangleNASError(f"the latency table has the row {error}, which {space.label} has not") from None
         for found, values in tables.items():
             if len(values) != math.prod(len(row.options) for row in found):
                 raise TangleNASError(f"the latency table has {len(values)} times for {found}: it is damaged")

@@ -2,7 +2,7 @@
 
 import torch
 
-from tanglenas_engine.candidates import Candidates
+from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.testing import random_data
 
 

@@ -11,17 +11,19 @@ import torch
 from spaces import Convolutional, vit
 from torch import nn
 
-from tanglenas_engine import create_optimizer, create_space, distributed
-from tanglenas_engine.checkpoint import CheckpointFolder
+from tanglenas_engine import create_optimizer, create_space
 from tanglenas_engine.data import SPLITS, make_splits, open_splits
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.evaluate import evaluate
 from tanglenas_engine.plugins import create_dataset
-from tanglenas_engine.retrain import retrain
-from tanglenas_engine.search import search
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.stages.evaluate import evaluate
+from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training import Interrupted, parameter_groups, run
+from tanglenas_engine.training.loop import Interrupted, run
+from tanglenas_engine.training.optim import parameter_groups
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
@@ -101,8 +103,8 @@ def dropped():
 
 def _architecture_gradient(space, optimizer):
     """Alpha's gradient of one step, as the search would see it."""
-    from tanglenas_engine.optimizer import Step
-    from tanglenas_engine.training import cross_entropy
+    from tanglenas_engine.optimizers.optimizer import Step
+    from tanglenas_engine.training.losses import cross_entropy
 
     optimizer.bind(space.train(), 3)
     data = random_data(space, ("weights", "architecture"), samples=8)

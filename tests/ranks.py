@@ -39,7 +39,7 @@ def results(case: str, folder: Path, world: int) -> list:
 if __name__ == "__main__":
     import ranked
 
-    from tanglenas_engine import distributed
+    from tanglenas_engine.runtime import distributed
 
     torch.set_num_threads(1)
     names, place = sys.argv[1].split(","), Path(sys.argv[2])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine import SearchSpace, elastic
 from tanglenas_engine.plugins import create_space, manager
-from tanglenas_engine.size import make_divisible
+from tanglenas_engine.superposition.size import make_divisible
 from tanglenas_vit.autoformer import AutoFormer
 
 

@@ -8,7 +8,7 @@ from tanglenas_engine import create_optimizer
 from tanglenas_engine.data import SPLITS
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import manager
-from tanglenas_engine.search import search
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing.optimizers import check_resume, random_data
 from tanglenas_gradient.annealed import Annealed
 

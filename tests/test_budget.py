@@ -9,12 +9,12 @@ from spaces import SPACES, vit
 from tiny import ALL, tiny
 from torch import nn
 
-import tanglenas_engine.budget as budgets
-import tanglenas_engine.elimination as elimination
+import tanglenas_engine.derivation.budget as budgets
+import tanglenas_engine.derivation.elimination as elimination
 from tanglenas_engine import Objective, SearchSpace, elastic
-from tanglenas_engine.budget import cheapest, check_budget, project, projection, shrunk
-from tanglenas_engine.cost import METRICS, Additive
+from tanglenas_engine.derivation.budget import cheapest, check_budget, project, projection, shrunk
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.cost import METRICS, Additive
 
 
 class Wired(SearchSpace):
@@ -263,7 +263,7 @@ def test_a_space_that_does_not_tell_its_decisions_and_a_cost_without_tables_are_
         name = "squared"
 
         def measure(self, architecture):
-            return self._space.cost(architecture).params ** 2
+            return self.space.cost(architecture).params ** 2
 
     space = Quiet()
     least = space.cost(space.smallest()).params

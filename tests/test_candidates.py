@@ -6,10 +6,10 @@ from spaces import Convolutional, vit
 from tiny import tiny
 from torch import nn
 
-from tanglenas_engine import candidates as module
-from tanglenas_engine.candidates import Candidates
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import TensorSamples
+from tanglenas_engine.derivation import candidates as module
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.testing import random_data, same
 
 SPLITS = ("weights", "architecture")

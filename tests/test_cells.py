@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tanglenas_engine import create_space
-from tanglenas_engine.cells import FactorizedReduce, Nothing, Separable, nodes, pool, skip
+from tanglenas_engine.spaces.cells import FactorizedReduce, Nothing, Separable, nodes, pool, skip
 
 SHARINGS = ("superposed", "entangled", "separate")
 SMALL = {

@@ -14,18 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from tanglenas_engine.checkpoint import (
-    CheckpointFolder,
-    code_version,
-    exclusive,
-    fingerprint,
-    load_weights,
-    save_weights,
-    weights_metadata,
-    write_atomic,
-)
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.seeding import restore_rng_state, rng_state
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.files import exclusive, write_atomic
+from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
+from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
+from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -244,7 +238,7 @@ def test_a_later_schema_is_refused(folder: Path) -> None:
 
 SLOW_SAVE = """
 import os, sys, torch
-from tanglenas_engine import checkpoint
+from tanglenas_engine.runtime import checkpoint
 folder, slow = sys.argv[1:]
 def stuck(*args):
     print("saving", flush=True)
@@ -277,7 +271,7 @@ def test_kill_in_the_middle_of_a_save_keeps_the_one_before(folder: Path, moment:
 
 HOLD = """
 import sys
-from tanglenas_engine.checkpoint import exclusive
+from tanglenas_engine.runtime.files import exclusive
 with exclusive(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -298,7 +292,7 @@ def test_a_second_process_is_told_the_pid_of_the_first_until_that_is_killed(fold
 
 LEAVE = """
 import os, sys
-from tanglenas_engine.checkpoint import exclusive
+from tanglenas_engine.runtime.files import exclusive
 with exclusive(sys.argv[1]):
     if os.fork() == 0:  # as a data loader's worker
         print("forked", flush=True)
@@ -403,7 +397,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_content(tmp_path: Path) ->
     path.write_text("old")
     code = """
 import resource, sys
-from tanglenas_engine.checkpoint import write_atomic
+from tanglenas_engine.runtime.files import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     write_atomic(sys.argv[1], b"x" * 5000)
@@ -435,7 +429,7 @@ def test_weights_come_back_with_slices_and_tied_tensors(tmp_path: Path) -> None:
 def test_weights_have_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     code = """
 import sys, torch
-from tanglenas_engine.checkpoint import save_weights
+from tanglenas_engine.runtime.weights import save_weights
 save_weights(sys.argv[1], {"w": torch.ones(3), "v": torch.zeros(2)}, {key: key for key in "abcdefgh"})
 """
     paths = [tmp_path / "first", tmp_path / "second"]

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 
 from tanglenas_engine.data import SPLITS
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.execution import backend_of
-from tanglenas_engine.retrain import retrain
+from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.testing import random_data, same
+from tanglenas_engine.training.execution import backend_of
 
 # Traces as torch.compile does and runs what it traced without a compiler: seconds instead of minutes.
 TRACED = "aot_eager"

@@ -17,7 +17,7 @@ from pipelines import discretize, evaluate, retrain, search
 from pipelines._config import configurable, configure
 from pipelines._stage import create_dataset_, create_optimizer_, create_space_
 from tanglenas_datasets.cifar import CIFAR10, CIFAR100
-from tanglenas_engine.training import parameter_groups
+from tanglenas_engine.training.optim import parameter_groups
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))
 BASE = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "drnas"', 'DATASET = "digits"', "SEED = 0"]
@@ -153,7 +153,7 @@ def test_the_engine_imports_neither_gin_nor_dvc_nor_mlflow_nor_timm() -> None:
 import importlib, pkgutil, sys, tanglenas_engine
 names = [m.name for m in pkgutil.walk_packages(tanglenas_engine.__path__, "tanglenas_engine.")]
 for name in names: importlib.import_module(name)
-assert "tanglenas_engine.search" in names and "tanglenas_engine.elastic.linear" in names, names
+assert "tanglenas_engine.stages.search" in names and "tanglenas_engine.elastic.linear" in names, names
 print(*sorted({name.split(".")[0] for name in sys.modules} & {"gin", "dvc", "mlflow", "timm"}))
 """
     environment = {**os.environ, "TANGLENAS_PLUGINS": ""}

@@ -10,12 +10,12 @@ from torch import nn
 
 from tanglenas_engine import Dataset, Objective, SearchSpace, create_dataset, create_objective, create_space, elastic
 from tanglenas_engine.cli import main
-from tanglenas_engine.cost import Cost
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.latency import measure_latency
 from tanglenas_engine.plugins import manager
-from tanglenas_engine.size import combinations
+from tanglenas_engine.spaces.cost import Cost
+from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.testing import (
     check_architectures,
     check_batches,
@@ -188,13 +188,13 @@ class Weight(Objective):
             raise TangleNASError(f"{space.name!r} is too large")
 
     def measure(self, architecture):
-        return float(self._space.cost(architecture).params) ** 2
+        return float(self.space.cost(architecture).params) ** 2
 
     def expectation(self, mixture):
         total = torch.zeros((), dtype=torch.float64)
-        for picks in combinations(self._space.rows):
+        for picks in combinations(self.space.rows):
             weights = [mixture.stacks[len(row.options)][row.slot][option] for row, option in picks.items()]
-            total = total + torch.stack(weights).prod() * self.measure(self._space.architecture_of(picks))
+            total = total + torch.stack(weights).prod() * self.measure(self.space.architecture_of(picks))
         return total
 
 
@@ -221,7 +221,7 @@ class OfTheMean(Weight):
     """The square of the expected number: right at the corners only."""
 
     def expectation(self, mixture):
-        return self._space.expected_cost(mixture).params ** 2
+        return self.space.expected_cost(mixture).params ** 2
 
 
 class Offset(Weight):

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tanglenas_engine import create_space
-from tanglenas_engine.cost import METRICS
+from tanglenas_engine.spaces.cost import METRICS
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from torch import nn
 from tanglenas_darts.space import EDGES, OPERATIONS
 from tanglenas_darts.training import FourAverages, ScheduledDropPath, WithAuxiliaryHead
 from tanglenas_engine import create_space
-from tanglenas_engine.budget import project, shrunk
+from tanglenas_engine.derivation.budget import project, shrunk
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import argmax
+from tanglenas_engine.optimizers.optimizer import argmax
 
 DARTS_V2 = (
     "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "

@@ -6,9 +6,10 @@ from tiny import tiny
 
 from tanglenas_engine import create_optimizer
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import Step
+from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.testing import random_data
-from tanglenas_engine.training import cross_entropy, parameter_groups
+from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.optim import parameter_groups
 from tanglenas_gradient.darts2 import SecondOrderDARTS
 
 RATE, DECAY, MOMENTUM = 0.05, 0.01, 0.9

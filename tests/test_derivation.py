@@ -13,10 +13,10 @@ from project import lay_out, set_params
 
 from pipelines import discretize, evaluate, retrain, search
 from tanglenas_engine import Architecture, create_space
-from tanglenas_engine.candidates import Candidates
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.pareto import front
 from tanglenas_engine.latency import measure_latency
-from tanglenas_engine.pareto import front
-from tanglenas_engine.size import combinations
+from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
 
 # MLflow's own models, on SQLAlchemy 2.1.

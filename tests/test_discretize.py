@@ -10,17 +10,17 @@ from tiny import tiny
 from torch import nn
 
 from tanglenas_engine import SearchSpace
-from tanglenas_engine.budget import check_budget, project
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples
-from tanglenas_engine.discretize import METHODS, discretize
+from tanglenas_engine.derivation.budget import check_budget, project
+from tanglenas_engine.derivation.pareto import front
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.objective import Objective
-from tanglenas_engine.pareto import front
-from tanglenas_engine.progress import ConsoleProgress
-from tanglenas_engine.size import combinations
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import ConsoleProgress
+from tanglenas_engine.spaces.objective import Objective
+from tanglenas_engine.stages.discretize import METHODS, discretize
+from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.testing import random_data, same
-from tanglenas_engine.training import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
 SPLITS = ("weights", "architecture", "validation")
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ import ranks
 import torch
 from project import STAGES, execute, lay_out
 
-from tanglenas_engine import distributed
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import Stream, TensorSamples
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.distributed import parts_of
 from tanglenas_engine.testing import same
-from tanglenas_engine.training import parts_of
 
 SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
 CASES = [

@@ -20,10 +20,10 @@ import pipelines.discretize
 import pipelines.evaluate  # noqa: F401  # they make known what gin files can bind
 from pipelines._config import configure
 from tanglenas_engine import create_dataset, create_space
-from tanglenas_engine.checkpoint import write_atomic
 from tanglenas_engine.cli import main
 from tanglenas_engine.cli.init import _check_fit
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
+from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.testing import check_dataset, check_objective
 
 ROOT = Path(__file__).parents[1]
@@ -260,7 +260,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert outcome.returncode == 0, outcome.stderr
-    assert 'id="tanglenas_engine.search.search"' in (tmp_path / "api" / "index.html").read_text()
+    assert 'id="tanglenas_engine.stages.search.search"' in (tmp_path / "api" / "index.html").read_text()
 
 
 def _loaded(path: Path):

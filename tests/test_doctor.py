@@ -11,8 +11,8 @@ import gin
 import pytest
 from click.testing import CliRunner
 
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.cli import doctor, main
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

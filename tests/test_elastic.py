@@ -13,10 +13,10 @@ from oracle import DIMENSIONS, Dimension, Oracle, Used, heads, layer_norm
 from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
-from tanglenas_engine.elastic import placement
+from tanglenas_engine.elastic import masked as products
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import make_divisible
-from tanglenas_engine.training import recalibrate
+from tanglenas_engine.superposition.size import make_divisible
+from tanglenas_engine.training.measure import recalibrate
 
 relaxations = pytest.mark.parametrize("relaxation", ["exact", "gated", "paper"])
 
@@ -80,7 +80,7 @@ class Case:
         # A simultaneous step, a weight step, and an architecture step: of a first layer, in bands of rows and without.
         later = [*alphas, *inputs]
         for learn, least_rows in [(leaves, 64), ([*weights, *inputs], 64), (alphas, 0), (later, 0), (later, 10**9)]:
-            with mock.patch.object(placement, "LEAST_ROWS", least_rows), only(learn, leaves):
+            with mock.patch.object(products, "LEAST_ROWS", least_rows), only(learn, leaves):
                 layer.load_state_dict(before, strict=False)
                 self.space.relax(self.probabilities())
                 ours = layer(x)
@@ -373,7 +373,7 @@ def test_gradients_of_gradients(build, shape, learn):
         return layer(x)
 
     x = randn(*shape).requires_grad_()
-    with mock.patch.object(placement, "LEAST_ROWS", 0):
+    with mock.patch.object(products, "LEAST_ROWS", 0):
         leaves = (x, *case.alphas.values(), *weights)
         assert torch.autograd.gradcheck(output, leaves)
         assert torch.autograd.gradgradcheck(output, leaves)
@@ -382,10 +382,12 @@ def test_gradients_of_gradients(build, shape, learn):
 def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkeypatch):
     case = Case({"E": (2, 4)})
     layer = case.prepare(elastic.Conv2d(3, case.symbols.E, 2, stride=2, padding=0)).requires_grad_(False)
-    monkeypatch.setattr(placement, "LEAST_ROWS", 0)
+    monkeypatch.setattr(products, "LEAST_ROWS", 0)
     asked = []
-    original = placement.Convolution._gradients
-    monkeypatch.setattr(placement.Convolution, "_gradients", lambda *given: asked.append(given[-1]) or original(*given))
+    original = products.ConvolutionProduct._gradients
+    monkeypatch.setattr(
+        products.ConvolutionProduct, "_gradients", lambda *given: asked.append(given[-1]) or original(*given)
+    )
     for learns, wanted in ((False, [1]), (True, [0, 0])):  # that of the weight; those of the input by both bands
         case.space.relax(case.probabilities())
         asked.clear()

@@ -11,9 +11,9 @@ from torch import nn
 from tanglenas_engine import SearchSpace, elastic, figures
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
-from tanglenas_engine.evaluate import evaluate, rank_correlation
+from tanglenas_engine.stages.evaluate import evaluate, rank_correlation
 from tanglenas_engine.testing import random_data, same
-from tanglenas_engine.training import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
 
 @pytest.mark.parametrize("name", SPACES)

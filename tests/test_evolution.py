@@ -6,8 +6,8 @@ from known import Known, additive
 from spaces import vit
 from tiny import ALL, tiny
 
+from tanglenas_engine.derivation.evolution import Variation, evolution
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.evolution import Variation, evolution
 
 
 def generator(seed=0):

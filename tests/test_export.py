@@ -11,8 +11,8 @@ import torch
 from click.testing import CliRunner
 from tiny import TINY, tiny
 
-from tanglenas_engine.checkpoint import save_weights
 from tanglenas_engine.cli import export, main
+from tanglenas_engine.runtime.weights import save_weights
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # One of each library: timm's transformer and MobileNetV3, cells, language models, convolutions.

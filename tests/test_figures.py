@@ -13,10 +13,10 @@ from torch import nn
 
 from tanglenas_engine import SearchSpace, create_optimizer, elastic, figures
 from tanglenas_engine.data import TensorSamples
-from tanglenas_engine.discretize import discretize
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import argmax, entropy
-from tanglenas_engine.search import search
+from tanglenas_engine.optimizers.optimizer import argmax, entropy
+from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.search import search
 
 
 class Once(SearchSpace):

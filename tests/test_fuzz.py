@@ -34,12 +34,13 @@ from pipelines._stage import (
     search_,
 )
 from tanglenas_engine import create_dataset, create_space
-from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.checkpoint import CheckpointFolder, load_weights, save_weights, weights_metadata
 from tanglenas_engine.data import DataView, Splits, make_splits
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
+from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.tables import load_table
-from tanglenas_engine.training import run
+from tanglenas_engine.training.loop import run
 
 BASE = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "drnas"', 'DATASET = "digits"', "SEED = 0"]
 BYTES = [
@@ -238,7 +239,7 @@ SENSIBLE = st.sampled_from(
         "('a',)",
         "'exact'", "'gated'", "'paper'", "'simultaneous'", "'alternating'", "'superposed'", "'entangled'", "'l2'",
         "'kl'", "'avg'", "'token'", "[[1]]", "{'a': 1}", "float('nan')", "1e400", "10**9", "@torch.optim.SGD",
-        "@torch.optim.Adam", "@torch.nn.functional.mse_loss", "@tanglenas_engine.training.cosine",
+        "@torch.optim.Adam", "@torch.nn.functional.mse_loss", "@tanglenas_engine.training.optim.cosine",
     ]
 )  # fmt: skip
 

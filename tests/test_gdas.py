@@ -7,7 +7,7 @@ from tiny import tiny
 
 from tanglenas_engine import create_optimizer, create_space
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.training import cross_entropy
+from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_gradient.gdas import GDAS
 
 

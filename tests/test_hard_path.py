@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import ALL, tiny
 
-from tanglenas_engine.mixture import COVERED
+from tanglenas_engine.superposition.mixture import COVERED
 
 SIZES_ONLY = [
     name for name in ALL if not any(isinstance(o, str) for c in tiny(name).choices.values() for o in c.options)

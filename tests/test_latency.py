@@ -7,10 +7,10 @@ import torch
 from tiny import ALL, tiny
 
 from tanglenas_engine import create_objective, latency
-from tanglenas_engine.cost import Additive
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.latency import Latency, LatencyTable, Machine, Validation, find_blocks, measure_latency
-from tanglenas_engine.objective import Target
+from tanglenas_engine.spaces.cost import Additive
+from tanglenas_engine.spaces.objective import Target
 
 
 def parameters(module) -> float:

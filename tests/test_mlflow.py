@@ -25,7 +25,7 @@ from pipelines._tracking import (
     upload_spool,
 )
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.tracking import NullTracker
+from tanglenas_engine.runtime.tracking import NullTracker
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

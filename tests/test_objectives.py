@@ -8,13 +8,13 @@ from spaces import Convolutional, random_mixture, vit
 from tiny import ALL, tiny
 
 from tanglenas_engine import Objective, create_objective, create_optimizer
-from tanglenas_engine.checkpoint import CheckpointFolder
-from tanglenas_engine.cost import METRICS, Additive
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.objective import Target
-from tanglenas_engine.optimizer import Optimizer
+from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.plugins import manager
-from tanglenas_engine.search import search
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.spaces.cost import METRICS, Additive
+from tanglenas_engine.spaces.objective import Target
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import check_resume, random_data
 
 SPLITS = ("weights", "architecture", "validation")
@@ -276,7 +276,7 @@ def test_an_optimizer_needs_nothing_for_targets_but_its_expected_mixture():
             return self.expected()
 
         def expected(self):
-            return self._space.mixture({count: (2 * alpha).softmax(1) for count, alpha in self.alphas.items()})
+            return self.space.mixture({count: (2 * alpha).softmax(1) for count, alpha in self.alphas.items()})
 
     target = Target(create_objective("params"), share=0.5, penalty="log")
     plain, drawn = (searched(Mine(), Convolutional(), epochs=20, targets=targets)[0] for targets in ([], [target]))

@@ -11,10 +11,10 @@ from torch import nn
 
 from tanglenas_engine import Architecture, Optimizer, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import COVERED
-from tanglenas_engine.optimizer import Step, argmax, entropy, l2
+from tanglenas_engine.optimizers.optimizer import Step, argmax, entropy, l2
 from tanglenas_engine.plugins import create_optimizer, manager
-from tanglenas_engine.search import search
+from tanglenas_engine.stages.search import search
+from tanglenas_engine.superposition.mixture import COVERED
 from tanglenas_engine.testing import (
     check_gradients,
     check_optimizer,
@@ -264,7 +264,7 @@ class Restless(DARTS):
     """Draws from the global generator."""
 
     def sample(self, step, stream):
-        return self._space.mixture(
+        return self.space.mixture(
             {k: (alpha + 0.1 * torch.randn_like(alpha)).softmax(1) for k, alpha in self.alphas.items()}
         )
 
@@ -276,7 +276,7 @@ class Counting(DARTS):
 
     def sample(self, step, stream):
         self.calls += 1
-        return self._space.mixture({k: (alpha * self.calls).softmax(1) for k, alpha in self.alphas.items()})
+        return self.space.mixture({k: (alpha * self.calls).softmax(1) for k, alpha in self.alphas.items()})
 
 
 class OneStream(SPOS):
@@ -290,7 +290,7 @@ class Sums(DARTS):
     """Forgets to normalise."""
 
     def sample(self, step, stream):
-        return self._space.mixture({k: alpha.exp() for k, alpha in self.alphas.items()})
+        return self.space.mixture({k: alpha.exp() for k, alpha in self.alphas.items()})
 
 
 class Constant(DARTS):
@@ -394,7 +394,7 @@ class TwoPaths(Optimizer):
     derivation = "random"
 
     def sample(self, step: int, stream: str) -> Architecture:
-        return self._space.sample(torch.Generator().manual_seed(self.entropy(step, stream)))
+        return self.space.sample(torch.Generator().manual_seed(self.entropy(step, stream)))
 
     def weight_losses(self, step: Step):
         for architecture in (step.space.largest(), self.sample(step.index, "weight")):

@@ -9,9 +9,9 @@ from spaces import vit
 from tiny import tiny
 
 from tanglenas_engine import figures
+from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.objective import Objective
-from tanglenas_engine.pareto import front, nsga2
+from tanglenas_engine.spaces.objective import Objective
 
 
 def dominates(one, other, cost):
@@ -61,7 +61,7 @@ class Spared(Objective):
     name = "spared"
 
     def measure(self, architecture):
-        return float(self._space.cost(self._space.largest()).params - self._space.cost(architecture).params)
+        return float(self.space.cost(self.space.largest()).params - self.space.cost(architecture).params)
 
 
 def test_the_cost_can_be_an_objective():

@@ -7,10 +7,11 @@ from tiny import tiny
 
 from tanglenas_engine import create_optimizer
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import Step
-from tanglenas_engine.search import search
+from tanglenas_engine.optimizers.optimizer import Step
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
-from tanglenas_engine.training import cross_entropy, parameter_groups
+from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.optim import parameter_groups
 from tanglenas_gradient.partial import PartialDARTS, PartialDrNAS
 
 CELLS = ["toy_cell", "nb201", "darts"]

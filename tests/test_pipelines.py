@@ -24,8 +24,8 @@ from pipelines import discretize, evaluate, retrain, search
 from pipelines._config import check_params, configurable, configure
 from pipelines._stage import create_space_
 from pipelines._tracking import lineage
-from tanglenas_engine.checkpoint import load_weights
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.weights import load_weights
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

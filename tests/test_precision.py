@@ -8,12 +8,14 @@ from spaces import vit
 from tanglenas_engine import create_optimizer
 from tanglenas_engine.data import SPLITS
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.execution import Precision
-from tanglenas_engine.optimizer import Step
-from tanglenas_engine.retrain import retrain
-from tanglenas_engine.search import search
+from tanglenas_engine.optimizers.optimizer import Step
+from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
-from tanglenas_engine.training import cross_entropy, measure, parameter_groups
+from tanglenas_engine.training.execution import Precision
+from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.measure import measure
+from tanglenas_engine.training.optim import parameter_groups
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tanglenas_engine.progress import ConsoleProgress
+from tanglenas_engine.runtime.progress import ConsoleProgress
 
 pty = pytest.importorskip("pty")
 

@@ -24,7 +24,7 @@ from pipelines._stage import create_space_
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import manager
-from tanglenas_engine.training import parameter_groups
+from tanglenas_engine.training.optim import parameter_groups
 
 PAPER = sorted(path.name for path in (ROOT / "gin" / "paper").iterdir())
 RECIPES = ["demo", "cpu", *(f"paper/{name}" for name in PAPER)]

@@ -155,9 +155,9 @@ def test_the_exported_folder_is_the_network_that_was_judged(
 
     import tanglenas_vit.network  # noqa: F401  # tells timm about the networks of this space
     from tanglenas_engine import Architecture, create_dataset, create_space
-    from tanglenas_engine.checkpoint import load_weights
     from tanglenas_engine.data import Splits, open_splits
-    from tanglenas_engine.training import measure
+    from tanglenas_engine.runtime.weights import load_weights
+    from tanglenas_engine.training.measure import measure
 
     monkeypatch.chdir(finished.folder)
     dataset = create_dataset("digits")

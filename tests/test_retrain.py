@@ -14,14 +14,15 @@ from torch import nn
 
 from tanglenas_darts.training import WithAuxiliaryHead
 from tanglenas_engine import SearchSpace
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.progress import ConsoleProgress
-from tanglenas_engine.retrain import auxiliary, retrain
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import ConsoleProgress
+from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training import cross_entropy, measure, random_inputs, recalibrate
+from tanglenas_engine.training.losses import auxiliary, cross_entropy
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
 SPLITS = ("training", "validation")
 ema = partial(ModelEmaV3, decay=0.7)

@@ -5,9 +5,10 @@ import torch
 from tiny import tiny
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import Step
+from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.testing import random_data
-from tanglenas_engine.training import cross_entropy, parameter_groups
+from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.optim import parameter_groups
 from tanglenas_sampling.sandwich import Sandwich
 
 

@@ -13,17 +13,19 @@ from spaces import Convolutional, Language, vit
 from torch import nn
 
 from tanglenas_engine import Dataset, SearchSpace, elastic
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import DataView, TensorSamples, TokenSamples, make_splits, open_splits
-from tanglenas_engine.discretize import discretize
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
-from tanglenas_engine.optimizer import l2
+from tanglenas_engine.optimizers.optimizer import l2
 from tanglenas_engine.plugins import create_optimizer, create_space, manager
-from tanglenas_engine.progress import ConsoleProgress, SilentProgress
-from tanglenas_engine.search import check_fit, search
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
+from tanglenas_engine.spaces.fit import check_fit
+from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import check_resume, random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training import Interrupted, cross_entropy
+from tanglenas_engine.training.loop import Interrupted
+from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_gradient.darts import DARTS
 from tanglenas_gradient.drnas import DrNAS
 from tanglenas_sampling.spos import SPOS
@@ -108,7 +110,7 @@ class Annealed(DARTS):
         self.temperature = 1 - 0.5 * fraction
 
     def expected(self):
-        return self._space.mixture({k: (alpha / self.temperature).softmax(1) for k, alpha in self.alphas.items()})
+        return self.space.mixture({k: (alpha / self.temperature).softmax(1) for k, alpha in self.alphas.items()})
 
 
 def test_a_search_that_is_resumed_amid_an_epoch_tells_the_optimizer_how_far_it_is():

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from oracle import DIMENSIONS, make_divisible
 
 from tanglenas_engine import SearchSpace
-from tanglenas_engine import size as sizes
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Axis, Size, combinations, stacked
+from tanglenas_engine.superposition import size as sizes
+from tanglenas_engine.superposition.size import Axis, Size, combinations, stacked
 
 
 class Chosen:

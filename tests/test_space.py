@@ -11,8 +11,8 @@ from torch import nn
 
 from tanglenas_engine import SearchSpace, create_space, elastic
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Superposition
-from tanglenas_engine.size import Size
+from tanglenas_engine.superposition.mixture import Superposition
+from tanglenas_engine.superposition.size import Size
 
 EVERY = [*SPACES, *REGISTERED]
 OWN_STANDALONE = [name for name in SPACES if not name.startswith("vit")]

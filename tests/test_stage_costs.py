@@ -41,10 +41,10 @@ class Joules(Objective):
             raise RuntimeError("the meter is off")
 
     def measure(self, architecture):
-        return ANSWERS[self.mode] * self._space.cost(architecture).params / 1000
+        return ANSWERS[self.mode] * self.space.cost(architecture).params / 1000
 
     def expectation(self, mixture):
-        return ANSWERS[self.mode] * self._space.expected_cost(mixture).params / 1000
+        return ANSWERS[self.mode] * self.space.expected_cost(mixture).params / 1000
 
 
 class Numbers(Digits):

@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 
-from tanglenas_engine.tracking import NullTracker, Tracker
+from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 
 
 def methods(kind: type) -> dict[str, inspect.Signature]:
@@ -27,7 +27,7 @@ def test_the_null_tracker_looks_at_nothing_it_is_given() -> None:
 
 def test_tracking_in_the_engine_imports_neither_torch_nor_mlflow() -> None:
     code = (
-        "import sys, tanglenas_engine.tracking\n"
+        "import sys, tanglenas_engine.runtime.tracking\n"
         "print([name for name in ('torch', 'mlflow', 'numpy') if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

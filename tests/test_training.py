@@ -14,26 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import TensorSamples
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.progress import ConsoleProgress, SilentProgress
-from tanglenas_engine.seeding import seeded
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.devices import device_of, to
+from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
+from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.testing import same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training import (
-    Interrupted,
-    at_least,
-    cosine,
-    device_of,
-    made,
-    measure,
-    parameter_groups,
-    random_inputs,
-    recalibrate,
-    run,
-    to,
-)
+from tanglenas_engine.training.loop import Interrupted, run
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
+from tanglenas_engine.training.optim import cosine, made, parameter_groups
 
 EPOCHS, STEPS = 2, 3
 

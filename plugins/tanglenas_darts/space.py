@@ -14,21 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_darts.training import ScheduledDropPath
-from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
-from tanglenas_engine.cells import (
-    Dilated,
-    FactorizedReduce,
-    Nothing,
-    Pointwise,
-    Separable,
-    into_nodes,
-    nodes,
-    pool,
-    skip,
+from tanglenas_engine import (
+    Architecture,
+    Assignment,
+    Choice,
+    Mixture,
+    Row,
+    SearchSpace,
+    Size,
+    TangleNASError,
+    cells,
+    elastic,
 )
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.size import Assignment, Row, Size
 
 OPERATIONS = (
     "none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
@@ -49,9 +46,9 @@ class Cell(nn.Module):
         affine: bool, pool_norm: bool, drop_path: float, sharing: str,
     ):  # fmt: skip
         super().__init__()
-        first = FactorizedReduce if after_reduction else Pointwise
+        first = cells.FactorizedReduce if after_reduction else cells.Pointwise
         width = channels.max
-        self.preprocess = nn.ModuleList([first(inputs[0], width, affine), Pointwise(inputs[1], width, affine)])
+        self.preprocess = nn.ModuleList([first(inputs[0], width, affine), cells.Pointwise(inputs[1], width, affine)])
         self.edges = nn.ModuleList(
             mixed(choice[i], channels, 2 if reduction and source < 2 else 1, affine, pool_norm, sharing)
             for i, (_, source) in enumerate(EDGES)
@@ -60,7 +57,7 @@ class Cell(nn.Module):
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
         inputs = [layer(x) for layer, x in zip(self.preprocess, (before, last), strict=True)]
-        return torch.cat(nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
+        return torch.cat(cells.nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
 
     def _through(self, edge: nn.Module, x: Tensor) -> Tensor:
         y = edge(x)
@@ -194,11 +191,11 @@ class Darts(SearchSpace):
         """For each node the two edges with the most probable operations other than `none`, as in the paper."""
         return self._strongest(self.scores(mixture))
 
-    def _extreme(self, largest: bool) -> Architecture:
+    def extreme(self, largest: bool) -> Architecture:
         sign, nothing = 1 if largest else -1, dict.fromkeys(self.rows, NONE)
 
         def size(row: Row, option: int) -> tuple[int, int]:
-            cost = self._cost_model.cost({**nothing, row: option})
+            cost = self.cost_model.cost({**nothing, row: option})
             return sign * cost.params, sign * cost.flops
 
         return self._strongest({row: [size(row, option) for option in range(len(OPERATIONS))] for row in self.rows})
@@ -213,7 +210,7 @@ class Darts(SearchSpace):
         return self.architecture_of(picks)
 
     def nodes(self) -> list[list[Row]]:
-        return into_nodes(self.choices.values(), EDGES)
+        return cells.into_nodes(self.choices.values(), EDGES)
 
     # Their usual notation.
 
@@ -248,7 +245,7 @@ class Darts(SearchSpace):
                 choices[name] = list(operations.values())
         if choices.keys() != self.choices.keys():
             raise TangleNASError(
-                f"{text!r} is not an architecture of {self._label}: expected Genotype(normal=[('sep_conv_3x3', 0), "
+                f"{text!r} is not an architecture of {self.label}: expected Genotype(normal=[('sep_conv_3x3', 0), "
                 "...], normal_concat=range(2, 6), reduce=[...], reduce_concat=range(2, 6)) with two edges (operation, "
                 "source) for each of four nodes, from sources before it"
             )
@@ -260,14 +257,17 @@ def mixed(
 ) -> elastic.MixedOperation:
     """The mixed operation of an edge."""
     families: dict[str, elastic.Family] = {
-        "none": ({"none": 1}, lambda _: Nothing(stride)),
-        "max_pool_3x3": ({"max_pool_3x3": 3}, lambda _: pool("max", channels, stride, pool_norm)),
-        "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: pool("avg", channels, stride, pool_norm)),
-        "skip_connect": ({"skip_connect": 1}, lambda _: skip(channels, stride, affine)),
+        "none": ({"none": 1}, lambda _: cells.Nothing(stride)),
+        "max_pool_3x3": ({"max_pool_3x3": 3}, lambda _: cells.pool("max", channels, stride, pool_norm)),
+        "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: cells.pool("avg", channels, stride, pool_norm)),
+        "skip_connect": ({"skip_connect": 1}, lambda _: cells.skip(channels, stride, affine)),
         "sep_conv": (
             {"sep_conv_3x3": 3, "sep_conv_5x5": 5},
-            partial(Separable, channels, stride=stride, affine=affine),
+            partial(cells.Separable, channels, stride=stride, affine=affine),
         ),
-        "dil_conv": ({"dil_conv_3x3": 3, "dil_conv_5x5": 5}, partial(Dilated, channels, stride=stride, affine=affine)),
+        "dil_conv": (
+            {"dil_conv_3x3": 3, "dil_conv_5x5": 5},
+            partial(cells.Dilated, channels, stride=stride, affine=affine),
+        ),
     }
     return elastic.MixedOperation.of(operation, families, sharing, channels)

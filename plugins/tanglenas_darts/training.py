@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import TangleNASError
 
 
 class ScheduledDropPath(StochasticDepth):
@@ -24,7 +24,7 @@ class WithAuxiliaryHead(nn.Module):
     """A network of the DARTS space with a second classifier, behind the cell at two thirds of its depth.
 
     What `retrain` trains in place of the network. In train mode it gives both logits, `2 x (B, num_classes)`, the
-    network's first; `tanglenas_engine.retrain.auxiliary` is a loss for that.
+    network's first; `tanglenas_engine.auxiliary` is a loss for that.
     """
 
     def __init__(self, network: nn.Module):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_datasets.memory import ImagesInMemory, find, read
-from tanglenas_engine.checkpoint import write_atomic
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import TangleNASError, write_atomic
 
 _SITE = "https://www.cs.toronto.edu/~kriz/"
 _PIXELS = 3 * 32 * 32

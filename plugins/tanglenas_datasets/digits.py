@@ -8,8 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
-from tanglenas_engine.data import Dataset, TensorSamples, content_hash
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_hash
 
 _WHITE = 16  # the largest raw pixel
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_datasets.memory import ImagesInMemory, find, read
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import TangleNASError
 
 _FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 

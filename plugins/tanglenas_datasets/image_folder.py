@@ -11,8 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from tanglenas_engine.data import Dataset, content_hash
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import Dataset, TangleNASError, content_hash
 
 Transform = Callable[[Image.Image], Tensor]
 

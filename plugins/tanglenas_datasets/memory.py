@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
-from tanglenas_engine.data import Dataset, TensorSamples, content_hash
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_hash
 
 
 class ImagesInMemory(Dataset):

@@ -12,8 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tanglenas_engine.data import Dataset, TokenSamples, content_hash
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import Dataset, TangleNASError, TokenSamples, content_hash
 
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"

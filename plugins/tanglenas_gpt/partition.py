@@ -8,10 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import elastic
-from tanglenas_engine.elastic.base import copied
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Assignment, Axis, Size, combinations, stacked
+from tanglenas_engine import Assignment, Axis, Size, TangleNASError, combinations, elastic, stacked
 
 
 class PartitionedAttention(elastic.Elastic):
@@ -92,7 +89,7 @@ class PartitionedAttention(elastic.Elastic):
         return total
 
     def plain(self, assignment: Assignment) -> nn.Module:
-        attention: Any = copied(self, assignment)
+        attention: Any = elastic.copied(self, assignment)
         attention.num_heads = self.heads.value(assignment)
         return attention
 

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, SearchSpace, elastic
-from tanglenas_engine.errors import unknown
-from tanglenas_engine.size import Size
+from tanglenas_engine import Architecture, SearchSpace, Size, elastic, unknown
 from tanglenas_gpt import network
 from tanglenas_gpt.network import generate
 from tanglenas_gpt.partition import PartitionedAttention

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tanglenas_engine import Optimizer
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizer import positive
+from tanglenas_engine import Optimizer, TangleNASError, positive
 
 
 class Annealed(Optimizer):

@@ -5,8 +5,7 @@ Differs from the paper's code, which uses sparsemax where weights are entangled.
 
 from torch import Tensor
 
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import l2
+from tanglenas_engine import Mixture, l2
 from tanglenas_gradient.annealed import Annealed
 
 
@@ -27,7 +26,7 @@ class DARTS(Annealed):
         return self.expected()
 
     def expected(self) -> Mixture:
-        return self._space.mixture({count: logits.softmax(1) for count, logits in self.logits().items()})
+        return self.space.mixture({count: logits.softmax(1) for count, logits in self.logits().items()})
 
     def regularizer(self) -> Tensor:
         return self.weight_decay * l2(self.parameters())

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tanglenas_engine import distributed
-from tanglenas_engine.errors import unknown
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import Batch, Step, positive
+from tanglenas_engine import Batch, Mixture, Step, averaged, positive, unknown
 from tanglenas_gradient.darts import DARTS
 
 HYPERGRADIENTS = ("finite_differences", "autograd")
@@ -60,10 +57,10 @@ class SecondOrderDARTS(DARTS):
             trained = self._loss_at(step, step.weight_batch, mixture if exact else mixture.detach(), weights)
             slopes = torch.autograd.grad(trained, list(weights.values()), create_graph=exact)
             rates = {name: _of(step.weight_optimizer, weight, "lr") for name, weight in weights.items()}
-            moved = _moved(step.weight_optimizer, weights, distributed.averaged(slopes))
+            moved = _moved(step.weight_optimizer, weights, averaged(slopes))
             loss = self._loss_at(step, step.architecture_batch, mixture, moved)
             gradients = torch.autograd.grad(loss, [*alphas, *moved.values()], retain_graph=exact)
-            direct, through = gradients[: len(alphas)], distributed.averaged(gradients[len(alphas) :])
+            direct, through = gradients[: len(alphas)], averaged(gradients[len(alphas) :])
             vector = {name: rates[name] * v for name, v in zip(weights, through, strict=True)}
             if exact:
                 mixed = torch.autograd.grad(slopes, alphas, list(vector.values()))

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
-from tanglenas_engine.errors import unknown
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import l2, positive
+from tanglenas_engine import Mixture, l2, positive, unknown
 from tanglenas_gradient.annealed import Annealed
 
 REGULARIZERS = ("l2", "kl", "none")
@@ -41,10 +39,10 @@ class DrNAS(Annealed):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.entropy(step, stream))
             draws = {count: Dirichlet(c, validate_args=False).rsample() for count, c in self._concentrations().items()}
-        return self._space.mixture(draws)
+        return self.space.mixture(draws)
 
     def expected(self) -> Mixture:
-        return self._space.mixture({n: c / c.sum(1, keepdim=True) for n, c in self._concentrations().items()})
+        return self.space.mixture({n: c / c.sum(1, keepdim=True) for n, c in self._concentrations().items()})
 
     def regularizer(self) -> Tensor | None:
         if self._regularizer == "none":

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import l2
+from tanglenas_engine import Mixture, l2
 from tanglenas_gradient.annealed import Annealed
 
 
@@ -31,13 +30,13 @@ class GDAS(Annealed):
 
     def sample(self, step: int, stream: str) -> Mixture:
         generator = torch.Generator().manual_seed(self.entropy(step, stream))
-        return self._space.mixture({count: self._hard(alpha, generator) for count, alpha in self.alphas.items()})
+        return self.space.mixture({count: self._hard(alpha, generator) for count, alpha in self.alphas.items()})
 
     def enter(self, sampled: Mixture) -> None:
-        self._space.select(sampled)
+        self.space.select(sampled)
 
     def expected(self) -> Mixture:
-        return self._space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
+        return self.space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
 
     def regularizer(self) -> Tensor:
         return self.weight_decay * l2(self.parameters())

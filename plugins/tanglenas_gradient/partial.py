@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine import SearchSpace
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import Optimizer
+from tanglenas_engine import Mixture, Optimizer, SearchSpace, TangleNASError
 from tanglenas_gradient.darts import DARTS
 from tanglenas_gradient.drnas import DrNAS
 
@@ -70,7 +67,7 @@ class Progressive(Optimizer):
             for parts in self.channels:
                 if widths % parts:
                     raise TangleNASError(
-                        f"{widths} channels of {space._label} do not divide into {parts} parts: choose other channels "
+                        f"{widths} channels of {space.label} do not divide into {parts} parts: choose other channels "
                         "of the space or of the optimizer"
                     )
         self.stage = 0
@@ -86,7 +83,7 @@ class Progressive(Optimizer):
         while self.stage < stage:
             self.stage += 1
             self._prune(self.keep[self.stage])
-        self._space.superposition.parts = self.channels[self.stage]
+        self.space.superposition.parts = self.channels[self.stage]
 
     def schedules(self) -> dict[str, float]:
         share = self.keep[self.stage]
@@ -108,7 +105,7 @@ class Progressive(Optimizer):
             self.edges.copy_(state["edges"])
         self.stage = state["stage"]
         self._kept = {count: kept.to(self.alphas[count].device) for count, kept in state["kept"].items()}
-        self._space.superposition.parts = self.channels[self.stage]
+        self.space.superposition.parts = self.channels[self.stage]
 
     def _prune(self, share: float) -> None:
         """Keep the most probable options of every row."""
@@ -119,12 +116,12 @@ class Progressive(Optimizer):
     def _shrunk(self, mixture: Mixture) -> Mixture:
         """A mixture given that it is one of the options left, with the weights of edges."""
         stacks = {count: weights * self._kept[count] for count, weights in mixture.stacks.items()}
-        found = self._space.mixture({count: w / w.sum(1, keepdim=True) for count, w in stacks.items()})
+        found = self.space.mixture({count: w / w.sum(1, keepdim=True) for count, w in stacks.items()})
         if self.keep[self.stage] < 1:
             kept = {count: stack.tolist() for count, stack in self._kept.items()}
             found.kept = {
                 row: frozenset(i for i, there in enumerate(kept[len(row.options)][row.slot]) if there)
-                for row in self._space.rows
+                for row in self.space.rows
             }
         for rows, logits in zip(self._nodes, self.edges.split(list(map(len, self._nodes))), strict=True):
             found.edges.update(zip(rows, logits.softmax(0), strict=True))

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import elastic
-from tanglenas_engine.mixture import Factor
-from tanglenas_engine.size import Assignment, Axis, Size
+from tanglenas_engine import Assignment, Axis, Size, elastic
 
 
 class TransformedConv2d(elastic.Conv2d):
@@ -33,7 +31,7 @@ class TransformedConv2d(elastic.Conv2d):
     def gate(self, child: str) -> Size:
         return Size.of(0)  # the matrices are the supernet's alone
 
-    def parts(self, name: str) -> tuple[Tensor | None, list[Factor]]:
+    def parts(self, name: str) -> tuple[Tensor | None, list[elastic.Factor]]:
         probabilities = self.masks("kernels") if name == "weight" else []
         if not probabilities:
             return super().parts(name)

@@ -17,9 +17,7 @@ from timm.models._efficientnet_builder import efficientnet_init_weights, round_c
 from timm.models.mobilenetv3 import MobileNetV3 as TimmMobileNetV3
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Dataset, SearchSpace, elastic
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Size
+from tanglenas_engine import Architecture, Dataset, SearchSpace, Size, TangleNASError, elastic
 from tanglenas_mobilenetv3.kernels import TransformedConv2d
 from tanglenas_mobilenetv3.network import mobilenetv3, squeeze_excite
 

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
-from tanglenas_engine.cells import Nothing, into_nodes, nodes
-from tanglenas_engine.errors import TangleNASError, unknown
-from tanglenas_engine.size import Row, Size
+from tanglenas_engine import Architecture, Choice, Row, SearchSpace, Size, TangleNASError, cells, elastic, unknown
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = tuple((node, source) for node in range(1, 4) for source in range(node))
@@ -38,7 +35,7 @@ class Cell(nn.Module):
     def __init__(self, channels: Size, operation: Choice, affine: bool, sharing: str):
         super().__init__()
         families: dict[str, elastic.Family] = {
-            "none": ({"none": 1}, lambda _: Nothing()),
+            "none": ({"none": 1}, lambda _: cells.Nothing()),
             "skip_connect": ({"skip_connect": 1}, lambda _: nn.Identity()),
             "nor_conv": (
                 {"nor_conv_1x1": 1, "nor_conv_3x3": 3},
@@ -49,7 +46,7 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList(elastic.MixedOperation.of(edge, families, sharing, channels) for edge in operation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nodes([x], self.edges)[-1]
+        return cells.nodes([x], self.edges)[-1]
 
 
 class Reduction(nn.Module):
@@ -113,7 +110,7 @@ class NB201(SearchSpace):
         return self.head(third(self.reductions[1](second(x))))
 
     def nodes(self) -> list[list[Row]]:
-        return into_nodes(self.choices.values(), EDGES)
+        return cells.into_nodes(self.choices.values(), EDGES)
 
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)
@@ -136,12 +133,12 @@ class NB201(SearchSpace):
         operations = re.findall(r"(\w+)~\d", text)
         if len(operations) != len(EDGES) or _notation(operations) != "".join(text.split()):
             raise TangleNASError(
-                f"{text!r} is not an architecture of {self._label}: expected |op~0|+|op~0|op~1|+|op~0|op~1|op~2| "
+                f"{text!r} is not an architecture of {self.label}: expected |op~0|+|op~0|op~1|+|op~0|op~1|op~2| "
                 f"with the operations {', '.join(OPERATIONS)}"
             )
         for operation in operations:
             if operation not in OPERATIONS:
-                raise unknown(f"operation of {self._label}", operation, OPERATIONS)
+                raise unknown(f"operation of {self.label}", operation, OPERATIONS)
         return self.architecture(operation=operations)
 
 

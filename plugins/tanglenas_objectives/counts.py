@@ -1,7 +1,6 @@
 """Objectives that are counted: exact for an architecture, and in expectation."""
 
-from tanglenas_engine import Objective, SearchSpace
-from tanglenas_engine.cost import Additive
+from tanglenas_engine import Additive, Objective, SearchSpace
 
 
 class Params(Objective):

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tanglenas_engine import Architecture, Optimizer, SearchSpace
-from tanglenas_engine.optimizer import Step
-from tanglenas_engine.training import at_least
+from tanglenas_engine import Architecture, Optimizer, SearchSpace, Step, at_least
 
 
 class Sandwich(Optimizer):
@@ -53,7 +51,7 @@ class Sandwich(Optimizer):
             yield _distilled(outputs, teacher) if self.distillation else step.loss(outputs, targets)
 
     def _draw(self, step: int, stream: str, number: int) -> Architecture:
-        return self._space.sample(torch.Generator().manual_seed(self.entropy(step, f"{stream}/{number}")))
+        return self.space.sample(torch.Generator().manual_seed(self.entropy(step, f"{stream}/{number}")))
 
 
 def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:

@@ -10,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, SearchSpace, elastic
-from tanglenas_engine.cells import Dilated, Separable, into_nodes, nodes
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Row, Size
+from tanglenas_engine import Architecture, Choice, Row, SearchSpace, Size, TangleNASError, cells, elastic
 
 OPERATIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 EDGES = ((0, "in"), (1, "in"), (1, 0))
 """The edges of a cell, (node, source), in the order of the table's columns."""
 
 
-FAMILIES: dict[str, type[nn.Module]] = {"sep_conv": Separable, "dil_conv": Dilated}
+FAMILIES: dict[str, type[nn.Module]] = {"sep_conv": cells.Separable, "dil_conv": cells.Dilated}
 
 
 class Cell(nn.Module):
@@ -37,7 +34,7 @@ class Cell(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(nodes([self.preprocess(x)], self.edges)[1:], 1)
+        return torch.cat(cells.nodes([self.preprocess(x)], self.edges)[1:], 1)
 
 
 class ToyCell(SearchSpace):
@@ -88,7 +85,7 @@ class ToyCell(SearchSpace):
         return self.classifier(F.max_pool2d(x, 2))
 
     def nodes(self) -> list[list[Row]]:
-        return into_nodes(self.choices.values(), EDGES)
+        return cells.into_nodes(self.choices.values(), EDGES)
 
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, SearchSpace, elastic
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine import Architecture, SearchSpace, TangleNASError, elastic
 
 NAMES = ("channels1", "channels2", "channels3", "channels4")
 
@@ -93,7 +92,7 @@ class ConvMacro(SearchSpace):
             (c1, c2, c3, c4), kernels = json.loads(text)
         except (ValueError, TypeError, RecursionError):
             raise TangleNASError(
-                f"{text!r} is not an architecture of {self._label}: expected [[c1, c2, c3, c4], [k1, k2, k3, k4]], "
+                f"{text!r} is not an architecture of {self.label}: expected [[c1, c2, c3, c4], [k1, k2, k3, k4]], "
                 "as to_string writes it"
             ) from None
         return self.architecture(channels1=c1, channels2=c2, channels3=c3, channels4=c4, kernel_size=kernels)

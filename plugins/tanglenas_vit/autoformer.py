@@ -12,9 +12,7 @@ from timm.models import named_apply, save_for_hf
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, Dataset, SearchSpace, elastic
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Size
+from tanglenas_engine import Architecture, Choice, Dataset, SearchSpace, Size, TangleNASError, elastic
 from tanglenas_vit.network import RelativePosition2D, vision_transformer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
 
 COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "latency", "tables", "report", "doctor")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
 
 
 def print_table(columns: list[str], rows: list[list[str]], styles: Iterable[str] = ()) -> None:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
+
 from ._console import read_text
 from ._shipped import stage_module
 
 if TYPE_CHECKING:
-    from ..architecture import Architecture
-    from ..space import SearchSpace
+    from tanglenas_engine.spaces.architecture import Architecture
+    from tanglenas_engine.spaces.space import SearchSpace
 
 ARCHITECTURE_FILE = "the architecture.json that discretize writes"
 
@@ -39,7 +40,8 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     Raises:
         TangleNASError: The file is no architecture, or the space is unknown or takes no such option.
     """
-    from ..architecture import Architecture
+    from tanglenas_engine.spaces.architecture import Architecture
+
     from ..plugins import create_space
 
     architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))

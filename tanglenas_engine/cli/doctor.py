@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from ..errors import TangleNASError, closest
+from tanglenas_engine.errors import TangleNASError, closest
+
 from ..plugins import PluginManager, PluginWarning
 from ._shipped import stage_module
 
@@ -188,7 +189,7 @@ def _changed_since(folder: Path) -> str:
 
 def _version_of(package: str) -> str | None:
     """That of the sources of an installed package, which is not imported for it."""
-    from ..checkpoint import code_version
+    from tanglenas_engine.runtime.fingerprint import code_version
 
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     return code_version(importlib.util.module_from_spec(spec)) if spec else None

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
+
 from ._space import read, space_options
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ..architecture import Architecture
-    from ..space import SearchSpace
+    from tanglenas_engine.spaces.architecture import Architecture
+    from tanglenas_engine.spaces.space import SearchSpace
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest output: other runtimes sum in another order."""
@@ -90,7 +91,7 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
 def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> nn.Module:
     """The network with its weights, which are its own or the supernet's."""
-    from ..checkpoint import load_weights
+    from tanglenas_engine.runtime.weights import load_weights
 
     state = load_weights(weights)
 
@@ -127,8 +128,9 @@ def _timm(export: Export) -> tuple[Forward, str]:
 
 
 def _torch(export: Export) -> tuple[Forward, str]:
-    from ..architecture import Architecture
-    from ..checkpoint import load_weights, save_weights, write_atomic
+    from tanglenas_engine.runtime.files import write_atomic
+    from tanglenas_engine.runtime.weights import load_weights, save_weights
+    from tanglenas_engine.spaces.architecture import Architecture
 
     write_atomic(export.folder / "architecture.json", export.architecture.to_json())
     save_weights(export.folder / "model.safetensors", export.network.state_dict(), {"space": export.space.name})

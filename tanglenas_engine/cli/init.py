@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
+
 from ..plugins import PluginManager, Registration
 from ..plugins.manager import options_of
 from ._shipped import TEMPLATE, pipeline

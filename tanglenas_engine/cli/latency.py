@@ -32,9 +32,10 @@ def build(
     Use it as an objective: `create_objective.table = "TABLE"` for the objective `latency`. Give the space the options
     that the search has, such as -o image_size=32.
     """
+    from tanglenas_engine.runtime.progress import ConsoleProgress
+
     from ..latency import measure_latency
     from ..plugins import create_space
-    from ..progress import ConsoleProgress
 
     made = create_space(space, **parsed(options))
     measured = measure_latency(

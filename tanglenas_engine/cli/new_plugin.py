@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
+
 from ..plugins import PluginManager
 from ._shipped import example
 

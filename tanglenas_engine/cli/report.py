@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError
+
 from ._console import read_text
 from ._shipped import TEMPLATE, stage_module
 from ._space import ARCHITECTURE_FILE
@@ -39,7 +40,7 @@ def command(output: Path) -> None:
     path = root / "out" / "discretize" / "architecture.json"
     if not path.exists():
         raise TangleNASError(f"{root} has no out/discretize/architecture.json: run `dvc repro` first")
-    from ..architecture import Architecture
+    from tanglenas_engine.spaces.architecture import Architecture
 
     architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
     records = stage_module("_records")
@@ -62,7 +63,7 @@ def command(output: Path) -> None:
         commands=_commands(params, runs, architecture.digest),
         environment=_json(root / "environment.json").get("versions", {}),
     )  # fmt: skip
-    from ..checkpoint import write_atomic
+    from tanglenas_engine.runtime.files import write_atomic
 
     write_atomic(output, page)
     click.echo(f"{output}: {len(runs)} evaluated run{'s' * (len(runs) != 1)}, {len(page.encode()):,} bytes")

@@ -9,8 +9,8 @@ from ._console import print_table
 from ._space import read, space_options
 
 if TYPE_CHECKING:
-    from ..architecture import Architecture
-    from ..space import SearchSpace
+    from tanglenas_engine.spaces.architecture import Architecture
+    from tanglenas_engine.spaces.space import SearchSpace
 
 
 @click.command(short_help="Show an architecture, layer by layer.")

@@ -40,7 +40,8 @@ def import_table(file: str, space_name: str, out: str | None) -> None:
 @click.option("--metric", help="Show only this one.")
 def query(table: str, architecture: str, metric: str | None) -> None:
     """Look up ARCHITECTURE in TABLE: its text in the space's notation, or the path of an architecture.json."""
-    from ..architecture import Architecture
+    from tanglenas_engine.spaces.architecture import Architecture
+
     from ..plugins import create_space
     from ..tables import load_table
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import OutOfReachError, TangleNASError, closest, unknown
+from tanglenas_engine.errors import OutOfReachError, TangleNASError, closest, unknown
+
 from .dataset import Dataset, Samples
 
 # The letter that stands for each split in a `Splits.assignment`.

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from ..errors import TangleNASError
-from ..seeding import seeded
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.seeding import seeded
+
 from .dataset import Samples
 
 Batch: TypeAlias = tuple[Tensor, Tensor]

@@ -5,12 +5,13 @@ largest network. `Elastic` is what they have in common; a layer of your own need
 """
 
 from tanglenas_engine.elastic.attention import Attention
-from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.base import Elastic, copied
 from tanglenas_engine.elastic.conv import Conv2d
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.elastic.linear import Embedding, Linear
 from tanglenas_engine.elastic.norm import BatchNorm2d, LayerNorm
 from tanglenas_engine.elastic.operations import Family, MixedOperation
+from tanglenas_engine.superposition.mixture import Factor
 
 __all__ = [
     "Attention",
@@ -19,8 +20,10 @@ __all__ = [
     "Depth",
     "Elastic",
     "Embedding",
+    "Factor",
     "Family",
     "LayerNorm",
     "Linear",
     "MixedOperation",
+    "copied",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic
 from tanglenas_engine.elastic.linear import Linear
-from tanglenas_engine.size import Size, stacked
+from tanglenas_engine.superposition.size import Size, stacked
 
 
 class Attention(Elastic):

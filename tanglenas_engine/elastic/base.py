@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Factor, Superposition
-from tanglenas_engine.size import Assignment, Axis, Number, Size
+from tanglenas_engine.superposition.mixture import Factor, Superposition
+from tanglenas_engine.superposition.size import Assignment, Axis, Number, Size
 
 Dimension = Axis | Size | Number
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic
-from tanglenas_engine.elastic.placement import Convolution, masked
+from tanglenas_engine.elastic.masked import ConvolutionProduct, masked
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Assignment, Axis, Size
+from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
 class Conv2d(Elastic, nn.Conv2d):
@@ -63,7 +63,7 @@ class Conv2d(Elastic, nn.Conv2d):
         weight, factors = self.parts("weight")
         assert weight is not None
         padding, _ = self._geometry(self.assignment)
-        op = Convolution(self.stride, padding, self.dilation, x.shape[1] // weight.shape[1])
+        op = ConvolutionProduct(self.stride, padding, self.dilation, x.shape[1] // weight.shape[1])
         return masked(op, x, weight, self.current("bias"), factors)
 
     def plain(self, assignment: Assignment) -> nn.Conv2d:

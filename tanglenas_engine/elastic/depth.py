@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.mixture import Factor
-from tanglenas_engine.size import Assignment, Axis, Size
+from tanglenas_engine.superposition.mixture import Factor
+from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
 class Depth(Elastic, nn.ModuleList):

@@ -7,10 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine.elastic import placement
 from tanglenas_engine.elastic.base import Dimension, Elastic
-from tanglenas_engine.elastic.placement import masked
-from tanglenas_engine.size import Assignment, Axis, Size
+from tanglenas_engine.elastic.masked import LinearProduct, masked
+from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
 class Linear(Elastic, nn.Linear):
@@ -24,7 +23,7 @@ class Linear(Elastic, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight, factors = self.parts("weight")
         assert weight is not None
-        return masked(placement.Linear(), x, weight, self.current("bias"), factors)
+        return masked(LinearProduct(), x, weight, self.current("bias"), factors)
 
     def plain(self, assignment: Assignment) -> nn.Linear:
         outputs, inputs = (axis.entries(assignment) for axis in self.axes["weight"])

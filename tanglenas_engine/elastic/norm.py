@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Dimension, Elastic
-from tanglenas_engine.size import Assignment, Axis
+from tanglenas_engine.superposition.size import Assignment, Axis
 
 
 def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

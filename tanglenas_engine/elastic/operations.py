@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.size import Assignment, Axis, Size, combinations
+from tanglenas_engine.superposition.size import Assignment, Axis, Size, combinations
 
 Family = tuple[Mapping[str, int], Callable[[Size], nn.Module]]
 """The kernel size of each operation (1 where it has none), and what makes the module from the Size of the kernel."""

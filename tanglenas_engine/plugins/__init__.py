@@ -13,10 +13,11 @@ from .manager import PluginManager
 from .types import Fault, Plugin, PluginWarning, Registration
 
 if TYPE_CHECKING:
+    from tanglenas_engine.optimizers.optimizer import Optimizer
+    from tanglenas_engine.spaces.objective import Objective
+    from tanglenas_engine.spaces.space import SearchSpace
+
     from ..data import Dataset
-    from ..objective import Objective
-    from ..optimizer import Optimizer
-    from ..space import SearchSpace
 
 __all__ = [
     "API_VERSION",

@@ -19,11 +19,13 @@ from typing import Any
 
 import pluggy
 
+from tanglenas_engine.errors import TangleNASError
+
 from .. import errors
-from ..errors import TangleNASError
+from ..errors import describe
 from . import hookspecs
 from .hookspecs import API_VERSION, HOOKS, KINDS, Register
-from .types import Fault, Plugin, PluginWarning, Registration, describe
+from .types import Fault, Plugin, PluginWarning, Registration
 
 GROUP = "tanglenas"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, describe
 
 
 class PluginWarning(UserWarning):
@@ -73,9 +73,3 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.plugin} {self.problem}. {self.remedy}"
-
-
-def describe(cause: BaseException) -> str:
-    """Type and message of an exception, on one line and without a closing stop."""
-    message = " ".join(str(cause).split()).rstrip(".")
-    return f"{type(cause).__name__}: {message}" if message else type(cause).__name__

@@ -16,7 +16,7 @@ from tanglenas_engine.tables.pickles import read_pickle
 from tanglenas_engine.tables.table import HEADER, Table, expected, limit
 
 if TYPE_CHECKING:
-    from tanglenas_engine.space import SearchSpace
+    from tanglenas_engine.spaces.space import SearchSpace
 
 MAX_BYTES = 128 * 2**20
 """Of a table's uncompressed file: 40 times that of NAS-Bench-201. A small compressed file may hold any amount."""

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from tanglenas_engine.architecture import Architecture
 from tanglenas_engine.errors import TangleNASError, unknown
-from tanglenas_engine.size import combinations
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.superposition.size import combinations
 
 if TYPE_CHECKING:
-    from tanglenas_engine.space import SearchSpace
+    from tanglenas_engine.spaces.space import SearchSpace
 
 COSTS = {"params", "flops", "macs", "latency", "loss", "perplexity", "seconds", "time"}
 """A metric with one of these words in its name (`params_c10`, `test_loss`) is a cost: less is better."""
@@ -179,7 +179,7 @@ class Table:
 
         The first column is headed `architecture of SPACE` and tells a reader whose notation it is in.
         """
-        from tanglenas_engine.checkpoint import write_atomic  # torch
+        from tanglenas_engine.runtime.files import write_atomic
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.objective import Objective
-from tanglenas_engine.size import Row, combinations
-from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.objective import Objective
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import Row, combinations
 
 ENUMERATED = 64
 """Architectures that an expectation is enumerated over."""

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tanglenas_engine.architecture import Architecture
-from tanglenas_engine.checkpoint import CheckpointFolder
 from tanglenas_engine.data import SPLITS, DataView, TensorSamples
-from tanglenas_engine.discretize import discretize
-from tanglenas_engine.evaluate import evaluate
-from tanglenas_engine.mixture import Mixture
-from tanglenas_engine.optimizer import Optimizer, Step
-from tanglenas_engine.progress import SilentProgress
-from tanglenas_engine.search import search
-from tanglenas_engine.space import SearchSpace
-from tanglenas_engine.training import cross_entropy, parameter_groups
+from tanglenas_engine.optimizers.optimizer import Optimizer, Step
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.evaluate import evaluate
+from tanglenas_engine.stages.search import search
+from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.optim import parameter_groups
 
 SEED = 3
 SAMPLES = 8

@@ -10,13 +10,12 @@ from typing import Any
 
 from tanglenas_engine import errors
 from tanglenas_engine.data import Dataset
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.objective import Objective
-from tanglenas_engine.optimizer import Optimizer
+from tanglenas_engine.errors import TangleNASError, describe
+from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.plugins import Plugin, PluginManager, Registration, manager
 from tanglenas_engine.plugins.manager import canonical_name, options_of
-from tanglenas_engine.plugins.types import describe
-from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.spaces.objective import Objective
+from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.testing import datasets, objectives, optimizers, spaces
 
 BASES: dict[str, type] = {"space": SearchSpace, "optimizer": Optimizer, "dataset": Dataset, "objective": Objective}

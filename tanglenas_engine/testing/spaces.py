@@ -8,10 +8,10 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine.architecture import Architecture
+from tanglenas_engine.errors import describe
 from tanglenas_engine.plugins import create_optimizer
-from tanglenas_engine.plugins.types import describe
-from tanglenas_engine.space import SearchSpace
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.testing.optimizers import check_stages
 
 OPTIMIZERS = ("drnas", "spos")

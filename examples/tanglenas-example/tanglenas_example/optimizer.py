@@ -15,7 +15,7 @@ class ExampleOptimizer(Optimizer):
         self.temperature = self.start * (self.end / self.start) ** fraction
 
     def expected(self):
-        return self._space.mixture({k: (alpha / self.temperature).softmax(1) for k, alpha in self.alphas.items()})
+        return self.space.mixture({k: (alpha / self.temperature).softmax(1) for k, alpha in self.alphas.items()})
 
     def sample(self, step: int, stream: str):
         return self.expected()

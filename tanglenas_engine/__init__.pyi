@@ -1,0 +1,57 @@
+"""The public surface of the engine. Plugins import from here and from `tanglenas_engine.testing` only."""
+
+# Everyone.
+# Authors of search spaces.
+from . import elastic as elastic
+
+# Authors of datasets.
+from .data.dataset import Dataset as Dataset
+from .data.dataset import Samples as Samples
+from .data.dataset import TensorSamples as TensorSamples
+from .data.dataset import TokenSamples as TokenSamples
+from .data.dataset import content_hash as content_hash
+
+# Whoever calls the stages, or names their parts in gin.
+from .data.splits import make_splits as make_splits
+from .data.splits import open_splits as open_splits
+from .errors import TangleNASError as TangleNASError
+from .errors import at_least as at_least
+from .errors import positive as positive
+from .errors import unknown as unknown
+
+# Authors of optimizers.
+from .optimizers.optimizer import Batch as Batch
+from .optimizers.optimizer import Optimizer as Optimizer
+from .optimizers.optimizer import Step as Step
+from .optimizers.optimizer import l2 as l2
+from .plugins import create_dataset as create_dataset
+from .plugins import create_objective as create_objective
+from .plugins import create_optimizer as create_optimizer
+from .plugins import create_space as create_space
+from .plugins.hookspecs import hookimpl as hookimpl
+from .runtime.distributed import averaged as averaged
+from .runtime.files import write_atomic as write_atomic
+from .spaces import cells as cells
+from .spaces.architecture import Architecture as Architecture
+
+# Authors of objectives.
+from .spaces.cost import Additive as Additive
+from .spaces.cost import Cost as Cost
+from .spaces.objective import Objective as Objective
+from .spaces.space import SearchSpace as SearchSpace
+from .stages.discretize import discretize as discretize
+from .stages.evaluate import evaluate as evaluate
+from .stages.retrain import retrain as retrain
+from .stages.search import search as search
+from .superposition.choice import Choice as Choice
+from .superposition.mixture import Mixture as Mixture
+from .superposition.size import Assignment as Assignment
+from .superposition.size import Axis as Axis
+from .superposition.size import Row as Row
+from .superposition.size import Size as Size
+from .superposition.size import combinations as combinations
+from .superposition.size import make_divisible as make_divisible
+from .superposition.size import stacked as stacked
+from .training.losses import auxiliary as auxiliary
+from .training.losses import cross_entropy as cross_entropy
+from .training.optim import cosine as cosine

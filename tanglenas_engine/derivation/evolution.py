@@ -1,0 +1,166 @@
+"""Evolution on a trained supernet (Guo et al., 2020, arXiv:1904.00420, section 3.3, as AutoFormer has it).
+
+Every generation is made of crossovers and mutations of the best candidates so far. With `tournament` and `lifetime` it
+is regularised evolution (Real et al., 2019, arXiv:1802.01548): parents are the best of a few, and the old retire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.superposition.size import Row
+
+
+def evolution(
+    candidates: Candidates,
+    mixture: Mixture | None,
+    *,
+    population: int = 20,
+    parents: int = 5,
+    crossovers: int = 10,
+    mutations: int = 10,
+    mutation_probability: float = 0.2,
+    single_probability: float = 0.4,
+    generations: int | None = None,
+    tournament: int = 1,
+    lifetime: int | None = None,
+) -> None:
+    """Judge generations of candidates, each bred from the best of those before.
+
+    The paper's settings for AutoFormer are population 50, parents 10, crossovers 25, mutations 25 and 20 generations,
+    1,050 candidates in all; for GPT the same with 50 generations. The probabilities are theirs.
+
+    Args:
+        population: New candidates a generation. The first is drawn; later ones have random ones where crossovers and
+            mutations are fewer, or give nothing new.
+        parents: The best so far, from which the next generation is bred.
+        crossovers: Candidates a generation whose every part comes from one of two parents.
+        mutations: Candidates a generation that differ from one parent by random changes, at least one.
+        mutation_probability: Of a change to each row of a choice that is made per layer.
+        single_probability: Of a change to each choice that is made once, such as a depth.
+        generations: After the first one; None: until the candidates are used up.
+        tournament: Each parent is the best of this many drawn from the best so far; 1 takes any of them.
+        lifetime: Generations for which a candidate can be a parent; None: for ever.
+
+    Raises:
+        TangleNASError: An option cannot be.
+    """
+    least = {"population": 1, "parents": 1, "crossovers": 0, "mutations": 0, "tournament": 1}
+    numbers = dict(zip(least, (population, parents, crossovers, mutations, tournament), strict=True))
+    for name, value in numbers.items():
+        at_least(f"evolution.{name}", value, least[name])
+    for name, optional in (("generations", generations), ("lifetime", lifetime)):
+        if optional is not None:
+            at_least(f"evolution.{name}", optional, 1)
+    if parents > population:
+        raise TangleNASError(
+            f"evolution.parents is {parents}, more than the {population} of a population: lower it, or raise "
+            "evolution.population"
+        )
+    if crossovers + mutations > population:
+        raise TangleNASError(
+            f"evolution.crossovers and evolution.mutations are {crossovers} and {mutations}, together more than the "
+            f"{population} of a population: lower them, or raise evolution.population"
+        )
+    generator = candidates.generator
+    variation = Variation(candidates.space, generator, "evolution", mutation_probability, single_probability)
+    pool: list[Architecture] = []  # best first
+
+    def parent() -> Architecture:
+        return pool[int(torch.randint(len(pool), (tournament,), generator=generator).min())]
+
+    total = candidates.limit if generations is None else min(candidates.limit, population * (generations + 1))
+    number, generation = 0, candidates.first(population)
+    while generation:
+        candidates.judge(generation, total)
+        if number == generations:
+            break
+        number += 1
+        best = candidates.best(parents, since=0 if lifetime is None else number - lifetime)
+        pool = [row["architecture"] for row in best]
+        generation = candidates.fresh(crossovers, lambda: variation.crossed(parent(), parent()))
+        generation += candidates.fresh(mutations, lambda: variation.mutated(parent()))
+        generation += candidates.fresh(population - len(generation))
+
+
+class Variation:
+    """Makes new architectures of others, with the changes that the space allows.
+
+    Args:
+        generator: Of all that is random.
+        name: Under which errors name the probabilities.
+        mutation_probability: Of a move of each row of a choice that is made per layer.
+        single_probability: Of a move of each choice that is made once.
+
+    Raises:
+        TangleNASError: A probability is none.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        generator: torch.Generator,
+        name: str = "evolution",
+        mutation_probability: float = 0.2,
+        single_probability: float = 0.4,
+    ):
+        self.space, self.generator = space, generator
+        self._probability = _share(f"{name}.mutation_probability", mutation_probability)
+        self._single = _share(f"{name}.single_probability", single_probability)
+        self._groups = [list(alternatives[0]) for alternatives in space.decisions()]
+
+    def crossed(self, one: Architecture, other: Architecture) -> Architecture:
+        """Every decision is that of one of the two, or of the other where this one does not use its rows.
+
+        Where this is no architecture, in a space that does not say which rows are decided together, it is `one`.
+        """
+        pair = [self.space.assignment_of(one), self.space.assignment_of(other)]
+        picks: dict[Row, int] = {}
+        for rows, first in zip(self._groups, self._integers(2, len(self._groups)), strict=True):
+            picks.update((row, pair[first if row.active(pair[first]) else 1 - first][row]) for row in rows)
+        child = self.space.architecture_of(picks)
+        try:
+            self.space.assignment_of(child)
+        except TangleNASError:
+            return one
+        return child
+
+    def mutated(self, architecture: Architecture) -> Architecture:
+        """Some of the rows, at least one, go through a random move of the space."""
+        picks = self.space.assignment_of(architecture)
+        for row in self.space.rows:
+            if not row.active(picks):  # a depth that grows finds random options there
+                (picks[row],) = self._integers(len(row.options), 1)
+
+        def move(rows: Sequence[Row]) -> bool:
+            """Make a random move of one of these rows, if there is any."""
+            moves = [change for change in self.space.moves(picks) if not change.keys().isdisjoint(rows)]
+            if moves:
+                picks.update(moves[self._integers(len(moves), 1)[0]])
+            return bool(moves)
+
+        chances, moved = torch.rand(len(self.space.rows), generator=self.generator).tolist(), False
+        for row, chance in zip(self.space.rows, chances, strict=True):
+            if chance < (self._single if row.layer is None else self._probability) and row.active(picks):
+                moved |= move([row])
+        if not moved:
+            move([row for row in self.space.rows if row.active(picks)])
+        return self.space.architecture_of(picks)
+
+    def _integers(self, high: int, count: int) -> list[int]:
+        numbers: list[int] = torch.randint(high, (count,), generator=self.generator).tolist()
+        return numbers
+
+
+def _share(name: str, value: float) -> float:
+    """`value`, checked to be a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise TangleNASError(f"{name} is {value!r}, expected a number from 0 to 1")
+    return value

@@ -1,0 +1,260 @@
+"""Where masks sit: `op(x, weight * mask)` and its gradients, at the least cost.
+
+The numbers are those of the formula wherever a mask sits. What differs is what has to be computed and kept:
+
+- For backward the weight and small factors are kept, not the masked weight: it is as large, and soon made again.
+- With constant weights, the gradient of a mask `m` over what is read needs no gradient of the weight. With
+  `g = dy W`, which x needs anyway, it is `sum(x * g)`, and `dx = g * m`. A mask over both sides is one over what is
+  read for each band of rows, and `dy W` the sum over the bands. So an architecture step has forward and input gradients
+  only. A mask over a kernel's window still needs the gradient of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tanglenas_engine.superposition.mixture import Factor, expanded
+
+LEAST_ROWS = 64
+"""Rows of a band, on average, from which bands cost less than the gradient of the weight."""
+
+
+class Product(Protocol):
+    """A product of an input and a weight, linear in both, whose channels are at `channels` of input and output."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def groups(self) -> int: ...
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor: ...
+
+    def weight_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LinearProduct:
+    """`F.linear`."""
+
+    channels: int = -1
+    groups: int = 1
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+        return dy @ weight
+
+    def weight_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+        return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class ConvolutionProduct:
+    """`F.conv2d`."""
+
+    stride: tuple[int, ...]
+    padding: int
+    dilation: tuple[int, ...]
+    groups: int
+    channels: int = -3
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+        return self._gradients(x, weight, dy, 0)
+
+    def weight_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+        return self._gradients(x, weight, dy, 1)
+
+    def cropped(self, margin: int) -> ConvolutionProduct:
+        """The convolution with a kernel that lacks a margin."""
+        return replace(self, padding=self.padding - margin * self.dilation[0])
+
+    def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, wanted: int) -> Tensor:
+        geometry = (self.stride, [self.padding] * 2, self.dilation, False, [0, 0], self.groups)
+        # An image without a batch is a batch of one.
+        x, dy, single = (x, dy, False) if x.dim() == 4 else (x[None], dy[None], wanted == 0)
+        gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [wanted == i for i in range(3)])
+        return gradients[wanted][0] if single else gradients[wanted]  # type: ignore[no-any-return]
+
+
+def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factor]) -> Tensor:
+    """`op(x, weight * mask, bias)`: the one way in which masks meet weights that multiply an input.
+
+    Args:
+        factors: Of the mask, as `Elastic.parts` gives them.
+    """
+    if not factors:
+        return op(x, weight, bias)
+    form = _Form(op, depthwise=1 < op.groups == len(weight) == x.shape[op.channels], bands=(len(weight),))
+    rows = rest = None
+    for factor in factors:
+        mask = factor.mask
+        in_rows = mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1)
+        if in_rows and (op.groups == 1 or form.depthwise) and not factor.windows:
+            if factor.bands:  # one factor at most has the first dimension
+                form = replace(form, bands=factor.bands)
+            rows = mask.flatten(1) if rows is None else rows * mask.flatten(1)
+        else:
+            form = replace(form, windows=factor.windows if rest is None else None)
+            rest = factor.whole() if rest is None else rest * factor.whole()
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Masked.apply(form, x, weight, bias, rows, rest)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is known beforehand of an operation with a masked weight."""
+
+    op: Product
+    depthwise: bool
+    bands: tuple[int, ...]
+    windows: tuple[int, ...] | None = None
+
+    def mask(self, rows: Tensor | None, rest: Tensor | None, dim: int) -> Tensor | None:
+        """The mask of a weight of `dim` dimensions: `rows`, `(bands, in or 1)`, times `rest`, which broadcasts."""
+        if rows is None:
+            return rest
+        whole = expanded(rows, self.bands) if len(self.bands) > 1 else rows
+        whole = whole.view(*whole.shape, *[1] * (dim - 2))
+        return whole if rest is None else whole * rest
+
+    def splits(self, weight: Tensor, rest: Tensor | None, rest_learns: bool, need_x: bool) -> bool:
+        """Whether the masks' gradients come cheaper from parts of `dy W` than from the gradient of the weight."""
+        if self.depthwise:
+            return rest is None or self.windows is not None
+        # Where x needs none, as in the first layer, `dy W` would be made for the masks alone.
+        return need_x and not rest_learns and len(weight) >= LEAST_ROWS * (len(self.bands) - 1)
+
+
+class _Masked(torch.autograd.Function):
+    # Without `setup_context`, for whose sake torch would look up the signature in every call.
+    @staticmethod
+    def forward(
+        ctx: Any, form: _Form, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, rest: Tensor | None
+    ) -> Tensor:
+        ctx.form, ctx.bias_type = form, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, rows, rest)
+        with torch.autocast(x.device.type, enabled=False):  # masks stay in the weights' precision
+            mixed = _times(weight, form.mask(rows, rest, weight.dim())).to(x.dtype)
+            return form.op(x, mixed, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,) = gradients
+        x, weight, rows, rest = ctx.saved_tensors
+        form, op = ctx.form, ctx.form.op
+        _, need_x, need_weight, need_bias, need_rows, need_rest = ctx.needs_input_grad
+        dx = dweight = dbias = drows = drest = None
+        with torch.autocast(x.device.type, enabled=False):
+            if need_bias:
+                dbias = _sum_but(dy, op.channels).to(ctx.bias_type)
+            if (need_rows or need_rest) and not need_weight and form.splits(weight, rest, need_rest, need_x):
+                parts = _by_windows if form.depthwise else _by_bands
+                dx, drows, drest = parts(form, x, weight, rows, rest, dy, need_x)
+                return None, dx, None, dbias, drows, drest
+            mask = form.mask(rows, rest, weight.dim())
+            mixed = _times(weight, mask).to(x.dtype)
+            if need_x:
+                dx = op.input_gradient(x, mixed, dy)
+            if need_weight or need_rows or need_rest:
+                dmixed = op.weight_gradient(x, mixed, dy).to(weight.dtype)
+                if need_rows:
+                    terms = _times(dmixed * weight, rest)
+                    terms = terms.reshape(*terms.shape[:2], -1).sum(2)  # (out, in)
+                    by_band = [term.sum(0) for term in torch.split(terms, list(form.bands))]
+                    drows = torch.stack(by_band).sum_to_size(rows.shape)
+                if need_rest:
+                    drest = _times(dmixed * weight, form.mask(rows, None, weight.dim())).sum_to_size(rest.shape)
+                dweight = _times_(dmixed, mask) if need_weight else None
+        return None, dx, dweight, dbias, drows, drest
+
+
+def _times(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else weight * mask
+
+
+def _times_(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """A tensor that nothing else needs times a mask: in place, which takes half the time, unless a graph is kept."""
+    return _times(tensor, mask) if mask is None or torch.is_grad_enabled() else tensor.mul_(mask)
+
+
+def _by_bands(
+    form: _Form, x: Tensor, weight: Tensor, rows: Tensor, rest: Tensor | None, dy: Tensor, need_x: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, rows and rest for a constant weight, from `g = dy W` of each band of rows."""
+    op, bands = form.op, form.bands
+    dx, drows = None, []
+    weights = torch.split(_times(weight, rest).to(x.dtype), list(bands))
+    for part, row, dpart in zip(weights, rows.unbind(0), torch.split(dy, list(bands), op.channels), strict=True):
+        g = op.input_gradient(x, part, dpart)
+        drows.append(_sum_but(x * g, op.channels).to(rows.dtype).sum_to_size(row.shape))
+        if need_x:
+            row = _along(row, op).to(g.dtype)
+            dx = _times_(g, row) if dx is None else dx.addcmul_(g, row)
+    return dx, torch.stack(drows), None
+
+
+def _by_windows(
+    form: _Form,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    rest: Tensor | None,
+    dy: Tensor,
+    need_x: bool,
+) -> tuple[Tensor | None, ...]:
+    """The same for a depthwise convolution, from what each window adds to the last.
+
+    On a CPU the gradient of a depthwise weight takes some ten times as long as that of the input.
+    """
+    op, largest = form.op, weight.shape[-1]
+    channel = None if rows is None else expanded(rows, form.bands)[:, 0]
+    total, by_channel = None, torch.zeros((), dtype=weight.dtype, device=weight.device)
+    drest = None if rest is None else torch.zeros_like(rest)
+    inner = 0
+    for window in form.windows or (largest,):
+        low, hole = (largest - window) // 2, (window - inner) // 2
+        ring = weight[..., low : low + window, low : low + window]
+        if inner:
+            ring = ring * F.pad(ring.new_zeros(inner, inner), [hole] * 4, value=1.0)
+        g = op.cropped(low).input_gradient(x, ring.to(x.dtype), dy)  # type: ignore[attr-defined]
+        sums = _sum_but(x * g, op.channels).to(weight.dtype)
+        share = None
+        if rest is not None and drest is not None:
+            # The mask is the same on all of the ring: one entry may stand for it.
+            share = rest[0, 0, low, low]
+            ringed = (sums if channel is None else sums * channel).sum()
+            drest = drest + F.pad(ringed.view(1, 1, 1, 1), [low, largest - 1 - low] * 2)
+        by_channel = by_channel + _times(sums, share)
+        g = _times_(g, None if share is None else share.to(g.dtype))
+        total = g if total is None else total + g
+        inner = window
+    drows = None if rows is None else torch.stack([b.sum() for b in torch.split(by_channel, list(form.bands))])[:, None]
+    dx = None
+    if need_x and total is not None:
+        dx = total if channel is None else _times_(total, _along(channel, op).to(total.dtype))
+    return dx, drows, drest
+
+
+def _along(row: Tensor, op: Product) -> Tensor:
+    """A vector over the channels of an input."""
+    return row.view(-1, *[1] * (-op.channels - 1))
+
+
+def _sum_but(tensor: Tensor, dim: int) -> Tensor:
+    """Summed over all dimensions but one."""
+    others = [d for d in range(tensor.dim()) if d != dim % tensor.dim()]
+    return tensor.sum(others) if others else tensor

@@ -1,0 +1,1 @@
+"""Search methods: the protocol that each of them follows, and when a search stops early."""

@@ -1,0 +1,192 @@
+"""Files that survive a kill: atomic writes, weights, and the state from which an interrupted stage goes on.
+
+A checkpoint is two files of one generation, written in this order, each one atomically:
+
+    state-000007.pt      tensors, numbers, strings, lists, dicts: what `torch.load(weights_only=True)` reads
+    state-000007.json    its sha256, the schema version and the fingerprint of the run: this commits it
+
+The generation before stays, for the day the newest one turns out damaged.
+"""
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.files import exclusive, write_atomic
+
+SCHEMA_VERSION = 1
+
+
+class _DamagedError(Exception):
+    """A generation that does not read back as it was written."""
+
+
+class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
+    """The checkpoints of one run in a folder of their own, held against other processes inside `with`.
+
+        with CheckpointFolder(folder, fingerprint(config=config, code=code_version(package))) as checkpoints:
+            state = checkpoints.load() or start
+            ...
+            checkpoints.save(state)
+            ...
+            checkpoints.discard()
+
+    Args:
+        folder: made when missing, and removed at the end when no checkpoint is left in it.
+        fingerprint: what the state depends on; a checkpoint with another one is refused.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        self._hold: AbstractContextManager[None] | None = None
+        self._trusted: int | None = None  # the generation that stays when the next one is written
+
+    def __enter__(self) -> Self:
+        hold = exclusive(self.folder)
+        hold.__enter__()
+        self._hold = hold
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.__exit__(None, None, None)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Commit a new generation and drop all but the one before it.
+
+        Args:
+            state: tensors (stored as on the CPU), numbers, strings, and lists, tuples and dicts of them.
+
+        Raises:
+            TangleNASError: the state holds something that could not be loaded again, or the disk is full.
+        """
+        if self._hold is None:
+            raise RuntimeError("save() belongs inside `with CheckpointFolder(...)`, which holds the folder")
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        buffer.seek(0)
+        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
+            raise TangleNASError(
+                f"the state to be checkpointed holds {', '.join(foreign)}, which could not be loaded again. "
+                "Keep to tensors, Python numbers, strings, lists, tuples and dicts."
+            )
+        data = buffer.getbuffer()
+        generations = self._generations()
+        generation = max(generations, default=0) + 1
+        previous = self._trusted if self._trusted is not None else max(generations, default=0)
+        manifest = {
+            "schema": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "torch": torch.__version__,
+        }
+        write_atomic(self._state_path(generation), data)
+        write_atomic(self._manifest_path(generation), json.dumps(manifest, indent=2) + "\n")
+        self._trusted = generation
+        self._drop_all_but(generation, previous)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest good state with its tensors on the CPU, or None when there is none yet.
+
+        Warns when the newest one is damaged and the one before it takes its place.
+
+        Raises:
+            TangleNASError: every generation is damaged, or belongs to another run.
+        """
+        problems: list[Exception] = []
+        for generation in reversed(self._generations()):
+            try:
+                state = self._read(generation)
+            except (_DamagedError, TangleNASError) as problem:
+                problems.append(problem)
+                continue
+            if problems:
+                warnings.warn(
+                    f"damaged checkpoint: {'; '.join(map(str, problems))}. Going on from the one before it, "
+                    f"{self._state_path(generation).name}.",
+                    stacklevel=2,
+                )
+            self._trusted = generation
+            return state
+        if refusal := next((problem for problem in problems if isinstance(problem, TangleNASError)), None):
+            raise refusal
+        if problems:
+            raise TangleNASError(
+                f"no checkpoint in {self.folder} can be read: {'; '.join(map(str, problems))}. "
+                "Delete the folder to start this stage afresh."
+            )
+        return None
+
+    def discard(self) -> None:
+        """Delete the checkpoints: the stage is done."""
+        self._drop_all_but()
+        self._trusted = None
+
+    def _read(self, generation: int) -> dict[str, Any]:
+        manifest, path = self._manifest_path(generation), self._state_path(generation)
+        try:
+            claim = json.loads(manifest.read_bytes())
+            schema, owner, sha256, size = (claim[key] for key in ("schema", "fingerprint", "sha256", "bytes"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _DamagedError(f"{manifest} is no manifest ({type(error).__name__})") from error
+        if schema != SCHEMA_VERSION:
+            raise TangleNASError(
+                f"{manifest} has schema version {schema!r}, this release reads version {SCHEMA_VERSION}. "
+                f"Go on with the release that wrote it, or delete {self.folder} to start this stage afresh."
+            )
+        if owner != self.fingerprint:
+            raise TangleNASError(
+                f"{self.folder} holds the checkpoint of another run: its fingerprint is {owner}, not "
+                f"{self.fingerprint} (other configuration, data or code). Give this run a folder of its own, "
+                "or delete that one to start afresh."
+            )
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _DamagedError(f"{path} cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise _DamagedError(f"{path} has {len(data)} of {size} bytes")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise _DamagedError(f"{path} is not what was written (its sha256 differs)")
+        try:  # the manifest may be as foreign as the rest: what it vouches for need not be a state
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise _DamagedError(f"{path} is no checkpoint ({type(error).__name__})") from error
+        if not isinstance(state, dict):
+            raise _DamagedError(f"{path} holds a {type(state).__name__}, no state")
+        return state
+
+    def _state_path(self, generation: int) -> Path:
+        return self.folder / f"state-{generation:06d}.pt"
+
+    def _manifest_path(self, generation: int) -> Path:
+        return self.folder / f"state-{generation:06d}.json"
+
+    def _generations(self) -> list[int]:
+        """Committed ones, oldest first."""
+        return sorted(number for path, number in self._files() if path.suffix == ".json")
+
+    def _files(self) -> list[tuple[Path, int]]:
+        """What is ours in the folder, with the generation it is of; .json before .pt, as they are to be deleted."""
+        found = ((path, re.fullmatch(r"state-(\d+)\.(json|pt)", path.name)) for path in self.folder.glob("state-*"))
+        return sorted((path, int(match[1])) for path, match in found if match)
+
+    def _drop_all_but(self, *kept: int) -> None:
+        for path, generation in self._files():
+            if generation not in kept:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,297 @@
+"""Several processes that train as one: every rank works on its part of each batch, and all hold the same state.
+
+    TANGLENAS_NPROC=4 dvc repro                                     one machine
+    torchrun --nproc-per-node 4 -m pipelines.search FILE.gin ...    the same by hand; docs/distributed.md has more
+
+Search, retrain and evaluate share their work wherever a process group is there. In a single process every function
+here does nothing, or gives back what it was given.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.devices import own_device
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class LostError(TangleNASError):
+    """Another rank has failed, and told why, or is gone."""
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of a list: every `world()`th item."""
+    return items[rank() :: world()]
+
+
+def each(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
+    """What a function gives for each item, in order and on all ranks, which share the work.
+
+    Its results are of the kinds that `gather` takes.
+    """
+    shares = gather([function(item) for item in shard(items)])
+    return [shares[number % world()][number // world()] for number in range(len(items))]
+
+
+# --- starting and ending ---------------------------------------------------------------------------------------
+
+
+def relaunch(module: str, arguments: Sequence[str]) -> None:
+    """Start the running program, `python -m MODULE ...`, as TANGLENAS_NPROC processes, and end when they have.
+
+    Nothing happens without that variable, under torchrun, or when another program runs.
+
+    Raises:
+        TangleNASError: TANGLENAS_NPROC is no whole number of at least 1.
+        SystemExit: With the status of the first process that failed, 130 after an interruption, or 0.
+    """
+    count = os.environ.get("TANGLENAS_NPROC") or "1"
+    if not count.isdecimal() or int(count) < 1:
+        raise TangleNASError(f"TANGLENAS_NPROC is {count!r}, expected a whole number of at least 1: how many processes")
+    running = getattr(sys.modules["__main__"], "__spec__", None)
+    if int(count) == 1 or "RANK" in os.environ or running is None or running.name != module:
+        return
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(["--standalone", f"--nproc-per-node={count}", "-m", module, *arguments])
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        raise SystemExit(status if status > 0 else 1) from None
+    except SignalException:
+        raise SystemExit(130) from None
+    raise SystemExit
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that torchrun started, inside the block."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
+        yield
+        return
+    if torch.cuda.is_available() and os.environ.get("TANGLENAS_DEVICE") != "cpu":
+        torch.cuda.set_device(own_device())
+        dist.init_process_group("cpu:gloo,cuda:nccl")  # what is decided travels between CPUs
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """Let rank 0 pass the block before the others.
+
+    Raises:
+        LostError: On the others, when rank 0 did not get through; the message is that of its error.
+    """
+    if rank() > 0 and (problem := broadcast(None)) is not None:
+        raise LostError(problem)
+    try:
+        yield
+    except BaseException as error:
+        if rank() == 0:
+            broadcast(str(error) or type(error).__name__)
+        raise
+    if rank() == 0:
+        broadcast(None)
+
+
+def diverge() -> None:
+    """Give every rank but the first random numbers of its own: dropout must not repeat itself over a batch."""
+    if rank() > 0:
+        torch.manual_seed((torch.initial_seed() + rank() * 0x9E3779B97F4A7C15) % 2**63)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor | None]) -> None:
+    """Set tensors, in place, to their means over the ranks, in one exchange for each type; None is left out.
+
+    All ranks call it with as many tensors of the same shapes.
+    """
+    if not _joined():
+        return
+    for group, flat in _flattened(tensors):
+        with _talking():
+            dist.all_reduce(flat)
+        _spread(flat / world(), group)
+
+
+def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Constants that are the means of tensors over the ranks.
+
+    An optimizer calls it where it computes with a gradient before the search does: the search itself averages the
+    gradients that it finds in `grad`.
+    """
+    constants = [tensor.detach() for tensor in tensors]
+    if _joined():
+        constants = [tensor.clone() for tensor in constants]
+        average(constants)
+    return constants
+
+
+@torch.no_grad()
+def synchronize(tensors: Iterable[Tensor]) -> None:
+    """Set tensors, in place, to those of rank 0."""
+    if not _joined():
+        return
+    for group, flat in _flattened(tensors):
+        with _talking():
+            dist.broadcast(flat, 0)
+        _spread(flat, group)
+
+
+def check_equal(tensors: Iterable[Tensor]) -> None:
+    """Check that all ranks hold the same values.
+
+    Raises:
+        TangleNASError: They do not; each would find an architecture of its own.
+    """
+    if not _joined():
+        return
+    sums = [tensor.detach().double().abs().sum().cpu() for tensor in tensors]
+    if any(not torch.equal(torch.stack(sums), torch.stack(other)) for other in gather(sums)):
+        raise TangleNASError(
+            f"the {world()} processes no longer hold the same weights: something in the space or the optimizer draws "
+            "random numbers of its own. What is sampled has to be a function of the seed and the step"
+        )
+
+
+# --- values ----------------------------------------------------------------------------------------------------
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in order, on each of them.
+
+    Args:
+        value: Tensors, numbers, strings, and lists, tuples and dicts of them. Nothing is pickled.
+    """
+    if not _joined():
+        return [value]
+    packed = _packed(value)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    with _talking():
+        dist.all_gather(sizes, torch.tensor([len(packed)]))
+        length = max(int(size) for size in sizes)
+        padded = [torch.zeros(length, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(padded, torch.nn.functional.pad(packed, (0, length - len(packed))))
+    return [_unpacked(one[: int(size)]) for one, size in zip(padded, sizes, strict=True)]
+
+
+def broadcast(value: T) -> T:
+    """The value of rank 0; it is of the kinds that `gather` takes."""
+    if not _joined():
+        return value
+    packed = _packed(value if rank() == 0 else None)
+    size = torch.tensor([len(packed)])
+    with _talking():
+        dist.broadcast(size, 0)
+        packed = packed if rank() == 0 else torch.zeros(int(size), dtype=torch.uint8)
+        dist.broadcast(packed, 0)
+    return value if rank() == 0 else _unpacked(packed)
+
+
+def total(numbers: Sequence[float]) -> list[float]:
+    """The sums of numbers over the ranks."""
+    if not _joined():
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    with _talking():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return flag if not _joined() else total([float(flag)])[0] > 0
+
+
+# --- inside ----------------------------------------------------------------------------------------------------
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _flattened(tensors: Iterable[Tensor | None]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Tensors by type and device, and what travels: a copy of all their values in a row."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        yield group, torch.cat([tensor.reshape(-1) for tensor in group])
+
+
+def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _packed(value: Any) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> Any:
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        _lost(error)
+
+
+def _lost(error: RuntimeError) -> NoReturn:
+    reason = re.sub(r"^\[[^]]*\] ", "", str(error)).splitlines()[0].split(". ")[0]
+    raise LostError(
+        f"process {rank()} of {world()} has lost another ({reason}). Run the same command again to go on from the "
+        "last checkpoint"
+    ) from error
+
+
+def parts_of(stage: str, batch_size: int, accumulate: int) -> tuple[int, int]:
+    """This rank's part of every batch, and of how many, once it is checked that they and what they accumulate fit."""
+    count = distributed.world() * at_least(f"{stage}.accumulate", accumulate, 1)
+    if batch_size % count:
+        raise TangleNASError(
+            f"{stage}.batch_size is {batch_size}, expected a multiple of {count}: every batch is shared by "
+            f"{distributed.world()} process(es), each of which takes its part in {accumulate} piece(s)"
+        )
+    return distributed.rank(), distributed.world()

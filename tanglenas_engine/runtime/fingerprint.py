@@ -1,0 +1,42 @@
+"""Fingerprints: short digests of what a run depends on."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tanglenas_engine.errors import TangleNASError
+
+
+def fingerprint(**parts: Any) -> str:
+    """16 hexadecimal digits that change when any part does: the configuration, the data, the code version.
+
+    Parts are what JSON can hold; the order of the keys of a mapping does not matter.
+
+    Raises:
+        TangleNASError: a part has no JSON form, so that nothing says when it is the same.
+    """
+    for name, part in parts.items():
+        try:
+            json.dumps(part)
+        except TypeError as error:
+            raise TangleNASError(
+                f"cannot fingerprint {name}={part!r}: {error}. Pass strings, numbers, lists and dicts."
+            ) from error
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def code_version(*modules: ModuleType) -> str:
+    """16 hexadecimal digits over the Python sources of packages and modules, wherever they are installed."""
+    digest = hashlib.sha256()
+    for module in sorted(set(modules), key=lambda module: module.__name__):
+        if roots := [Path(folder) for folder in getattr(module, "__path__", ())]:
+            sources = {s.relative_to(root).as_posix(): s for root in roots for s in root.rglob("*.py")}
+        else:
+            sources = {"": Path(str(module.__file__))}
+        for name, source in sorted(sources.items()):
+            content = hashlib.sha256(source.read_bytes()).hexdigest()
+            digest.update(f"{module.__name__} {name} {content}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""Costs: parameters and multiply-accumulates, exact for an architecture and in expectation.
+
+A network's cost is a sum of products of Sizes, `constant * out * in * ...`, times one factor per depth that
+decides whether the layer is there. All terms over the same rows of choices add up to one table, and rows are
+independent under a mixture, so the expectation is a product of these tables with the rows' probabilities:
+exact, differentiable, and a handful of operations for a whole space.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.elastic.base import Elastic, tied
+from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
+
+if TYPE_CHECKING:
+    from tanglenas_engine.spaces.space import SearchSpace
+
+METRICS = ("params", "flops")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a network: `params` as a count of numbers, `flops` as multiply-accumulates for one input.
+
+    Multiply-accumulates of linear layers, convolutions and attention products; additions of a bias,
+    normalisation and activations are not counted. Ints for an architecture, tensors in expectation.
+    """
+
+    params: Any
+    flops: Any
+
+
+Term = tuple[int, tuple[Size, ...]]
+"""A constant times Sizes."""
+
+
+class Additive:
+    """A cost that is a sum of tables, each over a few rows of choices: what searches and budgets can compute with.
+
+    Args:
+        tables: For each tuple of rows the value of every combination of their options, the last row's varying fastest.
+            Where a row does not matter (beyond a depth, whose row is then in the tuple too), values must not differ.
+    """
+
+    def __init__(self, tables: Mapping[tuple[Row, ...], Sequence[float]]):
+        self.tables = {rows: tuple(values) for rows, values in tables.items()}
+        self._batches = _batched(self.tables)
+
+    def cost(self, assignment: Assignment) -> Any:
+        """The exact value for an assignment; an int where the tables hold ints."""
+        return sum(Size(rows, values).number(assignment) for rows, values in self.tables.items())
+
+    def expected(self, mixture: Mixture) -> Tensor:
+        """The expectation over independent rows: a float64 scalar, differentiable."""
+        # Counts exceed what float32 holds exactly.
+        mixture = Mixture({}, {count: stack.double() for count, stack in mixture.stacks.items()})
+        total = next(iter(mixture.stacks.values())).new_zeros(())
+        for rows, slots, tables in self._batches:
+            probabilities = mixture.joint(rows, slots.to(total.device))
+            total = total + (probabilities * tables.to(total.device)).sum()
+        return total
+
+
+class CostModel:
+    """The costs of a space by metric: all its terms, gathered by the rows that they depend on."""
+
+    def __init__(self, space: SearchSpace):
+        self.metrics: dict[str, Additive] = {}
+        for metric, terms in (("params", _parameter_terms(space)), ("flops", _mac_terms(space))):
+            tables: dict[tuple[Row, ...], list[int]] = {}
+            for constant, factors in terms:
+                rows = tuple(sorted({r for f in factors for r in f.rows}, key=space.rows.index))
+                values = []
+                for picks in combinations(rows):
+                    value = constant
+                    for factor in factors:
+                        value *= factor.value(picks)
+                    values.append(value)
+                table = tables.setdefault(rows, [0] * len(values))
+                table[:] = [a + b for a, b in zip(table, values, strict=True)]
+            self.metrics[metric] = Additive(tables)
+
+    def cost(self, assignment: Assignment) -> Cost:
+        return Cost(**{metric: terms.cost(assignment) for metric, terms in self.metrics.items()})
+
+    def expected(self, mixture: Mixture) -> Cost:
+        return Cost(**{metric: terms.expected(mixture) for metric, terms in self.metrics.items()})
+
+
+def _batched(
+    tables: Mapping[tuple[Row, ...], Sequence[float]],
+) -> list[tuple[tuple[Row, ...], Tensor, Tensor]]:
+    """Tables over rows with the same numbers of options together: (rows of the first, slots, values)."""
+    groups: dict[tuple[int, ...], list[tuple[Row, ...]]] = {}
+    for rows in tables:
+        groups.setdefault(tuple(len(row.options) for row in rows), []).append(rows)
+    return [
+        (
+            group[0],
+            torch.tensor([[row.slot for row in rows] for rows in group], dtype=torch.long).reshape(len(group), -1),
+            torch.tensor([tables[rows] for rows in group], dtype=torch.float64),
+        )
+        for group in groups.values()
+    ]
+
+
+def _parameter_terms(space: SearchSpace) -> list[Term]:
+    terms: list[Term] = []
+    tied(space)  # a parameter that is sliced in two ways has no count
+    shared: dict[nn.Parameter, tuple[Sequence[Axis | None], list[tuple[Size, ...]]]] = {}
+    for _, module, gates in walk(space):
+        declared = module.axes if isinstance(module, Elastic) else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = (None,) * parameter.dim()
+            shared.setdefault(parameter, (declared.get(name, plain), []))[1].append(gates)
+    for parameter, (axes, places) in shared.items():
+        constant, factors = 1, list(_anywhere(places))
+        for length, axis in zip(parameter.shape, axes, strict=True):
+            if axis is None or axis.role == "fixed":
+                constant *= length
+            else:
+                constant *= axis.parts
+                factors.append(axis.size)
+        terms.append((constant, tuple(factors)))
+    return terms
+
+
+def _anywhere(places: list[tuple[Size, ...]]) -> tuple[Size, ...]:
+    """The gates of a parameter that several layers share: it is there where any of them is."""
+    if len(places) == 1 or () in places:
+        return min(places, key=len)
+    products = [functools.reduce(operator.mul, gates) for gates in places]
+    return (functools.reduce(lambda a, b: a.map(max, b), products),)
+
+
+def _mac_terms(space: SearchSpace) -> list[Term]:
+    """What each layer says of the output it gives for one input in the largest network."""
+    terms: list[Term] = []
+    hooks = []
+
+    def record(module: nn.Module, gates: tuple[Size, ...]) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            for constant, factors in module_macs(module, output):
+                terms.append((constant, (*gates, *factors)))
+
+        return hook
+
+    state = space.superposition.mixture, space.superposition.assignment
+    training = {module: module.training for module in space.modules()}
+    space.superposition.release()
+    for _, module, gates in walk(space):
+        hooks.append(module.register_forward_hook(record(module, gates)))
+    try:
+        # Shapes are all that is wanted: on the meta device nothing is computed, whatever the space's type.
+        tensors = {**dict(space.named_parameters()), **dict(space.named_buffers())}
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
+            example = space.example_input(1)
+        example = example.to("meta", next(space.parameters()).dtype if example.is_floating_point() else None)
+        with torch.no_grad():
+            torch.func.functional_call(space.eval(), meta, (example,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+        mixture, assignment = state
+        if assignment is not None:
+            space.superposition.select(assignment, mixture)
+        elif mixture is not None:
+            space.superposition.relax(mixture)
+    return terms
+
+
+def module_macs(module: nn.Module, output: Any) -> list[Term]:
+    """Multiply-accumulates of one module itself (not its children) for a forward that gave `output`."""
+    if isinstance(module, Elastic):
+        return module.macs(output)
+    if isinstance(module, nn.Linear):
+        return [(output.numel() * module.in_features, ())]
+    if isinstance(module, nn.Conv2d):
+        return [(output.numel() * module.weight[0].numel(), ())]
+    return []

@@ -1,0 +1,45 @@
+"""Does a space fit a dataset?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tanglenas_engine.data import Samples, batches
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.space import SearchSpace
+
+
+def check_fit(space: SearchSpace, samples: Samples) -> None:
+    """Check that a space takes these inputs and has an output for every class.
+
+    Raises:
+        TangleNASError: It does not; the message has both shapes.
+    """
+    labels = samples.labels
+    inputs, targets = next(batches(samples, 256 if labels is None else 1))
+    with torch.random.fork_rng(devices=[]):  # a look at a space changes no number of a run
+        wanted = space.example_input(1)
+    if inputs.shape[1:] != wanted.shape[1:] or inputs.is_floating_point() != wanted.is_floating_point():
+        raise TangleNASError(
+            f"the data are of shape {_shape(inputs)}, but the space {space.label} takes {_shape(wanted)}: create the "
+            "space with what fits the dataset (image_size and in_channels, or block_size), or change the dataset's"
+        )
+    parameters = next(space.parameters())
+    wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
+    training = space.training
+    with torch.no_grad():
+        classes = space.release().eval()(wanted).shape[-1]
+    space.train(training)
+    largest = int(max(inputs.max(), targets.max()) if labels is None else labels.max())
+    if largest >= classes:
+        kind, option = ("token", "vocab_size") if labels is None else ("class", "num_classes")
+        raise TangleNASError(
+            f"the data have a {kind} {largest}, but the space {space.label} has {classes} outputs: create it with "
+            f"the dataset's {option}, which is at least {largest + 1}"
+        )
+
+
+def _shape(inputs: Tensor) -> str:
+    kind = "" if inputs.is_floating_point() else " tokens"
+    return " x ".join(str(n) for n in inputs.shape[1:]) + (" (C x H x W)" if inputs.dim() == 4 else kind)

@@ -1,0 +1,1 @@
+"""The four stages: search, discretize, retrain, evaluate."""

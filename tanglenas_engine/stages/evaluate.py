@@ -1,0 +1,160 @@
+"""The evaluate stage: what the final network is worth, on data that had no part in making it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from tanglenas_engine.data import DataView
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.devices import device_of
+from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.cost import Cost
+from tanglenas_engine.spaces.fit import check_fit
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import combinations
+from tanglenas_engine.training.loop import Row
+from tanglenas_engine.training.measure import measure
+
+MOST = 10**6
+"""Assignments of a space up to which it is gone through one by one."""
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Test accuracy in % and mean cross-entropy, number of test samples, and the network's cost.
+
+    The cost is in parameters and in multiply-accumulates for one input.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    samples: int
+    cost: Cost
+
+
+def evaluate(
+    space: SearchSpace,
+    architecture: Architecture,
+    network: nn.Module,
+    data: DataView,
+    *,
+    batch_size: int = 256,
+    device: str | None = None,
+) -> EvaluateResult:
+    """Judge a standalone network of `architecture` on the `test` split of `data`; the ranks share it.
+
+    Raises:
+        TangleNASError: The data do not fit the space, or the architecture is of another one.
+    """
+    check_fit(space, data.test)
+    network = network.to(device_of(device))
+    found = measure(network, data.test, batch_size, together=True)
+    return EvaluateResult(found.accuracy, found.loss, len(data.test), space.cost(architecture))
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """How well a supernet ranks architectures: 1 as the table does, -1 the reverse, nan where one ranks none.
+
+    `rows` has one row per architecture: digest, supernet accuracy in %, what the table says, and its choices.
+    """
+
+    kendall_tau: float
+    spearman: float
+    rows: list[Row]
+
+
+def rank_correlation(
+    space: SearchSpace,
+    data: DataView,
+    table: Callable[[Architecture], Mapping[str, float]] | None,
+    *,
+    architectures: int | Literal["all"] | None = None,
+    recalibration_batches: int = 8,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: str | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    progress: Progress | None = None,
+) -> RankCorrelation | None:
+    """Compare the accuracies that a supernet gives architectures, as derivation sees them, with a benchmark table.
+
+    Args:
+        space: The supernet with its trained weights; it is left as it was.
+        data: A view that reaches `weights` (for statistics of batch norms) and `architecture` (to score on).
+        table: What a benchmark says of an architecture: `table_value`, and `table_rank` from 1 for the best.
+        architectures: How many random ones to compare, or "all" of the space. None: no comparison is asked for.
+        recalibration_batches: Batches that set the statistics of batch norms for each; 0 keeps the supernet's.
+        checkpoints: Where to keep scores, as `discretize` does.
+
+    Raises:
+        TangleNASError: There is no table, it lacks an architecture, or "all" are too many to go through.
+    """
+    if architectures is None:
+        return None
+    if architectures != "all":
+        at_least("rank_correlation.architectures", architectures, 2)
+    at_least("rank_correlation.recalibration_batches", recalibration_batches, 0)
+    if table is None:
+        raise TangleNASError(
+            f"rank_correlation.architectures is {architectures!r}, but there is no table to compare with: set "
+            "benchmark.path, or leave rank_correlation.architectures out"
+        )
+    from tanglenas_engine.tables import rank_correlations
+
+    check_fit(space, data.architecture)
+    target = device_of(device)
+    space.to(target)
+    every = architectures == "all" or architectures >= space.size
+    with Candidates(
+        space,
+        data.weights,
+        data.architecture,
+        limit=space.size if architectures == "all" else architectures,
+        recalibration_batches=recalibration_batches,
+        batch_size=batch_size,
+        seed=seed,
+        device=target,
+        label="rank correlation",
+        checkpoints=checkpoints,
+        progress=progress,
+    ) as candidates:
+        compared = _every(space) if every else candidates.fresh(candidates.limit)
+        known = [table(architecture) for architecture in compared]
+        scored = candidates.judge(compared)
+    rows = [
+        {
+            "digest": row["digest"],
+            "accuracy": row["accuracy"],
+            "table_value": value["table_value"],
+            "table_rank": value["table_rank"],
+            "architecture": str(row["architecture"]),
+        }
+        for row, value in zip(scored, known, strict=True)
+    ]
+    # Ranks say which way the table's metric is better.
+    found = rank_correlations([row["accuracy"] for row in rows], [-row["table_rank"] for row in rows])
+    return RankCorrelation(**found, rows=rows)
+
+
+def _every(space: SearchSpace) -> list[Architecture]:
+    """All architectures of a space."""
+    assignments = math.prod(len(row.options) for row in space.rows)
+    if assignments > MOST:
+        raise TangleNASError(
+            f"{space.label} has {space.size:,} architectures, too many to go through: set "
+            "rank_correlation.architectures to a number, such as 200"
+        )
+    found: dict[str, Architecture] = {}
+    for picks in combinations(space.rows):
+        architecture = space.architecture_of(picks)
+        found.setdefault(architecture.digest, architecture)
+    return list(found.values())

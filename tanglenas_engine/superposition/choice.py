@@ -1,0 +1,94 @@
+"""Choices: what the search decides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.superposition.mixture import Superposition
+from tanglenas_engine.superposition.size import Assignment, Number, Row, Size
+
+
+class Choice(Size):
+    """A named choice between options: one row of architecture parameters, or one row per layer.
+
+    A choice of one row is a Size itself. One that is made `per` layer is indexed first: `num_heads[3] * 64`,
+    or `kernel_size[stage, block]` where every stage has a depth of its own.
+
+    Args:
+        name: The name under which mixtures and architectures list it.
+        options: Distinct positive numbers, or distinct names (of operations, say; `map` them to Sizes), in the
+            order of their architecture parameters.
+        superposition: The state that the space's layers share.
+        per: A depth (one row for each of its layers, of which those below the chosen depth count), several
+            depths (a list, or a depth that is itself made per stage), or a number of rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Sequence[Number | str],
+        superposition: Superposition,
+        per: Size | Sequence[Size] | int | None = None,
+    ):
+        if isinstance(options, str):
+            raise TangleNASError(f"choice {name!r} has the options {options!r}: give a list of them")
+        options = tuple(options) if isinstance(options, Sequence) else (options,)
+        if not options:
+            raise TangleNASError(f"choice {name!r} has no options: give at least one")
+        numbers = [o for o in options if isinstance(o, int | float) and not isinstance(o, bool) and o > 0]
+        names = [o for o in options if isinstance(o, str) and o]
+        if len(options) not in (len(numbers), len(names)):
+            wrong = next(o for o in options if o not in (names if len(names) > len(numbers) else numbers))
+            raise TangleNASError(
+                f"choice {name!r} has the option {wrong!r}: options are positive numbers, or all of them names"
+            )
+        if len(set(options)) < len(options):
+            raise TangleNASError(f"choice {name!r} lists an option twice: {options}")
+        self.name = name
+        self.options: tuple[Any, ...] = options
+        self.layered = per is not None
+
+        def add(layer: int | tuple[int, int] | None, depth: Size | None = None, below: int = 0) -> Row:
+            if depth is not None and len(depth.rows) != 1:
+                raise TangleNASError(f"choice {name!r} is made per {depth!r}: expected a depth that is one choice")
+            return superposition.add_row(name, layer, options, None if depth is None else (depth, below))
+
+        if per is None:
+            self.stages: tuple[tuple[Row, ...], ...] = ((add(None),),)
+        elif isinstance(per, int):
+            self.stages = (tuple(add(i) for i in range(per)),)
+        elif isinstance(per, Size) and not (isinstance(per, Choice) and per.layered):
+            self.stages = (tuple(add(i, per, i) for i in range(per.max)),)
+        else:
+            self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(per))
+        self.table = tuple(itertools.chain(*self.stages))
+        super().__init__(() if self.layered else self.table, self.options)
+
+    def __getitem__(self, layer: int | tuple[int, int]) -> Size:
+        """The Size of one layer: by its number among all, or by stage and number in the stage."""
+        if not self.layered:
+            raise TangleNASError(f"choice {self.name!r} is made once, not per layer: use it without an index")
+        row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.table[layer]
+        return Size((row,), self.options)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Size]:
+        return (self[layer] for layer in range(len(self)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
+        return (len(self.table), len(self.options)) if self.layered else (len(self.options),)
+
+    def number(self, assignment: Assignment) -> Any:
+        if self.layered:
+            raise TangleNASError(f"choice {self.name!r} is made per layer: index it, as in {self.name}[0]")
+        return super().number(assignment)
+
+    def __repr__(self) -> str:
+        return f"Choice({self.name!r}, {self.options}{f', layers={len(self)}' if self.layered else ''})"

@@ -1,0 +1,230 @@
+"""Sizes: the numbers of a network that an architecture decides.
+
+A `Size` is a function of a few rows of choices, kept as the table of its values over all combinations of
+their options. Arithmetic builds new tables, so `E * R` or `make_divisible(E * R, 8)` need no rule of their own:
+whatever uses a Size enumerates its rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tanglenas_engine.errors import TangleNASError
+
+if TYPE_CHECKING:
+    from tanglenas_engine.superposition.mixture import Superposition
+
+Number = int | float
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One categorical variable: a choice, or one layer of a choice that is made per layer.
+
+    Rows with equally many options are stacked, and `slot` is the row's place in its stack. `gate`, if any, is
+    the (depth, layer) that decides whether the row matters: it does where the depth matters and exceeds the layer.
+    """
+
+    choice: str
+    layer: int | tuple[int, int] | None
+    options: tuple[Any, ...]
+    slot: int
+    superposition: Superposition
+    gate: tuple[Size, int] | None = None
+
+    def __repr__(self) -> str:
+        layer = ", ".join(map(str, self.layer)) if isinstance(self.layer, tuple) else self.layer
+        return self.choice if layer is None else f"{self.choice}[{layer}]"
+
+    def active(self, assignment: Assignment) -> bool:
+        """Whether the row matters under `assignment`."""
+        if self.gate is None:
+            return True
+        depth, layer = self.gate
+        return all(row.active(assignment) for row in depth.rows) and depth.value(assignment) > layer
+
+
+Assignment = Mapping[Row, int]
+"""An architecture as the position of the chosen option in every row."""
+
+
+def combinations(rows: Iterable[Row]) -> Iterator[dict[Row, int]]:
+    """All assignments of `rows`, the last row varying fastest."""
+    rows = tuple(rows)
+    for picks in itertools.product(*(range(len(row.options)) for row in rows)):
+        yield dict(zip(rows, picks, strict=True))
+
+
+class Size:
+    """A number that depends on rows of choices. Supports `+`, `-`, `*`, `//` and `map`."""
+
+    def __init__(self, rows: Iterable[Row], values: Iterable[Any]):
+        self.rows = tuple(rows)
+        self.values = tuple(values)
+
+    @classmethod
+    def of(cls, number: Size | Number) -> Size:
+        """`number` itself if it is a Size already, else the constant."""
+        return number if isinstance(number, Size) else Size((), (number,))
+
+    @property
+    def max(self) -> int:
+        """The largest value: the dimension of the supernet's weight."""
+        return int(max(self.values))
+
+    @property
+    def min(self) -> int:
+        return int(min(self.values))
+
+    @property
+    def used(self) -> int:
+        """How much of the dimension a search works on at present: all, except of a `PartialSize`."""
+        return self.max
+
+    def number(self, assignment: Assignment) -> Any:
+        """The exact value under an assignment of (at least) this Size's rows."""
+        index = 0
+        for row in self.rows:
+            index = index * len(row.options) + assignment[row]
+        return self.values[index]
+
+    def value(self, assignment: Assignment) -> int:
+        """The value as a dimension: fractions are cut, as in the paper's `int(embed_dim * mlp_ratio)`."""
+        return int(self.number(assignment))
+
+    def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
+        """The Size `function(self, *others)`."""
+        operands = (self, *map(Size.of, others))
+        rows = dict.fromkeys(row for operand in operands for row in operand.rows)
+        return Size(
+            rows,
+            (function(*(operand.number(picks) for operand in operands)) for picks in combinations(rows)),
+        )
+
+    def __add__(self, other: Size | Number) -> Size:
+        return self.map(lambda a, b: a + b, other)
+
+    def __sub__(self, other: Size | Number) -> Size:
+        return self.map(lambda a, b: a - b, other)
+
+    def __mul__(self, other: Size | Number) -> Size:
+        return self.map(lambda a, b: a * b, other)
+
+    def positive(self) -> Size:
+        """1 where the Size exceeds 0, else 0: whether what has it is there."""
+        return self.map(lambda value: int(value > 0))
+
+    def __floordiv__(self, other: Size | Number) -> Size:
+        return self.map(lambda a, b: a // b, other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def round(self) -> Size:
+        """The nearest integer (ties to even), where the default is to cut the fraction."""
+        return self.map(round)
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return f"{self.values[0]}"
+        return f"Size({', '.join(map(repr, self.rows))}: {sorted(set(self.values))})"
+
+
+def make_divisible(size: Size | Number, divisor: int = 8, min_value: int | None = None) -> Size:
+    """The multiple of `divisor` nearest to `size`, never more than 10 % below it (MobileNet's rule)."""
+
+    def nearest(number: Number) -> int:
+        rounded = max(min_value or divisor, int(number + divisor / 2) // divisor * divisor)
+        return rounded + divisor if rounded < 0.9 * number else rounded
+
+    return Size.of(size).map(nearest)
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One dimension of a parameter, and which of its entries an architecture uses.
+
+    `layout` says where they lie: "prefix" (the first `size`), "window" (the central `size`: nested kernels),
+    or "value" (entry j stands for the j-th distinct value of the size: depths).
+    `parts` repeats the prefix: q, k and v stacked in one projection have three.
+    `role` says how the dimension is used; `mixture.COVERED` decides from it whether a mixture covers it.
+    """
+
+    size: Size
+    layout: str = "prefix"
+    parts: int = 1
+    role: str = "read"
+
+    def __post_init__(self) -> None:
+        self.size.number(dict.fromkeys(self.size.rows, 0))  # a choice made per layer says that it wants an index
+        if any(isinstance(value, str) for value in self.size.values):
+            raise TangleNASError(f"{self.size!r} is a choice between names, not a number: map it to one first")
+        least = 0 if self.layout == "window" and self.size.max else 1  # a kernel may be absent, with its operation
+        if self.layout != "value" and self.size.min < least:
+            raise TangleNASError(f"a dimension must be at least {least}, but {self.size!r} can be {self.size.min}")
+        sizes = {int(value) for value in self.size.values if value}
+        if self.layout == "window" and len({size % 2 for size in sizes}) > 1:
+            raise TangleNASError(
+                f"nested kernels share their centre, but {self.size!r} mixes odd and even kernel sizes: "
+                "choose all odd or all even ones"
+            )
+
+    @classmethod
+    def of(cls, dimension: Axis | Size | Number, role: str) -> Axis:
+        """The axis of a dimension given as number or Size, in `role`; an Axis has its own already."""
+        return dimension if isinstance(dimension, Axis) else cls(Size.of(dimension), role=role)
+
+    @property
+    def length(self) -> int:
+        """Entries of the supernet's full dimension."""
+        return len(set(self.size.values)) if self.layout == "value" else self.size.max * self.parts
+
+    def used(self, assignment: Assignment) -> tuple[bool, ...]:
+        """Which of the `length` entries the assignment uses."""
+        value = self.size.value(assignment)
+        if self.layout == "value":
+            return tuple(depth == value for depth in sorted({int(v) for v in self.size.values}))
+        start = (self.size.max - value) // 2 if self.layout == "window" else 0
+        return tuple(start <= i < start + value for i in range(self.size.max)) * self.parts
+
+    def entries(self, assignment: Assignment) -> int:
+        """How many entries the assignment uses."""
+        return self.size.value(assignment) * self.parts
+
+
+def stacked(size: Size | Number, parts: int) -> Axis:
+    """A dimension of `parts` equal blocks, each `size` long, of units that do not mix (heads in q, k, v)."""
+    return Axis(Size.of(size), parts=parts, role="unit")
+
+
+class PartialSize(Size):
+    """A dimension that every architecture has whole, and of which a search may use the first `1 / parts` for a while.
+
+    `parts` is the superposition's. Sizes made from it by arithmetic follow it.
+    """
+
+    def __init__(self, whole: int, superposition: Superposition):
+        super().__init__((), (whole,))
+        self.superposition = superposition
+
+    @property
+    def used(self) -> int:
+        return self.max // self.superposition.parts
+
+    def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
+        return _PartialResult(function, (self, *map(Size.of, others)))
+
+
+class _PartialResult(PartialSize):
+    def __init__(self, function: Callable[..., Number], operands: tuple[Size, ...]):
+        if rows := [row for operand in operands for row in operand.rows]:
+            raise TangleNASError(f"partial channels cannot be combined with the choice {rows[0]!r} in one dimension")
+        Size.__init__(self, (), (function(*(operand.values[0] for operand in operands)),))
+        self.function, self.operands = function, operands
+
+    @property
+    def used(self) -> int:
+        return int(self.function(*(operand.used for operand in self.operands)))

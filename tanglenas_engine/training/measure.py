@@ -1,0 +1,80 @@
+"""Measuring a network: accuracy, loss, and the statistics of its batch norms."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.data import Samples, Stream, batches
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.devices import laid_out, to
+from tanglenas_engine.training.losses import cross_entropy
+
+
+class Measured(NamedTuple):
+    """Accuracy in % and mean cross-entropy over all targets."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def measure(network: nn.Module, samples: Samples, batch_size: int = 256, together: bool = False) -> Measured:
+    """Accuracy and loss of a network in eval mode, over all targets; its mode is restored.
+
+    `together` has every rank look at its part of the samples, with equal networks; otherwise each is by itself.
+    """
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    hits = torch.zeros((), dtype=torch.long, device=device)
+    loss, count = torch.zeros((), device=device), 0
+    part = torch.arange(distributed.rank(), len(samples), distributed.world()) if together else None
+    for batch in batches(samples, batch_size, part):
+        inputs, targets = to(batch, device)
+        outputs = network(inputs)
+        hits += (outputs.argmax(-1) == targets).sum()
+        loss += cross_entropy(outputs, targets) * targets.numel()
+        count += targets.numel()
+    network.train(training)
+    sums = [float(hits), float(loss), count]
+    right, wrong, seen = distributed.total(sums) if together else sums
+    return Measured(100.0 * right / seen, wrong / seen)
+
+
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of every batch norm in `network` to their average over `batches` of inputs.
+
+    A sampled path uses statistics that were gathered under other paths; this makes them its own. Everything else
+    is in eval mode meanwhile: dropout would disturb them.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta, training = [norm.momentum for norm in norms], network.training
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None
+    with torch.no_grad():
+        for inputs in batches:
+            network(inputs)
+    network.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, device: torch.device) -> list[Tensor]:
+    """Inputs of `count` random batches: a dataset may be sorted by class, and its first batches all of one."""
+    stream = Stream(samples, min(batch_size, len(samples)), seed=seed)
+    return [laid_out(inputs.to(device)) for inputs, _ in itertools.islice(stream.start(), count)]
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances of all batch norms."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
