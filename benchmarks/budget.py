@@ -23,12 +23,12 @@ import torch
 
 from tanglenas_engine import create_dataset, create_objective, create_optimizer, create_space
 from tanglenas_engine.data import make_splits, open_splits
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.objective import Target
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.evaluate import evaluate
 from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.stages.search import search
-from tanglenas_engine.training.loop import Row
 from tanglenas_engine.training.losses import cross_entropy
 
 ADAMW = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
@@ -176,7 +176,7 @@ def main() -> None:
             )
 
 
-def _alpha(row: Row, budget: int) -> Row:
+def _alpha(row: Record, budget: int) -> Record:
     """What alpha stands for at the end of a search, its cost over the budget."""
     return {
         "expected_over_target": round(row["expected_flops"] / budget, 4),

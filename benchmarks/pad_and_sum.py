@@ -56,7 +56,7 @@ def _current(self: Elastic, name: str) -> Tensor | None:
 def _padded_slice(tensor: Tensor, dim: int, axis: Axis, size: int) -> Tensor:
     rest = axis.size.max - size
     before = rest // 2 if axis.layout == "window" else 0
-    blocks = tensor.unflatten(dim, (axis.parts, -1))
+    blocks = tensor.unflatten(dim, (axis.blocks, -1))
     padding = [0, 0] * (blocks.dim() - dim - 2) + [before, rest - before]
     return F.pad(blocks.narrow(dim + 1, before, size), padding).flatten(dim, dim + 1)
 

@@ -24,6 +24,7 @@ from .optimizers.optimizer import Batch as Batch
 from .optimizers.optimizer import Optimizer as Optimizer
 from .optimizers.optimizer import Step as Step
 from .optimizers.optimizer import l2 as l2
+from .optimizers.stopping import EarlyStopping as EarlyStopping
 from .plugins import create_dataset as create_dataset
 from .plugins import create_objective as create_objective
 from .plugins import create_optimizer as create_optimizer
@@ -55,3 +56,5 @@ from .superposition.size import stacked as stacked
 from .training.losses import auxiliary as auxiliary
 from .training.losses import cross_entropy as cross_entropy
 from .training.optim import cosine as cosine
+from .training.options import Computation as Computation
+from .training.options import Session as Session

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.choice import Choice
-from tanglenas_engine.training.loop import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-def alphas(history: Sequence[Row], options: Mapping[str, Sequence[Any]], path: str | Path) -> None:
+def alphas(history: Sequence[Record], options: Mapping[str, Sequence[Any]], path: str | Path) -> None:
     """Draw how the mixing weights of every choice moved: lines for one made once, maps of layer by epoch otherwise.
 
     Args:
@@ -82,7 +82,7 @@ def alphas(history: Sequence[Row], options: Mapping[str, Sequence[Any]], path: s
             y += bands[name]
 
 
-def anytime(history: Sequence[Row], path: str | Path) -> None:
+def anytime(history: Sequence[Record], path: str | Path) -> None:
     """Draw what the search would have given at any epoch: accuracy in %, cost and how decided the mixture is.
 
     Without mixing weights there is no architecture before discretize: the accuracy is the largest network's.
@@ -121,7 +121,7 @@ def anytime(history: Sequence[Row], path: str | Path) -> None:
         below[2].set_ylim(-0.03, 1.03)
 
 
-def training(history: Sequence[Row], path: str | Path) -> None:
+def training(history: Sequence[Record], path: str | Path) -> None:
     """Draw the rows of `RetrainResult.history`: the loss, and accuracies in %."""
     if not history:
         return _note("No training: the network has the supernet's weights as they were.", path)
@@ -167,7 +167,7 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
             y += 0.24 * most + 0.5
 
 
-def candidates(rows: Sequence[Row], path: str | Path) -> None:
+def candidates(rows: Sequence[Record], path: str | Path) -> None:
     """Draw the candidates of `DiscretizeResult`: accuracy in % against parameters, the best marked."""
     if not rows:
         return _note("No candidates.", path)
@@ -187,7 +187,7 @@ def candidates(rows: Sequence[Row], path: str | Path) -> None:
             _widen(axes)
 
 
-def pareto(rows: Sequence[Row], front: Sequence[Row], cost: str, path: str | Path) -> None:
+def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str | Path) -> None:
     """Draw candidates by accuracy in % and cost, and the front: what there is to have at each cost.
 
     Args:
@@ -213,7 +213,7 @@ def pareto(rows: Sequence[Row], front: Sequence[Row], cost: str, path: str | Pat
             _widen(axes)
 
 
-def rank_correlation(rows: Sequence[Row], kendall_tau: float, spearman: float, path: str | Path) -> None:
+def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float, path: str | Path) -> None:
     """Draw the rows of `RankCorrelation`: what the table says of each architecture against what the supernet says."""
     if not rows:
         return _note("No architectures.", path)

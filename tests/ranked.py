@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from spaces import Convolutional, vit
+from support.trainings import run
 from torch import nn
 
 from tanglenas_engine import create_optimizer, create_space
@@ -22,7 +23,7 @@ from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training.loop import Interrupted, run
+from tanglenas_engine.training.loop import Interrupted
 from tanglenas_engine.training.optim import parameter_groups
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)

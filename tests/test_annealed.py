@@ -23,7 +23,7 @@ def at(name, fraction, **options):
     optimizer = create_optimizer(name, **options)
     optimizer.bind(tiny("vit", num_heads=(1, 2, 3)), 0)
     optimizer.alphas[3].data.copy_(torch.tensor(LOGITS).expand_as(optimizer.alphas[3]))
-    optimizer.progress(fraction)
+    optimizer.set_progress(fraction)
     return optimizer
 
 

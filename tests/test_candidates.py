@@ -130,7 +130,7 @@ def test_a_prior_draws_every_option_as_often_as_the_mixture_says():
     space = vit()
     mixture = space.mixture({count: torch.randn(n, count).softmax(1) for count, n in space.stacks.items()})
     with candidates(space, prior=mixture) as tried:
-        drawn = [tried.draw() for _ in range(1500)]
+        drawn = [tried.sample() for _ in range(1500)]
     for name in ("embed_dim", "depth"):
         expected = dict(zip(space.choices[name].options, mixture[name].tolist(), strict=True))
         for option, probability in expected.items():
@@ -142,7 +142,7 @@ def test_a_prior_draws_architectures_only_where_not_every_assignment_is_one():
     space = tiny("darts")
     mixture = space.mixture({count: torch.randn(n, count).softmax(1) for count, n in space.stacks.items()})
     with candidates(space, prior=mixture) as tried:
-        drawn = [tried.draw() for _ in range(20)]
+        drawn = [tried.sample() for _ in range(20)]
         assert tried.first(3)[0] == space.most_probable(mixture)
     assert len({a.digest for a in drawn}) == 20
     for architecture in drawn:

@@ -89,7 +89,7 @@ def test_the_expected_cost_of_a_cell_counts_each_edge_by_itself(name):
     probabilities = {
         row: weights[choice][i].tolist()
         for choice in space.choices
-        for i, row in enumerate(space.choices[choice].table)
+        for i, row in enumerate(space.choices[choice].layer_rows)
     }
     for metric in METRICS:
         terms = space.terms(metric)

@@ -96,7 +96,7 @@ def test_drop_path_rises_with_the_training_and_is_a_matter_of_training():
         model.train()
     torch.testing.assert_close(network(images), plain(images))
     for path in paths:
-        path.progress(0.5)
+        path.set_progress(0.5)
     assert {path.p for path in paths} == {0.2}
     assert not torch.allclose(network(images), network(images))
     torch.testing.assert_close(network.eval()(images), network(images))
@@ -108,7 +108,7 @@ def test_drop_path_takes_an_edge_from_single_images_but_never_the_identity():
     normal, reduction = network.train().cells[0], network.cells[1]
     x = torch.rand(400, 2, 4, 4).double() + 1
     for cell in (normal, reduction):
-        cell.drop_path.progress(1.0)
+        cell.drop_path.set_progress(1.0)
     assert normal._through(normal.edges[0], x) is x
     edge = reduction.edges[0]  # a pooling
     kept = reduction._through(edge, x.repeat(1, 2, 1, 1)).flatten(1)

@@ -14,7 +14,7 @@ from torch import nn
 from tanglenas_engine import SearchSpace, create_optimizer, elastic, figures
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import argmax, entropy
+from tanglenas_engine.optimizers.optimizer import argmax, normalized_entropy
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.search import search
 
@@ -63,7 +63,7 @@ def history(space, epochs):
                 "epoch": epoch,
                 "weight_accuracy": 90 - 60 / epoch,
                 "validation_accuracy": 85 - 50 / epoch,
-                "entropy": entropy(mixture),
+                "entropy": normalized_entropy(mixture),
                 "expected_params": float(expected.params),
                 "expected_flops": float(expected.flops),
                 "params": cost.params,

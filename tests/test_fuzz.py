@@ -19,6 +19,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from project import ROOT, STAGES
 from ruamel.yaml import YAML
+from support.trainings import run
 from tiny import tiny
 
 from pipelines._config import check_params, configure, required
@@ -40,7 +41,6 @@ from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.tables import load_table
-from tanglenas_engine.training.loop import run
 
 BASE = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "drnas"', 'DATASET = "digits"', "SEED = 0"]
 BYTES = [

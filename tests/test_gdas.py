@@ -37,7 +37,7 @@ def test_the_gradient_is_that_of_the_soft_sample():
     weights = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
     alpha = optimizer.alphas[3]
     (found,) = torch.autograd.grad((weights * optimizer.sample(5, "weight").stacks[3]).sum(), alpha)
-    generator = torch.Generator().manual_seed(optimizer.entropy(5, "weight"))
+    generator = torch.Generator().manual_seed(optimizer.derive_seed(5, "weight"))
     for count, other in optimizer.alphas.items():  # the noise of the stacks comes one after the other
         noise = -torch.empty_like(other).exponential_(generator=generator).log()
         if count == 3:
@@ -63,7 +63,7 @@ def test_the_temperature_falls_linearly_and_sharpens_the_gradient():
     optimizer = GDAS(temperature=10.0, final_temperature=0.1)
     seen = []
     for fraction in (0.0, 0.5, 1.0):
-        optimizer.progress(fraction)
+        optimizer.set_progress(fraction)
         seen.append(optimizer.temperature)
     assert seen == pytest.approx([10.0, 5.05, 0.1])
 

@@ -121,7 +121,7 @@ def test_a_target_adds_the_gradient_of_its_penalty_for_every_optimizer(optimizer
     space = vit()
     start = create_optimizer(optimizer)
     start.bind(space, 0)
-    start.progress(0.0)
+    start.set_progress(0.0)
     limit = 0.3 * space.cost(space.largest()).params
     charge = (space.expected_cost(start.expected()).params / limit - 1).clamp_min(0)
     assert charge > 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from tanglenas_engine import Architecture, Optimizer, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import Step, argmax, entropy, l2
+from tanglenas_engine.optimizers.optimizer import Step, argmax, l2, normalized_entropy
 from tanglenas_engine.plugins import create_optimizer, manager
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.superposition.mixture import COVERED
@@ -126,10 +126,10 @@ def test_the_current_architecture_has_the_most_probable_options():
 def test_entropy_goes_from_1_undecided_to_0_decided():
     space = tiny("stages")
     flat = space.mixture({count: torch.full((rows, count), 1 / count) for count, rows in space.stacks.items()})
-    assert entropy(flat) == pytest.approx(1)
-    assert entropy(space.one_hot(space.largest())) == pytest.approx(0, abs=1e-6)
+    assert normalized_entropy(flat) == pytest.approx(1)
+    assert normalized_entropy(space.one_hot(space.largest())) == pytest.approx(0, abs=1e-6)
     decided = tiny("vit", num_heads=(2,), depth=(2,), mlp_ratio=(2,), embed_dim=(8,))
-    assert entropy(decided.one_hot(decided.largest())) == 0
+    assert normalized_entropy(decided.one_hot(decided.largest())) == 0
 
 
 def test_l2_has_the_gradient_of_weight_decay():
@@ -394,7 +394,7 @@ class TwoPaths(Optimizer):
     derivation = "random"
 
     def sample(self, step: int, stream: str) -> Architecture:
-        return self.space.sample(torch.Generator().manual_seed(self.entropy(step, stream)))
+        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
 
     def weight_losses(self, step: Step):
         for architecture in (step.space.largest(), self.sample(step.index, "weight")):

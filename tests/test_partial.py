@@ -116,11 +116,11 @@ def test_rows_are_pruned_to_their_most_probable_options(name):
     optimizer = bound(space, PartialDrNAS(channels=(2, 1), keep=(1.0, 0.5)))
     for alpha in optimizer.alphas.values():
         alpha.data = torch.randn_like(alpha)
-    optimizer.progress(0.25)
-    assert not optimizer.sample(0, "weight").kept and space.superposition.parts == 2
+    optimizer.set_progress(0.25)
+    assert not optimizer.sample(0, "weight").kept and space.superposition.channel_divisor == 2
     before = {count: stack.detach() for count, stack in optimizer.expected().stacks.items()}
-    optimizer.progress(0.5)
-    assert space.superposition.parts == 1
+    optimizer.set_progress(0.5)
+    assert space.superposition.channel_divisor == 1
     for count, stack in optimizer.sample(0, "weight").stacks.items():
         best = before[count].topk(-(-count // 2), dim=1).indices
         kept = torch.zeros_like(stack).scatter(1, best, 1.0).bool()
@@ -131,7 +131,7 @@ def test_rows_are_pruned_to_their_most_probable_options(name):
 def test_a_pruned_operation_is_not_computed():
     space = tiny("nb201").eval()
     optimizer = bound(space, PartialDARTS(channels=(1, 1), keep=(1.0, 0.2)))
-    optimizer.progress(0.5)
+    optimizer.set_progress(0.5)
     edge = first_edge(space)
     called = []
     for name, operation in edge.items():
@@ -146,7 +146,7 @@ def test_a_pruned_dirichlet_is_the_dirichlet_of_what_is_left():
     space = tiny("vit", num_heads=(1, 2, 3))
     optimizer = bound(space, PartialDrNAS(channels=(1, 1), keep=(1.0, 0.6)))
     optimizer.alphas[3].data = torch.tensor([1.0, -1.0, 0.0]).expand_as(optimizer.alphas[3]).clone()
-    optimizer.progress(0.5)
+    optimizer.set_progress(0.5)
     draws = torch.cat([optimizer.sample(step, "weight").stacks[3].detach() for step in range(3000)])
     concentration = torch.tensor([2.0, 1.0])  # elu(alpha) + 1 of the first and the last option
     total = concentration.sum()
@@ -160,7 +160,7 @@ def test_a_search_ends_with_all_channels():
     space = tiny("toy_cell")
     data = random_data(space, ("weights", "architecture", "validation"))
     result = search(space, PartialDrNAS(channels=(4, 2), keep=(1.0, 0.5)), data, epochs=2, batch_size=4)
-    assert space.superposition.parts == 1
+    assert space.superposition.channel_divisor == 1
     assert "edges" in result.mixture.tensors()
     network = space.extract(result.architecture)
     assert network(space.example_input(2)).isfinite().all()

@@ -167,7 +167,7 @@ class TwoOutputs(nn.Module):
         super().__init__()
         self.network, self.second, self.fractions = network, nn.Parameter(torch.zeros(3)), []
 
-    def progress(self, fraction: float) -> None:
+    def set_progress(self, fraction: float) -> None:
         self.fractions.append(fraction)
 
     def forward(self, x):

@@ -16,6 +16,7 @@ from tanglenas_engine import Dataset, SearchSpace, elastic
 from tanglenas_engine.data import DataView, TensorSamples, TokenSamples, make_splits, open_splits
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
 from tanglenas_engine.optimizers.optimizer import l2
+from tanglenas_engine.optimizers.stopping import EarlyStopping
 from tanglenas_engine.plugins import create_optimizer, create_space, manager
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
@@ -102,11 +103,11 @@ def test_a_search_that_is_asked_to_stop_goes_on_where_it_was(tmp_path, number):
 
 
 class Annealed(DARTS):
-    """A temperature that only `progress` sets."""
+    """A temperature that only `set_progress` sets."""
 
     temperature = None
 
-    def progress(self, fraction):
+    def set_progress(self, fraction):
         self.temperature = 1 - 0.5 * fraction
 
     def expected(self):
@@ -117,7 +118,7 @@ def test_a_search_that_is_resumed_amid_an_epoch_tells_the_optimizer_how_far_it_i
     check_resume(Annealed, vit, (4,), architecture_optimizer=partial(torch.optim.Adam, lr=0.5))
     told = []
     optimizer = DARTS()
-    optimizer.progress = told.append
+    optimizer.set_progress = told.append
     searched(optimizer=optimizer, epochs=4)
     assert told == [0, 0.25, 0.5, 0.75]
 
@@ -550,7 +551,7 @@ def test_a_search_stops_when_a_cell_has_too_many_skip_connections():
         f"operation has {counts[3]} of skip_connect, more than {counts[2]}",
     ]
     # The warm-up is not judged.
-    late = leaning(max_skips=0, skip_options=SKIPS_OF_ALL_KINDS, warmup_epochs=3)["history"]
+    late = leaning(stop=EarlyStopping(max_skips=0, skip_options=SKIPS_OF_ALL_KINDS), warmup_epochs=3)["history"]
     assert len(late) == 4 and late[-1]["stopped"].startswith("operation has 6 of avg_pool_3x3, none, nor_conv_1x1, ")
 
 
@@ -559,43 +560,47 @@ def test_a_search_stops_when_alpha_has_decided(capsys):
     entropies = [row["entropy"] for row in leaning(fast())["history"]]
     assert entropies[-1] < entropies[2] < entropies[1]
     limit = (entropies[1] + entropies[2]) / 2
-    history = leaning(fast(), min_entropy=limit, progress=ConsoleProgress())["history"]
+    history = leaning(fast(), stop=EarlyStopping(min_entropy=limit), progress=ConsoleProgress())["history"]
     assert len(history) == 3
     reason = f"the mixture's entropy is {entropies[2]:.3g}, below {limit:g}"
     assert history[-1]["stopped"] == reason
     assert f"search: stopped after epoch 3 of 6: {reason}" in capsys.readouterr().out
     # The warm-up is not judged.
-    assert len(leaning(fast(), min_entropy=0.9999, warmup_epochs=4)["history"]) == 5
+    assert len(leaning(fast(), stop=EarlyStopping(min_entropy=0.9999), warmup_epochs=4)["history"]) == 5
 
 
 @pytest.mark.parametrize("cuts", [(1,), (3,), (2, 4)])
 def test_a_search_that_stops_early_resumes_like_any_other(cuts):
     options = {"architecture_optimizer": partial(torch.optim.SGD, lr=1.0), "epochs": 6}
     space = partial(create_space, "nb201", channels=2, cells=1, image_size=8, num_classes=3)
-    check_resume(partial(Leaning, 1, 20.0), space, cuts, min_entropy=0.75, **options)
+    check_resume(partial(Leaning, 1, 20.0), space, cuts, stop=EarlyStopping(min_entropy=0.75), **options)
 
 
 def test_a_search_that_stopped_early_is_not_taken_up_again(tmp_path):
     with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
-        first = leaning(Leaning(1, 20.0), min_entropy=0.75, checkpoints=checkpoints)
+        first = leaning(Leaning(1, 20.0), stop=EarlyStopping(min_entropy=0.75), checkpoints=checkpoints)
         assert "stopped" in first["history"][-1] and len(first["history"]) < 6
-        same(leaning(Leaning(1, 20.0), min_entropy=0.75, checkpoints=checkpoints), first, "the search")
+        same(
+            leaning(Leaning(1, 20.0), stop=EarlyStopping(min_entropy=0.75), checkpoints=checkpoints),
+            first,
+            "the search",
+        )
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, optimizer, message",
     [
-        ({"max_skips": -1}, "search.max_skips is -1, expected a whole number of at least 0"),
-        ({"max_skips": 2}, "no choice of 'AutoFormer' has an option among search.skip_options, skip_connect: name"),
-        ({"min_entropy": 1}, "search.min_entropy is 1, expected a number between 0 and 1"),
-        ({"min_entropy": 0}, "search.min_entropy is 0, expected a positive number"),
-        ({"min_entropy": 0.5, "optimizer": "spos"}, "search.min_entropy is about what alpha says, and spos has no"),
-        ({"max_skips": 2, "optimizer": "spos"}, "search.max_skips is about what alpha says, and spos has no"),
+        ({"max_skips": -1}, "drnas", "EarlyStopping.max_skips is -1, expected a whole number of at least 0"),
+        ({"max_skips": 2}, "drnas", "no choice of 'AutoFormer' has an option among skip_options, skip_connect: name"),
+        ({"min_entropy": 1}, "drnas", "EarlyStopping.min_entropy is 1, expected a number between 0 and 1"),
+        ({"min_entropy": 0}, "drnas", "EarlyStopping.min_entropy is 0, expected a positive number"),
+        ({"min_entropy": 0.5}, "spos", "EarlyStopping.min_entropy is about what alpha says, and spos has no"),
+        ({"max_skips": 2}, "spos", "EarlyStopping.max_skips is about what alpha says, and spos has no"),
     ],
 )
-def test_stops_that_cannot_be(options, message):
+def test_rules_for_stopping_that_do_not_apply(options, optimizer, message):
     with pytest.raises(TangleNASError) as caught:
-        searched(vit, **options)
+        searched(vit, optimizer=optimizer, stop=EarlyStopping(**options))
     assert message in str(caught.value)
 
 

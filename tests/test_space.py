@@ -112,7 +112,7 @@ def test_the_largest_architecture_is_the_released_space(name):
 def every_assignment(space):
     """All options of all layers, those beyond the depth included."""
     listed = {
-        name: list(itertools.product(choice.options, repeat=len(choice.table)))
+        name: list(itertools.product(choice.options, repeat=len(choice.layer_rows)))
         if choice.layered
         else list(choice.options)
         for name, choice in space.choices.items()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.trainings import run
 from torch import nn
 
 from tanglenas_engine.data import TensorSamples
@@ -22,7 +23,7 @@ from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.testing import same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training.loop import Interrupted, run
+from tanglenas_engine.training.loop import Interrupted
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 from tanglenas_engine.training.optim import cosine, made, parameter_groups
 

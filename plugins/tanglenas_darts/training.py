@@ -16,7 +16,7 @@ class ScheduledDropPath(StochasticDepth):
         super().__init__(0.0, mode="row")
         self.last = last
 
-    def progress(self, fraction: float) -> None:
+    def set_progress(self, fraction: float) -> None:
         self.p = fraction * self.last
 
 

@@ -29,8 +29,8 @@ class Annealed(Optimizer):
             )
         self.temperature = self.start
 
-    def progress(self, fraction: float) -> None:
-        super().progress(fraction)
+    def set_progress(self, fraction: float) -> None:
+        super().set_progress(fraction)
         self.temperature = self.start + (self.end - self.start) * fraction
 
     def schedules(self) -> dict[str, float]:

@@ -85,7 +85,7 @@ class SecondOrderDARTS(DARTS):
 
     def _loss_at(self, step: Step, batch: Batch, mixture: Mixture, weights: Weights) -> Tensor:
         """The loss at other weights. All calls of a step draw the same: dropout is no derivative."""
-        torch.manual_seed(self.entropy(step.index, "hypergradient"))
+        torch.manual_seed(self.derive_seed(step.index, "hypergradient"))
         self.enter(mixture)
         outputs = torch.func.functional_call(step.space, dict(weights), (batch[0],))
         return step.loss(outputs, batch[1])

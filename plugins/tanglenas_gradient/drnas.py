@@ -37,7 +37,7 @@ class DrNAS(Annealed):
     def sample(self, step: int, stream: str) -> Mixture:
         devices = {alpha.device for alpha in self.alphas.values() if alpha.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.entropy(step, stream))
+            torch.manual_seed(self.derive_seed(step, stream))
             draws = {count: Dirichlet(c, validate_args=False).rsample() for count, c in self._concentrations().items()}
         return self.space.mixture(draws)
 

@@ -29,7 +29,7 @@ class GDAS(Annealed):
         self.weight_decay = weight_decay
 
     def sample(self, step: int, stream: str) -> Mixture:
-        generator = torch.Generator().manual_seed(self.entropy(step, stream))
+        generator = torch.Generator().manual_seed(self.derive_seed(step, stream))
         return self.space.mixture({count: self._hard(alpha, generator) for count, alpha in self.alphas.items()})
 
     def enter(self, sampled: Mixture) -> None:

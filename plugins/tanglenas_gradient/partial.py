@@ -61,7 +61,7 @@ class Progressive(Optimizer):
         super().bind(space, seed)
         self._nodes = [rows for rows in space.nodes() if self.edge_normalization]
         count = sum(map(len, self._nodes))
-        noise = torch.randn(count, generator=torch.Generator().manual_seed(self.entropy(-1, "edges")))
+        noise = torch.randn(count, generator=torch.Generator().manual_seed(self.derive_seed(-1, "edges")))
         self.edges = nn.Parameter((1e-3 * noise).to(next(space.parameters())))
         for widths in space.partial_channels:
             for parts in self.channels:
@@ -72,18 +72,18 @@ class Progressive(Optimizer):
                     )
         self.stage = 0
         self._kept = {count: torch.ones_like(alpha, dtype=torch.bool) for count, alpha in self.alphas.items()}
-        space.superposition.parts = self.channels[0]
+        space.superposition.channel_divisor = self.channels[0]
 
     def parameters(self) -> list[nn.Parameter]:
         return [*super().parameters(), self.edges] if self._nodes else super().parameters()
 
-    def progress(self, fraction: float) -> None:
-        super().progress(fraction)
+    def set_progress(self, fraction: float) -> None:
+        super().set_progress(fraction)
         stage = min(len(self.channels) - 1, int(fraction * len(self.channels) + 1e-9))
         while self.stage < stage:
             self.stage += 1
             self._prune(self.keep[self.stage])
-        self.space.superposition.parts = self.channels[self.stage]
+        self.space.superposition.channel_divisor = self.channels[self.stage]
 
     def schedules(self) -> dict[str, float]:
         share = self.keep[self.stage]
@@ -105,7 +105,7 @@ class Progressive(Optimizer):
             self.edges.copy_(state["edges"])
         self.stage = state["stage"]
         self._kept = {count: kept.to(self.alphas[count].device) for count, kept in state["kept"].items()}
-        self.space.superposition.parts = self.channels[self.stage]
+        self.space.superposition.channel_divisor = self.channels[self.stage]
 
     def _prune(self, share: float) -> None:
         """Keep the most probable options of every row."""

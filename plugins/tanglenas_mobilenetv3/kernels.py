@@ -31,10 +31,10 @@ class TransformedConv2d(elastic.Conv2d):
     def gate(self, child: str) -> Size:
         return Size.of(0)  # the matrices are the supernet's alone
 
-    def parts(self, name: str) -> tuple[Tensor | None, list[elastic.Factor]]:
+    def unmasked(self, name: str) -> tuple[Tensor | None, list[elastic.Factor]]:
         probabilities = self.masks("kernels") if name == "weight" else []
         if not probabilities:
-            return super().parts(name)
+            return super().unmasked(name)
         if self.assignment is not None:
             return self.sliced(name, self.assignment) * probabilities[0], self.factors("channels")
         kernels = reversed(self.kernels())  # as the probabilities, from the smallest

@@ -51,7 +51,7 @@ class Sandwich(Optimizer):
             yield _distilled(outputs, teacher) if self.distillation else step.loss(outputs, targets)
 
     def _draw(self, step: int, stream: str, number: int) -> Architecture:
-        return self.space.sample(torch.Generator().manual_seed(self.entropy(step, f"{stream}/{number}")))
+        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, f"{stream}/{number}")))
 
 
 def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:

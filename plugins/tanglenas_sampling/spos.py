@@ -12,4 +12,4 @@ class SPOS(Optimizer):
     derivation = "random"
 
     def sample(self, step: int, stream: str) -> Architecture:
-        return self.space.sample(torch.Generator().manual_seed(self.entropy(step, stream)))
+        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))

@@ -18,11 +18,11 @@ from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
 from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.training.loop import Row
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
 HELD = 2**30
@@ -86,7 +86,7 @@ class Candidates:
         self.objectives = tuple(objectives)
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows: list[Row] = []
+        self.rows: list[Record] = []
         self._device = device_of(None) if device is None else device
         self._batch_size = batch_size
         self._samples = held(samples, batch_size, self._device)
@@ -95,7 +95,7 @@ class Candidates:
         self._statistics = random_inputs(statistics, batch_size, count, seed, self._device)
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
         self._drawn: set[str] = set()
-        self._judged: dict[str, Row] = {}
+        self._judged: dict[str, Record] = {}
         self._generation, self._done, self._best = 0, 0, 0.0
         self._known: dict[str, float] = {}
         self._saved = time.monotonic()
@@ -118,7 +118,7 @@ class Candidates:
 
     # Drawing.
 
-    def draw(self) -> Architecture:
+    def sample(self) -> Architecture:
         """A random architecture of the space, within the budget or not: of the prior, where there is one.
 
         Noise from Gumbel's distribution on log-probabilities makes the most probable option of a row a sample of that
@@ -150,7 +150,7 @@ class Candidates:
         for _ in range(TRIES * count):
             if len(found) == count:
                 break
-            architecture = shrunk(self.space, (propose or self.draw)(), self.budget, self.generator, self.objectives)
+            architecture = shrunk(self.space, (propose or self.sample)(), self.budget, self.generator, self.objectives)
             if architecture.digest not in self._drawn:
                 self._drawn.add(architecture.digest)
                 found.append(architecture)
@@ -158,7 +158,7 @@ class Candidates:
 
     # Judging.
 
-    def judge(self, architectures: Sequence[Architecture], total: int | None = None) -> list[Row]:
+    def judge(self, architectures: Sequence[Architecture], total: int | None = None) -> list[Record]:
         """A row for each of these architectures, which are one generation; those judged before are not judged again.
 
         Args:
@@ -183,7 +183,7 @@ class Candidates:
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
 
-    def best(self, count: int = 1, since: int = 0) -> list[Row]:
+    def best(self, count: int = 1, since: int = 0) -> list[Record]:
         """The most accurate rows, of generation `since` or later; the first found wins a tie."""
         rows = [row for row in self.rows if row["generation"] >= since]
         return sorted(rows, key=lambda row: -row["accuracy"])[:count]

@@ -11,14 +11,14 @@ import torch
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import Variation
 from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.training.loop import Row
 
 
-def front(rows: Sequence[Row], cost: str = "params") -> list[Row]:
+def front(rows: Sequence[Record], cost: str = "params") -> list[Record]:
     """The rows that no other one dominates, cheapest first: each is more accurate than all that cost no more."""
-    found: list[Row] = []
+    found: list[Record] = []
     for row in sorted(rows, key=lambda row: (row[cost], -row["accuracy"])):
         if not found or row["accuracy"] > found[-1]["accuracy"]:
             found.append(row)

@@ -59,12 +59,12 @@ class Elastic(nn.Module):
 
     def current(self, name: str) -> Tensor | None:
         """The parameter or buffer `name` as the next architecture (a slice) or mixture (masked) has it."""
-        tensor, factors = self.parts(name)
+        tensor, factors = self.unmasked(name)
         for factor in factors:
             tensor = tensor * factor.whole()  # type: ignore[operator]
         return tensor
 
-    def parts(self, name: str) -> tuple[Tensor | None, list[Factor]]:
+    def unmasked(self, name: str) -> tuple[Tensor | None, list[Factor]]:
         """`current(name)` before the last step: the parameter, and the factors of the mask to multiply it with."""
         tensor: Tensor | None = getattr(self, name)
         if tensor is None:
@@ -122,8 +122,8 @@ def _cut(tensor: Tensor, axes: Sequence[Axis], assignment: Assignment) -> Tensor
             continue
         if axis.layout == "value":
             tensor = tensor.narrow(dim, axis.used(assignment).index(True), 1)
-        elif axis.parts > 1 and size < full:
-            parts = tensor.unflatten(dim, (axis.parts, full)).narrow(dim + 1, 0, size)  # type: ignore[no-untyped-call]
+        elif axis.blocks > 1 and size < full:
+            parts = tensor.unflatten(dim, (axis.blocks, full)).narrow(dim + 1, 0, size)  # type: ignore[no-untyped-call]
             tensor = parts.flatten(dim, dim + 1)
         elif size < full:
             tensor = tensor.narrow(dim, (full - size) // 2 if axis.layout == "window" else 0, size)
@@ -182,7 +182,7 @@ def _slicing(module: nn.Module, name: str) -> list[tuple[Any, ...]]:
     owner, _, key = name.rpartition(".")
     holder = module.get_submodule(owner)
     axes = holder.axes.get(key, ()) if isinstance(holder, Elastic) else ()
-    return [(i, a.size.rows, a.size.values, a.layout, a.parts) for i, a in enumerate(axes) if a.size.rows]
+    return [(i, a.size.rows, a.size.values, a.layout, a.blocks) for i, a in enumerate(axes) if a.size.rows]
 
 
 def plain(module: nn.Module, assignment: Assignment) -> nn.Module:

@@ -60,7 +60,7 @@ class Conv2d(Elastic, nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, factors = self.parts("weight")
+        weight, factors = self.unmasked("weight")
         assert weight is not None
         padding, _ = self._geometry(self.assignment)
         op = ConvolutionProduct(self.stride, padding, self.dilation, x.shape[1] // weight.shape[1])

@@ -21,7 +21,7 @@ class Linear(Elastic, nn.Linear):
         self.declare(weight=(outputs, inputs), bias=(outputs,))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, factors = self.parts("weight")
+        weight, factors = self.unmasked("weight")
         assert weight is not None
         return masked(LinearProduct(), x, weight, self.current("bias"), factors)
 
@@ -32,7 +32,7 @@ class Linear(Elastic, nn.Linear):
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
         outputs, inputs = self.axes["weight"]
         tokens = output.numel() // output.shape[-1]
-        return [(tokens * outputs.parts * inputs.parts, (outputs.size, inputs.size))]
+        return [(tokens * outputs.blocks * inputs.blocks, (outputs.size, inputs.size))]
 
 
 class Embedding(Elastic, nn.Embedding):

@@ -93,7 +93,7 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
     """`op(x, weight * mask, bias)`: the one way in which masks meet weights that multiply an input.
 
     Args:
-        factors: Of the mask, as `Elastic.parts` gives them.
+        factors: Of the mask, as `Elastic.unmasked` gives them.
     """
     if not factors:
         return op(x, weight, bias)

@@ -68,11 +68,16 @@ class Optimizer(abc.ABC):
         self.space, self.seed = space, seed
         reference = next(space.parameters())
         if self.learns_architecture:
-            generator = torch.Generator().manual_seed(self.entropy(-1, "alpha"))
+            generator = torch.Generator().manual_seed(self.derive_seed(-1, "alpha"))
             self.alphas = {
                 count: nn.Parameter((1e-3 * torch.randn(rows, count, generator=generator)).to(reference))
                 for count, rows in space.stacks.items()
             }
+
+    @property
+    def label(self) -> str:
+        """The name in messages."""
+        return self.name or type(self).__name__
 
     def parameters(self) -> list[nn.Parameter]:
         """What the architecture optimizer moves: alpha, and whatever a method learns beside it."""
@@ -95,7 +100,7 @@ class Optimizer(abc.ABC):
         """A term added to the architecture loss."""
         return None
 
-    def progress(self, fraction: float) -> None:
+    def set_progress(self, fraction: float) -> None:
         """Told before each epoch how much of the search is done, from 0 to 1: for temperatures and schedules."""
         return None
 
@@ -134,7 +139,7 @@ class Optimizer(abc.ABC):
         mixture = self.expected()
         return None if mixture is None else argmax(self.space, mixture)
 
-    def entropy(self, step: int, stream: str) -> int:
+    def derive_seed(self, step: int, stream: str) -> int:
         """A seed that is a pure function of (seed, step, stream)."""
         text = f"{self.seed}/{step}/{stream}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
@@ -173,7 +178,7 @@ def argmax(space: SearchSpace, mixture: Mixture) -> Architecture:
     return space.most_probable(mixture)
 
 
-def entropy(mixture: Mixture) -> float:
+def normalized_entropy(mixture: Mixture) -> float:
     """Mean entropy of the rows relative to the uniform distribution: 1 undecided, 0 decided."""
     rows = [
         -(stack * stack.clamp_min(1e-12).log()).sum(1) / torch.tensor(float(count)).log()

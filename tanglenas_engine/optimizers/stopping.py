@@ -1,8 +1,9 @@
-"""Early stopping of a search."""
+"""Early stopping: when a search ends before its last epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from tanglenas_engine.errors import TangleNASError, at_least, positive
 from tanglenas_engine.optimizers.optimizer import Optimizer
@@ -10,46 +11,62 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 
 
-class _Stops:
-    """When to stop before the last epoch.
+class Stop(Protocol):
+    """A rule that ends a search after an epoch."""
 
-    Raises:
-        TangleNASError: An option cannot be, or the space or the optimizer has nothing that it could be about.
+    def check(self, space: SearchSpace, optimizer: Optimizer) -> None:
+        """Raise a TangleNASError if the rule does not apply to this space or optimizer."""
+
+    def __call__(self, current: Architecture, record: Mapping[str, Any]) -> str | None:
+        """Return the reason to stop after an epoch with this architecture and record, or None."""
+
+
+class EarlyStopping:
+    """Stops a search that has collapsed, or that has decided.
+
+    Args:
+        max_skips: The largest number of `skip_options` that one choice of the current architecture (a cell's
+            operations, say) may have. More are the usual sign of a collapse (Liang et al., 2019, arXiv:1909.06035).
+            The search then ends with that architecture.
+        skip_options: Names of options that count as skip connections.
+        min_entropy: The entropy in the history, from 1 (undecided) to 0, below which alpha has decided.
     """
 
     def __init__(
         self,
-        space: SearchSpace,
-        optimizer: Optimizer,
-        max_skips: int | None,
-        skip_options: Sequence[str],
-        min_entropy: float | None,
+        max_skips: int | None = None,
+        skip_options: Sequence[str] = ("skip_connect",),
+        min_entropy: float | None = None,
     ):
+        if max_skips is not None:
+            at_least("EarlyStopping.max_skips", max_skips, 0)
+        if min_entropy is not None and not 0 < positive("EarlyStopping.min_entropy", min_entropy) < 1:
+            raise TangleNASError(f"EarlyStopping.min_entropy is {min_entropy!r}, expected a number between 0 and 1")
         self.max_skips, self.skips, self.min_entropy = max_skips, set(skip_options), min_entropy
-        given = [name for name, value in (("max_skips", max_skips), ("min_entropy", min_entropy)) if value is not None]
+
+    def check(self, space: SearchSpace, optimizer: Optimizer) -> None:
+        """Raise a TangleNASError if alpha does not exist, or no option of the space is a skip connection."""
+        rules = {"max_skips": self.max_skips, "min_entropy": self.min_entropy}
+        given = [name for name, value in rules.items() if value is not None]
         if given and not optimizer.learns_architecture:
             raise TangleNASError(
-                f"search.{given[0]} is about what alpha says, and {optimizer.name or type(optimizer).__name__} has no "
-                "architecture parameters: leave it out"
+                f"EarlyStopping.{given[0]} is about what alpha says, and {optimizer.label} has no architecture "
+                "parameters: leave it out"
             )
-        if max_skips is not None:
-            at_least("search.max_skips", max_skips, 0)
-            options = {option for choice in space.choices.values() for option in choice.options}
-            if not self.skips & options:
-                raise TangleNASError(
-                    f"search.max_skips is {max_skips}, but no choice of {space.label} has an option among "
-                    f"search.skip_options, {', '.join(sorted(self.skips)) or '(none)'}: name those that skip"
-                )
-        if min_entropy is not None and not 0 < positive("search.min_entropy", min_entropy) < 1:
-            raise TangleNASError(f"search.min_entropy is {min_entropy!r}, expected a number between 0 and 1")
+        options = {option for choice in space.choices.values() for option in choice.options}
+        if self.max_skips is not None and not self.skips & options:
+            raise TangleNASError(
+                f"EarlyStopping.max_skips is {self.max_skips}, but no choice of {space.label} has an option among "
+                f"skip_options, {', '.join(sorted(self.skips)) or '(none)'}: name those that skip"
+            )
 
-    def reason(self, current: Architecture, entropy: float) -> str | None:
-        """Why to stop now, or None."""
+    def __call__(self, current: Architecture, record: Mapping[str, Any]) -> str | None:
         if self.max_skips is not None:
             for name, chosen in current.choices.items():
                 count = sum(option in self.skips for option in (chosen if isinstance(chosen, tuple) else (chosen,)))
                 if count > self.max_skips:
                     return f"{name} has {count} of {', '.join(sorted(self.skips))}, more than {self.max_skips}"
+        entropy = record["entropy"]
         if self.min_entropy is not None and entropy < self.min_entropy:
             return f"the mixture's entropy is {entropy:.3g}, below {self.min_entropy:g}"
         return None

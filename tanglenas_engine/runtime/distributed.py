@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tanglenas_engine.errors import TangleNASError, at_least
-from tanglenas_engine.runtime import distributed
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.devices import own_device
 
 T = TypeVar("T")
@@ -125,7 +124,7 @@ def first() -> Iterator[None]:
         broadcast(None)
 
 
-def diverge() -> None:
+def seed_apart() -> None:
     """Give every rank but the first random numbers of its own: dropout must not repeat itself over a batch."""
     if rank() > 0:
         torch.manual_seed((torch.initial_seed() + rank() * 0x9E3779B97F4A7C15) % 2**63)
@@ -284,14 +283,3 @@ def _lost(error: RuntimeError) -> NoReturn:
         f"process {rank()} of {world()} has lost another ({reason}). Run the same command again to go on from the "
         "last checkpoint"
     ) from error
-
-
-def parts_of(stage: str, batch_size: int, accumulate: int) -> tuple[int, int]:
-    """This rank's part of every batch, and of how many, once it is checked that they and what they accumulate fit."""
-    count = distributed.world() * at_least(f"{stage}.accumulate", accumulate, 1)
-    if batch_size % count:
-        raise TangleNASError(
-            f"{stage}.batch_size is {batch_size}, expected a multiple of {count}: every batch is shared by "
-            f"{distributed.world()} process(es), each of which takes its part in {accumulate} piece(s)"
-        )
-    return distributed.rank(), distributed.world()

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+Record = dict[str, Any]
+"""What is known of an epoch or of a candidate: numbers and text by name."""
+
 
 class Tracker(Protocol):
     """A record of one run. No call may raise for want of a server: tracking never ends a training."""

@@ -37,7 +37,7 @@ def into_nodes(choices: Iterable[Choice], edges: Sequence[tuple[int, object]]) -
     """
     ends = list(dict.fromkeys(node for node, _ in edges))
     return [
-        [row for row, (node, _) in zip(choice.table, edges, strict=True) if node == end]
+        [row for row, (node, _) in zip(choice.layer_rows, edges, strict=True) if node == end]
         for choice in choices
         for end in ends
     ]

@@ -129,7 +129,7 @@ def _parameter_terms(space: SearchSpace) -> list[Term]:
             if axis is None or axis.role == "fixed":
                 constant *= length
             else:
-                constant *= axis.parts
+                constant *= axis.blocks
                 factors.append(axis.size)
         terms.append((constant, tuple(factors)))
     return terms

@@ -158,7 +158,7 @@ class Target:
         self.limit: float | None = None
 
     @property
-    def draws(self) -> bool:
+    def active(self) -> bool:
         """Whether there is a target, or the cost is reported only."""
         return self.value is not None or self.share is not None
 
@@ -169,7 +169,7 @@ class Target:
             TangleNASError: No architecture costs so little, none so much, or the objective fails.
         """
         self.objective.bind(space)
-        if not self.draws:
+        if not self.active:
             return self
         extremes = cheapest(space, self.objective), dearest(space, self.objective)
         least, most = (self.objective.cost(architecture) for architecture in extremes)

@@ -147,16 +147,16 @@ class SearchSpace(Elastic):
         for name, choice in self.choices.items():
             given = choices[name]
             values = list(given) if choice.layered and isinstance(given, list | tuple) else [given]
-            rows = [row for row in choice.table if row.active(assignment)]
+            rows = [row for row in choice.layer_rows if row.active(assignment)]
             if choice.layered != isinstance(given, list | tuple) or len(values) < len(rows):
                 expected = f"a list of {len(rows)} options" if choice.layered else "one option"
                 raise TangleNASError(f"choice {name!r} of {self.label} is {given!r}, expected {expected}")
-            if len(values) not in (len(rows), len(choice.table)):
-                used = f", {len(rows)} of them in use" if len(rows) < len(choice.table) else ""
+            if len(values) not in (len(rows), len(choice.layer_rows)):
+                used = f", {len(rows)} of them in use" if len(rows) < len(choice.layer_rows) else ""
                 raise TangleNASError(
-                    f"choice {name!r} has {len(choice.table)} layers{used}, but {len(values)} were given"
+                    f"choice {name!r} has {len(choice.layer_rows)} layers{used}, but {len(values)} were given"
                 )
-            for row, value in zip(rows if len(values) == len(rows) else choice.table, values, strict=True):
+            for row, value in zip(rows if len(values) == len(rows) else choice.layer_rows, values, strict=True):
                 if row not in rows:
                     continue
                 if value not in row.options:
@@ -171,7 +171,7 @@ class SearchSpace(Elastic):
         """The architecture of an assignment; rows beyond the depth are dropped."""
         choices = {}
         for name, choice in self.choices.items():
-            options = tuple(r.options[assignment[r]] for r in choice.table if r.active(assignment))
+            options = tuple(r.options[assignment[r]] for r in choice.layer_rows if r.active(assignment))
             choices[name] = options if choice.layered else options[0]
         return Architecture(self.name or type(self).__name__, choices)
 
@@ -190,7 +190,7 @@ class SearchSpace(Elastic):
         assignment = {row: 0 for row in self.rows}
         for name, choice in self.choices.items():
             value = architecture.choices[name]
-            rows = [row for row in choice.table if row.active(assignment)]
+            rows = [row for row in choice.layer_rows if row.active(assignment)]
             for row, option in zip(rows, value if choice.layered else [value], strict=True):
                 assignment[row] = row.options.index(option)
         return assignment
@@ -281,7 +281,7 @@ class SearchSpace(Elastic):
 
     def mixture(self, weights: Mapping[str, Tensor] | Mapping[int, Tensor]) -> Mixture:
         """A mixture from weights by choice, `(options,)` or `(layers, options)`, or stacked by option count."""
-        by_choice = {name: choice.table for name, choice in self.choices.items()}
+        by_choice = {name: choice.layer_rows for name, choice in self.choices.items()}
         if isinstance(weights, Mixture):
             if weights.superposition is not self.superposition:
                 raise TangleNASError(f"the mixture was made by another space than this {self.label}: make it anew")

@@ -18,13 +18,13 @@ from tanglenas_engine.optimizers.optimizer import argmax as most_probable
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import METRICS, Cost
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.training.loop import Row
 
 Method = Callable[..., Projection | None]
 """Judges candidates: takes the `Candidates` to draw from and the mixture of the search, or None, and its options.
@@ -69,7 +69,7 @@ class DiscretizeResult:
     architecture: Architecture
     cost: Cost
     validation_accuracy: float
-    candidates: list[Row] = field(default_factory=list)
+    candidates: list[Record] = field(default_factory=list)
     front: list[Architecture] = field(default_factory=list)
     front_cost: str = "params"
     exact: bool | None = None

@@ -15,12 +15,12 @@ from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import combinations
-from tanglenas_engine.training.loop import Row
 from tanglenas_engine.training.measure import measure
 
 MOST = 10**6
@@ -69,7 +69,7 @@ class RankCorrelation:
 
     kendall_tau: float
     spearman: float
-    rows: list[Row]
+    rows: list[Record]
 
 
 def rank_correlation(

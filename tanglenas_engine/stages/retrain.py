@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -14,20 +14,17 @@ from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.checkpoint import CheckpointFolder
-from tanglenas_engine.runtime.devices import device_of, to
-from tanglenas_engine.runtime.distributed import parts_of
-from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.devices import to
 from tanglenas_engine.runtime.seeding import seeded
-from tanglenas_engine.runtime.tracking import Tracker
+from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.execution import Precision, backend_of
-from tanglenas_engine.training.loop import Row, run
-from tanglenas_engine.training.losses import _all, correct, cross_entropy, scalar
+from tanglenas_engine.training.loop import Stateful, Training
+from tanglenas_engine.training.losses import all_outputs, correct, cross_entropy, scalar
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, cosine, made, parameter_groups
+from tanglenas_engine.training.options import Computation, Session, flattened
 
 MODES = ("scratch", "inherit", "finetune")
 Mode = Literal["scratch", "inherit", "finetune"]
@@ -47,13 +44,14 @@ class EMA(Protocol):
 
 @dataclass(frozen=True)
 class RetrainResult:
-    """The standalone network with its final weights, its validation accuracy in %, one history row per epoch."""
+    """The standalone network with its final weights, its validation accuracy in %, one record per epoch."""
 
     network: nn.Module
     validation_accuracy: float
-    history: list[Row]
+    history: list[Record]
 
 
+@flattened
 def retrain(
     space: SearchSpace,
     architecture: Architecture,
@@ -66,24 +64,16 @@ def retrain(
     scheduler: SchedulerFactory | None = cosine,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     ema: Callable[[nn.Module], EMA] | None = None,
-    clip: float | None = 5.0,
     loss: Callable[[Any, Tensor], Tensor] = cross_entropy,
     recalibration_batches: int = 8,
-    precision: str = "float32",
-    compile: bool | str = False,
-    accumulate: int = 1,
     seed: int = 0,
-    num_workers: int = 0,
-    device: str | None = None,
-    checkpoints: CheckpointFolder | None = None,
-    checkpoint_every: int | None = None,
-    tracker: Tracker | None = None,
-    progress: Progress | None = None,
+    computation: Computation = Computation(),
+    session: Session = Session(),
 ) -> RetrainResult:
     """Train the network of an architecture on the whole training data (weights and architecture splits).
 
-    Modules of the network that have a method `progress(fraction)`, such as a scheduled drop path, are told before each
-    epoch how much of the training is done, from 0 to 1.
+    Before each epoch, modules of the network that have a method `set_progress(fraction)`, such as a scheduled drop
+    path, are told how much of the training is done, from 0 to 1.
 
     Args:
         space: The supernet; its weights matter for "inherit" and "finetune".
@@ -97,12 +87,11 @@ def retrain(
         ema: Makes a moving average of the network's weights, which then is what is validated and returned.
         loss: Of what the network gives in train mode, a tensor or several with the logits first, and targets.
         recalibration_batches: Batches that set the statistics of batch norms for "inherit"; 0 keeps the supernet's.
-        compile: Whether `torch.compile` takes the network's forward, or with which of its backends. A drop path that
-            a schedule changes is compiled anew each time.
-        precision, accumulate, checkpoints, checkpoint_every, device, num_workers: As in `search`.
+        computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
+        session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
 
     Raises:
-        TangleNASError: An option cannot be, the architecture is not of this space, or training diverged.
+        TangleNASError: An option is out of its range, the architecture is of another space, or the training diverged.
         Interrupted: The process was asked to stop, and the state is saved.
     """
     if mode not in MODES:
@@ -110,84 +99,124 @@ def retrain(
     at_least("retrain.epochs", epochs, 1)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
-    space.assignment_of(architecture)  # whether it has one: a space may override what makes the network
-    target, loss = device_of(device), scalar(loss)
-    precise, backend = Precision(precision, target), backend_of(compile)
-    part = parts_of("retrain", batch_size, accumulate)
+    space.assignment_of(architecture)  # a space may override what makes the network, and would not notice another's
+    device = session.find_device()
+    computation.check(device)
+    computation.share("retrain", batch_size)
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
-        network = network.to(target)
+        network = network.to(device)
         distributed.synchronize([*network.parameters(), *network.buffers()])
         if mode == "inherit":
             if recalibration_batches:
-                recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, target))
+                recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, device))
             return RetrainResult(network.eval(), measure(network, data.validation, together=True).accuracy, [])
-        stream = Stream(data.training, batch_size, seed=seed, num_workers=num_workers, part=part)
-        trained = wrap(network).to(target) if wrap else network
-        optimize = made("retrain.optimizer", optimizer, parameter_groups(trained))
-        steps = epochs * stream.batches_per_epoch
-        schedule = made("retrain.scheduler", scheduler, optimize, steps) if scheduler else None
-        average = made("retrain.ema", ema, network) if ema else None
-        iterators: list[Iterator[Batch]] = []
-        parameters, statistics, scaler = list(trained.parameters()), running_statistics(trained), precise.scaler
-        scheduled = [hook for module in trained.modules() if callable(hook := getattr(module, "progress", None))]
-        forward = trained if backend is None else torch.compile(trained, dynamic=False, backend=backend)
-        trained.train()
-
-        def step(position: int) -> dict[str, Tensor]:
-            if not iterators or position % stream.batches_per_epoch == 0:
-                for hook in scheduled:
-                    hook(position // stream.batches_per_epoch / epochs)
-            if not iterators:
-                iterators.append(stream.start(position))
-            batch = (tensor.chunk(accumulate) for tensor in to(next(iterators[0]), target))
-            losses, accuracies = [], []
-            optimize.zero_grad()
-            for inputs, targets in zip(*batch, strict=True):
-                with precise.autocast:
-                    outputs = forward(inputs)
-                    value = loss(outputs, targets)
-                torch.autograd.backward(scaler.scale(value / accumulate))
-                losses.append(value.detach())
-                accuracies.append(correct(_all(outputs)[0], targets))
-            distributed.average([*(parameter.grad for parameter in parameters), *statistics])
-            scaler.unscale_(optimize)
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            scaler.step(optimize)
-            scaler.update()
-            if schedule is not None:
-                schedule.step()
-            if average is not None:
-                average.update(network)
-            return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}
-
-        def end_epoch(epoch: int, means: Row) -> Row:
-            judged = network if average is None else average.module
-            found = measure(judged, data.validation, together=True)
-            return {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
-
-        history = run(
-            name="retrain",
+        return Retraining(
+            network,
+            data,
             epochs=epochs,
-            steps_per_epoch=stream.batches_per_epoch,
-            step=step,
-            end_epoch=end_epoch,
-            describe=lambda row: (
-                f"loss {row['loss']:.3f}  train {row['accuracy']:.1f} %  valid {row['validation_accuracy']:.1f} %"
-            ),
-            stateful={
-                "network": trained,
-                "optimizer": optimize,
-                **({"scheduler": schedule} if schedule is not None else {}),
-                **({"ema": average} if average is not None else {}),
-                **({"scaler": scaler} if scaler.is_enabled() else {}),
-            },
-            parameters=parameters,
-            checkpoints=checkpoints,
-            checkpoint_every=checkpoint_every,
-            tracker=tracker,
-            progress=progress,
-        )
-    final = network if average is None else average.module
-    return RetrainResult(final.eval(), history[-1]["validation_accuracy"], history)
+            batch_size=batch_size,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            wrap=wrap,
+            ema=ema,
+            loss=loss,
+            seed=seed,
+            computation=computation,
+            session=session,
+        ).result()
+
+
+class Retraining(Training):
+    """A training of a standalone network. The arguments are those of `retrain`."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: DataView,
+        *,
+        epochs: int,
+        batch_size: int,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None,
+        wrap: Callable[[nn.Module], nn.Module] | None,
+        ema: Callable[[nn.Module], EMA] | None,
+        loss: Callable[[Any, Tensor], Tensor],
+        seed: int,
+        computation: Computation,
+        session: Session,
+    ):
+        self.network, self.validation, self.computation = network, data.validation, computation
+        self.device, self.loss = session.find_device(), scalar(loss)
+        precision = computation.precise(self.device)
+        self.autocast, self.scaler = precision.autocast, precision.scaler
+        share = computation.share("retrain", batch_size)
+        self.stream = Stream(data.training, batch_size, seed=seed, num_workers=session.num_workers, part=share)
+        super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
+        self.trained = wrap(network).to(self.device) if wrap else network
+        self.optimizer = made("retrain.optimizer", optimizer, parameter_groups(self.trained))
+        self.scheduler = made("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
+        self.average = made("retrain.ema", ema, network) if ema else None
+        self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
+        self._hooks = [h for m in self.trained.modules() if callable(h := getattr(m, "set_progress", None))]
+        backend = computation.backend
+        self._forward = self.trained if backend is None else torch.compile(self.trained, dynamic=False, backend=backend)
+        self._iterator: Iterator[Batch] | None = None
+        self.trained.train()
+
+    @property
+    def final(self) -> nn.Module:
+        """The network that is validated and returned: the moving average, if there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def result(self) -> RetrainResult:
+        """Run the training and return the network."""
+        history = self.run()
+        return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history)
+
+    def stateful(self) -> Mapping[str, Stateful]:
+        parts: dict[str, Stateful | None] = {
+            "network": self.trained,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "ema": self.average,
+            "scaler": self.scaler if self.scaler.is_enabled() else None,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def step(self, position: int) -> dict[str, Tensor]:
+        if self._iterator is None or position % self.steps_per_epoch == 0:
+            for hook in self._hooks:
+                hook(position // self.steps_per_epoch / self.epochs)
+        if self._iterator is None:  # a resumed training starts its stream where it left off
+            self._iterator = self.stream.start(position)
+        count = self.computation.accumulate
+        pieces = (tensor.chunk(count) for tensor in to(next(self._iterator), self.device))
+        losses, accuracies = [], []
+        self.optimizer.zero_grad()
+        for inputs, targets in zip(*pieces, strict=True):
+            with self.autocast:
+                outputs = self._forward(inputs)
+                value = self.loss(outputs, targets)
+            torch.autograd.backward(self.scaler.scale(value / count))
+            losses.append(value.detach())
+            accuracies.append(correct(all_outputs(outputs)[0], targets))
+        distributed.average([*(parameter.grad for parameter in self.parameters), *self.statistics])
+        self.scaler.unscale_(self.optimizer)
+        if self.computation.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.computation.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update(self.network)
+        return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}
+
+    def end_epoch(self, epoch: int, means: Record) -> Record:
+        found = measure(self.final, self.validation, together=True)
+        return {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
+
+    def describe(self, record: Record) -> str:
+        accuracy, validation = record["accuracy"], record["validation_accuracy"]
+        return f"loss {record['loss']:.3f}  train {accuracy:.1f} %  valid {validation:.1f} %"

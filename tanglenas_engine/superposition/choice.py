@@ -64,18 +64,18 @@ class Choice(Size):
             self.stages = (tuple(add(i, per, i) for i in range(per.max)),)
         else:
             self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(per))
-        self.table = tuple(itertools.chain(*self.stages))
-        super().__init__(() if self.layered else self.table, self.options)
+        self.layer_rows = tuple(itertools.chain(*self.stages))
+        super().__init__(() if self.layered else self.layer_rows, self.options)
 
     def __getitem__(self, layer: int | tuple[int, int]) -> Size:
         """The Size of one layer: by its number among all, or by stage and number in the stage."""
         if not self.layered:
             raise TangleNASError(f"choice {self.name!r} is made once, not per layer: use it without an index")
-        row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.table[layer]
+        row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.layer_rows[layer]
         return Size((row,), self.options)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.layer_rows)
 
     def __iter__(self) -> Iterator[Size]:
         return (self[layer] for layer in range(len(self)))
@@ -83,7 +83,7 @@ class Choice(Size):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of its mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
-        return (len(self.table), len(self.options)) if self.layered else (len(self.options),)
+        return (len(self.layer_rows), len(self.options)) if self.layered else (len(self.options),)
 
     def number(self, assignment: Assignment) -> Any:
         if self.layered:

@@ -206,7 +206,7 @@ class Superposition:
         self.relaxation = "exact"
         self.mixture: Mixture | None = None
         self.assignment: Assignment | None = None
-        self.parts = 1  # the share of channels that a `PartialSize` uses is one of so many
+        self.channel_divisor = 1  # the share of channels that a `PartialSize` uses is one of so many
         self._axes: dict[tuple[Axis, ...], None] = {}
         # For each relaxation: batches of covers, and for each tuple of axes the places of its covers.
         self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]] = {}

@@ -149,13 +149,13 @@ class Axis:
 
     `layout` says where they lie: "prefix" (the first `size`), "window" (the central `size`: nested kernels),
     or "value" (entry j stands for the j-th distinct value of the size: depths).
-    `parts` repeats the prefix: q, k and v stacked in one projection have three.
+    `blocks` repeats the prefix: q, k and v stacked in one projection have three.
     `role` says how the dimension is used; `mixture.COVERED` decides from it whether a mixture covers it.
     """
 
     size: Size
     layout: str = "prefix"
-    parts: int = 1
+    blocks: int = 1
     role: str = "read"
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class Axis:
     @property
     def length(self) -> int:
         """Entries of the supernet's full dimension."""
-        return len(set(self.size.values)) if self.layout == "value" else self.size.max * self.parts
+        return len(set(self.size.values)) if self.layout == "value" else self.size.max * self.blocks
 
     def used(self, assignment: Assignment) -> tuple[bool, ...]:
         """Which of the `length` entries the assignment uses."""
@@ -188,16 +188,16 @@ class Axis:
         if self.layout == "value":
             return tuple(depth == value for depth in sorted({int(v) for v in self.size.values}))
         start = (self.size.max - value) // 2 if self.layout == "window" else 0
-        return tuple(start <= i < start + value for i in range(self.size.max)) * self.parts
+        return tuple(start <= i < start + value for i in range(self.size.max)) * self.blocks
 
     def entries(self, assignment: Assignment) -> int:
         """How many entries the assignment uses."""
-        return self.size.value(assignment) * self.parts
+        return self.size.value(assignment) * self.blocks
 
 
-def stacked(size: Size | Number, parts: int) -> Axis:
-    """A dimension of `parts` equal blocks, each `size` long, of units that do not mix (heads in q, k, v)."""
-    return Axis(Size.of(size), parts=parts, role="unit")
+def stacked(size: Size | Number, blocks: int) -> Axis:
+    """Return a dimension of `blocks` equal blocks, each `size` long, of units that do not mix (heads in q, k, v)."""
+    return Axis(Size.of(size), blocks=blocks, role="unit")
 
 
 class PartialSize(Size):
@@ -212,7 +212,7 @@ class PartialSize(Size):
 
     @property
     def used(self) -> int:
-        return self.max // self.superposition.parts
+        return self.max // self.superposition.channel_divisor
 
     def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
         return _PartialResult(function, (self, *map(Size.of, others)))

@@ -78,7 +78,7 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
     """An architecture step moves alpha only, a weight step of an alternating search moves the weights only."""
     space = make_space()
     optimizer = _bound(make_optimizer, space)
-    optimizer.progress(0.0)
+    optimizer.set_progress(0.0)
     data = random_data(space, ("weights", "architecture"))
     everything = torch.arange(SAMPLES)
     step = Step(

@@ -1,10 +1,11 @@
-"""What search and retrain share: a loop over epochs that reports, checkpoints and resumes exactly."""
+"""The loop that every training shares: epochs of steps that report, checkpoint, and resume exactly."""
 
 from __future__ import annotations
 
+import abc
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,14 +15,15 @@ from torch import Tensor
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
-from tanglenas_engine.runtime.progress import Progress, SilentProgress
+from tanglenas_engine.runtime.progress import Line, SilentProgress
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
-from tanglenas_engine.runtime.tracking import NullTracker, Tracker
-
-Row = dict[str, Any]
+from tanglenas_engine.runtime.tracking import NullTracker, Record
+from tanglenas_engine.training.options import Session
 
 
 class Stateful(Protocol):
+    """An object that a checkpoint holds."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Any) -> Any: ...
@@ -31,125 +33,161 @@ class Interrupted(KeyboardInterrupt):
     """A stage was asked to stop and has saved its state."""
 
 
-def run(
-    *,
-    name: str,
-    epochs: int,
-    steps_per_epoch: int,
-    step: Callable[[int], Mapping[str, Tensor]],
-    end_epoch: Callable[[int, Row], Row],
-    describe: Callable[[Row], str],
-    stateful: Mapping[str, Stateful],
-    parameters: Sequence[Tensor],
-    checkpoints: CheckpointFolder | None = None,
-    checkpoint_every: int | None = None,
-    tracker: Tracker | None = None,
-    progress: Progress | None = None,
-) -> list[Row]:
-    """Run `step` for all steps of all epochs and return one history row per epoch.
+class Training(abc.ABC):
+    """A training of several epochs. A subclass writes `step`, `end_epoch`, `describe` and `stateful`.
 
-    Several ranks run it side by side. What is decided (rows, a reason to stop, a request to) holds on all of them.
+    Several ranks run one side by side. Decisions (rows of the history, a reason to stop, a request to stop) hold on
+    all of them.
 
     Args:
-        step: Takes the number of the step, counted over all epochs, and returns scalar tensors; they stay on
-            their device until the epoch ends, where their means go to `end_epoch`. It leaves equal state on all ranks.
-        end_epoch: Takes the epoch, counted from 1, and the means, and returns the history row, that of rank 0 on all
-            ranks. A reason under "stopped" makes it the last one.
-        describe: The row as a person reads it in the progress line.
-        stateful: What a checkpoint holds beside the position, the history and the random generators.
-        parameters: What is trained. It must be finite, as the means must, or nothing is saved.
-        checkpoints: Where rank 0 saves; None on the others.
-        checkpoint_every: Steps between checkpoints within an epoch; there is one after every epoch anyway.
+        name: The stage's name in messages, metrics and option names.
+        epochs: The number of epochs.
+        steps_per_epoch: The number of steps in each of them.
+        session: Where the training runs and reports.
 
-    Raises:
-        TangleNASError: Training diverged; the first step in which a mean was not finite is named, and the checkpoint
-            from before it stays.
-        Interrupted: On SIGINT or SIGTERM, after the current step was finished and saved.
+    Attributes:
+        parameters: The tensors that are trained. They must be finite, or nothing is saved.
+        history: One record per finished epoch.
     """
-    if checkpoint_every is not None:
-        at_least(f"{name}.checkpoint_every", checkpoint_every, 1)
-    progress = progress or SilentProgress()
-    tracker = tracker or NullTracker()
-    history: list[Row] = []
-    sums: dict[str, Tensor] = {}
-    # The first step in which a value was not finite, 0 while there is none; on the device, so that no step waits.
-    broken_in: dict[str, Tensor] = {}
-    position = 0
-    saving = distributed.anywhere(checkpoints is not None)
-    state = distributed.broadcast(checkpoints.load() if checkpoints else None)
-    if state is None:
-        distributed.diverge()
-    else:
-        with _own(name, checkpoints):
-            for key, part in stateful.items():
-                part.load_state_dict(state[key])
-            position, history, ranks = state["position"], state["history"], state["ranks"]
-            own = distributed.rank() if len(ranks) == distributed.world() else 0
-            restore_rng_state(ranks[own]["rng"])
-            if len(ranks) == distributed.world():
-                sums = ranks[own]["sums"]
-            else:  # another number of them
-                sums = {key: torch.stack([one["sums"][key] for one in ranks]).mean(0) for key in ranks[0]["sums"]}
-                distributed.diverge()
-        progress.note(f"{name}: resuming at step {position} of {epochs * steps_per_epoch}")
 
-    def check_finite() -> None:
-        broken = [(first, key) for key, step in broken_in.items() if (first := int(step))]
-        if not bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all()):
-            broken.append((position, "a parameter"))
+    parameters: Sequence[Tensor]
+
+    def __init__(self, name: str, epochs: int, steps_per_epoch: int, session: Session):
+        if session.checkpoint_every is not None:
+            at_least(f"{name}.checkpoint_every", session.checkpoint_every, 1)
+        self.name, self.epochs, self.steps_per_epoch, self.session = name, epochs, steps_per_epoch, session
+        self.history: list[Record] = []
+        self._position = 0
+        self._sums: dict[str, Tensor] = {}
+        # The first step in which a value was not finite, or 0; it stays on the device, so that no step waits for it.
+        self._first_broken: dict[str, Tensor] = {}
+        self._saves = False
+
+    @abc.abstractmethod
+    def step(self, position: int) -> Mapping[str, Tensor]:
+        """Take one step, counted from 0 over all epochs, and return scalar tensors.
+
+        Their means over the epoch go to `end_epoch`. The step leaves equal state on all ranks.
+        """
+
+    @abc.abstractmethod
+    def end_epoch(self, epoch: int, means: Record) -> Record:
+        """Return the record of an epoch, counted from 1. A reason under "stopped" makes it the last one."""
+
+    @abc.abstractmethod
+    def describe(self, record: Record) -> str:
+        """Return a record as a person reads it in the progress line."""
+
+    @abc.abstractmethod
+    def stateful(self) -> Mapping[str, Stateful]:
+        """Return what a checkpoint holds beside the position, the history and the random generators."""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of all epochs."""
+        return self.epochs * self.steps_per_epoch
+
+    def run(self) -> list[Record]:
+        """Take all steps, from the checkpoint on if there is one, and return the history.
+
+        Raises:
+            TangleNASError: The training diverged. The message names the first step in which a mean was not finite, and
+                the checkpoint from before it stays.
+            Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved.
+        """
+        progress = self.session.progress or SilentProgress()
+        self._resume()
+        with _stop_requests() as stop, progress.stage(self.name, self.steps, self._position) as line:
+            while self._position < self.steps and not (self.history and self.history[-1].get("stopped")):
+                self._take_step()
+                line.advance()
+                if self._position % self.steps_per_epoch == 0:
+                    self._end_epoch(line)
+                    self._save()
+                elif self.session.checkpoint_every and self._position % self.session.checkpoint_every == 0:
+                    self._save()
+                if distributed.anywhere(stop.is_set()) and self._position < self.steps:
+                    self._save()
+                    raise Interrupted(self._interruption())
+        return self.history
+
+    def _take_step(self) -> None:
+        for key, value in self.step(self._position).items():
+            value = value.detach()
+            self._sums[key] = value + self._sums[key] if key in self._sums else value.clone()
+            first = torch.where(value.isfinite(), 0, self._position + 1)
+            seen = self._first_broken.get(key)
+            self._first_broken[key] = first if seen is None else torch.where(seen > 0, seen, first)
+        self._position += 1
+
+    def _end_epoch(self, line: Line) -> None:
+        epoch = self._position // self.steps_per_epoch
+        self._check_finite()
+        distributed.check_equal(self.parameters)
+        distributed.average(self._sums.values())
+        means = {key: float(value) / self.steps_per_epoch for key, value in self._sums.items()}
+        record = distributed.broadcast({"epoch": epoch, **self.end_epoch(epoch, means)})
+        self.history.append(record)
+        self._sums = {}
+        numbers = {key: n for key, n in record.items() if isinstance(n, int | float) and key != "epoch"}
+        tracker = self.session.tracker or NullTracker()
+        tracker.log_metrics({f"{self.name}/{key}": value for key, value in numbers.items()}, step=epoch)
+        line.epoch(epoch, self.epochs, self.describe(record))
+
+    def _check_finite(self) -> None:
+        broken = [(first, key) for key, step in self._first_broken.items() if (first := int(step))]
+        if not bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all()):
+            broken.append((self._position, "a parameter"))
         broken = [pair for pairs in distributed.gather(broken) for pair in pairs]
         if broken:
             first, what = min(broken, key=lambda pair: pair[0])
             raise TangleNASError(
-                f"{name}: {what} is not finite by step {first} of {epochs * steps_per_epoch}: training "
-                "diverged. Lower the learning rate, or clip gradients"
+                f"{self.name}: {what} is not finite by step {first} of {self.steps}: training diverged. Lower the "
+                "learning rate, or clip gradients"
             )
 
-    def save() -> None:
-        if not saving:
-            return
-        check_finite()
-        ranks = distributed.gather({"sums": sums, "rng": rng_state()})
-        if checkpoints:
-            parts = {key: part.state_dict() for key, part in stateful.items()}
-            checkpoints.save({**parts, "position": position, "history": history, "ranks": ranks})
+    # Checkpoints.
 
-    with _stop_requests() as stop, progress.stage(name, epochs * steps_per_epoch, position) as line:
-        while position < epochs * steps_per_epoch and not (history and history[-1].get("stopped")):
-            for key, value in step(position).items():
-                sums[key] = value.detach() + sums[key] if key in sums else value.detach().clone()
-                first = torch.where(value.detach().isfinite(), 0, position + 1)
-                broken_in[key] = torch.where(broken_in[key] > 0, broken_in[key], first) if key in broken_in else first
-            position += 1
-            line.advance()
-            if position % steps_per_epoch == 0:
-                epoch = position // steps_per_epoch
-                check_finite()
-                distributed.check_equal(parameters)
-                distributed.average(sums.values())
-                means = {key: float(value) / steps_per_epoch for key, value in sums.items()}
-                row = distributed.broadcast({"epoch": epoch, **end_epoch(epoch, means)})
-                history.append(row)
-                sums = {}
-                numbers = {key: n for key, n in row.items() if isinstance(n, int | float) and key != "epoch"}
-                tracker.log_metrics({f"{name}/{key}": value for key, value in numbers.items()}, step=epoch)
-                line.epoch(epoch, epochs, describe(row))
-                save()
-            elif checkpoint_every and position % checkpoint_every == 0:
-                save()
-            if distributed.anywhere(stop.is_set()) and position < epochs * steps_per_epoch:
-                save()
-                where = f" and is saved in {checkpoints.folder}" if checkpoints else ", but it had nowhere to save"
-                raise Interrupted(
-                    f"{name} stopped at step {position} of {epochs * steps_per_epoch}{where}. "
-                    "Run the same command again to continue"
-                )
-    return history
+    def _save(self) -> None:
+        if not self._saves:
+            return
+        self._check_finite()
+        ranks = distributed.gather({"sums": self._sums, "rng": rng_state()})
+        if self.session.checkpoints:
+            state = {key: part.state_dict() for key, part in self.stateful().items()}
+            place = {"position": self._position, "history": self.history, "ranks": ranks}
+            self.session.checkpoints.save({**state, **place})
+
+    def _resume(self) -> None:
+        checkpoints = self.session.checkpoints
+        self._saves = distributed.anywhere(checkpoints is not None)
+        state = distributed.broadcast(checkpoints.load() if checkpoints else None)
+        if state is None:
+            distributed.seed_apart()
+            return
+        with _refusals(self.name, checkpoints):
+            for key, part in self.stateful().items():
+                part.load_state_dict(state[key])
+            self._position, self.history, ranks = state["position"], state["history"], state["ranks"]
+            own = distributed.rank() if len(ranks) == distributed.world() else 0
+            restore_rng_state(ranks[own]["rng"])
+            if len(ranks) == distributed.world():
+                self._sums = ranks[own]["sums"]
+            else:  # the checkpoint is of another number of ranks
+                self._sums = {k: torch.stack([one["sums"][k] for one in ranks]).mean(0) for k in ranks[0]["sums"]}
+                distributed.seed_apart()
+        self.session.note(f"{self.name}: resuming at step {self._position} of {self.steps}")
+
+    def _interruption(self) -> str:
+        checkpoints = self.session.checkpoints
+        where = f" and is saved in {checkpoints.folder}" if checkpoints else ", but it had nowhere to save"
+        step = f"step {self._position} of {self.steps}"
+        return f"{self.name} stopped at {step}{where}. Run the same command again to continue"
 
 
 @contextmanager
-def _own(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]:
-    """Every optimizer, schedule and average refuses the state of another one in its own way: here, in one."""
+def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]:
+    """Turn the many ways in which optimizers and schedules refuse a foreign state into one error."""
     try:
         yield
     except TangleNASError:
@@ -163,7 +201,7 @@ def _own(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set once; a second signal acts as usual."""
+    """Give an event that SIGINT and SIGTERM set once; a second signal acts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -48,9 +48,9 @@ def auxiliary(
 
     Szegedy et al. (2015, arXiv:1409.4842), who weigh them 0.3; 0.4 is DARTS' (Liu et al., 2019).
     """
-    logits, *others = _all(outputs)
+    logits, *others = all_outputs(outputs)
     return sum((weight * loss(output, targets) for output in others), loss(logits, targets))
 
 
-def _all(outputs: Outputs) -> tuple[Tensor, ...]:
+def all_outputs(outputs: Outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs

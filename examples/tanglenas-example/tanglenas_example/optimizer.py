@@ -11,7 +11,7 @@ class ExampleOptimizer(Optimizer):
         self.start, self.end = start, end
         self.temperature = start
 
-    def progress(self, fraction: float) -> None:
+    def set_progress(self, fraction: float) -> None:
         self.temperature = self.start * (self.end / self.start) ** fraction
 
     def expected(self):

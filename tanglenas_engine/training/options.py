@@ -1,0 +1,132 @@
+"""Options that the search and retraining share: what a training computes with, and where it runs and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.devices import device_of
+from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.tracking import Tracker
+from tanglenas_engine.training.execution import Precision, backend_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What a training computes with.
+
+    Args:
+        precision: The type of matrix products: "float32", "bfloat16", or "float16" on a GPU. Weights, alpha, masks
+            and losses are float32 throughout.
+        compile: True compiles forwards with `torch.compile`; a name chooses one of its backends. The search compiles
+            the forwards of mixtures only, as each sampled architecture is another network. In retraining, a drop path
+            that a schedule changes is compiled anew each time.
+        accumulate: The number of pieces that a batch is cut into. Their gradients are added up before a step: less
+            memory for the same step, except that batch norms see the pieces.
+        clip: The largest norm of the weights' gradient, or None.
+    """
+
+    precision: str = "float32"
+    compile: bool | str = False
+    accumulate: int = 1
+    clip: float | None = 5.0
+
+    def check(self, device: torch.device) -> None:
+        """Raise a TangleNASError if the device lacks the precision, or torch the backend."""
+        self.precise(device)
+        backend_of(self.compile)
+
+    def precise(self, device: torch.device) -> Precision:
+        """Return the precision on a device; raise a TangleNASError if the device lacks it."""
+        return Precision(self.precision, device)
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of `torch.compile`, or None where nothing is compiled."""
+        return backend_of(self.compile)
+
+    def share(self, stage: str, batch_size: int) -> tuple[int, int]:
+        """Return this rank's number and the count of ranks that share each batch.
+
+        Raises:
+            TangleNASError: The batch does not divide into the ranks' pieces.
+        """
+        pieces = distributed.world() * at_least(f"{stage}.accumulate", self.accumulate, 1)
+        if batch_size % pieces:
+            raise TangleNASError(
+                f"{stage}.batch_size is {batch_size}, expected a multiple of {pieces}: every batch is shared by "
+                f"{distributed.world()} process(es), each of which takes its part in {self.accumulate} piece(s)"
+            )
+        return distributed.rank(), distributed.world()
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a training runs and reports.
+
+    Args:
+        device: A name such as "cpu" or "cuda:0"; None takes CUDA where there is one.
+        num_workers: The number of processes that load data.
+        checkpoints: The folder for checkpoints. They are written after every epoch; a training that finds its own goes
+            on from it and ends as if it had not been cut off. Of several ranks the first has it, the others None.
+        checkpoint_every: Steps between further checkpoints within an epoch.
+        tracker: The record of the run, such as MLflow's.
+        progress: The report for a person.
+    """
+
+    device: str | None = None
+    num_workers: int = 0
+    checkpoints: CheckpointFolder | None = None
+    checkpoint_every: int | None = None
+    tracker: Tracker | None = None
+    progress: Progress | None = None
+
+    def find_device(self) -> torch.device:
+        """Return the device; raise a TangleNASError if it cannot be used."""
+        return device_of(self.device)
+
+    def note(self, text: str) -> None:
+        """Tell a person something once."""
+        if self.progress is not None:
+            self.progress.note(text)
+
+
+def flattened(function: Callable[..., T]) -> Callable[..., T]:
+    """Let callers give the fields of a function's dataclass arguments by their own names.
+
+    `search(..., precision="bfloat16")` stands for `search(..., computation=Computation(precision="bfloat16"))`, and
+    gin binds `search.precision`. The signature lists the fields after the other parameters.
+    """
+    signature, hints = inspect.signature(function), get_type_hints(function)
+    groups = {n: p.default for n, p in signature.parameters.items() if dataclasses.is_dataclass(p.default)}
+    homes = {field.name: (name, field) for name, group in groups.items() for field in dataclasses.fields(group)}
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> T:
+        for name in homes.keys() & options.keys():
+            group = homes[name][0]
+            options[group] = dataclasses.replace(options.get(group, groups[group]), **{name: options.pop(name)})
+        return function(*arguments, **options)
+
+    fields = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for name, (_, field) in homes.items()
+    ]
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *fields]
+    )
+    for group in groups.values():
+        hints |= get_type_hints(type(group))
+    call.__annotations__ = hints
+    return call
