@@ -1,6 +1,7 @@
 """Mixtures, and masks that are the expectation over architectures."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_elastic import OPTIONS, Case, dimensions, masked, relaxations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine import SearchSpace, elastic, superposition
 from tanglenas_engine.errors import TangleNASError
 
 
@@ -232,3 +233,10 @@ def test_every_pair_of_sides_is_covered_once():
     for (i, m), (j, n) in itertools.product(enumerate(a.options), enumerate(b.options)):
         expected[:m, : m * n, :n] += p[i] * q[j]
     torch.testing.assert_close(layer(1.0), expected)
+
+
+def test_the_example_in_the_readme():
+    page = (Path(superposition.__file__).parent / "README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["mask"].allclose(torch.tensor([[1, 0.75], [0.9, 0.75], [0.45, 0.45], [0.45, 0.45]]))

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from tanglenas_engine import (
     Choice,
     Mixture,
     Row,
-    SearchSpace,
     Size,
     TangleNASError,
     cells,
@@ -64,7 +63,7 @@ class Cell(nn.Module):
         return y if y is x else self.drop_path(y)  # the identity is never dropped
 
 
-class Darts(SearchSpace):
+class Darts(cells.CellSpace):
     """Two incoming edges for each of four nodes and an operation on each, in a normal and a reduction cell.
 
     The supernet has all edges. An architecture chooses an operation for each, `none` where there is no edge; those
@@ -81,8 +80,6 @@ class Darts(SearchSpace):
             the paper; it rises from 0. A search drops none.
         image_size: A multiple of 4: two reductions halve the image.
     """
-
-    sharings = ("superposed", "entangled", "separate")
 
     def __init__(
         self,
@@ -159,11 +156,6 @@ class Darts(SearchSpace):
                     )
         return architecture
 
-    def sample(self, generator: torch.Generator | None = None) -> Architecture:
-        """A random architecture, all equally likely."""
-        scores = torch.rand(len(self.rows), len(OPERATIONS), generator=generator).tolist()
-        return self._strongest(dict(zip(self.rows, scores, strict=True)))
-
     def moves(self, assignment: Assignment) -> Iterator[dict[Row, int]]:
         """Another operation on an edge, or an edge from another source instead."""
         for rows in self.nodes():
@@ -186,28 +178,6 @@ class Darts(SearchSpace):
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
         """The log-probability of each operation; `none` has no say in which edges are kept."""
         return {row: [0.0, *scores[1:]] for row, scores in super().scores(mixture).items()}
-
-    def most_probable(self, mixture: Mixture) -> Architecture:
-        """For each node the two edges with the most probable operations other than `none`, as in the paper."""
-        return self._strongest(self.scores(mixture))
-
-    def extreme(self, largest: bool) -> Architecture:
-        sign, nothing = 1 if largest else -1, dict.fromkeys(self.rows, NONE)
-
-        def size(row: Row, option: int) -> tuple[int, int]:
-            cost = self.cost_model.cost({**nothing, row: option})
-            return sign * cost.params, sign * cost.flops
-
-        return self._strongest({row: [size(row, option) for option in range(len(OPERATIONS))] for row in self.rows})
-
-    def _strongest(self, scores: Mapping[Row, Sequence[Any]]) -> Architecture:
-        """For each node the edges whose best operations score highest, with these; of equals the first."""
-        picks = dict.fromkeys(self.rows, NONE)
-        for rows in self.nodes():
-            best = {row: max(range(1, len(OPERATIONS)), key=scores[row].__getitem__) for row in rows}
-            kept = sorted(rows, key=lambda row, best=best: scores[row][best[row]], reverse=True)[:KEPT]
-            picks.update((row, best[row]) for row in kept)
-        return self.architecture_of(picks)
 
     def nodes(self) -> list[list[Row]]:
         return cells.into_nodes(self.choices.values(), EDGES)

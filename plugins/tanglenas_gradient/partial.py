@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine import Mixture, Optimizer, SearchSpace, TangleNASError
+from tanglenas_engine import Mixture, Optimizer, SearchSpace, TangleNASError, cells
 from tanglenas_gradient.darts import DARTS
 from tanglenas_gradient.drnas import DrNAS
 
@@ -59,11 +59,12 @@ class Progressive(Optimizer):
 
     def bind(self, space: SearchSpace, seed: int) -> None:
         super().bind(space, seed)
-        self._nodes = [rows for rows in space.nodes() if self.edge_normalization]
+        is_cells = isinstance(space, cells.CellSpace)
+        self._nodes = space.nodes() if is_cells and self.edge_normalization else []
         count = sum(map(len, self._nodes))
         noise = torch.randn(count, generator=torch.Generator().manual_seed(self.derive_seed(-1, "edges")))
         self.edges = nn.Parameter((1e-3 * noise).to(next(space.parameters())))
-        for widths in space.partial_channels:
+        for widths in space.partial_channels if is_cells else ():
             for parts in self.channels:
                 if widths % parts:
                     raise TangleNASError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, Row, SearchSpace, Size, TangleNASError, cells, elastic, unknown
+from tanglenas_engine import Architecture, Choice, Row, Size, TangleNASError, cells, elastic, unknown
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = tuple((node, source) for node in range(1, 4) for source in range(node))
@@ -63,7 +63,7 @@ class Reduction(nn.Module):
         return self.shortcut(x) + self.conv_b(self.conv_a(x))
 
 
-class NB201(SearchSpace):
+class NB201(cells.CellSpace):
     """One of five operations for each of six edges: 15,625 architectures.
 
     The network is a stem, three stages of equal cells with a `Reduction` between them, and a classifier. Kernels of 1
@@ -75,8 +75,6 @@ class NB201(SearchSpace):
         affine: Whether BatchNorms in cells have gain and bias, as those of the tabulated networks do. Without, the
             convolutions have a bias: so the paper's supernet.
     """
-
-    sharings = ("superposed", "entangled", "separate")
 
     def __init__(
         self,

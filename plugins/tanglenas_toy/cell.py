@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, Row, SearchSpace, Size, TangleNASError, cells, elastic
+from tanglenas_engine import Architecture, Choice, Row, Size, TangleNASError, cells, elastic
 
 OPERATIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 EDGES = ((0, "in"), (1, "in"), (1, 0))
@@ -37,7 +37,7 @@ class Cell(nn.Module):
         return torch.cat(cells.nodes([self.preprocess(x)], self.edges)[1:], 1)
 
 
-class ToyCell(SearchSpace):
+class ToyCell(cells.CellSpace):
     """An operation for each of three edges, in a normal and in a reduction cell: 4,096 architectures.
 
     Kernels of 3 are the centres of those of 5, for separable and for dilated convolutions. The network is a
@@ -47,8 +47,6 @@ class ToyCell(SearchSpace):
         channels: Of the first two cells; the third has twice as many.
         dropout: Behind every cell and in the classifier; 0.2 in the paper.
     """
-
-    sharings = ("superposed", "entangled", "separate")
 
     def __init__(
         self,

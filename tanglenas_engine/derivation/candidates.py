@@ -227,10 +227,10 @@ def held(samples: Samples, batch_size: int, device: torch.device) -> Samples:
 @contextmanager
 def _unchanged(space: SearchSpace) -> Iterator[None]:
     """Leave a space released, in its mode and with its statistics: each candidate sets its own."""
-    training, buffers = space.training, [(buffer, buffer.clone()) for buffer in space.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
     try:
-        yield
+        with space.release().as_largest():
+            yield
     finally:
-        space.release().train(training)
         for buffer, before in buffers:
             buffer.copy_(before)

@@ -1,12 +1,18 @@
-"""Where masks sit: `op(x, weight * mask)` and its gradients, at the least cost.
+"""Products with a masked weight, computed where the mask costs least.
 
-The numbers are those of the formula wherever a mask sits. What differs is what has to be computed and kept:
+The plain form is three lines, and every placement gives its numbers:
+
+    for factor in factors:
+        weight = weight * factor.whole()
+    return op(x, weight, bias)
+
+`masked` differs from it in what is computed and kept:
 
 - For backward the weight and small factors are kept, not the masked weight: it is as large, and soon made again.
 - With constant weights, the gradient of a mask `m` over what is read needs no gradient of the weight. With
   `g = dy W`, which x needs anyway, it is `sum(x * g)`, and `dx = g * m`. A mask over both sides is one over what is
-  read for each band of rows, and `dy W` the sum over the bands. So an architecture step has forward and input gradients
-  only. A mask over a kernel's window still needs the gradient of the weight.
+  read for each band of rows, and `dy W` is the sum over the bands. So an architecture step has forward and input
+  gradients only. A mask over a kernel's window still needs the gradient of the weight.
 """
 
 from __future__ import annotations
@@ -90,7 +96,7 @@ class ConvolutionProduct:
 
 
 def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factor]) -> Tensor:
-    """`op(x, weight * mask, bias)`: the one way in which masks meet weights that multiply an input.
+    """Return `op(x, weight * mask, bias)`: the one way in which masks meet weights that multiply an input.
 
     Args:
         factors: Of the mask, as `Elastic.unmasked` gives them.

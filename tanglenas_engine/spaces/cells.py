@@ -5,14 +5,76 @@ Operations take `(B, C, H, W)` to `(B, C', H / stride, W / stride)`. Those with 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tanglenas_engine import elastic
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.choice import Choice
-from tanglenas_engine.superposition.size import Row, Size
+from tanglenas_engine.superposition.mixture import Superposition
+from tanglenas_engine.superposition.size import Number, Row, Size
+
+
+class CellSpace(SearchSpace):
+    """A search space whose choices are the operations on the edges of cells.
+
+    Attributes:
+        partial_channels: The channels of which an optimizer with partial channels uses the first few for a while.
+    """
+
+    sharings = ("superposed", "entangled", "separate")
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.partial_channels: list[int] = []
+
+    def partial(self, channels: int) -> Size:
+        """Return channels of which an optimizer with partial channels uses the first few for a while."""
+        self.partial_channels.append(channels)
+        return PartialSize(channels, self.superposition)
+
+    def nodes(self) -> list[list[Row]]:
+        """Return for each node the rows of choices of the edges into it, of which the node is the sum."""
+        raise NotImplementedError(f"{type(self).__name__} must say which edges lead into its nodes: nodes()")
+
+    @property
+    def edge_rows(self) -> list[Row]:
+        return list(itertools.chain(*self.nodes()))
+
+
+class PartialSize(Size):
+    """A dimension that every architecture has whole, and of which a search may use the first `1 / channel_divisor`.
+
+    The superposition's `channel_divisor` says how many parts there are. Sizes made from it by arithmetic follow it.
+    """
+
+    def __init__(self, whole: int, superposition: Superposition):
+        super().__init__((), (whole,))
+        self.superposition = superposition
+
+    @property
+    def used(self) -> int:
+        return self.max // self.superposition.channel_divisor
+
+    def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
+        return _PartialResult(function, (self, *map(Size.of, others)))
+
+
+class _PartialResult(PartialSize):
+    def __init__(self, function: Callable[..., Number], operands: tuple[Size, ...]):
+        if rows := [row for operand in operands for row in operand.rows]:
+            raise TangleNASError(f"partial channels cannot be combined with the choice {rows[0]!r} in one dimension")
+        Size.__init__(self, (), (function(*(operand.values[0] for operand in operands)),))
+        self.function, self.operands = function, operands
+
+    @property
+    def used(self) -> int:
+        return int(self.function(*(operand.used for operand in self.operands)))
 
 
 def nodes(inputs: Sequence[Tensor], edges: Iterable[Callable[[Tensor], Tensor]]) -> list[Tensor]:

@@ -27,10 +27,8 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
         )
     parameters = next(space.parameters())
     wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
-    training = space.training
-    with torch.no_grad():
-        classes = space.release().eval()(wanted).shape[-1]
-    space.train(training)
+    with torch.no_grad(), space.as_largest():
+        classes = space(wanted).shape[-1]
     largest = int(max(inputs.max(), targets.max()) if labels is None else labels.max())
     if largest >= classes:
         kind, option = ("token", "vocab_size") if labels is None else ("class", "num_classes")

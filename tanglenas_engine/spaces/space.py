@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
 from tanglenas_engine.elastic.depth import walk
-from tanglenas_engine.errors import TangleNASError, closest, unknown
+from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.architectures import Architectures
 from tanglenas_engine.spaces.cost import Additive, Cost, CostModel
 from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.mixture import COVERED, EDGES, Mixture, Superposition
-from tanglenas_engine.superposition.size import Assignment, Number, PartialSize, Row, Size
+from tanglenas_engine.superposition.size import Assignment, Number, Row, Size
 
 if TYPE_CHECKING:
     from tanglenas_engine.data import Dataset
@@ -33,7 +33,7 @@ SHARINGS = {
 """How options can share weights, and why a space refuses to: one weight of masks, one weight of slices, or none."""
 
 
-class SearchSpace(Elastic):
+class SearchSpace(Architectures, Elastic):
     """A supernet: a module made of elastic layers over `self.choice(...)`.
 
     A subclass makes its choices and layers in `__init__` and writes an ordinary `forward`. Which network the
@@ -44,7 +44,6 @@ class SearchSpace(Elastic):
         sharing: How options share weights; a space lists those it can do in `sharings`.
     """
 
-    name: str = ""
     sharings: ClassVar[tuple[str, ...]] = ("superposed",)
     execute: Callable[..., Tensor] | None = None
     """How forwards run, of the forward and its inputs: a search in low precision, or a compiled one, sets it."""
@@ -53,7 +52,6 @@ class SearchSpace(Elastic):
         super().__init__()
         self.superposition = Superposition()
         self.choices: dict[str, Choice] = {}
-        self.partial_channels: list[int] = []
         if sharing not in SHARINGS:
             raise unknown("sharing", sharing, SHARINGS)
         if sharing not in self.sharings:
@@ -74,15 +72,6 @@ class SearchSpace(Elastic):
             raise TangleNASError(f"choice {name!r} is declared twice in {type(self).__name__}")
         self.choices[name] = Choice(name, options, self.superposition, per)  # type: ignore[arg-type]
         return self.choices[name]
-
-    def partial(self, channels: int) -> Size:
-        """Channels of which an optimizer with partial channels uses the first few for a while."""
-        self.partial_channels.append(channels)
-        return PartialSize(channels, self.superposition)
-
-    def nodes(self) -> list[list[Row]]:
-        """In a cell space, for each node the rows of choices of the edges into it, of which the node is the sum."""
-        return []
 
     def example_input(self, batch: int) -> Tensor:
         """A random batch of the right shape and type."""
@@ -114,144 +103,10 @@ class SearchSpace(Elastic):
         """What a person would like to see of a trained network at the end, such as text that it writes."""
         return None
 
-    # Architectures.
-
     @property
-    def rows(self) -> list[Row]:
-        """All rows of choices, in order of declaration."""
-        return self.superposition.rows
-
-    @property
-    def size(self) -> int:
-        """The exact number of distinct architectures."""
-        gated: dict[Row | None, list[Row]] = {}
-        for row in self.rows:
-            gated.setdefault(row.gate[0].rows[0] if row.gate else None, []).append(row)
-
-        def ways(depth: Row | None, assignment: dict[Row, int]) -> int:
-            """Ways to choose the rows that `depth` decides about, and those that they do."""
-            rows = [row for row in gated.get(depth, []) if row.active(assignment)]
-            return math.prod(sum(ways(r, {**assignment, r: i}) for i in range(len(r.options))) for r in rows)
-
-        return ways(None, {})
-
-    def architecture(self, **choices: Any) -> Architecture:
-        """The architecture with these options: one per choice, or a list with one per layer (all, or those in use)."""
-        for name in choices:
-            if name not in self.choices:
-                raise unknown(f"choice of {self.label}", name, self.choices)
-        missing = [name for name in self.choices if name not in choices]
-        if missing:
-            raise TangleNASError(f"an architecture of {self.label} also needs: {', '.join(missing)}")
-        assignment: dict[Row, int] = {}
-        for name, choice in self.choices.items():
-            given = choices[name]
-            values = list(given) if choice.layered and isinstance(given, list | tuple) else [given]
-            rows = [row for row in choice.layer_rows if row.active(assignment)]
-            if choice.layered != isinstance(given, list | tuple) or len(values) < len(rows):
-                expected = f"a list of {len(rows)} options" if choice.layered else "one option"
-                raise TangleNASError(f"choice {name!r} of {self.label} is {given!r}, expected {expected}")
-            if len(values) not in (len(rows), len(choice.layer_rows)):
-                used = f", {len(rows)} of them in use" if len(rows) < len(choice.layer_rows) else ""
-                raise TangleNASError(
-                    f"choice {name!r} has {len(choice.layer_rows)} layers{used}, but {len(values)} were given"
-                )
-            for row, value in zip(rows if len(values) == len(rows) else choice.layer_rows, values, strict=True):
-                if row not in rows:
-                    continue
-                if value not in row.options:
-                    raise TangleNASError(
-                        f"choice {row!r} of {self.label} is {value!r}, expected one of "
-                        f"{', '.join(map(str, row.options))}"
-                    )
-                assignment[row] = row.options.index(value)
-        return self.architecture_of(assignment)
-
-    def architecture_of(self, assignment: Assignment) -> Architecture:
-        """The architecture of an assignment; rows beyond the depth are dropped."""
-        choices = {}
-        for name, choice in self.choices.items():
-            options = tuple(r.options[assignment[r]] for r in choice.layer_rows if r.active(assignment))
-            choices[name] = options if choice.layered else options[0]
-        return Architecture(self.name or type(self).__name__, choices)
-
-    def assignment_of(self, architecture: Architecture) -> dict[Row, int]:
-        """The assignment of an architecture; rows beyond the depth take their first option.
-
-        Raises:
-            TangleNASError: The architecture is of another space, or has options that this one lacks.
-        """
-        if architecture.space != (self.name or type(self).__name__):
-            raise TangleNASError(
-                f"the architecture is of the space {architecture.space!r}, not of {self.label}: "
-                f"create that space, or search this one.{closest(architecture.space, [self.name])}"
-            )
-        architecture = self.architecture(**architecture.choices)
-        assignment = {row: 0 for row in self.rows}
-        for name, choice in self.choices.items():
-            value = architecture.choices[name]
-            rows = [row for row in choice.layer_rows if row.active(assignment)]
-            for row, option in zip(rows, value if choice.layered else [value], strict=True):
-                assignment[row] = row.options.index(option)
-        return assignment
-
-    def sample(self, generator: torch.Generator | None = None) -> Architecture:
-        """A random architecture: every row uniform over its options."""
-        return self.architecture_of(
-            {row: int(torch.randint(len(row.options), (), generator=generator)) for row in self.rows}
-        )
-
-    def moves(self, assignment: Assignment) -> Iterator[dict[Row, int]]:
-        """All smallest changes that lead from an architecture to others: by default, one row's option.
-
-        Those of different rows can be made together. A space in which not every assignment is an architecture says
-        here which changes keep it one, and in `sample`, `largest`, `smallest` and `most_probable` which there are.
-        """
-        return ({row: i} for row in self.rows for i in range(len(row.options)) if i != assignment[row])
-
-    def decisions(self) -> Iterator[list[dict[Row, int]]]:
-        """What an architecture is composed of: independent decisions, each a list of alternatives for the same rows.
-
-        By default every row is decided by itself. A space that overrides `moves` says here which rows are decided
-        together, and how they can be, so that budgets are met exactly; otherwise a local search meets them.
-        """
-        return ([{row: i} for i in range(len(row.options))] for row in self.rows)
-
-    def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """What each option contributes to an architecture's score: by default, its log-probability.
-
-        Where edges have a weight of their own, it counts as that of each of their operations.
-        """
-        stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
-        edges = {row: math.log(max(weight.item(), 1e-12)) for row, weight in mixture.edges.items()}
-        return {row: [s + edges.get(row, 0.0) for s in stacks[len(row.options)][row.slot]] for row in self.rows}
-
-    def most_probable(self, mixture: Mixture) -> Architecture:
-        """The architecture that a mixture stands for, the one of highest score: every row's most probable option."""
-        picks = {count: stack.argmax(1).tolist() for count, stack in mixture.stacks.items()}
-        return self.architecture_of({row: picks[len(row.options)][row.slot] for row in self.rows})
-
-    def largest(self) -> Architecture:
-        """Every choice at its largest option; between names, the one whose network has most parameters."""
-        return self.extreme(largest=True)
-
-    def smallest(self) -> Architecture:
-        """Every choice at its smallest option; between names, the one whose network has fewest parameters."""
-        return self.extreme(largest=False)
-
-    def extreme(self, largest: bool) -> Architecture:
-        pick = max if largest else min
-        assignment = {row: 0 for row in self.rows}
-        for row in self.rows:
-
-            def rank(option: int, row: Row = row) -> tuple[Any, ...]:
-                if isinstance(row.options[option], str):
-                    cost = self.cost_model.cost({**assignment, row: option})
-                    return cost.params, cost.flops
-                return (row.options[option],)
-
-            assignment[row] = pick(range(len(row.options)), key=rank)
-        return self.architecture_of(assignment)
+    def edge_rows(self) -> list[Row]:
+        """The rows whose outputs a mixture may weigh: those of the edges in a cell space."""
+        return []
 
     # Which network the next forwards compute.
 
@@ -312,7 +167,7 @@ class SearchSpace(Elastic):
                 raise TangleNASError(f"the mixture's rows of {count} options must be non-negative and sum to 1")
         mixture = Mixture(by_choice, stacked)
         if edges is not None:
-            mixture.edges = dict(zip(itertools.chain(*self.nodes()), edges, strict=True))
+            mixture.edges = dict(zip(self.edge_rows, edges, strict=True))
         return mixture
 
     def relax(self, mixture: Mapping[str, Tensor]) -> Self:
@@ -340,6 +195,24 @@ class SearchSpace(Elastic):
         """The next forwards compute the largest network; where operations are alternatives, the sum of all."""
         self.superposition.release()
         return self
+
+    @contextmanager
+    def as_largest(self) -> Iterator[Self]:
+        """Compute the largest network in eval mode within the block; then all is as it was before."""
+        mixture, assignment = self.superposition.mixture, self.superposition.assignment
+        training = {module: module.training for module in self.modules()}
+        self.release().eval()
+        try:
+            yield self
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            if assignment is not None:
+                self.superposition.select(assignment, mixture)
+            elif mixture is not None:
+                self.superposition.relax(mixture)
+            else:
+                self.release()
 
     def one_hot(self, architecture: Architecture) -> Mixture:
         """The corner: the mixture with all weight on one architecture."""
@@ -378,8 +251,11 @@ class SearchSpace(Elastic):
         return CostModel(self)
 
     def cost(self, architecture: Architecture) -> Cost:
-        """Exact parameters and multiply-accumulates for one input of an architecture, as ints."""
-        return self.cost_model.cost(self.assignment_of(architecture))
+        """Return the exact parameters and multiply-accumulates for one input of an architecture, as ints."""
+        return self.assigned_cost(self.assignment_of(architecture))
+
+    def assigned_cost(self, assignment: Assignment) -> Cost:
+        return self.cost_model.cost(assignment)
 
     def expected_cost(self, mixture: Mapping[str, Tensor]) -> Cost:
         """The expectation of `cost` over independent rows: float64 scalars, differentiable.
@@ -393,10 +269,6 @@ class SearchSpace(Elastic):
     def terms(self, metric: str) -> Additive:
         """A metric of `cost.METRICS` as its tables over rows of choices."""
         return self.cost_model.metrics[metric]
-
-    @property
-    def label(self) -> str:
-        return repr(self.name or type(self).__name__)
 
     def _standalone(self, assignment: Assignment) -> nn.Module:
         """This class' methods over plain layers, without its choices: a module that needs no search space."""

@@ -198,33 +198,3 @@ class Axis:
 def stacked(size: Size | Number, blocks: int) -> Axis:
     """Return a dimension of `blocks` equal blocks, each `size` long, of units that do not mix (heads in q, k, v)."""
     return Axis(Size.of(size), blocks=blocks, role="unit")
-
-
-class PartialSize(Size):
-    """A dimension that every architecture has whole, and of which a search may use the first `1 / parts` for a while.
-
-    `parts` is the superposition's. Sizes made from it by arithmetic follow it.
-    """
-
-    def __init__(self, whole: int, superposition: Superposition):
-        super().__init__((), (whole,))
-        self.superposition = superposition
-
-    @property
-    def used(self) -> int:
-        return self.max // self.superposition.channel_divisor
-
-    def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
-        return _PartialResult(function, (self, *map(Size.of, others)))
-
-
-class _PartialResult(PartialSize):
-    def __init__(self, function: Callable[..., Number], operands: tuple[Size, ...]):
-        if rows := [row for operand in operands for row in operand.rows]:
-            raise TangleNASError(f"partial channels cannot be combined with the choice {rows[0]!r} in one dimension")
-        Size.__init__(self, (), (function(*(operand.values[0] for operand in operands)),))
-        self.function, self.operands = function, operands
-
-    @property
-    def used(self) -> int:
-        return int(self.function(*(operand.used for operand in self.operands)))
