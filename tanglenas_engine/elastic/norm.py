@@ -18,7 +18,8 @@ def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias
 
 
 class _WeightedLayerNorm(torch.autograd.Function):
-    """A layer norm that saves for its backward pass what torch's saves: the input, and mean and deviation per position.
+    """A layer norm that saves for its backward pass what torch's saves: the input, and each position's mean and
+    deviation.
     """
 
     @staticmethod
