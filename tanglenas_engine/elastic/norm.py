@@ -18,9 +18,7 @@ def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias
 
 
 class _WeightedLayerNorm(torch.autograd.Function):
-    """A layer norm that saves for its backward pass what torch's saves: the input, and each position's mean and
-    deviation.
-    """
+    """A layer norm that saves the same for backward as torch's: the input, and mean and deviation per position."""
 
     @staticmethod
     def forward(
