@@ -15,7 +15,7 @@ class TangleNASError(ValueError):
 
 
 class OutOfReachError(TangleNASError):
-    """An error of a stage that asked for a data split that it must not see."""
+    """The error for a stage that asked for a data split that it must not see."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

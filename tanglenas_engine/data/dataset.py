@@ -35,7 +35,7 @@ class Dataset(ABC):
     """A pool of N samples, including the official test part. Subclass it to write a dataset plugin.
 
     A dataset of images has the attributes below. In a dataset such as text, each sample follows on from the one before.
-    It has no labels, its splits are contiguous segments, and it overrides `__len__` and `space_options`.
+    Such a dataset has no labels, its splits are contiguous segments, and it overrides `__len__` and `space_options`.
 
     Attributes:
         name: The name under which the dataset is registered.
@@ -88,7 +88,7 @@ class Dataset(ABC):
 
 
 class TensorSamples:
-    """Samples in memory. They own their raw rows (N, ...) and labels (N,).
+    """Samples in memory: raw rows (N, ...) and labels (N,), neither shared with the dataset.
 
     Args:
         rows: The raw inputs, shape (N, ...), any dtype.
@@ -114,7 +114,7 @@ class TokenSamples:
     """Windows of a text. A sample is T tokens, and the T tokens one position later.
 
     Args:
-        rows: The tokens, shape (N, T + 1), integers. The samples own them.
+        rows: The tokens, shape (N, T + 1), integers, not shared with the dataset.
         indices: The positions of the rows in the text, shape (N,), ascending. A difference of 1 means that a row
             continues the one before.
         shift: True lets a window start up to T tokens later, at random, if the next row continues this one.

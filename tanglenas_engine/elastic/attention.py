@@ -15,8 +15,8 @@ from tanglenas_engine.superposition.size import Size, stacked
 class Attention(Elastic):
     """Self-attention with an elastic number of heads of fixed dimension: `(B, N, width) -> (B, N, width)`.
 
-    Parameter names and shapes are those of timm's `Attention` with `attn_head_dim`. Heads are independent, so `sum_h
-    P(heads > h) head_h` behind the output projection is the exact expectation. For this a mixture covers the heads
+    Parameter names and shapes are those of timm's `Attention` with `attn_head_dim`. Heads are independent, so
+    `sum_h P(heads > h) head_h` behind the output projection is the exact expectation. So a mixture covers the heads
     once, at the input of the projection.
 
     Differs from the paper's code in two ways. The paper's code covers the heads three times; `relaxation="paper"` keeps

@@ -112,7 +112,7 @@ class Elastic(nn.Module):
         return _cut(getattr(self, name), self._axes[name], assignment)
 
     def plain(self, assignment: Assignment) -> nn.Module:
-        """Return this module of an architecture as a plain torch module. Torch layers are newly initialised."""
+        """Return this module's plain torch form for an architecture. Torch layers are newly initialised."""
         return copied(self, assignment)
 
     def gate(self, child: str) -> Size | None:

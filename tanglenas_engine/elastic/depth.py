@@ -48,7 +48,7 @@ class Depth(Elastic, nn.ModuleList):
         return [] if state is None or state.mixture is None else state.factors(self.axes[name])
 
     def gate(self, child: str) -> Size:
-        """Return 1 if the depth exceeds the layer's number, counted from 0, else 0."""
+        """Return a Size that is 1 if the depth exceeds the layer's number, counted from 0, else 0."""
         return self.depth.map(lambda depth: int(int(depth) > int(child)))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:

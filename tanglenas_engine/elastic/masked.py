@@ -1,4 +1,4 @@
-"""Products with a masked weight, computed in the cheapest place for the mask.
+"""Products with a masked weight. The mask is applied where that costs least.
 
 The plain form is three lines. Every other form gives the same numbers:
 
@@ -127,7 +127,7 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
 
 @dataclass(frozen=True)
 class _Form:
-    """The form of a product with a masked weight, known before it is computed."""
+    """The static form of a product with a masked weight."""
 
     op: Product
     depthwise: bool

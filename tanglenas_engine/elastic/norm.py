@@ -39,8 +39,10 @@ class _WeightedLayerNorm(torch.autograd.Function):
         """Return the gradients of x, coverage, weight and bias.
 
         Let y = (x - mean) * scale, let g be its gradient, and let s = sum(g) and t = sum(g y) over the width of a
-        position. Then dx = scale * (g - c/n * (s + t y)) and dc = sum over positions of -1/n * (s y + t/2 (y^2 - var *
-        scale^2)).
+        position. Then:
+
+            dx = scale * (g - c/n * (s + t y))
+            dc = sum over positions of -1/n * (s y + t/2 (y^2 - var * scale^2))
         """
         (dy,) = gradients
         x, c, weight, mean, scale = ctx.saved_tensors
@@ -82,8 +84,10 @@ def _sum_to(tensor: Tensor, like: Tensor) -> Tensor:
 class LayerNorm(Elastic, nn.LayerNorm):
     """`nn.LayerNorm` over an elastic last dimension: `(*, width) -> (*, width)`.
 
-    Under a mixture with coverage `c` the statistics are weighted by `c`: `mean = sum(c x) / sum(c)` and `var = sum(c (x
-    - mean)^2) / sum(c)`. Gain and bias are covered.
+    Under a mixture with coverage `c`, gain and bias are covered, and the statistics are weighted:
+
+        mean = sum(c x) / sum(c)
+        var = sum(c (x - mean)^2) / sum(c)
 
     Differs from the paper's code, whose statistics run over the full width and include the zeros of the tail.
     `relaxation="paper"` keeps that form.

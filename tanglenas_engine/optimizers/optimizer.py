@@ -1,4 +1,4 @@
-"""Optimizers: how a search samples, and how it moves the architecture parameters.
+"""Optimizers: search methods that sample from the supernet and move the architecture parameters.
 
 An optimizer answers four questions of the search loop: what a step samples, which losses train the weights, how alpha
 gets its gradient, and which architecture is the result. Every random draw is a pure function of (seed, step). So a
@@ -38,8 +38,7 @@ class Step:
             backward pass serves weights and alpha.
         weight_optimizer: The torch optimizer of the supernet's weights.
         outputs: The supernet's last outputs for the weight batch, from which the loop computes the training accuracy.
-        scale: The factor of the loss. An optimizer sets alpha's gradient to that of the loss times `scale`. The factor
-            exceeds 1 in half precision.
+        scale: The factor of the loss in alpha's gradient. It exceeds 1 in half precision.
     """
 
     index: int

@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 
 
 class _DamagedError(Exception):
-    """An error of a generation that cannot be read back as it was written."""
+    """The error for a generation that cannot be read back as it was written."""
 
 
 class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):

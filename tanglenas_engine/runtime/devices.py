@@ -12,11 +12,12 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def device_of(name: str | None) -> torch.device:
-    """Return the named device. For None, return this process's CUDA device, or the CPU if there is no CUDA.
+    """Return the named device. None stands for this process's CUDA device, or the CPU if there is no CUDA.
+
+    "cuda" stands for this process's CUDA device.
 
     Raises:
-        TangleNASError: The device cannot be used, or this process has no GPU because there are fewer GPUs than
-            processes.
+        TangleNASError: The device cannot be used, or this machine has fewer GPUs than processes.
     """
     if name is None or (name == "cuda" and torch.cuda.is_available()):
         return own_device()

@@ -29,7 +29,7 @@ S = TypeVar("S")
 
 
 class LostError(TangleNASError):
-    """An error of a rank whose peer failed with a message or disappeared."""
+    """The error on a rank after another rank failed or disappeared."""
 
 
 def rank() -> int:
@@ -50,7 +50,7 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 def each(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
     """Return the results of a function for all items, in order and on all ranks. The ranks share the work.
 
-    The results must be of the types that `gather` accepts.
+    The results must be of a type that `gather` accepts.
     """
     shares = gather([function(item) for item in shard(items)])
     return [shares[number % world()][number // world()] for number in range(len(items))]
@@ -212,7 +212,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: T) -> T:
-    """Return rank 0's value on every rank. It must be of the types that `gather` accepts."""
+    """Return rank 0's value on every rank. The value must be of a type that `gather` accepts."""
     if not _joined():
         return value
     packed = _packed(value if rank() == 0 else None)

@@ -15,7 +15,7 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
-    """Write a file atomically: a reader or a kill at any moment leaves the old or the new content, never a part of it.
+    """Write a file so that it always has the old or the new content, even if the process is killed.
 
     Text is written as UTF-8 with unchanged newlines. Missing parent folders are created.
 

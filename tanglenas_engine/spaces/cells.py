@@ -121,21 +121,21 @@ class Nothing(nn.Module):
 
 
 class Separable(nn.Sequential):
-    """ReLU, depthwise and pointwise convolution, BatchNorm; then all of it again without the stride."""
+    """Two passes of ReLU, depthwise convolution, pointwise convolution and BatchNorm. The first pass has the stride."""
 
     def __init__(self, channels: Size | int, kernel: Size | int, stride: int = 1, affine: bool = False):
         super().__init__(*(layer for s in (stride, 1) for layer in _stage(channels, kernel, s, 1, affine)))
 
 
 class Dilated(nn.Sequential):
-    """ReLU, depthwise convolution with dilation 2, pointwise convolution, BatchNorm."""
+    """A sequence of ReLU, depthwise convolution with dilation 2, pointwise convolution and BatchNorm."""
 
     def __init__(self, channels: Size | int, kernel: Size | int, stride: int = 1, affine: bool = False):
         super().__init__(*_stage(channels, kernel, stride, 2, affine))
 
 
 class Pointwise(nn.Sequential):
-    """ReLU, 1 x 1 convolution, BatchNorm."""
+    """A sequence of ReLU, 1 x 1 convolution and BatchNorm."""
 
     def __init__(self, channels_in: int, channels: int, affine: bool = False):
         super().__init__(
@@ -144,7 +144,7 @@ class Pointwise(nn.Sequential):
 
 
 class FactorizedReduce(nn.Module):
-    """Two convolutions with stride 2, on even and on odd pixels: `(B, C, H, W) -> (B, C', H / 2, W / 2)`.
+    """A pair of convolutions with stride 2, on even and on odd pixels: `(B, C, H, W) -> (B, C', H / 2, W / 2)`.
 
     Each one gives half of the output channels.
     """

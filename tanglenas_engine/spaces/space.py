@@ -43,8 +43,8 @@ class SearchSpace(Architectures, Elastic):
     the next forwards compute: `relax` (a mixture), `select` (one architecture) and `release` (the largest network).
 
     Args:
-        relaxation: How a mixture covers the weights: "exact" (default), "gated" or "paper".
-        sharing: How options share weights: one of the space's `sharings`.
+        relaxation: The way in which a mixture covers the weights: "exact" (default), "gated" or "paper".
+        sharing: The way in which options share weights: one of the space's `sharings`.
 
     Raises:
         TangleNASError: The relaxation or the sharing is unknown, or the space does not support the sharing.
@@ -136,7 +136,7 @@ class SearchSpace(Architectures, Elastic):
 
     @property
     def relaxation(self) -> str:
-        """How a mixture covers the weights: a key of `COVERED`."""
+        """The way in which a mixture covers the weights: a key of `COVERED`."""
         return self.superposition.relaxation
 
     @relaxation.setter
@@ -158,8 +158,8 @@ class SearchSpace(Architectures, Elastic):
         """Return a mixture with the given weights.
 
         Args:
-            weights: Weights by choice, `(options,)` or `(layers, options)`, or stacked by number of options, `(rows,
-                options)`.
+            weights: Weights by choice, `(options,)` or `(layers, options)`, or stacked by number of options,
+                `(rows, options)`.
 
         Raises:
             TangleNASError: A choice is unknown, a shape is wrong, a row is not on the simplex, or the mixture was made

@@ -151,7 +151,7 @@ def rank_correlation(
         }
         for row, value in zip(scored, known, strict=True)
     ]
-    # The metric may be better high or low, but a low rank is always better. So the negated rank is compared.
+    # Ranks are compared, as some of the tables' metrics are better high and others low. The lowest rank is the best.
     found = rank_correlations([row["accuracy"] for row in rows], [-row["table_rank"] for row in rows])
     return RankCorrelation(**found, rows=rows)
 

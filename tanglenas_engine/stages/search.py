@@ -31,7 +31,7 @@ from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, 
 from tanglenas_engine.training.options import Computation, Session, flattened
 
 Strategy = Literal["alternating", "simultaneous"]
-"""How alpha and the weights take turns."""
+"""The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
 Table = Callable[[Architecture], Mapping[str, float]]
 """A function that returns a benchmark's values of an architecture."""
 
@@ -233,7 +233,7 @@ class Search(Training):
         return measured
 
     def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
-        """Take an architecture step if alpha `learns` already, and then a weight step."""
+        """Take an architecture step if `learns` is True, and then a weight step."""
         measured = self.architecture_step(pieces) if learns else {}
         self._zero_gradients()
         return {**measured, **self.weight_step(pieces)}
@@ -376,7 +376,7 @@ class SimultaneousSearch(Search):
         return False
 
     def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
-        """Move the weights and, if alpha `learns` already, alpha."""
+        """Move the weights, and also alpha if `learns` is True."""
         self._zero_gradients()
         measured = self.weight_step(pieces, self.alphas if learns else ())
         return {**measured, **self._move_alphas(self.optimizer.regularizer())} if learns else measured

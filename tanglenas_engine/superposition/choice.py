@@ -22,9 +22,9 @@ class Choice(Size):
         options: Distinct positive numbers, or distinct names (such as names of operations; `map` turns them into
             numbers). Their order is that of the architecture parameters.
         superposition: The state that all layers of the space share.
-        per: What the choice is repeated over. A depth gives one row per layer, and a row counts only if its layer is
+        per: The layers that have one row each. A depth gives one row per layer, and a row counts only if its layer is
             below the chosen depth. A list of depths, or a depth that is itself chosen per stage, gives such rows for
-            each stage. An int gives this many rows.
+            each stage. An int is the number of rows.
 
     Raises:
         TangleNASError: The options are empty, repeated, or not all positive numbers or all names.

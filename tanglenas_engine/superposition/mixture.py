@@ -21,11 +21,12 @@ from tanglenas_engine.errors import unknown
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
 
 COVERED: dict[str, frozenset[str]] = {
-    # Algorithm 1 on every weight, heads once (where they are read), LayerNorm over the covered width.
+    # Algorithm 1 on every weight. Heads are covered once, where they are read. LayerNorm uses the covered width.
     "exact": frozenset({"read", "write", "statistics", "value", "group"}),
-    # Each width where it is read and nowhere else, by its own coverage.
+    # Each width is covered where it is read and nowhere else, independently of other widths.
     "gated": frozenset({"read", "statistics", "value", "group"}),
-    # The authors' semantics: Algorithm 1 at every read and write, heads three times, LayerNorm over all.
+    # The authors' semantics: Algorithm 1 at every read and write. Heads are covered three times. LayerNorm uses the
+    # full width.
     "paper": frozenset({"read", "write", "unit", "again", "value"}),
 }
 """The roles of dimensions that a mixture covers, for each relaxation. No other code decides this."""
@@ -220,7 +221,7 @@ class Superposition:
         relaxation: A key of `COVERED`.
         mixture: The mixture of the soft path, or None.
         assignment: The architecture of the hard path, or None.
-        channel_divisor: A `PartialSize` uses one part in this many of its channels.
+        channel_divisor: A `PartialSize` of C channels uses `C // channel_divisor` of them.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How the forwards of a network run: their precision, and whether they are compiled."""
+"""The execution of forwards: their precision, and their compilation."""
 
 from __future__ import annotations
 

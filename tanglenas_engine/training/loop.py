@@ -43,7 +43,7 @@ class Training(abc.ABC):
         name: The stage's name in messages, metrics and option names.
         epochs: The number of epochs.
         steps_per_epoch: The number of steps in each epoch.
-        session: Where the training runs and reports.
+        session: The device, checkpoints and reports of the training.
 
     Attributes:
         parameters: The trained tensors. If one is not finite, the training raises an error instead of saving.

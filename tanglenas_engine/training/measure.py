@@ -76,7 +76,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, device: torch.device) -> list[Tensor]:
     """Return the inputs of `count` random batches.
 
-    The first batches of a dataset that is sorted by class would all be of one class.
+    They are random because the first batches of a sorted dataset would all be of one class.
     """
     stream = Stream(samples, min(batch_size, len(samples)), seed=seed)
     return [laid_out(inputs.to(device)) for inputs, _ in itertools.islice(stream.start(), count)]

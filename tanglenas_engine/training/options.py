@@ -1,4 +1,4 @@
-"""Options that search and retraining share: how a training computes, and where it runs and reports."""
+"""Options that search and retraining share: those of the computation, and those of its surroundings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Computation:
-    """How a training computes.
+    """The numerical options of a training.
 
     Args:
         precision: The type of matrix products: "float32", "bfloat16", or "float16" on a GPU. Weights, alpha, masks and
@@ -81,7 +81,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Session:
-    """Where a training runs and reports.
+    """The surroundings of a training: its device, processes, checkpoints and reports.
 
     Args:
         device: A name such as "cpu" or "cuda:0". None takes CUDA if there is one.
