@@ -1,4 +1,4 @@
-"""The discretize stage: from a searched supernet to one architecture, within a budget."""
+"""The discretize stage: it derives one architecture within a budget from a trained supernet."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 
 Method = Callable[..., Projection | None]
-"""Judges candidates: takes the `Candidates` to draw from and the mixture of the search, or None, and its options.
+"""A function that judges candidates.
 
-What brings that mixture's most probable architecture into the budget, and judges nothing else, returns how.
+Its arguments are the `Candidates` to draw from, the mixture of the search or None, and options of its own. A method
+that only projects the mixture's most probable architecture into the budget returns the `Projection`; others return
+None.
 """
 
 
 def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
-    """Judge one candidate: the most probable architecture within the budget."""
+    """Judge one candidate, the most probable architecture within the budget, and return how it was found.
+
+    Raises:
+        TangleNASError: There is no mixture.
+    """
     if mixture is None:
         raise TangleNASError(
             "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
@@ -46,24 +52,30 @@ def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
 
 
 def random(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates, uniform over the rows' options where the budget leaves room, or drawn from the prior.
+    """Judge random candidates: uniform over the rows' options within the budget, or drawn from the prior.
 
-    The paper's numbers of candidates are 2,000 for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
+    The paper uses 2,000 candidates for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
     """
     candidates.judge(candidates.first(candidates.limit))
 
 
 METHODS: Mapping[str, Method] = {"argmax": argmax, "random": random, "evolution": evolution, "nsga2": nsga2}
-"""Ways to derive an architecture."""
+"""The ways to derive an architecture, by name."""
 
 
 @dataclass(frozen=True)
 class DiscretizeResult:
-    """The architecture found, its cost, and its validation accuracy in % with the supernet's weights.
+    """The derived architecture with its cost and validation accuracy.
 
-    `candidates` has one row per architecture that was tried, best first; argmax tries one. `front` has those that no
-    other one dominates in accuracy and in the cost named `front_cost`, cheapest first. `exact`, of argmax: whether the
-    architecture is known to be the most probable one within the budget, or is what a local search found.
+    Attributes:
+        architecture: The architecture.
+        cost: Its parameters, and multiply-accumulates for one input.
+        validation_accuracy: Its accuracy in % with the supernet's weights.
+        candidates: One record per candidate that was judged, best first; argmax judges one.
+        front: The candidates that no other one dominates in accuracy and in the cost `front_cost`, cheapest first.
+        front_cost: The name of the cost of the front.
+        exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
+            search found it. None for the other methods.
     """
 
     architecture: Architecture
@@ -81,7 +93,7 @@ def limits_of(
     """Return the limits that the options of `discretize` ask for.
 
     Raises:
-        TangleNASError: The limits are no mapping, or one is given twice.
+        TangleNASError: `limits` is not a mapping, or two options limit the same cost.
     """
     if not isinstance(limits, Mapping | None):
         raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
@@ -121,32 +133,35 @@ def discretize(
 
     Args:
         space: The supernet with its trained weights.
-        data: A view that reaches `weights` (for statistics of batch norms), `architecture` (to rank candidates)
-            and `validation` (to judge the result).
-        mixture: What alpha stands for after a gradient search, by choice; None or empty after a
-            sampled one.
-        method: "argmax" takes the most probable option of every row. The others judge candidates with the supernet's
-            weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which looks for
-            the whole front of accuracy and cost. "auto": what `derivation` says.
-        derivation: The way that goes with the optimizer that searched.
-        candidates: How many architectures are judged at most: the price of a method.
-        prior: Where the first candidates come from. "uniform" draws every row's options alike; "mixture" draws from
-            the mixture, beginning with what argmax would take.
-        cost: What the front trades against accuracy: "params", "flops" or the name of an objective.
-        max_params: Hard budget in parameters, met by construction: argmax takes the most probable architecture
-            within it; the others never look beyond it.
-        max_flops: The same in multiply-accumulates for one input.
-        objectives: Further costs, bound to the space, that the table of candidates has.
-        limits: Hard budgets by name, of objectives too.
-        recalibration_batches: Batches that set the statistics of batch norms for each candidate; 0 keeps the
-            supernet's. The space has its own again at the end.
-        methods: What the names of methods stand for, here with other options, say.
-        checkpoints: Where to keep what candidates are worth, from time to time and when interrupted; a derivation
-            that finds it there goes on from it and ends as if it had not been cut off.
+        data: A view of `weights` (for the statistics of batch norms), `architecture` (to rank candidates) and
+            `validation` (to measure the result).
+        mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
+        method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
+            supernet's weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which
+            looks for the whole front of accuracy and cost. "auto" stands for `derivation`.
+        derivation: The method that belongs to the optimizer of the search.
+        candidates: The largest number of architectures to judge. It decides how long a method takes.
+        prior: The source of the first candidates. "uniform" draws all options of a row with equal probability.
+            "mixture" draws from the mixture, and starts with the architecture of argmax.
+        cost: The cost of the front: "params", "flops" or the name of an objective.
+        max_params: A hard limit on parameters. All candidates are within it by construction. argmax takes the most
+            probable architecture within it.
+        max_flops: A hard limit on multiply-accumulates for one input.
+        objectives: Further costs in the table of candidates, bound to the space.
+        limits: Further hard limits by the name of a cost or an objective.
+        recalibration_batches: The number of batches that set the statistics of batch norms for each candidate. 0 keeps
+            the supernet's statistics. At the end the supernet's statistics are restored.
+        batch_size: The number of samples per batch.
+        seed: The seed of all random numbers.
+        device: A name such as "cpu". None takes CUDA if there is one.
+        methods: The methods by name. Pass others to change their options.
+        checkpoints: The folder for the candidates' scores, saved from time to time and after an interruption. A
+            derivation that finds scores continues from them, and ends as if it had not been interrupted.
+        progress: The progress output for a person.
 
     Raises:
-        TangleNASError: An unknown method, options that cannot be, a method or prior that needs a mixture without
-            one, or a budget below the smallest architecture.
+        TangleNASError: A method is unknown, an option is out of its range, the method or the prior needs a mixture and
+            there is none, or no architecture is within the budget.
     """
     method = derivation if method == "auto" else method
     if method not in methods:
