@@ -14,10 +14,9 @@ from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
-from tanglenas_engine.optimizers.optimizer import argmax as most_probable
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
-from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.progress import Progress, SilentProgress
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import METRICS, Cost
@@ -141,50 +140,30 @@ def discretize(
             looks for the whole front of accuracy and cost. "auto" stands for `derivation`.
         derivation: The method that belongs to the optimizer of the search.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
-        prior: The source of the first candidates. "uniform" draws all options of a row with equal probability.
-            "mixture" draws from the mixture, and starts with the architecture of argmax.
+        prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
+            them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "flops" or the name of an objective.
-        max_params: A hard limit on parameters. All candidates are within it by construction. argmax takes the most
-            probable architecture within it.
-        max_flops: A hard limit on multiply-accumulates for one input.
+        max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
         objectives: Further costs in the table of candidates, bound to the space.
         limits: Further hard limits by the name of a cost or an objective.
-        recalibration_batches: The number of batches that set the statistics of batch norms for each candidate. 0 keeps
-            the supernet's statistics. At the end the supernet's statistics are restored.
-        batch_size: The number of samples per batch.
-        seed: The seed of all random numbers.
-        device: A name such as "cpu". None takes CUDA if there is one.
+        recalibration_batches: Batches that set the statistics of batch norms for each candidate; 0 keeps the supernet's.
         methods: The methods by name. Pass others to change their options.
-        checkpoints: The folder for the candidates' scores, saved from time to time and after an interruption. A
-            derivation that finds scores continues from them, and ends as if it had not been interrupted.
-        progress: The progress output for a person.
+        checkpoints: The folder for scores. A derivation that finds scores there continues from them.
 
     Raises:
-        TangleNASError: A method is unknown, an option is out of its range, the method or the prior needs a mixture and
-            there is none, or no architecture is within the budget.
+        TangleNASError: A method is unknown, an option is out of its range, or no architecture is within the budget.
     """
     method = derivation if method == "auto" else method
-    if method not in methods:
-        raise unknown("discretize.method", method, methods)
-    at_least("discretize.candidates", candidates, 1)
-    at_least("discretize.recalibration_batches", recalibration_batches, 0)
     costs = [*METRICS, *(objective.name for objective in objectives)]
-    if cost not in costs:
-        raise unknown("discretize.cost", cost, costs)
-    if prior not in ("uniform", "mixture"):
-        raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
-    if prior == "mixture" and not mixture:
-        raise TangleNASError(
-            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
-        )
+    _check_options(method, methods, candidates, recalibration_batches, cost, costs, prior, mixture)
     budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
     budget.check()
-    for one in objectives:
-        if one.source and progress is not None:
-            progress.note(f"discretize: {one.name} in {one.unit}, of {one.source}")
+    progress = progress or SilentProgress()
+    for objective in objectives:
+        if objective.source:
+            progress.note(f"discretize: {objective.name} in {objective.unit}, of {objective.source}")
     check_fit(space, data.validation)
-    target = device_of(device)
-    space.to(target)
+    space.to(target := device_of(device))
     weights = space.mixture(mixture) if mixture else None
     with Candidates(
         space,
@@ -202,20 +181,50 @@ def discretize(
         checkpoints=checkpoints,
         progress=progress,
     ) as tried:
-        found = methods[method](tried, weights)
+        projection = methods[method](tried, weights)
         best: Architecture = tried.best()[0]["architecture"]
         accuracy = tried.measured(best, data.validation)
-    rows = [{**row, "architecture": str(row["architecture"])} for row in tried.best(len(tried.rows))]
-    nondominated: list[Architecture] = [row["architecture"] for row in front(tried.rows, cost)]
-    exact = found.exact if isinstance(found, Projection) else None
-    if exact is not None and weights is not None and best != most_probable(space, weights) and progress is not None:
+    records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.rows))]
+    nondominated: list[Architecture] = [record["architecture"] for record in front(tried.rows, cost)]
+    exact = projection.exact if isinstance(projection, Projection) else None
+    if exact is not None and weights is not None:
+        _note_projection(progress, exact, within=best == space.most_probable(weights))
+    return DiscretizeResult(best, space.cost(best), accuracy, records, nondominated, cost, exact)
+
+
+def _check_options(
+    method: str,
+    methods: Mapping[str, Method],
+    candidates: int,
+    recalibration_batches: int,
+    cost: str,
+    costs: Sequence[str],
+    prior: str,
+    mixture: Mapping[str, Tensor] | None,
+) -> None:
+    if method not in methods:
+        raise unknown("discretize.method", method, methods)
+    at_least("discretize.candidates", candidates, 1)
+    at_least("discretize.recalibration_batches", recalibration_batches, 0)
+    if cost not in costs:
+        raise unknown("discretize.cost", cost, costs)
+    if prior not in ("uniform", "mixture"):
+        raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
+    if prior == "mixture" and not mixture:
+        raise TangleNASError(
+            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
+        )
+
+
+def _note_projection(progress: Progress, exact: bool, within: bool) -> None:
+    """Tell a person where the budget, not alpha, decided."""
+    if not within:
         progress.note(
             "discretize: the mixture's most probable architecture is beyond the budget; this is the most probable "
             "one within it. What the mixture leaves open is rather judged on data: method 'evolution', prior 'mixture'"
         )
-    if exact is False and progress is not None:
+    if not exact:
         progress.note(
             "discretize: a local search found the architecture within the budget, which has a limit without tables or "
             "leaves too much to look at: a more probable one may fit"
         )
-    return DiscretizeResult(best, space.cost(best), accuracy, rows, nondominated, cost, exact)

@@ -142,5 +142,5 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     for group in groups.values():
         hints |= get_type_hints(type(group))
     call.__annotations__ = hints
-    del call.__wrapped__  # type: ignore[attr-defined]  # gin would look at the function's own parameters
+    del call.__wrapped__  # gin would look at the function's own parameters
     return call
