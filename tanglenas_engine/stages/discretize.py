@@ -146,7 +146,7 @@ def discretize(
         max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
         objectives: Further costs in the table of candidates, bound to the space.
         limits: Further hard limits by the name of a cost or an objective.
-        recalibration_batches: Batches that set the statistics of batch norms for each candidate; 0 keeps the supernet's.
+        recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
         methods: The methods by name. Pass others to change their options.
         checkpoints: The folder for scores. A derivation that finds scores there continues from them.
 
@@ -159,11 +159,8 @@ def discretize(
     budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
     budget.check()
     progress = progress or SilentProgress()
-    for objective in objectives:
-        if objective.source:
-            progress.note(f"discretize: {objective.name} in {objective.unit}, of {objective.source}")
+    _note_sources(progress, objectives)
     check_fit(space, data.validation)
-    space.to(target := device_of(device))
     weights = space.mixture(mixture) if mixture else None
     with Candidates(
         space,
@@ -177,7 +174,7 @@ def discretize(
         recalibration_batches=recalibration_batches,
         batch_size=batch_size,
         seed=seed,
-        device=target,
+        device=device_of(device),
         checkpoints=checkpoints,
         progress=progress,
     ) as tried:
@@ -185,11 +182,12 @@ def discretize(
         best: Architecture = tried.best()[0]["architecture"]
         accuracy = tried.measured(best, data.validation)
     records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.rows))]
-    nondominated: list[Architecture] = [record["architecture"] for record in front(tried.rows, cost)]
     exact = projection.exact if isinstance(projection, Projection) else None
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
-    return DiscretizeResult(best, space.cost(best), accuracy, records, nondominated, cost, exact)
+    return DiscretizeResult(
+        best, space.cost(best), accuracy, records, [one["architecture"] for one in front(tried.rows, cost)], cost, exact
+    )
 
 
 def _check_options(
@@ -214,6 +212,13 @@ def _check_options(
         raise TangleNASError(
             "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
         )
+
+
+def _note_sources(progress: Progress, objectives: Sequence[Objective]) -> None:
+    """Tell a person where the numbers of objectives come from."""
+    for objective in objectives:
+        if objective.source:
+            progress.note(f"discretize: {objective.name} in {objective.unit}, of {objective.source}")
 
 
 def _note_projection(progress: Progress, exact: bool, within: bool) -> None:
