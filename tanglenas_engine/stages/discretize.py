@@ -137,15 +137,13 @@ def discretize(
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
             supernet's weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which
-            looks for the whole front of accuracy and cost. "auto" stands for `derivation`.
-        derivation: The method that belongs to the optimizer of the search.
+            looks for the whole front of accuracy and cost. "auto" stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "flops" or the name of an objective.
         max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
-        objectives: Further costs in the table of candidates, bound to the space.
-        limits: Further hard limits by the name of a cost or an objective.
+        objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
         recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
         methods: The methods by name. Pass others to change their options.
         checkpoints: The folder for scores. A derivation that finds scores there continues from them.
@@ -179,7 +177,7 @@ def discretize(
         progress=progress,
     ) as tried:
         projection = methods[method](tried, weights)
-        best: Architecture = tried.best()[0]["architecture"]
+        best = tried.best()[0]["architecture"]
         accuracy = tried.measured(best, data.validation)
     records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.rows))]
     exact = projection.exact if isinstance(projection, Projection) else None
