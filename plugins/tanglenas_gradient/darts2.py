@@ -19,9 +19,9 @@ Weights = Mapping[str, Tensor]
 class SecondOrderDARTS(DARTS):
     """An optimizer that differentiates `L_val(w', alpha)` by alpha, both directly and through w'.
 
-    Here `w' = w - rate * dL_train(w, alpha)/dw` is a step of SGD with the weight optimizer's present learning rate, weight
-    decay and momentum. From an optimizer of another kind, it takes the learning rate and the weight decay only. The step
-    is undone: weights, running statistics and random generators are the same afterwards.
+    Here `w' = w - rate * dL_train(w, alpha)/dw` is a step of SGD with the weight optimizer's present learning rate,
+    weight decay and momentum. An optimizer of another kind lends its learning rate and weight decay only. The step is
+    undone: weights, running statistics and random generators are the same afterwards.
 
     Args:
         weight_decay: See `darts`.

@@ -16,8 +16,9 @@ class DrNAS(Annealed):
     """An optimizer that draws mixtures from `Dirichlet(elu(alpha / temperature) + 1)`, with pathwise gradients.
 
     Args:
-        regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2`; in the paper, this is weight
-            decay of the architecture optimizer. "kl" adds `scale * KL(Dirichlet || uniform)`. "none" adds nothing.
+        regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2`; in the paper, this is the
+            weight decay of the architecture optimizer. "kl" adds `scale * KL(Dirichlet || uniform)`. "none" adds
+            nothing.
         scale: Weight of the regularizer.
         temperature: Temperature at the start of the search.
         final_temperature: Temperature at the end, reached linearly with the epochs; None keeps the temperature.
