@@ -201,7 +201,7 @@ def names() -> list[str]:
 @pytest.mark.parametrize("page", ["own-space.md", "own-optimizer.md"])
 def test_tutorials_show_the_example(page):
     written = "\n".join(path.read_text() for path in (*EXAMPLE.glob("*.py"), *EXAMPLE.parent.glob("tests/*.py")))
-    shown = [code for name, code in blocks("python") if name == page and "self.entropy" not in code]
+    shown = [code for name, code in blocks("python") if name == page and "self.derive_seed" not in code]
     assert len(shown) >= 2
     for code in shown:
         parts = [part for part in re.split(r"\n\n\n", code.strip("\n")) if not part.startswith(("import", "from"))]
