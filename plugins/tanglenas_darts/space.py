@@ -74,8 +74,8 @@ class Darts(cells.CellSpace):
         channels: Channels of a node in the first cells; each of the two reductions doubles them.
         layers: Number of cells; reduction cells stand after one third and two thirds of them.
         stem_multiplier: Channels of the stem, as a multiple of `channels`.
-        affine: Give the BatchNorms in cells a gain and a bias. The paper's search does not, its final networks do.
-        pool_norm: Put a BatchNorm behind every pooling. The paper's search does, its final networks do not.
+        affine: Give the BatchNorms in cells a gain and a bias. The paper's search does not; its final networks do.
+        pool_norm: Put a BatchNorm behind every pooling. The paper's search does; its final networks do not.
         drop_path: Probability of dropping the output of an edge at the end of a network's training, 0.2 in the paper.
             The probability rises from 0. A search drops nothing.
         image_size: Height and width of the images: a multiple of 4, because two reductions halve them.
@@ -138,7 +138,7 @@ class Darts(cells.CellSpace):
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)
 
-    # Which assignments are architectures.
+    # The set of architectures.
 
     @property
     def size(self) -> int:
@@ -176,7 +176,7 @@ class Darts(cells.CellSpace):
             ]
 
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """Return the log-probability of each operation, and 0 for `none`, which has no say in the choice of edges."""
+        """Return the log-probability of each operation, and 0 for `none`: absent edges have no score."""
         return {row: [0.0, *scores[1:]] for row, scores in super().scores(mixture).items()}
 
     def nodes(self) -> list[list[Row]]:

@@ -24,7 +24,7 @@ class WithAuxiliaryHead(nn.Module):
     """A network of the DARTS space with a second classifier, behind the cell at two thirds of its depth.
 
     `retrain` trains this module in place of the network. In train mode it returns the logits of both classifiers,
-    `2 x (B, num_classes)`, the network's first. `tanglenas_engine.auxiliary` is a loss for the pair.
+    `2 x (B, num_classes)`; the network's come first. `tanglenas_engine.auxiliary` is a loss for the pair.
     """
 
     def __init__(self, network: nn.Module):

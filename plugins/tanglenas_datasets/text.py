@@ -154,7 +154,7 @@ class Text(Dataset):
             )
         try:
             tokenizer = Tokenizer.from_file(kind)
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises no narrower type
             raise TangleNASError(f"{self.name}: {kind} is no tokenizer.json: {error}. Give another file.") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()

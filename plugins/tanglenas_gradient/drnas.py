@@ -57,5 +57,5 @@ class DrNAS(Annealed):
         return self.scale * sum(kl_divergence(learned, uniform).sum() for learned, uniform in pairs)
 
     def _concentrations(self) -> dict[int, Tensor]:
-        # In float32, logits of -17 and less give 0. Samples and gradients of a Dirichlet are not finite there.
+        # In float32, logits from -17 down give 0. At this concentration, samples and gradients are not finite.
         return {n: (torch.nn.functional.elu(logits) + 1).clamp_min(1e-6) for n, logits in self.logits().items()}

@@ -24,7 +24,7 @@ class Progressive(Optimizer):
     """A base of the two methods below: a search in stages of equal length.
 
     Args:
-        channels: For each stage, one over the share of channels that the operations of cells see; 1 means all channels.
+        channels: For each stage, the reciprocal of the share of channels that operations see; 1 means all channels.
         keep: For each stage, the share of every row's options that is left, at least one option; the first share is 1.
         edge_normalization: Weigh the edges into a node by a softmax over parameters of their own. The weights then also
             count when a space derives which edges to keep.

@@ -120,7 +120,7 @@ def _fits(make_objective: Callable[[], Any], make_space: Callable[[], Any]) -> b
     """Return whether an objective accepts a space; a latency table accepts one space only."""
     try:
         make_objective().bind(make_space())
-    except Exception:  # whatever a plugin raises
+    except Exception:  # a plugin can raise anything
         return False
     return True
 
@@ -144,6 +144,6 @@ def _outcome(subject: str, check: str, action: Callable[[], None]) -> Outcome:
         action()
     except (AssertionError, TangleNASError) as error:
         problem = str(error) or "an assertion failed"
-    except Exception as error:  # whatever a plugin raises
+    except Exception as error:  # a plugin can raise anything
         problem = describe(error)
     return Outcome(subject, check, problem, time.perf_counter() - start)

@@ -82,7 +82,7 @@ def check_corners(make_space: Callable[[], SearchSpace]) -> None:
 
 
 def check_costs(make_space: Callable[[], SearchSpace]) -> None:
-    """Check that an architecture has its network's parameters, and that the expected cost at a corner is its cost."""
+    """Check that an architecture costs its network's parameters, and the expected cost at a corner is its cost."""
     space = make_space()
     for architecture in (space.smallest(), space.largest(), *_samples(space, 3)):
         cost = space.cost(architecture)
