@@ -189,7 +189,7 @@ def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[s
     Biases that the network lacks become zeros.
 
     Raises:
-        ValueError: The layers differ, or the heads do not partition the width; a GPT-2 has neither.
+        ValueError: The layers differ, or the heads do not partition the width; GPT-2 allows neither.
     """
     width, layers = config.embed_dim, len(config.num_heads)
     hidden = {config.hidden(layer) for layer in range(layers)}
