@@ -19,9 +19,9 @@ from unittest import mock
 import torch
 
 from pipelines import search as stage
-from pipelines._config import stage_arguments
 from tanglenas_engine.data import Stream
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages import search
 

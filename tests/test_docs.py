@@ -17,12 +17,11 @@ import torch
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
-import pipelines.discretize
-import pipelines.evaluate  # noqa: F401  # they make known what gin files can bind
-from pipelines._config import configure
+import tanglenas_engine.pipeline.configurables  # noqa: F401  # makes known what gin files can bind
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.cli.init import _check_fit
+from tanglenas_engine.pipeline.config import configure
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.testing import check_dataset, check_objective
