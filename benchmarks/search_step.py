@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from benchmarks.pad_and_sum import pad_and_sum
 from tanglenas_engine import Optimizer, SearchSpace, create_optimizer, create_space
 from tanglenas_engine.optimizers.optimizer import Batch, Step
-from tanglenas_engine.runtime.devices import laid_out
+from tanglenas_engine.runtime.devices import channels_last
 from tanglenas_engine.superposition.mixture import COVERED
 from tanglenas_engine.training.losses import cross_entropy
-from tanglenas_engine.training.optim import made, parameter_groups
+from tanglenas_engine.training.optim import call_factory, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Bench:
         self.optimizer = create_optimizer(self.method)
         self.optimizer.bind(space, seed=0)
         adam = partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999))
-        self.alpha_optimizer = made("Adam", adam, self.optimizer.parameters())
+        self.alpha_optimizer = call_factory("Adam", adam, self.optimizer.parameters())
         self.weight_optimizer = _adamw(space)
         self.batches = [_batch(space, self.batch) for _ in range(2)]
         self.steps: dict[str, Callable[[int], None]] = {
@@ -216,12 +216,12 @@ def _train(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, _
 
 
 def _adamw(network: nn.Module) -> torch.optim.Optimizer:
-    return made("AdamW", partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.05), parameter_groups(network))
+    return call_factory("AdamW", partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.05), parameter_groups(network))
 
 
 def _batch(space: SearchSpace, size: int) -> Batch:
     device = next(space.parameters()).device
-    inputs = laid_out(space.example_input(size).to(device))
+    inputs = channels_last(space.example_input(size).to(device))
     with torch.no_grad():
         outputs = space.release()(inputs)
     return inputs, torch.randint(outputs.shape[-1], outputs.shape[:-1], device=device)

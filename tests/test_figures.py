@@ -14,7 +14,7 @@ from torch import nn
 from tanglenas_engine import SearchSpace, create_optimizer, elastic
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import argmax, normalized_entropy
+from tanglenas_engine.optimizers.optimizer import normalized_entropy
 from tanglenas_engine.pipeline import figures
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.search import search
@@ -57,7 +57,7 @@ def history(space, epochs):
     for epoch in range(1, epochs + 1):
         sway = {name: epoch / epochs * value + 0.1 * torch.randn_like(value) for name, value in logits.items()}
         mixture = space.mixture({name: value.softmax(-1) for name, value in sway.items()})
-        current = argmax(space, mixture)
+        current = space.most_probable(mixture)
         cost, expected = space.cost(current), space.expected_cost(mixture)
         rows.append(
             {

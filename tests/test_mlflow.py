@@ -398,7 +398,7 @@ def test_a_server_in_trouble_midway_costs_one_warning_and_no_record(
 def test_a_server_that_answers_again_is_told_what_waits(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY", 0.0)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
     with pytest.warns(UserWarning, match="did not take metrics"):
         with MlflowTracker.open(stage="search", root=root) as tracker:
             server.before = lambda method: "503 SERVICE UNAVAILABLE"
@@ -415,7 +415,7 @@ def test_a_server_that_answers_again_is_told_what_waits(
 def test_a_slow_server_costs_a_bounded_time_and_doubles_nothing(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "ANSWER", 0.3)
+    monkeypatch.setattr(store, "ANSWER_SECONDS", 0.3)
     answer = threading.Event()
     with pytest.warns(UserWarning, match=r"did not take metrics \(TimeoutError: no answer within 0.3 seconds\)"):
         with MlflowTracker.open(stage="search", root=root) as tracker:

@@ -56,7 +56,7 @@ class Cell(nn.Module):
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
         inputs = [layer(x) for layer, x in zip(self.preprocess, (before, last), strict=True)]
-        return torch.cat(cells.nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
+        return torch.cat(cells.cell_nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
 
     def _through(self, edge: nn.Module, x: Tensor) -> Tensor:
         y = edge(x)
@@ -229,7 +229,7 @@ def mixed(
 ) -> elastic.MixedOperation:
     """Return the mixed operation of an edge."""
     families: dict[str, elastic.Family] = {
-        "none": ({"none": 1}, lambda _: cells.Nothing(stride)),
+        "none": ({"none": 1}, lambda _: cells.Zero(stride)),
         "max_pool_3x3": ({"max_pool_3x3": 3}, lambda _: cells.pool("max", channels, stride, pool_norm)),
         "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: cells.pool("avg", channels, stride, pool_norm)),
         "skip_connect": ({"skip_connect": 1}, lambda _: cells.skip(channels, stride, affine)),

@@ -38,7 +38,7 @@ class Cell(nn.Module):
     def __init__(self, channels: Size, operation: Choice, affine: bool, sharing: str):
         super().__init__()
         families: dict[str, elastic.Family] = {
-            "none": ({"none": 1}, lambda _: cells.Nothing()),
+            "none": ({"none": 1}, lambda _: cells.Zero()),
             "skip_connect": ({"skip_connect": 1}, lambda _: nn.Identity()),
             "nor_conv": (
                 {"nor_conv_1x1": 1, "nor_conv_3x3": 3},
@@ -49,7 +49,7 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList(elastic.MixedOperation.of(edge, families, sharing, channels) for edge in operation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cells.nodes([x], self.edges)[-1]
+        return cells.cell_nodes([x], self.edges)[-1]
 
 
 class Reduction(nn.Module):

@@ -37,7 +37,7 @@ class Cell(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(cells.nodes([self.preprocess(x)], self.edges)[1:], 1)
+        return torch.cat(cells.cell_nodes([self.preprocess(x)], self.edges)[1:], 1)
 
 
 class ToyCell(cells.CellSpace):

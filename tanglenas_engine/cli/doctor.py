@@ -26,7 +26,7 @@ from ._shipped import EARLIER
 
 LIBRARIES = ("tanglenas", "torch", "torchvision", "timm", "gin-config", "dvc", "mlflow")
 GIB = 2**30
-LITTLE = 2 * GIB
+LOW_DISK_BYTES = 2 * GIB
 """Free bytes below which a training may fail: it writes each checkpoint beside the old one."""
 
 
@@ -258,7 +258,7 @@ def _disk(root: Path) -> Iterator[Finding]:
     used = {name: _size(root / name) for name in (".dvc/cache", "out", "mlartifacts", ".tanglenas", "data")}
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in used.items() if size)
     what = f"{_bytes(free)} free{'; used: ' * bool(parts)}{parts}"
-    if free < LITTLE:
+    if free < LOW_DISK_BYTES:
         yield Finding("problem", what, "make room: `dvc gc --workspace` drops results that no commit has")
     else:
         yield ok(what)

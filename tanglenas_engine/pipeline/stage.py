@@ -140,7 +140,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         with ExitStack() as stack:
             stack.enter_context(_termination_as_interrupt())
             distributed.relaunch(f"pipelines.{name}", arguments)
-            stack.enter_context(distributed.joined())
+            stack.enter_context(distributed.process_group())
             root = project_root()
             with distributed.first():  # one process downloads the data
                 configure(arguments)

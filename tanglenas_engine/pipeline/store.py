@@ -26,9 +26,9 @@ T = TypeVar("T")
 Event = dict[str, Any]
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
-ANSWER = 5.0
+ANSWER_SECONDS = 5.0
 """The most seconds that a call to the store may cost a training."""
-UPLOAD = 300.0
+UPLOAD_SECONDS = 300.0
 """The most seconds for a file or folder. A stage logs one, at its end."""
 OPENING = {True: 15.0, False: 150.0}
 """The most seconds for opening a store that a server has, or a database: a new one takes long to make."""
@@ -174,7 +174,7 @@ class Run:
         """
         from mlflow.exceptions import MlflowException
 
-        limit = UPLOAD if event["what"] == "artifact" else ANSWER
+        limit = UPLOAD_SECONDS if event["what"] == "artifact" else ANSWER_SECONDS
         try:
             within(limit, getattr(self, f"_{event['what']}"), event, folder)
         except MlflowException as error:

@@ -42,9 +42,9 @@ __all__ = ["MlflowTracker", "lineage", "mark_killed", "project_root", "spooled_r
 
 P = ParamSpec("P")
 
-RETRY = 60.0
+RETRY_SECONDS = 60.0
 """Seconds in which nothing is sent after a failure. Every further failure doubles them."""
-DRAIN = 30.0
+DRAIN_SECONDS = 30.0
 """The most seconds that a stage spends on waiting records, when the store answers again or the stage ends."""
 
 
@@ -109,7 +109,7 @@ class MlflowTracker:
         self._store = store
         self._run: Run | None = None
         self._warned = False
-        self._wait, self._retry_at = RETRY, 0.0
+        self._wait, self._retry_at = RETRY_SECONDS, 0.0
         if run_id and not re.fullmatch(r"[\w-]+", run_id):  # the id names a folder
             run_id = None
         waiting = Spool(store.runs / run_id).start if run_id else {}
@@ -273,8 +273,8 @@ class MlflowTracker:
     def _drain(self) -> None:
         """Send the waiting records, as long as the store takes them in time."""
         try:
-            self._run = send_all(self._store, self._spool, time.monotonic() + DRAIN, self._send_waiting)
-            self._wait = RETRY
+            self._run = send_all(self._store, self._spool, time.monotonic() + DRAIN_SECONDS, self._send_waiting)
+            self._wait = RETRY_SECONDS
         except Exception:
             self._put_off()
 

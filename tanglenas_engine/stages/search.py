@@ -16,7 +16,7 @@ from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.devices import to
+from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -25,9 +25,9 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Stateful, Training
-from tanglenas_engine.training.losses import correct, cross_entropy, scalar
+from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, running_statistics
-from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, cosine, made, parameter_groups
+from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 
 Strategy = Literal["alternating", "simultaneous"]
@@ -158,7 +158,7 @@ class Search(Training):
             stop.check(space, optimizer)
         check_fit(space, data.weights)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
-        self.loss, self.seed, self.table, self.stop = scalar(loss), seed, table, stop
+        self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.device = session.find_device()
         self.precision, self.backend = computation.precise(self.device), computation.backend
@@ -167,7 +167,7 @@ class Search(Training):
         space.to(self.device).train()
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
-        self.targets, self.active_targets = targets, _bound(targets, space, optimizer)
+        self.targets, self.active_targets = targets, _bind_targets(targets, space, optimizer)
         for target in targets:
             if target.objective.source:
                 session.note(f"search: {target.name} in {target.objective.unit}, of {target.objective.source}")
@@ -180,13 +180,15 @@ class Search(Training):
         self.weights, self.alphas = list(space.parameters()), optimizer.parameters()
         self.parameters = [*self.weights, *self.alphas]
         self.statistics = running_statistics(space)
-        self.weight_optimizer = made("search.weight_optimizer", weight_optimizer, parameter_groups(space))
+        self.weight_optimizer = call_factory("search.weight_optimizer", weight_optimizer, parameter_groups(space))
         self.architecture_optimizer = (
-            made("search.architecture_optimizer", architecture_optimizer, self.alphas)
+            call_factory("search.architecture_optimizer", architecture_optimizer, self.alphas)
             if optimizer.learns_architecture
             else None
         )
-        self.scheduler = made("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
+        self.scheduler = (
+            call_factory("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
+        )
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
 
@@ -197,7 +199,7 @@ class Search(Training):
 
     def result(self) -> SearchResult:
         """Run the search and return its result."""
-        ways = [self.precision.run, *([] if self.backend is None else [Compiled(self.space, self.backend).run])]
+        ways = [self.precision.forward, *([] if self.backend is None else [Compiled(self.space, self.backend).forward])]
         try:
             with seeded(self.seed), executing(self.space, *ways):
                 history = self.run()
@@ -227,7 +229,7 @@ class Search(Training):
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
-        seen = [correct(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
+        seen = [batch_accuracy(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
         if seen:
             measured["weight_accuracy"] = torch.stack(seen).mean()
         return measured
@@ -306,7 +308,7 @@ class Search(Training):
         if not self._iterators:  # a resumed search starts its streams where it left off
             self._iterators.extend(stream.start(position) for stream in self.streams)
         count = self.computation.accumulate
-        batches = [[t.chunk(count) for t in to(next(iterator), self.device)] for iterator in self._iterators]
+        batches = [[t.chunk(count) for t in to_device(next(iterator), self.device)] for iterator in self._iterators]
         weight_batches, *others = [list(zip(*batch, strict=True)) for batch in batches]
         return [
             Step(
@@ -398,7 +400,7 @@ def _check_options(
         )
 
 
-def _bound(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) -> list[Target]:
+def _bind_targets(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) -> list[Target]:
     """Bind targets to the space, and return those that change alpha's loss.
 
     Raises:
