@@ -50,7 +50,7 @@ from .runtime.progress import SilentProgress as SilentProgress
 from .spaces.cost import Additive as Additive
 from .spaces.cost import Cost as Cost
 from .spaces.objective import Objective as Objective
-from .tables import rank_correlations as rank_correlations
+from .tables.table import rank_correlations as rank_correlations
 
 # Callers of the stages, and gin files that name their parts.
 from .data.splits import make_splits as make_splits
