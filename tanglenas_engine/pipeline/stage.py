@@ -136,67 +136,73 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         raise SystemExit
+    with _one_sentence(name), ExitStack() as stack:
+        stack.enter_context(_termination_as_interrupt())
+        distributed.relaunch(f"pipelines.{name}", arguments)
+        stack.enter_context(distributed.process_group())
+        root = project_root()
+        with distributed.first():  # one process downloads the data
+            configure(arguments)
+            for path in inputs:
+                if not path.exists():
+                    raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
+            # Only one process may write the output folder. DVC's own lock dies with DVC, but the stage may live on.
+            place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
+            if distributed.rank() == 0:
+                stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
+            seed, space, dataset = create()
+        config = gin.config_str()
+        code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
+        identity = fingerprint(
+            stage=name,
+            config=config,
+            data=dataset.fingerprint,
+            inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
+            code=code,
+            torch=torch.__version__,
+            tables=tables(),
+        )
+        lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
+        pipeline_id = lineage.get("pipeline_id", "")
+        # People compare runs of later stages by the optimizer of their search.
+        optimizer = lineage.get("optimizer") or macro_value("OPTIMIZER") or ""
+        if distributed.rank() > 0:
+            yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
+            return
+        resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
+        checkpoints = stack.enter_context(_Checkpoints(resume, identity, code))
+        record = resume / "run"  # has the id of the MLflow run that a resumed stage goes on with
+        with MlflowTracker.open(
+            stage=name,
+            root=root,
+            run_id=record.read_text(errors="replace") if record.exists() else None,
+            pipeline_id=pipeline_id,
+            tags={
+                "params.hash": fingerprint(config=config),
+                "space": space.name,
+                "dataset": dataset.name,
+                "optimizer": optimizer,
+            },
+        ) as tracker:
+            if tracker.run_id:
+                write_atomic(record, tracker.run_id)
+            tracker.log_params({"OPTIMIZER": optimizer, **bound_parameters()})
+            shutil.rmtree(OUT / name, ignore_errors=True)
+            for folder in (OUT / name, METRICS):
+                folder.mkdir(parents=True, exist_ok=True)
+            sweep(METRICS, f"{name}.json")
+            sweep(OUT, f"{name}.run.json")
+            yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
+        # This comes last: a stage that is cut off before it goes on from its last checkpoint.
+        checkpoints.discard()
+        record.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """End the process with one sentence where a stage fails for a reason that a person can mend, or is stopped."""
     try:
-        with ExitStack() as stack:
-            stack.enter_context(_termination_as_interrupt())
-            distributed.relaunch(f"pipelines.{name}", arguments)
-            stack.enter_context(distributed.process_group())
-            root = project_root()
-            with distributed.first():  # one process downloads the data
-                configure(arguments)
-                for path in inputs:
-                    if not path.exists():
-                        raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
-                # Only one process may write the output folder. DVC's own lock dies with DVC, but the stage may live on.
-                place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
-                if distributed.rank() == 0:
-                    stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
-                seed, space, dataset = create()
-            config = gin.config_str()
-            code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
-            identity = fingerprint(
-                stage=name,
-                config=config,
-                data=dataset.fingerprint,
-                inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
-                code=code,
-                torch=torch.__version__,
-                tables=tables(),
-            )
-            lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
-            pipeline_id = lineage.get("pipeline_id", "")
-            # People compare runs of later stages by the optimizer of their search.
-            optimizer = lineage.get("optimizer") or macro_value("OPTIMIZER") or ""
-            if distributed.rank() > 0:
-                yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
-                return
-            resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
-            checkpoints = stack.enter_context(_Checkpoints(resume, identity, code))
-            record = resume / "run"  # has the id of the MLflow run that a resumed stage goes on with
-            with MlflowTracker.open(
-                stage=name,
-                root=root,
-                run_id=record.read_text(errors="replace") if record.exists() else None,
-                pipeline_id=pipeline_id,
-                tags={
-                    "params.hash": fingerprint(config=config),
-                    "space": space.name,
-                    "dataset": dataset.name,
-                    "optimizer": optimizer,
-                },
-            ) as tracker:
-                if tracker.run_id:
-                    write_atomic(record, tracker.run_id)
-                tracker.log_params({"OPTIMIZER": optimizer, **bound_parameters()})
-                shutil.rmtree(OUT / name, ignore_errors=True)
-                for folder in (OUT / name, METRICS):
-                    folder.mkdir(parents=True, exist_ok=True)
-                sweep(METRICS, f"{name}.json")
-                sweep(OUT, f"{name}.run.json")
-                yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
-            # This comes last: a stage that is cut off before it goes on from its last checkpoint.
-            checkpoints.discard()
-            record.unlink(missing_ok=True)
+        yield
     except (distributed.LostError, KeyboardInterrupt) as problem:
         stopped = isinstance(problem, KeyboardInterrupt)
         if os.environ.get("RANK", "0") == "0":  # only the first of several processes speaks
