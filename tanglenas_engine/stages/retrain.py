@@ -181,15 +181,14 @@ class Retraining(Training):
         history = self.run()
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history)
 
-    def stateful(self) -> Mapping[str, Stateful]:
-        parts: dict[str, Stateful | None] = {
+    def stateful(self) -> Mapping[str, Stateful | None]:
+        return {
             "network": self.trained,
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "ema": self.average,
             "scaler": self.scaler if self.scaler.is_enabled() else None,
         }
-        return {name: part for name, part in parts.items() if part is not None}
 
     def step(self, position: int) -> dict[str, Tensor]:
         if self._iterator is None or position % self.steps_per_epoch == 0:

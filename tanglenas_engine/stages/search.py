@@ -209,8 +209,8 @@ class Search(Training):
         mixture = self.optimizer.expected()
         return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history)
 
-    def stateful(self) -> Mapping[str, Stateful]:
-        parts: dict[str, Stateful | None] = {
+    def stateful(self) -> Mapping[str, Stateful | None]:
+        return {
             "space": self.space,
             "optimizer": self.optimizer,
             "weight_optimizer": self.weight_optimizer,
@@ -218,7 +218,6 @@ class Search(Training):
             "scheduler": self.scheduler,
             "scaler": self.scaler if self.scaler.is_enabled() else None,
         }
-        return {name: part for name, part in parts.items() if part is not None}
 
     # One iteration.
 

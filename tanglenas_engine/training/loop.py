@@ -83,7 +83,7 @@ class Training(abc.ABC):
         """Return a record as text for the progress line."""
 
     @abc.abstractmethod
-    def stateful(self) -> Mapping[str, Stateful]:
+    def stateful(self) -> Mapping[str, Stateful | None]:
         """Return the objects that a checkpoint holds beside the position, the history and the random generators."""
 
     @property
@@ -158,9 +158,12 @@ class Training(abc.ABC):
         self._check_finite()
         ranks = distributed.gather({"sums": self._sums, "rng": rng_state()})
         if self.session.checkpoints:
-            state = {key: part.state_dict() for key, part in self.stateful().items()}
+            state = {key: part.state_dict() for key, part in self._parts().items()}
             place = {"position": self._position, "history": self.history, "ranks": ranks}
             self.session.checkpoints.save({**state, **place})
+
+    def _parts(self) -> dict[str, Stateful]:
+        return {name: part for name, part in self.stateful().items() if part is not None}
 
     def _resume(self) -> None:
         checkpoints = self.session.checkpoints
@@ -170,7 +173,7 @@ class Training(abc.ABC):
             distributed.seed_ranks_apart()
             return
         with _refusals(self.name, checkpoints):
-            for key, part in self.stateful().items():
+            for key, part in self._parts().items():
                 part.load_state_dict(state[key])
             self._position, self.history, ranks = state["position"], state["history"], state["ranks"]
             own = distributed.rank() if len(ranks) == distributed.world_size() else 0
