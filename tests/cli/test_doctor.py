@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gin
+import interruptions
 import pytest
 from click.testing import CliRunner
 
@@ -161,21 +162,16 @@ def test_a_stage_that_was_cut_off_can_go_on(ask, project):
 def cut_off(project, monkeypatch):
     """The checkpoint of a search that the pipeline itself was stopped in; its folder."""
     from pipelines import search
-    from tanglenas_engine.pipeline.stage import _Checkpoints
 
     monkeypatch.setenv("TANGLENAS_TRACKING", "off")
-    save = _Checkpoints.save
-
-    def save_and_stop(self, state):
-        save(self, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_Checkpoints, "save", save_and_stop)
+    monkeypatch.setenv("INTERRUPT", f"{interruptions.calls + 3}:SIGTERM")
     names = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "spos"', 'DATASET = "digits"', "SEED = 0", "search.epochs = 2"]
+    names.append("search.loss = @interruptions.loss")
     with pytest.raises(SystemExit):
         search.main(["gin/stages/search.gin", *names])
     gin.clear_config()
     monkeypatch.delenv("TANGLENAS_TRACKING")
+    monkeypatch.delenv("INTERRUPT")
     (folder,) = (project / ".tanglenas" / "resume").iterdir()
     return folder
 

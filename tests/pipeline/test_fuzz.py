@@ -57,9 +57,7 @@ BYTES = [
 ]
 
 
-def fuzzed(cases: int) -> Callable:
-    """Run a test with so many cases, of which it may refuse none as too many or too slow."""
-    return settings(max_examples=cases)
+fuzzed = settings(max_examples=60)
 
 
 @st.composite
@@ -142,7 +140,7 @@ KEYS = [(key,) for key in CONTENT] + [
 ]
 
 
-@fuzzed(300)
+@fuzzed
 @given(damaged(PARAMS) | st.binary(max_size=40))
 def test_a_damaged_params_file_is_read_or_refused(project: Path, data: bytes) -> None:
     file = project / "own.yaml"
@@ -150,7 +148,7 @@ def test_a_damaged_params_file_is_read_or_refused(project: Path, data: bytes) ->
     refused(check_params, file, project / "dvc.yaml")
 
 
-@fuzzed(300)
+@fuzzed
 @given(nested | st.tuples(st.sampled_from(KEYS), nested, st.text(max_size=3)))
 def test_a_key_that_nothing_uses_is_never_passed_over(project: Path, change: Any) -> None:
     content = copy.deepcopy(CONTENT)
@@ -180,7 +178,7 @@ def _paths(content: dict, prefix: str = ""):
             yield from _paths(value, f"{prefix}{key}.")
 
 
-@fuzzed(400)
+@fuzzed
 @given(st.sampled_from(KEYS), scalars, st.sampled_from(sorted(COMMANDS)))
 def test_a_value_in_params_is_used_or_refused(project: Path, path: tuple[str, ...], value: Any, stage: str) -> None:
     content = copy.deepcopy(CONTENT)
@@ -205,7 +203,7 @@ def test_a_value_in_params_is_used_or_refused(project: Path, path: tuple[str, ..
 FILES = sorted((ROOT / "gin").rglob("*.gin"))
 
 
-@fuzzed(300)
+@fuzzed
 @given(st.sampled_from(FILES).flatmap(lambda file: damaged(file.read_bytes())) | st.binary(max_size=60))
 @example(b"\xef\xbb\xbfsearch.epochs = 1\n")
 @example(b"include 'own.gin'\n")
@@ -237,7 +235,7 @@ SENSIBLE = st.sampled_from(
 )  # fmt: skip
 
 
-@fuzzed(500)
+@fuzzed
 @given(st.lists(st.tuples(BOUND, SENSIBLE | scalars.map(repr)), min_size=1, max_size=2))
 def test_what_is_bound_is_searched_with_or_refused(project: Path, bindings: list[tuple[tuple[str, str], str]]) -> None:
     lines = [f"{function}.{option} = {value}" for (function, option), value in bindings]
@@ -286,7 +284,7 @@ def changed(draw: st.DrawFn) -> bytes:
     return json.dumps(content).encode()
 
 
-@fuzzed(500)
+@fuzzed
 @given(damaged(WHOLE.encode()) | changed() | st.binary(max_size=30))
 @example(b"[" * 100_000)
 @example(b'{"format": 1, "space": "autoformer_nano", "choices": {"embed_dim": ' + b"1" * 5000 + b"}}")
@@ -314,7 +312,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("state-*")}
 
 
-@fuzzed(400)
+@fuzzed
 @given(st.data())
 def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(
     project: Path, generations: dict, data: st.DataObject
@@ -342,7 +340,7 @@ class Executed:
         return Path.touch, (Path("executed"),)
 
 
-@fuzzed(250)
+@fuzzed
 @given(
     st.sampled_from(["torch", "pickle", "bytes"]),
     nested
@@ -388,7 +386,7 @@ def weights(project: Path) -> bytes:
     return (project / "whole.safetensors").read_bytes()
 
 
-@fuzzed(300)
+@fuzzed
 @given(st.data())
 def test_damaged_weights_are_those_of_the_network_or_refused(
     project: Path, weights: bytes, data: st.DataObject
@@ -412,7 +410,7 @@ def _shapes():
 MIX = {name: torch.full(choice.shape, 1 / len(choice.options)) for name, choice in SPACE.choices.items()}
 
 
-@fuzzed(200)
+@fuzzed
 @given(
     st.dictionaries(
         st.sampled_from([*MIX, "x"]),
@@ -434,7 +432,7 @@ DIGITS = create_dataset("digits")
 SPLIT = make_splits(DIGITS, seed=0).to_json()
 
 
-@fuzzed(250)
+@fuzzed
 @given(
     damaged(SPLIT.encode()).map(lambda data: data.decode(errors="replace"))
     | st.tuples(st.sampled_from(list(json.loads(SPLIT))), nested).map(
@@ -462,7 +460,7 @@ TABLE = "architecture,acc,seconds\n" + "".join(
 )
 
 
-@fuzzed(300)
+@fuzzed
 @given(
     damaged(TABLE.encode())
     | st.lists(st.lists(scalars.map(str), max_size=4).map(",".join)).map("\n".join).map(str.encode)

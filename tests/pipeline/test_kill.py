@@ -1,6 +1,5 @@
 """Stages that are killed at random moments, whose disk fills up, or whose data vanish, and that are run again."""
 
-import itertools
 import os
 import random
 import re
@@ -31,12 +30,12 @@ def theatre(tmp_path_factory: pytest.TempPathFactory) -> Theatre:
 
 
 @pytest.mark.parametrize("case", [GRADIENT, SAMPLED, TEXT, RETRAIN, DISCRETIZE], ids=str)
-def test_a_stage_that_is_killed_at_random_moments_leaves_what_it_leaves_undisturbed(
+def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undisturbed(
     theatre: Theatre, case: Case
 ) -> None:
-    kills = list(itertools.islice(theatre.random_kills(case, random.Random(str(case))), 2))
-    outcome = theatre.killed(case, kills)
-    assert (outcome.status, outcome.different) == (0, []), f"{kills}:\n{outcome.log}"
+    kill = next(theatre.random_kills(case, random.Random(str(case))))
+    outcome = theatre.killed(case, [kill])
+    assert (outcome.status, outcome.different) == (0, []), f"{kill}:\n{outcome.log}"
 
 
 @pytest.mark.parametrize("moment", ["before", "within", "manifest", "second"])

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -21,7 +22,6 @@ from ruamel.yaml import YAML
 import tanglenas_engine.pipeline.configurables  # noqa: F401  # makes known what gin files can bind
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main
-from tanglenas_engine.cli.init import _check_fit
 from tanglenas_engine.pipeline.config import configure
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
 from tanglenas_engine.runtime.files import write_atomic
@@ -156,7 +156,9 @@ def params() -> dict:
     return {**flat, **{key: value for key, value in values.items() if not isinstance(value, dict)}}
 
 
-def test_runs_that_are_shown_set_what_exists():
+def test_runs_that_are_shown_set_what_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit = set()
     runs = [(page, words) for page, words in shell("dvc") if words[:2] == ["exp", "run"]]
     assert len(runs) >= 20
     for page, words in runs:
@@ -171,9 +173,11 @@ def test_runs_that_are_shown_set_what_exists():
         epochs, warmup = (int(now[key] or recipe[key]) for key in ("search.epochs", "search.warmup_epochs"))
         assert warmup < epochs, f"{page}: {shlex.join(words)}"
         if "theirs" not in values.values():
-            chosen = [MANAGER.resolve(kind, name) for kind in ("space", "dataset", "optimizer")
-                      for name in now[kind].split(",")]  # fmt: skip
-            _check_fit(MANAGER, chosen[0], chosen[1])
+            assert all(MANAGER.resolve("optimizer", name) for name in now["optimizer"].split(","))
+            fit |= set(itertools.product(now["space"].split(","), now["dataset"].split(",")))
+    for number, (space, dataset) in enumerate(sorted(fit)):  # `init` refuses a pair that does not fit
+        outcome = CliRunner().invoke(main, ["init", str(number), "--space", space, "--dataset", dataset])
+        assert outcome.exit_code == 0, outcome.output
 
 
 @pytest.mark.parametrize("number", range(len(blocks("gin"))))
@@ -188,8 +192,8 @@ def test_gin_files_that_are_shown_are_read(number, monkeypatch, tmp_path):
 
 
 def test_targets_of_make_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {words[0] for _, words in shell("make")} | set(re.findall(r"`make ([a-z]+)`", "".join(map(text, names()))))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {words[0] for _, words in shell("make")} | set(re.findall(r"`make ([a-z-]+)`", "".join(map(text, names()))))
     assert named and named <= targets
 
 

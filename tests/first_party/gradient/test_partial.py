@@ -40,7 +40,7 @@ def test_operations_see_a_share_of_the_channels_and_the_rest_passes_by(name):
     y = edge(x)
     half = edge.channels.max // 2
     assert all(inputs.equal(x[:, :half]) and output.shape[1] == half for inputs, output in seen) and seen
-    weight = space.superposition.mixture.edges[edge._row]
+    weight = space.superposition.mixture.edges[space.edge_rows[0]]
     apart = (y / weight).unflatten(1, (half, 2)).transpose(1, 2).flatten(1, 2)  # before the shuffle
     stride = x.shape[-1] // y.shape[-1]
     passed = x[:, half:] if stride == 1 else F.max_pool2d(x[:, half:], 2)
@@ -137,8 +137,9 @@ def test_a_pruned_operation_is_not_computed():
     for name, operation in edge.items():
         operation.register_forward_hook(lambda *_, name=name: called.append(name))
     space.relax(optimizer.sample(0, "weight"))(space.example_input(2))
-    (kept,) = optimizer.expected().kept[edge._row]
-    option = edge._row.options[kept]
+    row = space.edge_rows[0]
+    (kept,) = optimizer.expected().kept[row]
+    option = row.options[kept]
     assert set(called) == {"nor_conv" if option.startswith("nor_conv") else option}
 
 
