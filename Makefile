@@ -7,10 +7,10 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help demo ui test soak docs check format clean
+.PHONY: help demo ui test test-fast soak docs check format clean
 
 help:  ## Show what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 demo: $(READY)  ## Search, discretize, retrain and evaluate a vision transformer on handwritten digits
 	dvc repro
@@ -20,11 +20,14 @@ ui: $(READY)  ## Open MLflow on the runs so far
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 test: $(READY) check  ## Check style and types, and run all tests, one process for each core
-	pytest --numprocesses auto --maxprocesses 4
+	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+test-fast: $(READY)  ## Run the tests without processes of their own, on a few spaces and optimizers
+	pytest --numprocesses auto --maxprocesses 4 -m "not slow"
 
 KILLS ?= 100
 soak: $(READY)  ## Kill stages at KILLS random moments (100) and compare what they leave with undisturbed runs
-	OMP_NUM_THREADS=1 python tests/kills.py $(KILLS)
+	OMP_NUM_THREADS=1 python tests/support/kills.py $(KILLS)
 
 docs: $(READY)  ## Build the documentation site into build/site, with every link checked
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

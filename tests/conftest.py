@@ -1,8 +1,13 @@
-"""Shared by all tests: one thread, a fixed seed, and examples that are the same in every run."""
+"""Shared by all tests: one thread, a fixed seed, equal examples in every run, and what `make test-fast` leaves out."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tiny import ALL
+
+from tanglenas_engine.plugins import manager
 
 # Tiny tensors gain nothing from threads.
 torch.set_num_threads(1)
@@ -16,6 +21,36 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tanglenas")
+
+TESTS = Path(__file__).parent
+SLOW = (
+    "cli/test_init.py",
+    "pipeline/",
+    "project/test_example.py",
+    "runtime/test_distributed.py",
+    "training/test_compile.py",
+)
+"""Files and folders with processes of their own or whole pipelines, by the start of their paths.
+
+`make test-fast` leaves them out. `make test` runs each file in one process, since its fixtures take longest.
+"""
+
+FEW = {"convolutional", "language", "vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
+"""The spaces of the tables of invariants, and an optimizer of each family, that `make test-fast` keeps."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow by their file, or by the space or optimizer that is their parameter."""
+    others = {*ALL, *manager().names("optimizer")} - FEW
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix()
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if path.startswith(SLOW):
+            item.add_marker("slow")
+            item.add_marker(pytest.mark.xdist_group(path))
+        elif others.intersection(value for value in given if isinstance(value, str)):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,425 @@
+"""Every elastic layer against Algorithm 1 (oracle.py): outputs, weight gradients and alpha gradients in float64."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from layer_cases import OPTIONS, Case, dimensions, masked, relaxations
+from oracle import Dimension, Oracle, Used, heads, layer_norm
+from torch import nn
+
+from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine.elastic import masked as products
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.superposition.size import make_divisible
+from tanglenas_engine.training.measure import recalibrate
+
+H, K = Dimension("H", lambda v: v.H), Dimension("K", lambda v: v.K)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def sides(relaxation, joint, gated):
+    """Which dimensions are superposed together: all, or one reading side after the other."""
+    return gated if relaxation == "gated" else joint
+
+
+@relaxations
+@given(OPTIONS, dimensions, dimensions, st.booleans())
+def test_linear(relaxation, options, inputs, outputs, bias):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.Linear(case.size(inputs), case.size(outputs), bias))
+
+    def expected(oracle):
+        weight = masked(oracle, layer.weight, [Used(outputs), Used(inputs)], sides(relaxation, [(0, 1)], [(1,)]))
+        b = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], [])) if bias else None
+        return F.linear(x, weight, b)
+
+    x = randn(2, 3, layer.in_features)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.booleans(), st.booleans())
+def test_conv2d(relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
+    case = Case(options, relaxation)
+    padding = dilation * (max(options["K"]) - 1) // 2
+    layer = case.prepare(
+        elastic.Conv2d(
+            case.size(inputs),
+            case.size(outputs),
+            case.size(K),
+            stride,
+            padding + 2 if pad_more else None,
+            dilation,
+            bias=bias,
+        )
+    )
+
+    def expected(oracle):
+        used = [Used(outputs), Used(inputs), Used(K, window=True), Used(K, window=True)]
+        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 1, 2, 3)], [(1,), (2, 3)]))
+        b = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], [])) if bias else None
+        return F.conv2d(x, weight, b, stride, padding + 2 * pad_more, dilation)
+
+    x = randn(2, layer.in_channels, 7, 6)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, *[st.integers(1, 2)] * 4)
+def test_grouped_and_depthwise_conv2d(relaxation, options, groups, read, written, stride, dilation):
+    case = Case(options, relaxation)
+    # A group is `read` channels wide on one side and `written` on the other; 1 and 1 is depthwise.
+    outputs = Dimension(groups.names, lambda v: int(groups.of(v)) * written)
+    count = case.size(groups)
+    whole = count if isinstance(count, int) else count.map(int)
+    layer = case.prepare(
+        elastic.Conv2d(whole * read, whole * written, case.size(K), stride, dilation=dilation, groups=count, bias=True)
+    )
+
+    def expected(oracle):
+        used = [Used(outputs), None, Used(K, window=True), Used(K, window=True)]
+        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 2, 3)], [(2, 3)]))
+        bias = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], []))
+        padding = dilation * (max(options["K"]) - 1) // 2
+        return F.conv2d(x, weight, bias, stride, padding, dilation, max(oracle.numbers(groups)))
+
+    x = randn(2, layer.in_channels, 7, 6)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, *[st.booleans()] * 3, st.sampled_from([0.1, None]))
+def test_batch_norm(relaxation, options, channels, affine, training, tracked, momentum):
+    case = Case(options, relaxation)
+    layer = elastic.BatchNorm2d(case.size(channels), 1e-3, momentum, affine, tracked)
+    case.prepare(layer).train(training)
+    plain = nn.BatchNorm2d(layer.num_features, 1e-3, momentum, False, tracked).double().train(training)
+    if tracked:
+        layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
+        plain.load_state_dict({k: v.clone() for k, v in layer.named_buffers()})
+
+    def expected(oracle):
+        covered = sides(relaxation, [(0,)], [])
+        y = plain(x)
+        if affine:
+            gain, bias = (masked(oracle, p, [Used(channels)], covered) for p in (layer.weight, layer.bias))
+            return y * gain[:, None, None] + bias[:, None, None]
+        return masked(oracle, y, [None, Used(channels), None, None], [(1,)] if relaxation != "gated" else [])
+
+    x = randn(3, layer.num_features, 2, 2)
+    case.compare(layer, expected, x)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(getattr(layer, name), buffer)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.sampled_from([(True, True), (True, False), (False, False)]))
+def test_layer_norm(relaxation, options, width, affine):
+    case = Case(options, relaxation)
+    elementwise, with_bias = affine
+    layer = case.prepare(elastic.LayerNorm(case.size(width), 1e-3, elementwise, with_bias))
+
+    def expected(oracle):
+        counted = oracle.coverage(width)
+        y = layer_norm(x, torch.ones_like(counted) if relaxation == "paper" else counted, 1e-3)
+        covered = sides(relaxation, [(0,)], [])
+        if not elementwise:
+            return y * masked(oracle, torch.ones_like(counted), [Used(width)], covered)
+        y = y * masked(oracle, layer.weight, [Used(width)], covered)
+        return y + masked(oracle, layer.bias, [Used(width)], covered) if with_bias else y
+
+    x = randn(2, 3, layer.normalized_shape[0])
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions)
+def test_embedding(relaxation, options, width):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.Embedding(6, case.size(width)))
+    indices = torch.randint(6, (2, 4))
+
+    def expected(oracle):
+        table = masked(oracle, layer.weight, [None, Used(width)], sides(relaxation, [(1,)], []))
+        return F.embedding(indices, table)
+
+    case.compare(layer, expected, indices)
+
+
+class Tokens(elastic.Elastic):
+    """A class token and positions, as a space declares them for itself."""
+
+    def __init__(self, width, length):
+        super().__init__()
+        self.token, self.positions = (nn.Parameter(torch.zeros(1, n, length)) for n in (1, 4))
+        self.declare(token=(None, None, width), positions=(None, None, width))
+
+    def forward(self, x):
+        tokens = torch.cat([self.current("token").expand(len(x), -1, -1), x], 1)
+        return tokens * self.current("positions")
+
+
+@relaxations
+@given(OPTIONS, dimensions)
+def test_declared_parameters(relaxation, options, width):
+    case = Case(options, relaxation)
+    length = max(Oracle(options, case.probabilities()).numbers(width))
+    layer = case.prepare(Tokens(case.size(width), length))
+
+    def expected(oracle):
+        token, positions = (
+            masked(oracle, p, [None, None, Used(width)], sides(relaxation, [(2,)], []))
+            for p in (layer.token, layer.positions)
+        )
+        return torch.cat([token.expand(2, -1, -1), x], 1) * positions
+
+    x = randn(2, 3, length)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.sampled_from([H, Dimension("E", lambda v: v.E // 2)]), *[st.booleans()] * 2)
+def test_attention(relaxation, options, width, count, causal, bias):
+    case, D = Case(options, relaxation), 2
+    attention = elastic.Attention(case.size(width), case.size(count), D, bias, bias, causal=causal)
+    layer = case.prepare(attention)
+    units = Dimension(count.names, lambda v: count.of(v) * D)
+    qkv, proj = layer.qkv, layer.proj
+
+    def split(x, weight, bias):
+        """`(B, N, width)` -> q, k, v, each `(B, H, N, D)`."""
+        return F.linear(x, weight, bias).unflatten(-1, (3, -1, D)).permute(2, 0, 3, 1, 4)
+
+    def expected(oracle):
+        if relaxation == "paper":  # heads three times: in the rows of q, k and v, in q, k and v, and in proj
+            used = [Used(units, parts=3), Used(width)]
+            qkv_bias = oracle.superposed(qkv.bias, used[0]) if bias else None
+            q, k, v = (
+                oracle.superposed(one, None, Used(count), None, None)
+                for one in split(x, oracle.superposed(qkv.weight, *used), qkv_bias)
+            )
+            merged = heads(q, k, v, causal).transpose(1, 2).flatten(2)
+            weight = oracle.superposed(proj.weight, Used(width), Used(units))
+            return F.linear(merged, weight, oracle.superposed(proj.bias, Used(width)) if bias else None)
+        # The expectation over numbers of heads of the attention with that many heads.
+        merged = heads(*split(x, oracle.superposed(qkv.weight, None, Used(width)), qkv.bias), causal)
+        total = torch.zeros(2, 3, proj.out_features, dtype=torch.float64)
+        for chosen, p in oracle.architectures(count.names + (width.names if relaxation == "exact" else "")):
+            h = count.of(chosen)
+            e = int(width.of(chosen)) if relaxation == "exact" else proj.out_features
+            first = merged[:, :h].transpose(1, 2).flatten(2)
+            y = F.linear(first, proj.weight[:e, : h * D], proj.bias[:e] if bias else None)
+            total = total + p * F.pad(y, (0, proj.out_features - e))
+        return total
+
+    x = randn(2, 3, qkv.in_features)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(
+    OPTIONS,
+    st.sampled_from(
+        [
+            Dimension("D", lambda v: v.D),
+            Dimension("D", lambda v: v.D - 1),  # may have no layer at all
+            Dimension("DR", lambda v: v.D * v.R),
+        ]
+    ),
+)
+def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxation, options, depth):
+    case = Case(options, relaxation)
+    depths = Oracle(options, case.probabilities()).numbers(depth)
+    blocks = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(max(depths))]
+    layer = case.prepare(elastic.Depth(case.size(depth), blocks))
+
+    def expected(oracle):
+        total = torch.zeros_like(x)
+        for chosen, p in oracle.architectures(depth.names):
+            y = x
+            for one in list(layer)[: int(depth.of(chosen))]:
+                y = one(y)
+            total = total + p * y
+        return total
+
+    x = randn(2, 3)
+    case.compare(layer, expected, x)
+
+
+# Second derivatives, which darts2 takes.
+
+
+@pytest.mark.parametrize("learn", ["weights and alpha", "alpha"])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda c: elastic.Linear(c.E, c.E * c.R), (2, 6)),
+        (lambda c: elastic.Linear(c.F, c.E), (3, 3)),
+        (lambda c: elastic.Conv2d(c.F, c.E, c.K), (2, 3, 4, 3)),
+        (lambda c: elastic.Conv2d(c.E, c.E, c.K, groups=c.E, dilation=2), (1, 4, 3, 4)),
+        (lambda c: elastic.LayerNorm(c.E), (3, 4)),
+        (lambda c: elastic.LayerNorm(c.E, elementwise_affine=False), (3, 4)),
+    ],
+)
+def test_gradients_of_gradients(build, shape, learn):
+    case = Case({"E": (2, 4), "F": (3, 1), "R": (1, 1.5), "K": (3, 1)})
+    layer = build(case.symbols)
+    shape = (shape[0], *(layer.in_features,)) if isinstance(layer, elastic.Linear) else shape
+    layer = case.prepare(layer).requires_grad_(learn != "alpha")
+    weights = list(layer.parameters()) if learn != "alpha" else []
+
+    def output(x, *leaves):
+        case.space.relax({n: a.softmax(0) for n, a in zip(case.alphas, leaves, strict=False)})
+        return layer(x)
+
+    x = randn(*shape).requires_grad_()
+    with mock.patch.object(products, "MIN_ROWS_PER_BAND", 0):
+        leaves = (x, *case.alphas.values(), *weights)
+        assert torch.autograd.gradcheck(output, leaves)
+        assert torch.autograd.gradgradcheck(output, leaves)
+
+
+def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkeypatch):
+    case = Case({"E": (2, 4)})
+    layer = case.prepare(elastic.Conv2d(3, case.symbols.E, 2, stride=2, padding=0)).requires_grad_(False)
+    monkeypatch.setattr(products, "MIN_ROWS_PER_BAND", 0)
+    asked = []
+    original = products.ConvolutionProduct._gradients
+    monkeypatch.setattr(
+        products.ConvolutionProduct, "_gradients", lambda *given: asked.append(given[-1]) or original(*given)
+    )
+    for learns, wanted in ((False, [1]), (True, [0, 0])):  # that of the weight; those of the input by both bands
+        case.space.relax(case.probabilities())
+        asked.clear()
+        layer(randn(2, 3, 4, 4).requires_grad_(learns)).sum().backward()
+        assert asked == wanted
+
+
+# The hard path: real slices.
+
+
+@given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.integers(0, 10**6))
+def test_a_selected_convolution_is_a_plain_one_of_the_slice(options, inputs, outputs, stride, dilation, seed):
+    case = Case(options)
+    case.space.name = "case"
+    layer = case.prepare(elastic.Conv2d(case.size(inputs), case.size(outputs), case.size(K), stride, dilation=dilation))
+    architecture = case.space.sample(torch.Generator().manual_seed(seed))
+    chosen = SimpleNamespace(make_divisible=make_divisible_number, **architecture.choices)
+    i, o, k = int(inputs.of(chosen)), int(outputs.of(chosen)), chosen.K
+    cut = slice((layer.weight.shape[2] - k) // 2, (layer.weight.shape[2] - k) // 2 + k)
+    x = randn(2, layer.in_channels, 7, 6)
+
+    padding = (dilation * (max(options["K"]) - 1) // 2) - dilation * (max(options["K"]) - k) // 2
+    slice_of_it = layer.weight[:o, :i, cut, cut], layer.bias[:o]
+    expected = F.conv2d(x[:, :i], *slice_of_it, stride, padding, dilation)
+    case.space.select(architecture)
+    torch.testing.assert_close(layer(x[:, :i]), expected)
+    case.space.relax(case.space.one_hot(architecture))
+    soft = layer(x)
+    torch.testing.assert_close(soft[:, :o], expected)
+    assert not soft[:, o:].any()
+    plain = layer.plain(case.space.assignment_of(architecture)).double()
+    plain.load_state_dict(dict(zip(("weight", "bias"), slice_of_it, strict=True)))
+    torch.testing.assert_close(plain(x[:, :i]), expected)
+
+
+def make_divisible_number(number, divisor):
+    return int(make_divisible(number, divisor).number({}))
+
+
+def test_recalibrated_statistics_are_the_average_over_batches():
+    norm = nn.BatchNorm2d(2)
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), norm).eval()
+    batches = [torch.randn(4, 1, 3, 3) for _ in range(3)]
+    recalibrate(network, batches)
+    means = torch.stack([network[0](b).mean((0, 2, 3)) for b in batches]).mean(0)
+    variances = torch.stack([network[0](b).var((0, 2, 3)) for b in batches]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    torch.testing.assert_close(norm.running_var, variances)
+    assert norm.momentum == 0.1 and not network.training
+
+
+# Errors.
+
+
+def one(**options):
+    space = SearchSpace()
+    return space, [space.choice(name, listed) for name, listed in options.items()]
+
+
+def test_kernels_of_odd_and_even_size_have_no_common_centre():
+    _, (kernel,) = one(kernel=(3, 4))
+    with pytest.raises(TangleNASError, match="mixes odd and even kernel sizes: choose all odd or all even"):
+        elastic.Conv2d(1, 1, kernel, padding=3)
+
+
+def test_padding_must_leave_something_for_the_smallest_kernel():
+    _, (kernel,) = one(kernel=(3, 7))
+    with pytest.raises(TangleNASError, match=r"padding 1 is too small for kernels \[3, 7\].*Use at least 2"):
+        elastic.Conv2d(1, 1, kernel, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups", "message"),
+    [
+        (lambda c: c, lambda c: c, lambda c: 2, "keeps the channels of one group fixed"),
+        (lambda c: 8, lambda c: c, lambda c: c, "keeps the channels of one group fixed"),
+        (lambda c: c, lambda c: 8, lambda c: c, "let the number of groups grow with the channels"),
+        (lambda c: 6, lambda c: 4, lambda c: c, "6 channels do not divide into 4 groups"),
+    ],
+)
+def test_groups_must_grow_with_the_channels(inputs, outputs, groups, message):
+    _, (channels,) = one(channels=(4, 8))
+    with pytest.raises(TangleNASError, match=message):
+        elastic.Conv2d(inputs(channels), outputs(channels), 1, groups=groups(channels))
+
+
+def test_a_depth_needs_as_many_layers_as_its_largest_option():
+    _, (depth,) = one(depth=(1, 3))
+    with pytest.raises(TangleNASError, match="the depth can be 3, but 2 layers are given"):
+        elastic.Depth(depth, [nn.Identity(), nn.Identity()])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda h: elastic.Linear(4, h),
+        lambda h: elastic.Linear(h * 2, 4),
+        lambda h: elastic.Conv2d(h, 4, 1),
+        lambda h: elastic.LayerNorm(h),
+        lambda h: elastic.BatchNorm2d(h),
+        lambda h: elastic.Embedding(3, h),
+        lambda h: elastic.Attention(4, h, 2),
+        lambda h: elastic.Depth(h, [nn.Identity()] * 3),
+    ],
+)
+def test_a_choice_made_per_layer_must_be_indexed(build):
+    heads = SearchSpace().choice("heads", (1, 3), per=2)
+    with pytest.raises(TangleNASError, match=r"'heads' is made per layer: index it, as in heads\[0\]"):
+        build(heads)
+
+
+def test_a_width_of_nothing_is_refused():
+    _, (width, ratio) = one(width=(1, 2), ratio=(0.5, 1))
+    with pytest.raises(TangleNASError, match=r"must be at least 1, but .* can be 0"):
+        elastic.Linear(3, width * ratio)
+
+
+def test_a_layer_mixes_choices_of_one_space_only():
+    (_, (here,)), (_, (there,)) = one(a=(1, 2)), one(b=(1, 2))
+    with pytest.raises(TangleNASError, match="Linear mixes choices of two search spaces"):
+        elastic.Linear(here, there)
+
+
+def test_batch_norm_wants_images():
+    _, (width,) = one(width=(1, 2))
+    with pytest.raises(ValueError, match=r"expected a \(B, C, H, W\) input, got \(3, 2\)"):
+        elastic.BatchNorm2d(width)(torch.randn(3, 2))

@@ -1,0 +1,205 @@
+"""Derivation as stages run it: methods and their options from gin, the front, a point of it retrained, a table."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import gin
+import pytest
+from project import lay_out, set_params
+from stages import forget_settings
+
+from pipelines import discretize, evaluate, retrain, search
+from tanglenas_engine import Architecture, create_space
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.pareto import front
+from tanglenas_engine.superposition.size import combinations
+from tanglenas_engine.tables import Table
+from tanglenas_objectives.latency_measurement import measure_latency
+
+# MLflow's own models, on SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+MACROS = ['SPACE = "toy_cell"', 'OPTIMIZER = "spos"', 'DATASET = "digits"', "SEED = 0", "create_space.channels = 2"]
+
+
+def run(stage, *bindings):
+    stage.main([f"gin/stages/{stage.__name__.split('.')[-1]}.gin", *MACROS, *bindings])
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A project with a supernet that was trained on sampled paths, and a table of the space."""
+    folder = lay_out(tmp_path_factory.mktemp("searched") / "project", code=False)
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        run(search, "search.epochs = 2", "search.batch_size = 64", "search.warmup_epochs = 0")
+        space = create_space("toy_cell", channels=2, image_size=8)
+        keys = [space.to_string(space.architecture_of(picks)) for picks in combinations(space.rows)]
+        worth = {key: 50 + 5 * key.count("sep") + key.count("5x5") for key in keys}
+        Table(worth, {"test_acc": list(worth.values())}, "toy_cell").write("toy.csv")
+    return folder
+
+
+def enter(patch, folder):
+    forget_settings(patch)
+    patch.chdir(folder)
+
+
+@pytest.fixture
+def project(searched, tmp_path, monkeypatch):
+    """A copy of `searched`; the current folder."""
+    shutil.copytree(searched, tmp_path / "project")
+    enter(monkeypatch, tmp_path / "project")
+    yield tmp_path / "project"
+    gin.clear_config()
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(path):
+    return [{**row, "accuracy": float(row["accuracy"]), "params": int(row["params"])} for row in rows(path)]
+
+
+def refused(capsys, stage, *bindings):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:
+        run(stage, *bindings)
+    assert ending.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
+    run(discretize, 'discretize.method = "evolution"', "discretize.candidates = 16", "evolution.population = 6",
+        "evolution.parents = 2", "evolution.crossovers = 2", "evolution.mutations = 2")  # fmt: skip
+    generations = sorted(int(row["generation"]) for row in rows("out/discretize/candidates.csv"))
+    assert generations == [0] * 6 + [1] * 6 + [2] * 4
+    first = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
+    operative = Path("out/discretize/operative.gin").read_text()
+    assert "evolution.population = 6" in operative and 'discretize.method = "evolution"' in operative.replace("'", '"')
+    run(discretize, "out/discretize/operative.gin")
+    again = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
+    assert {k: v for k, v in again.items() if k != "operative.gin"} == {
+        k: v for k, v in first.items() if k != "operative.gin"
+    }
+
+
+def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, monkeypatch, capsys):
+    bindings = ('discretize.method = "evolution"', "discretize.candidates = 40")
+    run(discretize, *bindings)
+    whole = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
+    measured, calls = Candidates.measured, []
+
+    def stopping(self, *given):
+        calls.append(given)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return measured(self, *given)
+
+    monkeypatch.setattr(Candidates, "measured", stopping)
+    with pytest.raises(SystemExit) as ending:
+        run(discretize, *bindings)
+    assert ending.value.code == 130 and not Path("out/discretize/architecture.json").exists()
+    assert "Run the same command again to continue" in capsys.readouterr().err
+    run(discretize, *bindings)
+    assert len(calls) == 30 + 40 - 29 + 1
+    assert "29 candidates were judged before" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()} == whole
+
+
+def test_any_point_of_the_front_can_be_retrained(project, capsys):
+    run(discretize, 'discretize.method = "nsga2"', "discretize.candidates = 24", "nsga2.population = 8")
+    candidates, points = numbers("out/discretize/candidates.csv"), numbers("out/discretize/pareto.csv")
+    assert len(candidates) == 24 and points == front(candidates) and len(points) > 1
+    assert Path("out/discretize/pareto.png").stat().st_size > 0
+    files = {path.stem: Architecture.from_json(path.read_text()) for path in Path("out/discretize/pareto").iterdir()}
+    assert {digest: str(found) for digest, found in files.items()} == {p["digest"]: p["architecture"] for p in points}
+    best = json.loads(Path("out/discretize/architecture.json").read_text())["digest"]
+    assert best == points[-1]["digest"]
+
+    training = ("retrain.epochs = 1", "retrain.batch_size = 64")
+    cheapest = points[0]["digest"]
+    run(retrain, *training, f'read_architecture.pick = "{cheapest}"')
+    run(evaluate, f'read_architecture.pick = "{cheapest[:10]}"')
+    metrics = json.loads(Path("metrics/evaluate.json").read_text())
+    assert metrics["digest"] == cheapest and metrics["params"] == points[0]["params"]
+    assert "another network" in refused(capsys, evaluate)
+
+    message = refused(capsys, retrain, *training, 'read_architecture.pick = "xyz"')
+    assert "read_architecture.pick is 'xyz', expected 'best' or the digest of one architecture in" in message
+    assert all(point["digest"] in message for point in points)
+
+
+def test_one_candidate_has_no_front_to_pick_from(project, capsys):
+    run(discretize, 'discretize.method = "random"', "discretize.candidates = 1")
+    assert not Path("out/discretize/pareto.csv").exists()
+    assert "it has none, since only one was judged" in refused(capsys, retrain, 'read_architecture.pick = "0"')
+
+
+@pytest.mark.parametrize(
+    "bindings, message",
+    [
+        (['discretize.method = "evolutoin"'], "unknown discretize.method 'evolutoin'. Did you mean 'evolution'?"),
+        (["evolution.populations = 3"], "evolution has no parameter 'populations'. Did you mean 'population'?"),
+        (["evolution.population = 'x'"], "evolution.population is 'x', expected a whole number"),
+        (
+            ['discretize.method = "evolution"', "evolution.population = 3"],
+            "evolution.parents is 5, more than the 3 of a population",
+        ),
+        (['discretize.cost = "latencies"'], "unknown objective 'latencies'. Did you mean 'latency'?"),
+        (["discretize.limits = {'flop': 3}"], "unknown objective 'flop'. Did you mean 'flops'?"),
+        (["discretize.limits = 3"], "discretize.limits is 3, expected numbers by name"),
+        (["discretize.limits = {'flops': 3}"], "no architecture of 'toy_cell' has at most 3 flops"),
+        (['discretize.prior = "mixture"'], "needs the mixture of a gradient search"),
+        (['discretize.prior = "alphas"'], "discretize.prior is 'alphas', expected 'uniform' or 'mixture'"),
+    ],
+)
+def test_settings_that_cannot_be_end_in_one_sentence(project, capsys, bindings, message):
+    error = refused(capsys, discretize, "discretize.candidates = 5", *bindings)
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_table_tells_how_well_the_supernet_ranks(project, capsys):
+    run(discretize, 'discretize.method = "random"', "discretize.candidates = 3")
+    run(retrain, "retrain.epochs = 1", "retrain.batch_size = 64")
+    assert "there is no table" in refused(capsys, evaluate, "rank_correlation.architectures = 20")
+    table = 'benchmark.path = "toy.csv"'
+    run(evaluate, table)
+    assert "kendall_tau" not in json.loads(Path("metrics/evaluate.json").read_text())
+    run(evaluate, table, "rank_correlation.architectures = 30")
+    metrics = json.loads(Path("metrics/evaluate.json").read_text())
+    assert metrics["ranked_architectures"] == 30 and -1 <= metrics["kendall_tau"] <= 1 and "table_rank" in metrics
+    found = rows("out/evaluate/rank_correlation.csv")
+    assert len({row["digest"] for row in found}) == 30
+    for row in found:
+        assert float(row["table_value"]) == 50 + 5 * row["architecture"].count("sep") + row["architecture"].count("5x5")
+    assert Path("out/evaluate/rank_correlation.png").stat().st_size > 0
+
+
+def test_a_plugins_objective_can_be_the_budget_and_the_cost_of_the_front(project):
+    space = create_space("toy_cell", channels=2, image_size=8)
+    table = measure_latency(space, fitted=2, validated=2, repeats=1)
+    table.save("latency.json")
+    low, high = (table.terms(space).cost(space.assignment_of(a)) for a in (space.smallest(), space.largest()))
+    limit = (low + high) / 2
+    run(discretize, 'discretize.method = "nsga2"', "discretize.candidates = 25", 'discretize.cost = "latency"',
+        f"discretize.limits = {{'latency': {limit}}}", 'create_objective.table = "latency.json"')  # fmt: skip
+    found = [{**row, "accuracy": float(row["accuracy"]), "latency": float(row["latency"])}
+             for row in rows("out/discretize/candidates.csv")]  # fmt: skip
+    assert all(0 < row["latency"] <= limit for row in found)
+    assert [row["digest"] for row in rows("out/discretize/pareto.csv")] == [
+        row["digest"] for row in front(found, "latency")
+    ]
+
+
+def test_params_name_the_method_and_the_point(project):
+    from tanglenas_engine.pipeline.params import check_params
+
+    set_params(project, discretize={"method": "nsga2"}, retrain={"pick": "0123456789abcdef"})
+    check_params()
+    text = Path("dvc.yaml").read_text()
+    assert text.count('read_architecture.pick = "${retrain.pick}"') == 2

@@ -1,0 +1,249 @@
+"""Two processes that train as one: what they find is what one finds, and what becomes of them when one dies."""
+
+import json
+import sys
+
+import pytest
+import ranked
+import ranks
+import torch
+from project import STAGES, execute, lay_out
+
+from tanglenas_engine.data import Stream, TensorSamples
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.testing import same
+from tanglenas_engine.training.options import Computation
+
+SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
+CASES = [
+    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "walked",
+    "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged", "after_the_first", "apart",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each case gives on two ranks: all are run by one pair of processes, whose start takes longest."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = ranks.start(CASES, folder, 2)
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return lambda case: ranks.results(case, folder, 2)
+
+
+def apart(one, other):
+    """The largest difference between two states of the same tensors."""
+    assert one.keys() == other.keys()
+    return max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_two_processes_search_as_one_does(two, case):
+    alone, both = getattr(ranked, case)(), two(case)
+    same(both[0], both[1], f"{case} on the ranks")
+    for part in ("alphas", "weights"):
+        if alone[part]:
+            assert apart(alone[part], both[0][part]) < 1e-5
+    assert alone["architecture"] == both[0]["architecture"]
+    for row, other in zip(alone["history"], both[0]["history"], strict=True):
+        assert row["weight_loss"] == pytest.approx(other["weight_loss"], abs=1e-5)
+        assert row["validation_accuracy"] == other["validation_accuracy"]
+
+
+def test_a_search_moves_what_is_compared():
+    start, end = ranked.searched("drnas", epochs=1), ranked.drnas()
+    assert apart(start["alphas"], end["alphas"]) > 1e-3
+    assert apart(start["weights"], end["weights"]) > 1e-2
+
+
+def test_noise_alone_lets_the_number_of_processes_decide(two):
+    alone, (first, second) = ranked.digits(), two("digits")
+    same(first, second, "the ranks")
+    assert apart(alone["alphas"], first["alphas"]) < 1e-5
+    assert alone["architecture"] == first["architecture"]
+    # Each process has drop path of its own: other losses than one process would have, hence another alpha.
+    alone, (first, second) = ranked.dropped(), two("dropped")
+    same(first, second, "the ranks")
+    assert apart(alone["alphas"], first["alphas"]) > 1e-3
+
+
+def test_ranks_agree_in_low_precision_too(two):
+    both = two("bfloat16")
+    same(both[0], both[1], "the ranks")
+    assert both[0]["weights"].keys() == ranked.drnas()["weights"].keys()
+
+
+def test_accumulated_batches_are_one_batch():
+    whole, parts = ranked.drnas(), ranked.accumulated()
+    assert apart(whole["alphas"], parts["alphas"]) < 1e-5
+    assert apart(whole["weights"], parts["weights"]) < 1e-5
+
+
+def test_the_exact_hypergradient_is_that_of_the_whole_batch(two):
+    alone, both = ranked.darts2_autograd(), two("darts2_autograd")
+    for one, first, second in zip(alone, *both, strict=True):
+        assert first.equal(second)
+        torch.testing.assert_close(one, first, rtol=1e-4, atol=1e-7)
+
+
+def test_batch_norms_see_the_ranks_part_but_keep_equal_statistics(two):
+    both = two("batch_norm")
+    same(both[0], both[1], "the ranks")
+    alone = ranked.batch_norm()
+    # Each rank normalises by its own four samples: another network in train mode than with eight.
+    assert apart(alone["weights"], both[0]["weights"]) > 1e-5
+
+
+def test_two_processes_retrain_and_evaluate_as_one_does(two):
+    alone, both = ranked.retrained(), two("retrained")
+    same(both[0], both[1], "the ranks")
+    assert apart(alone["weights"], both[0]["weights"]) < 1e-5
+    assert alone["test"][0] == both[0]["test"][0] and alone["test"][2] == both[0]["test"][2] == 36
+    assert alone["test"][1] == pytest.approx(both[0]["test"][1], abs=1e-5)
+    assert alone["history"][-1]["accuracy"] == pytest.approx(both[0]["history"][-1]["accuracy"])
+
+
+def test_every_rank_draws_noise_of_its_own_and_rank_0_that_of_one_process(two):
+    alone, (first, second) = ranked.walked(), two("walked")
+    assert alone["drawn"] == first["drawn"]
+    assert not set(first["drawn"]) & set(second["drawn"])
+    means = [sum(pair) / 2 for pair in zip(first["drawn"], second["drawn"], strict=True)]
+    expected = [sum(means[:4]) / 4, sum(means[4:]) / 4]
+    for run in (first, second):
+        assert [row["loss"] for row in run["history"]] == pytest.approx(expected)
+        assert [row["rank"] for row in run["history"]] == [0, 0]  # rows are decided on rank 0
+
+
+def test_ranks_resume_to_the_same_bits(two):
+    for rank in two("resumed_search") + two("resumed_batch_norm"):
+        same(rank["whole"], rank["resumed"], "the search that was resumed")
+    for rank in two("resumed"):
+        assert rank["whole"]["history"] == rank["resumed"]["history"]
+        # It was cut off in step 6, before that was saved.
+        assert rank["whole"]["drawn"][5:] == rank["resumed"]["drawn"]
+
+
+def test_a_request_to_stop_that_one_rank_gets_stops_all_at_the_same_step(two):
+    first, second = two("interrupted")
+    assert first["position"] == 6
+    assert "stopped at step 6 of 20" in first["message"] and "stopped at step 6 of 20" in second["message"]
+
+
+def test_what_is_exchanged(two):
+    alone, (first, second) = ranked.exchanged(), two("exchanged")
+    for got in (first, second):
+        assert [one["text"] for one in got["gather"]] == ["é", "éé"]
+        assert [one["numbers"] for one in got["gather"]] == [[0, 0.5], [1, 0.5]]
+        assert [one["tensor"].tolist() for one in got["gather"]] == [[0, 0], [1, 1, 1]]
+        assert got["broadcast"]["text"] == "é"
+        assert got["total"] == [1, 2]
+        assert got["anywhere"] == [True, False]
+        matrix, missing, vector, double = got["average"]
+        assert missing is None and matrix.tolist() == [[0.5, 0.5]] * 2 and vector.tolist() == [0, 0.5, 1]
+        assert double.dtype == torch.float64 and float(double) == 0.5
+        same(got["averaged"], [matrix, vector, double], "averaged")
+        assert got["synchronize"][0].tolist() == [0]
+    assert (first["shard"], second["shard"], alone["shard"]) == (["a", "c", "e"], ["b", "d"], list("abcde"))
+    assert first["each"] == second["each"] == [["a", 0], ["b", 1], ["c", 0], ["d", 1], ["e", 0]]
+    assert alone["each"] == [[letter, 0] for letter in "abcde"]
+    assert alone["gather"][0]["text"] == alone["broadcast"]["text"] == "é"
+    assert (alone["total"], alone["anywhere"], alone["average"][1]) == ([0, 1.0], [True, False], None)
+
+
+def test_rank_0_goes_first_and_says_why_it_failed(two):
+    first, second = two("after_the_first")
+    assert (first["found"], second["found"]) == (False, True)
+    assert first == {"found": False, "error": "no disk", "kind": "TangleNASError"}
+    assert second == {"found": True, "error": "no disk", "kind": "LostError"}
+
+
+def test_ranks_that_hold_different_weights_are_told(two):
+    assert all("2 processes no longer hold the same weights" in message for message in two("apart"))
+    assert ranked.apart() is None
+
+
+def test_a_dead_rank_ends_the_job_and_leaves_a_checkpoint_for_any_number_of_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    alive, dead = ranks.start(["killed"], tmp_path, 2)
+    _, errors = alive.communicate(timeout=120)
+    dead.communicate(timeout=120)
+    assert dead.returncode == -9
+    assert alive.returncode == 1
+    assert "LostError: process 0 of 2 has lost another" in errors and "go on from the last checkpoint" in errors
+    with CheckpointFolder(tmp_path / "checkpoints", "ranked") as checkpoints:
+        assert checkpoints.load()["position"] == 6
+    resumed = ranked.killed()  # by one process: no rank is the last of several
+    with CheckpointFolder(tmp_path / "checkpoints", "ranked") as checkpoints:
+        assert checkpoints.load()["position"] == 20
+    whole = ranked.drnas()
+    assert apart(whole["weights"], resumed["weights"]) < 1e-5
+    assert apart(whole["alphas"], resumed["alphas"]) < 1e-5
+
+
+def test_the_parts_of_a_stream_are_its_batches():
+    samples = TensorSamples(torch.arange(20.0).view(20, 1), torch.arange(20))
+    whole = Stream(samples, 6, seed=1).start(2)
+    parts = [Stream(samples, 6, seed=1, part=(rank, 3)).start(2) for rank in range(3)]
+    for _ in range(5):
+        inputs, targets = next(whole)
+        shares = [next(part) for part in parts]
+        assert torch.cat([share[0] for share in shares]).equal(inputs)
+        assert torch.cat([share[1] for share in shares]).equal(targets)
+
+
+def test_a_batch_that_cannot_be_shared():
+    samples = TensorSamples(torch.zeros(8, 1), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(TangleNASError, match="batch size 8 cannot be shared equally: use a multiple of 3"):
+        Stream(samples, 8, seed=0, part=(0, 3))
+    with pytest.raises(TangleNASError, match=r"search.batch_size is 8, expected a multiple of 3.* in 3 piece"):
+        Computation(accumulate=3).share("search", 8)
+    with pytest.raises(TangleNASError, match=r"search\.accumulate is 0"):
+        ranked.searched("drnas", accumulate=0)
+    with pytest.raises(TangleNASError, match=r"accumulate is 2, but darts2 takes alpha's gradient from a whole batch"):
+        ranked.searched("darts2", accumulate=2)
+
+
+@pytest.mark.parametrize("count", ["two", "0", "-1", "1.5"])
+def test_a_number_of_processes_that_cannot_be(monkeypatch, count):
+    monkeypatch.setenv("TANGLENAS_NPROC", count)
+    with pytest.raises(TangleNASError, match=f"TANGLENAS_NPROC is '{count}', expected a whole number of at least 1"):
+        distributed.relaunch("pipelines.search", [])
+
+
+def test_only_the_program_itself_starts_again(monkeypatch):
+    monkeypatch.setenv("TANGLENAS_NPROC", "2")
+    distributed.relaunch("pipelines.search", [])  # this program is pytest: it would be gone
+
+
+@pytest.mark.slow
+def test_the_pipeline_in_two_processes(tmp_path):
+    project = lay_out(tmp_path / "project")
+    options = {
+        "search": ["OPTIMIZER = 'drnas'", "search.epochs = 1"],
+        "discretize": ["discretize.method = 'random'", "discretize.candidates = 3"],
+        "retrain": ["retrain.epochs = 1"],
+        "evaluate": [],
+    }
+    last = {"discretize": "discretize 3/3", "evaluate": "autoformer_nano on digits"}
+    for name in STAGES:
+        bindings = ["SPACE = 'autoformer_nano'", "DATASET = 'digits'", "SEED = 0", *options[name]]
+        command = [sys.executable, "-m", f"pipelines.{name}", f"gin/stages/{name}.gin", *bindings]
+        said = execute(project, *command, TANGLENAS_NPROC="2")
+        # One of them speaks, and writes.
+        assert said.count(last.get(name, f"{name} 1/1")) == 1, said
+        assert json.loads((project / "metrics" / f"{name}.json").read_text())
+    judged = json.loads((project / "metrics" / "evaluate.json").read_text())
+    assert judged["test_samples"] == 359 and 0 < judged["test_accuracy"] < 100
+    runs = execute(
+        project, sys.executable, "-c",
+        "import mlflow; c = mlflow.MlflowClient('sqlite:///mlflow.db');"
+        "print(sorted(r.info.status for r in c.search_runs([e.experiment_id for e in c.search_experiments()])))",
+    )  # fmt: skip
+    assert runs.splitlines()[-1] == str(["FINISHED"] * 4)  # one run for each stage, not for each process
+    typo = ["SPACE = 'autoformer_nana'", "OPTIMIZER = 'drnas'", "DATASET = 'digits'", "SEED = 0"]
+    command = [sys.executable, "-m", "pipelines.search", "gin/stages/search.gin", *typo]
+    said = execute(project, *command, status=2, TANGLENAS_NPROC="2")
+    assert said.count("Did you mean 'autoformer_nano'") == 1 and "Traceback" not in said, said

@@ -1,0 +1,148 @@
+"""Costs are what counting the extracted network gives, at every corner and in expectation."""
+
+import copy
+import itertools
+
+import pytest
+import timm.layers
+import torch
+from architectures import counted, every_assignment, some_architectures
+from spaces import REGISTERED, SPACES, inputs, make, random_mixture
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tanglenas_engine import create_space
+from tanglenas_engine.spaces.cost import METRICS
+
+
+@pytest.fixture(autouse=True)
+def attention_in_plain_products():
+    """torch's counter knows no fused attention on CPUs."""
+    fused = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    timm.layers.set_fused_attn(bool(fused))
+
+
+@pytest.mark.parametrize("name", [*SPACES, *REGISTERED])
+def test_the_cost_is_what_the_extracted_network_counts(name):
+    space = make(name)
+    for architecture in some_architectures(space, 8):
+        cost = space.cost(architecture)
+        assert isinstance(cost.params, int)
+        assert isinstance(cost.flops, int)
+        assert (cost.params, cost.flops) == counted(space.extract(architecture), inputs(space, 1))
+        expected = space.expected_cost(space.one_hot(architecture))
+        assert (expected.params.item(), expected.flops.item()) == (cost.params, cost.flops)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_expected_cost_is_the_expectation_over_all_architectures(name):
+    small = {"depth": (2, 1)} if name.startswith("vit") else {}
+    space = make(name, **small)
+    weights = {n: w.detach() for n, w in random_mixture(space)[1].items()}
+    params = flops = probabilities = 0.0
+    for chosen in every_assignment(space):
+        probability = 1.0
+        for choice, options in chosen.items():
+            listed = space.choices[choice].options
+            rows = weights[choice].reshape(-1, len(listed))
+            for row, option in zip(rows, options if isinstance(options, tuple) else [options], strict=True):
+                probability *= row[listed.index(option)].item()
+        cost = space.cost(space.architecture(**chosen))
+        params += probability * cost.params
+        flops += probability * cost.flops
+        probabilities += probability
+    assert probabilities == pytest.approx(1)
+    expected = space.expected_cost(weights)
+    assert expected.params.item() == pytest.approx(params, rel=1e-12)
+    assert expected.flops.item() == pytest.approx(flops, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_gradient_of_the_expected_cost(name):
+    space = make(name)
+    largest = space.cost(space.largest())
+
+    def relative(*alphas):
+        mixture = dict(zip(space.choices, (a.softmax(-1) for a in alphas), strict=True))
+        cost = space.expected_cost(mixture)
+        return cost.params / largest.params, cost.flops / largest.flops
+
+    alphas = list(random_mixture(space)[0].values())
+    assert torch.autograd.gradcheck(relative, alphas)
+
+
+@pytest.mark.parametrize("name", ["nb201", "darts"])
+def test_the_expected_cost_of_a_cell_counts_each_edge_by_itself(name):
+    """Of darts that is all 14 edges of a cell, of which an architecture has 8."""
+    space = make(name)
+    weights = {n: w.detach() for n, w in random_mixture(space)[1].items()}
+    expected = space.expected_cost(weights)
+    probabilities = {
+        row: weights[choice][i].tolist()
+        for choice in space.choices
+        for i, row in enumerate(space.choices[choice].layer_rows)
+    }
+    for metric in METRICS:
+        terms = space.terms(metric)
+        nothing = {row: row.options.index("none") for row in space.rows}
+        constant, by_hand = terms.cost(nothing), 0.0
+        by_hand = constant + sum(
+            probability * (terms.cost({**nothing, row: option}) - constant)
+            for row, listed in probabilities.items()
+            for option, probability in enumerate(listed)
+        )
+        assert getattr(expected, metric).item() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_expected_costs_of_float32_mixtures_are_exact_for_their_weights():
+    """Products of single-precision weights are taken in double precision."""
+    space = make("vit").float()
+    weights = {name: weights.detach() for name, weights in random_mixture(space)[1].items()}
+    double = {name: weights.double() for name, weights in weights.items()}
+    for metric in METRICS:
+        one, other = (getattr(space.expected_cost(mixture), metric).item() for mixture in (weights, double))
+        assert one == other
+
+
+def test_expected_costs_of_float32_mixtures_are_counted_in_float64():
+    space = make("vit").float()
+    cost = space.expected_cost(random_mixture(space)[1])
+    assert cost.params.dtype == cost.flops.dtype == torch.float64
+
+
+def test_the_cost_of_a_published_size():
+    with torch.device("meta"):
+        space = create_space("autoformer_t", relative_position=True)
+    assert space.cost(space.largest()).params == 10_517_272
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_asking_for_a_cost_changes_nothing(name):
+    space = make(name).train()
+    space.relax(random_mixture(space)[1])
+    next(iter(space.modules())).training = True
+    frozen = [m for m in space.modules()][-1].eval()  # a part that its author keeps in evaluation mode
+    state, modes = copy.deepcopy(space.state_dict()), [m.training for m in space.modules()]
+    random = torch.get_rng_state()
+    space.cost(space.smallest())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in space.modules()] == modes
+    assert not frozen.training
+    for key, value in space.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert space.superposition.mixture is not None
+    assert not any(m._forward_hooks for m in space.modules())
+
+
+def test_larger_options_cost_more():
+    space = make("language")
+    for name, choice in space.choices.items():
+        by_option = []
+        for option in sorted(choice.options):
+            chosen = {**space.largest().choices, name: (option,) * 2 if choice.layered else option}
+            by_option.append(space.cost(space.architecture(**chosen)))
+        for less, more in itertools.pairwise(by_option):
+            assert less.params < more.params
+            assert less.flops < more.flops

@@ -1,0 +1,325 @@
+"""Retraining: where the weights come from in each mode, and that a run is reproducible and resumable."""
+
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from spaces import REGISTERED, Convolutional, vit
+from timm.utils import ModelEmaV3
+from tiny import tiny
+from torch import nn
+
+from tanglenas_darts.training import WithAuxiliaryHead
+from tanglenas_engine import SearchSpace
+from tanglenas_engine.data import DataView, TensorSamples
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import ConsoleProgress
+from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.testing import random_data, same
+from tanglenas_engine.testing.optimizers import CutAfter, CutOff
+from tanglenas_engine.training.losses import auxiliary, cross_entropy
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
+
+SPLITS = ("training", "validation")
+ema = partial(ModelEmaV3, decay=0.7)
+
+
+def noisy_vit() -> SearchSpace:
+    return vit(drop=0.2, drop_path=0.3)
+
+
+def chosen(space: SearchSpace):
+    return space.sample(torch.Generator().manual_seed(1))
+
+
+def retrained(space, data=None, **options):
+    """All that a retraining of two epochs of two steps leaves."""
+    if not isinstance(space, SearchSpace):
+        torch.manual_seed(0)
+        space = space()
+    data = data or random_data(space, SPLITS)
+    result = retrain(space, chosen(space), data, **{"epochs": 2, "batch_size": 4, **options})
+    return {
+        "weights": {**result.network.state_dict()},
+        "history": result.history,
+        "accuracy": result.validation_accuracy,
+    }
+
+
+# Modes
+
+
+@pytest.mark.parametrize("make", [noisy_vit, Convolutional])
+def test_inherit_gives_the_network_of_the_supernet(make):
+    space = make()
+    space(space.example_input(8))
+    data = random_data(space, SPLITS)
+    inputs = space.example_input(5)
+    result = retrain(space, chosen(space), data, mode="inherit", recalibration_batches=0)
+    assert result.history == [] and not result.network.training
+    network = space.extract(chosen(space)).eval()
+    assert result.network(inputs).equal(network(inputs))
+    assert result.validation_accuracy == measure(network, data.validation).accuracy
+
+
+def test_inherit_sets_the_statistics_of_batch_norms_anew():
+    space = Convolutional()
+    before = {name: tensor.clone() for name, tensor in space.state_dict().items()}
+    data = random_data(space, SPLITS, samples=32)
+    result = retrain(space, chosen(space), data, mode="inherit", batch_size=8, recalibration_batches=2, seed=4)
+    network = space.extract(chosen(space)).eval()
+    recalibrate(network, random_inputs(data.training, 8, 2, seed=4, device=torch.device("cpu")))
+    same({**result.network.state_dict()}, {**network.state_dict()}, "the network")
+    same({**space.state_dict()}, before, "the supernet")
+
+
+@pytest.mark.parametrize("make", [noisy_vit, Convolutional])
+def test_finetune_starts_from_the_supernet(make):
+    space = make()
+    for parameter in space.parameters():
+        parameter.data += torch.randn_like(parameter)
+    still = partial(torch.optim.SGD, lr=0.0)
+    result = retrained(space, mode="finetune", optimizer=still)
+    trained = {name: value for name, value in result["weights"].items() if name in dict(space.named_parameters())}
+    inherited = space.extract(chosen(space)).state_dict()
+    assert trained
+    same(trained, {name: inherited[name] for name in trained}, "the network")
+    before = {name: tensor.clone() for name, tensor in space.state_dict().items()}
+    moved = retrained(space, mode="finetune")
+    same({**space.state_dict()}, before, "the supernet")
+    assert not moved["weights"][name_of_head(moved["weights"])].equal(inherited[name_of_head(moved["weights"])])
+
+
+def name_of_head(state):
+    return next(name for name in reversed(state) if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_scratch_does_not_depend_on_the_supernet(name):
+    spaces = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        spaces.append(tiny(name))
+    data = random_data(spaces[0], SPLITS)
+    one, two = (retrained(space, data) for space in spaces)
+    same(one, two, "the network")
+    with pytest.raises(AssertionError):
+        same(*(retrained(space, data, mode="finetune") for space in spaces), "the network")
+
+
+# Kill, resume, seeds
+
+
+@pytest.mark.parametrize("mode", ["scratch", "finetune"])
+@pytest.mark.parametrize("average", [None, ema])
+@pytest.mark.parametrize("make, every, cut", [(noisy_vit, 1, 4), (noisy_vit, None, 3), (Convolutional, 1, 2)])
+def test_a_retraining_that_is_killed_ends_like_one_that_is_not(tmp_path, make, every, cut, average, mode):
+    options = {"mode": mode, "ema": average, "checkpoint_every": every}
+    whole = retrained(make, **options)
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+        retrained(make, **options, checkpoints=checkpoints, progress=CutAfter(cut))
+    torch.rand(3)
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        same(retrained(make, **options, checkpoints=checkpoints), whole, "the resumed retraining")
+
+
+def test_equal_seeds_give_equal_bytes_and_leave_global_generators_alone():
+    space = noisy_vit()
+    data = random_data(space, SPLITS)
+    first = retrained(space, data, seed=1)
+    torch.manual_seed(9), random.seed(9), np.random.seed(9)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    same(retrained(space, data, seed=1), first, "the same seed")
+    assert before[0].equal(torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+    with pytest.raises(AssertionError):
+        same(retrained(space, data, seed=2), first, "another seed")
+
+
+def test_what_only_reports_changes_no_number(tmp_path, capsys):
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        reported = retrained(noisy_vit, checkpoints=checkpoints, checkpoint_every=1, progress=ConsoleProgress())
+    same(reported, retrained(noisy_vit), "the retraining")
+    assert "retrain 2/2  loss" in capsys.readouterr().out
+
+
+# What is trained around the network
+
+
+def darts(**options) -> SearchSpace:
+    return tiny("darts", drop_path=0.8, **options)
+
+
+scaffolded = {"wrap": WithAuxiliaryHead, "loss": auxiliary, "epochs": 3}
+
+
+class TwoOutputs(nn.Module):
+    """A network whose second output is a parameter, and that notes how far its training is."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.second, self.fractions = network, nn.Parameter(torch.zeros(3)), []
+
+    def set_progress(self, fraction: float) -> None:
+        self.fractions.append(fraction)
+
+    def forward(self, x):
+        return self.network(x), self.second.expand(len(x), -1)
+
+
+def test_a_network_is_trained_with_what_is_around_it_and_returned_without() -> None:
+    made = []
+
+    def wrap(network):
+        made.append(TwoOutputs(network))
+        return made[-1]
+
+    space = vit()
+    # The second output would be right about all of them.
+    data = DataView({name: TensorSamples(torch.randn(8, 1, 4, 4), torch.zeros(8).long()) for name in SPLITS})
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "scheduler": None, "batch_size": 8}
+    alone = retrained(space, data, **still)
+    wrapped = retrained(space, data, wrap=wrap, loss=partial(auxiliary, weight=0.5), **still)
+    same(wrapped["weights"], alone["weights"], "the network")
+    # Equal logits for all three classes cost log 3.
+    losses = [row["loss"] + 0.5 * torch.log(torch.tensor(3.0)).item() for row in alone["history"]]
+    assert [row["loss"] for row in wrapped["history"]] == pytest.approx(losses)
+    assert [row["accuracy"] for row in wrapped["history"]] == [row["accuracy"] for row in alone["history"]]
+    assert alone["history"][0]["accuracy"] < 100
+    retrained(space, data, wrap=wrap, loss=auxiliary)
+    assert made[0].second.equal(torch.zeros(3)) and made[1].second.abs().min() > 0
+
+
+@pytest.mark.parametrize("cut, expected", [(None, [0, 1 / 3, 2 / 3]), (4, [1 / 3, 2 / 3]), (5, [2 / 3])])
+def test_modules_are_told_before_each_epoch_how_far_the_training_is(tmp_path, cut, expected) -> None:
+    made = []
+
+    def wrap(network):
+        made.append(TwoOutputs(network))
+        return made[-1]
+
+    options = {"wrap": wrap, "loss": auxiliary, "epochs": 3, "checkpoint_every": 1}
+    if cut is not None:
+        with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+            retrained(vit, **options, checkpoints=checkpoints, progress=CutAfter(cut))
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        retrained(vit, **options, checkpoints=checkpoints)
+    assert made[-1].fractions == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("average", [None, ema])
+@pytest.mark.parametrize("cut", [3, 4])
+def test_drop_path_and_an_auxiliary_head_go_on_exactly(tmp_path, cut, average) -> None:
+    whole = retrained(darts, **scaffolded, ema=average)
+    assert not any("auxiliary" in name for name in whole["weights"])
+    options = {**scaffolded, "ema": average, "checkpoint_every": 1}
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+        retrained(darts, **options, checkpoints=checkpoints, progress=CutAfter(cut))
+    torch.rand(3)
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        same(retrained(darts, **options, checkpoints=checkpoints), whole, "the resumed retraining")
+
+
+def test_the_auxiliary_loss_weighs_what_comes_after_the_logits() -> None:
+    logits, other, targets = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    first, second = (F.cross_entropy(outputs, targets) for outputs in (logits, other))
+    torch.testing.assert_close(auxiliary((logits, other), targets), first + 0.4 * second)
+    torch.testing.assert_close(auxiliary((logits, other, other), targets, weight=0.1), first + 0.2 * second)
+    torch.testing.assert_close(auxiliary(logits, targets), first)
+    smooth = partial(cross_entropy, label_smoothing=0.5)
+    torch.testing.assert_close(
+        auxiliary((logits, other), targets, loss=smooth), smooth(logits, targets) + 0.4 * smooth(other, targets)
+    )
+
+
+# The rest
+
+
+def test_an_average_of_the_weights_is_what_is_judged_and_returned():
+    made = []
+
+    def average(network):
+        made.append((network, ModelEmaV3(network, decay=0.7)))
+        return made[-1][1]
+
+    result = retrained(noisy_vit, ema=average)
+    ((network, kept),) = made
+    same(result["weights"], {**kept.module.state_dict()}, "the average")
+    assert not result["weights"]["head.weight"].equal(network.head.weight)
+    same({**network.state_dict()}, retrained(noisy_vit)["weights"], "the network that was trained")
+
+
+def test_training_fits_the_data():
+    space = vit()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(96) % 3
+    images = 0.3 * torch.randn(96, 1, 4, 4, generator=generator) + labels.view(-1, 1, 1, 1) - 1.0
+    data = DataView({name: TensorSamples(images, labels) for name in SPLITS})
+    result = retrain(
+        space, space.smallest(), data, epochs=20, batch_size=16, optimizer=partial(torch.optim.AdamW, lr=0.01)
+    )
+    assert result.validation_accuracy > 90 and result.history[-1]["validation_accuracy"] == result.validation_accuracy
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+    assert [row["epoch"] for row in result.history] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "fine-tune"}, "retrain.mode is 'fine-tune', expected one of: scratch, inherit, finetune"),
+        ({"epochs": 0}, "retrain.epochs is 0, expected a whole number of at least 1"),
+        ({"recalibration_batches": -1}, "retrain.recalibration_batches is -1, expected a whole number of at least 0"),
+        ({"batch_size": 9}, "batch size 9 is larger than the 8 samples to draw from"),
+        ({"checkpoint_every": 0}, "retrain.checkpoint_every is 0"),
+        ({"device": "tpu"}, "device 'tpu' cannot be used"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(TangleNASError) as caught:
+        retrained(vit, **options)
+    assert message in str(caught.value)
+
+
+def test_an_architecture_of_another_space():
+    other = Convolutional()
+    space = vit()
+    space.name = "thumbnail"
+    with pytest.raises(TangleNASError, match="the architecture is of the space 'Convolutional', not of 'thumbnail'"):
+        retrain(space, other.smallest(), random_data(space, SPLITS))
+
+
+def test_data_that_do_not_fit_the_space():
+    space = vit()
+    data = DataView({name: TensorSamples(torch.randn(8, 3, 4, 4), torch.zeros(8).long()) for name in SPLITS})
+    with pytest.raises(TangleNASError, match="the data are of shape 3 x 4 x 4"):
+        retrain(space, space.smallest(), data)
+
+
+@pytest.mark.parametrize("mode", ["scratch", "finetune"])
+def test_divergence_is_told_and_the_checkpoint_before_it_stays(tmp_path, mode):
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(None)
+        return cross_entropy(outputs, targets) * (1 if len(calls) <= 3 else float("nan"))
+
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        with pytest.raises(
+            TangleNASError, match=r"retrain: loss is not finite by step 4 of 4.*Lower the learning rate"
+        ):
+            retrained(vit, mode=mode, loss=loss, checkpoints=checkpoints, checkpoint_every=1)
+        state = checkpoints.load()
+    assert state["position"] == 3 and all(weight.isfinite().all() for weight in state["network"].values())
+
+
+@pytest.mark.parametrize("reduction, given", [(None, "nothing"), ("none", r"a tensor of shape \(4,\)")])
+def test_a_loss_that_is_not_one_number(reduction, given):
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction=reduction) if reduction else "nothing"
+
+    with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
+        retrained(vit, loss=loss)
