@@ -11,11 +11,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
+from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
 from tanglenas_engine import Dataset, TangleNASError, content_hash
 
 Transform = Callable[[Image.Image], Tensor]
 
-_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 # Pillow raises these for a file that it cannot read.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # The fingerprint takes so many bytes of each file: all of a small image, and enough of a large one.
@@ -26,10 +26,12 @@ class ImageFolder(Dataset):
     """A dataset of images under `root/<class>/`, or under `root/train/<class>/` and `root/test/<class>/`.
 
     The folder `test/` is the official test part. A folder `val/` beside them joins the training images, because the
-    splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part.
+    splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part. Other
+    spellings of the three are known, in any case, such as Training, valid and seg_test.
 
     Classes are numbered in the order of their sorted names. Images may lie in deeper folders. Names that start with a
-    dot, and files without an image's suffix, are skipped. Pixels are decoded batch by batch.
+    dot, folders that systems make, files without an image's suffix, and links to a folder above are passed over;
+    `describe` tells them. Pixels are decoded batch by batch.
 
     Args:
         root: The folder.
@@ -44,6 +46,7 @@ class ImageFolder(Dataset):
         num_classes: Required number of class folders; None accepts any number.
         test_folder: The folder beside `train/` that is the official test part, where the rule above does not fit.
             ImageNet's is `val`: its `test/` has no labels, and is never read.
+        parts: False takes every folder in `root` for a class, whatever its name.
         check: Open every file at the start to see that it is an image, and let its content enter the fingerprint.
             Without the check, the fingerprint covers names and sizes; this takes about a minute for ImageNet.
         train_transform: A function from a PIL image to a float tensor (in_channels, image_size, image_size). It
@@ -52,8 +55,9 @@ class ImageFolder(Dataset):
             normalisation.
 
     Raises:
-        TangleNASError: The folder is missing or has too few classes, a class has no image, train and test
-            differ in their classes, or a file is no image (at the start, or when it is decoded).
+        TangleNASError: The folder is missing or has too few classes, its folders look like parts and are none, a class
+            has no image, train and test differ in their classes, a file is there twice, or a file is no image (at the
+            start, or when it is decoded).
     """
 
     name = "image_folder"
@@ -71,6 +75,7 @@ class ImageFolder(Dataset):
         flip: bool = True,
         num_classes: int | None = None,
         test_folder: str | None = None,
+        parts: bool = True,
         check: bool = True,
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
@@ -101,50 +106,52 @@ class ImageFolder(Dataset):
         root = Path(root)
         if not root.is_dir():
             raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
-        train_folders, test = _layout(root, test_folder)
-        train = [_classes(folder) for folder in train_folders]
-        self.class_names = tuple(sorted(train[0]))
+        read, passed = read_parts(root, test_folder, parts)
+        first = read[0]
+        self.class_names = tuple(sorted(first.classes))
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             raise TangleNASError(
-                f"image_folder: {train_folders[0]} has {self.num_classes} class folders "
-                f"({', '.join(self.class_names) or 'none'}). Give a folder with one folder of images per "
-                "class, two classes or more."
+                f"image_folder: {shown(first.folder)} has {self.num_classes} class folders "
+                f"({listed(self.class_names) or 'none'}). Give a folder with one folder of images per "
+                f"class, two classes or more.{_deeper(first)}"
             )
         if num_classes not in (None, self.num_classes):
             raise TangleNASError(
-                f"image_folder: {train_folders[0]} has {self.num_classes} class folders; num_classes asks for "
+                f"image_folder: {shown(first.folder)} has {self.num_classes} class folders; num_classes asks for "
                 f"{num_classes}. Give another root=, or set num_classes."
             )
-        parts = [*zip(train_folders, train, strict=True)]
-        if test is not None:
-            parts.append((test, _classes(test)))
-        for folder, classes in parts:
-            if not classes:
+        for part in read[1:]:
+            if not part.classes:
                 raise TangleNASError(
-                    f"image_folder: {folder} has no class folders, {train_folders[0]} has {self.num_classes}. Sort its "
-                    "images into the same folders, or remove it."
+                    f"image_folder: {shown(part.folder)} has no class folders, {shown(first.folder)} has "
+                    f"{self.num_classes}. Sort its images into the same folders, or remove it."
                 )
-            if odd := set(classes) ^ set(self.class_names):
+            if odd := set(part.classes) ^ set(self.class_names):
                 raise TangleNASError(
-                    f"image_folder: {train_folders[0]} and {folder} differ in {len(odd)} classes, such as "
-                    f"{', '.join(sorted(odd)[:3])}. Give both the same class folders."
+                    f"image_folder: {shown(first.folder)} and {shown(part.folder)} differ in {len(odd)} classes, such "
+                    f"as {listed(sorted(odd)[:3])}. Give both the same class folders."
                 )
 
         paths: list[Path] = []
         labels: list[int] = []
         sizes: list[int] = []
-        for _, classes in parts:
+        for part in read:
             for label, class_name in enumerate(self.class_names):
-                paths += classes[class_name]
-                labels += [label] * len(classes[class_name])
+                paths += part.classes[class_name]
+                labels += [label] * len(part.classes[class_name])
             sizes.append(len(paths))
         self.labels = torch.tensor(labels)
-        if test is not None:
+        # Without test/, the folder val/ is the official test part.
+        if len(read) > 1:
             self.test_indices = torch.arange(sizes[-2], sizes[-1])
+        self._description = _description(read, self.class_names, passed)
         hashes = (_file_hash(path, root, check) for path in paths)
         self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
         self._paths = [str(path) for path in paths]
+
+    def describe(self) -> str:
+        return self._description
 
     def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
         return ImageFiles(
@@ -187,43 +194,25 @@ class ImageFiles:
         return inputs
 
 
-def _layout(root: Path, test_folder: str | None) -> tuple[list[Path], Path | None]:
-    """Return the folders of training classes, and the folder of test classes or None."""
-    train, val, test = root / "train", root / "val", root / "test"
-    if test_folder is not None:
-        test = root / test_folder
-        if missing := [str(folder) for folder in (train, test) if not folder.is_dir()]:
-            raise TangleNASError(
-                f"image_folder: there is no folder {' and no '.join(missing)}. Give root=, a folder with train/ and "
-                f"{test_folder}/, each with one folder per class."
-            )
-        return ([train, val] if val.is_dir() and val != test else [train]), test
-    # A class may be called "train"; its folder then holds images.
-    if not train.is_dir() or any(path.suffix.lower() in _SUFFIXES for path in train.iterdir()):
-        return [root], None
-    if test.is_dir():
-        return ([train, val] if val.is_dir() else [train]), test
-    return [train], val if val.is_dir() else None
+def _description(parts: Sequence[Part], class_names: Sequence[str], passed: Passed) -> str:
+    """Return lines with the folders, the classes with the number of their images, and what was passed over."""
+    lines = []
+    for part in parts:
+        counts = [f"{name} ({len(part.classes[name]):,})" for name in class_names]
+        total = sum(map(len, part.classes.values()))
+        role = "" if part.role == "all" else f"{part.role}: "
+        lines.append(f"  {role}{shown(part.folder)}: {total:,} images in {len(counts):,} classes: {listed(counts)}")
+    return "\n".join([*lines, f"  passed over: {passed}"] if str(passed) else lines)
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Return the sorted image files of each class."""
-    classes = {}
-    for class_folder in sorted(folder.iterdir()):
-        if not class_folder.is_dir() or class_folder.name.startswith("."):
-            continue
-        classes[class_folder.name] = sorted(
-            Path(place, name)
-            for place, _, names in os.walk(class_folder, followlinks=True)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
-        )
-        if not classes[class_folder.name]:
-            raise TangleNASError(
-                f"image_folder: class folder {class_folder} has no image ({' '.join(sorted(_SUFFIXES))}). "
-                "Put images there, or remove the folder."
-            )
-    return classes
+def _deeper(part: Part) -> str:
+    """Return advice where the only folder holds what may be the classes."""
+    if len(part.classes) != 1:
+        return ""
+    (images,) = part.classes.values()
+    (name,) = part.classes
+    inner = {path.relative_to(part.folder / name).parts[0] for path in images if path.parent != part.folder / name}
+    return f" Did you mean root={str(part.folder / name)!r}?" if len(inner) > 1 else ""
 
 
 def _file_hash(path: Path, root: Path, check: bool) -> str:

@@ -74,6 +74,10 @@ class Dataset(ABC):
         """Return the options with which a search space fits these data."""
         return {name: getattr(self, name) for name in ("num_classes", "image_size", "in_channels")}
 
+    def describe(self) -> str:
+        """Return lines for a person about what the data hold, printed at the start of a search; "" prints none."""
+        return ""
+
     @abstractmethod
     def subset(self, indices: Tensor, *, train: bool) -> Samples:
         """Return the samples at `indices` of the pool, shape (n,), int64.

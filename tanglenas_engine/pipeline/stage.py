@@ -91,6 +91,8 @@ class Stage:
             f"{self.name}: {optimizer.name} on {self.space.name} ({architectures} architectures), "
             f"{self.dataset.name} ({samples} samples)"
         )
+        if description := self.dataset.describe():
+            self.progress.note(description)
 
     def alone(self) -> None:
         """End every process but the first, which alone goes on."""
