@@ -5,19 +5,17 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
+from tanglenas_datasets.images import UNREADABLE, decode, opened, unreadable
 from tanglenas_engine import Dataset, TangleNASError, content_hash
 
 Transform = Callable[[Image.Image], Tensor]
 
-# Pillow raises these for a file that it cannot read.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # The fingerprint takes so many bytes of each file: all of a small image, and enough of a large one.
 _HASHED_BYTES = 65536
 
@@ -185,7 +183,11 @@ class ImageFiles:
         return torch.stack([self._input(self._paths[i]) for i in indices.tolist()]), self.labels[indices]
 
     def _input(self, path: str) -> Tensor:
-        inputs = self._transform(_decode(path, "RGB" if self._shape[0] == 3 else "L"))
+        try:
+            image = decode(path, "RGB" if self._shape[0] == 3 else "L")
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+        inputs = self._transform(image)
         if tuple(inputs.shape) != self._shape:
             raise TangleNASError(
                 f"image_folder: the transform made {tuple(inputs.shape)} of {path}; in_channels and "
@@ -223,30 +225,11 @@ def _file_hash(path: Path, root: Path, check: bool) -> str:
             with path.open("rb") as file:
                 head = file.read(_HASHED_BYTES)
                 file.seek(0)
-                Image.open(file)
-        except _UNREADABLE as error:
-            raise _unreadable(path, error) from error
+                with opened(file):
+                    pass
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
     return content_hash(path.relative_to(root).as_posix(), str(path.stat().st_size), head)
-
-
-def _decode(path: str, mode: str) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of which black and white are not known")
-            if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert(mode)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str | Path, error: BaseException) -> TangleNASError:
-    reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
-    return TangleNASError(f"image_folder: {path} is no readable image: {reason}. Replace the file, or remove it.")
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
