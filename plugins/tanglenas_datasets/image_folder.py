@@ -10,11 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
 from tanglenas_datasets.images import UNREADABLE, decode, opened, unreadable
 from tanglenas_engine import Dataset, TangleNASError, content_hash
 
 Transform = Callable[[Image.Image], Tensor]
+Augmentation = Callable[[Image.Image], Image.Image]
 
 # The fingerprint takes so many bytes of each file: all of a small image, and enough of a large one.
 _HASHED_BYTES = 65536
@@ -41,6 +43,9 @@ class ImageFolder(Dataset):
         shift: Largest random shift of training images in pixels; black comes in. It replaces the random crop: training
             images are resized and cropped as in validation.
         flip: Mirror training images at random.
+        augment: More augmentation of training images, after crop and mirror: a recipe of timm ("rand-m9-mstd0.5",
+            "augmix-m3", "v0"), a function from a PIL image to one, such as a transform of torchvision v2, or a list of
+            both.
         num_classes: Required number of class folders; None accepts any number.
         test_folder: The folder beside `train/` that is the official test part, where the rule above does not fit.
             ImageNet's is `val`: its `test/` has no labels, and is never read.
@@ -48,7 +53,7 @@ class ImageFolder(Dataset):
         check: Open every file at the start to see that it is an image, and let its content enter the fingerprint.
             Without the check, the fingerprint covers names and sizes; this takes about a minute for ImageNet.
         train_transform: A function from a PIL image to a float tensor (in_channels, image_size, image_size). It
-            replaces cropping, mirroring and normalisation.
+            replaces cropping, mirroring, `augment` and normalisation.
         eval_transform: The same for validation and test. It replaces resizing of the shorter side, the centre crop and
             normalisation.
 
@@ -71,6 +76,7 @@ class ImageFolder(Dataset):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         shift: int | None = None,
         flip: bool = True,
+        augment: str | Augmentation | Sequence[str | Augmentation] | None = None,
         num_classes: int | None = None,
         test_folder: str | None = None,
         parts: bool = True,
@@ -93,12 +99,18 @@ class ImageFolder(Dataset):
         self.crop_pct = crop_pct
         centre = [v2.Resize(math.floor(image_size / crop_pct)), v2.CenterCrop(image_size)]
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        augment: list[v2.Transform] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))]
+        varied: list[Augmentation] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))]
         if shift is not None:
-            augment = [*centre, v2.RandomCrop(image_size, padding=shift)]
+            varied = [*centre, v2.RandomCrop(image_size, padding=shift)]
         if flip:
-            augment.append(v2.RandomHorizontalFlip())
-        self._train_transform: Transform = train_transform or v2.Compose([*augment, *finish])
+            varied.append(v2.RandomHorizontalFlip())
+        recipes = [augment] if isinstance(augment, str) or callable(augment) else augment or []
+        if recipes and train_transform:
+            raise TangleNASError(
+                "image_folder: train_transform replaces all augmentation, so augment would do nothing: set one of them."
+            )
+        varied += [recipe_of_timm(recipe, self.mean) if isinstance(recipe, str) else recipe for recipe in recipes]
+        self._train_transform: Transform = train_transform or v2.Compose([*varied, *finish])
         self._eval_transform: Transform = eval_transform or v2.Compose([*centre, *finish])
 
         root = Path(root)

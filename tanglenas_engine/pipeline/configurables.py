@@ -144,9 +144,9 @@ def create() -> tuple[int, SearchSpace, Dataset]:
         raise TangleNASError(f"SEED is {seed}, expected a whole number from 0 to 2**63 - 1")
     names = {kind: required(macro, str) for macro, kind in KINDS.items() if macro_value(macro) is not None}
     for kind, name in names.items():
-        check_types(f"create_{kind}", manager().resolve(kind, name).load(), gin.get_bindings(f"create_{kind}"))
+        _check_options(kind, name)
     dataset: Dataset = create_dataset(name=required("DATASET", str))
-    bound = gin.get_bindings("create_space")
+    bound = gin.get_bindings("create_space", resolve_references=False)
     fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
     torch.manual_seed(seed)
     try:
@@ -193,6 +193,17 @@ def _costs() -> set[str]:
 
 
 def _objective(name: str) -> Objective:
-    check_types("create_objective", manager().resolve("objective", name).load(), gin.get_bindings("create_objective"))
+    _check_options("objective", name)
     objective: Objective = create_objective(name=name)
     return objective
+
+
+def _check_options(kind: str, name: str) -> None:
+    """Check what gin binds of `create_KIND` against the annotations of the plugin's class.
+
+    Raises:
+        TangleNASError: A value is of the wrong type.
+    """
+    # As references: what they stand for has lost its name, and making it may take long.
+    bound = gin.get_bindings(f"create_{kind}", resolve_references=False)
+    check_types(f"create_{kind}", manager().resolve(kind, name).load(), bound)
