@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
 from tanglenas_datasets.images import UNREADABLE, decode, opened, unreadable
-from tanglenas_engine import Dataset, TangleNASError, content_hash
+from tanglenas_engine import Dataset, TangleNASError, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
 Augmentation = Callable[[Image.Image], Image.Image]
@@ -34,7 +34,7 @@ class ImageFolder(Dataset):
     `describe` tells them. Pixels are decoded batch by batch.
 
     Args:
-        root: The folder.
+        root: The folder. A relative path is one under the current folder or the project's root.
         image_size: Height and width of the inputs.
         in_channels: 3 for RGB, 1 for grey.
         mean, std: Mean and standard deviation of pixels from 0 to 1; one number, or one per channel.
@@ -113,7 +113,7 @@ class ImageFolder(Dataset):
         self._train_transform: Transform = train_transform or v2.Compose([*varied, *finish])
         self._eval_transform: Transform = eval_transform or v2.Compose([*centre, *finish])
 
-        root = Path(root)
+        root = data_path(root)
         if not root.is_dir():
             raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
         read, passed = read_parts(root, test_folder, parts)

@@ -1,8 +1,10 @@
 """The interface of a dataset plugin: a pool of labelled samples or of text, and subsets that hold no other samples."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -155,3 +157,13 @@ def content_hash(*parts: str | bytes | Tensor) -> str:
         digest.update(f"{kind} {content.nbytes}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def data_path(path: str | os.PathLike[str]) -> Path:
+    """Return where data lie that a person named: a relative path is one under the current folder or the project's root.
+
+    `dvc exp run --queue` and `--temp` run stages in a copy of the project without the files that git ignores. DVC tells
+    the root of the project itself in `$DVC_ROOT`.
+    """
+    path = Path(path)
+    return path if path.is_absolute() or path.exists() else Path(os.environ.get("DVC_ROOT", ""), path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -16,7 +15,7 @@ import gin
 import torch
 
 from tanglenas_engine import plugins
-from tanglenas_engine.data import Dataset
+from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.data import make_splits as engine_make_splits
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
@@ -79,7 +78,7 @@ def benchmark(
         return None
     from tanglenas_engine.tables import load_table
 
-    table = load_table(path, space)
+    table = load_table(data_path(path), space)
     table.row(table.best(metric), metric)  # refuse an unknown metric before the search, not after an epoch
     return lambda architecture: table.row(architecture, metric)
 
@@ -181,8 +180,8 @@ def packages() -> set[ModuleType]:
 def tables() -> dict[str, str]:
     """Return the SHA-256 of each file that the config has objectives and benchmarks read, by path."""
     values = [value for name in ("create_objective", "benchmark") for it in bindings_of(name) for value in it.values()]
-    paths = [value for value in values if isinstance(value, str) and Path(value).is_file()]
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    paths = {value: data_path(value) for value in values if isinstance(value, str)}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
 
 def _costs() -> set[str]:
