@@ -10,6 +10,7 @@ from test_datasets import write_cifar
 
 from tanglenas_datasets.cifar import CIFAR10
 from tanglenas_datasets.image_folder import ImageFolder
+from tanglenas_datasets.text import Text
 from tanglenas_engine import TangleNASError, create_objective, create_space, data_path
 from tanglenas_engine.pipeline import configurables
 from tanglenas_engine.pipeline.config import configure
@@ -52,6 +53,16 @@ def test_a_folder_of_images_is_found_in_the_project(copy: Path, tmp_path: Path) 
     assert ImageFolder("data/images").fingerprint == ImageFolder(there).fingerprint
     with pytest.raises(TangleNASError, match=r"there is no folder \S*project/data/other"):
         ImageFolder("data/other")
+
+
+def test_a_text_and_its_tokenizer_are_found_in_the_project(copy: Path, tmp_path: Path) -> None:
+    there = tmp_path / "project" / "data" / "text"
+    there.mkdir(parents=True)
+    (there / "1.txt").write_text("What is read here has a few words. " * 200)
+    text = Text("data/text", block_size=8)
+    text.tokenizer.save(str(there / "tokenizer.json"))
+    again = Text("data/text", block_size=8, tokenizer="data/text/tokenizer.json")
+    assert len(again) == len(text) and again.fingerprint == text.fingerprint
 
 
 @pytest.mark.parametrize("variable", [None, "data", "my/data"])
