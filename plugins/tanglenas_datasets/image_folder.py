@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
-from tanglenas_datasets.images import UNREADABLE, decode, opened, unreadable
-from tanglenas_engine import Dataset, TangleNASError, content_hash, data_path
+from tanglenas_datasets.images import UNREADABLE, check_all, decode, opened, reason, unreadable, unreadable_later
+from tanglenas_engine import Dataset, Progress, TangleNASError, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
 Augmentation = Callable[[Image.Image], Image.Image]
@@ -50,8 +50,9 @@ class ImageFolder(Dataset):
         test_folder: The folder beside `train/` that is the official test part, where the rule above does not fit.
             ImageNet's is `val`: its `test/` has no labels, and is never read.
         parts: False takes every folder in `root` for a class, whatever its name.
-        check: Open every file at the start to see that it is an image, and let its content enter the fingerprint.
-            Without the check, the fingerprint covers names and sizes; this takes about a minute for ImageNet.
+        check: Open every file at the start to see that it is an image, let its content enter the fingerprint, and
+            decode every file once before a search. Without the check, the fingerprint covers names and sizes; this
+            takes about a minute for ImageNet.
         train_transform: A function from a PIL image to a float tensor (in_channels, image_size, image_size). It
             replaces cropping, mirroring, `augment` and normalisation.
         eval_transform: The same for validation and test. It replaces resizing of the shorter side, the centre crop and
@@ -156,12 +157,24 @@ class ImageFolder(Dataset):
         if len(read) > 1:
             self.test_indices = torch.arange(sizes[-2], sizes[-1])
         self._description = _description(read, self.class_names, passed)
-        hashes = (_file_hash(path, root, check) for path in paths)
-        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
         self._paths = [str(path) for path in paths]
+        self._checked = check
+        hashes, bad = [], {}
+        for path in paths:
+            try:
+                hashes.append(_file_hash(path, root, check))
+            except UNREADABLE as error:
+                bad[str(path)] = reason(error)
+        if bad:
+            raise unreadable(bad, len(paths))
+        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
 
     def describe(self) -> str:
         return self._description
+
+    def verify(self, progress: Progress, folder: Path) -> None:
+        if self._checked:
+            check_all(self._paths, folder, progress)
 
     def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
         return ImageFiles(
@@ -198,7 +211,7 @@ class ImageFiles:
         try:
             image = decode(path, "RGB" if self._shape[0] == 3 else "L")
         except UNREADABLE as error:
-            raise unreadable(path, error) from error
+            raise unreadable_later(path, error) from error
         inputs = self._transform(image)
         if tuple(inputs.shape) != self._shape:
             raise TangleNASError(
@@ -233,14 +246,11 @@ def _file_hash(path: Path, root: Path, check: bool) -> str:
     """Hash a file's name and size; with `check`, hash its first bytes too, and refuse a header that is no image's."""
     head = b""
     if check:
-        try:
-            with path.open("rb") as file:
-                head = file.read(_HASHED_BYTES)
-                file.seek(0)
-                with opened(file):
-                    pass
-        except UNREADABLE as error:
-            raise unreadable(path, error) from error
+        with path.open("rb") as file:
+            head = file.read(_HASHED_BYTES)
+            file.seek(0)
+            with opened(file):
+                pass
     return content_hash(path.relative_to(root).as_posix(), str(path.stat().st_size), head)
 
 

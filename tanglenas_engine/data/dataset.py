@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tanglenas_engine.runtime.progress import Progress
+
 
 class Samples(Protocol):
     """Some samples of a dataset, numbered from 0. `DataView` and `Stream` give these to a stage."""
@@ -79,6 +81,18 @@ class Dataset(ABC):
     def describe(self) -> str:
         """Return lines for a person about what the data hold, printed at the start of a search; "" prints none."""
         return ""
+
+    def verify(self, progress: Progress, folder: Path) -> None:
+        """Read all the data once. Search calls this before it trains: what cannot be read is told before it costs.
+
+        Args:
+            progress: The progress output for a person.
+            folder: A folder in which the dataset may remember what it has read.
+
+        Raises:
+            TangleNASError: Some of the data cannot be read; the message names all of them.
+        """
+        return
 
     @abstractmethod
     def subset(self, indices: Tensor, *, train: bool) -> Samples:
