@@ -41,6 +41,7 @@ from .data.dataset import Samples as Samples
 from .data.dataset import TensorSamples as TensorSamples
 from .data.dataset import TokenSamples as TokenSamples
 from .data.dataset import content_hash as content_hash
+from .data.dataset import data_path as data_path
 
 # Authors of objectives.
 from .runtime.devices import device_of as device_of

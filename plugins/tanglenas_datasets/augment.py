@@ -1,10 +1,13 @@
-"""The transform from raw images in memory to the inputs of a network, for a whole batch at a time."""
+"""Augmentation: of whole batches of raw images in memory, and recipes for single images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from tanglenas_engine import TangleNASError
 
 
 def prepare(
@@ -64,3 +67,32 @@ def random_cutout(images: Tensor, length: int) -> Tensor:
 
     rows, columns = map(covered, images.shape[-2:])
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def recipe_of_timm(recipe: str, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
+    """Return the augmentation of PIL images that a recipe in timm's notation names.
+
+    Args:
+        recipe: RandAugment such as "rand-m9-mstd0.5-inc1", AugMix such as "augmix-m3-w3", or the name of an AutoAugment
+            policy: "original", "originalr", "v0", "v0r" or "3a".
+        mean: The mean of each channel, of pixels from 0 to 1; it fills what a rotation or a shift uncovers.
+
+    Raises:
+        TangleNASError: timm knows no such recipe.
+    """
+    from timm.data import auto_augment
+
+    fill = tuple(min(255, round(255 * value)) for value in mean)
+    settings = {"img_mean": fill if len(fill) > 1 else fill[0]}
+    kind = recipe.split("-")[0]
+    make = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
+    try:
+        made: Callable[[Image.Image], Image.Image] = make.get(kind, auto_augment.auto_augment_transform)(
+            recipe, settings
+        )
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TangleNASError(
+            f"image_folder: augment is {recipe!r}, which timm does not know ({error or type(error).__name__}). Give "
+            'such as "rand-m9-mstd0.5", "augmix-m3" or "v0", or an @reference to a transform of PIL images.'
+        ) from None
+    return made

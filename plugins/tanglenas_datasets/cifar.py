@@ -23,7 +23,7 @@ class CIFAR10(ImagesInMemory):
 
     Args:
         root: A folder with the files of the binary version, gzipped or not. By default they are looked for in
-            `$TANGLENAS_DATA`, or in `data/` under the current folder.
+            `$TANGLENAS_DATA`, or in `data/` in the project.
         download: Fetch missing files to that place, unless `root` is given.
         image_size: 32, or another size from 8 on by bilinear resizing.
         shift: Largest random shift of training images, in pixels.

@@ -19,7 +19,7 @@ class FashionMNIST(ImagesInMemory):
 
     Args:
         root: A folder with the four IDX files, gzipped or not, of Fashion-MNIST or of any dataset in the form of MNIST.
-            By default they are looked for in `$TANGLENAS_DATA`, or in `data/` under the current folder, where
+            By default they are looked for in `$TANGLENAS_DATA`, or in `data/` in the project, where
             torchvision keeps them.
         download: Let torchvision fetch missing files to that place, unless `root` is given.
         image_size: 28, or 32 with two rows of background on each side.

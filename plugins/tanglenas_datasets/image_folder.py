@@ -5,19 +5,19 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from tanglenas_engine import Dataset, TangleNASError, content_hash
+from tanglenas_datasets.augment import recipe_of_timm
+from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
+from tanglenas_datasets.images import UNREADABLE, check_all, decode, opened, reason, unreadable, unreadable_later
+from tanglenas_engine import Dataset, Progress, TangleNASError, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
+Augmentation = Callable[[Image.Image], Image.Image]
 
-_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-# Pillow raises these for a file that it cannot read.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # The fingerprint takes so many bytes of each file: all of a small image, and enough of a large one.
 _HASHED_BYTES = 65536
 
@@ -26,13 +26,15 @@ class ImageFolder(Dataset):
     """A dataset of images under `root/<class>/`, or under `root/train/<class>/` and `root/test/<class>/`.
 
     The folder `test/` is the official test part. A folder `val/` beside them joins the training images, because the
-    splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part.
+    splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part. Other
+    spellings of the three are known, in any case, such as Training, valid and seg_test.
 
     Classes are numbered in the order of their sorted names. Images may lie in deeper folders. Names that start with a
-    dot, and files without an image's suffix, are skipped. Pixels are decoded batch by batch.
+    dot, folders that systems make, files without an image's suffix, and links to a folder above are passed over;
+    `describe` tells them. Pixels are decoded batch by batch.
 
     Args:
-        root: The folder.
+        root: The folder. A relative path is one under the current folder or the project's root.
         image_size: Height and width of the inputs.
         in_channels: 3 for RGB, 1 for grey.
         mean, std: Mean and standard deviation of pixels from 0 to 1; one number, or one per channel.
@@ -41,19 +43,25 @@ class ImageFolder(Dataset):
         shift: Largest random shift of training images in pixels; black comes in. It replaces the random crop: training
             images are resized and cropped as in validation.
         flip: Mirror training images at random.
+        augment: More augmentation of training images, after crop and mirror: a recipe of timm ("rand-m9-mstd0.5",
+            "augmix-m3", "v0"), a function from a PIL image to one, such as a transform of torchvision v2, or a list of
+            both.
         num_classes: Required number of class folders; None accepts any number.
         test_folder: The folder beside `train/` that is the official test part, where the rule above does not fit.
             ImageNet's is `val`: its `test/` has no labels, and is never read.
-        check: Open every file at the start to see that it is an image, and let its content enter the fingerprint.
-            Without the check, the fingerprint covers names and sizes; this takes about a minute for ImageNet.
+        parts: False takes every folder in `root` for a class, whatever its name.
+        check: Open every file at the start to see that it is an image, let its content enter the fingerprint, and
+            decode every file once before a search. Without the check, the fingerprint covers names and sizes; this
+            takes about a minute for ImageNet.
         train_transform: A function from a PIL image to a float tensor (in_channels, image_size, image_size). It
-            replaces cropping, mirroring and normalisation.
+            replaces cropping, mirroring, `augment` and normalisation.
         eval_transform: The same for validation and test. It replaces resizing of the shorter side, the centre crop and
             normalisation.
 
     Raises:
-        TangleNASError: The folder is missing or has too few classes, a class has no image, train and test
-            differ in their classes, or a file is no image (at the start, or when it is decoded).
+        TangleNASError: The folder is missing or has too few classes, its folders look like parts and are none, a class
+            has no image, train and test differ in their classes, a file is there twice, or a file is no image (at the
+            start, or when it is decoded).
     """
 
     name = "image_folder"
@@ -69,8 +77,10 @@ class ImageFolder(Dataset):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         shift: int | None = None,
         flip: bool = True,
+        augment: str | Augmentation | Sequence[str | Augmentation] | None = None,
         num_classes: int | None = None,
         test_folder: str | None = None,
+        parts: bool = True,
         check: bool = True,
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
@@ -90,61 +100,81 @@ class ImageFolder(Dataset):
         self.crop_pct = crop_pct
         centre = [v2.Resize(math.floor(image_size / crop_pct)), v2.CenterCrop(image_size)]
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        augment: list[v2.Transform] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))]
+        varied: list[Augmentation] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))]
         if shift is not None:
-            augment = [*centre, v2.RandomCrop(image_size, padding=shift)]
+            varied = [*centre, v2.RandomCrop(image_size, padding=shift)]
         if flip:
-            augment.append(v2.RandomHorizontalFlip())
-        self._train_transform: Transform = train_transform or v2.Compose([*augment, *finish])
+            varied.append(v2.RandomHorizontalFlip())
+        recipes = [augment] if isinstance(augment, str) or callable(augment) else augment or []
+        if recipes and train_transform:
+            raise TangleNASError(
+                "image_folder: train_transform replaces all augmentation, so augment would do nothing: set one of them."
+            )
+        varied += [recipe_of_timm(recipe, self.mean) if isinstance(recipe, str) else recipe for recipe in recipes]
+        self._train_transform: Transform = train_transform or v2.Compose([*varied, *finish])
         self._eval_transform: Transform = eval_transform or v2.Compose([*centre, *finish])
 
-        root = Path(root)
+        root = data_path(root)
         if not root.is_dir():
             raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
-        train_folders, test = _layout(root, test_folder)
-        train = [_classes(folder) for folder in train_folders]
-        self.class_names = tuple(sorted(train[0]))
+        read, passed = read_parts(root, test_folder, parts)
+        first = read[0]
+        self.class_names = tuple(sorted(first.classes))
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             raise TangleNASError(
-                f"image_folder: {train_folders[0]} has {self.num_classes} class folders "
-                f"({', '.join(self.class_names) or 'none'}). Give a folder with one folder of images per "
-                "class, two classes or more."
+                f"image_folder: {shown(first.folder)} has {self.num_classes} class folders "
+                f"({listed(self.class_names) or 'none'}). Give a folder with one folder of images per "
+                f"class, two classes or more.{_deeper(first)}"
             )
         if num_classes not in (None, self.num_classes):
             raise TangleNASError(
-                f"image_folder: {train_folders[0]} has {self.num_classes} class folders; num_classes asks for "
+                f"image_folder: {shown(first.folder)} has {self.num_classes} class folders; num_classes asks for "
                 f"{num_classes}. Give another root=, or set num_classes."
             )
-        parts = [*zip(train_folders, train, strict=True)]
-        if test is not None:
-            parts.append((test, _classes(test)))
-        for folder, classes in parts:
-            if not classes:
+        for part in read[1:]:
+            if not part.classes:
                 raise TangleNASError(
-                    f"image_folder: {folder} has no class folders, {train_folders[0]} has {self.num_classes}. Sort its "
-                    "images into the same folders, or remove it."
+                    f"image_folder: {shown(part.folder)} has no class folders, {shown(first.folder)} has "
+                    f"{self.num_classes}. Sort its images into the same folders, or remove it."
                 )
-            if odd := set(classes) ^ set(self.class_names):
+            if odd := set(part.classes) ^ set(self.class_names):
                 raise TangleNASError(
-                    f"image_folder: {train_folders[0]} and {folder} differ in {len(odd)} classes, such as "
-                    f"{', '.join(sorted(odd)[:3])}. Give both the same class folders."
+                    f"image_folder: {shown(first.folder)} and {shown(part.folder)} differ in {len(odd)} classes, such "
+                    f"as {listed(sorted(odd)[:3])}. Give both the same class folders."
                 )
 
         paths: list[Path] = []
         labels: list[int] = []
         sizes: list[int] = []
-        for _, classes in parts:
+        for part in read:
             for label, class_name in enumerate(self.class_names):
-                paths += classes[class_name]
-                labels += [label] * len(classes[class_name])
+                paths += part.classes[class_name]
+                labels += [label] * len(part.classes[class_name])
             sizes.append(len(paths))
         self.labels = torch.tensor(labels)
-        if test is not None:
+        # Without test/, the folder val/ is the official test part.
+        if len(read) > 1:
             self.test_indices = torch.arange(sizes[-2], sizes[-1])
-        hashes = (_file_hash(path, root, check) for path in paths)
-        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
+        self._description = _description(read, self.class_names, passed)
         self._paths = [str(path) for path in paths]
+        self._checked = check
+        hashes, bad = [], {}
+        for path in paths:
+            try:
+                hashes.append(_file_hash(path, root, check))
+            except UNREADABLE as error:
+                bad[str(path)] = reason(error)
+        if bad:
+            raise unreadable(bad, len(paths))
+        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
+
+    def describe(self) -> str:
+        return self._description
+
+    def verify(self, progress: Progress, folder: Path) -> None:
+        if self._checked:
+            check_all(self._paths, folder, progress)
 
     def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
         return ImageFiles(
@@ -178,7 +208,11 @@ class ImageFiles:
         return torch.stack([self._input(self._paths[i]) for i in indices.tolist()]), self.labels[indices]
 
     def _input(self, path: str) -> Tensor:
-        inputs = self._transform(_decode(path, "RGB" if self._shape[0] == 3 else "L"))
+        try:
+            image = decode(path, "RGB" if self._shape[0] == 3 else "L")
+        except UNREADABLE as error:
+            raise unreadable_later(path, error) from error
+        inputs = self._transform(image)
         if tuple(inputs.shape) != self._shape:
             raise TangleNASError(
                 f"image_folder: the transform made {tuple(inputs.shape)} of {path}; in_channels and "
@@ -187,77 +221,37 @@ class ImageFiles:
         return inputs
 
 
-def _layout(root: Path, test_folder: str | None) -> tuple[list[Path], Path | None]:
-    """Return the folders of training classes, and the folder of test classes or None."""
-    train, val, test = root / "train", root / "val", root / "test"
-    if test_folder is not None:
-        test = root / test_folder
-        if missing := [str(folder) for folder in (train, test) if not folder.is_dir()]:
-            raise TangleNASError(
-                f"image_folder: there is no folder {' and no '.join(missing)}. Give root=, a folder with train/ and "
-                f"{test_folder}/, each with one folder per class."
-            )
-        return ([train, val] if val.is_dir() and val != test else [train]), test
-    # A class may be called "train"; its folder then holds images.
-    if not train.is_dir() or any(path.suffix.lower() in _SUFFIXES for path in train.iterdir()):
-        return [root], None
-    if test.is_dir():
-        return ([train, val] if val.is_dir() else [train]), test
-    return [train], val if val.is_dir() else None
+def _description(parts: Sequence[Part], class_names: Sequence[str], passed: Passed) -> str:
+    """Return lines with the folders, the classes with the number of their images, and what was passed over."""
+    lines = []
+    for part in parts:
+        counts = [f"{name} ({len(part.classes[name]):,})" for name in class_names]
+        total = sum(map(len, part.classes.values()))
+        role = "" if part.role == "all" else f"{part.role}: "
+        lines.append(f"  {role}{shown(part.folder)}: {total:,} images in {len(counts):,} classes: {listed(counts)}")
+    return "\n".join([*lines, f"  passed over: {passed}"] if str(passed) else lines)
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Return the sorted image files of each class."""
-    classes = {}
-    for class_folder in sorted(folder.iterdir()):
-        if not class_folder.is_dir() or class_folder.name.startswith("."):
-            continue
-        classes[class_folder.name] = sorted(
-            Path(place, name)
-            for place, _, names in os.walk(class_folder, followlinks=True)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
-        )
-        if not classes[class_folder.name]:
-            raise TangleNASError(
-                f"image_folder: class folder {class_folder} has no image ({' '.join(sorted(_SUFFIXES))}). "
-                "Put images there, or remove the folder."
-            )
-    return classes
+def _deeper(part: Part) -> str:
+    """Return advice where the only folder holds what may be the classes."""
+    if len(part.classes) != 1:
+        return ""
+    (images,) = part.classes.values()
+    (name,) = part.classes
+    inner = {path.relative_to(part.folder / name).parts[0] for path in images if path.parent != part.folder / name}
+    return f" Did you mean root={str(part.folder / name)!r}?" if len(inner) > 1 else ""
 
 
 def _file_hash(path: Path, root: Path, check: bool) -> str:
     """Hash a file's name and size; with `check`, hash its first bytes too, and refuse a header that is no image's."""
     head = b""
     if check:
-        try:
-            with path.open("rb") as file:
-                head = file.read(_HASHED_BYTES)
-                file.seek(0)
-                Image.open(file)
-        except _UNREADABLE as error:
-            raise _unreadable(path, error) from error
+        with path.open("rb") as file:
+            head = file.read(_HASHED_BYTES)
+            file.seek(0)
+            with opened(file):
+                pass
     return content_hash(path.relative_to(root).as_posix(), str(path.stat().st_size), head)
-
-
-def _decode(path: str, mode: str) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of which black and white are not known")
-            if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert(mode)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str | Path, error: BaseException) -> TangleNASError:
-    reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
-    return TangleNASError(f"image_folder: {path} is no readable image: {reason}. Replace the file, or remove it.")
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:

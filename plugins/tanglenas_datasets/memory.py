@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
-from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_hash
+from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_hash, data_path
 
 
 class ImagesInMemory(Dataset):
@@ -82,7 +82,7 @@ def find(
 
     Args:
         name: Name of the dataset.
-        root: The folder to look in; by default `$TANGLENAS_DATA`, or `data/` under the current folder.
+        root: The folder to look in; by default `$TANGLENAS_DATA`, or `data/` in the project.
         inner: The subfolder into which downloads go; it is searched too.
         fetch: Downloads the files to `inner` under the folder that it is given, or None. It is called if files are
             missing and no `root` is given.
@@ -90,7 +90,9 @@ def find(
     Raises:
         TangleNASError: A file is missing and was not downloaded.
     """
-    base = Path(os.environ.get("TANGLENAS_DATA") or "data") if root is None else Path(root)
+    # DVC may run stages in a copy of the project that it deletes: downloads belong into the project itself.
+    default = Path(os.environ.get("DVC_ROOT", ""), os.environ.get("TANGLENAS_DATA") or "data")
+    base = default if root is None else data_path(root)
     for folder in (base, base / inner):
         if all(located(folder, file) for file in files):
             return folder

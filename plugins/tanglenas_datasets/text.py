@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tanglenas_engine import Dataset, TangleNASError, TokenSamples, content_hash
+from tanglenas_engine import Dataset, TangleNASError, TokenSamples, content_hash, data_path
 
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"
@@ -103,7 +103,7 @@ class Text(Dataset):
         return text
 
     def _read(self, root: str | os.PathLike[str], pattern: str) -> str:
-        root = Path(root)
+        root = data_path(root)
         if not root.exists():
             raise TangleNASError(
                 f"{self.name}: there is no file or folder {root}. Give root=, a text file or a folder."
@@ -148,12 +148,13 @@ class Text(Dataset):
             )
             tokenizer.train_from_iterator((text[i : i + _PIECE] for i in range(0, len(text), _PIECE)), trainer)
             return tokenizer
-        if not Path(kind).is_file():
+        path = data_path(kind)
+        if not path.is_file():
             raise TangleNASError(
                 f"{self.name}: tokenizer is {kind!r}; give 'char', 'bpe', or the path of a tokenizer.json that exists."
             )
         try:
-            tokenizer = Tokenizer.from_file(kind)
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises no narrower type
             raise TangleNASError(f"{self.name}: {kind} is no tokenizer.json: {error}. Give another file.") from error
         tokenizer.no_truncation()

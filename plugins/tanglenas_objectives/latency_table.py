@@ -17,7 +17,16 @@ from typing import Any, Self
 
 import torch
 
-from tanglenas_engine import Additive, Objective, Row, SearchSpace, TangleNASError, rank_correlations, write_atomic
+from tanglenas_engine import (
+    Additive,
+    Objective,
+    Row,
+    SearchSpace,
+    TangleNASError,
+    data_path,
+    rank_correlations,
+    write_atomic,
+)
 
 FORMAT = 1
 """Version of the file format."""
@@ -160,7 +169,7 @@ class Latency(Objective):
     unit = "ms"
 
     def __init__(self, table: str | Path):
-        self.table = LatencyTable.load(table)
+        self.table = LatencyTable.load(data_path(table))
         self.source = f"batches of {self.table.batch_size} on {self.table.machine}"
 
     def terms(self, space: SearchSpace) -> Additive:

@@ -1,6 +1,6 @@
 """Data: a pool of samples, its four disjoint splits, and reproducible batches from them."""
 
-from .dataset import Dataset, Samples, TensorSamples, TokenSamples, content_hash
+from .dataset import Dataset, Samples, TensorSamples, TokenSamples, content_hash, data_path
 from .splits import SPLITS, DataView, Splits, make_splits, open_splits
 from .stream import Batch, Stream, batches
 
@@ -16,6 +16,7 @@ __all__ = [
     "TokenSamples",
     "batches",
     "content_hash",
+    "data_path",
     "make_splits",
     "open_splits",
 ]

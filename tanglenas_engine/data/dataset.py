@@ -1,12 +1,16 @@
 """The interface of a dataset plugin: a pool of labelled samples or of text, and subsets that hold no other samples."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from tanglenas_engine.runtime.progress import Progress
 
 
 class Samples(Protocol):
@@ -73,6 +77,22 @@ class Dataset(ABC):
     def space_options(self) -> dict[str, Any]:
         """Return the options with which a search space fits these data."""
         return {name: getattr(self, name) for name in ("num_classes", "image_size", "in_channels")}
+
+    def describe(self) -> str:
+        """Return lines for a person about what the data hold, printed at the start of a search; "" prints none."""
+        return ""
+
+    def verify(self, progress: Progress, folder: Path) -> None:
+        """Read all the data once. Search calls this before it trains: what cannot be read is told before it costs.
+
+        Args:
+            progress: The progress output for a person.
+            folder: A folder in which the dataset may remember what it has read.
+
+        Raises:
+            TangleNASError: Some of the data cannot be read; the message names all of them.
+        """
+        return
 
     @abstractmethod
     def subset(self, indices: Tensor, *, train: bool) -> Samples:
@@ -151,3 +171,13 @@ def content_hash(*parts: str | bytes | Tensor) -> str:
         digest.update(f"{kind} {content.nbytes}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def data_path(path: str | os.PathLike[str]) -> Path:
+    """Return where data lie that a person named: a relative path is one under the current folder or the project's root.
+
+    `dvc exp run --queue` and `--temp` run stages in a copy of the project without the files that git ignores. DVC tells
+    the root of the project itself in `$DVC_ROOT`.
+    """
+    path = Path(path)
+    return path if path.is_absolute() or path.exists() else Path(os.environ.get("DVC_ROOT", ""), path)

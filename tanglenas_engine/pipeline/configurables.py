@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -16,7 +15,7 @@ import gin
 import torch
 
 from tanglenas_engine import plugins
-from tanglenas_engine.data import Dataset
+from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.data import make_splits as engine_make_splits
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
@@ -79,7 +78,7 @@ def benchmark(
         return None
     from tanglenas_engine.tables import load_table
 
-    table = load_table(path, space)
+    table = load_table(data_path(path), space)
     table.row(table.best(metric), metric)  # refuse an unknown metric before the search, not after an epoch
     return lambda architecture: table.row(architecture, metric)
 
@@ -144,9 +143,9 @@ def create() -> tuple[int, SearchSpace, Dataset]:
         raise TangleNASError(f"SEED is {seed}, expected a whole number from 0 to 2**63 - 1")
     names = {kind: required(macro, str) for macro, kind in KINDS.items() if macro_value(macro) is not None}
     for kind, name in names.items():
-        check_types(f"create_{kind}", manager().resolve(kind, name).load(), gin.get_bindings(f"create_{kind}"))
+        _check_options(kind, name)
     dataset: Dataset = create_dataset(name=required("DATASET", str))
-    bound = gin.get_bindings("create_space")
+    bound = gin.get_bindings("create_space", resolve_references=False)
     fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
     torch.manual_seed(seed)
     try:
@@ -181,8 +180,8 @@ def packages() -> set[ModuleType]:
 def tables() -> dict[str, str]:
     """Return the SHA-256 of each file that the config has objectives and benchmarks read, by path."""
     values = [value for name in ("create_objective", "benchmark") for it in bindings_of(name) for value in it.values()]
-    paths = [value for value in values if isinstance(value, str) and Path(value).is_file()]
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    paths = {value: data_path(value) for value in values if isinstance(value, str)}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
 
 def _costs() -> set[str]:
@@ -193,6 +192,17 @@ def _costs() -> set[str]:
 
 
 def _objective(name: str) -> Objective:
-    check_types("create_objective", manager().resolve("objective", name).load(), gin.get_bindings("create_objective"))
+    _check_options("objective", name)
     objective: Objective = create_objective(name=name)
     return objective
+
+
+def _check_options(kind: str, name: str) -> None:
+    """Check what gin binds of `create_KIND` against the annotations of the plugin's class.
+
+    Raises:
+        TangleNASError: A value is of the wrong type.
+    """
+    # As references: what they stand for has lost its name, and making it may take long.
+    bound = gin.get_bindings(f"create_{kind}", resolve_references=False)
+    check_types(f"create_{kind}", manager().resolve(kind, name).load(), bound)

@@ -91,6 +91,8 @@ class Stage:
             f"{self.name}: {optimizer.name} on {self.space.name} ({architectures} architectures), "
             f"{self.dataset.name} ({samples} samples)"
         )
+        if description := self.dataset.describe():
+            self.progress.note(description)
 
     def alone(self) -> None:
         """End every process but the first, which alone goes on."""
@@ -151,6 +153,8 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             if distributed.rank() == 0:
                 stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
             seed, space, dataset = create()
+            if name == "search" and distributed.rank() == 0:
+                dataset.verify(ConsoleProgress(), root / ".tanglenas")
         config = gin.config_str()
         code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
         identity = fingerprint(

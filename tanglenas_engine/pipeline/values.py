@@ -61,7 +61,7 @@ def accepts(hint: Any, value: Any) -> bool:
         return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
     if origin in (Sequence, list, tuple):
         return isinstance(value, list | tuple) and all(accepts(args[0], item) for item in value)
-    return origin is not Callable
+    return callable(value) if origin is Callable else True
 
 
 def _can_be_called(reference: Any, args: tuple[Any, ...]) -> bool:

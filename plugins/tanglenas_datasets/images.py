@@ -1,0 +1,148 @@
+"""Image files of strangers: opened as one of a few formats, within a limit on pixels, and decoded."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tanglenas_datasets.folders import listed, shown
+from tanglenas_engine import Progress, TangleNASError, write_atomic
+
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats that are tried, whatever a file is called. Pillow would hand others to programs: EPS to Ghostscript."""
+MAX_PIXELS = 89_478_485
+"""The most pixels of an image: where Pillow begins to warn of decompression bombs. It refuses twice as many."""
+MOST_NAMED = 50
+"""The number of unreadable files that a message names."""
+_AT_ONCE = 256
+# Pillow raises these for a file that it cannot read.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@contextmanager
+def opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open an image file without decoding it.
+
+    Raises:
+        One of `UNREADABLE`: The file is of none of `FORMATS`, damaged, or an image of more than `MAX_PIXELS`.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
+        yield image
+
+
+def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
+    """Return an image in a mode, "L" or "RGB", turned as its EXIF data say.
+
+    Raises:
+        One of `UNREADABLE`: As in `opened`, or the pixels are of a kind that has no black and white.
+    """
+    with opened(file) as content:
+        image: Image.Image = ImageOps.exif_transpose(content)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, of which black and white are not known")
+        if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert(mode)
+
+
+def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> None:
+    """Decode every file once, in as many threads as there are cores. Contents that were decoded before are not again.
+
+    Args:
+        paths: The files.
+        folder: The folder for the digests of contents that were decoded, and for a list of many unreadable files.
+        progress: The progress output for a person.
+
+    Raises:
+        TangleNASError: Files are no readable images.
+    """
+    memory = folder / "decoded-images"
+    known = set(memory.read_text("ascii", "replace").split()) if memory.exists() else set()
+    # Another version of Pillow may refuse what this one reads.
+    key = f"Pillow {PIL.__version__}".encode()
+    decoded: set[str] = set()
+    bad: dict[str, str] = {}
+
+    def check(path: str) -> tuple[str, str, str]:
+        """Return the path, the digest of the content, and why it is no readable image, or ""."""
+        digest = ""
+        try:
+            content = Path(path).read_bytes()
+            digest = hashlib.blake2b(content, digest_size=16, key=key).hexdigest()
+            if digest not in known:
+                decode(io.BytesIO(content), "RGB")
+        except UNREADABLE as error:
+            return path, digest, reason(error)
+        return path, digest, ""
+
+    try:
+        with ThreadPoolExecutor(_cores()) as threads, progress.stage("decoding images", len(paths), 0) as line:
+            for start in range(0, len(paths), _AT_ONCE):
+                for path, digest, why in threads.map(check, paths[start : start + _AT_ONCE]):
+                    line.advance()
+                    if why:
+                        bad[path] = why
+                    else:
+                        decoded.add(digest)
+                done = min(start + _AT_ONCE, len(paths))
+                line.epoch(done, len(paths), f"{len(bad):,} unreadable" if bad else "all readable")
+    finally:
+        if not decoded <= known:
+            write_atomic(memory, "\n".join(sorted(known | decoded)) + "\n")
+    if bad:
+        every = folder / "unreadable-images.txt"
+        if len(bad) > MOST_NAMED:
+            write_atomic(every, "".join(f"{shown(path)}: {why}\n" for path, why in bad.items()))
+        raise unreadable(bad, len(paths), f" (all of them: {every})" if len(bad) > MOST_NAMED else "")
+
+
+def unreadable(bad: Mapping[str, str], total: int, more: str = "") -> TangleNASError:
+    """Return the error before a search that names files which are no readable images, each with the reason."""
+    if len(bad) == 1:
+        ((path, why),) = bad.items()
+        what = f"{shown(path)} is no readable image: {why}. Replace the file by a whole one, or remove it"
+    else:
+        names = listed((f"{shown(path)} ({why})" for path, why in bad.items()), MOST_NAMED)
+        what = (
+            f"{len(bad):,} of {total:,} files are no readable images: {names}{more}. Replace them by whole ones, or "
+            "remove them"
+        )
+    return TangleNASError(
+        f"image_folder: {what}. Before a search this costs nothing. A search that is done used the files as they were: "
+        "it holds if they are put back so, and has to run again for any others."
+    )
+
+
+def unreadable_later(path: str, error: BaseException) -> TangleNASError:
+    """Return the error for a file that cannot be decoded while a stage runs."""
+    return TangleNASError(
+        f"image_folder: {shown(path)} is no readable image: {reason(error)}. Put the file back as it was when the "
+        "search began, and run the same command again: nothing is lost. With the file changed or removed, the data are "
+        "others: the splits are made anew, and search and all stages after it have to run again."
+    )
+
+
+def reason(error: BaseException) -> str:
+    """Return why a file is no readable image, as a part of a sentence."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is of no known format ({', '.join(FORMATS)})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).rstrip(".").split())[:200] or type(error).__name__
+
+
+def _cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
