@@ -91,25 +91,23 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
 def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> nn.Module:
     """Return the network with its weights, cut from the supernet's if need be."""
-    from tanglenas_engine.runtime.weights import load_weights
-
-    state = load_weights(weights)
-
-    def loaded(module: nn.Module) -> bool:
-        try:
-            module.load_state_dict(state)
-        except RuntimeError:  # the file has names or shapes of another network
-            return False
-        return True
+    from tanglenas_engine.runtime.weights import OtherWeightsError, load_into
 
     network = space.standalone(architecture)
-    if not loaded(network):
-        if not loaded(space):
+    try:
+        prefix = load_into(network, weights)
+    except OtherWeightsError:
+        try:
+            prefix = load_into(space, weights)
+        except OtherWeightsError as error:
             raise TangleNASError(
                 f"{weights} holds the weights of another network than the one of this architecture of {space.name!r}, "
-                "and of another supernet. Give the file that retrain wrote for it, or set the space's options with -o"
-            )
+                f"and of another supernet {str(error)[str(error).index('(') :]}. Give the file that retrain wrote for "
+                "it, or set the space's options with -o"
+            ) from None
         network = space.extract(architecture)
+    if prefix:
+        click.echo(f"{weights}: all names begin with {prefix!r}, which was left out", err=True)
     return network
 
 

@@ -1,9 +1,18 @@
 """`tanglenas tables`: benchmark tables."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
+
+from tanglenas_engine.errors import TangleNASError
 
 from ._console import number, print_table, read_text
 from ._space import ARCHITECTURE_FILE
+
+if TYPE_CHECKING:
+    from tanglenas_engine.tables import Table
 
 
 @click.group()
@@ -15,21 +24,27 @@ def command() -> None:
 @click.argument("file")
 @click.option("--space", "space_name", metavar="NAME", required=True, help="The space that the table is of.")
 @click.option("--out", metavar="PATH", help="Where to write; by default NAME.table.csv.gz in this folder.")
-def import_table(file: str, space_name: str, out: str | None) -> None:
+@click.option("--higher", metavar="METRIC", multiple=True, help="More of this metric is better; may be repeated.")
+@click.option("--lower", metavar="METRIC", multiple=True, help="Less of this metric is better; may be repeated.")
+def import_table(file: str, space_name: str, out: str | None, higher: tuple[str, ...], lower: tuple[str, ...]) -> None:
     """Convert FILE, a CSV or a published pickle, to the canonical CSV and check it against the space.
 
     Nothing in a pickle is executed. A table that misses architectures is written too: rank and regret then count
-    what is there.
+    what is there. The name of a metric says whether more or less of it is better (test_acc, test-loss); --higher and
+    --lower say it where the name does not.
     """
     from ..plugins import create_space
     from ..tables import load_table
 
     space = create_space(space_name)
-    table = load_table(file, space)
+    if both := sorted({*higher} & {*lower}):
+        raise TangleNASError(f"--higher and --lower both name {both[0]!r}: leave one out")
+    table = load_table(file, space, {**dict.fromkeys(higher, True), **dict.fromkeys(lower, False)})
     check = table.check(space)
     out = out or f"{space_name}.table.csv.gz"
     table.write(out)
-    click.echo(f"{out}: {check}; {', '.join(table.metrics)}")
+    click.echo(f"{out}: {check}; {', '.join(f'{metric} ({_better(table, metric)})' for metric in table.metrics)}")
+    _notes(table)
     if not check.complete:
         click.echo("Warning: the table is incomplete: rank and regret count what is there.", err=True)
 
@@ -55,6 +70,9 @@ def query(table: str, architecture: str, metric: str | None) -> None:
         found = found.of(create_space(space))
     rows = []
     for name in [metric] if metric else found.metrics:
+        if metric is None and found.higher_is_better(name) is None:
+            rows.append([name, number(found.value(asked, name)), "-", "-"])
+            continue
         row = found.row(asked, name)
         rank = f"{row['table_rank']} of {len(found)}"
         rows.append([name, number(row["table_value"]), rank, number(row["table_regret"])])
@@ -64,14 +82,37 @@ def query(table: str, architecture: str, metric: str | None) -> None:
 @command.command(short_help="What a table holds.")
 @click.argument("table")
 def show(table: str) -> None:
-    """Show how many architectures TABLE lists, and the best, median and worst of each metric."""
+    """Show how many architectures TABLE lists, and the best, median and worst of each metric.
+
+    Where nothing says whether more or less of a metric is better, only its median is shown.
+    """
     from ..tables import load_table
 
     shown = load_table(table)
     click.echo(f"{len(shown)} architectures of {shown.space or 'a space that the file does not name'}\n")
     rows = []
     for metric in shown.metrics:
+        if shown.higher_is_better(metric) is None:
+            rows.append([metric, _better(shown, metric), "-", number(shown.median(metric)), "-", "-"])
+            continue
         best = shown.best(metric)
         numbers = shown.value(best, metric), shown.median(metric), shown.value(shown.worst(metric), metric)
-        rows.append([metric, *map(number, numbers), best])
-    print_table(["metric", "best", "median", "worst", "best architecture"], rows)
+        rows.append([metric, _better(shown, metric), *map(number, numbers), best])
+    print_table(["metric", "better", "best", "median", "worst", "best architecture"], rows)
+    _notes(shown)
+
+
+def _better(table: Table, metric: str) -> str:
+    """Return which direction of a metric is better, in a word."""
+    higher = table.higher_is_better(metric)
+    return "unknown" if higher is None else "more" if higher else "less"
+
+
+def _notes(table: Table) -> None:
+    if table.fractions:
+        click.echo(f"\nRead as fractions of 1, shown in %: {', '.join(table.fractions)}")
+    if unknown := [metric for metric in table.metrics if table.higher_is_better(metric) is None]:
+        click.echo(
+            f"\nNothing says whether more or less is better of: {', '.join(unknown)}. Without that there is no rank: "
+            "import the table with --higher METRIC or --lower METRIC"
+        )

@@ -120,7 +120,12 @@ class Elastic(nn.Module):
         return None
 
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
-        """Return the multiply-accumulates of the forward that gave `output`, as products (constant, sizes)."""
+        """Return the multiply-accumulates of the forward that gave `output`, as products (constant, sizes).
+
+        A layer that multiplies overrides this. It counts what the layer computes for the whole batch, as a sum of
+        products: a linear layer returns `[(tokens, (outputs, inputs))]`. Elastic layers in it, and torch's, count by
+        themselves; other modules in it do not.
+        """
         return []
 
 
@@ -221,7 +226,11 @@ def copied(module: nn.Module, assignment: Assignment) -> nn.Module:
     clone._modules = {
         name: None if child is None else plain(child, assignment) for name, child in module._modules.items()
     }
-    if callable(reset := getattr(clone, "reset_parameters", None)):
+    if isinstance(clone, nn.RNNBase):
+        clone._init_flat_weights()  # its forward reads the weights from a list, which still holds the supernet's
+    # torch's MultiheadAttention and Transformer have the method with an underscore.
+    reset = getattr(clone, "reset_parameters", None) or getattr(clone, "_reset_parameters", None)
+    if callable(reset):
         reset()
     elif any(parameter is not None for parameter in clone._parameters.values()):
         raise TangleNASError(

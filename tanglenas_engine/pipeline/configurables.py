@@ -67,18 +67,20 @@ def target(
 
 @register
 def benchmark(
-    space: SearchSpace, path: str | None = None, metric: str = "test_acc"
+    space: SearchSpace, path: str | None = None, metric: str = "test_acc", higher_is_better: bool | None = None
 ) -> Callable[[Architecture], dict[str, float]] | None:
     """Return a function that looks up an architecture's value, rank and regret in a benchmark table, or None.
 
     Bind `benchmark.path` to a table's file (see `tanglenas tables`): the history of the search and the metrics of
-    evaluate then have the three numbers. No result depends on them.
+    evaluate then have the three numbers. No result depends on them. Where the metric's name does not say which
+    direction is better, bind `benchmark.higher_is_better`.
     """
     if path is None:
         return None
     from tanglenas_engine.tables import load_table
 
-    table = load_table(data_path(path), space)
+    told = {} if higher_is_better is None else {metric: higher_is_better}
+    table = load_table(data_path(path), space, told)
     table.row(table.best(metric), metric)  # refuse an unknown metric before the search, not after an epoch
     return lambda architecture: table.row(architecture, metric)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from tanglenas_engine.data import Splits
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime.weights import load_weights, weights_metadata
+from tanglenas_engine.runtime import weights
 
 if TYPE_CHECKING:
     from tanglenas_engine.spaces.space import SearchSpace
@@ -39,13 +40,15 @@ def read_mixture(space: SearchSpace, derivations: Mapping[str, Any]) -> tuple[Mi
     Raises:
         TangleNASError: The mixture is of another space, or its method is not in `derivations`.
     """
-    weights, derivation = load_weights(MIXTURE), weights_metadata(MIXTURE).get("derivation", "")
+    mixing, derivation = weights.load_weights(MIXTURE), weights.weights_metadata(MIXTURE).get("derivation", "")
     try:
         if derivation not in derivations:
             raise TangleNASError(
                 f"its metadata has the derivation {derivation!r}, expected one of {', '.join(derivations)}"
             )
-        return space.mixture(weights) if weights else None, derivation
+        if foreign := [name for name, tensor in mixing.items() if tensor.dtype not in weights.FLOATS]:
+            raise TangleNASError(f"{foreign[0]!r} is of type {mixing[foreign[0]].dtype}, expected mixing weights")
+        return space.mixture(mixing) if mixing else None, derivation
     except (TangleNASError, RuntimeError, ValueError) as error:
         raise TangleNASError(
             f"{MIXTURE} is not what search writes for {space.name!r}: {error}. Run search again, or `dvc repro`"
@@ -58,16 +61,14 @@ def load_into(
     """Load the weights that an earlier stage wrote into a network.
 
     Raises:
-        TangleNASError: The file holds the weights of another network.
+        TangleNASError: The file holds the weights of another network, or none that a network can have.
     """
     try:
-        network.load_state_dict(load_weights(path))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[-1].split())
-        raise TangleNASError(
-            f"{path} holds the weights of another network than the config and {ARCHITECTURE.name} say ({reason}). "
-            f"{advice}"
-        ) from None
+        if prefix := weights.load_into(network, path):
+            print(f"{path}: all names begin with {prefix!r}, which was left out", file=sys.stderr)
+    except weights.OtherWeightsError as error:
+        found, _, reason = str(error).partition(" (")
+        raise TangleNASError(f"{found} than the config and {ARCHITECTURE.name} say ({reason}. {advice}") from None
 
 
 def load_inherited(space: SearchSpace) -> None:

@@ -38,7 +38,7 @@ from tanglenas_engine.pipeline.configurables import create, packages, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, read_splits
 from tanglenas_engine.pipeline.tracking import MlflowTracker, project_root
 from tanglenas_engine.pipeline.values import macro_value
-from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
@@ -113,8 +113,12 @@ class Stage:
         self.write(name, text.getvalue())
 
     def finish(self, metrics: Mapping[str, Any], architecture: Architecture | None = None) -> None:
-        """Write the metrics and the operative config, and log all that the stage wrote."""
-        write_atomic(METRICS / f"{self.name}.json", json.dumps(metrics, indent=2) + "\n")
+        """Write the metrics and the operative config, and log all that the stage wrote.
+
+        Raises:
+            TangleNASError: A metric is not finite.
+        """
+        write_atomic(METRICS / f"{self.name}.json", strict_json.dumps(metrics))
         self.write("operative.gin", operative_config())
         self.tracker.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}, step=0)
         if architecture is not None:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime import strict_json
 
 FORMAT = 1
 """The version of the file format."""
@@ -75,8 +76,8 @@ class Architecture:
                 do not fit its digest because it was edited.
         """
         try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:  # a number with thousands of digits raises a ValueError
+            content = strict_json.loads(text)
+        except ValueError as error:  # a number with thousands of digits raises a ValueError
             raise TangleNASError(
                 f"not an architecture file: {error}. Expected the JSON that discretize writes"
             ) from None

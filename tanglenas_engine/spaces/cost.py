@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.spaces.products import ProductCounter, in_plain_products, run_on_meta
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
 
@@ -29,7 +31,7 @@ METRICS = ("params", "flops")
 class Cost:
     """Cost of a network: `params` as a count of numbers, `flops` as multiply-accumulates for one input.
 
-    Multiply-accumulates of linear layers, convolutions and attention products; additions of a bias,
+    Multiply-accumulates of all matrix products, convolutions and attention products; additions of a bias,
     normalisation and activations are not counted. Ints for an architecture, tensors in expectation.
     """
 
@@ -71,6 +73,9 @@ class Additive:
 class CostModel:
     """The costs of a network by metric: all its terms, gathered by the rows that they depend on.
 
+    Attributes:
+        uncounted: A sentence for each module whose multiply-accumulates are not known for every architecture.
+
     Args:
         superposition: The state that the network's elastic layers share.
         example_input: Makes a batch of inputs of a given length.
@@ -78,10 +83,14 @@ class CostModel:
 
     def __init__(self, network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]):
         self.metrics: dict[str, Additive] = {}
-        for metric, terms in (
-            ("params", _parameter_terms(network)),
-            ("flops", _mac_terms(network, superposition, example_input)),
-        ):
+        products, self.uncounted = _mac_terms(network, superposition, example_input)
+        if self.uncounted:
+            warnings.warn(
+                f"the multiply-accumulates of this space are not exact: {'; '.join(self.uncounted)}. Its largest form "
+                "is counted for all architectures. `tanglenas plugins check` tells the difference",
+                stacklevel=2,
+            )
+        for metric, terms in (("params", _parameter_terms(network)), ("flops", products)):
             tables: dict[tuple[Row, ...], list[int]] = {}
             for constant, factors in terms:
                 rows = tuple(sorted({r for f in factors for r in f.rows}, key=superposition.rows.index))
@@ -148,32 +157,60 @@ def _anywhere(places: list[tuple[Size, ...]]) -> tuple[Size, ...]:
     return (functools.reduce(lambda a, b: a.map(max, b), products),)
 
 
-def _mac_terms(network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]) -> list[Term]:
-    """What each layer says of the output it gives for one input in the largest network."""
+def _mac_terms(
+    network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]
+) -> tuple[list[Term], list[str]]:
+    """Return what each module computes for one input in the largest network, and what cannot be counted.
+
+    Elastic layers say how their count follows from their sizes (`Elastic.macs`). All other modules have a constant
+    count: that of the products that they compute themselves, outside of the modules that they call.
+    """
     terms: list[Term] = []
-    hooks = []
+    unknown: dict[str, None] = {}
+    counter = ProductCounter()
+    hooks: list[Any] = []
+    counted_by: list[nn.Module | None] = []  # for each running module the elastic layer whose `macs` covers it
 
-    def record(module: nn.Module, gates: tuple[Size, ...]) -> Any:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            for constant, factors in module_macs(module, output):
-                terms.append((constant, (*gates, *factors)))
+    def register(name: str, module: nn.Module, gates: tuple[Size, ...]) -> None:
+        before: list[int] = []
 
-        return hook
+        def enter(_: nn.Module, inputs: Any) -> None:
+            before.append(counter.enter(module))
+            counted_by.append(_covering(module, counted_by[-1] if counted_by else None))
 
+        def leave(_: nn.Module, inputs: Any, output: Any) -> None:
+            counter.leave()
+            own, covering = counter.own[module] - before.pop(), counted_by.pop()
+            if covering is module:
+                terms.extend((constant, (*gates, *factors)) for constant, factors in module.macs(output))  # type: ignore[operator]
+            elif covering is None and own:
+                terms.append((own, gates))
+                if isinstance(module, Elastic):
+                    unknown[
+                        f"{name or 'the space'} ({type(module).__name__}) computes products of its own, but has no "
+                        "method `macs` that says how their number follows from its sizes"
+                    ] = None
+            if covering is None and module in counter.unknown:
+                listed = ", ".join(sorted(counter.unknown[module]))
+                unknown[f"{name or 'the space'} ({type(module).__name__}) calls {listed}, which torch cannot count"] = (
+                    None
+                )
+
+        hooks.extend((module.register_forward_pre_hook(enter), module.register_forward_hook(leave)))
+
+    places: dict[nn.Module, list[tuple[str, tuple[Size, ...]]]] = {}
+    for name, module, gates in walk(network):
+        places.setdefault(module, []).append((name, gates))
     state = superposition.mixture, superposition.assignment
     training = {module: module.training for module in network.modules()}
     superposition.release()
-    for _, module, gates in walk(network):
-        hooks.append(module.register_forward_hook(record(module, gates)))
+    for module, found in places.items():
+        register(found[0][0], module, _anywhere([gates for _, gates in found]))
     try:
-        # Shapes are all that is wanted: on the meta device nothing is computed, whatever the network's type.
-        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
             example = example_input(1)
-        example = example.to("meta", next(network.parameters()).dtype if example.is_floating_point() else None)
-        with torch.no_grad():
-            torch.func.functional_call(network.eval(), meta, (example,))
+        with in_plain_products(), counter:
+            run_on_meta(network.eval(), example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -184,15 +221,14 @@ def _mac_terms(network: nn.Module, superposition: Superposition, example_input: 
             superposition.select(assignment, mixture)
         elif mixture is not None:
             superposition.relax(mixture)
-    return terms
+    return terms, list(unknown)
 
 
-def module_macs(module: nn.Module, output: Any) -> list[Term]:
-    """Multiply-accumulates of one module itself (not its children) for a forward that gave `output`."""
+def _covering(module: nn.Module, outer: nn.Module | None) -> nn.Module | None:
+    """Return the elastic layer whose `macs` has the products of `module`, or None where they count by themselves.
+
+    It is the layer itself, or the one around a module that is no layer of its own (a layer is elastic, or torch's).
+    """
     if isinstance(module, Elastic):
-        return module.macs(output)
-    if isinstance(module, nn.Linear):
-        return [(output.numel() * module.in_features, ())]
-    if isinstance(module, nn.Conv2d):
-        return [(output.numel() * module.weight[0].numel(), ())]
-    return []
+        return module if type(module).macs is not Elastic.macs else None
+    return None if type(module).__module__.startswith("torch.nn.") else outer

@@ -8,12 +8,14 @@ import io
 import itertools
 import zlib
 from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.tables.metrics import TOLD, expected, kind_of, possible
 from tanglenas_engine.tables.pickles import MAX_STEPS, read_pickle
-from tanglenas_engine.tables.table import HEADER, Table, expected, limit
+from tanglenas_engine.tables.table import HEADER, Table
 
 if TYPE_CHECKING:
     from tanglenas_engine.spaces.space import SearchSpace
@@ -25,7 +27,9 @@ KEY_COLUMNS = ("architecture", "arch")
 INDEX_COLUMNS = ("", "index")
 
 
-def load_table(path: str | Path, space: SearchSpace | None = None) -> Table:
+def load_table(
+    path: str | Path, space: SearchSpace | None = None, higher_is_better: Mapping[str, bool] | None = None
+) -> Table:
     """Read a benchmark table. With `space`, tie it to that space (see `Table.of`).
 
     A file has one of three forms:
@@ -35,7 +39,8 @@ def load_table(path: str | Path, space: SearchSpace | None = None) -> Table:
       "option, option, ...";
     - a pickle of `{architecture: {metric: value}}`. Nothing in it is executed (see `read_pickle`).
 
-    All other columns are metrics, except `index`.
+    All other columns are metrics, except `index`. An accuracy that never exceeds 1 is a fraction, and becomes a
+    percentage. `higher_is_better` is as for `Table`; a file that `Table.write` wrote has it in its header.
 
     Raises:
         TangleNASError: The file is missing, empty, damaged, or not a table (names the line), or does not fit `space`.
@@ -44,12 +49,31 @@ def load_table(path: str | Path, space: SearchSpace | None = None) -> Table:
     try:
         data = _contents(path)
         keys, columns, name = _from_pickle(data) if _is_pickle(path, data) else _from_csv(data)
-        table = Table(keys, columns, name)
+        told = {match[1]: match[2] == "more" for match in map(TOLD.fullmatch, columns) if match}
+        for header in columns:
+            if header != _metric(header) in columns:
+                raise TangleNASError(f"columns {_metric(header)!r} and {header!r} are of one metric: remove one")
+        columns = {_metric(header): values for header, values in columns.items()}
+        fractions = tuple(metric for metric, values in columns.items() if _is_fraction(metric, values))
+        for metric in fractions:
+            columns[metric] = [100 * value for value in columns[metric]]
+        table = Table(keys, columns, name, {**told, **(higher_is_better or {})})
+        table.fractions = fractions
         return table if space is None else table.of(space)
     except OSError as error:
         raise TangleNASError(f"cannot read the table {path}: {error.strerror or error}") from None
     except TangleNASError as error:
         raise TangleNASError(f"table {path}: {error}") from None
+
+
+def _metric(header: str) -> str:
+    """Return the name of a metric without the direction that a header may give behind it."""
+    match = TOLD.fullmatch(header)
+    return match[1] if match else header
+
+
+def _is_fraction(metric: str, values: Sequence[float]) -> bool:
+    return kind_of(metric) == "accuracy" and max(values) <= 1 and any(0 < value < 1 for value in values)
 
 
 def _contents(path: Path) -> bytes:
@@ -180,8 +204,9 @@ def _number(where: str, metric: str, value: Any) -> float:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
     except (ValueError, OverflowError):
         number = None
-    if number is None or not 0 <= number <= limit(metric):
-        raise TangleNASError(f"{where}: {metric} is {shown}, expected {expected(metric)}: correct or remove it")
+    if number is None or not possible(kind_of(_metric(metric)), number):
+        wanted = expected(kind_of(_metric(metric)))
+        raise TangleNASError(f"{where}: {metric} is {shown}, expected {wanted}: correct or remove it")
     return number
 
 

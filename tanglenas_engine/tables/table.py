@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,10 @@ from numpy.typing import NDArray
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.superposition.size import combinations
+from tanglenas_engine.tables.metrics import expected, kind_of, possible
 
 if TYPE_CHECKING:
     from tanglenas_engine.spaces.space import SearchSpace
-
-COSTS = {"params", "flops", "macs", "latency", "loss", "perplexity", "seconds", "time"}
-"""A metric with one of these words in its name (`params_c10`, `test_loss`) is a cost. Less of it is better."""
 
 EXAMPLES = 3
 """The number of architectures that a report names for each kind of fault."""
@@ -39,7 +36,10 @@ class Notation(Protocol):
 
 
 class Table:
-    """Metrics of architectures: accuracies in %, or costs, of which less is better (see `COSTS`).
+    """Metrics of architectures: accuracies in %, other numbers, and costs, of which less is better.
+
+    The name of a metric says which it is (see `metrics.kind_of`). A metric whose name does not say has values, but
+    neither ranks nor a best architecture, until `higher_is_better` says it.
 
     Questions name an architecture by its key, the text under which the table lists it. A table that is tied to a space
     (`table.of(space)`) also takes an `Architecture`, and any text that the space reads.
@@ -48,18 +48,33 @@ class Table:
         keys: The architectures as text, each once.
         columns: For each metric, one finite value per architecture, shape `(len(keys),)`.
         space: The name of the space in whose notation the keys are. None if it is not known.
+        higher_is_better: For metrics by name, True if more is better, instead of what the name says.
+
+    Attributes:
+        fractions: The accuracies that the table's file gives as fractions of 1. The table has them in %.
 
     Raises:
-        TangleNASError: A key comes twice, a column has another length, or a value is none that its metric can have.
+        TangleNASError: A key comes twice, a column has another length, a value is none that its metric can have, or
+            `higher_is_better` names a metric that is not there.
     """
 
-    def __init__(self, keys: Iterable[str], columns: Mapping[str, Sequence[float] | NDArray[Any]], space: str | None):
+    def __init__(
+        self,
+        keys: Iterable[str],
+        columns: Mapping[str, Sequence[float] | NDArray[Any]],
+        space: str | None,
+        higher_is_better: Mapping[str, bool] | None = None,
+    ):
         self.space = space
+        self.fractions: tuple[str, ...] = ()
         self.keys = tuple(keys)
         self.columns = {metric: np.asarray(values, dtype=np.float64) for metric, values in columns.items()}
         self.notation: Notation | None = None
         self._index = {key: i for i, key in enumerate(self.keys)}
         self._sorted: dict[str, NDArray[np.float64]] = {}
+        self.told = dict(higher_is_better or {})
+        for metric in self.told:
+            self._column(metric)
         if len(self._index) < len(self.keys):
             twice = next(key for i, key in enumerate(self.keys) if self._index[key] != i)
             raise TangleNASError(f"the table lists {twice!r} twice: remove one of them")
@@ -68,12 +83,20 @@ class Table:
                 raise TangleNASError(
                     f"metric {metric!r} has shape {column.shape}, expected one value for each of {len(self.keys)} keys"
                 )
-            for i in np.flatnonzero(~((column >= 0) & (column <= limit(metric))))[:1]:
-                raise TangleNASError(f"{metric} of {self.keys[i]} is {column[i]}, expected {expected(metric)}")
+            kind = kind_of(metric)
+            if len(column) and not (possible(kind, column.min()) and possible(kind, column.max())):  # nan is neither
+                i = next(i for i, value in enumerate(column) if not possible(kind, value))
+                raise TangleNASError(f"{metric} of {self.keys[i]} is {column[i]}, expected {expected(kind)}")
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.columns)
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """Return True if more of the metric is better, False if less is, or None if nothing says so."""
+        self._column(metric)
+        kind = kind_of(metric)
+        return self.told.get(metric, None if kind is None else kind != "less")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -95,7 +118,7 @@ class Table:
     def rank(self, architecture: Architecture | str, metric: str) -> int:
         """Return the rank of an architecture, 1 for the best. Equal values share the better rank."""
         value, ordered = self.value(architecture, metric), self._ordered(metric)
-        if is_cost(metric):
+        if not self._direction(metric):
             return 1 + int(np.searchsorted(ordered, value, side="left"))
         return 1 + len(self) - int(np.searchsorted(ordered, value, side="right"))
 
@@ -114,12 +137,12 @@ class Table:
     def best(self, metric: str) -> str:
         """Return the key of the best architecture, the first of equals."""
         column = self._column(metric)
-        return self.keys[int(column.argmin() if is_cost(metric) else column.argmax())]
+        return self.keys[int(column.argmax() if self._direction(metric) else column.argmin())]
 
     def worst(self, metric: str) -> str:
         """Return the key of the worst architecture, the first of equals."""
         column = self._column(metric)
-        return self.keys[int(column.argmax() if is_cost(metric) else column.argmin())]
+        return self.keys[int(column.argmin() if self._direction(metric) else column.argmax())]
 
     def median(self, metric: str) -> float:
         """Return the median over all architectures."""
@@ -142,8 +165,8 @@ class Table:
         named = [key for key in keys if key is not None]
         if len(set(named)) < len(keys):
             raise TangleNASError(f"{self.check(space)}. Remove what is wrong, or name the right space")
-        table = Table(named, self.columns, _label(space))
-        table.notation = notation
+        table = Table(named, self.columns, _label(space), self.told)
+        table.notation, table.fractions = notation, self.fractions
         return table
 
     def check(self, space: SearchSpace) -> Check:
@@ -184,16 +207,36 @@ class Table:
         """Write the canonical CSV, compressed if the name ends in `.gz`. Equal tables give equal bytes.
 
         The header of the first column is `architecture of SPACE`. It names the space whose notation the keys are in.
+        A metric whose name does not say which direction is better has it behind its name.
         """
         from tanglenas_engine.runtime.files import write_atomic
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([HEADER + self.space if self.space else "architecture", *self.metrics])
+        writer.writerow([HEADER + self.space if self.space else "architecture", *map(self._header, self.metrics)])
         for key, *values in zip(self.keys, *self.columns.values(), strict=True):
             writer.writerow([key, *(repr(float(value)).removesuffix(".0") for value in values)])
         data = text.getvalue().encode()
         write_atomic(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
+
+    def _header(self, metric: str) -> str:
+        told = self.told.get(metric)
+        return metric if told is None else f"{metric} ({'more' if told else 'less'} is better)"
+
+    def _direction(self, metric: str) -> bool:
+        """Return whether more of the metric is better.
+
+        Raises:
+            TangleNASError: Nothing says so.
+        """
+        higher = self.higher_is_better(metric)
+        if higher is None:
+            raise TangleNASError(
+                f"the name {metric!r} does not say whether more or less of it is better: give it a usual name, such as "
+                f"{metric}_error or {metric}_score, or say it: `tanglenas tables import --higher {metric}` or "
+                f"`--lower {metric}`, or benchmark.higher_is_better = True or False in the gin file"
+            )
+        return higher
 
     def _column(self, metric: str) -> NDArray[np.float64]:
         if metric not in self.columns:
@@ -278,21 +321,6 @@ def _label(space: SearchSpace) -> str:
     return space.name or type(space).__name__
 
 
-def is_cost(metric: str) -> bool:
-    """Return whether less of the metric is better."""
-    return not COSTS.isdisjoint(metric.lower().split("_"))
-
-
-def limit(metric: str) -> float:
-    """Return the largest value that the metric can have. The smallest is 0."""
-    return sys.float_info.max if is_cost(metric) else 100.0
-
-
-def expected(metric: str) -> str:
-    """Return the words of an error for the values that the metric can have."""
-    return "a finite number, 0 or more" if is_cost(metric) else "an accuracy in %, from 0 to 100"
-
-
 def kendall_tau(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
     """Return Kendall's tau-b between predicted scores (more is better) and the table, over the scored architectures.
 
@@ -329,5 +357,5 @@ def _compared(scores: Mapping[Architecture | str, float], table: Table, metric: 
     for architecture, score in scores.items():
         if not math.isfinite(score):
             raise TangleNASError(f"the score of {architecture} is {score}, expected a finite number")
-    true = [table.value(architecture, metric) * (-1 if is_cost(metric) else 1) for architecture in scores]
+    true = [table.value(architecture, metric) * (1 if table._direction(metric) else -1) for architecture in scores]
     return rank_correlations(list(scores.values()), true)

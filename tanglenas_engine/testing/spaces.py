@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import product
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tanglenas_engine.errors import describe
 from tanglenas_engine.plugins import create_optimizer
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.products import count_products
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.testing.optimizers import check_stages
 
@@ -82,13 +84,23 @@ def check_corners(make_space: Callable[[], SearchSpace]) -> None:
 
 
 def check_costs(make_space: Callable[[], SearchSpace]) -> None:
-    """Check that an architecture costs its network's parameters, and the expected cost at a corner is its cost."""
-    space = make_space()
+    """Check that an architecture costs what its network counts, and the expected cost at a corner is its cost."""
+    space = make_space().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the assertion below says the same
+        uncounted = space.cost_model.uncounted
+    assert not uncounted, f"not every module's multiply-accumulates are known: {'; '.join(uncounted)}"
     for architecture in (space.smallest(), space.largest(), *_samples(space, 3)):
         cost = space.cost(architecture)
-        counted = sum(parameter.numel() for parameter in space.extract(architecture).parameters())
+        network = space.extract(architecture)
+        counted = sum(parameter.numel() for parameter in network.parameters())
         assert cost.params == counted, f"{architecture} costs {cost.params} parameters, its network has {counted}"
         assert cost.flops > 0, f"{architecture} costs {cost.flops} multiply-accumulates"
+        products = count_products(network, _inputs(space, 1))
+        assert cost.flops == products, (
+            f"{architecture} costs {cost.flops} multiply-accumulates, torch counts {products} in its network: give "
+            "elastic layers of your own a method `macs`, and compute products of chosen sizes in elastic layers only"
+        )
         expected = space.expected_cost(space.one_hot(architecture))
         for metric in ("params", "flops"):
             exact, soft = getattr(cost, metric), float(getattr(expected, metric))

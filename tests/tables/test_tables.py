@@ -674,7 +674,7 @@ def test_import_writes_the_canonical_file_and_says_that_it_is_complete(call, spa
     release()
     result = call("import", "release.pkl", "--space", "stack")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == "stack.table.csv.gz: all 6 architectures of stack; test_acc\n"
+    assert result.stdout == "stack.table.csv.gz: all 6 architectures of stack; test_acc (more)\n"
     assert load_table("stack.table.csv.gz", space).value(space.largest(), "test_acc") == 90
     assert call("import", "stack.table.csv.gz", "--space", "stack", "--out", "sub/again.csv").exit_code == 0
     assert Path("sub/again.csv").read_text().startswith("architecture of stack,test_acc\n[8],70\n")
@@ -735,8 +735,8 @@ def test_show_summarises(call):
     lines = call("show", "t.csv").stdout.splitlines()
     assert lines[0] == "3 architectures of a space that the file does not name"
     assert [line.split() for line in lines[3:]] == [
-        ["test_acc", "91.5", "90.25", "10", "y"],
-        ["params", "1000", "2000", "3000", "x"],
+        ["test_acc", "more", "91.5", "90.25", "10", "y"],
+        ["params", "less", "1000", "2000", "3000", "x"],
     ]
 
 

@@ -1,0 +1,71 @@
+"""The metrics of a table by their names: which direction is better, and which values are possible."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Literal
+
+Kind = Literal["accuracy", "more", "less"]
+"""An accuracy in %, another number of which more is better, or a cost."""
+
+ACCURACIES = frozenset({"acc", "accs", "accuracy", "accuracies", "top"})
+MORE = frozenset(
+    {"precision", "recall", "f", "auc", "auroc", "auprc", "map", "miou", "iou", "dice", "bleu", "rouge", "psnr", "ssim",
+     "score", "scores", "throughput", "fps", "reward", "rewards", "return", "correlation", "speedup"}
+)  # fmt: skip
+LESS = frozenset(
+    {"loss", "losses", "err", "errs", "error", "errors", "nll", "ce", "crossentropy", "perplexity", "perplexities",
+     "ppl", "bpc", "bpb", "mse", "rmse", "mae", "mape", "wer", "cer", "fid", "kl", "regret", "drop", "misclassified",
+     "params", "param", "parameters", "parameter", "weights", "flops", "flop", "mflops", "gflops", "macs", "mac",
+     "mmacs", "gmacs", "madds", "multadds", "ops", "latency", "latencies", "time", "times", "duration", "runtime",
+     "seconds", "second", "secs", "sec", "ms", "milliseconds", "us", "minutes", "hours", "days", "cycles", "energy",
+     "energies", "power", "joules", "joule", "mj", "watts", "watt", "edp", "cost", "costs", "price", "memory", "mem",
+     "bytes", "kb", "kib", "mb", "mib", "gb", "gib", "size", "footprint", "area", "co", "carbon", "emissions"}
+)  # fmt: skip
+PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
+"""Names that end with a part of the data are accuracies, as NAS-Bench-201's `c10_test200`."""
+
+TOLD = re.compile(r"(.*\S) \((more|less) is better\)")
+"""A column's name in a file, with the direction that someone gave for it."""
+
+
+def words(metric: str) -> list[str]:
+    """Return the words of a name in lower case. Anything but a letter ends a word, and so does `testLoss`'s capital.
+
+    What follows "per" is a unit, and left out: `images_per_second` is no time.
+    """
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", metric)
+    found = [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]
+    return found[: found.index("per")] if "per" in found else found
+
+
+@functools.cache
+def kind_of(metric: str) -> Kind | None:
+    """Return the kind of a metric by the words of its name, or None if they do not tell.
+
+    A word for a cost decides before all others: `top1_err` is an error, `accuracy_drop` a loss.
+    """
+    named = words(metric)
+    if not LESS.isdisjoint(named):
+        return "less"
+    if not ACCURACIES.isdisjoint(named):
+        return "accuracy"
+    if not MORE.isdisjoint(named):
+        return "more"
+    return "accuracy" if named and named[-1] in PARTS else None
+
+
+def possible(kind: Kind | None, value: float) -> bool:
+    """Return whether a metric of a kind can have a value."""
+    if kind is None or kind == "more":
+        return math.isfinite(value)
+    return 0 <= value <= (100 if kind == "accuracy" else math.inf) and math.isfinite(value)
+
+
+def expected(kind: Kind | None) -> str:
+    """Return the words of an error for the values that a metric of a kind can have."""
+    if kind == "accuracy":
+        return "an accuracy in %, from 0 to 100"
+    return "a finite number, 0 or more" if kind == "less" else "a finite number"
