@@ -18,6 +18,30 @@ class OutOfReachError(TangleNASError):
     """The error for a stage that asked for a data split that it must not see."""
 
 
+SHOWN_CHARACTERS = 300
+"""The most characters of a value that came from outside in a message."""
+
+
+def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return a value from outside as text for a terminal or a figure: cut, on one line, without control characters.
+
+    A value may be large, its `str` may fail, and what it says may be codes that a terminal acts upon.
+    """
+    if isinstance(value, list | tuple | dict | set) and len(value) > limit:
+        return f"{type(value).__name__} of {len(value):,}"
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        text = f"<{type(value).__name__} without a text>"
+    cut = len(text) > limit
+    text = " ".join(text[: 4 * limit].split())
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    cut = cut or len(text) > limit
+    return f"{text[: limit - 3]}..." if cut else text
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as " Did you mean 'drnas'?", or "" if no known name is similar."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
