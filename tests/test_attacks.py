@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -18,6 +19,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.redaction import address, reason, redacted
 from tanglenas_engine.pipeline.store import Store
 from tanglenas_engine.pipeline.tracking import MlflowTracker, spooled_runs, upload_spool
+from tanglenas_engine.plugins import PluginManager, PluginWarning
 from tanglenas_engine.runtime.files import exclusive, holder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -221,3 +223,73 @@ def test_doctor_prints_no_secret_of_the_address(project, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     found = list(cli_doctor._runs(project, fix=True))
     assert found and all("S3C" not in f"{it.what} {it.remedy}" for it in found)
+
+
+# Plugins
+
+
+PLUGIN = """
+import sys
+import tanglenas_engine
+
+class Panic(BaseException): pass
+class Unprintable(Exception):
+    def __str__(self): raise SystemExit(0)
+class Endless(Exception):
+    def __str__(self): return "\\x1b[2J" + "x" * 10**7
+def fail(): {fail}
+{at_import}
+
+@tanglenas_engine.hookimpl
+def tanglenas_register_spaces(register):
+    register("hostile", make, summary="\\x1b[2J" + "y" * 10**6)
+    {in_hook}
+
+def make(): fail()
+"""
+FAILURES = ["sys.exit(0)", "raise Panic('at the disco')", "raise Unprintable", "raise Endless", "raise GeneratorExit",
+            "raise KeyError(3)"]  # fmt: skip
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Install a plugin with some code."""
+
+    def install(code: str) -> None:
+        site = tmp_path / "site"
+        info = site / "tanglenas_hostile-0.3.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tanglenas-hostile\nVersion: 0.3\n")
+        (info / "entry_points.txt").write_text("[tanglenas]\nhostile = hostile_plugin\n")
+        (site / "hostile_plugin.py").write_text(code)
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.delitem(sys.modules, "hostile_plugin", raising=False)
+
+    return install
+
+
+@pytest.mark.parametrize("fail", FAILURES)
+@pytest.mark.parametrize("place", ["at_import", "in_hook"])
+def test_a_plugin_that_fails_is_named_and_the_others_load(plugin, place, fail):
+    plugin(PLUGIN.format(**{"at_import": "", "in_hook": "", "fail": fail, place: "fail()"}))
+    with pytest.warns(PluginWarning, match=r"tanglenas-hostile 0\.3") as warned:
+        manager = PluginManager()
+    assert "drnas" in manager.names("optimizer")
+    text = "".join(str(warning.message) for warning in warned)
+    assert "\x1b" not in text and len(text) < 2000
+
+
+@pytest.mark.parametrize("fail", FAILURES[:2])
+def test_a_plugin_that_ends_the_process_where_it_is_made_is_told(plugin, fail):
+    plugin(PLUGIN.format(at_import="", in_hook="", fail=fail))
+    manager = PluginManager()
+    assert len(manager.resolve("space", "hostile").summary) <= 300
+    with pytest.raises(TangleNASError, match=r"hostile.* cannot be made: (SystemExit|Panic)"):
+        manager.create("space", "hostile")
+
+
+def test_a_plugin_that_is_imported_for_long_is_named():
+    code = "import time\nfrom tanglenas_engine.plugins.types import contained\n"
+    code += "with contained('plugin slow 1.0', 0.05):\n    time.sleep(0.5)\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.startswith("importing plugin slow 1.0 ...")
