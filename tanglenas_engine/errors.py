@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -18,18 +18,54 @@ class OutOfReachError(TangleNASError):
     """The error for a stage that asked for a data split that it must not see."""
 
 
+SHOWN_CHARACTERS = 300
+"""The most characters of a value that came from outside in a message."""
+
+
+def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return a value from outside as text for a terminal or a figure: cut, on one line, without control characters.
+
+    A value may be large, its `str` may fail, and what it says may be codes that a terminal acts upon.
+    """
+    return _printable(value, str, limit)
+
+
+def quoted(value: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return the `repr` of a value from outside, as `shown` returns its text."""
+    return _printable(value, repr, limit)
+
+
+def _printable(value: object, form: Callable[[object], str], limit: int) -> str:
+    if isinstance(value, list | tuple | dict | set) and len(value) > limit:
+        return f"{type(value).__name__} of {len(value):,}"
+    try:
+        text = form(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        text = f"<{type(value).__name__} without a text>"
+    cut = len(text) > 4 * limit
+    text = " ".join(text[: 4 * limit].split())
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return f"{text[: limit - 3]}..." if cut or len(text) > limit else text
+
+
+CLOSEST_CHARACTERS = 100
+"""The most characters of names that are compared. The time that it takes grows with their square."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as " Did you mean 'drnas'?", or "" if no known name is similar."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    bounded = [one for one in known if len(one) <= CLOSEST_CHARACTERS]
+    matches = difflib.get_close_matches(str(name)[:CLOSEST_CHARACTERS], bounded, n=1)
+    return f" Did you mean {shown(matches[0])!r}?" if matches else ""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> TangleNASError:
     """Return the error for a name that is not in `known`. It lists the known names and suggests the closest one."""
     names = sorted(known)
-    return TangleNASError(
-        f"unknown {kind} {str(name)!r}.{closest(str(name), names)} Choose one of: {', '.join(names) or '(none)'}."
-    )
+    listed = shown(", ".join(names), 2000) or "(none)"
+    return TangleNASError(f"unknown {kind} {quoted(str(name))}.{closest(shown(name), names)} Choose one of: {listed}.")
 
 
 def at_least(name: str, value: Any, least: int) -> int:
@@ -39,7 +75,7 @@ def at_least(name: str, value: Any, least: int) -> int:
         TangleNASError: `value` is no int, or is smaller than `least`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TangleNASError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        raise TangleNASError(f"{name} is {quoted(value)}, expected a whole number of at least {least}")
     return value
 
 
@@ -50,11 +86,12 @@ def positive(name: str, value: float) -> float:
         TangleNASError: `value` is no number, or is not greater than 0.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise TangleNASError(f"{name} is {value!r}, expected a positive number")
+        raise TangleNASError(f"{name} is {quoted(value)}, expected a positive number")
     return value
 
 
 def describe(cause: BaseException) -> str:
-    """Return an exception's type and message on one line, without a final full stop."""
-    message = " ".join(str(cause).split()).rstrip(".")
-    return f"{type(cause).__name__}: {message}" if message else type(cause).__name__
+    """Return an exception's type and message on one line, cut and escaped, without a final full stop."""
+    message = shown(cause).rstrip(".")
+    kind = shown(type(cause).__name__, 80)
+    return f"{kind}: {message}" if message else kind

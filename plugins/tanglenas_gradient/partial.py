@@ -101,6 +101,8 @@ class Progressive(Optimizer):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not 0 <= state["stage"] < len(self.channels):
+            raise TangleNASError(f"the stage is {state['stage']}, expected 0 to {len(self.channels) - 1}")
         super().load_state_dict(state)
         with torch.no_grad():
             self.edges.copy_(state["edges"])

@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError, closest
+from tanglenas_engine.errors import TangleNASError, closest, shown
+from tanglenas_engine.runtime.files import holder
 
 from ..plugins import PluginManager, PluginWarning
 from ._shipped import EARLIER
@@ -147,15 +148,18 @@ def _project(root: Path) -> Iterator[Finding]:
 
 def _stages(root: Path) -> Iterator[Finding]:
     state = root / ".tanglenas"
-    running = [(folder, pid) for folder in sorted(state.glob("locks/*")) if (pid := _owner(folder))]
-    for folder, pid in running:
+    running = [(folder, by) for folder in sorted(state.glob("locks/*")) if (by := holder(folder))]
+    for folder, by in running:
+        process = f", as process {by.pid}{f' on {by.host}' * bool(by.host)}" if by.pid else ""
+        # A number that is not known to be the stage's own may be that of a stranger.
+        end = f", or end it{' there' * bool(by.host)}: kill {by.pid}" if by.pid else ""
         yield Finding(
             "note",
-            f"{folder.name.rpartition('-')[0]} is running, as process {pid}",
-            f"wait for it, or end it: kill {pid}. Nobody else can run the stage until then",
+            f"{shown(folder.name.rpartition('-')[0])} is running{process}",
+            f"wait for it{end}. Nobody else can run the stage until then",
         )
     for folder in sorted(state.glob("resume/*/")):
-        if not _owner(folder) and any(folder.glob("state-*")):
+        if not holder(folder) and any(folder.glob("state-*")):
             yield _cut_off(folder, root)
     if not running:
         yield ok("nothing is running")
@@ -200,18 +204,6 @@ def _version_of(package: str) -> str | None:
 
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     return code_version(importlib.util.module_from_spec(spec)) if spec else None
-
-
-def _owner(folder: Path) -> int | None:
-    """Return the living process that holds a folder. The lock is not tried: a stage may want it just now."""
-    try:
-        pid = int(json.loads((folder / "owner.json").read_text())["pid"])
-        os.kill(pid, 0)
-    except PermissionError:  # the process lives, and belongs to another user
-        return pid
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return pid
 
 
 def _runs(root: Path, fix: bool) -> Iterator[Finding]:

@@ -160,7 +160,11 @@ class Optimizer(abc.ABC):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint needs beside (seed, step)."""
+        """Return the state that a checkpoint needs beside (seed, step).
+
+        Its names, types and lengths, and the shapes and dtypes of its tensors, are the same at every step: a checkpoint
+        is compared with the state at the start.
+        """
         return {"alphas": {count: alpha.detach().clone() for count, alpha in self.alphas.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

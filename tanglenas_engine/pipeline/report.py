@@ -15,6 +15,7 @@ from tanglenas_engine.pipeline import records
 from tanglenas_engine.pipeline.figures import STYLE, WIDTH
 from tanglenas_engine.pipeline.files import ARCHITECTURE, METRICS, OUT, STAGES
 from tanglenas_engine.pipeline.params import swept
+from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -43,7 +44,7 @@ def page(root: Path) -> tuple[str, int]:
     try:
         runs, trouble = records.evaluated(root), ""
     except Exception as error:
-        runs, trouble = [], " ".join(str(error).split())[:300]
+        runs, trouble = [], reason(error)
     params = swept(root / "params.yaml")
     figures = {title: root / OUT / name for title, name in FIGURES.items()}
     html = _render(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -23,14 +24,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, project_root, reason, within
-from tanglenas_engine.runtime.files import exclusive, write_atomic
+from tanglenas_engine.pipeline.redaction import reason
+from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, project_root, within
+from tanglenas_engine.runtime.files import exclusive, holder, write_atomic
 
 UNSENT = "unsent-"
-RECORDS = ("start", "params", "metrics", "tags", "artifact", "text", "end")
+FIELDS: dict[str, dict[str, Any]] = {
+    "start": {"time": int, "experiment": str, "name": str, "tags": dict, "run_id": str | None},
+    "params": {"time": int, "params": dict},
+    "metrics": {"time": int, "metrics": dict, "step": int},
+    "tags": {"time": int, "tags": dict},
+    "artifact": {"time": int, "path": str, "folder": str | None},
+    "text": {"time": int, "text": str, "name": str},
+    "end": {"time": int, "status": str},
+}
+"""The fields of each kind of record, with their types."""
+LATEST = 32_503_680_000_000
+"""A time in milliseconds, the year 3000, up to which Python has dates on every platform."""
 
 
 class Spool:
@@ -88,17 +99,37 @@ def _link(source: str, target: str) -> None:
 
 def _read(file: Path) -> Iterator[Event]:
     """Read the records of a spool, but for damaged ones, such as a line that a kill cut off."""
-    with suppress(FileNotFoundError):
+    if file.is_symlink() or not file.is_file():
+        return
+    with suppress(OSError):
         for line in file.read_bytes().splitlines():
-            with suppress(ValueError, RecursionError, KeyError, TypeError):
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and record.get("what") in RECORDS and _inside(file.parent, record):
+                if isinstance(record, dict) and _is_sound(file.parent, record):
                     yield record
 
 
-def _inside(folder: Path, record: Event) -> bool:
-    """Return whether a record names no file outside the folder."""
-    return record["what"] != "artifact" or (folder / str(record["path"])).resolve().is_relative_to(folder.resolve())
+def _is_sound(folder: Path, record: Event) -> bool:
+    """Return whether a record is one that `MlflowTracker` writes, and names no file outside the folder."""
+    kind = record.get("what")
+    fields = FIELDS.get(kind) if isinstance(kind, str) else None
+    if fields is None or not fields.keys() - {"run_id"} <= record.keys():
+        return False
+    if not all(isinstance(record.get(name), types) for name, types in fields.items()):
+        return False
+    if not 0 <= record["time"] < LATEST or not -(2**63) <= record.get("step", 0) < 2**63:
+        return False
+    kinds = {"tags": str, "params": str, "metrics": int | float}
+    if any(not isinstance(value, kinds[name]) for name in fields.keys() & kinds for value in record[name].values()):
+        return False
+    if kind == "start":
+        return re.fullmatch(r"[\w-]+", record.get("run_id") or "none") is not None
+    if kind == "end":
+        return record["status"] in ("FINISHED", "FAILED", "KILLED")
+    place = record.get("path", "")
+    return (
+        "\0" not in place and not os.path.isabs(place) and (folder / place).resolve().is_relative_to(folder.resolve())
+    )
 
 
 def send_all(store: Store, spool: Spool, until: float, send: Callable[[Run, Event], None]) -> Run:
@@ -189,7 +220,9 @@ def spooled_runs(root: str | Path | None = None) -> list[SpooledRun]:
         run_id = start.get("run_id")
         if spool.events or run_id is None:
             since = datetime.fromtimestamp(start["time"] / 1000, UTC)
-            found.append(SpooledRun(folder, run_id, start["name"], len(spool.events), since, _held(folder)))
+            found.append(
+                SpooledRun(folder, run_id, start["name"], len(spool.events), since, holder(folder) is not None)
+            )
     return found
 
 
@@ -236,7 +269,7 @@ def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
     found = []
     for run in _running(store, folders):
         folder = folders.get(run.info.run_id)
-        if (folder is None and not own) or (folder is not None and _held(folder)):
+        if (folder is None and not own) or (folder is not None and holder(folder)):
             continue
         since = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
         names = {run.info.run_id, folder.name if folder else ""}
@@ -288,19 +321,9 @@ def _root(root: str | Path | None) -> Path:
 
 
 def _folders(root: str | Path | None) -> list[Path]:
-    return sorted(path for path in Store.of(_root(root)).runs.glob("*") if path.is_dir())
+    return sorted(path for path in Store.of(_root(root)).runs.glob("*") if path.is_dir() and not path.is_symlink())
 
 
 def _run_id(folder: Path) -> str | None:
     name = None if folder.name.startswith(UNSENT) else folder.name
     return Spool(folder).start.get("run_id") or name
-
-
-def _held(folder: Path) -> bool:
-    """Return whether a process holds the folder of a run."""
-    try:
-        lock = filelock.FileLock(folder / "lock")
-        with lock.acquire(timeout=0):
-            return False
-    except filelock.Timeout:
-        return True

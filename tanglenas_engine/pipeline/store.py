@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import filelock
 
+from tanglenas_engine.errors import shown
+from tanglenas_engine.pipeline.redaction import address, reason
 from tanglenas_engine.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so only the functions that need it do
@@ -89,7 +91,7 @@ class Store:
     @property
     def name(self) -> str:
         """The address, without a password."""
-        return redacted(self.uri)
+        return shown(address(self.uri))
 
     @property
     def runs(self) -> Path:
@@ -221,7 +223,9 @@ class Run:
     def _artifact(self, event: Event, folder: Path) -> None:
         path = folder / event["path"]
         if not path.exists():
-            raise Refused(f"there is no {path}")
+            raise Refused(f"there is no {shown(path)}")
+        if not os.path.isabs(event["path"]):  # it was kept, and others may have changed it since
+            _check_kept(path, folder)
         if path.is_dir():
             self._client.log_artifacts(self.run_id, str(path), event["folder"])
         else:
@@ -232,6 +236,17 @@ class Run:
 
     def _end(self, event: Event, folder: Path) -> None:
         self._client.set_terminated(self.run_id, event["status"], event["time"])
+
+
+def _check_kept(path: Path, folder: Path) -> None:
+    """Raise Refused if what a run's folder keeps leads out of it. Files are kept as they are, and never as links."""
+    walked = (Path(place, name) for place, folders, files in os.walk(path) for name in (*folders, *files))
+    between = [parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]
+    for entry in (path, *between, *walked):
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            raise Refused(f"{shown(entry)} is a link or no plain file, which may lead to a file of others. Delete it")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise Refused(f"{shown(path)} is not in {shown(folder)}")
 
 
 def _reopen(client: MlflowClient, run_id: str) -> None:
@@ -261,13 +276,3 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def allowed(name: str) -> str:
     """Replace the characters of a name that MLflow refuses."""
     return re.sub(r"[^\w./ -]", "_", name)
-
-
-def reason(error: BaseException) -> str:
-    line = next(iter(str(error).splitlines()), "")
-    return redacted(f"{type(error).__name__}: {line[:300]}")
-
-
-def redacted(text: str) -> str:
-    """Hide the password in a URL."""
-    return re.sub(r"(?<=//)[^/@\s]+@", "***@", text)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.pipeline.spool import (
     UNSENT,
     Spool,
@@ -34,7 +35,7 @@ from tanglenas_engine.pipeline.spool import (
     stale_runs,
     upload_spool,
 )
-from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, allowed, flat, project_root, reason
+from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, allowed, flat, project_root
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 

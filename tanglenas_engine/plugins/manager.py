@@ -22,10 +22,10 @@ import pluggy
 from tanglenas_engine.errors import TangleNASError
 
 from .. import errors
-from ..errors import describe
+from ..errors import describe, shown
 from . import hookspecs
 from .hookspecs import API_VERSION, HOOKS, KINDS, Register
-from .types import Fault, Plugin, PluginWarning, Registration
+from .types import Fault, Plugin, PluginError, PluginWarning, Registration, contained
 
 GROUP = "tanglenas"
 """The entry-point group of plugins."""
@@ -123,21 +123,27 @@ class PluginManager:
                 f" create_{kind}({name!r}, {', '.join(f'{option}=...' for option in missing)}), or bind"
                 f" {' and '.join(f'create_{kind}.{option}' for option in missing)} in a gin file."
             )
-        return target(**options)
+        try:
+            return target(**options)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as cause:  # sys.exit, or a panic of an extension, would end the command in silence
+            raise TangleNASError(f"{registration} cannot be made: {describe(cause)}. Tell its author.") from cause
 
     def _load(self, plugin: Plugin, entry_point: importlib.metadata.EntryPoint) -> None:
         try:
-            module = entry_point.load()
-        except (Exception, SystemExit) as cause:
-            self._fault(plugin, "cannot be imported", "Reinstall, upgrade or uninstall it.", cause)
+            with contained(f"plugin {plugin}"):
+                module = entry_point.load()
+                api = getattr(module, "TANGLENAS_API", API_VERSION)
+        except PluginError as error:
+            self._fault(plugin, "cannot be imported", "Reinstall, upgrade or uninstall it.", error)
             return
-        api = getattr(module, "TANGLENAS_API", API_VERSION)
         if api != API_VERSION:
             self._fault(
                 plugin,
-                f"was written for plugin API {api!r}, and this TangleNAS has plugin API {API_VERSION}",
+                f"was written for plugin API {shown(api, 40)}, and this TangleNAS has plugin API {API_VERSION}",
                 f"Install the release of {plugin.distribution} for API {API_VERSION},"
-                f" or the release of tanglenas for API {api!r}.",
+                f" or the release of tanglenas for API {shown(api, 40)}.",
             )
             return
 
@@ -145,9 +151,10 @@ class PluginManager:
         hooks = pluggy.PluginManager("tanglenas")
         hooks.add_hookspecs(hookspecs)
         try:
-            hooks.register(module, name=str(plugin))
-        except pluggy.PluginValidationError as cause:
-            self._fault(plugin, "has a hook of the wrong form", "A hook takes one argument, `register`.", cause)
+            with contained(f"plugin {plugin}"):
+                hooks.register(module, name=str(plugin))
+        except PluginError as error:
+            self._fault(plugin, "has a hook of the wrong form", "A hook takes one argument, `register`.", error)
             return
         callers = hooks.get_hookcallers(module) or []
         if not callers:
@@ -155,9 +162,10 @@ class PluginManager:
         for hook in callers:
             if hook.has_spec():
                 try:
-                    hook(register=self._register(HOOKS[hook.name], plugin))
-                except Exception as cause:
-                    self._fault(plugin, f"failed in {hook.name}", "Upgrade it, or tell its author.", cause)
+                    with contained(f"plugin {plugin}"):
+                        hook(register=self._register(HOOKS[hook.name], plugin))
+                except PluginError as error:
+                    self._fault(plugin, f"failed in {hook.name}", "Upgrade it, or tell its author.", error)
             elif not all(implementation.optionalhook for implementation in hook.get_hookimpls()):
                 remedy = f"{errors.closest(hook.name, HOOKS)} Hooks: {', '.join(HOOKS)}.".strip()
                 self._fault(plugin, f"implements an unknown hook {hook.name!r}", remedy)
@@ -166,20 +174,22 @@ class PluginManager:
         def register(name: str, target: str | Callable[..., Any], *, summary: str = "", **defaults: Any) -> None:
             if not isinstance(name, str) or not name:
                 raise TangleNASError(f"register({name!r}, ...): the name must be a string that is not empty")
+            if shown(name, 100) != name:
+                raise TangleNASError(f"register({shown(name)}, ...): the name must be printable, and short")
             if not callable(target) and not re.fullmatch(r"[\w.]+:[\w.]+", str(target)):
                 raise TangleNASError(
                     f"register({name!r}, {target!r}): the target must be a class, a function"
                     " or a string such as 'package.module:Class'"
                 )
-            registration = Registration(kind, name, target, plugin, summary, defaults)
+            registration = Registration(kind, name, target, plugin, shown(summary), defaults)
             self._registered.setdefault((kind, name), []).append(registration)
 
         return register
 
-    def _fault(self, plugin: Plugin, problem: str, remedy: str, cause: BaseException | None = None) -> None:
-        if cause is not None:
-            problem = f"{problem}: {describe(cause)}"
-        self.faults.append(Fault(plugin, problem, remedy, cause))
+    def _fault(self, plugin: Plugin, problem: str, remedy: str, error: PluginError | None = None) -> None:
+        if error is not None:
+            problem = f"{problem}: {error}"
+        self.faults.append(Fault(plugin, problem, remedy, error and error.__cause__))
 
     def _report(self) -> None:
         conflicts = [message for kind, name in self._registered if (message := self.conflict(kind, name))]
@@ -225,7 +235,7 @@ def _installed() -> list[tuple[Plugin, importlib.metadata.EntryPoint]]:
         with suppress(Exception):
             metadata = (entry_point.dist and entry_point.dist.metadata) or {}
         name, version = (metadata[key] if key in metadata else "(unknown)" for key in ("Name", "Version"))
-        installed.append((Plugin(name, version, entry_point.name), entry_point))
+        installed.append((Plugin(shown(name, 100), shown(version, 40), shown(entry_point.name, 100)), entry_point))
     return sorted(installed, key=lambda pair: (canonical_name(pair[0].distribution), pair[0].entry_point))
 
 

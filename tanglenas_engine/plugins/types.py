@@ -2,15 +2,56 @@
 
 import importlib
 import operator
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tanglenas_engine.errors import TangleNASError, describe
+from tanglenas_engine.errors import TangleNASError, describe, shown
 
 
 class PluginWarning(UserWarning):
     """A warning that an installed plugin is broken, or conflicts with another. The other plugins work without it."""
+
+
+PATIENCE_SECONDS = 3.0
+"""Seconds after which a plugin that is still being imported is named."""
+
+
+class PluginError(TangleNASError):
+    """The error for a plugin whose code ended in an exception. Its cause is that exception."""
+
+
+@contextmanager
+def contained(what: object, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Run a plugin's code. Whatever it raises is a PluginError, and it is named if it takes long.
+
+    `sys.exit`, a panic of an extension and other exceptions that are no `Exception` would end the command in silence.
+
+    Args:
+        what: The plugin, and what of it runs.
+        patience: Seconds after which `what` is named on stderr.
+
+    Raises:
+        PluginError: The code raised anything but KeyboardInterrupt.
+    """
+    timer = threading.Timer(patience, _name_the_slow, (shown(what),))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as cause:
+        raise PluginError(describe(cause)) from cause
+    finally:
+        timer.cancel()
+
+
+def _name_the_slow(what: str) -> None:
+    print(f"importing {what} ... (Ctrl-C ends it; TANGLENAS_PLUGINS names the plugins to load)", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -66,12 +107,13 @@ class Registration:
             return self.target
         module, _, attribute = self.target.partition(":")
         try:
-            target: Callable[..., Any] = operator.attrgetter(attribute)(importlib.import_module(module))
-        except Exception as cause:
+            # Built-in plugins import torch and timm, which may take long on a busy machine.
+            with contained(self, PATIENCE_SECONDS if self.distribution != "tanglenas" else 60.0):
+                target: Callable[..., Any] = operator.attrgetter(attribute)(importlib.import_module(module))
+        except PluginError as error:
             raise TangleNASError(
-                f"{self} cannot be imported from {self.target!r}: {describe(cause)}."
-                f" Reinstall or upgrade {self.distribution}."
-            ) from cause
+                f"{self} cannot be imported from {self.target!r}: {error}. Reinstall or upgrade {self.distribution}."
+            ) from error.__cause__
         return target
 
 

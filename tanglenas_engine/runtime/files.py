@@ -4,14 +4,39 @@ import json
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import filelock
+import psutil
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, shown
+
+ACQUIRE_SECONDS = 0.3
+"""Seconds in which a lock is tried again: `holder` takes it for a moment."""
+START_SECONDS = 2.0
+"""The largest difference in seconds between two readings of the start time of one process."""
+NOTE_BYTES = 100_000
+"""The most bytes of a file in which a process leaves a note, such as owner.json."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a folder.
+
+    Attributes:
+        pid: Its number, or None where owner.json is not its own.
+        host: The other machine on which it runs, or "" for this one.
+        since: When it took the folder, as it wrote it.
+    """
+
+    pid: int | None = None
+    host: str = ""
+    since: str = ""
 
 
 def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
@@ -40,6 +65,21 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def read_note(path: Path) -> bytes:
+    """Return the content of a small file that a process left, which others may have replaced since.
+
+    Raises:
+        OSError: The file is missing, no regular file, or larger than `NOTE_BYTES`.
+    """
+    # Opening a pipe waits for its other end.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > NOTE_BYTES:
+            raise OSError(None, f"is no file of at most {NOTE_BYTES:,} bytes", str(path))
+        return file.read(NOTE_BYTES)
 
 
 def sweep(folder: str | Path, name: str = "*") -> None:
@@ -77,15 +117,20 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     lock = filelock.FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=ACQUIRE_SECONDS)
     except filelock.Timeout:
-        raise TangleNASError(_held(folder, owner)) from None
+        raise TangleNASError(_told(folder, _claimant(folder))) from None
     except OSError as error:
         raise TangleNASError(
             f"cannot hold the folder {folder}: {error.strerror or error} ({error.filename}). "
             "Make place for it there, then run again."
         ) from error
-    claim = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    claim = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": psutil.Process().create_time(),
+    }
     try:
         sweep(folder)
         write_atomic(owner, json.dumps(claim))
@@ -99,34 +144,55 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def _held(folder: Path, owner: Path) -> str:
-    """Return a message that names the process that holds a folder."""
+def holder(folder: Path) -> Holder | None:
+    """Return the process that holds a folder with `exclusive`, or None. The lock decides, and not what a file says.
+
+    The lock is free again at once if nobody had it.
+    """
+    if not (folder / "lock").is_file():
+        return None
     try:
-        claim = json.loads(owner.read_bytes())
-        pid, host, since = int(claim["pid"]), str(claim["host"]), claim["since"]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        pid, host, since = None, "", None
-    here = host == socket.gethostname()
-    if pid is None or (here and not _alive(pid)):  # the holder has just started and has not yet written owner.json
+        with filelock.FileLock(folder / "lock").acquire(timeout=0):
+            return None
+    except (filelock.Timeout, PermissionError):
+        return _claimant(folder)
+    except OSError:
+        return None
+
+
+def _claimant(folder: Path) -> Holder:
+    """Return who owner.json says holds a folder. A number on this machine counts if its process started when it says.
+
+    The holder may have just started, and not have written the file. Then a killed process may have left one, whose
+    number now belongs to a stranger.
+    """
+    try:
+        claim = json.loads(read_note(folder / "owner.json"))
+        pid, host, since, started = (claim[key] for key in ("pid", "host", "since", "started"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Holder()
+    sound = type(pid) is int and 1 < pid < 2**31 and isinstance(host, str) and isinstance(started, int | float)
+    if not sound:
+        return Holder()
+    if host != socket.gethostname():
+        return Holder(pid, shown(host, 80), shown(since, 40))
+    try:
+        same = abs(psutil.Process(pid).create_time() - started) < START_SECONDS
+    except psutil.Error:
+        same = False
+    return Holder(pid, "", shown(since, 40)) if same else Holder()
+
+
+def _told(folder: Path, by: Holder) -> str:
+    """Return a message that names the process that holds a folder."""
+    if by.pid is None:
         return f"another process is still running this stage (folder {folder}). Wait for it, then run again."
-    if not here:
+    if by.host:
         return (
-            f"pid {pid} on {host} is still running this stage (folder {folder}, since {since}). "
+            f"pid {by.pid} on {by.host} is still running this stage (folder {folder}, since {by.since}). "
             "Wait for it, or stop it there, then run again."
         )
     return (
-        f"pid {pid} is still running this stage (folder {folder}, since {since}). "
-        f"Wait for it, or stop it with `kill {pid}`, then run again."
+        f"pid {by.pid} is still running this stage (folder {folder}, since {by.since}). "
+        f"Wait for it, or stop it with `kill {by.pid}`, then run again."
     )
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # on Windows the call below would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -223,6 +223,9 @@ class Retraining(Training):
         found = measure(self.final, self.validation, together=True)
         return {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
 
+    def record_like(self) -> Record:
+        return dict.fromkeys(("loss", "accuracy", "validation_accuracy", "validation_loss"), 0.0)
+
     def describe(self, record: Record) -> str:
         accuracy, validation = record["accuracy"], record["validation_accuracy"]
         return f"loss {record['loss']:.3f}  train {accuracy:.1f} %  valid {validation:.1f} %"

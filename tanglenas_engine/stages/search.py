@@ -344,6 +344,14 @@ class Search(Training):
             self.session.note(f"search: stopped after epoch {epoch} of {self.epochs}: {reason}")
         return record
 
+    def record_like(self) -> Record:
+        like: Record = {"weight_loss": 0.0, "validation_accuracy": 0.0, "validation_loss": 0.0}
+        like |= self.optimizer.schedules()
+        mixture, current = self.optimizer.expected(), self.optimizer.current()
+        if mixture is not None and current is not None:
+            like |= self._current_record(mixture.detach(), current) | ({"stopped": ""} if self.stop else {})
+        return {name: float(value) if isinstance(value, int) else value for name, value in like.items()}
+
     def _current_record(self, mixture: Mixture, current: Architecture) -> Record:
         """Return the part of the record about the mixture and the current architecture."""
         expected, cost = self.space.expected_cost(mixture), self.space.cost(current)

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import TangleNASError, at_least, describe, shown
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import Line, SilentProgress
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.tracking import NullTracker, Record
 from tanglenas_engine.training.options import Session
+from tanglenas_engine.training.state import UnfitError, check_history, check_part, check_ranks
 
 
 class Stateful(Protocol):
@@ -86,6 +87,13 @@ class Training(abc.ABC):
     def stateful(self) -> Mapping[str, Stateful | None]:
         """Return the objects that a checkpoint holds beside the position, the history and the random generators."""
 
+    def record_like(self) -> Record | None:
+        """Return an example of what every record holds beside its epoch, or None for anything.
+
+        A record of a checkpoint has to be like it. "stopped" is in it if the training can end early.
+        """
+        return None
+
     @property
     def steps(self) -> int:
         """The number of steps of all epochs."""
@@ -116,7 +124,13 @@ class Training(abc.ABC):
         return self.history
 
     def _take_step(self) -> None:
-        for key, value in self.step(self._position).items():
+        measured = self.step(self._position)
+        if self._sums and self._sums.keys() != measured.keys():  # only those of a checkpoint can differ
+            raise TangleNASError(
+                f"{self.name}: the checkpoint has sums of {shown(sorted(self._sums))}, and a step gives "
+                f"{', '.join(sorted(measured))}: it is not of this run. Delete its folder to start afresh"
+            )
+        for key, value in measured.items():
             value = value.detach()
             self._sums[key] = value + self._sums[key] if key in self._sums else value.clone()
             first = torch.where(value.isfinite(), 0, self._position + 1)
@@ -173,7 +187,9 @@ class Training(abc.ABC):
             distributed.seed_ranks_apart()
             return
         with _refusals(self.name, checkpoints):
-            for key, part in self._parts().items():
+            parts = self._parts()
+            self._check(state, parts)
+            for key, part in parts.items():
                 part.load_state_dict(state[key])
             self._position, self.history, ranks = state["position"], state["history"], state["ranks"]
             own = distributed.rank() if len(ranks) == distributed.world_size() else 0
@@ -184,6 +200,20 @@ class Training(abc.ABC):
                 self._sums = {k: torch.stack([one["sums"][k] for one in ranks]).mean(0) for k in ranks[0]["sums"]}
                 distributed.seed_ranks_apart()
         self.session.note(f"{self.name}: resuming at step {self._position} of {self.steps}")
+
+    def _check(self, state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
+        """Raise an UnfitError for a state that cannot be one of this training. Nothing is loaded before."""
+        names = {*parts, "position", "history", "ranks"}
+        if names != state.keys():
+            raise UnfitError(f"it holds {shown(sorted(map(str, state)))}, expected {', '.join(sorted(names))}")
+        position = state["position"]
+        if type(position) is not int or not 0 <= position <= self.steps:
+            raise UnfitError(f"its position is {shown(position, 60)}, expected a step from 0 to {self.steps}")
+        schedule = any(isinstance(part, torch.optim.lr_scheduler.LRScheduler) for part in parts.values())
+        for key, part in parts.items():
+            check_part(key, part, state[key], position, steady=not schedule)
+        check_history(state["history"], self.record_like(), position // self.steps_per_epoch)
+        check_ranks(state["ranks"], position % self.steps_per_epoch == 0)
 
     def _interruption(self) -> str:
         checkpoints = self.session.checkpoints
@@ -197,12 +227,11 @@ def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]
     """Turn every error of loading a foreign state into a TangleNASError."""
     try:
         yield
-    except TangleNASError:
-        raise
     except Exception as error:
+        what = shown(error) if isinstance(error, TangleNASError) else describe(error)
         raise TangleNASError(
             f"{name}: the checkpoint{f' in {checkpoints.folder}' if checkpoints else ''} is not of this run "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Delete the folder to start afresh"
+            f"({what}). Delete the folder to start afresh"
         ) from error
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from tanglenas_engine.cli import doctor, main
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.files import exclusive
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -139,13 +140,13 @@ def test_a_broken_plugin_is_a_problem_with_its_remedy(ask, tmp_path, monkeypatch
 
 
 def test_a_stage_that_runs_is_told_with_its_process_and_a_dead_one_is_not(ask, project):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    for stage, pid in (("search", os.getpid()), ("retrain", gone.pid)):
-        folder = project / ".tanglenas" / "locks" / f"{stage}-0123456789ab"
-        folder.mkdir(parents=True)
-        (folder / "owner.json").write_text(json.dumps({"pid": pid, "since": "2020-01-01"}))
-    status, found = ask()
+    locks = project / ".tanglenas" / "locks"
+    (locks / "retrain-0123456789ab").mkdir(parents=True)
+    with exclusive(locks / "search-0123456789ab"):
+        (locks / "retrain-0123456789ab" / "owner.json").write_text(
+            (locks / "search-0123456789ab/owner.json").read_text()
+        )
+        status, found = ask()
     (note,) = those(found, "note")
     assert status == 0 and f"search is running, as process {os.getpid()}" in note
 

@@ -1,0 +1,295 @@
+"""What a hostile or damaged file, process, plugin or address can do: nothing but have a sentence printed about it."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from tanglenas_engine.cli import doctor as cli_doctor
+from tanglenas_engine.cli import main
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.redaction import address, reason, redacted
+from tanglenas_engine.pipeline.store import Store
+from tanglenas_engine.pipeline.tracking import MlflowTracker, spooled_runs, upload_spool
+from tanglenas_engine.plugins import PluginManager, PluginWarning
+from tanglenas_engine.runtime.files import exclusive, holder
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project in order; the current folder."""
+    for name in [name for name in os.environ if name.startswith(("TANGLENAS_", "MLFLOW_", "DVC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, ["init", "project"]).exit_code == 0
+    for folder in (".git", ".dvc"):
+        (tmp_path / "project" / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir("project")
+    return tmp_path / "project"
+
+
+def doctor(*arguments: str) -> str:
+    """What `tanglenas doctor` prints."""
+    result = CliRunner().invoke(main, ["doctor", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+def stages(project: Path) -> str:
+    """What doctor says about the stages of a project."""
+    return "\n".join(f"{found.what} -> {found.remedy}" for found in cli_doctor._stages(project))
+
+
+# The process to end
+
+
+OWN = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2026-01-01", "started": 0.0}
+CLAIMS = [
+    {"pid": -1}, {"pid": 0}, {"pid": 1}, {"pid": True}, {"pid": 1.5}, {"pid": "7"}, {"pid": None}, {"pid": 10**30},
+    {"pid": os.getppid()}, {"pid": 1, "started": psutil.Process(1).create_time()}, {}, {"started": "now"},
+    {"started": None}, {"started": psutil.Process().create_time() - 3600}, {"host": 3}, {"host": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_nobody_is_told_to_end_a_stranger(project, claim):
+    folder = project / ".tanglenas" / "locks" / "search-0123456789ab"
+    with exclusive(folder):
+        (folder / "owner.json").write_text(json.dumps({**OWN, **claim}))
+        text = stages(project)
+        assert "search is running -> wait" in text and "kill" not in text
+        with pytest.raises(TangleNASError, match="another process is still running") as error, exclusive(folder):
+            pass
+        assert "kill" not in str(error.value)
+    (folder / "owner.json").parent.mkdir(exist_ok=True)
+    (folder / "owner.json").write_text(json.dumps({**OWN, "started": psutil.Process().create_time()}))
+    assert "nothing is running" in stages(project)  # the lock is free
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "[" * 50_000, "\xff", '{"pid": 1e999}'], ids=lambda text: text[:9])
+def test_a_claim_without_sense_names_nobody(tmp_path, text):
+    with exclusive(tmp_path / "held"):
+        (tmp_path / "held" / "owner.json").write_text(text, encoding="latin-1")
+        assert holder(tmp_path / "held").pid is None
+
+
+def test_a_claim_that_is_a_pipe_or_huge_names_nobody(tmp_path):
+    with exclusive(tmp_path / "held"):
+        owner = tmp_path / "held" / "owner.json"
+        owner.write_bytes(b" " * 10**7 + b"{}")
+        assert holder(tmp_path / "held").pid is None
+        owner.unlink()
+        os.mkfifo(owner)
+        assert holder(tmp_path / "held").pid is None
+
+
+def test_a_claim_of_another_machine_is_shown_without_its_escape_codes(project):
+    folder = project / ".tanglenas" / "locks" / "search-0123456789ab"
+    with exclusive(folder):
+        (folder / "owner.json").write_text(json.dumps({**OWN, "host": "\x1b[2Jelsewhere", "since": "\x1b[31m" * 999}))
+        with pytest.raises(TangleNASError, match=f"pid {os.getpid()} on .*elsewhere") as error, exclusive(folder):
+            pass
+        assert "\x1b" not in str(error.value) and len(str(error.value)) < 500
+        assert re.search(r"process \d+ on .*elsewhere -> wait for it, or end it there", stages(project))
+
+
+# Links in what waits for the store
+
+
+@pytest.fixture
+def waiting(project, monkeypatch):
+    """The folder of a run that waits with one folder of files."""
+    (project / "out").mkdir()
+    (project / "out" / "history.csv").write_text("1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.warns(UserWarning, match="cannot be used"), MlflowTracker.open(stage="search", root=project) as tracker:
+        tracker.log_artifact("out")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (run,) = spooled_runs(project)
+    return run.folder
+
+
+def link_file(kept, private):
+    (kept / "more.csv").symlink_to(private / "key.txt")
+
+
+def link_folder(kept, private):
+    (kept / "more").symlink_to(private)
+
+
+def link_itself(kept, private):
+    kept.rename(kept.with_name("elsewhere"))
+    kept.symlink_to(private)
+
+
+def link_above(kept, private):
+    (private / "out").mkdir()
+    (private / "out" / "key.txt").write_text("secret")
+    kept.parent.rename(kept.parent.with_name("elsewhere"))
+    kept.parent.symlink_to(private)
+
+
+def pipe(kept, private):
+    os.mkfifo(kept / "more.csv")
+
+
+@pytest.mark.parametrize("forge", [link_file, link_folder, link_itself, link_above, pipe])
+def test_fix_follows_no_link_out_of_what_waits(project, waiting, tmp_path, forge):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.txt").write_text("secret")
+    (kept,) = waiting.glob("artifacts/*/out")
+    forge(kept, tmp_path / "private")
+    (upload,) = upload_spool(project)
+    assert not list((project / "mlartifacts").rglob("key.txt")) + list((project / "mlartifacts").rglob("more*"))
+    assert "artifact" in upload.problem or forge in (link_itself, link_above)
+
+
+def test_a_run_s_folder_that_is_a_link_is_none(project, waiting, tmp_path):
+    waiting.rename(tmp_path / "moved")
+    waiting.symlink_to(tmp_path / "moved")
+    assert spooled_runs(project) == []
+
+
+# Passwords
+
+
+ADDRESSES = [
+    "http://someone:S3CRET@127.0.0.1:9",
+    "http://S3CRET@127.0.0.1:9",
+    "postgresql://someone:S3C@S3CRET@127.0.0.1/db",
+    "postgresql://someone:S3CRET/S3CRET@127.0.0.1/db",
+    "postgresql://someone:S3CRET?S3CRET@127.0.0.1/db",
+    "postgresql://someone:S3CRET#S3CRET@127.0.0.1/db",
+    "postgresql://someone:S3CRET%40%2F@127.0.0.1/db",
+    "postgresql://127.0.0.1/db?user=someone&password=S3CRET",
+    "postgresql://127.0.0.1/db?password=S3CRET@S3CRET&sslmode=disable",
+    "mssql+pyodbc:///?odbc_connect=DRIVER%3D%7BODBC%7D%3BUID%3Dsa%3BPWD%3DS3CRET",
+    "mssql+pyodbc://?odbc_connect=DRIVER={ODBC};UID=sa;PWD=S3CRET",
+    "http://127.0.0.1:9/?token=S3CRET",
+    "http://127.0.0.1:9#token=S3CRET",
+    "http://127.0.0.1:9/;token=S3CRET",
+    "sqlite:///nowhere/mlflow.db?key=S3CRET",
+    "nonsense?token=S3CRET",
+]
+
+
+@pytest.mark.parametrize("uri", ADDRESSES)
+def test_no_message_has_a_secret_of_the_address(tmp_path, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    password = uri.partition("someone:")[2].partition("@127")[0] or "S3CRET"
+    texts = [
+        Store.of(tmp_path).name,
+        redacted(f"cannot reach {uri}: no such host"),
+        redacted(f"cannot reach {uri!r}"),
+        redacted(f"login failed for {password}"),
+        redacted(f"login failed for {quote(password)} and {password!r}"),
+        reason(ValueError(f"{uri}\nand more")),
+        reason(ValueError("x" * 290 + uri)),
+        reason(ValueError("x" * 19_995 + uri)),
+    ]
+    for text in texts:
+        assert "S3C" not in text, text
+
+
+def test_secrets_of_the_environment_are_hidden_too(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "T0KEN")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pass word")
+    assert reason(ValueError("T0KEN or 'pass word' or pass%20word")) == "ValueError: *** or '***' or ***"
+
+
+def test_an_address_without_a_secret_is_told_as_it_is():
+    for uri in ("sqlite:////home/a@b/mlflow.db", "http://127.0.0.1:5000", "databricks", "postgresql://host:5432/db"):
+        assert address(uri) == uri
+    assert redacted("see https://sqlalche.me/e/20/4xp6)") == "see https://sqlalche.me/e/20/4xp6)"
+
+
+@pytest.mark.parametrize("uri", [uri for uri in ADDRESSES if not uri.startswith("sqlite")])
+def test_doctor_prints_no_secret_of_the_address(project, monkeypatch, uri):
+    (project / ".tanglenas" / "runs" / ("0" * 32)).mkdir(parents=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    found = list(cli_doctor._runs(project, fix=True))
+    assert found and all("S3C" not in f"{it.what} {it.remedy}" for it in found)
+
+
+# Plugins
+
+
+PLUGIN = """
+import sys
+import tanglenas_engine
+
+class Panic(BaseException): pass
+class Unprintable(Exception):
+    def __str__(self): raise SystemExit(0)
+class Endless(Exception):
+    def __str__(self): return "\\x1b[2J" + "x" * 10**7
+def fail(): {fail}
+{at_import}
+
+@tanglenas_engine.hookimpl
+def tanglenas_register_spaces(register):
+    register("hostile", make, summary="\\x1b[2J" + "y" * 10**6)
+    {in_hook}
+
+def make(): fail()
+"""
+FAILURES = ["sys.exit(0)", "raise Panic('at the disco')", "raise Unprintable", "raise Endless", "raise GeneratorExit",
+            "raise KeyError(3)"]  # fmt: skip
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Install a plugin with some code."""
+
+    def install(code: str) -> None:
+        site = tmp_path / "site"
+        info = site / "tanglenas_hostile-0.3.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tanglenas-hostile\nVersion: 0.3\n")
+        (info / "entry_points.txt").write_text("[tanglenas]\nhostile = hostile_plugin\n")
+        (site / "hostile_plugin.py").write_text(code)
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.delitem(sys.modules, "hostile_plugin", raising=False)
+
+    return install
+
+
+@pytest.mark.parametrize("fail", FAILURES)
+@pytest.mark.parametrize("place", ["at_import", "in_hook"])
+def test_a_plugin_that_fails_is_named_and_the_others_load(plugin, place, fail):
+    plugin(PLUGIN.format(**{"at_import": "", "in_hook": "", "fail": fail, place: "fail()"}))
+    with pytest.warns(PluginWarning, match=r"tanglenas-hostile 0\.3") as warned:
+        manager = PluginManager()
+    assert "drnas" in manager.names("optimizer")
+    text = "".join(str(warning.message) for warning in warned)
+    assert "\x1b" not in text and len(text) < 2000
+
+
+@pytest.mark.parametrize("fail", FAILURES[:2])
+def test_a_plugin_that_ends_the_process_where_it_is_made_is_told(plugin, fail):
+    plugin(PLUGIN.format(at_import="", in_hook="", fail=fail))
+    manager = PluginManager()
+    assert len(manager.resolve("space", "hostile").summary) <= 300
+    with pytest.raises(TangleNASError, match=r"hostile.* cannot be made: (SystemExit|Panic)"):
+        manager.create("space", "hostile")
+
+
+def test_a_plugin_that_is_imported_for_long_is_named():
+    code = "import time\nfrom tanglenas_engine.plugins.types import contained\n"
+    code += "with contained('plugin slow 1.0', 0.05):\n    time.sleep(0.5)\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.startswith("importing plugin slow 1.0 ...")
