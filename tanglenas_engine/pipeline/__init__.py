@@ -30,10 +30,14 @@ _HOME = {
     "write_environment": "environment",
 }
 
-__all__ = ["figures", "files", "outputs", *sorted(_HOME)]
+_MODULES = ("figures", "files", "outputs")
+
+__all__ = [*_MODULES, *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

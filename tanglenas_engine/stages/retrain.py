@@ -20,11 +20,12 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.loop import Stateful, Training
+from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
+from tanglenas_engine.training.state import Stateful
 
 MODES = ("scratch", "inherit", "finetune")
 Mode = Literal["scratch", "inherit", "finetune"]

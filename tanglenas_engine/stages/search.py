@@ -24,11 +24,12 @@ from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
-from tanglenas_engine.training.loop import Stateful, Training
+from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, running_statistics
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
+from tanglenas_engine.training.state import Stateful
 
 Strategy = Literal["alternating", "simultaneous"]
 """The order of alpha's and the weights' steps: in turns, or both from one backward pass."""

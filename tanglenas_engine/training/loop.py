@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,7 @@ from tanglenas_engine.runtime.progress import Line, SilentProgress
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.tracking import NullTracker, Record
 from tanglenas_engine.training.options import Session
-from tanglenas_engine.training.state import UnfitError, check_history, check_part, check_ranks
-
-
-class Stateful(Protocol):
-    """An object that a checkpoint holds."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> Any: ...
+from tanglenas_engine.training.state import Stateful, UnfitError, check_history, check_part, check_ranks
 
 
 class Interrupted(KeyboardInterrupt):

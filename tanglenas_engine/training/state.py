@@ -10,7 +10,7 @@ import copy
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -19,15 +19,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tanglenas_engine.errors import TangleNASError, shown
 
-if TYPE_CHECKING:
-    from tanglenas_engine.training.loop import Stateful
-
 MERSENNE_WORDS = 624
 """The number of 32-bit words in the state of NumPy's MT19937."""
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 """Optimizer state whose values are squares, so that none is negative."""
 SCHEDULED = ("lr", "momentum", "betas")
 """Values of an optimizer's groups that torch's schedules change."""
+
+
+class Stateful(Protocol):
+    """An object that a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
 
 
 class UnfitError(TangleNASError):

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from tanglenas_engine.runtime.tracking import Record
-from tanglenas_engine.training.loop import Stateful, Training
+from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.options import Session
+from tanglenas_engine.training.state import Stateful
 
 
 class Steps(Training):
