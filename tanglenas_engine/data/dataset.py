@@ -34,7 +34,7 @@ class Dataset(ABC):
     """A pool of N samples, the official test part included. Subclass it to write a dataset plugin.
 
     A dataset of images has the attributes below. One whose samples follow each other, such as text, has no labels:
-    its splits are contiguous segments. It says its own `__len__` and `space_options`.
+    its splits are made of blocks of consecutive samples. It says its own `__len__` and `space_options`.
 
     Attributes:
         name: The name it is registered under.

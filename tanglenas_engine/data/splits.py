@@ -1,4 +1,4 @@
-"""Four disjoint splits of a dataset, seeded and stratified or contiguous, and views that reach only some of them."""
+"""Four disjoint splits of a dataset, seeded and of one distribution, and views that reach only some of them."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tanglenas_engine.errors import OutOfReachError, TangleNASError, closest, unknown
+from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, closest, unknown
 
 from .dataset import Dataset, Samples
 
@@ -21,6 +21,9 @@ SPLITS = (*_LETTERS, "training")
 """Names that `open_splits` takes; `training` is weights and architecture together, for the final training."""
 
 _VERSION = 1
+
+_STRATUM = 20
+"""Blocks of consecutive samples among which every split has its share."""
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,24 @@ def make_splits(
     train_portion: float = 0.5,
     validation_portion: float = 0.1,
     test_portion: float = 0.2,
+    block: int = 8,
 ) -> Splits:
     """Split a dataset into weights, architecture, validation and test, each with its share of every class.
 
     Test comes first, then validation, then the other two: a change of `train_portion` moves no sample into or
     out of validation, and no portion but `test_portion` changes the test split.
 
-    A dataset without labels, such as text, is cut into contiguous segments instead, in the order architecture,
-    weights, validation, test; the seed has no part in that.
+    A dataset without labels, such as text, is cut into blocks of consecutive samples. They are dealt to the splits at
+    random, so that every split has its share of every part of the text. One long segment for each split would be
+    another text in each of them: alpha, and every candidate, would be judged on what the weights never see.
 
     Args:
         seed: Equal seeds and portions give equal splits.
         train_portion: Share of the weights split in weights and architecture together.
         validation_portion: Share of what is not test that is held out to compare trained networks on.
         test_portion: Share of the pool to test on; unused where the dataset has an official test part.
+        block: Consecutive samples that stay together where there are no labels. In longer blocks fewer samples have a
+            neighbour in another split; shorter ones spread better. A short text has shorter blocks.
 
     Raises:
         TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too
@@ -142,13 +149,14 @@ def make_splits(
         if not 0 < portion < 1:
             raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
 
+    at_least("make_splits.block", block, 1)
     generator = np.random.default_rng(seed)
     labels = None if dataset.labels is None else dataset.labels.numpy()
     letters = np.full(len(dataset), b"t", "S1")
     pool = np.arange(len(dataset))
     if dataset.test_indices is not None:
         pool = np.setdiff1d(pool, dataset.test_indices.numpy())
-    pool = pool[::-1] if labels is None else pool[_spread(labels[pool], generator)]
+    pool = _dealt(pool, block, generator) if labels is None else pool[_spread(labels[pool], generator)]
     if dataset.test_indices is None:
         pool = pool[round(test_portion * len(pool)) :]
     validation, training = np.split(pool, [round(validation_portion * len(pool))])
@@ -185,6 +193,14 @@ def _spread(labels: np.ndarray[Any, Any], generator: np.random.Generator) -> np.
         # The random offset keeps classes of one size from changing sides of a cut all together.
         place[members] = (np.arange(len(members)) + generator.random()) / len(members)
     return np.argsort(place, kind="stable")
+
+
+def _dealt(pool: np.ndarray[Any, Any], block: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Return consecutive samples in an order in which every segment has blocks from every part of the pool."""
+    block = min(block, max(1, len(pool) // (2 * _STRATUM)))
+    blocks = [pool[start : start + block] for start in range(0, len(pool), block)]
+    order = _spread(np.arange(len(blocks)) // _STRATUM, generator)
+    return np.concatenate([blocks[number] for number in order])
 
 
 class DataView:
