@@ -30,8 +30,12 @@ from .plugins import create_objective as create_objective
 from .plugins import create_optimizer as create_optimizer
 from .plugins import create_space as create_space
 from .plugins.hookspecs import hookimpl as hookimpl
+from .runtime.devices import device_of as device_of
 from .runtime.distributed import averaged as averaged
 from .runtime.files import write_atomic as write_atomic
+from .runtime.progress import Line as Line
+from .runtime.progress import Progress as Progress
+from .runtime.progress import SilentProgress as SilentProgress
 from .spaces import cells as cells
 from .spaces.architecture import Architecture as Architecture
 
@@ -53,6 +57,7 @@ from .superposition.size import Size as Size
 from .superposition.size import combinations as combinations
 from .superposition.size import make_divisible as make_divisible
 from .superposition.size import stacked as stacked
+from .tables import rank_correlations as rank_correlations
 from .training.losses import auxiliary as auxiliary
 from .training.losses import cross_entropy as cross_entropy
 from .training.optim import cosine as cosine

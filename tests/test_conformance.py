@@ -12,7 +12,6 @@ from tanglenas_engine import Dataset, Objective, SearchSpace, create_dataset, cr
 from tanglenas_engine.cli import main
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.latency import measure_latency
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.superposition.size import combinations
@@ -30,6 +29,7 @@ from tanglenas_engine.testing import (
     check_slope,
     check_space,
 )
+from tanglenas_objectives.latency_measurement import measure_latency
 
 
 class Right(SearchSpace):

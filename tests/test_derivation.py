@@ -15,9 +15,9 @@ from pipelines import discretize, evaluate, retrain, search
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import front
-from tanglenas_engine.latency import measure_latency
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
+from tanglenas_objectives.latency_measurement import measure_latency
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

@@ -1,16 +1,19 @@
 """Latency: blocks, their sum, the file, and the objective. Times are replaced by what can be counted."""
 
 import json
+import math
 
 import pytest
 import torch
 from tiny import ALL, tiny
 
-from tanglenas_engine import create_objective, latency
+from tanglenas_engine import create_objective
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.latency import Latency, LatencyTable, Machine, Validation, find_blocks, measure_latency
 from tanglenas_engine.spaces.cost import Additive
 from tanglenas_engine.spaces.objective import Target
+from tanglenas_objectives import latency_measurement as measurement
+from tanglenas_objectives.latency_measurement import find_blocks, measure_latency
+from tanglenas_objectives.latency_table import Latency, LatencyTable, Machine, Validation
 
 
 def parameters(module) -> float:
@@ -20,15 +23,15 @@ def parameters(module) -> float:
 @pytest.fixture
 def counted(monkeypatch):
     """Every block and network takes as many milliseconds as it has parameters."""
-    monkeypatch.setattr(latency, "_timed", lambda module, calls, device, threads: lambda: parameters(module))
+    monkeypatch.setattr(measurement, "_timed", lambda module, calls, device, threads: lambda: parameters(module))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_blocks_add_up_to_the_network(name, counted):
     space = tiny(name)
     blocks = find_blocks(space)
-    measures, alike = latency._measurements(space, blocks, 2, torch.device("cpu"), 1)
-    tables = Additive(latency._tables({place: measures[key]() for place, key in alike.items()}))
+    measures, alike = measurement._measurements(space, blocks, 2, torch.device("cpu"), 1)
+    tables = Additive(measurement._tables({place: measures[key]() for place, key in alike.items()}))
     generator = torch.Generator().manual_seed(0)
     for architecture in [space.smallest(), space.largest(), *(space.sample(generator) for _ in range(5))]:
         state = dict(space.extract(architecture).named_parameters(remove_duplicate=False))
@@ -43,7 +46,9 @@ def test_no_block_is_inside_another_and_none_has_too_many_combinations():
     assert "blocks.0" in names and "blocks.0.attn" not in names and "" not in names
     for name in ALL:
         blocks = find_blocks(tiny(name))
-        assert all(torch.tensor([len(r.options) for r in b.rows]).prod() <= latency.MOST_COMBINATIONS for b in blocks)
+        assert all(
+            torch.tensor([len(r.options) for r in b.rows]).prod() <= measurement.MOST_COMBINATIONS for b in blocks
+        )
         assert not [b for b in blocks for other in blocks if b.name.startswith(f"{other.name}.")]
 
 
@@ -53,7 +58,7 @@ def test_blocks_are_called_with_what_the_architecture_gives_them():
     blocks = find_blocks(space)
     for number, block in enumerate(blocks):
         block.module.register_forward_pre_hook(lambda _, inputs, n=number: seen.update({n: tuple(inputs[0].shape)}))
-    inputs = latency._inputs(space, blocks, 3)
+    inputs = measurement._inputs(space, blocks, 3)
     for _ in range(10):
         architecture = space.sample()
         assignment = space.assignment_of(architecture)
@@ -176,4 +181,5 @@ def test_errors_are_means_and_ranks_are_ranks():
     validation = Validation([1.0, 2.0, 3.0], [2.0, 2.0, 4.0])
     assert validation.relative_error == pytest.approx((0.5 + 0 + 0.25) / 3)
     assert validation.spearman == pytest.approx(0.866, abs=1e-3)
+    assert math.isnan(Validation([2.0, 2.0], [1.0, 3.0]).spearman)
     assert Machine.here(torch.device("cpu"), 2).threads == 2

@@ -14,9 +14,9 @@ from project import ROOT, lay_out, set_params
 from pipelines import discretize, search
 from pipelines._config import stage_arguments
 from pipelines._stage import stage
-from tanglenas_engine import create_space, latency
-from tanglenas_engine.latency import LatencyTable
+from tanglenas_engine import create_space
 from tanglenas_engine.plugins import manager
+from tanglenas_objectives.latency_table import LatencyTable, Machine, options_of
 
 MAIN = {"search": search.main, "discretize": discretize.main}
 EPOCH = ("search.epochs = 1", "search.warmup_epochs = 0")
@@ -143,10 +143,10 @@ def write_table(path: Path, **changes: object) -> None:
     (row,) = (row for row in space.rows if row.choice == "embed_dim")
     table = LatencyTable(
         space="autoformer_nano",
-        choices=latency._options(space),
+        choices=options_of(space),
         input_shape=(1, 8, 8),
         batch_size=4,
-        machine=latency.Machine("abacus", 2, "2.0"),
+        machine=Machine("abacus", 2, "2.0"),
         tables={"embed_dim": [option / 8 for option in row.options]},
     )
     table.save(path)

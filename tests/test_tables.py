@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -450,158 +449,87 @@ def test_numpy_scalars_become_plain_numbers(protocol):
     assert {type(value) for value in read.values()} == {bool, int, float}
     old = pickle.dumps(content, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert read_pickle(old) == read
-
-
-def test_a_number_of_the_other_byte_order_is_read():
     swapped = pickle.dumps(np.float64(1.5), 2).replace(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00>")
-    assert swapped != pickle.dumps(np.float64(1.5), 2)
     assert read_pickle(swapped) == struct.unpack(">d", struct.pack("<d", 1.5))[0]
 
 
-json_like = st.recursive(
+plain = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
+    | st.integers(-(2**63), 2**64 - 1)
     | st.floats(allow_nan=False)
     | st.text()
-    | st.binary(min_size=1, max_size=8)  # bytes of a number
     | st.floats(-1e4, 1e4).map(np.float64),
-    lambda inner: (
-        st.lists(inner) | st.lists(inner, max_size=4).map(tuple) | st.dictionaries(st.text(), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner, max_size=4),
 )
 
 
-@given(json_like, st.integers(0, pickle.HIGHEST_PROTOCOL))
+@given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
 @settings(max_examples=200)
 def test_plain_data_is_read_as_python_reads_it(content, protocol):
-    data = pickle.dumps(content, protocol)
-    assert read_pickle(data) == content
-
-
-class Planted:
-    """Runs when it is made, or given a state."""
-
-    ran: ClassVar[list[object]] = []
-
-    def __new__(cls, *arguments: object, **keywords: object):
-        cls.ran.append(arguments)
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        self.ran.append(state)
+    assert read_pickle(pickle.dumps(content, protocol)) == content
 
 
 def string(text: str) -> bytes:
     return b"X" + struct.pack("<I", len(text)) + text.encode()
 
 
-PLANTED = f"c{__name__}\nPlanted\n".encode()
 SYSTEM = b"cos\nsystem\n"
-
 MALICIOUS = {
     "GLOBAL": SYSTEM + b"(%stR.",
-    "REDUCE": SYSTEM + b"(%stR.",
     "STACK_GLOBAL": b"\x80\x04" + string("os") + string("system") + b"\x93%s\x85R.",
     "INST": b"(%sios\nsystem\n.",
     "OBJ": b"(" + SYSTEM + b"%so.",
-    "NEWOBJ": b"\x80\x02" + PLANTED + b"%s\x85\x81.",
-    "NEWOBJ_EX": b"\x80\x04" + PLANTED + b"%s\x85}\x92.",
-    "BUILD": b"\x80\x02" + PLANTED + b")\x81%sb.",
 }
-"""What to put around a pickled string so that Python's own reader runs it, or hands it to Planted."""
+"""What to put around a pickled string so that Python's own reader runs it."""
 
 
 @pytest.mark.parametrize("opcode", MALICIOUS)
 def test_a_planted_pickle_is_refused_and_nothing_runs(opcode, tmp_path):
-    canary = tmp_path / "canary"
+    canary, path = tmp_path / "canary", tmp_path / "table.pkl"
     data = MALICIOUS[opcode].replace(b"%s", string(f"touch {canary}"))
-
-    def ran() -> bool:
-        return canary.exists() or bool(Planted.ran)
-
-    Planted.ran.clear()
     pickle.loads(data)  # the payload is live: this is what the reader must not do
-    assert ran()
-    canary.unlink(missing_ok=True)
-    Planted.ran.clear()
-
-    with pytest.raises(TangleNASError, match=r"pickle refused: .* at byte \d+\)\. Nothing was executed") as refusal:
-        read_pickle(data)
-    named = {"INST": "INST is not", "OBJ": r"os\.system"}.get(opcode, r"os\.system|Planted")
-    assert refusal.match(named)
-    path = tmp_path / "table.pkl"
-    path.write_bytes(
-        b"\x80\x04}" + string("arch") + b"}" + string("acc") + data[:-1].removeprefix(b"\x80\x04") + b"ss."
-    )
-    with pytest.raises(TangleNASError, match=r"table\.pkl: pickle refused"):
+    canary.unlink()
+    path.write_bytes(data)
+    with pytest.raises(TangleNASError, match=r"table\.pkl: pickle refused: .*Nothing was executed"):
         load_table(path)
-    assert not ran()
+    assert not canary.exists()
+
+
+DTYPE, SCALAR, ENCODE = b"cnumpy\ndtype\n", b"cnumpy._core.multiarray\nscalar\n", b"c_codecs\nencode\n"
+DOUBLE = DTYPE + string("f8") + b"\x89\x88\x87R"
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"Psomething\n.", "PERSID is not among the opcodes"),
-        (string("something") + b"Q.", "BINPERSID is not among the opcodes"),
-        (b"\x80\x02\x82\x01.", "EXT1 is not among"),
-        (b"\x80\x02\x83\x01\x00.", "EXT2 is not among"),
-        (b"\x80\x02\x84\x01\x00\x00\x00.", "EXT4 is not among"),
-        (b"\x80\x05\x97.", "NEXT_BUFFER is not among"),
-        (b"\x80\x05\x96" + struct.pack("<Q", 1) + b"x.", "BYTEARRAY8 is not among"),
-        (b"\x80\x04\x8f.", "EMPTY_SET is not among"),
-        (b"N2.", "DUP is not among"),
-        (b"(N1.", "POP_MARK is not among"),
-        (b"S'python 2'\n.", "STRING is not among"),
-        (b"cnumpy\nload\n.", r"names 'numpy\.load"),
-        (b"c__builtin__\neval\n.", r"names '__builtin__\.eval"),
-        (b"cnumpy dtype\n\n.", r"names 'numpy\.dtype "),
-        (b"\x80\x04" + string("numpy") + string("ndarray") + b"\x93.", r"names 'numpy\.ndarray"),
-        (b"\x80\x04K\x01" + string("dtype") + b"\x93.", "works on an int, expected a string"),
-        # NumPy's names, given what is no number: an object dtype is itself read by unpickling.
-        (b"cnumpy\ndtype\n" + string("O8") + b"\x89\x88\x87R.", "dtype is given what makes no number"),
-        (b"cnumpy\ndtype\n" + string("V8") + b"\x89\x88\x87R.", "dtype is given what makes no number"),
-        (
-            b"c_codecs\nencode\n" + string("x" * 9) + string("latin1") + b"\x86R.",
-            "encode is given what makes no number",
-        ),
-        (b"c_codecs\nencode\n" + string("x") + string("idna") + b"\x86R.", "encode is given what makes no number"),
-        (b"cnumpy\ndtype\n" + string("f8") + b"\x89\x88\x87R" + string("x") + b"b.", "a string, expected a tuple"),
-        (b"}(" + string("x") + b"tb.", "a dict, expected a number type"),
-        (string("x") + b")R.", "a string, expected a name"),
-        (b"}(" + string("x") + b"u.", "a dict has a key without value"),
-        (b"}K\x01K\x02s.", "a key is an int, expected a string"),
-        (b"}" + (string("x") + b"Ns") * 2 + b".", "the key 'x' comes twice"),
-        (b".", "works on an empty stack"),
-        (b"t.", "no MARK is open"),
-        (b"h\x05.", "nothing is stored as 5"),
-        (b"(N(.", "works on an empty stack"),
+        (b"cbuiltins\neval\n.", r"names 'builtins\.eval'"),
+        (b"c__builtin__\ngetattr\n" + SYSTEM + string("__self__") + b"\x86R.", r"names '__builtin__\.getattr'"),
+        (b"\x80\x04" + string("numpy") + string("dtype.__class__") + b"\x93.", r"names 'numpy\.dtype\.__class__'"),
+        (b"Psomething\n.", r"not among the opcodes of a table of numbers \(PERSID at byte 0\)"),
+        (string("something") + b"Q.", "BINPERSID"),
+        (b"\x80\x02\x82\x01.", "EXT1"),
+        (b"\x80\x05\x97.", "NEXT_BUFFER"),
+        (b"\x80\x04\x8f.", "EMPTY_SET"),
+        # NumPy's names, given what is no number: its own functions take objects and structures, too.
+        (DTYPE + string("O8") + b"\x89\x88\x87R.", "dtype is given what makes no number"),
+        (DTYPE + string("f8") + b"\x89" + DOUBLE + b"\x87R.", "dtype is given what makes no number"),
+        (DOUBLE + b"(K\x03" + string("O") + b"NNNK\x00K\x00K\x00tb.", "a state that is no byte order"),
+        (SCALAR + DOUBLE + b"C\x07seven..\x86R.", "scalar is given what makes no number"),
+        (SCALAR + string("O8") + b"C\x08" + bytes(8) + b"\x86R.", "scalar is given what makes no number"),
+        (ENCODE + string("x" * 9) + string("latin1") + b"\x86R.", "encode is given what makes no number"),
+        (ENCODE + string("x") + string("idna") + b"\x86R.", "encode is given what makes no number"),
+        # The admitted functions serve all later pickles, too.
+        (DTYPE + b"N}" + string("__defaults__") + b"Ns\x86b.", "gives a function a state"),
+        (DTYPE + b"}" + string("function") + b"Nsb.", "gives a function a state"),
+        (DTYPE + b")\x81.", "NEWOBJ"),
+        (DTYPE + b")}\x92.", "a tuple is there that is no argument"),
     ],
 )
-def test_whatever_is_not_a_table_of_numbers_is_refused(data, message):
-    with pytest.raises(TangleNASError, match=message):
+def test_whatever_does_more_than_hold_numbers_is_refused(data, message):
+    with pytest.raises(TangleNASError, match=f"pickle refused: .*{message}"):
         read_pickle(data)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "not a whole pickle"),
-        (b"\x80\x04}", "not a whole pickle"),
-        (b"\x80\x04\xff.", "not a whole pickle"),
-        (b"}.}.", "ends at byte 2, but the file has 4"),
-        (b"Iseven\n.", "not a whole pickle"),
-        (b"I" + b"9" * 5000 + b"\n.", "not a whole pickle"),
-        (b"X\xff\xff\xff\x7fx.", "not a whole pickle"),
-        (b"\x8d" + struct.pack("<Q", 2**62) + b"x.", "not a whole pickle"),
-        (b"\x8e" + struct.pack("<Q", 2**64 - 1) + b"x.", "not a whole pickle"),
-        (b"\x8b\xff\xff\xff\x7fx.", "not a whole pickle"),
-        (b"\x8b\xff\xff\xff\xffx.", "not a whole pickle"),
-    ],
-)
-def test_damage_and_sizes_out_of_reach_are_told(data, message):
-    with pytest.raises(TangleNASError, match=message):
-        read_pickle(data)
+    assert read_pickle(pickle.dumps(np.float64(0.5))) == 0.5
 
 
 def laughs(levels: int) -> bytes:
@@ -612,31 +540,37 @@ def laughs(levels: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x80\x02" + b"]" + b"\x85" * 200_000 + b".", "holds no"),
-        (b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".", "holds no"),
-        (b"\x80\x02}q\x00" + string("x") + b"h\x00s.", "x: x is of type dict, expected"),
-        (b"\x80\x02]q\x00h\x00a.", "holds no"),
-        (b"\x80\x02" + laughs(200) + b".", "holds no"),
-        (b"\x80\x02}" + laughs(200) + b"Ns.", "a key is a tuple"),
-        (b"\x80\x02}" + string("x") + b"}" + string("acc") + laughs(200) + b"ss.", "x: acc is of type tuple, expected"),
-        (
-            b"\x80\x02}" + string("x") + b"}" + string("acc") + b"\x8b\x00\x08\x00\x00" + b"\x7f" * 2048 + b"ss.",
-            "x: acc is of type int",
-        ),
+        (b"", "pickle exhausted"),
+        (b"\x80\x04}", "pickle exhausted"),
+        (b"\x80\x04\xff.", "unknown"),
+        (b"}.}.", "ends at byte 2, but the file has 4"),
+        (b"\x80\x04h\x05.", "Memo value not found"),
+        (b"X\xff\xff\xff\x7fx.", "expected 2147483647 bytes .* but only 2 remain"),
+        (b"\x8d" + struct.pack("<Q", 2**62) + b"x.", "bytes"),
+        (b"\x8e" + struct.pack("<Q", 2**64 - 1) + b"x.", "bytes"),
+        (b"\x96" + struct.pack("<Q", 2**40) + b"x.", "bytes"),
+        (b"\x8b\xff\xff\xff\x7fx.", "long4"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"}.", "truncated"),
+        (b"}r\xff\xff\xff\x7f.", "skips to number 2147483647 of the memo"),
+        (b"}p99999999999\n.", "skips to number 99999999999 of the memo"),
+        (b"I" + b"9" * 5000 + b"\n.", "4300 digits"),
+        (b"\x8a\x09" + b"\x7f" * 9 + b".", "more than 64 bits"),
+        (b"}" + b")" + b"\x85" * 200_000 + b"Ns.", "a tuple is there that is no argument"),
+        (b"}" + laughs(200) + b"Ns.", "a tuple is there that is no argument"),
+        (b"]" * 1001 + b".", "more than 1000 steps"),
     ],
 )
-def test_bombs_do_not_go_off(data, message, tmp_path):
-    path = tmp_path / "bomb.pkl"
-    path.write_bytes(data)
-    with pytest.raises(TangleNASError, match=message):
-        load_table(path)
-
-
-def test_a_pickle_of_endless_steps_is_refused(monkeypatch):
+def test_damage_and_bombs_are_told(data, message, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_STEPS", 1000)
-    assert read_pickle(b"]" * 999 + b".") == []
-    with pytest.raises(TangleNASError, match="more than 1000 steps"):
-        read_pickle(b"]" * 1000 + b".")
+    with pytest.raises(TangleNASError, match=f"pickle refused: .*{message}.*download the file again"):
+        read_pickle(data)
+
+
+def test_few_bytes_cannot_hold_a_table_without_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(reading, "MAX_STEPS", 1000)
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps(dict.fromkeys(map(str, range(100)), dict.fromkeys("abcdefghijk", 1))))
+    with pytest.raises(TangleNASError, match="100 architectures with 11 metrics, more than any table"):
+        load_table(tmp_path / "t.pkl")
 
 
 @pytest.mark.parametrize(
@@ -654,7 +588,9 @@ def test_a_pickle_of_endless_steps_is_refused(monkeypatch):
         ({"x": {"acc": None}}, "x: acc is of type NoneType"),
         ({"x": {"acc": math.nan}}, "x: acc is nan"),
         ({"x": {"acc": np.float64(101)}}, "x: acc is 101.0, expected an accuracy"),
-        ({"x": {"loss": 10**400}}, "x: loss is of type int"),
+        ({"x": {"acc": [1.0]}}, "x: acc is of type list"),
+        ({1: {"acc": 1}}, "an architecture is named 1, expected printable text"),
+        ({"x": {2: 1}}, "x: a metric is named 2, expected printable text"),
         ({"\x1b[2J": {"acc": 1}}, "expected printable text"),
         ({"\ud800": {"acc": 1}}, "expected printable text"),
         ({"x": {"a\nb": 1}}, "expected printable text"),
@@ -695,57 +631,35 @@ def test_any_bytes_give_a_table_or_an_error(tmp_path_factory, data):
 
 
 AUDITED = """
-import pickle, random, sys
+import pickle, sys
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.tables import read_pickle
 
+def read(pickles):
+    for data in pickles:
+        try:
+            read_pickle(data)
+        except TangleNASError:
+            pass
+
 valid, malicious = eval(sys.stdin.read())
-events, armed = [], False
-WATCHED = {"import", "exec", "compile", "open", "os.system", "subprocess.Popen", "pickle.find_class", "socket.connect"}
-
-def watch(event, arguments):
-    if armed and event in WATCHED:
-        events.append((event, str(arguments)[:80]))
-
-def read(data):
-    try:
-        read_pickle(data)
-    except TangleNASError:
-        return True
-
-sys.addaudithook(watch)
-for data in [*valid, b"Vx\\n.", b"S'x'\\n.", b"cx\\ny\\n."]:  # Python loads its own codecs on first use
-    read(data)
-generator = random.Random(0)
-armed = True
-refused = sum(read(data) is True for data in malicious)
-for _ in range(3000):
-    data = bytearray(generator.choice(valid + malicious))
-    for _ in range(generator.randint(1, 4)):
-        at = generator.randrange(len(data) + 1)
-        data[at : at + generator.randint(0, 4)] = generator.choice(malicious) if generator.random() < 0.3 else bytes(
-            generator.randrange(256) for _ in range(generator.randint(0, 4))
-        )
-    read(bytes(data))
-armed = False
-print(refused, events)
-armed = True
+read(valid)  # Python loads its codecs on first use
+heard = []
+sys.addaudithook(lambda event, _: heard.append(event))
+read(valid + malicious)
+events = set(heard)
 pickle.loads(malicious[0])
-armed = False
-print(sorted({event for event, _ in events}))
+print(events, {"os.system", "pickle.find_class"} <= set(heard))
 """
 
 
 def test_reading_imports_opens_and_executes_nothing():
-    """Python's own audit events say so, for planted and damaged pickles; and they do tell when Python reads one."""
-    malicious = [data.replace(b"%s", string("true")) for data in MALICIOUS.values()]
-    malicious += [b"cantigravity\nfly\n.", b"\x80\x04" + string("this") + string("s") + b"\x93."]
+    """Python's own audit events say so; and they do tell when Python reads a planted pickle."""
+    malicious = [data.replace(b"%s", string("true")) for data in MALICIOUS.values()] + [b"cantigravity\nfly\n."]
     run = subprocess.run(
         [sys.executable, "-c", AUDITED], input=repr((VALID, malicious)), capture_output=True, text=True, check=True
     )
-    nothing, control = run.stdout.splitlines()
-    assert nothing == f"{len(malicious)} []"
-    assert {"os.system", "pickle.find_class"} <= set(eval(control))
+    assert run.stdout == "set() True\n"
 
 
 # The command.

@@ -1,10 +1,10 @@
-"""Objectives that are counted: exact for an architecture, and in expectation."""
+"""Objectives that are counted. They are exact for an architecture and in expectation."""
 
 from tanglenas_engine import Additive, Objective, SearchSpace
 
 
 class Params(Objective):
-    """Parameters."""
+    """The number of parameters."""
 
     unit = "parameters"
 
@@ -13,7 +13,7 @@ class Params(Objective):
 
 
 class Flops(Objective):
-    """Multiply-accumulates for one input, of linear layers, convolutions and attention products."""
+    """The multiply-accumulates for one input, of linear layers, convolutions and attention products."""
 
     unit = "multiply-accumulates"
 

@@ -33,8 +33,8 @@ def build(
     that the search has, such as -o image_size=32.
     """
     from tanglenas_engine.runtime.progress import ConsoleProgress
+    from tanglenas_objectives.latency_measurement import measure_latency
 
-    from ..latency import measure_latency
     from ..plugins import create_space
 
     made = create_space(space, **parsed(options))
@@ -72,7 +72,7 @@ def build(
 @space_options
 def predict(file: Path, table: Path, options: tuple[str, ...]) -> None:
     """Predict how long the network of the file ARCH takes, from a TABLE that `latency build` wrote."""
-    from ..latency import Latency
+    from tanglenas_objectives.latency_table import Latency
 
     space, architecture, _ = read(file, options)
     objective = Latency(table).bind(space)

@@ -5,9 +5,9 @@ largest network. `Elastic` is what they have in common; a layer of your own need
 """
 
 from tanglenas_engine.elastic.attention import Attention
-from tanglenas_engine.elastic.base import Elastic, copied
+from tanglenas_engine.elastic.base import Elastic, copied, plain
 from tanglenas_engine.elastic.conv import Conv2d
-from tanglenas_engine.elastic.depth import Depth
+from tanglenas_engine.elastic.depth import Depth, walk
 from tanglenas_engine.elastic.linear import Embedding, Linear
 from tanglenas_engine.elastic.norm import BatchNorm2d, LayerNorm
 from tanglenas_engine.elastic.operations import Family, MixedOperation
@@ -26,4 +26,6 @@ __all__ = [
     "Linear",
     "MixedOperation",
     "copied",
+    "plain",
+    "walk",
 ]

@@ -1,9 +1,9 @@
-"""Benchmark tables: look up what an architecture is worth, its rank and its regret.
+"""Benchmark tables: the value, rank and regret of an architecture.
 
     table = load_table("nb201.table.csv.gz", space)
     table.rank(architecture, "c10_test200")
 
-Importing this loads numpy, but not torch. The project ships no table: a path to one's own copy is given.
+This package imports numpy, but not torch. The project ships no table: users give the path of their own copy.
 """
 
 from .pickles import read_pickle

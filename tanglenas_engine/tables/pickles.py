@@ -1,270 +1,153 @@
-"""Reading the pickles in which benchmark tables are published, without unpickling.
+"""The one place where something is unpickled: benchmark tables, as their authors publish them.
 
-A pickle is a program for a small stack machine; what makes it dangerous is that it may import and call anything.
-The machine here knows dicts, lists, tuples, strings and numbers only. It imports nothing and calls nothing that a
-pickle names: a NumPy scalar is recognised by its form, (constructor, dtype, bytes), and decoded with `struct`.
+A pickle is a program that can import any name and call it. The reader here is the standard library's way to prevent
+that, a `pickle.Unpickler` with its own `find_class` (docs.python.org/3/library/pickle.html#restricting-globals). It is
+safe for three reasons:
+
+- `find_class` imports nothing. It knows the names that a pickled NumPy scalar contains, and returns a function of this
+  module in place of each. NumPy's own functions take types of any kind, objects included.
+- These functions make numbers and the few bytes of one. They refuse all other arguments.
+- A scan of the file comes first. It refuses other opcodes, persistent identifiers among them, and whatever could take
+  much memory or time.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
-import struct
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tanglenas_engine.errors import TangleNASError
 
-FORMATS = {
-    "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q",
-    "u1": "B", "u2": "H", "u4": "I", "u8": "Q", "f2": "e", "f4": "f", "f8": "d",
-}  # fmt: skip
-"""NumPy's codes of number types, as `struct` has them."""
-
-
 MAX_STEPS = 10_000_000
-"""Of the machine, five times those of NAS-Bench-201 with NumPy scalars: each may take 100 bytes of memory."""
+"""The most opcodes of a pickle, five times those of NAS-Bench-201 with NumPy scalars. One can take 100 bytes."""
 
+NUMBER_TYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
-class Name:
-    """One of the four names that a pickled NumPy scalar contains. It stands for itself: nothing is imported."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-class DType:
-    """A NumPy number type: its code, and the byte order, which the pickle sets afterwards."""
-
-    def __init__(self, code: str):
-        self.code = code
-        self.order = "<"
-
-
-NAMES = {
-    "numpy dtype": Name("dtype"),
-    "numpy.core.multiarray scalar": Name("scalar"),  # NumPy 1
-    "numpy._core.multiarray scalar": Name("scalar"),  # NumPy 2
-    "_codecs encode": Name("encode"),  # bytes, in protocols that have none
-}
-
-VALUES = {
+TUPLES = {"EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"}
+PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+OPCODES = TUPLES | PUTS | {
+    "PROTO", "FRAME", "STOP", "MARK", "GET", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+    "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS",
     "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
     "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
 }  # fmt: skip
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-KINDS = {int: "an int", str: "a string", bytes: "bytes", Name: "a name", DType: "a number type", type(None): "None"}
 
 
 def read_pickle(data: bytes) -> Any:
-    """What a pickle of dicts with string keys, lists, tuples, strings and numbers holds; NumPy scalars as numbers.
+    """Return the dicts, lists, strings and numbers of a pickle. NumPy scalars become plain numbers.
 
-    Objects may contain each other, or one another many times, as the pickle says: check types before walking down.
+    A list or dict can contain itself, or another one many times. So check the types of values before walking down.
 
     Raises:
-        TangleNASError: The pickle is damaged, or does anything else; names the opcode and its position.
+        TangleNASError: The pickle is damaged, names anything but a number's type, or needs too much memory.
     """
-    machine = _Machine()
-    position, name = 0, "the start"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in the strings of old protocols
-            for step, (opcode, argument, at) in enumerate(pickletools.genops(io.BytesIO(data))):
-                position, name = at or 0, opcode.name
-                if step >= MAX_STEPS:
-                    raise _Refused(f"it takes more than {MAX_STEPS} steps")
-                machine.step(name, argument)
-    except _Refused as refusal:
+        _scan(data)
+        return _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # pickle's documentation: damage may raise exceptions of any type
         raise TangleNASError(
-            f"pickle refused: {refusal} ({name} at byte {position}). Nothing was executed. Tables are dicts of "
-            "numbers: if you trust this file, turn its values into plain floats and write it as CSV"
+            f"pickle refused: {str(error)[:200]}. Nothing was executed. Expected a dict of numbers: download the file "
+            "again or, if you trust it, turn its values into plain floats and write it as CSV"
         ) from None
-    except (ValueError, OverflowError) as error:  # how pickletools says that the next opcode makes no sense
-        raise TangleNASError(
-            f"not a whole pickle: {str(error)[:200]} (after {name} at byte {position}). Download the file again"
-        ) from None
-    if position + 1 != len(data):
-        raise TangleNASError(
-            f"the pickle ends at byte {position + 1}, but the file has {len(data)}: it holds more than one table, "
-            "or is damaged. Download it again"
-        )
-    return machine.result
 
 
-class _Refused(Exception):
-    """Not what a table of numbers is made of."""
+class _Unpickler(pickle.Unpickler):
+    """An unpickler that can reach the functions in `ADMITTED` and nothing else; the module's docstring says why."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ADMITTED:
+            raise pickle.UnpicklingError(f"it names {f'{module}.{name}'[:80]!r}")
+        return ADMITTED[module, name]
 
 
-def _kind(kind: type) -> str:
-    # In place of the value: one that contains itself, or another many times, cannot be shown.
-    return KINDS.get(kind, f"a {kind.__name__}")
+def _scan(data: bytes) -> None:
+    """Refuse what `find_class` does not see: opcodes that a table has no use for, and those that take too much.
+
+    Sizes beyond the end of the file, for which Python would reserve memory, end the loop with a ValueError.
+    """
+    file, last = io.BytesIO(data), ""
+    for step, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+        name, refusal = opcode.name, ""
+        if step >= MAX_STEPS:
+            refusal = f"it takes more than {MAX_STEPS} steps"
+        elif name not in OPCODES:
+            refusal = "it is not among the opcodes of a table of numbers"
+        elif name in PUTS and argument is not None and argument > step:
+            # The memo is an array. Python would make it so long at once.
+            refusal = f"it skips to number {argument} of the memo"
+        elif isinstance(argument, int) and abs(argument) >= 2**64:
+            # Millions of long numbers can share one hash. A dict of them would take hours.
+            refusal = "a whole number has more than 64 bits"
+        elif last in TUPLES and name not in {"REDUCE", "BUILD", *PUTS}:
+            # As a key of a dict, a tuple of tuples is hashed: the recursion overflows, or takes 2 ** depth steps.
+            refusal = "a tuple is there that is no argument"
+        if refusal:
+            raise pickle.UnpicklingError(f"{refusal} ({name} at byte {position})")
+        last = last if name in PUTS else name
+    if file.tell() != len(data):
+        raise pickle.UnpicklingError(f"it ends at byte {file.tell()}, but the file has {len(data)}")
 
 
-class _Machine:
-    """The stack machine. `outer` holds the stacks below each open MARK, as in Python's own reader."""
+class _Function:
+    """A function that stands for a name. A pickle can call it, but has no attribute of it to set."""
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.result: Any = None
+    __slots__ = ("function",)
 
-    def step(self, name: str, argument: Any) -> None:
-        if name in VALUES:
-            self.stack.append(CONSTANTS.get(name, argument))
-        elif name in STEPS:
-            STEPS[name](self, argument)
-        else:
-            raise _Refused(f"{name} is not among the opcodes of a table of numbers")
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
 
-    def top(self, kind: type = object) -> Any:
-        """The top of the stack, which must be a `kind`."""
-        if not self.stack:
-            raise _Refused("it works on an empty stack")
-        if not isinstance(self.stack[-1], kind):
-            raise _Refused(f"it works on {_kind(type(self.stack[-1]))}, expected {_kind(kind)}")
-        return self.stack[-1]
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
 
-    def pop(self, kind: type = object) -> Any:
-        value = self.top(kind)
-        del self.stack[-1]
-        return value
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("it gives a function a state")
 
-    def since_mark(self) -> list[Any]:
-        """What was pushed since the last MARK, which is closed."""
-        if not self.outer:
-            raise _Refused("no MARK is open")
-        items, self.stack = self.stack, self.outer.pop()
-        return items
 
-    def mark(self, _: Any) -> None:
-        self.outer.append(self.stack)
-        self.stack = []
+class _NumberType:
+    """A NumPy type of numbers; the pickle sets its byte order afterwards."""
 
-    def stop(self, _: Any) -> None:
-        self.result = self.pop()
+    __slots__ = ("dtype",)
 
-    # Memo.
+    def __init__(self, code: str):
+        self.dtype = np.dtype(code)
 
-    def put(self, index: int) -> None:
-        self.memo[index] = self.top()
-
-    def memoize(self, _: Any) -> None:
-        self.put(len(self.memo))
-
-    def get(self, index: int) -> None:
-        if index not in self.memo:
-            raise _Refused(f"nothing is stored as {index}")
-        self.stack.append(self.memo[index])
-
-    # Containers.
-
-    def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.stack.append(tuple(reversed(items)))
-
-    def tuple_since_mark(self, _: Any) -> None:
-        items = self.since_mark()
-        self.stack.append(tuple(items))
-
-    def list_since_mark(self, _: Any) -> None:
-        items = self.since_mark()
-        self.stack.append(items)
-
-    def append(self, _: Any) -> None:
-        value = self.pop()
-        self.top(list).append(value)
-
-    def appends(self, _: Any) -> None:
-        values = self.since_mark()
-        self.top(list).extend(values)
-
-    def set_item(self, _: Any) -> None:
-        value, key = self.pop(), self.pop()
-        self.update(self.top(dict), [key, value])
-
-    def set_items(self, _: Any) -> None:
-        items = self.since_mark()
-        self.update(self.top(dict), items)
-
-    def dict_since_mark(self, _: Any) -> None:
-        items = self.since_mark()
-        self.stack.append({})
-        self.update(self.stack[-1], items)
-
-    def update(self, target: dict[str, Any], items: list[Any]) -> None:
-        if len(items) % 2:
-            raise _Refused("a dict has a key without value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str):  # hashing a tuple of tuples can take for ever
-                raise _Refused(f"a key is {_kind(type(key))}, expected a string")
-            if key in target:
-                raise _Refused(f"the key {key[:80]!r} comes twice")
-            target[key] = value
-
-    # NumPy scalars.
-
-    def name(self, dotted: str) -> None:
-        if dotted not in NAMES:
-            raise _Refused(f"it names {dotted.replace(' ', '.', 1)[:80]!r}")
-        self.stack.append(NAMES[dotted])
-
-    def name_on_stack(self, _: Any) -> None:
-        attribute, module = self.pop(str), self.pop(str)
-        self.name(f"{module} {attribute}")
-
-    def call(self, _: Any) -> None:
-        arguments, name = self.pop(tuple), self.pop(Name).name
-        match name, arguments:
-            case "dtype", (str(code), _, _) if code in FORMATS:
-                self.stack.append(DType(code))
-            case "encode", (str(text), "latin1") if len(text) <= 8:  # as long as a number is
-                self.stack.append(text.encode("latin-1"))
-            case "scalar", (DType() as dtype, bytes(content)):
-                form = dtype.order + FORMATS[dtype.code]
-                if len(content) != struct.calcsize(form):
-                    raise _Refused(f"{len(content)} bytes for a number of type {dtype.code}")
-                self.stack.extend(struct.unpack(form, content))
-            case _:
-                raise _Refused(f"{name} is given what makes no number")
-
-    def build(self, _: Any) -> None:
-        state, dtype = self.pop(tuple), self.top(DType)
+    def __setstate__(self, state: object) -> None:
         match state:
-            case (int(), "<" | ">" | "|" as order, None, None, None, int(), int(), int()):
-                dtype.order = order.replace("|", "<")  # "|": one byte, which has no order
+            case int(), "<" | ">" | "|" as order, None, None, None, int(), int(), int():
+                self.dtype = self.dtype.newbyteorder(order)
             case _:
-                raise _Refused("a number type is given what is no byte order")
+                raise pickle.UnpicklingError("numpy.dtype gets a state that is no byte order")
 
 
-STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda machine, _: None,
-    "FRAME": lambda machine, _: None,
-    "MARK": _Machine.mark,
-    "STOP": _Machine.stop,
-    "PUT": _Machine.put,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.memoize,
-    "GET": _Machine.get,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "TUPLE": _Machine.tuple_since_mark,
-    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
-    "LIST": _Machine.list_since_mark,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
-    "DICT": _Machine.dict_since_mark,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "GLOBAL": _Machine.name,
-    "STACK_GLOBAL": _Machine.name_on_stack,
-    "REDUCE": _Machine.call,
-    "BUILD": _Machine.build,
+def _dtype(*arguments: Any) -> _NumberType:
+    match arguments:
+        case str(code), int(), int() if code in NUMBER_TYPES:
+            return _NumberType(code)
+    raise pickle.UnpicklingError("numpy.dtype is given what makes no number")
+
+
+def _scalar(*arguments: Any) -> Any:
+    match arguments:
+        case _NumberType(dtype=dtype), bytes(content) if len(content) == dtype.itemsize:
+            return np.frombuffer(content, dtype).item()
+    raise pickle.UnpicklingError("numpy's scalar is given what makes no number")
+
+
+def _encode(*arguments: Any) -> bytes:
+    match arguments:
+        case str(text), "latin1" if len(text) <= 8:  # the bytes of a number, in protocols that have none
+            return text.encode("latin-1")
+    raise pickle.UnpicklingError("_codecs.encode is given what makes no number")
+
+
+ADMITTED = {
+    ("numpy", "dtype"): _Function(_dtype),
+    ("numpy.core.multiarray", "scalar"): _Function(_scalar),  # NumPy 1
+    ("numpy._core.multiarray", "scalar"): _Function(_scalar),  # NumPy 2
+    ("_codecs", "encode"): _Function(_encode),
 }

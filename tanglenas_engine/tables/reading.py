@@ -12,27 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.tables.pickles import read_pickle
+from tanglenas_engine.tables.pickles import MAX_STEPS, read_pickle
 from tanglenas_engine.tables.table import HEADER, Table, expected, limit
 
 if TYPE_CHECKING:
     from tanglenas_engine.spaces.space import SearchSpace
 
 MAX_BYTES = 128 * 2**20
-"""Of a table's uncompressed file: 40 times that of NAS-Bench-201. A small compressed file may hold any amount."""
+"""The largest uncompressed file, 40 times that of NAS-Bench-201. A small compressed file may hold any amount."""
 
 KEY_COLUMNS = ("architecture", "arch")
 INDEX_COLUMNS = ("", "index")
 
 
 def load_table(path: str | Path, space: SearchSpace | None = None) -> Table:
-    """Read a benchmark table; with `space`, its architectures in that space's notation, tied to it.
+    """Read a benchmark table. With `space`, tie it to that space (see `Table.of`).
 
-    Three forms are read:
+    A file has one of three forms:
 
     - CSV with a column `arch` or `architecture` (or `architecture of SPACE`, as `tanglenas tables import` writes it);
-    - CSV with one column of text per choice, in the order of the space's choices: read as "option, option, ...";
-    - a pickle of `{architecture: {metric: value}}`, read without executing anything in it.
+    - CSV with one column of text per choice, in the order of the space's choices. The architecture is then the text
+      "option, option, ...";
+    - a pickle of `{architecture: {metric: value}}`. Nothing in it is executed (see `read_pickle`).
 
     All other columns are metrics, except `index`.
 
@@ -67,27 +68,30 @@ def _contents(path: Path) -> bytes:
 
 
 def _is_pickle(path: Path, data: bytes) -> bool:
-    """By its first byte, which no text has; the old protocols have none and go by the file's name."""
+    """Return whether this is a pickle: by the first byte, which no text has, or by the name for old protocols."""
     return data[0] == 0x80 or path.name.removesuffix(".gz").endswith((".pkl", ".pickle", ".p"))
 
 
 Contents = tuple[list[str], dict[str, Any], str | None]
-"""Keys, columns by metric, and the space's name if the file gives it."""
+"""The keys, the columns by metric, and the space's name if the file gives it."""
 
 
 def _from_pickle(data: bytes) -> Contents:
     content = read_pickle(data)
     if not isinstance(content, dict) or not content:
         raise TangleNASError("the pickle holds no {architecture: {metric: value}}")
-    metrics: list[str] = []
     columns: dict[str, array[float]] = {}
     for key, values in content.items():
         where = _printable("an architecture", key)[:200]
         if not isinstance(values, dict) or not values:
             raise TangleNASError(f"{where}: expected a dict of metrics")
-        if not columns:
-            metrics = list(values)
-            columns = {_printable("a metric", metric): array("d") for metric in metrics}
+        names = [_printable("a metric", metric, where) for metric in values]
+        columns = columns or {name: array("d") for name in names}
+        if len(content) * len(columns) > MAX_STEPS:  # one dict of metrics may stand for every architecture
+            raise TangleNASError(
+                f"it lists {len(content)} architectures with {len(columns)} metrics, more than any table should: "
+                "is it one?"
+            )
         if values.keys() != columns.keys():
             odd = sorted(values.keys() ^ columns.keys())[0]
             raise TangleNASError(
@@ -170,7 +174,7 @@ def _is_number(text: str) -> bool:
 
 
 def _number(where: str, metric: str, value: Any) -> float:
-    """`value` as what the metric can be; `where` says whose it is."""
+    """Return `value` as a number that the metric can have. `where` names its line or architecture in errors."""
     shown = repr(value)[:60] if isinstance(value, str | float) else f"of type {type(value).__name__}"
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
@@ -181,8 +185,8 @@ def _number(where: str, metric: str, value: Any) -> float:
     return number
 
 
-def _printable(what: str, text: str, where: str = "") -> str:
-    if not text or not text.isprintable():
+def _printable(what: str, text: Any, where: str = "") -> str:
+    if not isinstance(text, str) or not text or not text.isprintable():
         prefix = f"{where}: " if where else ""
         raise TangleNASError(f"{prefix}{what} is named {text!r:.80}, expected printable text")
     return text

@@ -1,4 +1,4 @@
-"""Benchmark tables: what every architecture of a space is worth when it is trained by itself."""
+"""Benchmark tables: the metrics of every architecture of a space, each trained by itself."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from tanglenas_engine.spaces.space import SearchSpace
 
 COSTS = {"params", "flops", "macs", "latency", "loss", "perplexity", "seconds", "time"}
-"""A metric with one of these words in its name (`params_c10`, `test_loss`) is a cost: less is better."""
+"""A metric with one of these words in its name (`params_c10`, `test_loss`) is a cost. Less of it is better."""
 
 EXAMPLES = 3
-"""How many architectures a report names of each kind of fault."""
+"""The number of architectures that a report names for each kind of fault."""
 
 
 @runtime_checkable
 class Notation(Protocol):
-    """What a space adds that writes its architectures as text."""
+    """A space that writes its architectures as text, and reads them."""
 
     def to_string(self, architecture: Architecture) -> str: ...
 
@@ -41,13 +41,16 @@ class Notation(Protocol):
 class Table:
     """Metrics of architectures: accuracies in %, or costs, of which less is better (see `COSTS`).
 
-    An architecture is asked for by the text under which the table lists it, or, once the table is tied to a space
-    (`table.of(space)`), as an `Architecture` or in any form that the space reads.
+    Questions name an architecture by its key, the text under which the table lists it. A table that is tied to a space
+    (`table.of(space)`) also takes an `Architecture`, and any text that the space reads.
 
     Args:
         keys: The architectures as text, each once.
         columns: For each metric, one finite value per architecture, shape `(len(keys),)`.
-        space: The name of the space in whose notation the keys are, or None where nothing vouches for it.
+        space: The name of the space in whose notation the keys are. None if it is not known.
+
+    Raises:
+        TangleNASError: A key comes twice, a column has another length, or a value is none that its metric can have.
     """
 
     def __init__(self, keys: Iterable[str], columns: Mapping[str, Sequence[float] | NDArray[Any]], space: str | None):
@@ -76,7 +79,7 @@ class Table:
         return len(self.keys)
 
     def __contains__(self, key: object) -> bool:
-        """Whether the table lists an architecture under exactly this text."""
+        """Return whether the table lists an architecture under exactly this text."""
         return key in self._index
 
     def __repr__(self) -> str:
@@ -85,23 +88,23 @@ class Table:
     # Questions.
 
     def value(self, architecture: Architecture | str, metric: str) -> float:
-        """The metric of an architecture: accuracy in %, or the cost as the table has it."""
+        """Return the metric of an architecture: an accuracy in %, or a cost in the table's own unit."""
         column = self._column(metric)
         return float(column[self._position(architecture)])
 
     def rank(self, architecture: Architecture | str, metric: str) -> int:
-        """1 for the best; equal values share the better rank."""
+        """Return the rank of an architecture, 1 for the best. Equal values share the better rank."""
         value, ordered = self.value(architecture, metric), self._ordered(metric)
         if is_cost(metric):
             return 1 + int(np.searchsorted(ordered, value, side="left"))
         return 1 + len(self) - int(np.searchsorted(ordered, value, side="right"))
 
     def regret(self, architecture: Architecture | str, metric: str) -> float:
-        """How far the architecture is from the best: percentage points, or the cost's unit. Never negative."""
+        """Return the distance from the best value, at least 0: percentage points, or the cost's unit."""
         return abs(self.value(self.best(metric), metric) - self.value(architecture, metric))
 
     def row(self, architecture: Architecture | str, metric: str) -> dict[str, float]:
-        """What one line of a history says of an architecture."""
+        """Return value, rank and regret under the names of a history's columns."""
         return {
             "table_value": self.value(architecture, metric),
             "table_rank": self.rank(architecture, metric),
@@ -109,25 +112,28 @@ class Table:
         }
 
     def best(self, metric: str) -> str:
-        """The best architecture, as the table lists it; the first of equals."""
+        """Return the key of the best architecture, the first of equals."""
         column = self._column(metric)
         return self.keys[int(column.argmin() if is_cost(metric) else column.argmax())]
 
     def worst(self, metric: str) -> str:
+        """Return the key of the worst architecture, the first of equals."""
         column = self._column(metric)
         return self.keys[int(column.argmax() if is_cost(metric) else column.argmin())]
 
     def median(self, metric: str) -> float:
+        """Return the median over all architectures."""
         return float(np.median(self._column(metric)))
 
     # Spaces.
 
     def of(self, space: SearchSpace) -> Table:
-        """This table with its architectures in the space's own notation, tied to the space.
+        """Return this table tied to a space, with keys in the space's own notation.
+
+        Architectures of the space may be missing from the table: `check` tells.
 
         Raises:
-            TangleNASError: The space has no notation, or the table lists architectures that the space does not
-                have, or has twice. Architectures may be missing: `check` tells.
+            TangleNASError: The space has no notation, or the table lists an architecture twice or one of another space.
         """
         notation = notation_of(space)
         keys: Sequence[str | None] = self.keys
@@ -141,7 +147,7 @@ class Table:
         return table
 
     def check(self, space: SearchSpace) -> Check:
-        """Compare with a space: which architectures are missing, listed twice, or not of the space."""
+        """Compare with a space. Find the architectures that are missing, listed twice, or not of the space."""
         notation = notation_of(space)
         found: dict[str, str] = {}
         foreign, duplicates = [], []
@@ -163,7 +169,7 @@ class Table:
         return Check(_label(space), space.size, len(found), tuple(missing), tuple(duplicates), tuple(foreign))
 
     def _names(self, notation: Notation) -> list[str | None]:
-        """The notation's own text for every key, None where the key is no architecture of the space."""
+        """Return the notation's own text for every key, None where the key is no architecture of the space."""
         names: list[str | None] = []
         for key in self.keys:
             try:
@@ -175,9 +181,9 @@ class Table:
     # Files.
 
     def write(self, path: str | Path) -> None:
-        """Write the canonical CSV, compressed if the name ends in `.gz`: equal tables give equal bytes.
+        """Write the canonical CSV, compressed if the name ends in `.gz`. Equal tables give equal bytes.
 
-        The first column is headed `architecture of SPACE` and tells a reader whose notation it is in.
+        The header of the first column is `architecture of SPACE`. It names the space whose notation the keys are in.
         """
         from tanglenas_engine.runtime.files import write_atomic
 
@@ -195,7 +201,7 @@ class Table:
         return self.columns[metric]
 
     def _ordered(self, metric: str) -> NDArray[np.float64]:
-        """The column, ascending: sorted once, on the first question."""
+        """Return the column in ascending order. It is sorted once, on the first question."""
         if metric not in self._sorted:
             self._sorted[metric] = np.sort(self._column(metric))
         return self._sorted[metric]
@@ -220,9 +226,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Check:
-    """How a table and a space fit: `found` of the space's `size` architectures are listed, and what is wrong.
+    """A comparison of a table with a space. The table lists `found` of the space's `size` architectures.
 
-    `missing` names the first few; `duplicates` and `foreign` are complete.
+    `missing` names the first few. `duplicates` and `foreign` are complete.
     """
 
     space: str
@@ -234,7 +240,7 @@ class Check:
 
     @property
     def complete(self) -> bool:
-        """Every architecture of the space, once, and no other."""
+        """True if the table lists every architecture of the space once, and no other."""
         return not (self.missing or self.duplicates or self.foreign)
 
     def __str__(self) -> str:
@@ -255,10 +261,10 @@ HEADER = "architecture of "
 
 
 def notation_of(space: SearchSpace) -> Notation:
-    """The space as something that reads and writes architectures as text.
+    """Return the space, which reads and writes architectures as text.
 
     Raises:
-        TangleNASError: It does not.
+        TangleNASError: The space has no `to_string` or no `from_string`.
     """
     if not isinstance(space, Notation):
         raise TangleNASError(
@@ -273,37 +279,41 @@ def _label(space: SearchSpace) -> str:
 
 
 def is_cost(metric: str) -> bool:
-    """Whether less of the metric is better."""
+    """Return whether less of the metric is better."""
     return not COSTS.isdisjoint(metric.lower().split("_"))
 
 
 def limit(metric: str) -> float:
-    """The largest value that the metric can have; the smallest is 0."""
+    """Return the largest value that the metric can have. The smallest is 0."""
     return sys.float_info.max if is_cost(metric) else 100.0
 
 
 def expected(metric: str) -> str:
+    """Return the words of an error for the values that the metric can have."""
     return "a finite number, 0 or more" if is_cost(metric) else "an accuracy in %, from 0 to 100"
 
 
 def kendall_tau(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
-    """Kendall's tau-b between predicted scores (more is better) and the table, over the architectures scored.
+    """Return Kendall's tau-b between predicted scores (more is better) and the table, over the scored architectures.
 
-    1 where the order is the table's, -1 where it is the reverse; nan where all scores, or all values, are equal.
+    It is 1 for the table's order and -1 for the reverse. It is nan if all scores, or all values, are equal.
+
+    Raises:
+        TangleNASError: Fewer than two architectures have a score, or a score is not finite.
     """
     return _compared(scores, table, metric)["kendall_tau"]
 
 
 def spearman(scores: Mapping[Architecture | str, float], table: Table, metric: str) -> float:
-    """Spearman's rank correlation between predicted scores (more is better) and the table, as `kendall_tau`."""
+    """Return Spearman's rank correlation between scores and the table; see `kendall_tau`."""
     return _compared(scores, table, metric)["spearman"]
 
 
 def rank_correlations(predicted: Sequence[float], true: Sequence[float]) -> dict[str, float]:
-    """Kendall's tau-b and Spearman's correlation of two lists, in both of which more is better.
+    """Return Kendall's tau-b and Spearman's correlation of two lists. In both lists more is better.
 
     Raises:
-        TangleNASError: They have less than two values.
+        TangleNASError: The lists have fewer than two values.
     """
     from scipy.stats import kendalltau, spearmanr  # type: ignore[import-untyped]
 
