@@ -23,8 +23,8 @@ import torch
 
 from tanglenas_engine import create_dataset, create_objective, create_optimizer, create_space
 from tanglenas_engine.data import make_splits, open_splits
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.runtime.tracking import Record
-from tanglenas_engine.spaces.objective import Target
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.evaluate import evaluate
 from tanglenas_engine.stages.retrain import retrain

@@ -55,6 +55,7 @@ from tanglenas_engine import (
     create_space,
 )
 from tanglenas_engine.data import make_splits
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime import distributed
@@ -65,7 +66,7 @@ from tanglenas_engine.runtime.progress import ConsoleProgress, Progress, SilentP
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 from tanglenas_engine.runtime.weights import load_weights, weights_metadata
 from tanglenas_engine.spaces.cost import METRICS as COSTS
-from tanglenas_engine.spaces.objective import Objective, Target
+from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.stages.discretize import METHODS, discretize
 from tanglenas_engine.stages.evaluate import evaluate
 from tanglenas_engine.stages.retrain import retrain
@@ -113,7 +114,7 @@ def target(
     weight: float = 1.0,
     penalty: Literal["hinge", "log"] = "hinge",
 ) -> Target:
-    """A cost that a search is drawn to, for `search.targets`: see `objective.Target`. Options of an objective of a
+    """A cost that a search is drawn to, for `search.targets`: see `targets.Target`. Options of an objective of a
     plugin's are bound as `create_objective.OPTION`.
     """
     return Target(_objective(objective), value, share, weight, penalty)

@@ -20,9 +20,9 @@ from pipelines._stage import (
 )
 from tanglenas_engine import Dataset, SearchSpace, figures
 from tanglenas_engine.data import open_splits
-from tanglenas_engine.derivation.budget import check_budget
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.runtime.weights import save_weights
-from tanglenas_engine.stages.discretize import budget_of
+from tanglenas_engine.stages.discretize import limits_of
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -104,8 +104,8 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
     with configured(later):
         if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
             limits = gin.get_bindings("discretize")
-            budget = budget_of(*(limits.get(name) for name in ("max_params", "max_flops", "limits")))
-            check_budget(space, budget, objectives(space))
+            given = limits_of(*(limits.get(name) for name in ("max_params", "max_flops", "limits")))
+            Budget(space, given, objectives(space)).check()
 
 
 if __name__ == "__main__":

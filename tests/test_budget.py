@@ -1,8 +1,8 @@
 """Budgets: the most probable architecture that fits, the cheapest one, and what happens where there is none."""
 
 import itertools
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from spaces import SPACES, vit
@@ -10,9 +10,8 @@ from tiny import ALL, tiny
 from torch import nn
 
 import tanglenas_engine.derivation.budget as budgets
-import tanglenas_engine.derivation.elimination as elimination
 from tanglenas_engine import Objective, SearchSpace, elastic
-from tanglenas_engine.derivation.budget import cheapest, check_budget, project, projection, shrunk
+from tanglenas_engine.derivation.budget import Budget, cheapest, dearest
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.cost import METRICS, Additive
 
@@ -130,7 +129,7 @@ def test_the_projection_is_the_most_probable_architecture_that_fits(name, metric
         mixture = random_mixture(space, (0.1, 1, 4)[trial % 3])
         budget = random_budget(possible, metrics)
         best = max(probability(space, mixture, picks) for picks, costs in possible if within(costs, budget))
-        found = projection(space, mixture, budget)
+        found = Budget(space, budget).project(mixture)
         picks = space.assignment_of(found.architecture)
         assert found.exact
         assert within({metric: getattr(space.cost(found.architecture), metric) for metric in METRICS}, budget)
@@ -159,7 +158,7 @@ def test_costs_that_pull_apart_are_met_together_or_refused_together(kind):
         budget = {"here": here, "there": there}
         if fitting:
             met += 1
-            found = projection(space, mixture, budget, objectives)
+            found = Budget(space, budget, objectives).project(mixture)
             best = max(probability(space, mixture, picks) for picks in fitting)
             assert found.exact
             assert probability(space, mixture, space.assignment_of(found.architecture)) == pytest.approx(best, abs=1e-9)
@@ -170,27 +169,91 @@ def test_costs_that_pull_apart_are_met_together_or_refused_together(kind):
             with pytest.raises(
                 TangleNASError, match=r"has at most .* here and .* there together: that with least here"
             ):
-                check_budget(space, budget, objectives)
+                Budget(space, budget, objectives).check()
             with pytest.raises(TangleNASError, match="together"):
-                project(space, mixture, budget, objectives)
+                Budget(space, budget, objectives).project(mixture)
     assert met > 3 and refused > 3
 
 
-def test_multipliers_change_what_is_looked_at_and_not_what_is_found():
-    """Of darts, too large to enumerate: without a bound every partial architecture that no other beats is kept."""
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+def test_decisions_of_hundreds_of_alternatives_are_taken_together(share):
+    """Of darts, too large to enumerate: decision by decision, what no other beats in score and cost is kept."""
     space = tiny("darts")
-    low, high = space.cost(cheapest(space, "params")).params, space.cost(space.largest()).params
-    for share in (0.1, 0.4, 0.7):
-        mixture = random_mixture(space, 2.0)
-        budget = {"params": int(low + share * (high - low))}
-        problem = elimination.Problem.of(space, space.scores(mixture), budgets._limits(space, budget, ()))
-        whole = problem._eliminated(np.zeros(1), np.inf)
-        found = projection(space, mixture, budget)
+    scores = space.scores(mixture := random_mixture(space, 2.0))
+    constant = sum(values[0] for rows, values in space.terms("params").tables.items() if not rows)
+    front = [(constant, 0.0)]
+    for alternatives in space.decisions():
+        options = [
+            (
+                sum(
+                    values[Additive({rows: range(len(values))}).cost(picks)]
+                    for rows, values in space.terms("params").tables.items()
+                    if rows and set(rows) <= set(picks)
+                ),
+                sum(scores[row][option] for row, option in picks.items()),
+            )
+            for picks in alternatives
+        ]
+        front = beaten_by_none((a + b, s + t) for (a, s), (b, t) in itertools.product(front, beaten_by_none(options)))
+    limit = int(front[0][0] + share * (front[-1][0] - front[0][0]))
+    found = Budget(space, {"params": limit}).project(mixture)
+    picks = space.assignment_of(found.architecture)
+    assert found.exact and space.cost(found.architecture).params <= limit
+    assert sum(scores[row][option] for row, option in picks.items()) == pytest.approx(
+        max(score for cost, score in front if cost <= limit), abs=1e-9
+    )
+
+
+def beaten_by_none(points):
+    """The (cost, score) of which none is at least as cheap and as good, cheapest first."""
+    front = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front
+
+
+def test_whole_numbers_beyond_the_solvers_tolerance_count():
+    """Costs of ten digits that differ in the last one: the limit is between two of them."""
+    space = SPACES["convolutional"]()
+    rows = [row for row in space.rows if row.gate is None]
+    table = {(row,): [10**9 * (i + 1) + int(torch.randint(3, ())) for i in range(len(row.options))] for row in rows}
+    objective = Weighed("digits", table).bind(space)
+    possible = [(picks, objective.additive.cost(picks)) for picks in assignments(space)]
+    costs = sorted({cost for _, cost in possible})
+    assert objective.cost(cheapest(space, objective)) == costs[0]
+    assert objective.cost(dearest(space, objective)) == costs[-1]
+    for limit in [*costs[1::4], *(cost - 1 for cost in costs[1::4])]:
+        mixture = random_mixture(space)
+        found = Budget(space, {"digits": limit}, [objective]).project(mixture)
+        best = max(probability(space, mixture, picks) for picks, cost in possible if cost <= limit)
+        assert found.exact and objective.cost(found.architecture) <= limit
+        assert probability(space, mixture, space.assignment_of(found.architecture)) == pytest.approx(best, abs=1e-9)
+
+
+def test_what_the_solver_lets_through_by_its_tolerance_is_excluded_and_the_rest_solved_again(monkeypatch):
+    space = vit()
+    possible = everything(space)
+    solve, solved = budgets.optimize.milp, []
+
+    def tolerant(*arguments, constraints, **options):
+        most = [high * (1.03 if high > 100 else 1) for high in constraints.ub]  # the limit's, of all right-hand sides
+        solved.append(most)
+        return solve(
+            *arguments, constraints=budgets.optimize.LinearConstraint(constraints.A, constraints.lb, most), **options
+        )
+
+    again = 0
+    monkeypatch.setattr(budgets.optimize, "milp", tolerant)
+    for _ in range(8):
+        mixture, budget = random_mixture(space), random_budget(possible, ("params",))
+        before = len(solved)
+        found = Budget(space, budget).project(mixture)
+        again += len(solved) - before > 1
+        best = max(probability(space, mixture, picks) for picks, costs in possible if within(costs, budget))
         assert found.exact and space.cost(found.architecture).params <= budget["params"]
-        assert len(whole.scores) > 5
-        picks = space.assignment_of(found.architecture)
-        score = sum(space.scores(mixture)[row][option] for row, option in picks.items())
-        assert score == pytest.approx(whole.scores.max(), abs=1e-9)
+        assert probability(space, mixture, space.assignment_of(found.architecture)) == pytest.approx(best, abs=1e-9)
+    assert again > 0
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -199,7 +262,7 @@ def test_every_space_meets_the_tightest_budgets_there_are(name):
     for metric in METRICS:
         least = getattr(space.cost(cheapest(space, metric)), metric)
         assert least <= getattr(space.cost(space.smallest()), metric)
-        found = projection(space, random_mixture(space, 3.0), {metric: least})
+        found = Budget(space, {metric: least}).project(random_mixture(space, 3.0))
         assert found.exact and getattr(space.cost(found.architecture), metric) == least
 
 
@@ -209,7 +272,7 @@ def test_a_budget_that_binds_nothing_changes_nothing():
     largest = space.cost(space.largest())
     free = space.most_probable(mixture)
     for budget in ({}, {"params": None}, {"params": largest.params, "flops": largest.flops}):
-        assert projection(space, mixture, budget) == budgets.Projection(free, True)
+        assert Budget(space, budget).project(mixture) == budgets.Projection(free, True)
 
 
 # The cheapest
@@ -217,13 +280,15 @@ def test_a_budget_that_binds_nothing_changes_nothing():
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_cheapest_architecture_costs_least_of_all(name, metric):
+def test_the_cheapest_architecture_costs_least_of_all_and_the_dearest_most(name, metric):
     space = CASES[name]()
-    least = min(costs[metric] for _, costs in everything(space))
+    costs = [costs[metric] for _, costs in everything(space)]
+    least = min(costs)
     assert getattr(space.cost(cheapest(space, metric)), metric) == least
-    check_budget(space, {metric: least})
+    assert getattr(space.cost(dearest(space, metric)), metric) == max(costs)
+    Budget(space, {metric: least}).check()
     with pytest.raises(TangleNASError) as caught:
-        check_budget(space, {metric: least - 1})
+        Budget(space, {metric: least - 1}).check()
     assert f"has at most {least - 1:,} {metric}: the smallest has {least:,}. Raise max_{metric}" in str(caught.value)
 
 
@@ -233,23 +298,23 @@ def test_the_cheapest_is_not_always_the_one_of_smallest_options():
     objective = Weighed("energy", {(width,): [1.5, 2.5]}).bind(space)
     assert cheapest(space, objective).choices["embed_dim"] == 12
     with pytest.raises(TangleNASError, match=r"at most 1.4 energy: the smallest has 1.5. Raise limits\['energy'\]"):
-        check_budget(space, {"energy": 1.4}, [objective])
+        Budget(space, {"energy": 1.4}, [objective]).check()
 
 
 # The other way
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_where_tables_grow_too_large_a_local_search_keeps_the_budget(name, monkeypatch):
+def test_where_the_solver_gives_up_a_local_search_keeps_the_budget(name, monkeypatch):
     space = CASES[name]()
     possible = everything(space)
     cases = []
     for _ in range(6):
         mixture, budget = random_mixture(space, 2.0), random_budget(possible, METRICS)
-        cases.append((mixture, budget, projection(space, mixture, budget).architecture))
-    monkeypatch.setattr(elimination, "ENTRIES", 1)
+        cases.append((mixture, budget, Budget(space, budget).project(mixture).architecture))
+    monkeypatch.setattr(budgets.optimize, "milp", lambda *_, **__: SimpleNamespace(x=None, status=1))
     for mixture, budget, exact in cases:
-        found = projection(space, mixture, budget)
+        found = Budget(space, budget).project(mixture)
         picks = space.assignment_of(found.architecture)
         assert found.exact == (found.architecture == space.most_probable(mixture))
         assert within({metric: space.terms(metric).cost(picks) for metric in METRICS}, budget)
@@ -267,26 +332,21 @@ def test_a_space_that_does_not_tell_its_decisions_and_a_cost_without_tables_are_
 
     space = Quiet()
     least = space.cost(space.smallest()).params
-    found = projection(
-        space, space.one_hot(space.architecture(kinds=("none", "thick", "thick"), width=8)), {"params": least + 9}
-    )
+    thick = space.architecture(kinds=("none", "thick", "thick"), width=8)
+    found = Budget(space, {"params": least + 9}).project(space.one_hot(thick))
     assert not found.exact and least <= space.cost(found.architecture).params <= least + 9
     assert found.architecture.choices["kinds"].count("none") == 1
 
     objective = Squared().bind(space := Wired())
     assert space.cost(cheapest(space, objective)).params == least
-    found = projection(
-        space,
-        space.one_hot(space.architecture(kinds=("none", "thick", "thick"), width=8)),
-        {"squared": least**2},
-        [objective],
-    )
+    thick = space.architecture(kinds=("none", "thick", "thick"), width=8)
+    found = Budget(space, {"squared": least**2}, [objective]).project(space.one_hot(thick))
     assert not found.exact and space.cost(found.architecture).params == least
     with pytest.raises(TangleNASError, match=r"was found that has at most 1 squared: the smallest has [\d,]+\. Raise"):
-        check_budget(space, {"squared": 1}, [objective])
+        Budget(space, {"squared": 1}, [objective]).check()
     beyond = {"squared": least**2, "params": least - 1}
     with pytest.raises(TangleNASError, match=r"has at most .* params: the smallest has"):
-        check_budget(space, beyond, [objective])
+        Budget(space, beyond, [objective]).check()
 
 
 @pytest.mark.parametrize(
@@ -309,8 +369,70 @@ def test_an_architecture_shrinks_into_two_budgets_that_no_single_change_leads_to
     width, depth = (row for row in space.rows if row.choice in ("embed_dim", "depth"))
     # Cheap together, dear apart.
     objective = Weighed("pairs", {(width, depth): [9, 9, 9, 9, 1, 9]}).bind(space)
-    found = shrunk(space, space.largest(), {"pairs": 1}, torch.Generator().manual_seed(0), [objective])
+    found = Budget(space, {"pairs": 1}, [objective]).shrink(space.largest(), torch.Generator().manual_seed(0))
     assert objective.cost(found) == 1
+
+
+# From random architectures
+
+
+def neighbours(space, architecture):
+    picks = space.assignment_of(architecture)
+    return [space.cost(space.architecture_of({**picks, **change})) for change in space.moves(picks)]
+
+
+@pytest.mark.parametrize("metrics", [("params",), ("params", "flops")], ids="+".join)
+@pytest.mark.parametrize("name", [*CASES, "darts_nano"])
+def test_random_architectures_shrink_and_grow_to_the_limits(name, metrics):
+    space = CASES[name]() if name in CASES else tiny(name)
+    generator = torch.Generator().manual_seed(0)
+    low, high = (space.cost(extreme) for extreme in (space.smallest(), space.largest()))
+    limits = {m: int(0.4 * getattr(low, m) + 0.6 * getattr(high, m)) for m in metrics}
+    budget = Budget(space, limits)
+
+    def share(cost):
+        return max(getattr(cost, metric) / limits[metric] for metric in metrics)
+
+    starts = [space.smallest(), space.largest(), *(space.architecture_of(random_picks(space)) for _ in range(4))]
+    grown = []
+    for start in starts:
+        shrunk, larger = budget.shrink(start, generator), budget.grow(start, generator)
+        assert share(space.cost(shrunk)) <= 1 and share(space.cost(larger)) <= 1
+        if share(space.cost(start)) <= 1:
+            assert shrunk == space.architecture_of(space.assignment_of(start))
+            assert share(space.cost(larger)) >= share(space.cost(start))
+        nearer = [cost for cost in neighbours(space, larger) if share(space.cost(larger)) < share(cost) <= 1]
+        assert not nearer
+        grown.append(share(space.cost(larger)))
+    assert min(grown) > share(low)
+
+
+def random_picks(space):
+    """A random assignment that the decisions of a space allow."""
+    return {
+        row: option
+        for alternatives in map(list, space.decisions())
+        for row, option in alternatives[int(torch.randint(len(alternatives), ()))].items()
+    }
+
+
+def test_moves_follow_the_generator():
+    space = vit(depth=(1, 2, 3))
+    limit = (space.cost(space.smallest()).params + space.cost(space.largest()).params) // 2
+    budget = Budget(space, {"params": limit})
+    for change, start in ((budget.grow, space.smallest()), (budget.shrink, space.largest())):
+        found = [change(start, torch.Generator().manual_seed(seed)) for seed in (0, 0, *range(1, 9))]
+        assert found[0] == found[1] and len(set(found)) > 2
+
+
+def test_without_limits_nothing_changes():
+    space = vit()
+    budget = Budget(space, {"params": None})
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert budget.grow(space.smallest(), generator) == budget.shrink(space.smallest(), generator) == space.smallest()
+    assert before.equal(generator.get_state())
+    budget.check()
 
 
 # Bad input
@@ -332,5 +454,5 @@ def test_budgets_that_cannot_be(budget, message):
     space = vit()
     objective = Weighed("energy", {(space.rows[0],): [1.5, 2.5]}).bind(space)
     with pytest.raises(TangleNASError) as caught:
-        check_budget(space, budget, [objective])
+        Budget(space, budget, [objective]).check()
     assert message in str(caught.value)

@@ -10,7 +10,7 @@ from torch import nn
 from tanglenas_darts.space import EDGES, OPERATIONS
 from tanglenas_darts.training import FourAverages, ScheduledDropPath, WithAuxiliaryHead
 from tanglenas_engine import create_space
-from tanglenas_engine.derivation.budget import project, shrunk
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import argmax
 
@@ -221,16 +221,16 @@ def test_a_budget_is_met_by_the_best_genotype_that_no_move_improves(share):
     low, high = (space.cost(a).params for a in (space.smallest(), space.largest()))
     budget = {"params": int(low + share * (high - low)), "flops": None}
     mixture = random_mixture(space)
-    found = project(space, mixture, budget)
+    found = Budget(space, budget).project(mixture).architecture
     assert space.cost(found).params <= budget["params"]
     picks, scores = space.assignment_of(found), space.scores(mixture)
     for change in space.moves(picks):
         if space.cost(space.architecture_of({**picks, **change})).params <= budget["params"]:
             assert sum(scores[row][i] - scores[row][picks[row]] for row, i in change.items()) <= 1e-9
-    assert project(space, mixture, {"params": high, "flops": None}) == argmax(space, mixture)
+    assert Budget(space, {"params": high, "flops": None}).project(mixture).architecture == argmax(space, mixture)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        architecture = shrunk(space, space.sample(generator), budget, generator)
+        architecture = Budget(space, budget).shrink(space.sample(generator), generator)
         assert space.cost(architecture).params <= budget["params"]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tanglenas_engine import SearchSpace
 from tanglenas_engine.data import DataView, TensorSamples
-from tanglenas_engine.derivation.budget import check_budget, project
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.pareto import front
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -217,7 +217,7 @@ def test_projection_meets_any_budget_and_is_about_the_most_probable_within_it(na
         for metric in (("params",), ("flops",), ("params", "flops"))[trial % 3]:
             values = [getattr(cost, metric) for _, cost in everything]
             budget[metric] = int(min(values) + float(torch.rand(())) ** 2 * (max(values) - min(values)))
-        found = project(space, mixture, budget)
+        found = Budget(space, budget).project(mixture).architecture
         assert within(space.cost(found), budget), budget
         best = min(regret(picks) for picks, cost in everything if within(cost, budget))
         gaps.append(regret(space.assignment_of(found)) - best)
@@ -231,9 +231,9 @@ def test_projection_meets_the_tightest_budgets_there_are(name):
     space = SPACES[name]()
     smallest = space.cost(space.smallest())
     tight = {"params": smallest.params, "flops": smallest.flops}
-    assert space.cost(project(space, space.one_hot(space.largest()), tight)) == smallest
+    assert space.cost(Budget(space, tight).project(space.one_hot(space.largest())).architecture) == smallest
     for metric, limit in tight.items():
-        cost = space.cost(project(space, random_mixture(space), {metric: limit}))
+        cost = space.cost(Budget(space, {metric: limit}).project(random_mixture(space)).architecture)
         assert getattr(cost, metric) == limit
 
 
@@ -241,8 +241,8 @@ def test_a_budget_that_binds_nothing_changes_nothing():
     space = vit()
     mixture = random_mixture(space)
     largest = space.cost(space.largest())
-    free = project(space, mixture, {"params": None, "flops": None})
-    assert project(space, mixture, {"params": largest.params, "flops": largest.flops}) == free
+    free = Budget(space, {"params": None, "flops": None}).project(mixture)
+    assert Budget(space, {"params": largest.params, "flops": largest.flops}).project(mixture) == free
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         derive(space, random_mixture(space), method=method, **{f"max_{metric}": least - 1})
     assert f"no architecture of 'thumbnail' has at most {least - 1:,} {metric}" in str(caught.value)
     assert f"the smallest has {least:,}. Raise max_{metric}" in str(caught.value)
-    check_budget(space, {metric: least})
+    Budget(space, {metric: least}).check()
 
 
 # Bad input

@@ -8,9 +8,9 @@ import torch
 from tiny import ALL, tiny
 
 from tanglenas_engine import create_objective
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.cost import Additive
-from tanglenas_engine.spaces.objective import Target
 from tanglenas_objectives import latency_measurement as measurement
 from tanglenas_objectives.latency_measurement import find_blocks, measure_latency
 from tanglenas_objectives.latency_table import Latency, LatencyTable, Machine, Validation

@@ -8,12 +8,12 @@ from spaces import Convolutional, random_mixture, vit
 from tiny import ALL, tiny
 
 from tanglenas_engine import Objective, create_objective, create_optimizer
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.spaces.cost import METRICS, Additive
-from tanglenas_engine.spaces.objective import Target
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import check_resume, random_data
 

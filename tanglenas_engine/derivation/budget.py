@@ -1,36 +1,59 @@
 """Budgets: the architectures of a space that cost no more than allowed.
 
-A cost is a sum of tables over a few rows each (`cost.Additive`), and a mixture's score is a sum over rows. So the most
-probable architecture within a budget is found exactly, by `elimination`.
+A cost is a sum of tables over a few rows of choices each (`cost.Additive`), and a mixture's score is a sum over rows.
+So the most probable architecture within limits is the solution of a mixed-integer linear program, which HiGHS finds:
 
-Where a space's decisions are too entangled for tables, or its objective has none, a local search takes over;
-`projection` says which it was.
+    minimize    sum_{d, a}  loss[d, a] x[d, a]
+    subject to  sum_a x[d, a] = 1                              for each decision d of `space.decisions()`
+                sum_{c: d takes a} y[s, c] = x[d, a]           for each scope s, each d in s, each alternative a of d
+                sum_{s, c} cost[l, s, c] y[s, c] <= most[l]    for each limit l
+                x in {0, 1}, y in [0, 1]
+
+x[d, a] is 1 if decision d takes its alternative a, which gives away the score loss[d, a] against its best alternative.
+A scope s is the set of decisions that a table is over, and y[s, c] is 1 if they take the combination c of alternatives.
+A scope of one decision has no y of its own: there it is x.
+
+HiGHS computes with tolerances: x may be 1e-6 from a whole number. So costs and losses are computed again from the
+decisions taken, costs in whole numbers where tables hold them. If a limit is exceeded, or the losses are more than the
+bound that HiGHS proved, what costs or loses no less in any scope is excluded, and HiGHS solves again.
+
+A cost without tables has no such program, nor has a space that overrides `moves` without `decisions`. There a local
+search takes over, and `Projection.exact` is False.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import optimize  # type: ignore[import-untyped]
 
-from tanglenas_engine.derivation.elimination import ROUNDING, Limit, Picks, Problem, TooEntangled
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.cost import METRICS
+from tanglenas_engine.spaces.cost import METRICS, Additive
+from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.superposition.size import Row
+from tanglenas_engine.superposition.size import Assignment, Row, Size
 
-if TYPE_CHECKING:
-    from tanglenas_engine.spaces.objective import Objective
+Picks = dict[Row, int]
+Vector = NDArray[np.float64]
+Tables = Mapping[tuple[Row, ...], Sequence[float]]
 
-Budget = Mapping[str, float | None]
-"""The most that each metric of `cost.METRICS`, and each objective, may be; None for one without a limit."""
+ROUNDING = 1e-9
+"""Gains of log-probability below this are rounding errors."""
+NODES = 100_000
+"""Nodes of HiGHS' search tree after which a local search takes over."""
+SOLVES = 100
+"""Runs of HiGHS after which a local search takes over."""
 
 
 @dataclass(frozen=True)
@@ -41,169 +64,226 @@ class Projection:
     exact: bool
 
 
-def check_budget(space: SearchSpace, budget: Budget, objectives: Iterable[Objective] = ()) -> None:
-    """Check that an architecture fits.
+class Budget:
+    """Upper limits on what an architecture of a space may cost.
+
+    Args:
+        limits: The most that each metric of `cost.METRICS`, and each objective, may be; None for no limit.
+        objectives: Bound to the space; for limits on costs that are not of `cost.METRICS`.
 
     Raises:
-        TangleNASError: None does, or none was found where there is no exact way; the message has the smallest cost.
+        TangleNASError: A limit is not a positive number, or its name is neither a metric nor an objective's.
     """
-    limits = _limits(space, budget, objectives)
-    smallest: dict[str, Picks] = {}
-    certain = True
-    for limit in limits:
-        smallest[limit.name], exact = _extreme(space, limit)
-        certain = certain and exact
-        least = limit.cost(smallest[limit.name])
-        if least > limit.allowed:
+
+    def __init__(self, space: SearchSpace, limits: Mapping[str, float | None], objectives: Iterable[Objective] = ()):
+        known = {objective.name: objective for objective in objectives}
+        self.space = space
+        self._limits = [_limit(space, name, most, known) for name, most in limits.items() if most is not None]
+
+    def excess(self, assignment: Assignment) -> float:
+        """Return by which share the limits are exceeded, summed over them; 0 within the budget."""
+        costs = [(limit.cost(assignment), limit) for limit in self._limits]
+        return float(sum(cost / limit.most - 1 for cost, limit in costs if cost > limit.allowed))
+
+    def check(self) -> None:
+        """Check that an architecture fits.
+
+        Raises:
+            TangleNASError: None fits, or a local search found none; the message has the smallest cost.
+        """
+        smallest: dict[str, Picks] = {}
+        certain = True
+        for limit in self._limits:
+            smallest[limit.name], exact = _extreme(self.space, limit)
+            certain = certain and exact
+            least = limit.cost(smallest[limit.name])
+            if least > limit.allowed:
+                raise TangleNASError(
+                    f"no architecture of {self.space.label} {_has(exact)} at most {limit.counted(limit.most)}: the "
+                    f"smallest has {amount(least)}{limit.unit and f' {limit.unit}'}. Raise {_setting(limit.name)}"
+                )
+        if len(self._limits) < 2 or any(self.excess(picks) == 0 for picks in smallest.values()):
+            return
+        indifferent = {row: [0.0] * len(row.options) for row in self.space.rows}
+        if self._best(indifferent, self.space.assignment_of(self.space.smallest())) is None:
+            wanted = " and ".join(limit.counted(limit.most) for limit in self._limits)
+            nearest = "; ".join(
+                f"that with least {name} has " + " and ".join(limit.counted(limit.cost(p)) for limit in self._limits)
+                for name, p in smallest.items()
+            )
             raise TangleNASError(
-                f"no architecture of {space.label} {_has(exact)} at most {_counted(limit, limit.most)}: the smallest "
-                f"has {amount(least)}{limit.unit and f' {limit.unit}'}. Raise {_setting(limit.name)}"
+                f"no architecture of {self.space.label} {_has(certain)} at most {wanted} together: {nearest}"
             )
-    if len(limits) > 1 and not any(_excess(limits, picks) == 0 for picks in smallest.values()):
-        indifferent = {row: [0.0] * len(row.options) for row in space.rows}
-        if _solve(space, indifferent, limits) is None:
-            wanted = " and ".join(_counted(limit, limit.most) for limit in limits)
-            known = "; ".join(
-                f"that with least {name} has " + " and ".join(_counted(other, other.cost(picks)) for other in limits)
-                for name, picks in smallest.items()
-            )
-            raise TangleNASError(f"no architecture of {space.label} {_has(certain)} at most {wanted} together: {known}")
+
+    def project(self, mixture: Mixture) -> Projection:
+        """Return the most probable architecture within the budget.
+
+        Rows beyond a depth count at their most probable option. So without a limit it is the architecture of every
+        row's most probable option, which a gradient search means. The solver decides between equally probable ones.
+
+        Raises:
+            TangleNASError: No architecture fits.
+        """
+        free = self.space.most_probable(mixture)
+        start = self.space.assignment_of(free)
+        if self.excess(start) == 0:
+            return Projection(free, True)
+        found = self._best(self.space.scores(mixture), start)
+        if found is None:
+            self.check()
+            raise TangleNASError(f"no architecture of {self.space.label} was found within the budget: raise it")
+        return Projection(self.space.architecture_of(found[0]), found[1])
+
+    def shrink(self, architecture: Architecture, generator: torch.Generator) -> Architecture:
+        """Return the architecture after random moves into the budget, each of which lowers the excess."""
+        picks = self._descend(self.space.assignment_of(architecture), self.excess, generator)
+        if self.excess(picks) > 0:  # no move saves by itself
+            return self.project(self.space.one_hot(architecture)).architecture
+        return self.space.architecture_of(picks)
+
+    def grow(self, architecture: Architecture, generator: torch.Generator) -> Architecture:
+        """Return the architecture after random moves within the budget, each of which uses more of the tightest limit.
+
+        The tightest limit is the one of which the largest share is used. No move leads nearer to it in the end. An
+        architecture beyond the budget is shrunk first.
+        """
+
+        def room(picks: Picks) -> float:
+            return math.inf if self.excess(picks) else 1 - max(limit.cost(picks) / limit.most for limit in self._limits)
+
+        architecture = self.shrink(architecture, generator)
+        if not self._limits:
+            return architecture
+        return self.space.architecture_of(self._descend(self.space.assignment_of(architecture), room, generator))
+
+    def _descend(self, picks: Picks, height: Callable[[Picks], float], generator: torch.Generator) -> Picks:
+        """Return where random moves, each of which lowers `height`, reach 0 or find no lower place."""
+        here, descending = height(picks), True
+        while here > 0 and descending:
+            moves, descending = list(self.space.moves(picks)), False
+            for index in torch.randperm(len(moves), generator=generator).tolist():
+                if (there := height({**picks, **moves[index]})) < here:
+                    picks, here, descending = {**picks, **moves[index]}, there, True
+                    break
+        return picks
+
+    def _best(self, scores: Mapping[Row, Sequence[float]], start: Picks) -> tuple[Picks, bool] | None:
+        """Return the assignment of highest score within the limits, and whether that is certain; None if none fits."""
+        found, certain = None, False
+        if _tabulated(self.space, self._limits):
+            losses: Tables = {(row,): [max(values) - value for value in values] for row, values in scores.items()}
+            found, certain = _solve(self.space, losses, self._limits)
+        if not certain:
+            found = self._searched(scores, start if found is None else found)
+        return None if found is None else (found, certain)
+
+    def _searched(self, scores: Mapping[Row, Sequence[float]], picks: Picks) -> Picks | None:
+        """Return an assignment within the limits that no move and no two moves improve, or None if none was found.
+
+        Moves that lose least score per share of the excess lead into the budget.
+        """
+
+        def gain(change: Picks) -> float:
+            return sum(scores[row][option] - scores[row][picks[row]] for row, option in change.items())
+
+        over = self.excess(picks)
+        while over > 0:
+            moves = [(change, self.excess({**picks, **change})) for change in self.space.moves(picks)]
+            rated = [(-gain(change) / (over - after), change, after) for change, after in moves if after < over]
+            if not rated:  # a change helps only together with another
+                picks = self.space.assignment_of(self.space.smallest())
+                if self.excess(picks) > 0:
+                    return None
+                break
+            _, change, over = min(rated, key=lambda move: move[0])
+            picks = {**picks, **change}
+        better: Picks | None = picks
+        while better is not None:
+            picks = better
+            one = [(gain(change), change) for change in self.space.moves(picks)]
+            two = [(a + b, {**p, **q}) for (a, p), (b, q) in itertools.combinations(one, 2) if p.keys().isdisjoint(q)]
+            gains = sorted((g for g in [*one, *two] if g[0] > ROUNDING), key=lambda g: -g[0])
+            better = next(({**picks, **c} for _, c in gains if not self.excess({**picks, **c})), None)
+        return picks
 
 
 def cheapest(space: SearchSpace, cost: str | Objective) -> Architecture:
-    """The architecture that costs least, in a metric of `cost.METRICS` or an objective bound to the space.
+    """Return the architecture that costs least, in a metric of `cost.METRICS` or an objective bound to the space.
 
-    Exact, but for a cost without tables or a space whose decisions are too entangled: there it is the end of a descent
-    from the smallest architecture, one move at a time.
+    Without tables, or in a space that does not tell its decisions, it is the end of a descent from the smallest
+    architecture, one move at a time.
     """
     return space.architecture_of(_extreme(space, _unlimited(space, cost))[0])
 
 
 def dearest(space: SearchSpace, cost: str | Objective) -> Architecture:
-    """The architecture that costs most, as `cheapest` finds the one that costs least."""
+    """Return the architecture that costs most, as `cheapest` returns the one that costs least."""
     return space.architecture_of(_extreme(space, _unlimited(space, cost), -1)[0])
 
 
-def project(space: SearchSpace, mixture: Mixture, budget: Budget, objectives: Iterable[Objective] = ()) -> Architecture:
-    """The architecture of `projection`."""
-    return projection(space, mixture, budget, objectives).architecture
-
-
-def projection(
-    space: SearchSpace, mixture: Mixture, budget: Budget, objectives: Iterable[Objective] = ()
-) -> Projection:
-    """The most probable architecture within the budget.
-
-    Rows beyond a depth are counted at their most probable option, so that without a limit it is the architecture of
-    every row's most probable option, which a gradient search means.
-
-    Args:
-        objectives: Bound to the space; for limits that are not of `cost.METRICS`.
-
-    Raises:
-        TangleNASError: None fits.
-    """
-    limits = _limits(space, budget, objectives)
-    free = space.most_probable(mixture)
-    if _excess(limits, space.assignment_of(free)) == 0:
-        return Projection(free, True)
-    found = _solve(space, space.scores(mixture), limits, space.assignment_of(free))
-    if found is None:
-        check_budget(space, budget, objectives)
-        raise TangleNASError(f"no architecture of {space.label} was found within the budget: raise it")
-    return Projection(space.architecture_of(found[0]), found[1])
-
-
-def shrunk(
-    space: SearchSpace,
-    architecture: Architecture,
-    budget: Budget,
-    generator: torch.Generator,
-    objectives: Iterable[Objective] = (),
-) -> Architecture:
-    """The architecture after random changes that bring it into the budget, each of which saves."""
-    limits = _limits(space, budget, objectives)
-    picks = space.assignment_of(architecture)
-    over = _excess(limits, picks)
-    while over > 0:
-        moves = list(space.moves(picks))
-        for index in torch.randperm(len(moves), generator=generator).tolist():
-            after = _excess(limits, {**picks, **moves[index]})
-            if after < over:
-                picks, over = {**picks, **moves[index]}, after
-                break
-        else:  # no change saves by itself
-            return project(space, space.one_hot(architecture), budget, objectives)
-    return space.architecture_of(picks)
-
-
-# Limits.
-
-
 def amount(value: float) -> str:
-    """A cost as a person reads it: whole from a million on."""
+    """Return a cost as a person reads it: whole from a million on."""
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e6 else f"{value:,.7g}"
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """An upper limit on one cost, and the function that computes the cost of an assignment."""
+
+    name: str
+    most: float
+    cost: Callable[[Assignment], float]
+    tables: Tables | None
+    unit: str = ""
+
+    @cached_property
+    def allowed(self) -> float:
+        """The limit, with a margin for what rounding adds to sums of fractions, in one order of terms or another."""
+        whole = all(isinstance(value, int) for values in (self.tables or {}).values() for value in values)
+        return self.most if whole else self.most * (1 + 1e-12)
+
+    def counted(self, cost: float) -> str:
+        return " ".join(part for part in (amount(cost), self.unit, self.name) if part)
+
+
+def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> _Limit:
+    if most != math.inf and name in METRICS:
+        at_least(_setting(name), most, 1)
+    elif isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
+        raise TangleNASError(f"{_setting(name)} is {most!r}, expected a positive number")
+    if name not in {*METRICS, *known}:
+        raise unknown("cost in a budget", name, [*METRICS, *known])
+    unit = "" if name in METRICS else known[name].unit
+    terms: Additive | None = known[name].additive if name in known else space.terms(name)
+    if terms is None:
+        return _Limit(name, most, lambda picks: known[name].cost(space.architecture_of(picks)), None, unit)
+    return _Limit(name, most, terms.cost, terms.tables, unit)
+
+
+def _unlimited(space: SearchSpace, cost: str | Objective) -> _Limit:
+    name, known = (cost, {}) if isinstance(cost, str) else (cost.name, {cost.name: cost})
+    return _limit(space, name, math.inf, known)
 
 
 def _has(certain: bool) -> str:
     return "has" if certain else "was found that has"
 
 
-def _counted(limit: Limit, cost: float) -> str:
-    return " ".join(part for part in (amount(cost), limit.unit, limit.name) if part)
-
-
 def _setting(name: str) -> str:
-    """What a limit is given as."""
+    """Return the option that sets a limit."""
     return f"max_{name}" if name in METRICS else f"limits[{name!r}]"
 
 
-def _limits(space: SearchSpace, budget: Budget, objectives: Iterable[Objective]) -> list[Limit]:
-    known = {objective.name: objective for objective in objectives}
-    limits = []
-    for name, most in budget.items():
-        if most is None:
-            continue
-        if most != math.inf and name in METRICS:
-            at_least(_setting(name), most, 1)
-        elif isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
-            raise TangleNASError(f"{_setting(name)} is {most!r}, expected a positive number")
-        if name in known:
-
-            def measured(picks: Picks, objective: Objective = known[name]) -> float:
-                return objective.cost(space.architecture_of(picks))
-
-            terms = known[name].additive
-            unit = "" if name in METRICS else known[name].unit
-            limits.append(Limit(name, most, terms.cost if terms else measured, terms, unit))
-        elif name in METRICS:
-            limits.append(Limit(name, most, space.terms(name).cost, space.terms(name)))
-        else:
-            raise unknown("cost in a budget", name, [*METRICS, *known])
-    return limits
-
-
-def _excess(limits: Sequence[Limit], picks: Picks) -> float:
-    """By which share the budget is exceeded, summed over its limits; 0 within it."""
-    costs = [(limit.cost(picks), limit) for limit in limits]
-    return float(sum(cost / limit.most - 1 for cost, limit in costs if cost > limit.allowed))
-
-
-def _unlimited(space: SearchSpace, cost: str | Objective) -> Limit:
-    if isinstance(cost, str):
-        return _limits(space, {cost: math.inf}, ())[0]
-    return _limits(space, {cost.name: math.inf}, (cost,))[0]
-
-
-def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> tuple[Picks, bool]:
-    """The assignment for which `sign` times the cost is least, and whether that is certain."""
-    problem = Problem.of(space, {}, [limit])
-    if problem is not None:
-        return problem.picks(problem.relaxed(np.array([sign]))[1]), True
+def _extreme(space: SearchSpace, limit: _Limit, sign: int = 1) -> tuple[Picks, bool]:
+    """Return the assignment of least `sign * cost`, and whether that is certain."""
 
     def cost(picks: Picks) -> float:
         return sign * limit.cost(picks)
 
+    if limit.tables is not None and _tabulated(space, [limit]):
+        found, certain = _solve(space, {rows: [sign * v for v in values] for rows, values in limit.tables.items()}, [])
+        if found is not None and certain:
+            return found, True
     picks = space.assignment_of(space.smallest() if sign > 0 else space.largest())
     while True:
         least = min(({**picks, **change} for change in space.moves(picks)), key=cost, default=picks)
@@ -212,77 +292,83 @@ def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> tuple[Picks, bo
         picks = least
 
 
-def _solve(
-    space: SearchSpace, scores: Mapping[Row, Sequence[float]], limits: Sequence[Limit], start: Picks | None = None
-) -> tuple[Picks, bool] | None:
-    """The assignment of highest score within the limits, and whether that is certain; None if none was found.
-
-    `start` is where a local search begins, should it be needed.
-    """
-    problem = Problem.of(space, scores, limits)
-    incumbent = None
-    if problem is not None:
-        bound, multipliers, incumbent = problem.dual()
-        if incumbent is None:  # whether anything fits is easier to see where all is equally probable
-            possible = Problem.of(space, {}, limits)
-            assert possible is not None
-            least, _, incumbent = possible.dual()
-            if least < -ROUNDING:
-                return None
-        try:
-            found = problem.search(bound, multipliers, incumbent)
-            return None if found is None else (problem.picks(found), True)
-        except TooEntangled:
-            pass
-    within = None if problem is None or incumbent is None else problem.picks(incumbent)
-    picks = _local_search(space, scores, limits, start or space.assignment_of(space.smallest()), within)
-    return None if picks is None else (picks, False)
+def _tabulated(space: SearchSpace, limits: Iterable[_Limit]) -> bool:
+    """Return whether the space tells its decisions, and all costs have tables: whether there is a program."""
+    silent = type(space).moves is not SearchSpace.moves and type(space).decisions is SearchSpace.decisions
+    return not silent and all(limit.tables is not None for limit in limits)
 
 
-# The other way.
+def _solve(space: SearchSpace, goal: Tables, limits: Sequence[_Limit]) -> tuple[Picks | None, bool]:
+    """Return the assignment within the limits of least `goal`, or None, and whether that is certain."""
+    decisions = [list(alternatives) for alternatives in space.decisions()]
+    home = {row: d for d, alternatives in enumerate(decisions) for row in alternatives[0]}
+    every = [goal, *(limit.tables or {} for limit in limits)]
+    shared = {scope for tables in every for rows in tables if len(scope := _scope(rows, home)) > 1}
+    # The variables of a scope are numbered by the alternatives of its decisions: those of x first, then those of y.
+    picks: dict[tuple[int, ...], list[Picks]] = {}
+    places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    count = 0
+    for scope in [*((d,) for d in range(len(decisions))), *sorted(shared)]:
+        shape = [len(decisions[d]) for d in scope]
+        picks[scope] = [dict(ChainMap(*parts)) for parts in itertools.product(*(decisions[d] for d in scope))]
+        places[scope] = count + np.arange(len(picks[scope])).reshape(shape)
+        count += len(picks[scope])
+
+    def ones(where: Any) -> Vector:
+        return np.isin(np.arange(count), where).astype(np.float64)
+
+    def linear(tables: Tables) -> tuple[Vector, float, float]:
+        """Return coefficients from 0 to 1e6, the factor that makes them so, and a constant to add before it does."""
+        coefficients, constant = np.zeros(count), 0.0
+        for rows, values in tables.items():
+            size, scope = Size(rows, values), _scope(rows, home)
+            constant += min(values)
+            if scope:
+                entries = [size.number(assignment) - min(values) for assignment in picks[scope]]
+                coefficients[places[scope].ravel()] += entries
+        factor = 1e6 / (coefficients.max() or 1.0)
+        return coefficients * factor, factor, constant
+
+    # Each constraint is (row, least, most): least <= row @ variables <= most.
+    constraints: list[tuple[Vector, float, float]] = [(ones(places[d,]), 1, 1) for d in range(len(decisions))]
+    for scope in sorted(shared):
+        for axis, d in enumerate(scope):
+            for a, x in enumerate(places[d,]):
+                constraints.append((ones(places[scope].take(a, axis)) - ones(x), 0, 0))
+    costs = []
+    for limit in limits:
+        coefficients, factor, constant = linear(limit.tables or {})
+        costs.append(coefficients)
+        constraints.append((coefficients, -math.inf, (limit.allowed - constant) * factor))
+    losses, _, _ = linear(goal)
+    best, value = None, math.inf
+    for _ in range(SOLVES):
+        matrix, least, most = zip(*constraints, strict=True)
+        result = optimize.milp(
+            losses,
+            integrality=np.arange(count) < sum(map(len, decisions)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=optimize.LinearConstraint(np.array(matrix), least, most),
+            # Presolving takes as long as it saves, and prints a line in some versions.
+            options={"mip_rel_gap": 0, "node_limit": NODES, "presolve": False},
+        )
+        if result.status != 0:
+            return best, result.status == 2  # 2 is infeasible
+        chosen = [int(result.x[places[d,]].argmax()) for d in range(len(decisions))]
+        taken = {scope: place[tuple(chosen[d] for d in scope)] for scope, place in places.items()}
+        found = dict(ChainMap(*(decisions[d][a] for d, a in enumerate(chosen))))
+        lost = losses[list(taken.values())].sum()
+        beyond = [row for row, limit in zip(costs, limits, strict=True) if limit.cost(found) > limit.allowed]
+        if not beyond and lost < value:
+            best, value = found, lost
+        if value <= result.mip_dual_bound + 1e-5:
+            return best, True
+        for row in beyond or [losses]:
+            no_less = [place[row[place] >= row[taken[scope]]] for scope, place in places.items()]
+            constraints.append((ones(np.concatenate(no_less)), 0, len(places) - 1))
+    return best, False
 
 
-def _local_search(
-    space: SearchSpace,
-    scores: Mapping[Row, Sequence[float]],
-    limits: Sequence[Limit],
-    picks: Picks,
-    within: Picks | None,
-) -> Picks | None:
-    """From `within` the budget, or from `picks` by the moves that lose least per share of the budget that they save.
-
-    Then what gains score and still fits is changed, one or two moves at a time, until nothing is left: no move and no
-    two moves give a better architecture within the budget.
-    """
-
-    def gain(change: Picks) -> float:
-        return sum(scores[row][option] - scores[row][picks[row]] for row, option in change.items())
-
-    if within is not None:
-        picks = within
-    over = _excess(limits, picks)
-    while over > 0:
-        moves = []
-        for change in space.moves(picks):
-            after = _excess(limits, {**picks, **change})
-            if after < over:
-                moves.append((-gain(change) / (over - after), after, change))
-        if not moves:  # a change helps only together with another
-            picks = space.assignment_of(space.smallest())
-            if _excess(limits, picks) > 0:
-                return None
-            break
-        _, over, change = min(moves, key=lambda move: move[0])
-        picks = {**picks, **change}
-
-    better: Picks | None = picks
-    while better is not None:
-        picks = better
-        gains = [(gain(change), change) for change in space.moves(picks)]
-        pairs = [
-            (a + b, {**one, **two}) for (a, one), (b, two) in itertools.combinations(gains, 2) if not {*one} & {*two}
-        ]
-        changes = sorted((c for c in [*gains, *pairs] if c[0] > ROUNDING), key=lambda change: -change[0])
-        fitting = ({**picks, **change} for _, change in changes if not _excess(limits, {**picks, **change}))
-        better = next(fitting, None)
-    return picks
+def _scope(rows: Iterable[Row], home: Mapping[Row, int]) -> tuple[int, ...]:
+    """Return the decisions about rows, in order."""
+    return tuple(sorted({home[row] for row in rows}))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tanglenas_engine.data import Samples, TensorSamples, batches
-from tanglenas_engine.derivation.budget import Budget, project, shrunk
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -50,8 +50,8 @@ class Candidates:
         space: The supernet with its trained weights.
         statistics: Samples that set the statistics of batch norms anew for each candidate.
         samples: What candidates are judged on.
-        budget: What none of them exceeds.
-        objectives: Bound to the space, for budgets and costs that are not of `cost.METRICS`; rows have them too.
+        budget: The limits that every candidate keeps to; None for none.
+        objectives: Bound to the space, for costs that are not of `cost.METRICS`; rows have them too.
         cost: What a front trades against accuracy: one of `cost.METRICS`, or the name of an objective.
         limit: How many there may be.
         prior: The mixture to draw from; None draws every row uniformly.
@@ -82,7 +82,7 @@ class Candidates:
         progress: Progress | None = None,
     ):
         self.space, self.prior, self.cost, self.seed = space, prior, cost, seed
-        self.budget: Budget = budget or {}
+        self.budget = Budget(space, {}) if budget is None else budget
         self.objectives = tuple(objectives)
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
@@ -136,7 +136,7 @@ class Candidates:
         """New candidates to begin with: drawn ones, after the prior's most probable within the budget."""
         if self.prior is None:
             return self.fresh(count)
-        likely = project(self.space, self.prior, self.budget, self.objectives)
+        likely = self.budget.project(self.prior).architecture
         return [*self.fresh(1, lambda: likely), *self.fresh(count - 1)]
 
     def fresh(self, count: int, propose: Callable[[], Architecture] | None = None) -> list[Architecture]:
@@ -150,7 +150,7 @@ class Candidates:
         for _ in range(TRIES * count):
             if len(found) == count:
                 break
-            architecture = shrunk(self.space, (propose or self.sample)(), self.budget, self.generator, self.objectives)
+            architecture = self.budget.shrink((propose or self.sample)(), self.generator)
             if architecture.digest not in self._drawn:
                 self._drawn.add(architecture.digest)
                 found.append(architecture)

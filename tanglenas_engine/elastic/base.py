@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.superposition.mixture import Factor, Superposition
+from tanglenas_engine.superposition.mixture import Factor, Superposition, superposition_of
 from tanglenas_engine.superposition.size import Assignment, Axis, Number, Size
 
 Dimension = Axis | Size | Number
@@ -40,9 +40,9 @@ class Elastic(nn.Module):
             axes = tuple(_WHOLE if size is None else Axis.of(size, role) for size in sizes)
             self._axes[name] = axes
             for row in (row for axis in axes for row in axis.size.rows):
-                if self._superposition not in (None, row.superposition):
+                if self._superposition not in (None, superposition := superposition_of(row)):
                     raise TangleNASError(f"{type(self).__name__} mixes choices of two search spaces")
-                self._superposition = row.superposition
+                self._superposition = superposition
             if self._superposition is not None:
                 self._superposition.register(axes)
 

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.elastic.depth import walk
-from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
-
-if TYPE_CHECKING:
-    from tanglenas_engine.spaces.space import SearchSpace
 
 METRICS = ("params", "flops")
 
@@ -72,14 +69,22 @@ class Additive:
 
 
 class CostModel:
-    """The costs of a space by metric: all its terms, gathered by the rows that they depend on."""
+    """The costs of a network by metric: all its terms, gathered by the rows that they depend on.
 
-    def __init__(self, space: SearchSpace):
+    Args:
+        superposition: The state that the network's elastic layers share.
+        example_input: Makes a batch of inputs of a given length.
+    """
+
+    def __init__(self, network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]):
         self.metrics: dict[str, Additive] = {}
-        for metric, terms in (("params", _parameter_terms(space)), ("flops", _mac_terms(space))):
+        for metric, terms in (
+            ("params", _parameter_terms(network)),
+            ("flops", _mac_terms(network, superposition, example_input)),
+        ):
             tables: dict[tuple[Row, ...], list[int]] = {}
             for constant, factors in terms:
-                rows = tuple(sorted({r for f in factors for r in f.rows}, key=space.rows.index))
+                rows = tuple(sorted({r for f in factors for r in f.rows}, key=superposition.rows.index))
                 values = []
                 for picks in combinations(rows):
                     value = constant
@@ -114,11 +119,11 @@ def _batched(
     ]
 
 
-def _parameter_terms(space: SearchSpace) -> list[Term]:
+def _parameter_terms(network: nn.Module) -> list[Term]:
     terms: list[Term] = []
-    tied(space)  # a parameter that is sliced in two ways has no count
+    tied(network)  # a parameter that is sliced in two ways has no count
     shared: dict[nn.Parameter, tuple[Sequence[Axis | None], list[tuple[Size, ...]]]] = {}
-    for _, module, gates in walk(space):
+    for _, module, gates in walk(network):
         declared = module.axes if isinstance(module, Elastic) else {}
         for name, parameter in module.named_parameters(recurse=False):
             plain = (None,) * parameter.dim()
@@ -143,7 +148,7 @@ def _anywhere(places: list[tuple[Size, ...]]) -> tuple[Size, ...]:
     return (functools.reduce(lambda a, b: a.map(max, b), products),)
 
 
-def _mac_terms(space: SearchSpace) -> list[Term]:
+def _mac_terms(network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]) -> list[Term]:
     """What each layer says of the output it gives for one input in the largest network."""
     terms: list[Term] = []
     hooks = []
@@ -155,20 +160,20 @@ def _mac_terms(space: SearchSpace) -> list[Term]:
 
         return hook
 
-    state = space.superposition.mixture, space.superposition.assignment
-    training = {module: module.training for module in space.modules()}
-    space.superposition.release()
-    for _, module, gates in walk(space):
+    state = superposition.mixture, superposition.assignment
+    training = {module: module.training for module in network.modules()}
+    superposition.release()
+    for _, module, gates in walk(network):
         hooks.append(module.register_forward_hook(record(module, gates)))
     try:
-        # Shapes are all that is wanted: on the meta device nothing is computed, whatever the space's type.
-        tensors = {**dict(space.named_parameters()), **dict(space.named_buffers())}
+        # Shapes are all that is wanted: on the meta device nothing is computed, whatever the network's type.
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
-            example = space.example_input(1)
-        example = example.to("meta", next(space.parameters()).dtype if example.is_floating_point() else None)
+            example = example_input(1)
+        example = example.to("meta", next(network.parameters()).dtype if example.is_floating_point() else None)
         with torch.no_grad():
-            torch.func.functional_call(space.eval(), meta, (example,))
+            torch.func.functional_call(network.eval(), meta, (example,))
     finally:
         for hook in hooks:
             hook.remove()
@@ -176,9 +181,9 @@ def _mac_terms(space: SearchSpace) -> list[Term]:
             module.training = mode
         mixture, assignment = state
         if assignment is not None:
-            space.superposition.select(assignment, mixture)
+            superposition.select(assignment, mixture)
         elif mixture is not None:
-            space.superposition.relax(mixture)
+            superposition.relax(mixture)
     return terms
 
 

@@ -1,17 +1,15 @@
-"""Objectives: what an architecture costs, and how a search is drawn to a target."""
+"""Objectives: what an architecture costs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
-import torch
 from torch import Tensor
 
-from tanglenas_engine.derivation.budget import amount, cheapest, dearest
-from tanglenas_engine.errors import TangleNASError, describe, positive, unknown
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Additive
 from tanglenas_engine.superposition.mixture import Mixture
@@ -103,100 +101,3 @@ class Objective:
             raise TangleNASError(
                 f"the objective {(self.name or type(self).__name__)!r} failed {where}: {said}"
             ) from cause
-
-
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "hinge": lambda ratio: (ratio - 1).clamp_min(0),
-    "log": lambda ratio: ratio.log().abs(),
-}
-"""What a search is charged, as a function of expected cost / target: for an excess only, or for any distance."""
-
-
-class Target:
-    """A cost that a search is drawn to: `weight * penalty(expected / target)` in the loss of alpha.
-
-    The expectation is that of the mixture which alpha stands for, not of a sample. Without `value` and `share` nothing
-    is added, and the cost is reported only.
-
-    Args:
-        objective: What is meant by cost.
-        value: The target in the objective's own unit.
-        share: The target as a share of the largest architecture's cost, above 0 and up to 1.
-        weight: Against the loss of the task. The penalty's slope is constant, so that an optimum meets the target,
-            rather than a compromise, from some weight on.
-        penalty: "hinge", `max(0, ratio - 1)`, leaves alone what costs less; "log", `|log(ratio)|`, draws from both
-            sides.
-
-    Raises:
-        TangleNASError: An option cannot be.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        value: float | None = None,
-        share: float | None = None,
-        weight: float = 1.0,
-        penalty: Literal["hinge", "log"] = "hinge",
-    ):
-        self.objective, self.name = objective, objective.name or type(objective).__name__
-        if value is not None and share is not None:
-            raise TangleNASError(
-                f"the target for {self.name} is given twice, as the value {value!r} and as the share {share!r} of the "
-                "largest: leave one out"
-            )
-        if value is not None:
-            positive(f"the target for {self.name}", value)
-        if share is not None and positive(f"the target's share for {self.name}", share) > 1:
-            raise TangleNASError(
-                f"the target's share for {self.name} is {share!r}, expected one of the largest, above 0 and up to 1"
-            )
-        if penalty not in PENALTIES:
-            raise unknown(f"penalty of the target for {self.name}", penalty, PENALTIES)
-        self.value, self.share, self.penalty = value, share, penalty
-        self.weight = positive(f"the weight of the target for {self.name}", weight)
-        self.limit: float | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether there is a target, or the cost is reported only."""
-        return self.value is not None or self.share is not None
-
-    def bind(self, space: SearchSpace) -> Self:
-        """Take up a space, and find what the target is there.
-
-        Raises:
-            TangleNASError: No architecture costs so little, none so much, or the objective fails.
-        """
-        self.objective.bind(space)
-        if not self.active:
-            return self
-        extremes = cheapest(space, self.objective), dearest(space, self.objective)
-        least, most = (self.objective.cost(architecture) for architecture in extremes)
-        limit = self.value
-        if limit is None:
-            limit = (self.share or 1.0) * self.objective.cost(space.largest())
-        given = f"the target for {self.name} is {amount(limit)} {self.objective.unit}".rstrip()
-        if limit < least:
-            raise TangleNASError(
-                f"{given}, but no architecture of {space.label} has less than {amount(least)}: raise the target"
-            )
-        if limit > most:
-            raise TangleNASError(
-                f"{given}, but no architecture of {space.label} has more than {amount(most)}: lower the target, or "
-                "leave it out"
-            )
-        stacks = {count: torch.zeros(rows, count, requires_grad=True) for count, rows in space.stacks.items()}
-        expected = self.objective.expected(space.mixture({count: stack.softmax(1) for count, stack in stacks.items()}))
-        if not (bool(expected.isfinite()) and expected.requires_grad):
-            raise TangleNASError(
-                f"the objective {self.name!r} cannot draw a search: its expectation under the uniform mixture is "
-                f"{float(expected.detach())}{'' if expected.requires_grad else ', without a gradient'}"
-            )
-        self.limit = limit
-        return self
-
-    def charge(self, mixture: Mixture) -> Tensor:
-        """What is added to alpha's loss for a mixture."""
-        assert self.limit is not None
-        return self.weight * PENALTIES[self.penalty](self.objective.expected(mixture) / self.limit)

@@ -248,7 +248,7 @@ class SearchSpace(Architectures, Elastic):
 
     @cached_property
     def cost_model(self) -> CostModel:
-        return CostModel(self)
+        return CostModel(self, self.superposition, self.example_input)
 
     def cost(self, architecture: Architecture) -> Cost:
         """Return the exact parameters and multiply-accumulates for one input of an architecture, as ints."""

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tanglenas_engine.data import DataView
-from tanglenas_engine.derivation.budget import Budget, Projection, check_budget, projection
+from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import front, nsga2
@@ -40,7 +40,7 @@ def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
             "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
             "use method 'random' or 'evolution' for a sampled supernet"
         )
-    found = projection(candidates.space, mixture, candidates.budget, candidates.objectives)
+    found = candidates.budget.project(mixture)
     candidates.judge([found.architecture])
     return found
 
@@ -75,25 +75,24 @@ class DiscretizeResult:
     exact: bool | None = None
 
 
-def budget_of(
+def limits_of(
     max_params: int | None = None, max_flops: int | None = None, limits: Mapping[str, float] | None = None
-) -> Budget:
-    """The budget that the options of `discretize` ask for.
+) -> dict[str, float | None]:
+    """Return the limits that the options of `discretize` ask for.
 
     Raises:
         TangleNASError: The limits are no mapping, or one is given twice.
     """
     if not isinstance(limits, Mapping | None):
         raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
-    budget: dict[str, float | None] = {"params": max_params, "flops": max_flops}
+    every: dict[str, float | None] = {"params": max_params, "flops": max_flops}
     for name, most in (limits or {}).items():
-        if budget.get(name) is not None:
+        if every.get(name) is not None:
             raise TangleNASError(
-                f"discretize.limits has {name!r}: {most!r}, and discretize.max_{name} is {budget[name]!r}: leave one "
-                "out"
+                f"discretize.limits has {name!r}: {most!r}, and discretize.max_{name} is {every[name]!r}: leave one out"
             )
-        budget[name] = most
-    return budget
+        every[name] = most
+    return every
 
 
 def discretize(
@@ -135,7 +134,7 @@ def discretize(
             the mixture, beginning with what argmax would take.
         cost: What the front trades against accuracy: "params", "flops" or the name of an objective.
         max_params: Hard budget in parameters, met by construction: argmax takes the most probable architecture
-            within it that `project` finds; the others never look beyond it.
+            within it; the others never look beyond it.
         max_flops: The same in multiply-accumulates for one input.
         objectives: Further costs, bound to the space, that the table of candidates has.
         limits: Hard budgets by name, of objectives too.
@@ -163,8 +162,8 @@ def discretize(
         raise TangleNASError(
             "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
         )
-    budget = budget_of(max_params, max_flops, limits)
-    check_budget(space, budget, objectives)
+    budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
+    budget.check()
     for one in objectives:
         if one.source and progress is not None:
             progress.note(f"discretize: {one.name} in {one.unit}, of {one.source}")

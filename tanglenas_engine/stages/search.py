@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
@@ -20,7 +21,6 @@ from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
-from tanglenas_engine.spaces.objective import Target
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing

@@ -90,7 +90,7 @@ class Mixture(Mapping[str, Tensor]):
     @property
     def superposition(self) -> Superposition:
         """The state of the space whose choices these are."""
-        return next(iter(self._rows.values()))[0].superposition
+        return superposition_of(next(iter(self._rows.values()))[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """All there is to save: the weights by choice and, if there are any, those of edges."""
@@ -287,6 +287,12 @@ class Superposition:
             axes: [(group, index[id(cover)], cover.bands, cover.windows) for group, cover in pairs]
             for axes, pairs in covers.items()
         }
+
+
+def superposition_of(row: Row) -> Superposition:
+    """Return the state of the space that a row belongs to."""
+    assert isinstance(row.superposition, Superposition)
+    return row.superposition
 
 
 def _connected(axes: Sequence[Axis], positions: Iterable[int], jointly: bool) -> list[tuple[int, ...]]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tanglenas_engine.errors import TangleNASError
 
-if TYPE_CHECKING:
-    from tanglenas_engine.superposition.mixture import Superposition
-
 Number = int | float
+
+
+class SharedState(Protocol):
+    """The state that the rows and layers of one space share: its `Superposition`."""
+
+    rows: list[Row]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Row:
     layer: int | tuple[int, int] | None
     options: tuple[Any, ...]
     slot: int
-    superposition: Superposition
+    superposition: SharedState
     gate: tuple[Size, int] | None = None
 
     def __repr__(self) -> str:
