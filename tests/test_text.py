@@ -285,7 +285,11 @@ def test_equal_texts_have_equal_fingerprints_wherever_they_lie(tmp_path):
         (b"", {}, "t.txt is empty. Put text there"),
         (b" \n\n", {}, "t.txt is empty"),
         (b"abcdefghij" * 7, {"test_portion": 0.1}, "the text has 63 tokens, too few for a window of block_size 64"),
-        (b"abcdefghij" * 10, {"test_portion": 0.1}, "the test part has 10 tokens, too few for a window of block_size 64"),
+        (
+            b"abcdefghij" * 10,
+            {"test_portion": 0.1},
+            "the test part has 10 tokens, too few for a window of block_size 64",
+        ),
         (b"abc" * 100, {"block_size": 0}, "block_size is 0; give at least 1 token"),
         (b"abc" * 100, {"test_portion": 1}, "test_portion is 1; give a share between 0 and 1"),
         (

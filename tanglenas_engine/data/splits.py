@@ -22,6 +22,9 @@ SPLITS = (*_LETTERS, "training")
 
 _VERSION = 1
 
+PLAIN_SAMPLES = 4096
+"""Samples of an augmented split that a view also has without augmentation, at most."""
+
 _STRATUM = 20
 """Blocks of consecutive samples among which every split has its share."""
 
@@ -210,8 +213,12 @@ class DataView:
     Reading another split raises an OutOfReachError.
     """
 
-    def __init__(self, samples: dict[str, Samples]) -> None:
-        self._samples = dict(samples)
+    def __init__(self, samples: dict[str, Samples], plain: dict[str, Samples] | None = None) -> None:
+        self._samples, self._plain = dict(samples), dict(plain or {})
+
+    def plain(self, name: str) -> Samples:
+        """Return up to `PLAIN_SAMPLES` samples of an opened split without augmentation, to measure networks on."""
+        return self._plain.get(name) or getattr(self, name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -241,9 +248,14 @@ def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augme
         TangleNASError: An unknown name, or the splits of another dataset.
     """
     splits.check(dataset)
+    indices = {name: splits.indices(name) for name in names}
+    augmented = {name for name in indices if augment and name not in ("validation", "test")}
     return DataView(
-        {
-            name: dataset.subset(splits.indices(name), train=augment and name not in ("validation", "test"))
-            for name in names
-        }
+        {name: dataset.subset(chosen, train=name in augmented) for name, chosen in indices.items()},
+        {name: dataset.subset(_evenly(indices[name], PLAIN_SAMPLES), train=False) for name in augmented},
     )
+
+
+def _evenly(indices: Tensor, count: int) -> Tensor:
+    """Return up to `count` of the indices, evenly spaced."""
+    return indices if len(indices) <= count else indices[torch.linspace(0, len(indices) - 1, count).long()]

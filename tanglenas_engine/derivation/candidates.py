@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Self
 
 import torch
-from torch import nn
 
 from tanglenas_engine.data import Samples, TensorSamples, batches
 from tanglenas_engine.derivation.budget import Budget
@@ -23,7 +22,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import measure_inherited, statistics_inputs
 
 HELD = 2**30
 """Bytes of a split up to which it stays on the device from one candidate to the next."""
@@ -90,9 +89,7 @@ class Candidates:
         self._device = device_of(None) if device is None else device
         self._batch_size = batch_size
         self._samples = held(samples, batch_size, self._device)
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in space.modules())
-        count = recalibration_batches if norms else 0
-        self._statistics = random_inputs(statistics, batch_size, count, seed, self._device)
+        self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device, batch_size)
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
         self._drawn: set[str] = set()
         self._judged: dict[str, Record] = {}
@@ -107,7 +104,7 @@ class Candidates:
             self._known = state["accuracies"]
             self._progress.note(f"{self._label}: {len(self._known)} candidates were judged before")
         self.space.to(self._device)
-        self._stack.enter_context(_unchanged(self.space))
+        self._stack.enter_context(self.space.release().as_largest())
         self._stack.enter_context(seeded(self.seed))
         return self
 
@@ -190,10 +187,7 @@ class Candidates:
 
     def measured(self, architecture: Architecture, samples: Samples) -> float:
         """Accuracy in % on samples, with the supernet's weights and batch norms that fit this architecture."""
-        self.space.select(architecture)
-        if self._statistics:
-            recalibrate(self.space, self._statistics)
-        return measure(self.space, samples, self._batch_size).accuracy
+        return measure_inherited(self.space, architecture, samples, self._statistics, self._batch_size).accuracy
 
     def _accuracy(self, architecture: Architecture) -> float:
         if architecture.digest not in self._known:
@@ -222,15 +216,3 @@ def held(samples: Samples, batch_size: int, device: torch.device) -> Samples:
         return samples
     inputs, targets = zip(first, *stream, strict=True)
     return TensorSamples(torch.cat(inputs).to(device), torch.cat(targets).to(device))
-
-
-@contextmanager
-def _unchanged(space: SearchSpace) -> Iterator[None]:
-    """Leave a space released, in its mode and with its statistics: each candidate sets its own."""
-    buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
-    try:
-        with space.release().as_largest():
-            yield
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)

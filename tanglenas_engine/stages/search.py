@@ -26,7 +26,10 @@ from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Stateful, Training
 from tanglenas_engine.training.losses import correct, cross_entropy, scalar
-from tanglenas_engine.training.measure import measure, running_statistics
+from tanglenas_engine.training.measure import (
+    measure_inherited,
+    running_statistics,
+)
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, cosine, made, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 
@@ -67,6 +70,7 @@ def search(
     targets: Sequence[Target] = (),
     stop: Stop | None = None,
     loss: Loss = cross_entropy,
+    recalibration_batches: int = 8,
     seed: int = 0,
     table: Table | None = None,
     computation: Computation = Computation(),
@@ -89,6 +93,8 @@ def search(
         targets: Costs to keep down, in expectation; the loss of alpha is charged for missing them.
         stop: Ends the search after an epoch past the warm-up, such as `EarlyStopping`.
         loss: Of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
+        recalibration_batches: Batches that set the statistics of batch norms for the architecture that is validated;
+            0 takes the supernet's, which are of all architectures together.
         table: Asked once an epoch about the current architecture, for the history.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
@@ -113,6 +119,7 @@ def search(
         targets=targets,
         stop=stop,
         loss=loss,
+        recalibration_batches=recalibration_batches,
         seed=seed,
         table=table,
         computation=computation,
@@ -141,6 +148,7 @@ class Search(Training):
         targets: Sequence[Target],
         stop: Stop | None,
         loss: Loss,
+        recalibration_batches: int,
         seed: int,
         table: Table | None,
         computation: Computation,
@@ -317,9 +325,9 @@ class Search(Training):
 
     def end_epoch(self, epoch: int, means: Record) -> Record:
         current = self.optimizer.current()
-        # What alpha says now, judged as it would be extracted; methods that derive later show the largest network.
-        self.space.select(current or self.space.largest())
-        found = measure(self.space, self.validation, together=True)
+        # What alpha says now, judged as discretize would; methods that derive later show the largest network.
+        shown = current or self.space.largest()
+        found = measure_inherited(self.space, shown, self.validation, self._statistics, together=True)
         record: Record = {
             **means,
             "validation_accuracy": found.accuracy,
