@@ -1,4 +1,4 @@
-"""What a person is told when the input is wrong: what was given, what was expected, what to do next."""
+"""The error for wrong input. Its message says what was given, what was expected and what to do next."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 
 
 class TangleNASError(ValueError):
-    """Bad input. The message names the input, the expectation and the next step; no traceback is needed."""
+    """An error caused by wrong input. The message names the input, the expectation and the next step.
+
+    The command line prints the message without a traceback.
+    """
 
 
 class OutOfReachError(TangleNASError):
-    """A stage asked for data that it must not see."""
+    """The error for a stage that asked for a data split that it must not see."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'drnas'?", or the empty string when nothing is close."""
+    """Return a hint such as " Did you mean 'drnas'?", or "" if no known name is similar."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> TangleNASError:
-    """The error for a name that is not among `known`: lists them and names the closest."""
+    """Return the error for a name that is not in `known`. It lists the known names and suggests the closest one."""
     names = sorted(known)
     return TangleNASError(
         f"unknown {kind} {str(name)!r}.{closest(str(name), names)} Choose one of: {', '.join(names) or '(none)'}."
@@ -30,20 +33,28 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> TangleNASError:
 
 
 def at_least(name: str, value: Any, least: int) -> int:
-    """`value`, checked to be an int of at least `least`."""
+    """Return `value` if it is an int of at least `least`.
+
+    Raises:
+        TangleNASError: `value` is no int, or is smaller than `least`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise TangleNASError(f"{name} is {value!r}, expected a whole number of at least {least}")
     return value
 
 
 def positive(name: str, value: float) -> float:
-    """`value`, checked to be a positive number."""
+    """Return `value` if it is a number greater than 0.
+
+    Raises:
+        TangleNASError: `value` is no number, or is not greater than 0.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise TangleNASError(f"{name} is {value!r}, expected a positive number")
     return value
 
 
 def describe(cause: BaseException) -> str:
-    """Type and message of an exception, on one line and without a closing stop."""
+    """Return an exception's type and message on one line, without a final full stop."""
     message = " ".join(str(cause).split()).rstrip(".")
     return f"{type(cause).__name__}: {message}" if message else type(cause).__name__

@@ -1,4 +1,4 @@
-"""What a dataset plugin provides: a pool of samples, labelled or of text, and subsets of it that hold nothing else."""
+"""The interface of a dataset plugin: a pool of labelled samples or of text, and subsets that hold no other samples."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -10,45 +10,47 @@ from torch import Tensor
 
 
 class Samples(Protocol):
-    """Some samples of a dataset, numbered from 0. `DataView` and `Stream` hand these to a stage."""
+    """Some samples of a dataset, numbered from 0. `DataView` and `Stream` give these to a stage."""
 
     def __len__(self) -> int: ...
 
     @property
     def labels(self) -> Tensor | None:
-        """The targets of all samples, shape (N,), int64; None where a sample has many, as in text."""
+        """The targets of all samples, shape (N,), int64; None if a sample has many targets, as in text."""
         ...
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (B, C, H, W), float32 and normalised, and targets (B,) of the samples at `indices` (B,).
+        """Return the inputs and targets of the samples at `indices`, shape (B,).
 
-        Of text: tokens (B, T), int64, and the token that follows each, (B, T), int64.
+        Images: inputs (B, C, H, W), float32 and normalised, and targets (B,), int64. Text: tokens (B, T), int64, and
+        the token that follows each, (B, T), int64.
 
-        Augmentation draws from the global generators of torch, random and numpy: `Stream` seeds those for
-        each batch. Samples must be picklable: workers may be spawned.
+        Augmentation must draw from the global generators of torch, random and numpy. `Stream` seeds these for each
+        batch. Samples must be picklable, because workers may be spawned.
         """
         ...
 
 
 class Dataset(ABC):
-    """A pool of N samples, the official test part included. Subclass it to write a dataset plugin.
+    """A pool of N samples, including the official test part. Subclass it to write a dataset plugin.
 
-    A dataset of images has the attributes below. One whose samples follow each other, such as text, has no labels:
-    its splits are made of blocks of consecutive samples. It says its own `__len__` and `space_options`.
+    A dataset of images has the attributes below. In a dataset such as text, each sample follows on from the one before.
+    Such a dataset has no labels, its splits are made of blocks of consecutive samples, and it overrides `__len__` and `space_options`.
 
     Attributes:
-        name: The name it is registered under.
-        num_classes: Number of classes.
-        image_size: Height and width of the inputs, in pixels.
-        in_channels: Channels of the inputs.
+        name: The name under which the dataset is registered.
+        num_classes: The number of classes.
+        image_size: The height and width of the inputs, in pixels.
+        in_channels: The number of channels of the inputs.
         class_names: One name per class, in the order of the labels.
-        mean, std: With which inputs are normalised, one per channel, of pixels from 0 to 1; None if they are not.
-        crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
-        labels: Targets of the whole pool, shape (N,), int64, values below `num_classes`; None if it has none.
-        test_indices: Positions of the official test samples in the pool, None where there are none.
-        fingerprint: Identifies which samples the pool holds and in which order (`content_hash`). Two copies
-            of the same data agree on it, wherever they lie; options of augmentation or resolution leave it
-            alone, so that splits made once serve every stage.
+        mean, std: The values that normalise the inputs, one per channel, for pixels from 0 to 1; None if inputs are not
+            normalised.
+        crop_pct: The share of an image's shorter side that the centre crop of validation and test keeps, from 0 to 1.
+        labels: The targets of the whole pool, shape (N,), int64, values below `num_classes`; None if there are none.
+        test_indices: The positions of the official test samples in the pool; None if there are none.
+        fingerprint: A digest of which samples the pool holds, in which order (`content_hash`). Two copies of the same
+            data have the same fingerprint, wherever they are stored. Options of augmentation or resolution must not
+            change it, so that splits made once serve every stage.
     """
 
     name: str
@@ -69,26 +71,30 @@ class Dataset(ABC):
         return len(self.labels)
 
     def space_options(self) -> dict[str, Any]:
-        """The options with which a search space fits these data."""
+        """Return the options with which a search space fits these data."""
         return {name: getattr(self, name) for name in ("num_classes", "image_size", "in_channels")}
 
     @abstractmethod
     def subset(self, indices: Tensor, *, train: bool) -> Samples:
-        """The samples at `indices` of the pool, shape (n,), int64; `train` asks for augmentation.
+        """Return the samples at `indices` of the pool, shape (n,), int64.
 
-        The result holds these rows (or paths) only, as a copy: a stage must not be able to reach the rest of
-        the pool through it.
+        The result must copy these rows (or paths) and hold no others, so that a stage cannot reach the rest of the
+        pool.
+
+        Args:
+            indices: Positions in the pool.
+            train: True asks for augmentation.
         """
 
 
 class TensorSamples:
-    """Samples in memory: raw rows (N, ...) and labels (N,), both its own.
+    """Samples in memory: raw rows (N, ...) and labels (N,), neither shared with the dataset.
 
     Args:
-        rows: Raw inputs, shape (N, ...), any dtype.
-        labels: Targets, shape (N,), int64.
-        transform: Takes a batch of rows to float32 inputs (B, C, H, W); None takes the rows as they are.
-            A module's function or a `functools.partial` of one, so that workers can receive it.
+        rows: The raw inputs, shape (N, ...), any dtype.
+        labels: The targets, shape (N,), int64.
+        transform: The function from a batch of rows to float32 inputs (B, C, H, W); None uses the rows unchanged. It is
+            a module-level function or a `functools.partial` of one, so that it can be sent to workers.
     """
 
     def __init__(self, rows: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -105,12 +111,13 @@ class TensorSamples:
 
 
 class TokenSamples:
-    """Windows of a text: of each sample, T tokens and the T that follow them by one.
+    """Windows of a text. A sample is T tokens, and the T tokens one position later.
 
     Args:
-        rows: Tokens, shape (N, T + 1), integers; its own.
-        indices: Where in the text the rows lie, shape (N,), ascending; neighbours follow on each other.
-        shift: Whether a window starts up to T tokens late, at random, as far as the next row follows on.
+        rows: The tokens, shape (N, T + 1), integers, not shared with the dataset.
+        indices: The positions of the rows in the text, shape (N,), ascending. A difference of 1 means that a row
+            continues the one before.
+        shift: True lets a window start up to T tokens later, at random, if the next row continues this one.
     """
 
     labels: Tensor | None = None
@@ -134,7 +141,7 @@ class TokenSamples:
 
 
 def content_hash(*parts: str | bytes | Tensor) -> str:
-    """A digest (hex, 64 characters) of texts, bytes and CPU tensors, each with its type and shape."""
+    """Return a digest (64 hexadecimal digits) of texts, bytes and CPU tensors, including their types and shapes."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):

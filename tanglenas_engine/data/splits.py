@@ -14,13 +14,14 @@ from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, c
 
 from .dataset import Dataset, Samples
 
-# The letter that stands for each split in a `Splits.assignment`.
 _LETTERS = {"weights": "w", "architecture": "a", "validation": "v", "test": "t"}
+"""The letter of each split in `Splits.assignment`."""
 
 SPLITS = (*_LETTERS, "training")
-"""Names that `open_splits` takes; `training` is weights and architecture together, for the final training."""
+"""The names that `open_splits` accepts. "training" is weights and architecture together, for the final training."""
 
 _VERSION = 1
+"""The version of the splits file format."""
 
 PLAIN_SAMPLES = 4096
 """Samples of an augmented split that a view also has without augmentation, at most."""
@@ -31,10 +32,16 @@ _STRATUM = 20
 
 @dataclass(frozen=True)
 class Splits:
-    """Which sample of a dataset is in which split.
+    """The assignment of every sample of a dataset to one split.
 
-    One letter per sample of the pool says it: w(eights), a(rchitecture), v(alidation) or t(est). So the
-    splits are disjoint and cover the pool by construction, and a file of them is small.
+    It stores one letter per sample of the pool: w(eights), a(rchitecture), v(alidation) or t(est). So the splits are
+    disjoint and cover the pool by construction, and a splits file is small.
+
+    Attributes:
+        dataset: The name of the dataset.
+        fingerprint: The fingerprint of the dataset.
+        seed: The seed of the splits.
+        assignment: One letter per sample of the pool.
     """
 
     dataset: str
@@ -43,7 +50,7 @@ class Splits:
     assignment: str
 
     def indices(self, name: str) -> Tensor:
-        """Positions in the pool of the samples of one of `SPLITS`, ascending, shape (n,), int64."""
+        """Return the positions in the pool of one of `SPLITS`, ascending, shape (n,), int64."""
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
         letters = "wa" if name == "training" else _LETTERS[name]
@@ -71,20 +78,20 @@ class Splits:
         return self.indices("training")
 
     def sizes(self) -> dict[str, int]:
-        """Number of samples in each of the four splits."""
+        """Return the number of samples in each of the four splits."""
         count = Counter(self.assignment)
         return {name: count[letter] for name, letter in _LETTERS.items()}
 
     def to_json(self) -> str:
-        """Canonical text: equal splits give equal bytes."""
+        """Return the file's text. Equal splits give equal bytes."""
         return json.dumps({"version": _VERSION, **asdict(self)}, indent=1, ensure_ascii=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
+        """Read a text that `to_json` wrote.
 
         Raises:
-            TangleNASError: The text is no splits file, or one of another version.
+            TangleNASError: The text is not a splits file, or has another version.
         """
         remake = "Make the splits again with make_splits(dataset, seed=...)."
         try:
@@ -101,7 +108,11 @@ class Splits:
         return cls(**fields)
 
     def check(self, dataset: Dataset) -> None:
-        """Raise a TangleNASError unless these are splits of exactly this dataset."""
+        """Check that these splits were made for exactly this dataset.
+
+        Raises:
+            TangleNASError: The splits were made for another dataset, or for other content.
+        """
         made_for = (self.dataset, self.fingerprint, len(self.assignment))
         given = (dataset.name, dataset.fingerprint, len(dataset))
         if made_for != given:
@@ -121,27 +132,28 @@ def make_splits(
     test_portion: float = 0.2,
     block: int = 8,
 ) -> Splits:
-    """Split a dataset into weights, architecture, validation and test, each with its share of every class.
+    """Split a dataset into weights, architecture, validation and test, with equal shares of every class.
 
-    Test comes first, then validation, then the other two: a change of `train_portion` moves no sample into or
-    out of validation, and no portion but `test_portion` changes the test split.
+    The test split is cut first, then validation, then the other two. So `train_portion` does not affect the validation
+    split, and only `test_portion` affects the test split.
 
-    A dataset without labels, such as text, is cut into blocks of consecutive samples. They are dealt to the splits at
-    random, so that every split has its share of every part of the text. One long segment for each split would be
-    another text in each of them: alpha, and every candidate, would be judged on what the weights never see.
+    A dataset without labels, such as text, is cut into blocks of consecutive samples. The seed deals them to the splits,
+    so that every split has its share of every part of the text. With one long segment per split, each split would be
+    another text, and alpha and the candidates would be judged on what the weights never saw.
 
     Args:
+        dataset: The dataset.
         seed: Equal seeds and portions give equal splits.
-        train_portion: Share of the weights split in weights and architecture together.
-        validation_portion: Share of what is not test that is held out to compare trained networks on.
-        test_portion: Share of the pool to test on; unused where the dataset has an official test part.
-        block: Consecutive samples that stay together where there are no labels. In longer blocks fewer samples have a
-            neighbour in another split; shorter ones spread better. A short text has shorter blocks.
+        train_portion: The share of the weights split in weights and architecture together.
+        validation_portion: The share of the samples outside test that is held out to compare trained networks.
+        test_portion: The share of the pool to test on. It is unused if the dataset has an official test part.
+        block: The number of consecutive samples that stay together where there are no labels. With longer blocks, fewer
+            samples have a neighbour in another split. Shorter ones spread better. A short text has shorter blocks.
 
     Raises:
-        TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too
-            few samples to be in both the weights and the architecture split. (A rare class may well be
-            missing from validation or test.)
+        TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too few
+            samples to be in both the weights and the architecture split. (A rare class may be missing from validation
+            or test.)
     """
     portions = {
         "train_portion": train_portion,
@@ -189,11 +201,11 @@ def make_splits(
 
 
 def _spread(labels: np.ndarray[Any, Any], generator: np.random.Generator) -> np.ndarray[Any, Any]:
-    """An order of `labels` in which every segment has its share of each class, to within about one sample."""
+    """Return an order of `labels` in which every segment has its share of each class, to within about one sample."""
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        # The random offset keeps classes of one size from changing sides of a cut all together.
+        # Without the random offset, all classes of the same size would be rounded to the same side of a cut.
         place[members] = (np.arange(len(members)) + generator.random()) / len(members)
     return np.argsort(place, kind="stable")
 
@@ -209,8 +221,8 @@ def _dealt(pool: np.ndarray[Any, Any], block: int, generator: np.random.Generato
 class DataView:
     """The splits that a stage may see, as attributes: `view.weights.batch(...)`.
 
-    It holds the samples of the opened splits and nothing else: neither the dataset nor other indices.
-    Reading another split raises an OutOfReachError.
+    It holds the samples of the opened splits only: neither the dataset nor other indices. Reading another split raises
+    an OutOfReachError.
     """
 
     def __init__(self, samples: dict[str, Samples], plain: dict[str, Samples] | None = None) -> None:
@@ -222,7 +234,7 @@ class DataView:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The opened splits."""
+        """The names of the opened splits."""
         return tuple(self._samples)
 
     def __getattr__(self, name: str) -> Samples:
@@ -238,14 +250,17 @@ class DataView:
 
 
 def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augment: bool = True) -> DataView:
-    """A view of the named splits (of `SPLITS`) and of no other.
+    """Return a view of the named splits only.
 
     Args:
-        augment: Whether weights, architecture and training come with the dataset's augmentation; the
-            validation and test splits never do.
+        dataset: The dataset.
+        splits: The splits of this dataset.
+        names: Names from `SPLITS`.
+        augment: True applies the dataset's augmentation to weights, architecture and training. Validation and test are
+            never augmented.
 
     Raises:
-        TangleNASError: An unknown name, or the splits of another dataset.
+        TangleNASError: A name is unknown, or the splits are of another dataset.
     """
     splits.check(dataset)
     indices = {name: splits.indices(name) for name in names}

@@ -1,4 +1,4 @@
-"""Batches: an endless training stream that can start at any step, and sequential ones for evaluation."""
+"""Batches: an endless training stream that can start at any step, and a single pass for evaluation."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,26 +15,28 @@ from tanglenas_engine.runtime.seeding import seeded
 from .dataset import Samples
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Inputs (B, C, H, W) and targets (B,), or tokens (B, T) and those that follow them (B, T)."""
+"""Inputs (B, C, H, W) and targets (B,), or tokens (B, T) and the tokens that follow them (B, T)."""
 
 
 class Stream:
-    """An endless stream of training batches in which batch number t depends on (seed, t) only.
+    """An endless stream of training batches. Batch number t depends on (seed, t) only.
 
-    Each epoch is a permutation of its own, cut into full batches; what is left over waits for another epoch's
-    permutation. A run that resumes starts the stream at its step: there is no loader state to keep. Number of
-    workers and state of the global generators change nothing, and the stream changes none of those.
+    Each epoch is a permutation of its own, cut into full batches; the remaining samples are skipped in this epoch. A
+    resumed run starts the stream at its step, so a checkpoint needs no loader state. The number of workers and the
+    global generators do not affect the batches, and the stream does not change the global generators.
 
     Args:
-        samples: What to draw from.
-        batch_size: Samples per batch.
-        seed: Streams that run side by side (weights, architecture) want different seeds.
-        num_workers: Processes that load ahead; 0 loads in this one, which is fastest for data in memory.
-        part: Which of how many equal parts of every batch to give, counted from 0: the ranks of a job share the
-            batches of one stream. Augmentation draws for each part anew.
+        samples: The samples to draw from.
+        batch_size: The number of samples per batch.
+        seed: The seed. Streams that run side by side (weights, architecture) need different seeds.
+        num_workers: The number of processes that load ahead. 0 loads in this process, which is fastest for data in
+            memory.
+        part: (number from 0, count): each batch is cut into `count` equal parts, and this stream yields one of them. So
+            the ranks of a job share the batches. Each part has its own augmentation.
 
     Raises:
-        TangleNASError: The batch size is below one, above the number of samples, or not a multiple of the parts.
+        TangleNASError: The batch size is below 1, above the number of samples, or not a multiple of the number of
+            parts.
     """
 
     def __init__(
@@ -59,16 +61,21 @@ class Stream:
 
     @property
     def batches_per_epoch(self) -> int:
+        """The number of full batches in an epoch."""
         return len(self.samples) // self.batch_size
 
     def start(self, step: int = 0) -> Iterator[Batch]:
-        """The batches from number `step` on, without end."""
+        """Return an endless iterator over the batches from number `step` on.
+
+        Raises:
+            TangleNASError: The step is negative.
+        """
         if step < 0:
             raise TangleNASError(f"a stream starts at step 0 or later, not at {step}.")
         return _load(self.samples, self._plan(step), self.num_workers)
 
     def _plan(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """For each batch from `step` on, the seed of its augmentation and its indices (B,), those of the part."""
+        """Yield for each batch from `step` on the seed of its augmentation, and the indices of this part of it."""
         number, parts = self.part
         size = self.batch_size // parts
         purpose = f"augmentation {number}" if number else "augmentation"
@@ -85,9 +92,12 @@ class Stream:
 def batches(
     samples: Samples, batch_size: int, indices: Tensor | None = None, *, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """All samples, or those at `indices` (n,), in order and once; the last batch may be smaller.
+    """Yield all samples, or those at `indices` (n,), once and in order. The last batch may be smaller.
 
-    Samples with augmentation come out the same each time.
+    Augmented samples are the same in every call.
+
+    Raises:
+        TangleNASError: The batch size is below 1.
     """
     _check_batch_size(batch_size)
     order = torch.arange(len(samples)) if indices is None else indices
@@ -104,12 +114,12 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _derive(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for each purpose and number, without the overlaps of seed + number."""
+    """Return a seed that differs for each purpose and number. Seeds of the form seed + number would overlap."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=7).digest())
 
 
 class _SeededBatches(TorchDataset[Batch]):
-    """Samples as a torch dataset whose items are whole batches, each with the seed of its augmentation."""
+    """A torch dataset of whole batches, each with the seed of its augmentation."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -127,12 +137,12 @@ def _load(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int
     loader = DataLoader(
         source,
         batch_size=None,
-        # Lists: a tensor sent to a worker takes the whole permutation's memory with it.
+        # A slice of a tensor would send the whole permutation to the worker; a list does not.
         sampler=((seed, indices.tolist()) for seed, indices in plan),
         num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
-        # The loader draws a seed for its workers: not from the global generator.
+        # The loader draws a seed for its workers. A generator of its own leaves the global one unchanged.
         generator=torch.Generator(),
     )
     return iter(loader)

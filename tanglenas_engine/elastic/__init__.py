@@ -1,7 +1,7 @@
 """Elastic layers: torch layers whose dimensions are Sizes.
 
-They keep torch's parameter names and hold the largest shapes, so a supernet's `state_dict` is that of the
-largest network. `Elastic` is what they have in common; a layer of your own needs nothing else.
+They keep torch's parameter names and have the largest shapes. So a supernet's `state_dict` is that of its largest
+network. To write your own elastic layer, subclass `Elastic`.
 """
 
 from tanglenas_engine.elastic.attention import Attention

@@ -13,18 +13,27 @@ from tanglenas_engine.superposition.size import Size, stacked
 
 
 class Attention(Elastic):
-    """Self-attention whose heads are slices of a fixed head dimension: `(B, N, width) -> (B, N, width)`.
+    """Self-attention with an elastic number of heads of fixed dimension: `(B, N, width) -> (B, N, width)`.
 
-    Parameter names and shapes are those of timm's `Attention` with `attn_head_dim`. Heads are independent
-    units: `sum_h P(heads > h) head_h` behind the output projection is the exact expectation, so a mixture
-    covers them once, where the projection reads them.
-    Differs from the paper's code, which covers them three times (kept as `relaxation="paper"`) and pads the
-    concatenation of q, k and v at its end, so that rows land in the wrong third (kept nowhere).
+    Parameter names and shapes are those of timm's `Attention` with `attn_head_dim`. Heads are independent, so
+    `sum_h P(heads > h) head_h` behind the output projection is the exact expectation. So a mixture covers the heads
+    once, at the input of the projection.
+
+    Differs from the paper's code in two ways. The paper's code covers the heads three times; `relaxation="paper"` keeps
+    this. It also pads the concatenation of q, k and v at its end, which puts rows into the wrong third; no relaxation
+    keeps this.
 
     Args:
-        causal: Whether a position sees only those before it.
-        relative_position: A module called as `(q, k, v)`, each `(B, H, N, head_dim)`, in place of plain
-            scaled dot-product attention.
+        width: The number of input and output features.
+        num_heads: The number of heads.
+        head_dim: The dimension of one head.
+        qkv_bias: True if the projection to q, k and v has a bias.
+        proj_bias: True if the output projection has a bias.
+        attn_drop: The dropout probability of attention weights.
+        proj_drop: The dropout probability of the output.
+        causal: True if a position attends only to itself and earlier positions.
+        relative_position: A module that is called as `(q, k, v)`, each `(B, H, N, head_dim)`, and replaces scaled
+            dot-product attention.
     """
 
     def __init__(
@@ -50,7 +59,7 @@ class Attention(Elastic):
         self.declare(role="again", heads=(heads, None))
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, N, 3 * H * D) -> 3 x (B, H, N, D); the number of heads follows from what the projection gave.
+        # (B, N, 3 * H * D) -> 3 x (B, H, N, D); the size of the projection's output gives the number of heads H.
         qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = self.covered("heads", qkv).permute(2, 0, 3, 1, 4).unbind(0)
         if self.relative_position is not None:
@@ -62,7 +71,7 @@ class Attention(Elastic):
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
-        # q k^T and the weighted sum of v for every pair of tokens, and as much again for relative positions.
+        # Each pair of tokens costs q k^T and the weighted sum of v. Relative positions cost the same again.
         batch, tokens = output.shape[:2]
         products = 2 if self.relative_position is None else 4
         return [(products * batch * tokens * tokens * self.head_dim, (self.heads,))]

@@ -1,4 +1,4 @@
-"""How a parameter is superposed, sliced and extracted: by the axes that its layer declares for it."""
+"""The base class of elastic layers. The axes that a layer declares decide how its parameters are masked and sliced."""
 
 from __future__ import annotations
 
@@ -14,25 +14,34 @@ from tanglenas_engine.superposition.mixture import Factor, Superposition, superp
 from tanglenas_engine.superposition.size import Assignment, Axis, Number, Size
 
 Dimension = Axis | Size | Number
+"""One dimension of a parameter, as a layer declares it."""
 
 _WHOLE = Axis(Size.of(1), role="fixed")
-"""A dimension that never varies."""
+"""The axis of a dimension that never varies."""
 
 
 class Elastic(nn.Module):
     """A module with elastic parameters.
 
-    It declares the axes of its parameters and buffers once; then `self.current("weight")` is the parameter
-    as the next architecture or mixture has it: full, masked or sliced.
+    It declares the axes of its parameters and buffers once. Then `self.current("weight")` is the parameter for the next
+    forward: full (largest network), masked (mixture) or sliced (architecture).
     """
 
     _axes: dict[str, tuple[Axis, ...]]
     _superposition: Superposition | None = None
 
     def declare(self, role: str = "write", **dimensions: Sequence[Dimension | None]) -> None:
-        """State the axes of parameters or buffers by name, one dimension each; None for one that never varies.
+        """Declare the axes of parameters or buffers by name, one dimension each; None stands for a fixed dimension.
 
-        A name that is no parameter stands for a mask alone, which `covered` applies to an activation.
+        A name without a parameter declares only a mask, which `covered` applies to an activation.
+
+        Args:
+            role: The role of the dimensions, which decides with the relaxation whether a mixture covers them (see
+                `COVERED`).
+            dimensions: For each name, the dimensions in the order of the tensor's.
+
+        Raises:
+            TangleNASError: The dimensions depend on choices of two spaces.
         """
         if "_axes" not in self.__dict__:
             self._axes = {}
@@ -54,18 +63,18 @@ class Elastic(nn.Module):
 
     @property
     def assignment(self) -> Assignment | None:
-        """The architecture of the hard path, or None on the soft path and in the largest network."""
+        """The architecture of the hard path; None on the soft path and in the largest network."""
         return self._superposition.assignment if self._superposition else None
 
     def current(self, name: str) -> Tensor | None:
-        """The parameter or buffer `name` as the next architecture (a slice) or mixture (masked) has it."""
+        """Return the parameter or buffer `name` for the next forward: full, masked or sliced."""
         tensor, factors = self.unmasked(name)
         for factor in factors:
             tensor = tensor * factor.whole()  # type: ignore[operator]
         return tensor
 
     def unmasked(self, name: str) -> tuple[Tensor | None, list[Factor]]:
-        """`current(name)` before the last step: the parameter, and the factors of the mask to multiply it with."""
+        """Return `current(name)` in two parts: the unmasked parameter, and the factors of its mask."""
         tensor: Tensor | None = getattr(self, name)
         if tensor is None:
             return None, []
@@ -77,19 +86,20 @@ class Elastic(nn.Module):
         return tensor, self.factors(name)
 
     def covered(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` times the mask declared as `name` under the current mixture; `tensor` itself without one."""
+        """Return `tensor` times the mask declared as `name`, or `tensor` itself if there is no mixture."""
         for mask in self.masks(name):
             tensor = tensor * mask
         return tensor
 
     def masks(self, name: str) -> list[Tensor]:
-        """The factors of the mask declared as `name` as tensors that broadcast; none without a mixture."""
+        """Return the factors of the mask declared as `name` with all rows; an empty list if there is no mixture."""
         return [factor.whole() for factor in self.factors(name)]
 
     def factors(self, name: str) -> list[Factor]:
-        """The factors of the mask declared as `name`; none without a mixture.
+        """Return the factors of the mask declared as `name`; an empty list if there is no mixture.
 
-        On the hard path with a mixture each is the part that the architecture has: ones, whose gradient alpha gets.
+        On the hard path with a mixture, each factor is sliced as the architecture is. Its values are ones, through
+        which alpha gets a gradient.
         """
         if self._superposition is None or self._superposition.mixture is None:
             return []
@@ -98,24 +108,24 @@ class Elastic(nn.Module):
         return factors if assignment is None else [_cut_factor(factor, axes, assignment) for factor in factors]
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
-        """The part of the parameter or buffer `name` that an architecture uses: a view where memory allows."""
+        """Return the part of the parameter or buffer `name` that an architecture uses, as a view if possible."""
         return _cut(getattr(self, name), self._axes[name], assignment)
 
     def plain(self, assignment: Assignment) -> nn.Module:
-        """The torch module that this one is under an architecture, newly initialised where it is a torch layer."""
+        """Return this module's plain torch form for an architecture. Torch layers are newly initialised."""
         return copied(self, assignment)
 
     def gate(self, child: str) -> Size | None:
-        """1 or 0: whether an architecture has the child of that name; None for one that it always has."""
+        """Return a Size that is 1 if an architecture has the child of that name, else 0; or None for a fixed child."""
         return None
 
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
-        """Multiply-accumulates of one forward that gave `output`, as products (constant, sizes)."""
+        """Return the multiply-accumulates of the forward that gave `output`, as products (constant, sizes)."""
         return []
 
 
 def _cut(tensor: Tensor, axes: Sequence[Axis], assignment: Assignment) -> Tensor:
-    """The part of `tensor` that an architecture uses; a dimension of length 1 broadcasts, and stays."""
+    """Return the part of `tensor` that an architecture uses. A dimension of length 1 broadcasts, so it is not cut."""
     for dim, axis in enumerate(axes):
         size, full = axis.size.value(assignment), axis.size.max
         if axis.role == "fixed" or tensor.shape[dim] == 1:
@@ -131,7 +141,7 @@ def _cut(tensor: Tensor, axes: Sequence[Axis], assignment: Assignment) -> Tensor
 
 
 def _cut_factor(factor: Factor, axes: Sequence[Axis], assignment: Assignment) -> Factor:
-    """The part of a factor that an architecture uses."""
+    """Return the part of a factor that an architecture uses."""
     mask, bands, windows = factor
     if windows is not None:
         size = max(axis.size.value(assignment) for axis in axes if axis.layout == "window")
@@ -145,7 +155,7 @@ def _cut_factor(factor: Factor, axes: Sequence[Axis], assignment: Assignment) ->
 
 
 def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]:
-    """Copies of a module's own parameters and buffers (not its children's) as an architecture has them."""
+    """Return copies of a module's own parameters and buffers, sliced for an architecture. Children are not included."""
     own = {**module._parameters, **module._buffers}
     elastic = module.axes if isinstance(module, Elastic) else {}
     return {
@@ -158,7 +168,7 @@ def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]
 
 
 def tied(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter that is shared (tied weights), in the order of the modules.
+    """Return the names of each shared parameter (tied weights), in the order of the modules.
 
     Raises:
         TangleNASError: Two layers share a parameter, but an architecture cuts different slices from it.
@@ -178,7 +188,7 @@ def tied(module: nn.Module) -> list[list[str]]:
 
 
 def _slicing(module: nn.Module, name: str) -> list[tuple[Any, ...]]:
-    """How a parameter's dimensions follow the choices; those that never vary are left out."""
+    """Return how a parameter's dimensions depend on the choices. Fixed dimensions are left out."""
     owner, _, key = name.rpartition(".")
     holder = module.get_submodule(owner)
     axes = holder.axes.get(key, ()) if isinstance(holder, Elastic) else ()
@@ -186,19 +196,19 @@ def _slicing(module: nn.Module, name: str) -> list[tuple[Any, ...]]:
 
 
 def plain(module: nn.Module, assignment: Assignment) -> nn.Module:
-    """`module` as an architecture has it: elastic layers become torch layers, whatever holds them is copied."""
+    """Return an architecture's form of `module`: elastic layers become torch layers, other modules are copied."""
     return module.plain(assignment) if isinstance(module, Elastic) else copied(module, assignment)
 
 
 def copied(module: nn.Module, assignment: Assignment) -> nn.Module:
-    """A copy of `module`, its own parameters sliced and newly initialised, its children made plain.
+    """Return a copy of `module` for an architecture: parameters sliced and newly initialised, children made plain.
 
     Raises:
         TangleNASError: The module has parameters of its own and no `reset_parameters` to initialise them.
     """
     clone = copy.copy(module)
     clone.__dict__ = {
-        # Hooks and settings of its own, and nothing that leads back to the choices.
+        # Containers such as hooks are copied. Attributes that refer to choices are left out.
         k: copy.copy(v) if isinstance(v, dict | set | list) else v
         for k, v in vars(module).items()
         if k not in ("_axes", "_superposition") and not isinstance(v, Size)

@@ -1,4 +1,4 @@
-"""Elastic Conv2d."""
+"""An elastic 2d convolution."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ class Conv2d(Elastic, nn.Conv2d):
     """`nn.Conv2d` with elastic channels, groups and a nested centred kernel: `(B, C, H, W) -> (B, C', H', W')`.
 
     Args:
-        padding: For the largest kernel; None keeps the image size (at stride 1). Smaller kernels are padded
-            less, so that all see the same centres.
-        groups: A number or Size. The channels of one group must not vary: a prefix of the channels is then a
-            prefix of the groups. Depthwise: `groups=C` with C channels on both sides.
+        in_channels: The number of input channels C.
+        out_channels: The number of output channels C'.
+        kernel_size: The height and width of the kernel, in pixels. The value 0 stands for an absent operation.
+        stride: The stride, in pixels.
+        padding: The padding of the largest kernel, in pixels. None keeps the image size at stride 1. A smaller kernel
+            gets less padding, so that all kernels have the same centres.
+        dilation: The distance between the kernel's entries, in pixels.
+        groups: The number of groups. The number of channels per group must be fixed, so that the first channels are the
+            first groups. A depthwise convolution has `groups=C` and C channels on both sides.
+        bias: True if the convolution has a bias.
+
+    Raises:
+        TangleNASError: The padding is too small for the smallest kernel, or the number of channels per group varies.
     """
 
     def __init__(
@@ -36,7 +45,7 @@ class Conv2d(Elastic, nn.Conv2d):
         kernel, inputs, outputs, groups = map(Size.of, (kernel_size, in_channels, out_channels, groups))
         if padding is None:
             padding = dilation * (kernel.max - 1) // 2
-        smallest = min(int(size) for size in kernel.values if size)  # 0: no kernel, the operation is not there
+        smallest = min(int(size) for size in kernel.values if size)  # size 0 stands for an absent operation
         crop = dilation * (kernel.max - smallest) // 2
         if padding < crop:
             raise TangleNASError(
@@ -85,7 +94,7 @@ class Conv2d(Elastic, nn.Conv2d):
         return [(positions, tuple(axis.size for axis in self.axes["weight"]))]
 
     def _geometry(self, assignment: Assignment | None) -> tuple[int, int]:
-        """Padding and groups of an architecture, or of the largest network."""
+        """Return padding and groups of an architecture, or of the largest network for None."""
         padding = int(self.padding[0])
         if assignment is None:
             return padding, self.groups

@@ -1,4 +1,4 @@
-"""Elastic depth: a stack of layers of which an architecture uses the first few."""
+"""Elastic depth: a stack of layers. An architecture uses the first few of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
 class Depth(Elastic, nn.ModuleList):
-    """The first `depth` of `layers` in sequence; under a mixture, `sum_d p(d) x_d` over the outputs after d layers."""
+    """The first `depth` of `layers` in sequence; under a mixture, `sum_d p(d) x_d` over the outputs after d layers.
+
+    Raises:
+        TangleNASError: The largest depth differs from the number of layers.
+    """
 
     def __init__(self, depth: Size | int, layers: Iterable[nn.Module]):
         nn.ModuleList.__init__(self, layers)
@@ -36,12 +40,15 @@ class Depth(Elastic, nn.ModuleList):
         return x if total is None else total
 
     def factors(self, name: str) -> list[Factor]:
-        """All probabilities, on the hard path too: the outputs on the way are there, and alpha learns from them."""
+        """Return the probabilities of all depths, on the hard path too.
+
+        The hard path computes the outputs of smaller depths on the way, so alpha can learn from them.
+        """
         state = self._superposition
         return [] if state is None or state.mixture is None else state.factors(self.axes[name])
 
     def gate(self, child: str) -> Size:
-        """1 where the depth exceeds the layer, counted from 0, else 0."""
+        """Return a Size that is 1 if the depth exceeds the layer's number, counted from 0, else 0."""
         return self.depth.map(lambda depth: int(int(depth) > int(child)))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
@@ -51,7 +58,7 @@ class Depth(Elastic, nn.ModuleList):
 def walk(
     module: nn.Module, name: str = "", gates: tuple[Size, ...] = ()
 ) -> Iterator[tuple[str, nn.Module, tuple[Size, ...]]]:
-    """All modules with their names and the Sizes, 1 or 0, that decide whether an architecture has them."""
+    """Yield all modules with their names and gates. A gate is a Size: 1 if an architecture has the module, else 0."""
     yield name, module, gates
     for key, child in module.named_children():
         gate = module.gate(key) if isinstance(module, Elastic) else None

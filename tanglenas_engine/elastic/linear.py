@@ -1,4 +1,4 @@
-"""Elastic Linear and Embedding."""
+"""Elastic Linear and Embedding layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Embedding(Elastic, nn.Embedding):
 
     def forward(self, indices: Tensor) -> Tensor:
         table = self.weight if self.assignment is None else self.sliced("weight", self.assignment)
-        # Masking the rows that were looked up is masking the table, for the price of the batch.
+        # Masking the rows that were looked up gives the same as masking the table, and costs less.
         return self.covered("output", F.embedding(indices, table))
 
     def plain(self, assignment: Assignment) -> nn.Embedding:

@@ -1,18 +1,19 @@
-"""Products with a masked weight, computed where the mask costs least.
+"""Products with a masked weight. The mask is applied where that costs least.
 
-The plain form is three lines, and every placement gives its numbers:
+The plain form is three lines. Every other form gives the same numbers:
 
     for factor in factors:
         weight = weight * factor.whole()
     return op(x, weight, bias)
 
-`masked` differs from it in what is computed and kept:
+`masked` saves memory and time against the plain form:
 
-- For backward the weight and small factors are kept, not the masked weight: it is as large, and soon made again.
-- With constant weights, the gradient of a mask `m` over what is read needs no gradient of the weight. With
-  `g = dy W`, which x needs anyway, it is `sum(x * g)`, and `dx = g * m`. A mask over both sides is one over what is
-  read for each band of rows, and `dy W` is the sum over the bands. So an architecture step has forward and input
-  gradients only. A mask over a kernel's window still needs the gradient of the weight.
+- The backward pass keeps the weight and the small factors. It does not keep the masked weight, which is as large as the
+  weight and cheap to compute again.
+- With constant weights, the gradient of a mask `m` over the input channels needs no gradient of the weight. It is
+  `sum(x * g)` with `g = dy W`, and `dx = g * m` needs `g` anyway. A mask over both input and output channels is a mask
+  over the input channels for each band of rows; then `dy W` is the sum over the bands. So an architecture step computes
+  only forwards and input gradients. A mask over a kernel's window still needs the gradient of the weight.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from torch import Tensor
 from tanglenas_engine.superposition.mixture import Factor, expanded
 
 LEAST_ROWS = 64
-"""Rows of a band, on average, from which bands cost less than the gradient of the weight."""
+"""The mean number of rows per band from which bands cost less than the gradient of the weight."""
 
 
 class Product(Protocol):
-    """A product of an input and a weight, linear in both, whose channels are at `channels` of input and output."""
+    """A product of an input and a weight, linear in both. `channels` is the channel dimension of input and output."""
 
     @property
     def channels(self) -> int: ...
@@ -49,7 +50,7 @@ class Product(Protocol):
 
 @dataclass(frozen=True)
 class LinearProduct:
-    """`F.linear`."""
+    """The product of `F.linear`."""
 
     channels: int = -1
     groups: int = 1
@@ -66,7 +67,7 @@ class LinearProduct:
 
 @dataclass(frozen=True)
 class ConvolutionProduct:
-    """`F.conv2d`."""
+    """The product of `F.conv2d`."""
 
     stride: tuple[int, ...]
     padding: int
@@ -84,22 +85,26 @@ class ConvolutionProduct:
         return self._gradients(x, weight, dy, 1)
 
     def cropped(self, margin: int) -> ConvolutionProduct:
-        """The convolution with a kernel that lacks a margin."""
+        """Return the convolution for a kernel without its outer `margin` pixels."""
         return replace(self, padding=self.padding - margin * self.dilation[0])
 
     def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, wanted: int) -> Tensor:
         geometry = (self.stride, [self.padding] * 2, self.dilation, False, [0, 0], self.groups)
-        # An image without a batch is a batch of one.
+        # A single image (C, H, W) becomes a batch of one.
         x, dy, single = (x, dy, False) if x.dim() == 4 else (x[None], dy[None], wanted == 0)
         gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [wanted == i for i in range(3)])
         return gradients[wanted][0] if single else gradients[wanted]  # type: ignore[no-any-return]
 
 
 def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factor]) -> Tensor:
-    """Return `op(x, weight * mask, bias)`: the one way in which masks meet weights that multiply an input.
+    """Return `op(x, weight * mask, bias)`. No other code multiplies an input with a masked weight.
 
     Args:
-        factors: Of the mask, as `Elastic.unmasked` gives them.
+        op: The product.
+        x: The input.
+        weight: The unmasked weight, `(out, in, ...)`.
+        bias: The bias `(out,)`, or None.
+        factors: The factors of the mask, as `Elastic.unmasked` returns them.
     """
     if not factors:
         return op(x, weight, bias)
@@ -109,7 +114,7 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
         mask = factor.mask
         in_rows = mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1)
         if in_rows and (op.groups == 1 or form.depthwise) and not factor.windows:
-            if factor.bands:  # one factor at most has the first dimension
+            if factor.bands:  # at most one factor covers the first dimension
                 form = replace(form, bands=factor.bands)
             rows = mask.flatten(1) if rows is None else rows * mask.flatten(1)
         else:
@@ -122,7 +127,7 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
 
 @dataclass(frozen=True)
 class _Form:
-    """What is known beforehand of an operation with a masked weight."""
+    """The static form of a product with a masked weight."""
 
     op: Product
     depthwise: bool
@@ -130,7 +135,7 @@ class _Form:
     windows: tuple[int, ...] | None = None
 
     def mask(self, rows: Tensor | None, rest: Tensor | None, dim: int) -> Tensor | None:
-        """The mask of a weight of `dim` dimensions: `rows`, `(bands, in or 1)`, times `rest`, which broadcasts."""
+        """Return the mask of a weight with `dim` dimensions: `rows`, `(bands, in or 1)`, times `rest`."""
         if rows is None:
             return rest
         whole = expanded(rows, self.bands) if len(self.bands) > 1 else rows
@@ -138,22 +143,24 @@ class _Form:
         return whole if rest is None else whole * rest
 
     def splits(self, weight: Tensor, rest: Tensor | None, rest_learns: bool, need_x: bool) -> bool:
-        """Whether the masks' gradients come cheaper from parts of `dy W` than from the gradient of the weight."""
+        """Return True if parts of `dy W` give the masks' gradients at lower cost than the gradient of the weight."""
         if self.depthwise:
             return rest is None or self.windows is not None
-        # Where x needs none, as in the first layer, `dy W` would be made for the masks alone.
+        # If x needs no gradient, as in the first layer, only the masks would need `dy W`.
         return need_x and not rest_learns and len(weight) >= LEAST_ROWS * (len(self.bands) - 1)
 
 
 class _Masked(torch.autograd.Function):
-    # Without `setup_context`, for whose sake torch would look up the signature in every call.
+    """The product with a masked weight and its gradients."""
+
+    # With a separate `setup_context`, torch would look up the signature of `forward` in every call.
     @staticmethod
     def forward(
         ctx: Any, form: _Form, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, rest: Tensor | None
     ) -> Tensor:
         ctx.form, ctx.bias_type = form, None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, rows, rest)
-        with torch.autocast(x.device.type, enabled=False):  # masks stay in the weights' precision
+        with torch.autocast(x.device.type, enabled=False):  # weight and mask are multiplied in the weight's precision
             mixed = _times(weight, form.mask(rows, rest, weight.dim())).to(x.dtype)
             return form.op(x, mixed, None if bias is None else bias.to(x.dtype))
 
@@ -193,14 +200,14 @@ def _times(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _times_(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """A tensor that nothing else needs times a mask: in place, which takes half the time, unless a graph is kept."""
+    """Return the product. It overwrites `tensor` if no graph is kept, which takes half the time."""
     return _times(tensor, mask) if mask is None or torch.is_grad_enabled() else tensor.mul_(mask)
 
 
 def _by_bands(
     form: _Form, x: Tensor, weight: Tensor, rows: Tensor, rest: Tensor | None, dy: Tensor, need_x: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, rows and rest for a constant weight, from `g = dy W` of each band of rows."""
+    """Return the gradients of x, rows and rest for a constant weight, from `g = dy W` of each band of rows."""
     op, bands = form.op, form.bands
     dx, drows = None, []
     weights = torch.split(_times(weight, rest).to(x.dtype), list(bands))
@@ -222,9 +229,10 @@ def _by_windows(
     dy: Tensor,
     need_x: bool,
 ) -> tuple[Tensor | None, ...]:
-    """The same for a depthwise convolution, from what each window adds to the last.
+    """Return the gradients of x, rows and rest for a depthwise convolution, ring by ring.
 
-    On a CPU the gradient of a depthwise weight takes some ten times as long as that of the input.
+    A ring is the part that a window adds to the next smaller one. On a CPU the gradient of a depthwise weight takes
+    some ten times as long as that of the input.
     """
     op, largest = form.op, weight.shape[-1]
     channel = None if rows is None else expanded(rows, form.bands)[:, 0]
@@ -240,7 +248,7 @@ def _by_windows(
         sums = _sum_but(x * g, op.channels).to(weight.dtype)
         share = None
         if rest is not None and drest is not None:
-            # The mask is the same on all of the ring: one entry may stand for it.
+            # The mask is constant on the ring, so one entry gives its value.
             share = rest[0, 0, low, low]
             ringed = (sums if channel is None else sums * channel).sum()
             drest = drest + F.pad(ringed.view(1, 1, 1, 1), [low, largest - 1 - low] * 2)
@@ -256,11 +264,11 @@ def _by_windows(
 
 
 def _along(row: Tensor, op: Product) -> Tensor:
-    """A vector over the channels of an input."""
+    """Return a vector over the channels in a shape that broadcasts against an input."""
     return row.view(-1, *[1] * (-op.channels - 1))
 
 
 def _sum_but(tensor: Tensor, dim: int) -> Tensor:
-    """Summed over all dimensions but one."""
+    """Return the sum over all dimensions except `dim`."""
     others = [d for d in range(tensor.dim()) if d != dim % tensor.dim()]
     return tensor.sum(others) if others else tensor

@@ -1,4 +1,4 @@
-"""Elastic LayerNorm and BatchNorm2d, exact at the corners."""
+"""Elastic LayerNorm and BatchNorm2d. At a one-hot mixture they compute exactly what the sliced layers compute."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tanglenas_engine.superposition.size import Assignment, Axis
 
 
 def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of `(*, width)` in whose statistics an entry counts as much as its `coverage`, `(width,)`."""
+    """Return the layer norm of x, `(*, width)`, with statistics weighted by `coverage`, `(width,)`."""
     return _WeightedLayerNorm.apply(x.to(coverage.dtype), coverage, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 class _WeightedLayerNorm(torch.autograd.Function):
-    """Keeps what torch's own keeps: the input and, for each position, mean and deviation."""
+    """A layer norm that saves the same for backward as torch's: the input, and mean and deviation per position."""
 
     @staticmethod
     def forward(
@@ -36,15 +36,19 @@ class _WeightedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """With y = (x - mean) * scale and the sums s = sum(g), t = sum(g y) of its gradient g over a position,
+        """Return the gradients of x, coverage, weight and bias.
 
-        dx = scale * (g - c/n * (s + t y)) and dc = sum over positions of -1/n * (s y + t/2 (y^2 - var * scale^2)).
+        Let y = (x - mean) * scale, let g be its gradient, and let s = sum(g) and t = sum(g y) over the width of a
+        position. Then:
+
+            dx = scale * (g - c/n * (s + t y))
+            dc = sum over positions of -1/n * (s y + t/2 (y^2 - var * scale^2))
         """
         (dy,) = gradients
         x, c, weight, mean, scale = ctx.saved_tensors
         need_x, need_c, need_weight, need_bias, _ = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():  # for second derivatives, as functions of x and c
+            if torch.is_grad_enabled():  # second derivatives need the statistics as functions of x and c
                 _, mean, scale = _statistics(x, c, ctx.eps)
             y = torch.addcmul(-mean * scale, x, scale)
             gain = c.new_ones(c.shape) if weight is None else weight
@@ -61,7 +65,7 @@ class _WeightedLayerNorm(torch.autograd.Function):
 
 
 def _statistics(x: Tensor, coverage: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The input without its weighted mean, `(*, width)`, that mean and 1 / deviation of each position, `(*, 1)`."""
+    """Return the centred input `(*, width)`, the weighted mean `(*, 1)` and 1 / deviation `(*, 1)`."""
     share = coverage / coverage.sum()
     mean = (x @ share)[..., None]
     centred = x - mean
@@ -69,7 +73,7 @@ def _statistics(x: Tensor, coverage: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _over_positions(factor: Tensor, y: Tensor) -> Tensor:
-    """The sum of `(*, 1)` times `(*, width)` over all positions: `(width,)`."""
+    """Return the sum over all positions of `(*, 1)` times `(*, width)`: `(width,)`."""
     return factor.reshape(-1) @ y.reshape(-1, y.shape[-1])
 
 
@@ -80,10 +84,13 @@ def _sum_to(tensor: Tensor, like: Tensor) -> Tensor:
 class LayerNorm(Elastic, nn.LayerNorm):
     """`nn.LayerNorm` over an elastic last dimension: `(*, width) -> (*, width)`.
 
-    Under a mixture with coverage `c` the statistics are weighted by it, `mean = sum(c x) / sum(c)` and
-    `var = sum(c (x - mean)^2) / sum(c)`, and gain and bias are covered.
-    Differs from the paper's code, whose statistics run over the full width, zeros of the tail included; that
-    form is `relaxation="paper"`.
+    Under a mixture with coverage `c`, gain and bias are covered, and the statistics are weighted:
+
+        mean = sum(c x) / sum(c)
+        var = sum(c (x - mean)^2) / sum(c)
+
+    Differs from the paper's code, whose statistics run over the full width and include the zeros of the tail.
+    `relaxation="paper"` keeps that form.
     """
 
     def __init__(self, width: Dimension, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True):
@@ -109,8 +116,8 @@ class LayerNorm(Elastic, nn.LayerNorm):
 class BatchNorm2d(Elastic, nn.BatchNorm2d):
     """`nn.BatchNorm2d` over elastic channels: `(B, C, H, W) -> (B, C, H, W)`.
 
-    Normalising a channel removes any factor in front of it, so the coverage is applied behind: to gain and
-    bias, or to the output where there are none.
+    Normalising a channel removes any factor in front of it. So the coverage is applied after the normalisation: to gain
+    and bias, or to the output if the layer has no gain and bias.
     """
 
     def __init__(
@@ -133,7 +140,7 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
         momentum = 0.0
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            # Without a momentum the running statistics are the plain average over batches.
+            # Momentum None means the plain average over batches, as in torch.
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         x = F.batch_norm(
             x,

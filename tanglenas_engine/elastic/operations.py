@@ -1,4 +1,4 @@
-"""A choice between operations: their expectation, with the kernels of one family entangled in one weight."""
+"""A choice between operations, relaxed to their expectation. Kernels of one family share one entangled weight."""
 
 from __future__ import annotations
 
@@ -15,26 +15,32 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.size import Assignment, Axis, Size, combinations
 
 Family = tuple[Mapping[str, int], Callable[[Size], nn.Module]]
-"""The kernel size of each operation (1 where it has none), and what makes the module from the Size of the kernel."""
+"""The kernel size of each operation (1 if it has no kernel), and the function from the kernel's Size to the module."""
 
 
 class MixedOperation(Elastic, nn.ModuleDict):
-    """`sum_g P(g) operation_g(x)` over operations of which an architecture has one.
+    """The expectation `sum_g P(g) operation_g(x)` over operations. An architecture has one of them.
 
-    An operation may stand for several options at once, say a separable convolution for kernels 3 and 5: its layers
-    follow a Size that is 0 where none of them is chosen. Given that one is, its weight is the expectation over
-    them (their windows divided by their total probability), and the output is multiplied by that total. So a
-    BatchNorm at the end of an operation, which removes any factor in front of it, hides nothing from alpha.
-    Differs from the paper's code, which leaves out the factor of an entangled group (kept as
-    `relaxation="paper"`): behind a BatchNorm, groups then get almost no gradient against each other.
+    An operation may stand for several options at once, such as a separable convolution for kernels 3 and 5. Its kernel
+    is a Size that is 0 if none of its options is chosen. Its weight is the expectation over its options, given that one
+    of them is chosen: their masks divided by their total probability. The output is multiplied by that total. This
+    keeps the gradient of alpha correct if the operation ends with a BatchNorm, which removes any factor in front of it.
+
+    Differs from the paper's code, which does not multiply the output of an entangled group by the group's probability;
+    `relaxation="paper"` keeps this. Behind a BatchNorm, groups then get almost no gradient against each other.
 
     Args:
-        operations: For each name the Size that is 1 where an architecture has the operation and 0 elsewhere, and
-            the module.
-        sharing: "superposed" as said. "entangled" keeps the one weight, but mixes outputs: a forward per option
-            with its slice. Operations that share nothing ("separate") are given one by one.
-        channels: Those of the input, of which a search may give the operations a part only (`PartialSize`); what is
-            left passes by, pooled at a stride of 2, and the channels are shuffled behind (Xu et al. 2020).
+        operations: For each name, a Size that is 1 if an architecture has the operation and 0 otherwise, and the
+            module.
+        sharing: "superposed" uses one weight and masks it, as described above. "entangled" uses one weight and mixes
+            outputs: each option has a forward with its slice. For "separate", give each option as an operation of its
+            own.
+        channels: The input channels. A `PartialSize` lets a search apply the operations to a part of them only. The
+            other channels bypass the operations, pooled at a stride of 2. Then all channels are shuffled (Xu et al.
+            2020).
+
+    Raises:
+        TangleNASError: An architecture would have no operation or several.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class MixedOperation(Elastic, nn.ModuleDict):
                 self.members[name] = [picks for picks in combinations(present.rows) if present.value(picks)]
                 self._check_members(name)
                 numbers = (i if there else 0 for i, there in enumerate(present.values, 1))
-                size = Size(present.rows, numbers)  # a value, hence a probability, for each option
+                size = Size(present.rows, numbers)  # a different value, and so a probability, for each option
             elif sum(present.values) > 1:
                 role = "group"
             axes = {name: (Axis(size, layout="value", role=role),)}
@@ -74,7 +80,10 @@ class MixedOperation(Elastic, nn.ModuleDict):
         sharing: str = "superposed",
         channels: Size | int | None = None,
     ) -> Self:
-        """The mixed operation of a choice between names: a module per family, or per name where all are "separate"."""
+        """Return the mixed operation of a choice between names.
+
+        It has one module per family, or one per name for sharing "separate".
+        """
         operations = {}
         for family, (kernels, layer) in families.items():
             for names in [(name,) for name in kernels] if sharing == "separate" else [tuple(kernels)]:
@@ -107,7 +116,7 @@ class MixedOperation(Elastic, nn.ModuleDict):
         return self.presence[child]
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
-        """The chosen operation under its name, so that parameter names stay."""
+        """Return a network with the chosen operation under its name, so that parameter names stay the same."""
         name = self._chosen(assignment)
         network = nn.Sequential()
         network.add_module(name, plain(self[name], assignment))
@@ -123,7 +132,7 @@ class MixedOperation(Elastic, nn.ModuleDict):
             if kept is not None and not any(self.presence[name].values[option] for option in kept):
                 continue
             masks = self.masks(name)
-            if not masks:  # the paper's factor-free groups, and every operation of a network that is not relaxed
+            if not masks:  # a group of the relaxation "paper", or a network without a mixture
                 yield module(x)
             elif name in self.members:
                 yield from self._one_by_one(module, x, self.members[name], masks[0][-len(self.members[name]) :])
@@ -133,7 +142,10 @@ class MixedOperation(Elastic, nn.ModuleDict):
     def _one_by_one(
         self, module: nn.Module, x: Tensor, members: list[Assignment], probabilities: Tensor
     ) -> Iterator[Tensor]:
-        """`p_k operation_k(x)` of a group's options. Running statistics move as expected, given the group."""
+        """Yield `p_k operation_k(x)` for each option of a group.
+
+        Running statistics move by the expected change, given that the group is chosen.
+        """
         shares = probabilities.detach() / probabilities.detach().sum().clamp_min(1e-12)
         before = dict(module.named_buffers())
         moves = {key: torch.zeros_like(buffer) for key, buffer in before.items()}
@@ -150,7 +162,7 @@ class MixedOperation(Elastic, nn.ModuleDict):
 
     @contextmanager
     def _selected(self, picks: Assignment) -> Iterator[None]:
-        """The hard path, for a part of a forward."""
+        """Take the hard path inside the block."""
         state = self._superposition
         assert state is not None
         mixture = state.mixture

@@ -1,1 +1,1 @@
-"""Search methods: the protocol that each of them follows, and when a search stops early."""
+"""Search methods: the protocol that every method follows, and rules that stop a search early."""

@@ -1,8 +1,8 @@
-"""Optimizers: how a search samples, and how it moves the architecture parameters.
+"""Optimizers: search methods that sample from the supernet and move the architecture parameters.
 
-An optimizer answers a few questions, and the search loop asks them: what is sampled in a step, which losses
-train the weights, how alpha gets its gradient, what the architecture is at the end. Everything random is a pure
-function of (seed, step), so a run that resumes, or runs on several ranks, samples the same.
+An optimizer answers four questions of the search loop: what a step samples, which losses train the weights, how alpha
+gets its gradient, and which architecture is the result. Every random draw is a pure function of (seed, step). So a
+resumed run, or a run on several ranks, samples the same.
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Step:
-    """What one iteration of the search works on.
+    """The data and state of one iteration of the search.
 
-    `architecture_batch` is None in a simultaneous search, where one backward pass serves weights and alpha.
-    `outputs` is set to what the supernet last gave for the weight batch, for the accuracy that people see. The
-    gradient that an optimizer sets for alpha is that of the loss times `scale`: more than 1 in half precision.
+    Attributes:
+        index: The number of the step, counted from 0.
+        space: The supernet.
+        loss: The loss of outputs and targets.
+        weight_batch: The inputs and targets that train the weights.
+        architecture_batch: The inputs and targets that train alpha. It is None in a simultaneous search, where one
+            backward pass serves weights and alpha.
+        weight_optimizer: The torch optimizer of the supernet's weights.
+        outputs: The supernet's last outputs for the weight batch, from which the loop computes the training accuracy.
+        scale: The factor of the loss in alpha's gradient. It exceeds 1 in half precision.
     """
 
     index: int
@@ -45,13 +52,16 @@ class Step:
 
 
 class Optimizer(abc.ABC):
-    """A search method. A subclass writes `sample`; the rest has the usual first-order form.
+    """A search method. A subclass writes `sample`. The other methods have the usual first-order form as default.
 
     Attributes:
-        alphas: Architecture parameters, one `(rows, K)` parameter for all rows of choices with K options.
-        learns_architecture: Whether the method has architecture parameters; sampled supernets have none.
-        derivation: How discretize derives the architecture unless told otherwise.
-        accumulates: Whether alpha's gradient over a batch is the mean of those over parts of it.
+        name: The name under which the method is registered.
+        alphas: The architecture parameters: for each K, one `(rows, K)` parameter for all rows of choices with K
+            options.
+        seed: The seed of all random draws.
+        learns_architecture: True if the method has architecture parameters. Methods that sample paths have none.
+        derivation: The default method of the discretize stage.
+        accumulates: True if alpha's gradient over a batch is the mean of its gradients over parts of the batch.
     """
 
     name: str = ""
@@ -64,7 +74,7 @@ class Optimizer(abc.ABC):
         self.seed = 0
 
     def bind(self, space: SearchSpace, seed: int) -> None:
-        """Take up a space: create alpha as `1e-3 * randn`, on the space's device and in its type."""
+        """Bind the method to a space: create alpha as `1e-3 * randn`, on the space's device and with its data type."""
         self.space, self.seed = space, seed
         reference = next(space.parameters())
         if self.learns_architecture:
@@ -80,38 +90,43 @@ class Optimizer(abc.ABC):
         return self.name or type(self).__name__
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the architecture optimizer moves: alpha, and whatever a method learns beside it."""
+        """Return the parameters of the architecture optimizer: alpha, and other tensors that the method learns."""
         return list(self.alphas.values())
 
-    # What a method decides.
+    # Methods to override.
 
     @abc.abstractmethod
     def sample(self, step: int, stream: str) -> Mixture | Architecture:
-        """What the supernet computes in a step: a mixture (differentiable in alpha) or one architecture.
+        """Return what the supernet computes in a step: a mixture (differentiable in alpha) or one architecture.
 
-        `stream` is "weight" or "architecture": the two halves of a step draw independently.
+        Args:
+            step: The number of the step, counted from 0.
+            stream: "weight" or "architecture". The two halves of a step draw independently.
         """
 
     def expected(self) -> Mixture | None:
-        """The mixture that alpha stands for, or None for a method without architecture parameters."""
+        """Return the mixture that alpha represents, or None for a method without architecture parameters."""
         return None
 
     def regularizer(self) -> Tensor | None:
-        """A term added to the architecture loss."""
+        """Return a term to add to the architecture loss, or None."""
         return None
 
     def set_progress(self, fraction: float) -> None:
-        """Told before each epoch how much of the search is done, from 0 to 1: for temperatures and schedules."""
+        """Receive the finished share of the search, from 0 to 1, before each epoch.
+
+        Temperatures and schedules depend on it.
+        """
         return None
 
     def schedules(self) -> dict[str, float]:
-        """What the method's own schedules stand at, by name, such as a temperature: for the history."""
+        """Return the current values of the method's schedules by name, such as a temperature, for the history."""
         return {}
 
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
-        """The losses that train the weights; each is back-propagated as it comes, gradients add up."""
+        """Yield the losses that train the weights. Each is back-propagated before the next; their gradients add up."""
         sampled = self.sample(step.index, "weight")
-        # In an alternating search the mixing weights are constants here: nothing is kept or computed for alpha.
+        # In an alternating search the weight step needs no gradient of alpha, so the mixing weights are constants.
         self.enter(sampled.detach() if isinstance(sampled, Mixture) and step.architecture_batch else sampled)
         yield self._loss(step, step.weight_batch)
 
@@ -128,27 +143,28 @@ class Optimizer(abc.ABC):
                 alpha.grad = gradient
         return loss.detach()
 
-    # What methods share.
+    # Shared by all methods.
 
     def enter(self, sampled: Mixture | Architecture) -> None:
-        """Make the next forwards of the space compute what was sampled."""
+        """Make the next forwards of the space compute the sampled mixture or architecture."""
         self.space.select(sampled) if isinstance(sampled, Architecture) else self.space.relax(sampled)
 
     def current(self) -> Architecture | None:
-        """The most probable option of every row, or None for a method that derives after the search."""
+        """Return the architecture that alpha represents, or None for a method that derives one after the search."""
         mixture = self.expected()
         return None if mixture is None else argmax(self.space, mixture)
 
     def derive_seed(self, step: int, stream: str) -> int:
-        """A seed that is a pure function of (seed, step, stream)."""
+        """Return a seed that is a pure function of (seed, step, stream)."""
         text = f"{self.seed}/{step}/{stream}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside (seed, step)."""
+        """Return the state that a checkpoint needs beside (seed, step)."""
         return {"alphas": {count: alpha.detach().clone() for count, alpha in self.alphas.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state that `state_dict` returned."""
         with torch.no_grad():
             for count, alpha in self.alphas.items():
                 alpha.copy_(state["alphas"][count])
@@ -162,7 +178,7 @@ class Optimizer(abc.ABC):
 
 @contextmanager
 def constant(module: nn.Module) -> Iterator[None]:
-    """Within, nothing is kept or computed for the gradients of the module's parameters."""
+    """Switch off the gradients of a module's parameters inside the block."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -174,12 +190,12 @@ def constant(module: nn.Module) -> Iterator[None]:
 
 
 def argmax(space: SearchSpace, mixture: Mixture) -> Architecture:
-    """The most probable architecture, as the space has it: by default, the most probable option of every row."""
+    """Return the most probable architecture. By default it has the most probable option of every row."""
     return space.most_probable(mixture)
 
 
 def normalized_entropy(mixture: Mixture) -> float:
-    """Mean entropy of the rows relative to the uniform distribution: 1 undecided, 0 decided."""
+    """Return the mean entropy of the rows relative to the uniform distribution: 1 is undecided, 0 is decided."""
     rows = [
         -(stack * stack.clamp_min(1e-12).log()).sum(1) / torch.tensor(float(count)).log()
         for count, stack in mixture.detach().stacks.items()
@@ -189,5 +205,5 @@ def normalized_entropy(mixture: Mixture) -> float:
 
 
 def l2(alphas: Iterable[Tensor]) -> Tensor:
-    """`|alpha|^2 / 2`, whose gradient is alpha: weight decay as a term of the loss."""
+    """Return `|alpha|^2 / 2`, whose gradient is alpha: weight decay as a term of the loss."""
     return torch.stack([alpha.square().sum() for alpha in alphas]).sum() / 2

@@ -1,4 +1,4 @@
-"""Early stopping: when a search ends before its last epoch."""
+"""Early stopping: rules that end a search before its last epoch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ class Stop(Protocol):
     """A rule that ends a search after an epoch."""
 
     def check(self, space: SearchSpace, optimizer: Optimizer) -> None:
-        """Raise a TangleNASError if the rule does not apply to this space or optimizer."""
+        """Check that the rule applies to this space and optimizer.
+
+        Raises:
+            TangleNASError: The rule does not apply.
+        """
 
     def __call__(self, current: Architecture, record: Mapping[str, Any]) -> str | None:
         """Return the reason to stop after an epoch with this architecture and record, or None."""
 
 
 class EarlyStopping:
-    """Stops a search that has collapsed, or that has decided.
+    """A rule that stops a search if it has collapsed or decided.
 
     Args:
-        max_skips: The largest number of `skip_options` that one choice of the current architecture (a cell's
-            operations, say) may have. More are the usual sign of a collapse (Liang et al., 2019, arXiv:1909.06035).
-            The search then ends with that architecture.
-        skip_options: Names of options that count as skip connections.
-        min_entropy: The entropy in the history, from 1 (undecided) to 0, below which alpha has decided.
+        max_skips: The largest number of `skip_options` in one choice of the current architecture, such as a cell's
+            operations. A larger number is the usual sign of a collapse (Liang et al., 2019, arXiv:1909.06035). The
+            search then ends with that architecture.
+        skip_options: The names of options that count as skip connections.
+        min_entropy: The entropy of the mixture, from 1 (undecided) to 0 (decided), below which the search ends.
+
+    Raises:
+        TangleNASError: `max_skips` is below 0, or `min_entropy` is not between 0 and 1.
     """
 
     def __init__(
@@ -45,7 +52,11 @@ class EarlyStopping:
         self.max_skips, self.skips, self.min_entropy = max_skips, set(skip_options), min_entropy
 
     def check(self, space: SearchSpace, optimizer: Optimizer) -> None:
-        """Raise a TangleNASError if alpha does not exist, or no option of the space is a skip connection."""
+        """Check that alpha exists, and that the space has an option that counts as a skip connection.
+
+        Raises:
+            TangleNASError: The optimizer has no alpha, or no option of the space is a skip connection.
+        """
         rules = {"max_skips": self.max_skips, "min_entropy": self.min_entropy}
         given = [name for name, value in rules.items() if value is not None]
         if given and not optimizer.learns_architecture:

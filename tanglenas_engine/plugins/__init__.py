@@ -1,6 +1,6 @@
-"""Search spaces, optimizers, datasets and objectives by name, built-in ones and other people's alike.
+"""Search spaces, optimizers, datasets and objectives by name. Built-in plugins and other people's are loaded alike.
 
-Nothing here imports torch: a plugin's classes are imported when one of them is created.
+This module does not import torch. A plugin's class is imported when its first object is created.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ __all__ = [
 
 @functools.lru_cache(maxsize=1)
 def manager() -> PluginManager:
-    """The plugins of this process, found on the first call."""
+    """Return the plugins of this process. The first call finds them."""
     return PluginManager()
 
 
 def create_space(name: str, **options: Any) -> SearchSpace:
-    """The search space registered under `name`, built with `options` over its defaults.
+    """Create the search space registered under `name`, with `options` over its registered defaults.
 
-    Raises TangleNASError for an unknown name or option, naming the closest one. The space's own errors pass.
+    Errors of the space itself pass unchanged.
+
+    Raises:
+        TangleNASError: The name or an option is unknown (the message suggests the closest one), or an option is
+            missing.
     """
     space: SearchSpace = manager().create("space", name, **options)
     space.name = name
@@ -54,21 +58,21 @@ def create_space(name: str, **options: Any) -> SearchSpace:
 
 
 def create_optimizer(name: str, **options: Any) -> Optimizer:
-    """The optimizer registered under `name`. Raises as `create_space` does."""
+    """Create the optimizer registered under `name`. It raises the same errors as `create_space`."""
     optimizer: Optimizer = manager().create("optimizer", name, **options)
     optimizer.name = name
     return optimizer
 
 
 def create_dataset(name: str, **options: Any) -> Dataset:
-    """The dataset registered under `name`. Raises as `create_space` does."""
+    """Create the dataset registered under `name`. It raises the same errors as `create_space`."""
     dataset: Dataset = manager().create("dataset", name, **options)
     dataset.name = name
     return dataset
 
 
 def create_objective(name: str, **options: Any) -> Objective:
-    """The objective registered under `name`. Raises as `create_space` does."""
+    """Create the objective registered under `name`. It raises the same errors as `create_space`."""
     objective: Objective = manager().create("objective", name, **options)
     objective.name = name
     return objective

@@ -1,6 +1,6 @@
-"""The hooks that a plugin implements, and the version of their contract.
+"""The hooks that a plugin implements, and the version of the plugin API.
 
-A plugin is a module named in the entry-point group `tanglenas`. All of it:
+A plugin is a module named in the entry-point group `tanglenas`. A complete plugin:
 
     from tanglenas_engine import hookimpl
 
@@ -15,24 +15,32 @@ from typing import Any, Protocol
 import pluggy
 
 API_VERSION = 1
-"""Version of this contract. A plugin may state the one it was written for as `TANGLENAS_API`."""
+"""The version of the plugin API. A plugin may state the version that it was written for as `TANGLENAS_API`."""
 
 KINDS = ("space", "optimizer", "dataset", "objective")
+"""The kinds of things that plugins register."""
 HOOKS = {f"tanglenas_register_{kind}s": kind for kind in KINDS}
+"""The kind that each hook registers, by the hook's name."""
 
 hookspec = pluggy.HookspecMarker("tanglenas")
 hookimpl = pluggy.HookimplMarker("tanglenas")
 
 
 class Register(Protocol):
-    """Registers `target` under `name`.
+    """A function that registers `target` under `name`.
 
-    A target written as "package.module:Class" is imported on first use, which keeps listing fast; a class or
-    a function is accepted too. `defaults` are options of the target that whoever creates it may override.
-    Raises TangleNASError for a target of another form.
+    Args:
+        name: The name.
+        target: A string such as "package.module:Class", a class or a function. A string is imported on first use, which
+            keeps listing fast.
+        summary: One line that `tanglenas plugins` prints.
+        defaults: Options of the target. The caller of `create_...` may override them.
+
+    Raises:
+        TangleNASError: The target has another form, or the name is empty.
     """
 
-    # Not positional-only: a default for an option called `name` or `target` is a TypeError, never a mix-up.
+    # The parameters are not positional-only, so that a default called `name` or `target` is a TypeError.
     def __call__(self, name: str, target: str | Callable[..., Any], *, summary: str = "", **defaults: Any) -> None: ...
 
 

@@ -1,11 +1,11 @@
-"""Finds the installed plugins and creates what they registered.
+"""The plugin manager: it finds the installed plugins and creates the objects that they registered.
 
-Built-in plugins come in through the same door as everyone's: an entry point of the group `tanglenas`. One
-that is broken is reported and left out, and never takes the others down. pluggy's own loader stops at the
-first exception and drops the second of two entry points of one name, so the loading is done here.
+Built-in plugins are loaded like everyone's, through an entry point of the group `tanglenas`. A broken plugin is
+reported and skipped; the others still load. pluggy's own loader stops at the first exception, and drops the second of
+two entry points with the same name. So this module loads the entry points itself.
 
     TANGLENAS_PLUGINS=a,b         load only these (names of distributions or entry points; empty: none)
-    TANGLENAS_STRICT_PLUGINS=1    raise where something is wrong, rather than warn
+    TANGLENAS_STRICT_PLUGINS=1    raise an error for a broken plugin or a conflict, instead of a warning
 """
 
 import importlib.metadata
@@ -28,17 +28,19 @@ from .hookspecs import API_VERSION, HOOKS, KINDS, Register
 from .types import Fault, Plugin, PluginWarning, Registration
 
 GROUP = "tanglenas"
+"""The entry-point group of plugins."""
 
 
 class PluginManager:
-    """The plugins of this environment, as they are when it is constructed.
+    """The plugins that are installed when it is constructed.
 
     Attributes:
-        faults: what is wrong with plugins that loaded in part or not at all.
-        blocked: plugins that `TANGLENAS_PLUGINS` keeps out.
+        faults: The problems of plugins that loaded in part or not at all.
+        blocked: The plugins that `TANGLENAS_PLUGINS` excludes.
 
-    Raises TangleNASError where `TANGLENAS_PLUGINS` names a plugin that is not installed, and for any fault or
-    conflict under `TANGLENAS_STRICT_PLUGINS=1`.
+    Raises:
+        TangleNASError: `TANGLENAS_PLUGINS` names a plugin that is not installed, or `TANGLENAS_STRICT_PLUGINS` is 1 and
+            there is a fault or a conflict.
     """
 
     def __init__(self) -> None:
@@ -56,7 +58,11 @@ class PluginManager:
         self._report()
 
     def registrations(self, kind: str | None = None) -> list[Registration]:
-        """Everything registered, of one kind or of all, in order of kind, name and distribution."""
+        """Return all registrations of one kind or of all kinds, sorted by kind, name and distribution.
+
+        Raises:
+            TangleNASError: The kind is unknown.
+        """
         _check_kind(kind)
         return [
             registration
@@ -66,11 +72,11 @@ class PluginManager:
         ]
 
     def names(self, kind: str) -> list[str]:
-        """The names registered for one kind, sorted."""
+        """Return the names registered for one kind, sorted."""
         return list(dict.fromkeys(registration.name for registration in self.registrations(kind)))
 
     def conflict(self, kind: str, name: str) -> str:
-        """What to tell a person about a name that more than one plugin claims; empty where none does."""
+        """Return a message if several plugins registered the name, else ""."""
         claims = self._registered.get((kind, name), [])
         if len(claims) < 2:
             return ""
@@ -81,10 +87,11 @@ class PluginManager:
         )
 
     def resolve(self, kind: str, name: str) -> Registration:
-        """The one registration of that kind and name; nothing is imported.
+        """Return the only registration of that kind and name. Nothing is imported.
 
-        Raises TangleNASError for a name that more than one plugin claims, and for an unknown one, where it
-        also names the plugins that did not load, for one of them may have provided it.
+        Raises:
+            TangleNASError: Several plugins registered the name, or the name is unknown. For an unknown name, the
+                message also lists the plugins that did not load, because one of them may provide it.
         """
         _check_kind(kind)
         if message := self.conflict(kind, name):
@@ -95,9 +102,10 @@ class PluginManager:
         raise TangleNASError(f"{errors.unknown(kind, name, self.names(kind))}{self._absent()}")
 
     def create(self, kind: str, name: str, /, **options: Any) -> Any:
-        """Import what is registered under that name and call it with its defaults and `options`.
+        """Import the target registered under that name, and call it with its defaults and `options`.
 
-        Raises TangleNASError for an unknown name, an unknown option or a missing one.
+        Raises:
+            TangleNASError: The name or an option is unknown, or a required option is missing.
         """
         registration = self.resolve(kind, name)
         target = registration.load()
@@ -133,7 +141,7 @@ class PluginManager:
             )
             return
 
-        # A pluggy manager for each plugin: no fault in one can reach the hooks of another.
+        # Each plugin has its own pluggy manager, so that a fault in one cannot affect the hooks of another.
         hooks = pluggy.PluginManager("tanglenas")
         hooks.add_hookspecs(hookspecs)
         try:
@@ -183,7 +191,7 @@ class PluginManager:
             warnings.warn(message, PluginWarning, stacklevel=3)
 
     def _absent(self) -> str:
-        """Why a name may be missing: the plugins that are not there to provide it."""
+        """Return the reasons why a name may be missing: plugins that are broken, excluded or not installed."""
         reasons = ""
         if self.faults:
             reasons += " A broken plugin may have provided it: " + " ".join(map(str, self.faults))
@@ -203,17 +211,17 @@ def _check_kind(kind: str | None) -> None:
 
 
 def canonical_name(name: str) -> str:
-    """The form in which names of distributions and entry points compare: `My_Plugin` is `my-plugin` (PEP 503)."""
+    """Return a form of names of distributions and entry points to compare: `my-plugin` for `My_Plugin` (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _installed() -> list[tuple[Plugin, importlib.metadata.EntryPoint]]:
-    """The entry points, in an order that does not depend on sys.path or on the file system."""
+    """Return the entry points in an order that does not depend on sys.path or the file system."""
     installed = []
     for entry_point in importlib.metadata.entry_points(group=GROUP):
         metadata: Any = {}
-        # A half-removed distribution has entry points and no metadata: the standard library then gives None, and the
-        # backport, which other packages put in its place, raises.
+        # A half-removed distribution has entry points but no metadata. The standard library then returns None. The
+        # backport, which some packages install in its place, raises an error.
         with suppress(Exception):
             metadata = (entry_point.dist and entry_point.dist.metadata) or {}
         name, version = (metadata[key] if key in metadata else "(unknown)" for key in ("Name", "Version"))
@@ -222,7 +230,11 @@ def _installed() -> list[tuple[Plugin, importlib.metadata.EntryPoint]]:
 
 
 def _wanted(installed: list[Plugin]) -> list[Plugin]:
-    """Those of the installed plugins that TANGLENAS_PLUGINS names; all of them where it is not set."""
+    """Return the installed plugins that TANGLENAS_PLUGINS names, or all of them if it is not set.
+
+    Raises:
+        TangleNASError: TANGLENAS_PLUGINS names a plugin that is not installed.
+    """
     setting = os.environ.get("TANGLENAS_PLUGINS")
     if setting is None:
         return installed
@@ -236,10 +248,10 @@ def _wanted(installed: list[Plugin]) -> list[Plugin]:
 
 
 def options_of(target: Callable[..., Any]) -> tuple[set[str] | None, list[str]]:
-    """Names of the options that a registered class or function takes (None: any), and of those that it must have.
+    """Return the names of all options of a registered class or function (None: any), and those of the required ones.
 
-    The **options of a class go to its base class, so the options of the base class count as its own. Only a
-    function can take options that no signature names.
+    A class passes its **options to its base class, so the options of the base class count too. Only a function can take
+    options that no signature names.
     """
     constructors: list[Callable[..., Any]] = [target]
     if isinstance(target, type):
@@ -253,7 +265,7 @@ def options_of(target: Callable[..., Any]) -> tuple[set[str] | None, list[str]]:
             return None, required
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         known |= {p.name for p in named}
-        if level == 0:  # what a base class requires, the class itself may pass
+        if level == 0:  # the class itself may pass the options that its base class requires
             required = [p.name for p in named if p.default is p.empty]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return known, required

@@ -1,4 +1,4 @@
-"""What the plugin manager keeps: where a plugin comes from, what it registered, and what is wrong with it."""
+"""The records that the plugin manager keeps: plugins, registrations and faults."""
 
 import importlib
 import operator
@@ -10,7 +10,7 @@ from tanglenas_engine.errors import TangleNASError, describe
 
 
 class PluginWarning(UserWarning):
-    """An installed plugin is broken, or clashes with another. The rest works without it."""
+    """A warning that an installed plugin is broken, or conflicts with another. The other plugins work without it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,16 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Registration:
-    """A name that a plugin registered, not yet imported."""
+    """A name that a plugin registered. Its target is imported by `load`.
+
+    Attributes:
+        kind: One of `KINDS`.
+        name: The registered name.
+        target: The class or function, or a string such as "package.module:Class".
+        plugin: The plugin that registered it.
+        summary: One line of description.
+        defaults: Options of the target, which a caller may override.
+    """
 
     kind: str
     name: str
@@ -48,7 +57,11 @@ class Registration:
         return f"{self.kind} {self.name!r} of {self.plugin}"
 
     def load(self) -> Callable[..., Any]:
-        """Import the class or function. Raises TangleNASError, naming plugin and cause, where that fails."""
+        """Import the class or function and return it.
+
+        Raises:
+            TangleNASError: The import failed. The message names the plugin and the cause.
+        """
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
@@ -64,7 +77,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a plugin, what to do about it, and the exception behind it if there was one."""
+    """A problem of a plugin, the remedy, and the exception that caused it, if any."""
 
     plugin: Plugin
     problem: str

@@ -1,1 +1,1 @@
-"""What a run needs of the machine: files, weights, checkpoints, devices, processes, seeds, progress, tracking."""
+"""Services that a run needs: files, weights, checkpoints, devices, processes, seeds, progress and tracking."""

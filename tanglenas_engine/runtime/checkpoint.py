@@ -1,11 +1,11 @@
-"""Files that survive a kill: atomic writes, weights, and the state from which an interrupted stage goes on.
+"""Checkpoints: the state from which an interrupted stage continues.
 
-A checkpoint is two files of one generation, written in this order, each one atomically:
+A checkpoint, called a generation, is two files. They are written in this order, each atomically:
 
     state-000007.pt      tensors, numbers, strings, lists, dicts: what `torch.load(weights_only=True)` reads
     state-000007.json    its sha256, the schema version and the fingerprint of the run: this commits it
 
-The generation before stays, for the day the newest one turns out damaged.
+The previous generation is kept, in case the newest one is damaged.
 """
 
 import hashlib
@@ -25,14 +25,15 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.files import exclusive, write_atomic
 
 SCHEMA_VERSION = 1
+"""The version of the checkpoint format."""
 
 
 class _DamagedError(Exception):
-    """A generation that does not read back as it was written."""
+    """The error for a generation that cannot be read back as it was written."""
 
 
 class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
-    """The checkpoints of one run in a folder of their own, held against other processes inside `with`.
+    """The checkpoints of one run in their own folder. Inside `with`, no other process can use the folder.
 
         with CheckpointFolder(folder, fingerprint(config=config, code=code_version(package))) as checkpoints:
             state = checkpoints.load() or start
@@ -42,15 +43,15 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
             checkpoints.discard()
 
     Args:
-        folder: made when missing, and removed at the end when no checkpoint is left in it.
-        fingerprint: what the state depends on; a checkpoint with another one is refused.
+        folder: The folder. It is created if it is missing, and removed at the end if it has no checkpoint.
+        fingerprint: A digest of what the state depends on. A checkpoint with another fingerprint is refused.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder)
         self.fingerprint = fingerprint
         self._hold: AbstractContextManager[None] | None = None
-        self._trusted: int | None = None  # the generation that stays when the next one is written
+        self._trusted: int | None = None  # the generation to keep when the next one is written
 
     def __enter__(self) -> Self:
         hold = exclusive(self.folder)
@@ -66,13 +67,14 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
             hold.__exit__(None, None, None)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Commit a new generation and drop all but the one before it.
+        """Commit a new generation and delete all older ones except the previous one.
 
         Args:
-            state: tensors (stored as on the CPU), numbers, strings, and lists, tuples and dicts of them.
+            state: Tensors (loaded on the CPU later), numbers, strings, and lists, tuples and dicts of them.
 
         Raises:
-            TangleNASError: the state holds something that could not be loaded again, or the disk is full.
+            TangleNASError: The state holds an object that `load` could not read, or the file cannot be written.
+            RuntimeError: The folder is not held by `with`.
         """
         if self._hold is None:
             raise RuntimeError("save() belongs inside `with CheckpointFolder(...)`, which holds the folder")
@@ -101,12 +103,12 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         self._drop_all_but(generation, previous)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest good state with its tensors on the CPU, or None when there is none yet.
+        """Return the newest undamaged state with its tensors on the CPU, or None if there is no checkpoint yet.
 
-        Warns when the newest one is damaged and the one before it takes its place.
+        It warns if a damaged generation was skipped.
 
         Raises:
-            TangleNASError: every generation is damaged, or belongs to another run.
+            TangleNASError: Every generation is damaged, or belongs to another run or release.
         """
         problems: list[Exception] = []
         for generation in reversed(self._generations()):
@@ -133,7 +135,7 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         return None
 
     def discard(self) -> None:
-        """Delete the checkpoints: the stage is done."""
+        """Delete all checkpoints of a finished stage."""
         self._drop_all_but()
         self._trusted = None
 
@@ -163,7 +165,7 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
             raise _DamagedError(f"{path} has {len(data)} of {size} bytes")
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _DamagedError(f"{path} is not what was written (its sha256 differs)")
-        try:  # the manifest may be as foreign as the rest: what it vouches for need not be a state
+        try:  # another program may have written both files, so a correct sha256 does not prove that this is a state
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
             raise _DamagedError(f"{path} is no checkpoint ({type(error).__name__})") from error
@@ -178,11 +180,11 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         return self.folder / f"state-{generation:06d}.json"
 
     def _generations(self) -> list[int]:
-        """Committed ones, oldest first."""
+        """Return the numbers of the committed generations, oldest first."""
         return sorted(number for path, number in self._files() if path.suffix == ".json")
 
     def _files(self) -> list[tuple[Path, int]]:
-        """What is ours in the folder, with the generation it is of; .json before .pt, as they are to be deleted."""
+        """Return the checkpoint files with their generation, in the order in which to delete them: .json before .pt."""
         found = ((path, re.fullmatch(r"state-(\d+)\.(json|pt)", path.name)) for path in self.folder.glob("state-*"))
         return sorted((path, int(match[1])) for path, match in found if match)
 

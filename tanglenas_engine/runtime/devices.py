@@ -1,4 +1,4 @@
-"""Devices, and batches on them."""
+"""Choosing a device, and moving batches to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def device_of(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one (of several ranks each has its own), else the CPU."""
+    """Return the named device. None stands for this process's CUDA device, or the CPU if there is no CUDA.
+
+    "cuda" stands for this process's CUDA device.
+
+    Raises:
+        TangleNASError: The device cannot be used, or this machine has fewer GPUs than processes.
+    """
     if name is None or (name == "cuda" and torch.cuda.is_available()):
         return own_device()
     try:
@@ -25,24 +31,29 @@ def device_of(name: str | None) -> torch.device:
 
 
 def to(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets on a device; pinned memory is copied without waiting."""
+    """Return inputs and targets on a device. The copy does not wait if the batch is in pinned memory."""
     inputs, targets = batch
     return laid_out(inputs.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
 
 
 def laid_out(inputs: Tensor) -> Tensor:
-    """The same inputs; images on a CPU with the channels last in memory, as a network of convolutions then keeps them.
+    """Return the same inputs, with the channels of images `(B, C, H, W)` last in memory on a CPU.
 
-    Depthwise convolutions and batch norms take up to half the time so: benchmarks/README.md has the figures.
+    Networks of convolutions keep this layout. Depthwise convolutions and batch norms then take as little as half the
+    time; benchmarks/README.md has the measurements.
     """
     if inputs.dim() != 4 or inputs.device.type != "cpu":
         return inputs
-    # Of a single channel torch takes either layout for the other, and would hand back what it got.
+    # With one channel, torch treats both layouts as equal and `contiguous` would return the inputs unchanged.
     return torch.empty_like(inputs, memory_format=torch.channels_last).copy_(inputs)
 
 
 def own_device() -> torch.device:
-    """CUDA where there is one, to each process of a machine its own, else the CPU."""
+    """Return this process's own CUDA device, or the CPU if there is no CUDA.
+
+    Raises:
+        TangleNASError: This machine has fewer GPUs than processes.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

@@ -1,10 +1,10 @@
-"""Several processes that train as one: every rank works on its part of each batch, and all hold the same state.
+"""Training with several processes: each rank computes a part of every batch, and all ranks hold the same state.
 
     TANGLENAS_NPROC=4 dvc repro                                     one machine
     torchrun --nproc-per-node 4 -m pipelines.search FILE.gin ...    the same by hand; docs/distributed.md has more
 
-Search, retrain and evaluate share their work wherever a process group is there. In a single process every function
-here does nothing, or gives back what it was given.
+Search, retrain and evaluate share their work if a process group exists. In a single process, every function here does
+nothing or returns its argument.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ S = TypeVar("S")
 
 
 class LostError(TangleNASError):
-    """Another rank has failed, and told why, or is gone."""
+    """The error on a rank after another rank failed or disappeared."""
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if _joined() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if _joined() else 1
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This rank's part of a list: every `world()`th item."""
+    """Return this rank's part of a list: every `world()`th item."""
     return items[rank() :: world()]
 
 
 def each(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
-    """What a function gives for each item, in order and on all ranks, which share the work.
+    """Return the results of a function for all items, in order and on all ranks. The ranks share the work.
 
-    Its results are of the kinds that `gather` takes.
+    The results must be of a type that `gather` accepts.
     """
     shares = gather([function(item) for item in shard(items)])
     return [shares[number % world()][number // world()] for number in range(len(items))]
@@ -60,13 +60,15 @@ def each(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
 
 
 def relaunch(module: str, arguments: Sequence[str]) -> None:
-    """Start the running program, `python -m MODULE ...`, as TANGLENAS_NPROC processes, and end when they have.
+    """Start the running program, `python -m MODULE ...`, as TANGLENAS_NPROC processes; exit when they have finished.
 
-    Nothing happens without that variable, under torchrun, or when another program runs.
+    The function does nothing if the variable is unset or 1, if torchrun started this process, or if the running program
+    is not `module`.
 
     Raises:
-        TangleNASError: TANGLENAS_NPROC is no whole number of at least 1.
-        SystemExit: With the status of the first process that failed, 130 after an interruption, or 0.
+        TangleNASError: TANGLENAS_NPROC is not a whole number of at least 1.
+        SystemExit: The processes finished. The status is that of the first one that failed, 130 after an interruption,
+            or 0.
     """
     count = os.environ.get("TANGLENAS_NPROC") or "1"
     if not count.isdecimal() or int(count) < 1:
@@ -90,13 +92,13 @@ def relaunch(module: str, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun started, inside the block."""
+    """Join the process group that torchrun started, inside the block."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
         yield
         return
     if torch.cuda.is_available() and os.environ.get("TANGLENAS_DEVICE") != "cpu":
         torch.cuda.set_device(own_device())
-        dist.init_process_group("cpu:gloo,cuda:nccl")  # what is decided travels between CPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl")  # values such as decisions are exchanged between CPUs
     else:
         dist.init_process_group("gloo")
     try:
@@ -107,10 +109,10 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def first() -> Iterator[None]:
-    """Let rank 0 pass the block before the others.
+    """Let rank 0 pass the block before the other ranks enter it.
 
     Raises:
-        LostError: On the others, when rank 0 did not get through; the message is that of its error.
+        LostError: Rank 0 failed in the block. The other ranks raise this with the message of its error.
     """
     if rank() > 0 and (problem := broadcast(None)) is not None:
         raise LostError(problem)
@@ -125,7 +127,7 @@ def first() -> Iterator[None]:
 
 
 def seed_apart() -> None:
-    """Give every rank but the first random numbers of its own: dropout must not repeat itself over a batch."""
+    """Give every rank except rank 0 its own random numbers, so that dropout differs between the parts of a batch."""
     if rank() > 0:
         torch.manual_seed((torch.initial_seed() + rank() * 0x9E3779B97F4A7C15) % 2**63)
 
@@ -135,9 +137,9 @@ def seed_apart() -> None:
 
 @torch.no_grad()
 def average(tensors: Iterable[Tensor | None]) -> None:
-    """Set tensors, in place, to their means over the ranks, in one exchange for each type; None is left out.
+    """Set tensors in place to their means over the ranks. There is one exchange per data type and device.
 
-    All ranks call it with as many tensors of the same shapes.
+    All ranks must call this with equally many tensors of the same shapes. None entries are skipped.
     """
     if not _joined():
         return
@@ -148,10 +150,10 @@ def average(tensors: Iterable[Tensor | None]) -> None:
 
 
 def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Constants that are the means of tensors over the ranks.
+    """Return the means of tensors over the ranks, as constants.
 
-    An optimizer calls it where it computes with a gradient before the search does: the search itself averages the
-    gradients that it finds in `grad`.
+    An optimizer calls this if it uses a gradient before the search does. The search itself averages the gradients in
+    `grad`.
     """
     constants = [tensor.detach() for tensor in tensors]
     if _joined():
@@ -162,7 +164,7 @@ def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def synchronize(tensors: Iterable[Tensor]) -> None:
-    """Set tensors, in place, to those of rank 0."""
+    """Set tensors in place to their values on rank 0."""
     if not _joined():
         return
     for group, flat in _flattened(tensors):
@@ -175,7 +177,7 @@ def check_equal(tensors: Iterable[Tensor]) -> None:
     """Check that all ranks hold the same values.
 
     Raises:
-        TangleNASError: They do not; each would find an architecture of its own.
+        TangleNASError: The ranks hold different values, so each would find its own architecture.
     """
     if not _joined():
         return
@@ -191,10 +193,11 @@ def check_equal(tensors: Iterable[Tensor]) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in order, on each of them.
+    """Return the values of all ranks, in the order of the ranks, on every rank.
 
     Args:
-        value: Tensors, numbers, strings, and lists, tuples and dicts of them. Nothing is pickled.
+        value: Tensors, numbers, strings, and lists, tuples and dicts of them. They are unpickled with
+            `weights_only=True`.
     """
     if not _joined():
         return [value]
@@ -209,7 +212,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: T) -> T:
-    """The value of rank 0; it is of the kinds that `gather` takes."""
+    """Return rank 0's value on every rank. The value must be of a type that `gather` accepts."""
     if not _joined():
         return value
     packed = _packed(value if rank() == 0 else None)
@@ -222,7 +225,7 @@ def broadcast(value: T) -> T:
 
 
 def total(numbers: Sequence[float]) -> list[float]:
-    """The sums of numbers over the ranks."""
+    """Return the sums of numbers over the ranks."""
     if not _joined():
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -232,7 +235,7 @@ def total(numbers: Sequence[float]) -> list[float]:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
+    """Return True if the flag is set on any rank."""
     return flag if not _joined() else total([float(flag)])[0] > 0
 
 
@@ -244,7 +247,7 @@ def _joined() -> bool:
 
 
 def _flattened(tensors: Iterable[Tensor | None]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Tensors by type and device, and what travels: a copy of all their values in a row."""
+    """Yield the tensors of each data type and device with a 1d copy of all their values, which is exchanged."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         if tensor is not None:

@@ -1,4 +1,4 @@
-"""Files that survive a kill, and folders that one process holds."""
+"""Files that are complete even if the process is killed, and folders that only one process can hold."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part.
+    """Write a file so that it always has the old or the new content, even if the process is killed.
 
-    Text is written as UTF-8 with its newlines as they are. Folders on the way are made.
+    Text is written as UTF-8 with unchanged newlines. Missing parent folders are created.
 
     Raises:
-        TangleNASError: the disk is full or the place cannot be written; what was there before is untouched.
+        TangleNASError: The disk is full or the path is not writable. The previous content is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -43,14 +43,17 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
 
 
 def sweep(folder: str | Path, name: str = "*") -> None:
-    """Remove the temporary files that killed writes of `name` left in a folder; only its one writer may do this."""
+    """Delete the temporary files that killed writes of `name` left in a folder.
+
+    Only the folder's one writer may call this.
+    """
     for leftover in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError):
             leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut; Windows has no such call."""
+    """Make a rename survive a power cut. Windows has no such call."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -62,12 +65,12 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold a folder against every other process, until the block or the process ends, however it ends.
+    """Hold a folder against all other processes until the block or the process ends.
 
-    A killed `dvc repro` leaves its stage running, and the next `dvc repro` starts a second one beside it.
+    A killed `dvc repro` can leave its stage running. The next `dvc repro` would then start a second one beside it.
 
     Raises:
-        TangleNASError: another process holds the folder (the message has its pid), or there can be no such folder.
+        TangleNASError: Another process holds the folder (the message has its pid), or the folder cannot be created.
     """
     folder = Path(folder)
     owner = folder / "owner.json"
@@ -90,21 +93,21 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
-            if all(entry.name == "lock" for entry in folder.iterdir()):  # leave nothing where nothing is kept
+            if all(entry.name == "lock" for entry in folder.iterdir()):  # remove the folder if it is empty
                 Path(lock.lock_file).unlink(missing_ok=True)
                 folder.rmdir()
         lock.release()
 
 
 def _held(folder: Path, owner: Path) -> str:
-    """Who holds a folder, for a person."""
+    """Return a message that names the process that holds a folder."""
     try:
         claim = json.loads(owner.read_bytes())
         pid, host, since = int(claim["pid"]), str(claim["host"]), claim["since"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         pid, host, since = None, "", None
     here = host == socket.gethostname()
-    if pid is None or (here and not _alive(pid)):  # the holder is just starting, and has not said who it is
+    if pid is None or (here and not _alive(pid)):  # the holder has just started and has not yet written owner.json
         return f"another process is still running this stage (folder {folder}). Wait for it, then run again."
     if not here:
         return (
@@ -118,7 +121,7 @@ def _held(folder: Path, owner: Path) -> str:
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":  # there the call below ends the process
+    if os.name == "nt":  # on Windows the call below would end the process
         return True
     try:
         os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Fingerprints: short digests of what a run depends on."""
+"""Fingerprints: short digests of the inputs of a run."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def fingerprint(**parts: Any) -> str:
-    """16 hexadecimal digits that change when any part does: the configuration, the data, the code version.
+    """Return 16 hexadecimal digits that change if any part changes: the configuration, the data, the code version.
 
-    Parts are what JSON can hold; the order of the keys of a mapping does not matter.
+    Parts are JSON values. The order of a mapping's keys does not matter.
 
     Raises:
-        TangleNASError: a part has no JSON form, so that nothing says when it is the same.
+        TangleNASError: A part cannot be written as JSON.
     """
     for name, part in parts.items():
         try:
@@ -29,7 +29,7 @@ def fingerprint(**parts: Any) -> str:
 
 
 def code_version(*modules: ModuleType) -> str:
-    """16 hexadecimal digits over the Python sources of packages and modules, wherever they are installed."""
+    """Return 16 hexadecimal digits over the Python sources of packages and modules, wherever they are installed."""
     digest = hashlib.sha256()
     for module in sorted(set(modules), key=lambda module: module.__name__):
         if roots := [Path(folder) for folder in getattr(module, "__path__", ())]:

@@ -1,4 +1,4 @@
-"""Progress for a person: a live line in a terminal, plain lines elsewhere."""
+"""Progress output for people: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any, Protocol
 
 
 class Line(Protocol):
-    """The line of a running stage."""
+    """The progress line of a running stage."""
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one finished step."""
 
     def epoch(self, epoch: int, epochs: int, text: str) -> None:
-        """An epoch is done; `text` says how it went."""
+        """Report a finished epoch, counted from 1, with a summary `text`."""
 
 
 class Progress(Protocol):
-    """Where stages report."""
+    """A receiver of stages' progress."""
 
     def note(self, text: str) -> None:
-        """Say something once."""
+        """Print one message."""
 
     @contextmanager
     def stage(self, name: str, total: int, done: int) -> Iterator[Line]:
-        """The line of a stage of `total` steps, of which `done` were done before."""
+        """Show the line of a stage of `total` steps while the block runs. `done` steps were finished before."""
 
 
 class SilentProgress:
-    """Says nothing: the default of the stage functions."""
+    """A progress without output, the default of the stage functions."""
 
     def note(self, text: str) -> None: ...
 
@@ -45,7 +45,10 @@ class SilentProgress:
 
 
 class ConsoleProgress:
-    """A live line with rich in a terminal; otherwise a plain line at the first epoch and then every few seconds."""
+    """A live line (rich) in a terminal, plain lines elsewhere.
+
+    Plain lines come after the first and the last epoch, and otherwise at most every `every` seconds.
+    """
 
     def __init__(self, every: float = 5.0):
         self._every = every
@@ -62,7 +65,7 @@ class ConsoleProgress:
         from rich.progress import Progress as Bars
         from rich.table import Column
 
-        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # or a long line would squeeze the others
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # so that a long text does not squeeze other columns
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),

@@ -1,4 +1,4 @@
-"""The global random generators: seeded for a while, or saved and restored."""
+"""The global random generators: seeding them for a while, saving and restoring their state."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 @contextmanager
 def seeded(seed: int, accelerators: bool = True) -> Iterator[None]:
-    """Seed the global generators of torch, Python and NumPy inside, and leave them outside as they were.
+    """Seed the global generators of torch, Python and NumPy inside the block, and restore their state afterwards.
 
-    Without `accelerators` those of GPUs are left alone: putting them back takes long.
+    With `accelerators=False`, the generators of GPUs are neither seeded nor restored, because restoring them is slow.
     """
     devices = range(torch.cuda.device_count()) if accelerators and torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
-            # torch.manual_seed would go on to seed every accelerator.
+            # torch.manual_seed also seeds every accelerator.
             (torch.manual_seed if accelerators else torch.default_generator.manual_seed)(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -32,9 +32,9 @@ def seeded(seed: int, accelerators: bool = True) -> Iterator[None]:
 
 
 def rng_state() -> dict[str, Any]:
-    """Where the global generators stand: torch, this process's GPU if it is in use, Python's and NumPy's.
+    """Return the state of the global generators of torch, Python, NumPy and this process's GPU, if it is in use.
 
-    NumPy's is there because augmentations of other libraries draw from it.
+    NumPy's generator is included because augmentations of other libraries draw from it.
     """
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     numpy["state"] = {**numpy["state"], "key": numpy["state"]["key"].tolist()}  # weights_only refuses arrays
@@ -45,7 +45,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back to where `rng_state` found them; a GPU's is skipped where there is none."""
+    """Restore the generators to the state that `rng_state` returned. A GPU's state is skipped if there is no GPU."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     numpy = state["numpy"]

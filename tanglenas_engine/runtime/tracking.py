@@ -1,38 +1,38 @@
-"""Where a stage reports what it does. The engine knows this protocol only; the caller brings the server."""
+"""The tracking protocol, through which a stage reports. The engine knows no tracking server; the caller brings one."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 Record = dict[str, Any]
-"""What is known of an epoch or of a candidate: numbers and text by name."""
+"""The numbers and texts known about an epoch or a candidate, by name: one row of a history."""
 
 
 class Tracker(Protocol):
-    """A record of one run. No call may raise for want of a server: tracking never ends a training."""
+    """The tracking record of one run. No call may raise because a server fails: tracking never ends a training."""
 
     @property
     def run_id(self) -> str | None:
-        """What to keep in a checkpoint so that a run that was cut off goes on in the same record."""
+        """The id under which a resumed run continues the same record. Checkpoints keep it."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """What the run was given, once; nested mappings become dotted names."""
+        """Log the run's inputs once. Nested mappings become dotted names."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers measured at a step; one call holds all of them."""
+        """Log all numbers measured at a step."""
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """A copy of a file, or of all that a directory holds, under `folder` of the run's artifacts."""
+        """Copy a file, or the content of a directory, to `folder` of the run's artifacts."""
 
     def log_text(self, text: str, name: str) -> None:
-        """Text as an artifact called `name`."""
+        """Store text as an artifact called `name`."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Short facts to find the run by."""
+        """Set short facts by which people find the run."""
 
 
 class NullTracker:
-    """Tracking is off: nothing is read, computed or kept."""
+    """A tracker that does nothing, for runs without tracking."""
 
     run_id = None
 

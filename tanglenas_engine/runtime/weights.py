@@ -1,4 +1,4 @@
-"""Weights as safetensors files: equal input gives equal bytes."""
+"""Weights as safetensors files. Equal input gives equal bytes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ from tanglenas_engine.runtime.files import write_atomic
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, atomically; equal input gives equal bytes.
+    """Write tensors as one safetensors file, atomically. Equal input gives equal bytes.
 
     Slices are made contiguous. Tensors that share memory (tied weights) are each stored in full.
 
     Raises:
-        TangleNASError: the file cannot be written.
+        TangleNASError: The file cannot be written.
     """
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -33,30 +33,30 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def _sort_header(data: bytes) -> bytes:
-    """safetensors writes the metadata in hash order, another one in each process: sort them."""
+    """Sort a safetensors file's metadata. safetensors writes it in hash order, which differs between processes."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start aligned
+    text += b" " * (-len(text) % 8)  # aligns the start of the tensors to 8 bytes
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[end:]))
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """Return the tensors of a safetensors file, on the CPU.
 
     Raises:
-        TangleNASError: the file is missing, truncated, or something else.
+        TangleNASError: The file is missing, truncated, or not a safetensors file.
     """
     with _reading(Path(path)):
         return safetensors.torch.load_file(path)
 
 
 def weights_metadata(path: str | Path) -> dict[str, str]:
-    """What `save_weights` was told to store beside the tensors; reads the header only.
+    """Return the metadata that `save_weights` stored beside the tensors. It reads only the file's header.
 
     Raises:
-        TangleNASError: the file is missing, truncated, or something else.
+        TangleNASError: The file is missing, truncated, or not a safetensors file.
     """
     with _reading(Path(path)), safetensors.safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
@@ -64,6 +64,7 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Turn errors from reading a safetensors file into a TangleNASError."""
     if not path.is_file():
         raise TangleNASError(f"no weights at {path}. Run the stage that writes this file, or correct the path.")
     try:

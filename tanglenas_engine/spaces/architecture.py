@@ -1,4 +1,4 @@
-"""Architectures: what a search finds, as a small file."""
+"""Architectures: the results of a search, stored as small files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError
 
 FORMAT = 1
-"""Version of the file format."""
+"""The version of the file format."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The chosen option of every choice of a space: a number, or one number per layer that is used.
+    """The chosen option of every choice of a space: one option, or one option per layer that is used.
 
-    Layers beyond the chosen depth are dropped, so equal networks have equal files and equal digests.
-    Made by a space (`space.architecture(...)`, `space.sample(...)`), which knows what is allowed.
+    Layers beyond the chosen depth are dropped, so equal networks have equal files and equal digests. A space makes
+    architectures (`space.architecture(...)`, `space.sample(...)`), because it knows which options exist.
+
+    Attributes:
+        space: The name of the space.
+        choices: The chosen option, or the tuple of options by layer, of each choice.
     """
 
     space: str
@@ -30,7 +34,7 @@ class Architecture:
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
 
-    def __reduce__(self) -> Any:  # mapping proxies can be neither copied nor sent to another process
+    def __reduce__(self) -> Any:  # a mapping proxy cannot be copied or pickled
         return Architecture, (self.space, dict(self.choices))
 
     def __hash__(self) -> int:
@@ -44,12 +48,12 @@ class Architecture:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that identify the space's name and the choices."""
+        """16 hexadecimal digits over the space's name and the choices."""
         content = json.dumps([self.space, dict(self.choices)], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The file's text, one line per choice."""
+        """Return the file's text, with one line per choice."""
         content = {
             "format": FORMAT,
             "space": self.space,
@@ -67,12 +71,12 @@ class Architecture:
         """Read a file's text.
 
         Raises:
-            TangleNASError: It is not JSON, not an architecture, of another format, or changed by hand in a way
-                that no longer fits its digest.
+            TangleNASError: The text is not JSON, holds no architecture, has another format version, or has choices that
+                do not fit its digest because it was edited.
         """
         try:
             content = json.loads(text)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits raises a ValueError
             raise TangleNASError(
                 f"not an architecture file: {error}. Expected the JSON that discretize writes"
             ) from None

@@ -1,4 +1,4 @@
-"""The architectures of a space: which there are, how to name one, and which is the best by a score."""
+"""The set of architectures of a space: counting, sampling, building, and finding the best one by a score."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from tanglenas_engine.superposition.size import Assignment, Row
 class Architectures:
     """The set of architectures of a space.
 
-    An architecture is composed of independent decisions, each a list of alternatives for the same rows. By default
-    every row is decided by itself. A space in which not every assignment is an architecture overrides `decisions`,
-    and what else is here follows: samples, extremes, the most probable architecture, and budgets.
+    An architecture is composed of independent decisions. A decision is a list of alternatives for the same rows. By
+    default, each row is a decision of its own. A space in which some assignments are not architectures overrides
+    `decisions`. The other methods follow from `decisions`: samples, extremes, the most probable architecture, and
+    budgets.
 
     Attributes:
+        name: The name under which the space is registered.
         choices: The choices by name, in order of declaration.
-        superposition: The state that holds their rows.
+        superposition: The state that holds the rows of the choices.
     """
 
     name: str = ""
@@ -34,7 +36,7 @@ class Architectures:
 
     @property
     def label(self) -> str:
-        """The name in messages, in quotes."""
+        """The space's name in messages, in quotes."""
         return repr(self._key)
 
     @property
@@ -50,39 +52,39 @@ class Architectures:
             gated.setdefault(row.gate[0].rows[0] if row.gate else None, []).append(row)
 
         def ways(depth: Row | None, assignment: dict[Row, int]) -> int:
-            """Count the ways to choose the rows that `depth` decides about, and those that they decide about."""
+            """Count the ways to choose the rows gated by `depth`, with the rows gated by those in turn."""
             rows = [row for row in gated.get(depth, []) if row.active(assignment)]
             return math.prod(sum(ways(r, {**assignment, r: i}) for i in range(len(r.options))) for r in rows)
 
         return ways(None, {})
 
     def assigned_cost(self, assignment: Assignment) -> Cost:
-        """Return the exact cost of an assignment, which need not be an architecture."""
+        """Return the exact cost of an assignment, which does not have to be an architecture."""
         raise NotImplementedError
 
-    # What a space may override.
+    # Methods that a space may override.
 
     def decisions(self) -> Iterator[list[dict[Row, int]]]:
-        """Yield the decisions that an architecture is composed of, each as its alternatives."""
+        """Yield the decisions that compose an architecture. Each decision is the list of its alternatives."""
         return ([{row: i} for i in range(len(row.options))] for row in self.rows)
 
     def moves(self, assignment: Assignment) -> Iterator[dict[Row, int]]:
-        """Yield the smallest changes that lead from an architecture to others; those of different rows combine."""
+        """Yield the smallest changes from one architecture to another. Changes of different rows can be combined."""
         return ({row: i} for row in self.rows for i in range(len(row.options)) if i != assignment[row])
 
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """Return what each option contributes to an architecture's score: by default, its log-probability.
+        """Return each option's contribution to an architecture's score. By default this is its log-probability.
 
-        Where edges have a weight of their own, it counts as that of each of their operations.
+        If edges have weights, the log of an edge's weight is added to the score of each of its operations.
         """
         stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
         edges = {row: math.log(max(weight.item(), 1e-12)) for row, weight in mixture.edges.items()}
         return {row: [s + edges.get(row, 0.0) for s in stacks[len(row.options)][row.slot]] for row in self.rows}
 
-    # What follows from the decisions.
+    # Methods that follow from the decisions.
 
     def best(self, scores: Mapping[Row, Sequence[Any]]) -> Architecture:
-        """Return the architecture whose options have the highest sum of scores; of equals the first."""
+        """Return the architecture with the highest sum of scores. The first one wins a tie."""
         picks: dict[Row, int] = {}
         for alternatives in self.decisions():
             totals = [sum(scores[row][option] for row, option in one.items()) for one in alternatives]
@@ -90,42 +92,53 @@ class Architectures:
         return self.architecture_of(picks)
 
     def most_probable(self, mixture: Mixture) -> Architecture:
-        """Return the architecture that a mixture stands for: the one of the highest score."""
+        """Return the architecture with the highest score under a mixture."""
         return self.best(self.scores(mixture))
 
     def sample(self, generator: torch.Generator | None = None) -> Architecture:
-        """Return a random architecture: every decision uniform over its alternatives."""
+        """Return a random architecture. Each decision is uniform over its alternatives."""
         picks: dict[Row, int] = {}
         for alternatives in self.decisions():
             picks |= alternatives[int(torch.randint(len(alternatives), (), generator=generator))]
         return self.architecture_of(picks)
 
     def largest(self) -> Architecture:
-        """Return the architecture of the largest options; between names, those with most parameters, then MACs."""
+        """Return the architecture with the largest options. Named options compare by parameters, then by MACs."""
         return self.best(self._option_sizes())
 
     def smallest(self) -> Architecture:
-        """Return the architecture of the smallest options; between names, those with fewest parameters, then MACs."""
+        """Return the architecture with the smallest options. Named options compare by parameters, then by MACs."""
         sizes = self._option_sizes()
         return self.best({row: [-size for size in options] for row, options in sizes.items()})
 
     def _option_sizes(self) -> dict[Row, list[Any]]:
-        """Return how large each option is: the number itself, or the cost of a named one beside first options."""
+        """Return the size of each option: its number, or its cost if it is a name.
+
+        The cost is that of an assignment in which all other rows take their first option.
+        """
         first = dict.fromkeys(self.rows, 0)
 
         def named(row: Row, option: int) -> int:
             cost = self.assigned_cost({**first, row: option})
-            return int(cost.params << 64 | cost.flops)  # parameters first; MACs decide between equals
+            return int(cost.params << 64 | cost.flops)  # compares parameters first, then MACs
 
         return {
             row: [named(row, i) if isinstance(option, str) else option for i, option in enumerate(row.options)]
             for row in self.rows
         }
 
-    # There and back.
+    # From options to architectures, and from architectures to assignments.
 
     def architecture(self, **choices: Any) -> Architecture:
-        """Return the architecture with these options: one per choice, or a list with one per layer (those in use)."""
+        """Return the architecture with these options.
+
+        Args:
+            choices: For each choice one option, or a list with one option per layer. A list may leave out layers that
+                are not used.
+
+        Raises:
+            TangleNASError: A choice is unknown or missing, or has an unknown option or a wrong number of options.
+        """
         for name in choices:
             if name not in self.choices:
                 raise unknown(f"choice of {self.label}", name, self.choices)
@@ -157,7 +170,7 @@ class Architectures:
         return self.architecture_of(assignment)
 
     def architecture_of(self, assignment: Assignment) -> Architecture:
-        """Return the architecture of an assignment; rows beyond the depth are dropped."""
+        """Return the architecture of an assignment. Rows beyond the depth are dropped."""
         choices = {}
         for name, choice in self.choices.items():
             options = tuple(r.options[assignment[r]] for r in choice.layer_rows if r.active(assignment))
@@ -165,10 +178,10 @@ class Architectures:
         return Architecture(self._key, choices)
 
     def assignment_of(self, architecture: Architecture) -> dict[Row, int]:
-        """Return the assignment of an architecture; rows beyond the depth take their first option.
+        """Return the assignment of an architecture. Rows beyond the depth take their first option.
 
         Raises:
-            TangleNASError: The architecture is of another space, or has options that this one lacks.
+            TangleNASError: The architecture is of another space, or has options that this space lacks.
         """
         if architecture.space != self._key:
             raise TangleNASError(
@@ -186,5 +199,5 @@ class Architectures:
 
     @property
     def _key(self) -> str:
-        """The name of the space in architectures and files."""
+        """The space's name in architectures and files."""
         return self.name or type(self).__name__

@@ -1,6 +1,6 @@
-"""What cell spaces are made of: DARTS' operations (Liu et al., 2019, arXiv:1806.09055), and the wiring of a cell.
+"""Parts of cell spaces: DARTS' operations (Liu et al., 2019, arXiv:1806.09055), and the wiring of a cell.
 
-Operations take `(B, C, H, W)` to `(B, C', H / stride, W / stride)`. Those with a kernel to choose are elastic.
+Operations map `(B, C, H, W)` to `(B, C', H / stride, W / stride)`. Operations with a choice of kernels are elastic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CellSpace(SearchSpace):
     """A search space whose choices are the operations on the edges of cells.
 
     Attributes:
-        partial_channels: The channels of which an optimizer with partial channels uses the first few for a while.
+        partial_channels: The numbers of channels that were declared with `partial`.
     """
 
     sharings = ("superposed", "entangled", "separate")
@@ -34,23 +34,24 @@ class CellSpace(SearchSpace):
         self.partial_channels: list[int] = []
 
     def partial(self, channels: int) -> Size:
-        """Return channels of which an optimizer with partial channels uses the first few for a while."""
+        """Return a Size of all these channels. An optimizer with partial channels can limit it for a while."""
         self.partial_channels.append(channels)
         return PartialSize(channels, self.superposition)
 
     def nodes(self) -> list[list[Row]]:
-        """Return for each node the rows of choices of the edges into it, of which the node is the sum."""
+        """Return for each node the rows of the edges into it. A node is the sum of these edges' outputs."""
         raise NotImplementedError(f"{type(self).__name__} must say which edges lead into its nodes: nodes()")
 
     @property
     def edge_rows(self) -> list[Row]:
+        """The rows of all edges, in the order of the nodes."""
         return list(itertools.chain(*self.nodes()))
 
 
 class PartialSize(Size):
-    """A dimension that every architecture has whole, and of which a search may use the first `1 / channel_divisor`.
+    """A dimension that is the same in every architecture. A search may use only the first `1 / channel_divisor` of it.
 
-    The superposition's `channel_divisor` says how many parts there are. Sizes made from it by arithmetic follow it.
+    `channel_divisor` is an attribute of the superposition. Sizes computed from this one are partial too.
     """
 
     def __init__(self, whole: int, superposition: Superposition):
@@ -59,6 +60,7 @@ class PartialSize(Size):
 
     @property
     def used(self) -> int:
+        """The number of channels that the search uses now."""
         return self.max // self.superposition.channel_divisor
 
     def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
@@ -78,9 +80,11 @@ class _PartialResult(PartialSize):
 
 
 def nodes(inputs: Sequence[Tensor], edges: Iterable[Callable[[Tensor], Tensor]]) -> list[Tensor]:
-    """All nodes of a cell: its inputs, then each the sum of an edge from every node before it.
+    """Return all nodes of a cell: its inputs, then each further node as the sum of one edge from every earlier node.
 
-    Edges come in the order of the nodes that they lead to, and of those that they come from.
+    Args:
+        inputs: The inputs of the cell.
+        edges: The edges, sorted by the node that they lead to and then by the node that they come from.
     """
     found, left = list(inputs), list(edges)
     while left:
@@ -91,10 +95,10 @@ def nodes(inputs: Sequence[Tensor], edges: Iterable[Callable[[Tensor], Tensor]])
 
 
 def into_nodes(choices: Iterable[Choice], edges: Sequence[tuple[int, object]]) -> list[list[Row]]:
-    """For each node of each cell the rows of the edges into it.
+    """Return the rows of the edges into each node of each cell.
 
     Args:
-        choices: One for each kind of cell, with a layer for each edge.
+        choices: One choice per kind of cell, with one layer per edge.
         edges: (node, source) of each edge.
     """
     ends = list(dict.fromkeys(node for node, _ in edges))
@@ -106,7 +110,7 @@ def into_nodes(choices: Iterable[Choice], edges: Sequence[tuple[int, object]]) -
 
 
 class Nothing(nn.Module):
-    """The operation of an edge that is not there: zeros."""
+    """The operation of an absent edge. It returns zeros."""
 
     def __init__(self, stride: int = 1):
         super().__init__()
@@ -117,21 +121,21 @@ class Nothing(nn.Module):
 
 
 class Separable(nn.Sequential):
-    """ReLU, depthwise and pointwise convolution, BatchNorm, twice; the first depthwise one has the stride."""
+    """Two passes of ReLU, depthwise convolution, pointwise convolution and BatchNorm. The first pass has the stride."""
 
     def __init__(self, channels: Size | int, kernel: Size | int, stride: int = 1, affine: bool = False):
         super().__init__(*(layer for s in (stride, 1) for layer in _stage(channels, kernel, s, 1, affine)))
 
 
 class Dilated(nn.Sequential):
-    """ReLU, depthwise convolution with dilation 2, pointwise convolution, BatchNorm."""
+    """A sequence of ReLU, depthwise convolution with dilation 2, pointwise convolution and BatchNorm."""
 
     def __init__(self, channels: Size | int, kernel: Size | int, stride: int = 1, affine: bool = False):
         super().__init__(*_stage(channels, kernel, stride, 2, affine))
 
 
 class Pointwise(nn.Sequential):
-    """ReLU, convolution, BatchNorm."""
+    """A sequence of ReLU, 1 x 1 convolution and BatchNorm."""
 
     def __init__(self, channels_in: int, channels: int, affine: bool = False):
         super().__init__(
@@ -140,7 +144,10 @@ class Pointwise(nn.Sequential):
 
 
 class FactorizedReduce(nn.Module):
-    """Half of the channels from the even pixels, half from the odd ones: `(B, C, H, W) -> (B, C', H / 2, W / 2)`."""
+    """A pair of convolutions with stride 2, on even and on odd pixels: `(B, C, H, W) -> (B, C', H / 2, W / 2)`.
+
+    Each one gives half of the output channels.
+    """
 
     def __init__(self, channels_in: Size | int, channels: Size | int, affine: bool = False):
         super().__init__()
@@ -156,12 +163,15 @@ class FactorizedReduce(nn.Module):
 
 
 def skip(channels: Size | int, stride: int = 1, affine: bool = False) -> nn.Module:
-    """The identity, or what comes closest to it with a stride."""
+    """Return the identity for stride 1, else `FactorizedReduce`."""
     return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
 
 
 def pool(kind: str, channels: Size | int, stride: int = 1, norm: bool = True) -> nn.Module:
-    """ "max" or "avg" pooling over 3 x 3 pixels, with a BatchNorm behind it that keeps it in scale with the others."""
+    """Return "max" or "avg" pooling over 3 x 3 pixels.
+
+    A BatchNorm behind it matches its scale to that of the other operations.
+    """
     layer = nn.MaxPool2d(3, stride, 1) if kind == "max" else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
     return nn.Sequential(layer, elastic.BatchNorm2d(channels, affine=False)) if norm else layer
 

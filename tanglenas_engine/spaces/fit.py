@@ -1,4 +1,4 @@
-"""Does a space fit a dataset?"""
+"""A check that a space fits a dataset."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tanglenas_engine.spaces.space import SearchSpace
 
 
 def check_fit(space: SearchSpace, samples: Samples) -> None:
-    """Check that a space takes these inputs and has an output for every class.
+    """Check that a space accepts a dataset's inputs and has an output for every class.
 
     Raises:
-        TangleNASError: It does not; the message has both shapes.
+        TangleNASError: The shapes or types of the inputs differ (the message has both shapes), or outputs are missing.
     """
     labels = samples.labels
     inputs, targets = next(batches(samples, 256 if labels is None else 1))
-    with torch.random.fork_rng(devices=[]):  # a look at a space changes no number of a run
+    with torch.random.fork_rng(devices=[]):  # this check must not change the random numbers of a run
         wanted = space.example_input(1)
     if inputs.shape[1:] != wanted.shape[1:] or inputs.is_floating_point() != wanted.is_floating_point():
         raise TangleNASError(

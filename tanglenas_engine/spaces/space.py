@@ -1,4 +1,4 @@
-"""Search spaces: ordinary-looking models whose dimensions are choices."""
+"""Search spaces: models in ordinary form whose dimensions are choices."""
 
 from __future__ import annotations
 
@@ -30,23 +30,29 @@ SHARINGS = {
     "entangled": "its layers are linear in their weights, so that mixing the outputs of slices is the superposition",
     "separate": "weights of their own for every combination of its options would multiply beyond reason",
 }
-"""How options can share weights, and why a space refuses to: one weight of masks, one weight of slices, or none."""
+"""The ways in which options share weights, with the reason why a space may not support each.
+
+"superposed" masks one weight, "entangled" slices one weight, and "separate" has a weight per option.
+"""
 
 
 class SearchSpace(Architectures, Elastic):
-    """A supernet: a module made of elastic layers over `self.choice(...)`.
+    """A supernet: a module of elastic layers whose dimensions are declared with `self.choice(...)`.
 
-    A subclass makes its choices and layers in `__init__` and writes an ordinary `forward`. Which network the
-    next forwards compute is set by `relax` (a mixture), `select` (one architecture) or `release` (the largest).
+    A subclass makes its choices and layers in `__init__` and writes an ordinary `forward`. Three methods decide what
+    the next forwards compute: `relax` (a mixture), `select` (one architecture) and `release` (the largest network).
 
     Args:
-        relaxation: How a mixture covers the weights: "exact" (default), "gated" or "paper".
-        sharing: How options share weights; a space lists those it can do in `sharings`.
+        relaxation: The way in which a mixture covers the weights: "exact" (default), "gated" or "paper".
+        sharing: The way in which options share weights: one of the space's `sharings`.
+
+    Raises:
+        TangleNASError: The relaxation or the sharing is unknown, or the space does not support the sharing.
     """
 
     sharings: ClassVar[tuple[str, ...]] = ("superposed",)
     execute: Callable[..., Tensor] | None = None
-    """How forwards run, of the forward and its inputs: a search in low precision, or a compiled one, sets it."""
+    """A function that runs a forward on its inputs. Searches set it for low precision or compilation."""
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
         super().__init__()
@@ -62,35 +68,48 @@ class SearchSpace(Architectures, Elastic):
         self.sharing = sharing
         self.relaxation = relaxation
 
-    # What a space author calls.
+    # Methods for authors of spaces.
 
     def choice(
         self, name: str, options: Iterable[Number | str], per: Size | Sequence[Size] | int | None = None
     ) -> Choice:
-        """Declare a choice; `per` makes it for each layer of a depth or of several, or a number of times."""
+        """Declare a choice and return it.
+
+        Args:
+            name: The name of the choice.
+            options: Distinct positive numbers, or distinct names.
+            per: A depth, several depths or a number of rows, to repeat the choice (see `Choice`).
+
+        Raises:
+            TangleNASError: The name was declared before, or the options are invalid.
+        """
         if name in self.choices:
             raise TangleNASError(f"choice {name!r} is declared twice in {type(self).__name__}")
         self.choices[name] = Choice(name, options, self.superposition, per)  # type: ignore[arg-type]
         return self.choices[name]
 
     def example_input(self, batch: int) -> Tensor:
-        """A random batch of the right shape and type."""
+        """Return a random batch with the right shape and data type."""
         raise NotImplementedError(f"{type(self).__name__} must say what its input looks like: example_input(batch)")
 
     def standalone(self, architecture: Architecture) -> nn.Module:
-        """The network of an architecture, newly initialised, with the supernet's parameter names.
+        """Return the newly initialised network of an architecture, with the supernet's parameter names.
 
-        By default this class' own forward over plain torch layers. Spaces on timm parts build timm's model.
+        By default it has this class' forward and plain torch layers. Spaces built from timm parts return timm's model.
         """
         return self._standalone(self.assignment_of(architecture))
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
     ) -> None:
-        """Write a standalone network as `architecture.json` and `model.safetensors`, or as its library has it.
+        """Write a standalone network as `architecture.json` and `model.safetensors`, or in its library's format.
 
         Args:
-            dataset: What it was trained on, for libraries that keep how inputs are made with the weights.
+            network: The standalone network.
+            architecture: Its architecture.
+            folder: The folder, which is created if it is missing.
+            dataset: The dataset that the network was trained on. Some libraries store with the weights how inputs are
+                made.
         """
         from tanglenas_engine.runtime.files import write_atomic
         from tanglenas_engine.runtime.weights import save_weights
@@ -100,15 +119,15 @@ class SearchSpace(Architectures, Elastic):
         save_weights(folder / "model.safetensors", network.state_dict(), {"space": self.name})
 
     def show(self, network: nn.Module, dataset: Dataset) -> str | None:
-        """What a person would like to see of a trained network at the end, such as text that it writes."""
+        """Return text that shows a trained network to a person, such as text that it generates, or None."""
         return None
 
     @property
     def edge_rows(self) -> list[Row]:
-        """The rows whose outputs a mixture may weigh: those of the edges in a cell space."""
+        """The rows whose outputs a mixture may weight: those of the edges in a cell space."""
         return []
 
-    # Which network the next forwards compute.
+    # What the next forwards compute.
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         forward = super().__call__
@@ -117,6 +136,7 @@ class SearchSpace(Architectures, Elastic):
 
     @property
     def relaxation(self) -> str:
+        """The way in which a mixture covers the weights: a key of `COVERED`."""
         return self.superposition.relaxation
 
     @relaxation.setter
@@ -128,14 +148,23 @@ class SearchSpace(Architectures, Elastic):
 
     @cached_property
     def stacks(self) -> dict[int, int]:
-        """For each number of options, how many rows have that many: the shapes of stacked mixing weights."""
+        """The number of rows for each number of options: the shapes `(rows, options)` of stacked mixing weights."""
         counts: dict[int, int] = {}
         for row in self.rows:
             counts[len(row.options)] = counts.get(len(row.options), 0) + 1
         return counts
 
     def mixture(self, weights: Mapping[str, Tensor] | Mapping[int, Tensor]) -> Mixture:
-        """A mixture from weights by choice, `(options,)` or `(layers, options)`, or stacked by option count."""
+        """Return a mixture with the given weights.
+
+        Args:
+            weights: Weights by choice, `(options,)` or `(layers, options)`, or stacked by number of options,
+                `(rows, options)`.
+
+        Raises:
+            TangleNASError: A choice is unknown, a shape is wrong, a row is not on the simplex, or the mixture was made
+                by another space.
+        """
         by_choice = {name: choice.layer_rows for name, choice in self.choices.items()}
         if isinstance(weights, Mixture):
             if weights.superposition is not self.superposition:
@@ -171,15 +200,15 @@ class SearchSpace(Architectures, Elastic):
         return mixture
 
     def relax(self, mixture: Mapping[str, Tensor]) -> Self:
-        """Soft path: the next forwards compute the expectation over a mixture."""
+        """Take the soft path: make the next forwards compute the expectation over a mixture."""
         self.superposition.relax(self.mixture(mixture))
         return self
 
     def select(self, chosen: Architecture | Mixture) -> Self:
-        """Hard path: the next forwards compute one architecture, with real slices.
+        """Take the hard path: make the next forwards compute one architecture with slices.
 
-        Of a mixture every row's heaviest option is taken. If its weights are one-hot with a gradient (a
-        straight-through sample), it reaches them through whatever the architecture uses, as it would on the soft path.
+        For a mixture, each row takes its heaviest option. If the mixture is one-hot with a gradient (a straight-through
+        sample), the gradient reaches it through all parts that the architecture uses, as on the soft path.
         """
         if isinstance(chosen, Architecture):
             self.superposition.select(self.assignment_of(chosen))
@@ -192,13 +221,13 @@ class SearchSpace(Architectures, Elastic):
         return self
 
     def release(self) -> Self:
-        """The next forwards compute the largest network; where operations are alternatives, the sum of all."""
+        """Make the next forwards compute the largest network. Alternative operations are added up."""
         self.superposition.release()
         return self
 
     @contextmanager
     def as_largest(self) -> Iterator[Self]:
-        """Compute the largest network in eval mode within the block; then all is as it was before."""
+        """Compute the largest network in eval mode inside the block, and restore path and mode afterwards."""
         mixture, assignment = self.superposition.mixture, self.superposition.assignment
         training = {module: module.training for module in self.modules()}
         self.release().eval()
@@ -215,7 +244,7 @@ class SearchSpace(Architectures, Elastic):
                 self.release()
 
     def one_hot(self, architecture: Architecture) -> Mixture:
-        """The corner: the mixture with all weight on one architecture."""
+        """Return the corner of an architecture: the mixture with all weight on it."""
         assignment = self.assignment_of(architecture)
         reference = next(self.parameters())
         stacks = {}
@@ -224,17 +253,17 @@ class SearchSpace(Architectures, Elastic):
             stacks[count] = nn.functional.one_hot(picks, count).to(reference)
         return self.mixture(stacks)
 
-    # The network found.
+    # Standalone networks.
 
     def extract(self, architecture: Architecture) -> nn.Module:
-        """The standalone network of an architecture with the supernet's weights, in the supernet's mode."""
+        """Return the standalone network of an architecture with the supernet's weights, in the supernet's mode."""
         reference = next(self.parameters())
         network = self.standalone(architecture).to(reference.device, reference.dtype)
         network.load_state_dict(self.inherited(architecture))
         return network.train(self.training)
 
     def inherited(self, architecture: Architecture) -> dict[str, Tensor]:
-        """The supernet's weights that an architecture uses, sliced, as the standalone network's `state_dict`."""
+        """Return the slices of the supernet's weights for an architecture, as its standalone network's `state_dict`."""
         assignment = self.assignment_of(architecture)
         state: dict[str, Tensor] = {}
         for name, module, gates in walk(self):
@@ -248,30 +277,32 @@ class SearchSpace(Architectures, Elastic):
 
     @cached_property
     def cost_model(self) -> CostModel:
+        """The tables from which costs are computed."""
         return CostModel(self, self.superposition, self.example_input)
 
     def cost(self, architecture: Architecture) -> Cost:
-        """Return the exact parameters and multiply-accumulates for one input of an architecture, as ints."""
+        """Return the exact cost of an architecture as ints: parameters, and multiply-accumulates for one input."""
         return self.assigned_cost(self.assignment_of(architecture))
 
     def assigned_cost(self, assignment: Assignment) -> Cost:
         return self.cost_model.cost(assignment)
 
     def expected_cost(self, mixture: Mapping[str, Tensor]) -> Cost:
-        """The expectation of `cost` over independent rows: float64 scalars, differentiable.
+        """Return the expectation of `cost` over independent rows: float64 scalars, differentiable.
 
-        It counts what the supernet has. Where not every assignment is an architecture (the two edges of a node in
-        `darts`) that is more than architectures have: between the corners each of the 14 edges counts with the
-        probability of its operations other than `none`, so the uniform mixture has 12.25 edges to a cell, not 8.
+        It counts the parts of the supernet. If some assignments are not architectures, it exceeds the mean cost of
+        architectures. An example is `darts`, where a node of an architecture has two edges. A cell of its supernet has
+        14 edges, and each counts with the probability that its operation is not `none`. So a cell of the uniform
+        mixture has 12.25 edges, not 8.
         """
         return self.cost_model.expected(self.mixture(mixture))
 
     def terms(self, metric: str) -> Additive:
-        """A metric of `cost.METRICS` as its tables over rows of choices."""
+        """Return the tables over rows of choices for a metric of `cost.METRICS`."""
         return self.cost_model.metrics[metric]
 
     def _standalone(self, assignment: Assignment) -> nn.Module:
-        """This class' methods over plain layers, without its choices: a module that needs no search space."""
+        """Return a module with this class' methods over plain layers. It has no choices and needs no search space."""
         own: dict[str, Any] = {}
         for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
             own.update({k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")})
@@ -279,7 +310,7 @@ class SearchSpace(Architectures, Elastic):
         for attribute in ("superposition", "choices", "cost_model", "stacks", "execute"):
             network.__dict__.pop(attribute, None)
         network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
-        there = dict(network.named_parameters())  # a copy has one of its own in each place
+        there = dict(network.named_parameters())  # copying unties weights, so they are tied again below
         for names in tied(self):
             present = [name for name in names if name in there]
             for name in present[1:]:

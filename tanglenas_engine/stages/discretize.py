@@ -1,4 +1,4 @@
-"""The discretize stage: from a searched supernet to one architecture, within a budget."""
+"""The discretize stage: it derives one architecture within a budget from a trained supernet."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
-from tanglenas_engine.optimizers.optimizer import argmax as most_probable
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
-from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.progress import Progress, SilentProgress
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import METRICS, Cost
@@ -27,14 +26,20 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 
 Method = Callable[..., Projection | None]
-"""Judges candidates: takes the `Candidates` to draw from and the mixture of the search, or None, and its options.
+"""A function that judges candidates.
 
-What brings that mixture's most probable architecture into the budget, and judges nothing else, returns how.
+Its arguments are the `Candidates` to draw from, the mixture of the search or None, and options of its own. A method
+that only projects the mixture's most probable architecture into the budget returns the `Projection`; others return
+None.
 """
 
 
 def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
-    """Judge one candidate: the most probable architecture within the budget."""
+    """Judge one candidate, the most probable architecture within the budget, and return how it was found.
+
+    Raises:
+        TangleNASError: There is no mixture.
+    """
     if mixture is None:
         raise TangleNASError(
             "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
@@ -46,24 +51,30 @@ def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
 
 
 def random(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates, uniform over the rows' options where the budget leaves room, or drawn from the prior.
+    """Judge random candidates: uniform over the rows' options within the budget, or drawn from the prior.
 
-    The paper's numbers of candidates are 2,000 for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
+    The paper uses 2,000 candidates for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
     """
     candidates.judge(candidates.first(candidates.limit))
 
 
 METHODS: Mapping[str, Method] = {"argmax": argmax, "random": random, "evolution": evolution, "nsga2": nsga2}
-"""Ways to derive an architecture."""
+"""The ways to derive an architecture, by name."""
 
 
 @dataclass(frozen=True)
 class DiscretizeResult:
-    """The architecture found, its cost, and its validation accuracy in % with the supernet's weights.
+    """The derived architecture with its cost and validation accuracy.
 
-    `candidates` has one row per architecture that was tried, best first; argmax tries one. `front` has those that no
-    other one dominates in accuracy and in the cost named `front_cost`, cheapest first. `exact`, of argmax: whether the
-    architecture is known to be the most probable one within the budget, or is what a local search found.
+    Attributes:
+        architecture: The architecture.
+        cost: Its parameters, and multiply-accumulates for one input.
+        validation_accuracy: Its accuracy in % with the supernet's weights.
+        candidates: One record per candidate that was judged, best first; argmax judges one.
+        front: The candidates that no other one dominates in accuracy and in the cost `front_cost`, cheapest first.
+        front_cost: The name of the cost of the front.
+        exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
+            search found it. None for the other methods.
     """
 
     architecture: Architecture
@@ -81,7 +92,7 @@ def limits_of(
     """Return the limits that the options of `discretize` ask for.
 
     Raises:
-        TangleNASError: The limits are no mapping, or one is given twice.
+        TangleNASError: `limits` is not a mapping, or two options limit the same cost.
     """
     if not isinstance(limits, Mapping | None):
         raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
@@ -121,55 +132,33 @@ def discretize(
 
     Args:
         space: The supernet with its trained weights.
-        data: A view that reaches `weights` (for statistics of batch norms), `architecture` (to rank candidates)
-            and `validation` (to judge the result).
-        mixture: What alpha stands for after a gradient search, by choice; None or empty after a
-            sampled one.
-        method: "argmax" takes the most probable option of every row. The others judge candidates with the supernet's
-            weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which looks for
-            the whole front of accuracy and cost. "auto": what `derivation` says.
-        derivation: The way that goes with the optimizer that searched.
-        candidates: How many architectures are judged at most: the price of a method.
-        prior: Where the first candidates come from. "uniform" draws every row's options alike; "mixture" draws from
-            the mixture, beginning with what argmax would take.
-        cost: What the front trades against accuracy: "params", "flops" or the name of an objective.
-        max_params: Hard budget in parameters, met by construction: argmax takes the most probable architecture
-            within it; the others never look beyond it.
-        max_flops: The same in multiply-accumulates for one input.
-        objectives: Further costs, bound to the space, that the table of candidates has.
-        limits: Hard budgets by name, of objectives too.
-        recalibration_batches: Batches that set the statistics of batch norms for each candidate; 0 keeps the
-            supernet's. The space has its own again at the end.
-        methods: What the names of methods stand for, here with other options, say.
-        checkpoints: Where to keep what candidates are worth, from time to time and when interrupted; a derivation
-            that finds it there goes on from it and ends as if it had not been cut off.
+        data: A view of `weights` (for the statistics of batch norms), `architecture` (to rank candidates) and
+            `validation` (to measure the result).
+        mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
+        method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
+            supernet's weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which
+            looks for the whole front of accuracy and cost. "auto" stands for `derivation`, the optimizer's own method.
+        candidates: The largest number of architectures to judge. It decides how long a method takes.
+        prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
+            them from the mixture, and starts with the architecture of argmax.
+        cost: The cost of the front: "params", "flops" or the name of an objective.
+        max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
+        objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
+        recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
+        methods: The methods by name. Pass others to change their options.
+        checkpoints: The folder for scores. A derivation that finds scores there continues from them.
 
     Raises:
-        TangleNASError: An unknown method, options that cannot be, a method or prior that needs a mixture without
-            one, or a budget below the smallest architecture.
+        TangleNASError: A method is unknown, an option is out of its range, or no architecture is within the budget.
     """
     method = derivation if method == "auto" else method
-    if method not in methods:
-        raise unknown("discretize.method", method, methods)
-    at_least("discretize.candidates", candidates, 1)
-    at_least("discretize.recalibration_batches", recalibration_batches, 0)
     costs = [*METRICS, *(objective.name for objective in objectives)]
-    if cost not in costs:
-        raise unknown("discretize.cost", cost, costs)
-    if prior not in ("uniform", "mixture"):
-        raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
-    if prior == "mixture" and not mixture:
-        raise TangleNASError(
-            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
-        )
+    _check_options(method, methods, candidates, recalibration_batches, cost, costs, prior, mixture)
     budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
     budget.check()
-    for one in objectives:
-        if one.source and progress is not None:
-            progress.note(f"discretize: {one.name} in {one.unit}, of {one.source}")
+    progress = progress or SilentProgress()
+    _note_sources(progress, objectives)
     check_fit(space, data.validation)
-    target = device_of(device)
-    space.to(target)
     weights = space.mixture(mixture) if mixture else None
     with Candidates(
         space,
@@ -183,24 +172,62 @@ def discretize(
         recalibration_batches=recalibration_batches,
         batch_size=batch_size,
         seed=seed,
-        device=target,
+        device=device_of(device),
         checkpoints=checkpoints,
         progress=progress,
     ) as tried:
-        found = methods[method](tried, weights)
-        best: Architecture = tried.best()[0]["architecture"]
+        projection = methods[method](tried, weights)
+        best = tried.best()[0]["architecture"]
         accuracy = tried.measured(best, data.validation)
-    rows = [{**row, "architecture": str(row["architecture"])} for row in tried.best(len(tried.rows))]
-    nondominated: list[Architecture] = [row["architecture"] for row in front(tried.rows, cost)]
-    exact = found.exact if isinstance(found, Projection) else None
-    if exact is not None and weights is not None and best != most_probable(space, weights) and progress is not None:
+    records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.rows))]
+    exact = projection.exact if isinstance(projection, Projection) else None
+    if exact is not None and weights is not None:
+        _note_projection(progress, exact, within=best == space.most_probable(weights))
+    return DiscretizeResult(
+        best, space.cost(best), accuracy, records, [one["architecture"] for one in front(tried.rows, cost)], cost, exact
+    )
+
+
+def _check_options(
+    method: str,
+    methods: Mapping[str, Method],
+    candidates: int,
+    recalibration_batches: int,
+    cost: str,
+    costs: Sequence[str],
+    prior: str,
+    mixture: Mapping[str, Tensor] | None,
+) -> None:
+    if method not in methods:
+        raise unknown("discretize.method", method, methods)
+    at_least("discretize.candidates", candidates, 1)
+    at_least("discretize.recalibration_batches", recalibration_batches, 0)
+    if cost not in costs:
+        raise unknown("discretize.cost", cost, costs)
+    if prior not in ("uniform", "mixture"):
+        raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
+    if prior == "mixture" and not mixture:
+        raise TangleNASError(
+            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
+        )
+
+
+def _note_sources(progress: Progress, objectives: Sequence[Objective]) -> None:
+    """Tell a person where the numbers of objectives come from."""
+    for objective in objectives:
+        if objective.source:
+            progress.note(f"discretize: {objective.name} in {objective.unit}, of {objective.source}")
+
+
+def _note_projection(progress: Progress, exact: bool, within: bool) -> None:
+    """Tell a person where the budget, not alpha, decided."""
+    if not within:
         progress.note(
             "discretize: the mixture's most probable architecture is beyond the budget; this is the most probable "
             "one within it. What the mixture leaves open is rather judged on data: method 'evolution', prior 'mixture'"
         )
-    if exact is False and progress is not None:
+    if not exact:
         progress.note(
             "discretize: a local search found the architecture within the budget, which has a limit without tables or "
             "leaves too much to look at: a more probable one may fit"
         )
-    return DiscretizeResult(best, space.cost(best), accuracy, rows, nondominated, cost, exact)

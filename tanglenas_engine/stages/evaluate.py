@@ -1,4 +1,4 @@
-"""The evaluate stage: what the final network is worth, on data that had no part in making it."""
+"""The evaluate stage: it measures the final network on data that was never used to make it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.training.measure import measure
 
 MOST = 10**6
-"""Assignments of a space up to which it is gone through one by one."""
+"""The largest number of assignments of a space that are listed one by one."""
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Test accuracy in % and mean cross-entropy, number of test samples, and the network's cost.
+    """The test accuracy in %, the mean cross-entropy, the number of test samples, and the network's cost.
 
     The cost is in parameters and in multiply-accumulates for one input.
     """
@@ -49,10 +49,10 @@ def evaluate(
     batch_size: int = 256,
     device: str | None = None,
 ) -> EvaluateResult:
-    """Judge a standalone network of `architecture` on the `test` split of `data`; the ranks share it.
+    """Measure a standalone network of `architecture` on the `test` split of `data`. The ranks share the split.
 
     Raises:
-        TangleNASError: The data do not fit the space, or the architecture is of another one.
+        TangleNASError: The data do not fit the space, or the architecture is of another space.
     """
     check_fit(space, data.test)
     network = network.to(device_of(device))
@@ -62,9 +62,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How well a supernet ranks architectures: 1 as the table does, -1 the reverse, nan where one ranks none.
+    """The agreement between the ranks of architectures by a supernet and by a table.
 
-    `rows` has one row per architecture: digest, supernet accuracy in %, what the table says, and its choices.
+    Attributes:
+        kendall_tau: Kendall's tau: 1 for the same order, -1 for the reverse order, nan if either ranks all alike.
+        spearman: Spearman's correlation, with the same range.
+        rows: One record per architecture: digest, supernet accuracy in %, the table's value and rank, and the choices.
     """
 
     kendall_tau: float
@@ -85,18 +88,26 @@ def rank_correlation(
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
 ) -> RankCorrelation | None:
-    """Compare the accuracies that a supernet gives architectures, as derivation sees them, with a benchmark table.
+    """Compare the accuracies of architectures in a supernet with a benchmark table.
+
+    The accuracies are computed as for derivation. Without `architectures` the function returns None.
 
     Args:
-        space: The supernet with its trained weights; it is left as it was.
-        data: A view that reaches `weights` (for statistics of batch norms) and `architecture` (to score on).
-        table: What a benchmark says of an architecture: `table_value`, and `table_rank` from 1 for the best.
-        architectures: How many random ones to compare, or "all" of the space. None: no comparison is asked for.
-        recalibration_batches: Batches that set the statistics of batch norms for each; 0 keeps the supernet's.
-        checkpoints: Where to keep scores, as `discretize` does.
+        space: The supernet with its trained weights. Its state is restored.
+        data: A view of `weights` (for the statistics of batch norms) and `architecture` (for accuracies).
+        table: A function from an architecture to the benchmark's `table_value` and `table_rank`, which is 1 for the
+            best.
+        architectures: The number of random architectures to compare, or "all". None skips the comparison.
+        recalibration_batches: The number of batches that set the statistics of batch norms for each architecture. 0
+            keeps the supernet's statistics.
+        batch_size: The number of samples per batch.
+        seed: The seed of the random architectures and batches.
+        device: A name such as "cpu". None takes CUDA if there is one.
+        checkpoints: The folder for the scores of an interrupted comparison, as in `discretize`.
+        progress: The progress output for a person.
 
     Raises:
-        TangleNASError: There is no table, it lacks an architecture, or "all" are too many to go through.
+        TangleNASError: There is no table, it lacks an architecture, or "all" are more than can be listed.
     """
     if architectures is None:
         return None
@@ -140,13 +151,13 @@ def rank_correlation(
         }
         for row, value in zip(scored, known, strict=True)
     ]
-    # Ranks say which way the table's metric is better.
+    # Ranks are compared, as some of the tables' metrics are better high and others low. The lowest rank is the best.
     found = rank_correlations([row["accuracy"] for row in rows], [-row["table_rank"] for row in rows])
     return RankCorrelation(**found, rows=rows)
 
 
 def _every(space: SearchSpace) -> list[Architecture]:
-    """All architectures of a space."""
+    """Return all architectures of a space."""
     assignments = math.prod(len(row.options) for row in space.rows)
     if assignments > MOST:
         raise TangleNASError(

@@ -1,4 +1,4 @@
-"""The retrain stage: give the architecture found its final weights."""
+"""The retrain stage: it gives the architecture its final weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EMA(Protocol):
 
 @dataclass(frozen=True)
 class RetrainResult:
-    """The standalone network with its final weights, its validation accuracy in %, one record per epoch."""
+    """The standalone network with its final weights, its validation accuracy in %, and one record per epoch."""
 
     network: nn.Module
     validation_accuracy: float
@@ -72,21 +72,28 @@ def retrain(
 ) -> RetrainResult:
     """Train the network of an architecture on the whole training data (weights and architecture splits).
 
-    Before each epoch, modules of the network that have a method `set_progress(fraction)`, such as a scheduled drop
-    path, are told how much of the training is done, from 0 to 1.
+    Before each epoch, the method `set_progress(fraction)` of a module in the network is called with the finished share
+    of the training, from 0 to 1. A scheduled drop path uses it.
 
     Args:
-        space: The supernet; its weights matter for "inherit" and "finetune".
-        data: A view that reaches `training` and `validation`.
-        mode: "scratch" trains from a new initialisation, "finetune" from the supernet's weights, "inherit" takes
-            the supernet's weights as they are (statistics of batch norms are set anew).
-        optimizer: Makes the optimizer from parameter groups.
-        scheduler: Makes the learning-rate schedule from (optimizer, total steps), stepped every iteration.
-        wrap: Makes what is trained in place of the network: a module with the network in it, such as one with an
+        space: The supernet. Its weights matter for "inherit" and "finetune".
+        architecture: The architecture of the network.
+        data: A view of `training` and `validation`.
+        mode: "scratch" trains from a new initialisation. "finetune" trains from the supernet's weights. "inherit" takes
+            the supernet's weights unchanged, and recalibrates the statistics of batch norms.
+        epochs: The number of passes over the training data.
+        batch_size: The number of samples per batch, over all ranks.
+        optimizer: A function from parameter groups to the optimizer.
+        scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every
+            iteration. None keeps the rate constant.
+        wrap: A function from the network to the module that is trained, which contains the network, such as one with an
             auxiliary head. The network itself is validated and returned.
-        ema: Makes a moving average of the network's weights, which then is what is validated and returned.
-        loss: Of what the network gives in train mode, a tensor or several with the logits first, and targets.
-        recalibration_batches: Batches that set the statistics of batch norms for "inherit"; 0 keeps the supernet's.
+        ema: A function from the network to a moving average of its weights. The average is then validated and returned.
+        loss: A function of outputs and targets. The outputs are those of train mode: a tensor, or several with the
+            logits first.
+        recalibration_batches: The number of batches that set the statistics of batch norms for "inherit". 0 keeps the
+            supernet's statistics.
+        seed: The seed of all random numbers.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
 
@@ -99,7 +106,7 @@ def retrain(
     at_least("retrain.epochs", epochs, 1)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
-    space.assignment_of(architecture)  # a space may override what makes the network, and would not notice another's
+    space.assignment_of(architecture)  # an overridden `standalone` might accept an architecture of another space
     device = session.find_device()
     computation.check(device)
     computation.share("retrain", batch_size)
@@ -170,7 +177,7 @@ class Retraining(Training):
         return self.network if self.average is None else self.average.module
 
     def result(self) -> RetrainResult:
-        """Run the training and return the network."""
+        """Run the training and return its result."""
         history = self.run()
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history)
 

@@ -1,7 +1,8 @@
-"""The search stage: train a supernet and its architecture parameters."""
+"""The search stage: it trains a supernet and its architecture parameters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,25 +34,34 @@ from tanglenas_engine.training.measure import (
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, cosine, made, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 
+SPLIT_DEVIATIONS = 5.0
+"""Standard errors between the losses of two splits that chance allows: neighbouring windows of a text are alike."""
+SPLIT_TOLERANCE = 0.05
+"""The share of the loss below which a difference between splits does no harm."""
+
 Strategy = Literal["alternating", "simultaneous"]
+"""The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
 Table = Callable[[Architecture], Mapping[str, float]]
-"""What a benchmark says of an architecture."""
+"""A function that returns a benchmark's values of an architecture."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search; the trained weights are in the space.
+    """The result of a search. The trained weights are in the space.
 
-    `architecture` and `mixture` are None for a method that derives its architecture afterwards. `history` has
-    one record per epoch: losses, accuracies in %, entropy of the mixture from 1 (undecided) to 0, the current
-    architecture with its cost and, under "mixture", its weights by choice. For each target it has the expected cost
-    and the cost of the current architecture, and under `penalty_NAME` what the loss of alpha was charged. If the
-    search stopped early, the last record says why under "stopped".
+    Attributes:
+        architecture: The architecture that alpha represents, or None for a method that derives one afterwards.
+        mixture: The mixture that alpha represents, or None for such a method.
+        history: One record per epoch: losses, accuracies in %, the mixture's entropy from 1 (undecided) to 0, and the
+            current architecture with its cost. "mixture" holds the weights by choice. Each target adds its expected
+            cost, its cost for the current architecture and, under `penalty_NAME`, its charge on the loss of alpha.
+            "stopped" in the last record is the reason why the search ended early.
     """
 
     architecture: Architecture | None
     mixture: Mixture | None
     history: list[Record]
+    split_losses: dict[str, float]
 
 
 @flattened
@@ -76,26 +86,30 @@ def search(
     computation: Computation = Computation(),
     session: Session = Session(),
 ) -> SearchResult:
-    """Search `space` with `optimizer`: in every iteration an architecture step and a weight step.
+    """Search `space` with `optimizer`. Every iteration takes an architecture step and a weight step.
 
     The ranks of a process group share every batch, and end with the same weights and the same architecture.
 
     Args:
-        data: A view that reaches the splits `weights`, `architecture` and `validation`.
-        epochs: Passes over the weights split.
-        weight_optimizer: Makes the optimizer of the supernet's weights from parameter groups.
-        architecture_optimizer: Makes the optimizer of alpha from its parameters.
-        scheduler: Makes the learning-rate schedule of the weights from (optimizer, total steps); stepped every
-            iteration. None keeps the rate.
-        strategy: "alternating" takes alpha's gradient from a fresh batch of the architecture split, before each
-            weight step (first-order DARTS); "simultaneous" lets one backward pass on the weights split serve both.
-        warmup_epochs: Epochs in which only the weights learn.
-        targets: Costs to keep down, in expectation; the loss of alpha is charged for missing them.
-        stop: Ends the search after an epoch past the warm-up, such as `EarlyStopping`.
-        loss: Of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
-        recalibration_batches: Batches that set the statistics of batch norms for the architecture that is validated;
-            0 takes the supernet's, which are of all architectures together.
-        table: Asked once an epoch about the current architecture, for the history.
+        space: The supernet. The search trains its weights.
+        optimizer: The search method.
+        data: A view of the splits `weights`, `architecture` and `validation`.
+        epochs: The number of passes over the weights split.
+        batch_size: The number of samples per batch, over all ranks.
+        weight_optimizer: A function from parameter groups to the optimizer of the supernet's weights.
+        architecture_optimizer: A function from parameters to the optimizer of alpha.
+        scheduler: A function from (optimizer, total steps) to the learning-rate schedule of the weights, which is
+            stepped in every iteration. None keeps the rate constant.
+        strategy: "alternating" takes alpha's gradient from a new batch of the architecture split before each weight
+            step (first-order DARTS). "simultaneous" uses one backward pass on the weights split for both.
+        warmup_epochs: The number of epochs at the start in which only the weights learn.
+        targets: Costs to limit in expectation. The loss of alpha is charged for missing them.
+        stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.
+        loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
+        recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
+            validated; 0 takes the supernet's, which are of all architectures together.
+        seed: The seed of all random numbers.
+        table: A function that is called once per epoch with the current architecture. Its values go to the history.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
 
@@ -128,9 +142,9 @@ def search(
 
 
 class Search(Training):
-    """A search whose iterations take an architecture step and a weight step on batches of their own.
+    """A search whose iterations take an architecture step and a weight step, each on its own batch.
 
-    A method without architecture parameters takes weight steps only. The arguments are those of `search`.
+    A method without architecture parameters takes only weight steps. The arguments are those of `search`.
     """
 
     def __init__(
@@ -165,6 +179,7 @@ class Search(Training):
         self.precision, self.backend = computation.precise(self.device), computation.backend
         self.scaler = self.precision.scaler
         share = computation.share("search", batch_size)
+        self._data, count = data, at_least("search.recalibration_batches", recalibration_batches, 0)
         space.to(self.device).train()
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
@@ -188,6 +203,7 @@ class Search(Training):
             else None
         )
         self.scheduler = made("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
+        self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
 
@@ -197,16 +213,43 @@ class Search(Training):
         return self.optimizer.learns_architecture
 
     def result(self) -> SearchResult:
-        """Run the search and return what it found."""
+        """Run the search and return its result."""
         ways = [self.precision.run, *([] if self.backend is None else [Compiled(self.space, self.backend).run])]
         try:
             with seeded(self.seed), executing(self.space, *ways):
                 history = self.run()
+                losses = self._split_losses()
         finally:
             self.space.release()
-            self.space.superposition.channel_divisor = 1  # an architecture has all channels
+            self.space.superposition.channel_divisor = 1  # partial channels end with the search
         mixture = self.optimizer.expected()
-        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history)
+        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses)
+
+    def _split_losses(self) -> dict[str, float]:
+        """Return the loss of one network on each split, and warn if two splits are of different distributions.
+
+        Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's,
+        it has other data, and what is found there does not hold elsewhere.
+        """
+        network = self.optimizer.current() or self.space.largest()
+        splits = ("weights", "architecture", "validation")
+        with kept_buffers(self.space.select(network)):
+            if self._statistics:
+                recalibrate(self.space, self._statistics)
+            found = {name: estimate_loss(self.space, self._data.plain(name)) for name in splits}
+        architecture, validation = found["architecture"], found["validation"]
+        self.session.note(
+            "search: loss of one network on the splits: "
+            + ", ".join(f"{name} {loss.mean:.3f}" for name, loss in found.items())
+        )
+        chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
+        if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
+            self.session.note(
+                f"search: warning: the architecture split differs from validation by more than chance allows "
+                f"({architecture.mean:.3f} against {validation.mean:.3f}, expected within {chance:.3f}). The data of the "
+                "splits differ, so what was found may not hold: look at a sample of each, or make the splits anew"
+            )
+        return {name: loss.mean for name, loss in found.items()}
 
     def stateful(self) -> Mapping[str, Stateful]:
         parts: dict[str, Stateful | None] = {
@@ -234,13 +277,13 @@ class Search(Training):
         return measured
 
     def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
-        """Move alpha, if it `learns` by now, and then the weights."""
+        """Take an architecture step if `learns` is True, and then a weight step."""
         measured = self.architecture_step(pieces) if learns else {}
         self._zero_gradients()
         return {**measured, **self.weight_step(pieces)}
 
     def architecture_step(self, pieces: Sequence[Step]) -> dict[str, Tensor]:
-        """Move alpha by its mean gradient over the pieces of a batch and the ranks, and by that of the targets."""
+        """Move alpha by its mean gradient over the pieces of a batch and the ranks, plus that of the targets."""
         losses, gradients = [], []
         for piece in pieces:
             losses.append(self.optimizer.architecture_backward(piece))
@@ -251,9 +294,10 @@ class Search(Training):
         return {"architecture_loss": torch.stack(losses).mean(), **self._move_alphas()}
 
     def weight_step(self, pieces: Sequence[Step], learning: Sequence[Tensor] = ()) -> dict[str, Tensor]:
-        """Move the weights by their mean gradients over the pieces of a batch and the ranks.
+        """Move the weights by their mean gradient over the pieces of a batch and over the ranks.
 
         Args:
+            pieces: The pieces of the batch.
             learning: Further tensors that get a gradient from the same backward pass.
         """
         total = torch.zeros((), device=self.device)
@@ -262,7 +306,7 @@ class Search(Training):
                 term = term / len(pieces)
                 torch.autograd.backward(self.scaler.scale(term))
                 total += term.detach()
-        # Statistics are means of batches: exchanged in every step, they are those of the ranks' batches together.
+        # Running statistics are means over batches. Averaged in every step, they are means over all ranks' batches.
         distributed.average([*(tensor.grad for tensor in (*self.weights, *learning)), *self.statistics])
         self.scaler.unscale_(self.weight_optimizer)
         if self.computation.clip is not None:
@@ -271,7 +315,7 @@ class Search(Training):
         return {"weight_loss": total}
 
     def _move_alphas(self, penalty: Tensor | None = None) -> dict[str, Tensor]:
-        """Step alpha's optimizer, with the gradients of a penalty and of the targets added; return the charges."""
+        """Step alpha's optimizer with the gradients of a penalty and of the targets added; return the charges."""
         assert self.architecture_optimizer is not None
         self.scaler.unscale_(self.architecture_optimizer)
         if penalty is not None:
@@ -325,7 +369,7 @@ class Search(Training):
 
     def end_epoch(self, epoch: int, means: Record) -> Record:
         current = self.optimizer.current()
-        # What alpha says now, judged as discretize would; methods that derive later show the largest network.
+        # The current architecture is measured as discretize measures it. Without one, the largest network is measured.
         shown = current or self.space.largest()
         found = measure_inherited(self.space, shown, self.validation, self._statistics, together=True)
         record: Record = {
@@ -344,7 +388,7 @@ class Search(Training):
         return record
 
     def _current_record(self, mixture: Mixture, current: Architecture) -> Record:
-        """What the history keeps of the mixture and of the architecture that it stands for."""
+        """Return the part of the record about the mixture and the current architecture."""
         expected, cost = self.space.expected_cost(mixture), self.space.cost(current)
         record: Record = {
             "entropy": normalized_entropy(mixture),
@@ -376,7 +420,7 @@ class SimultaneousSearch(Search):
         return False
 
     def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
-        """Move the weights and, if it `learns` by now, alpha."""
+        """Move the weights, and also alpha if `learns` is True."""
         self._zero_gradients()
         measured = self.weight_step(pieces, self.alphas if learns else ())
         return {**measured, **self._move_alphas(self.optimizer.regularizer())} if learns else measured
@@ -402,7 +446,7 @@ def _bound(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) 
     """Bind targets to the space, and return those that change alpha's loss.
 
     Raises:
-        TangleNASError: Two are of one objective, one cannot be met, or the optimizer cannot follow one.
+        TangleNASError: Two targets have the same objective, a target cannot be met, or the optimizer has no alpha.
     """
     names = [target.name for target in targets]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -1,4 +1,4 @@
-"""Choices: what the search decides."""
+"""Choices: the decisions that a search makes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from tanglenas_engine.superposition.size import Assignment, Number, Row, Size
 class Choice(Size):
     """A named choice between options: one row of architecture parameters, or one row per layer.
 
-    A choice of one row is a Size itself. One that is made `per` layer is indexed first: `num_heads[3] * 64`,
-    or `kernel_size[stage, block]` where every stage has a depth of its own.
+    A choice with one row is itself a Size. A choice `per` layer has one Size per layer: `num_heads[3] * 64`, or
+    `kernel_size[stage, block]` if every stage has its own depth.
 
     Args:
-        name: The name under which mixtures and architectures list it.
-        options: Distinct positive numbers, or distinct names (of operations, say; `map` them to Sizes), in the
-            order of their architecture parameters.
-        superposition: The state that the space's layers share.
-        per: A depth (one row for each of its layers, of which those below the chosen depth count), several
-            depths (a list, or a depth that is itself made per stage), or a number of rows.
+        name: The name of the choice in mixtures and architectures.
+        options: Distinct positive numbers, or distinct names (such as names of operations; `map` turns them into
+            numbers). Their order is that of the architecture parameters.
+        superposition: The state that all layers of the space share.
+        per: The layers that have one row each. A depth gives one row per layer, and a row counts only if its layer is
+            below the chosen depth. A list of depths, or a depth that is itself chosen per stage, gives such rows for
+            each stage. An int is the number of rows.
+
+    Raises:
+        TangleNASError: The options are empty, repeated, or not all positive numbers or all names.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Choice(Size):
         super().__init__(() if self.layered else self.layer_rows, self.options)
 
     def __getitem__(self, layer: int | tuple[int, int]) -> Size:
-        """The Size of one layer: by its number among all, or by stage and number in the stage."""
+        """Return the Size of one layer, given its number among all layers, or its stage and its number in the stage."""
         if not self.layered:
             raise TangleNASError(f"choice {self.name!r} is made once, not per layer: use it without an index")
         row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.layer_rows[layer]
@@ -82,7 +86,7 @@ class Choice(Size):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of its mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
+        """The shape of the choice's mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
         return (len(self.layer_rows), len(self.options)) if self.layered else (len(self.options),)
 
     def number(self, assignment: Assignment) -> Any:

@@ -1,12 +1,12 @@
 """Superposition: masks that are the expectation over architectures.
 
-A mixture gives every row of choices a distribution over its options. The expected zero-padded slice of a weight
-`W` is `W * M`, where `M` holds for every entry the probability that it is in use (the paper's Algorithm 1 sums
-the padded slices one by one; for any number of choices that sum is this mask).
+A mixture gives every row of choices a distribution over its options. The expected zero-padded slice of a weight `W` is
+`W * M`. Each entry of the mask `M` is the probability that an architecture uses this entry of `W`. The paper's
+Algorithm 1 adds up the padded slices one by one. Its result equals `W * M` for any number of choices.
 
-Dimensions that share no row of choices are independent: each has its own *coverage* `P(size > i)`, and `M` is
-their outer product. Dimensions that share rows are covered jointly: given the shared options `e` they are
-independent again, so `M = sum_e p(e) * outer(coverage given e, ...)`, one small matrix product.
+Two dimensions that share no row of choices are independent. Each has its own *coverage* `P(size > i)`, and `M` is the
+outer product of the coverages. Two dimensions that share rows are covered jointly. They are independent once the shared
+options `e` are given, so `M = sum_e p(e) * outer(coverage given e, ...)`. This is one small matrix product.
 """
 
 from __future__ import annotations
@@ -21,38 +21,43 @@ from tanglenas_engine.errors import unknown
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
 
 COVERED: dict[str, frozenset[str]] = {
-    # Algorithm 1 on every weight, heads once (where they are read), LayerNorm over the covered width.
+    # Algorithm 1 on every weight. Heads are covered once, where they are read. LayerNorm uses the covered width.
     "exact": frozenset({"read", "write", "statistics", "value", "group"}),
-    # Each width where it is read and nowhere else, by its own coverage.
+    # Each width is covered where it is read and nowhere else, independently of other widths.
     "gated": frozenset({"read", "statistics", "value", "group"}),
-    # The authors' semantics: Algorithm 1 at every read and write, heads three times, LayerNorm over all.
+    # The authors' semantics: Algorithm 1 at every read and write. Heads are covered three times. LayerNorm uses the
+    # full width.
     "paper": frozenset({"read", "write", "unit", "again", "value"}),
 }
-"""Which roles of a dimension a mixture covers, for each relaxation: the one place that decides it."""
+"""The roles of dimensions that a mixture covers, for each relaxation. No other code decides this."""
 
 EDGES = "edges"
-"""Under which name a file of mixing weights has those of edges, one number for each."""
+"""The name of the edge weights in a file of mixing weights. The tensor has one number per edge."""
 
 
 class Factor(NamedTuple):
-    """A factor of a parameter's mask, which broadcasts against the parameter.
+    """A factor of a parameter's mask. It broadcasts against the parameter.
 
-    Rows of a weight that every architecture uses together, or not at all, are a band, and have one row in `mask`:
-    row i stands for the next `bands[i]` rows of the weight. Without `bands` nothing is left out.
+    A band is a run of consecutive rows of the weight. An architecture uses all rows of a band or none of them. `mask`
+    has one row per band: row i stands for the next `bands[i]` rows of the weight. If `bands` is None, `mask` has all
+    rows.
     """
 
     mask: Tensor
     bands: tuple[int, ...] | None = None
     windows: tuple[int, ...] | None = None
-    """The kernel sizes, ascending, of a factor over a kernel alone: it is constant on what each adds to the last."""
+    """The kernel sizes in ascending order, for a factor over the kernel dimensions only; otherwise None.
+
+    The factor is constant on the entries that each kernel size adds to the previous one.
+    """
 
     def whole(self) -> Tensor:
-        """The factor with all rows."""
+        """Return the mask with all rows."""
         return self.mask if self.bands is None else expanded(self.mask, self.bands)
 
 
 def expanded(mask: Tensor, bands: Sequence[int]) -> Tensor:
-    """Row i of `mask` repeated `bands[i]` times."""
+    """Return `mask` with row i repeated `bands[i]` times."""
     if len(bands) == 1:
         return mask.expand(bands[0], *mask.shape[1:])
     return torch.cat([row.expand(n, *row.shape[1:]) for row, n in zip(torch.split(mask, 1), bands, strict=True)])
@@ -61,13 +66,18 @@ def expanded(mask: Tensor, bands: Sequence[int]) -> Tensor:
 class Mixture(Mapping[str, Tensor]):
     """Weights on the simplex for every choice: `(options,)`, or `(layers, options)` for a choice per layer.
 
-    They are stored stacked, all rows with K options in one `(rows, K)` tensor, so that sampling and masking
-    take the same few operations however many choices there are.
+    All rows with K options are stored in one `(rows, K)` tensor. So the number of operations for sampling and masking
+    does not grow with the number of choices.
+
+    Args:
+        rows: The rows of each choice.
+        stacks: The weights `(rows, K)` of all rows with K options, for each K.
 
     Attributes:
-        edges: In a cell space, what multiplies the output of the edges with these rows (edge normalization).
-        kept: Of rows that have been pruned, the positions of the options left: the others have weight 0, and an
-            operation that stands for none but those is not computed.
+        edges: The scalar that multiplies an edge's output, by the edge's row. Only cell spaces have it (edge
+            normalization).
+        kept: The positions of the remaining options of each pruned row. The other options have weight 0. An operation
+            is not computed if all of its options are pruned.
     """
 
     def __init__(self, rows: Mapping[str, tuple[Row, ...]], stacks: Mapping[int, Tensor]):
@@ -89,21 +99,26 @@ class Mixture(Mapping[str, Tensor]):
 
     @property
     def superposition(self) -> Superposition:
-        """The state of the space whose choices these are."""
+        """The state of the space that the choices belong to."""
         return superposition_of(next(iter(self._rows.values()))[0])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there is to save: the weights by choice and, if there are any, those of edges."""
+        """Return the tensors to save: the weights by choice, and the edge weights if there are any."""
         return {**self, **({EDGES: torch.stack(list(self.edges.values()))} if self.edges else {})}
 
     def detach(self) -> Mixture:
-        """The same weights as constants."""
+        """Return the same mixture with its weights as constants."""
         mixture = Mixture(self._rows, {count: stack.detach() for count, stack in self.stacks.items()})
         mixture.edges, mixture.kept = {row: weight.detach() for row, weight in self.edges.items()}, self.kept
         return mixture
 
     def joint(self, rows: Sequence[Row], slots: Tensor) -> Tensor:
-        """Probabilities of the combinations of `rows`, `(instances, combinations)`; `slots` is `(instances, rows)`."""
+        """Return the probabilities `(instances, combinations)` of all option combinations of `rows`.
+
+        Args:
+            rows: The rows of one instance. Those of the other instances have the same numbers of options.
+            slots: The slots of each instance's rows, `(instances, rows)`.
+        """
         weights: Tensor | None = None
         for position, row in enumerate(rows):
             one = self.stacks[len(row.options)][slots[:, position]]  # (instances, K)
@@ -112,10 +127,11 @@ class Mixture(Mapping[str, Tensor]):
 
 
 class _Cover:
-    """The mask of a few axes that share rows, as tables from which a mixture makes it."""
+    """The tables from which a mixture computes the mask of a few axes that share rows."""
 
     def __init__(self, axes: Sequence[Axis], conditional: bool, banded: bool):
-        # A kernel that may be absent is superposed given that it is there; its operation knows how probable that is.
+        # The mask of a kernel that may be absent is conditional on its presence: the operation multiplies its output
+        # by the probability of presence.
         self.conditional = conditional and all(axis.layout == "window" and axis.size.min == 0 for axis in axes)
         counts: dict[Row, int] = {}
         for axis in axes:
@@ -147,7 +163,7 @@ class _Cover:
 
 
 class _Batch:
-    """Covers with equal tables and different rows, whose masks are computed in one go."""
+    """A batch of covers with equal tables and different rows. Their masks are computed together."""
 
     def __init__(self, covers: Sequence[_Cover]):
         self.cover = covers[0]
@@ -155,7 +171,7 @@ class _Batch:
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, list[Tensor]]] = {}
 
     def masks(self, mixture: Mixture) -> tuple[Tensor, ...]:
-        """One mask per cover, with one dimension per axis."""
+        """Return one mask per cover, with one dimension per axis."""
         like = next(iter(mixture.stacks.values()))
         if (like.dtype, like.device) not in self._cast:
             self._cast[like.dtype, like.device] = (
@@ -168,14 +184,14 @@ class _Batch:
         for axis, (table, private) in enumerate(zip(tables, self.cover.private, strict=True)):
             if private:
                 weights = mixture.joint(private, slots[:, start : start + len(private)])
-                # (instances, shared, length): the axis' coverage given the shared options.
+                # The coverage of the axis given the shared options: (instances, shared, length).
                 operands += [torch.einsum("lp,spn->lsn", weights, table), [0, 1, 2 + axis]]
             else:
                 operands += [table[:, 0], [1, 2 + axis]]
             start += len(private)
         mask: Tensor = torch.einsum(*operands, [0, *range(2, 2 + len(tables))])
         if self.cover.conditional:
-            # Every kernel covers the centre: the mask there is the probability that there is one.
+            # Every kernel covers the centre. So the mask at the centre is the probability that a kernel is present.
             centre = mask
             for length in mask.shape[1:]:
                 centre = centre[:, length // 2]
@@ -184,21 +200,28 @@ class _Batch:
 
 
 def _in_bands(table: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """A table `(shared, private, length)` with one column for each run of equal ones, and the lengths of the runs."""
+    """Merge each run of equal columns of a `(shared, private, length)` table, and return the runs' lengths too."""
     _, counts = torch.unique_consecutive(table.flatten(0, 1), return_counts=True, dim=1)
     starts = counts.cumsum(0) - counts
     return table[..., starts], tuple(counts.tolist())
 
 
 _Place = tuple[tuple[int, ...], int, tuple[int, ...] | None, tuple[int, ...] | None]
-"""The positions of a cover's axes, its index among all, and what a `Factor` says of its form."""
+"""The positions of a cover's axes, the index of its mask, and the `bands` and `windows` of its `Factor`."""
 
 
 class Superposition:
-    """What the next forward of a space computes: the largest network, a mixture, or one architecture.
+    """The state that decides what the next forward computes: the largest network, a mixture, or one architecture.
 
-    The elastic layers of a space share one. They register the axes of their parameters at construction and ask
-    for masks (soft path) or slices (hard path) as they run.
+    All elastic layers of a space share it. They register the axes of their parameters when they are constructed. When
+    they run, they ask for masks (soft path) or slices (hard path).
+
+    Attributes:
+        rows: The rows of all choices, in order of declaration.
+        relaxation: A key of `COVERED`.
+        mixture: The mixture of the soft path, or None.
+        assignment: The architecture of the hard path, or None.
+        channel_divisor: A `PartialSize` of C channels uses `C // channel_divisor` of them.
     """
 
     def __init__(self) -> None:
@@ -206,14 +229,14 @@ class Superposition:
         self.relaxation = "exact"
         self.mixture: Mixture | None = None
         self.assignment: Assignment | None = None
-        self.channel_divisor = 1  # the share of channels that a `PartialSize` uses is one of so many
+        self.channel_divisor = 1
         self._axes: dict[tuple[Axis, ...], None] = {}
-        # For each relaxation: batches of covers, and for each tuple of axes the places of its covers.
+        # The batches of covers and the places of each tuple of axes, by relaxation.
         self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]] = {}
         self._masks: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copies of a space: what a mixture made hangs on an autograd graph, which cannot be copied.
+        # Copies of a space call this. A mixture and its masks belong to an autograd graph, which cannot be copied.
         mixture = None if self.mixture is None else self.mixture.detach()
         return {**vars(self), "mixture": mixture, "_masks": [mask.detach() for mask in self._masks]}
 
@@ -224,34 +247,40 @@ class Superposition:
         options: tuple[Any, ...],
         gate: tuple[Size, int] | None,
     ) -> Row:
+        """Add a row of choices and return it. Its slot is the number of earlier rows with equally many options."""
         slot = sum(len(row.options) == len(options) for row in self.rows)
         self.rows.append(Row(choice, layer, options, slot, self, gate))
         return self.rows[-1]
 
     def register(self, axes: tuple[Axis, ...]) -> None:
-        """Announce that masks for `axes` will be asked for."""
+        """Announce that a layer will ask for the mask of `axes`."""
         self._axes.setdefault(axes)
         self._plans.clear()
 
     def relax(self, mixture: Mixture) -> None:
-        """Soft path: compute the masks of all registered axes for the next forwards."""
+        """Take the soft path: compute the masks of all registered axes for the next forwards."""
         batches, _ = self._plan()
         self.mixture, self.assignment = mixture, None
         self._masks = [mask for batch in batches for mask in batch.masks(mixture)]
 
     def select(self, assignment: Assignment, mixture: Mixture | None = None) -> None:
-        """Hard path: slice for the next forwards; a mixture's masks, cut in the same way, multiply what is left."""
+        """Take the hard path: make the next forwards compute slices.
+
+        Args:
+            assignment: The architecture.
+            mixture: A mixture whose masks are sliced too and multiply the sliced weights.
+        """
         self.release()
         if mixture is not None:
             self.relax(mixture)
         self.assignment = assignment
 
     def release(self) -> None:
-        """The next forwards compute the largest network."""
+        """Make the next forwards compute the largest network."""
         self.mixture, self.assignment, self._masks = None, None, []
 
     def factors(self, axes: tuple[Axis, ...]) -> list[Factor]:
-        """The factors of the mask of `axes`."""
+        """Return the factors of the mask of `axes`."""
         _, covers = self._plan()
         factors = []
         for positions, index, bands, windows in covers[axes]:
@@ -271,7 +300,7 @@ class Superposition:
 
     def _make_plan(self, relaxation: str) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]:
         covers: dict[tuple[Axis, ...], list[tuple[tuple[int, ...], _Cover]]] = {}
-        unique: dict[Any, _Cover] = {}  # layers that cover the same rows in the same way share one mask
+        unique: dict[Any, _Cover] = {}  # layers with the same rows and tables share one mask
         for axes in self._axes:
             positions = [i for i, axis in enumerate(axes) if axis.size.rows and axis.role in COVERED[relaxation]]
             covers[axes] = []
@@ -296,7 +325,10 @@ def superposition_of(row: Row) -> Superposition:
 
 
 def _connected(axes: Sequence[Axis], positions: Iterable[int], jointly: bool) -> list[tuple[int, ...]]:
-    """Positions grouped so that axes sharing rows are together. Without `jointly` only a kernel's two sides are."""
+    """Group positions so that axes with common rows are together.
+
+    Without `jointly`, only the two sides of a kernel are grouped.
+    """
     groups: list[list[int]] = []
     for i in positions:
         near = [

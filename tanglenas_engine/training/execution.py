@@ -1,4 +1,4 @@
-"""How the forwards of a network run: in which precision, and compiled or not."""
+"""The execution of forwards: their precision, and their compilation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from tanglenas_engine.spaces.space import SearchSpace
 Forward = Callable[..., Tensor]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The data type of autocast by name; None switches it off."""
 
 
 class Precision:
-    """What a matrix product is computed in. Parameters, alphas, masks and losses stay float32.
+    """The precision of matrix products. Parameters, alphas, masks and losses stay float32.
 
     Args:
-        name: "float32", "bfloat16", or "float16", which needs a GPU: its gradients are scaled to be in its range.
+        name: "float32", "bfloat16" or "float16". The last needs a GPU, and scales gradients into its range.
+        device: The device of the network.
 
     Raises:
-        TangleNASError: There is no such precision, or not on this device.
+        TangleNASError: The precision is unknown, or not available on this device.
     """
 
     def __init__(self, name: str, device: torch.device):
@@ -36,11 +38,11 @@ class Precision:
             )
         dtype = PRECISIONS[name]
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-        # Without float16 its methods hand on what they get.
+        # A disabled scaler returns its inputs unchanged.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
-        """The outputs of a forward, in float32."""
+        """Return the outputs of a forward in float32."""
         if not self.autocast._enabled:
             return forward(*inputs)
         with self.autocast:
@@ -49,23 +51,24 @@ class Precision:
 
 
 class Compiled:
-    """The soft path of a space through `torch.compile`; the hard path, which is another network each time, as it is.
+    """The forwards of a space, compiled with `torch.compile` on the soft path.
 
-    The tracer takes tensors that a forward finds in its surroundings as inputs, masks among them: a search has two
-    graphs, one for the step of the weights and one for that of alpha, however alpha moves.
+    The hard path computes another network at each step, so it is not compiled. The tracer treats tensors such as masks
+    as inputs. So a search has two graphs for any alpha: one for the weight step and one for the architecture step.
 
     Args:
-        backend: Of `torch.compile`.
+        space: The supernet.
+        backend: The backend of `torch.compile`.
     """
 
     def __init__(self, space: SearchSpace, backend: str = "inductor"):
-        # Masks hang on alpha; torch's tracer looks at everything that a tensor has, and warns of looking at that.
+        # Masks depend on alpha. torch's tracer reads all attributes of a tensor, and reading `.grad` of a mask warns.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         self._state = space.superposition
         self._compiled = torch.compile(space.forward, dynamic=False, backend=backend)
 
     def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
-        """The outputs of a forward."""
+        """Return the outputs of a forward."""
         soft = self._state.mixture is not None and self._state.assignment is None
         if not soft or not torch.is_grad_enabled():
             return forward(*inputs)
@@ -74,10 +77,10 @@ class Compiled:
 
 
 def backend_of(compile: bool | str) -> str | None:
-    """The backend that an option `compile` asks for: True is torch's own, False none.
+    """Return the backend for an option `compile`: torch's default for True, None for False, or the one of that name.
 
     Raises:
-        TangleNASError: There is none of that name.
+        TangleNASError: torch has no backend of that name.
     """
     if isinstance(compile, bool):
         return "inductor" if compile else None
@@ -89,7 +92,7 @@ def backend_of(compile: bool | str) -> str | None:
 
 @contextmanager
 def executing(space: SearchSpace, *ways: Callable[..., Tensor]) -> Iterator[None]:
-    """Let the forwards of a space run in these ways, the first outermost, inside the block."""
+    """Wrap the forwards of a space in these functions inside the block. The first function is the outermost."""
 
     def execute(forward: Forward, *inputs: Tensor, ways: Sequence[Callable[..., Tensor]] = ways) -> Tensor:
         if not ways:

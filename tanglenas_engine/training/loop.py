@@ -30,23 +30,23 @@ class Stateful(Protocol):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stage was asked to stop and has saved its state."""
+    """The exception of a stage that was asked to stop. It is raised after the state is saved."""
 
 
 class Training(abc.ABC):
     """A training of several epochs. A subclass writes `step`, `end_epoch`, `describe` and `stateful`.
 
-    Several ranks run one side by side. Decisions (rows of the history, a reason to stop, a request to stop) hold on
-    all of them.
+    All ranks of a process group run it together. Decisions are the same on all ranks: records of the history, a reason
+    to stop, a request to stop.
 
     Args:
         name: The stage's name in messages, metrics and option names.
         epochs: The number of epochs.
-        steps_per_epoch: The number of steps in each of them.
-        session: Where the training runs and reports.
+        steps_per_epoch: The number of steps in each epoch.
+        session: The device, checkpoints and reports of the training.
 
     Attributes:
-        parameters: The tensors that are trained. They must be finite, or nothing is saved.
+        parameters: The trained tensors. If one is not finite, the training raises an error instead of saving.
         history: One record per finished epoch.
     """
 
@@ -59,28 +59,32 @@ class Training(abc.ABC):
         self.history: list[Record] = []
         self._position = 0
         self._sums: dict[str, Tensor] = {}
-        # The first step in which a value was not finite, or 0; it stays on the device, so that no step waits for it.
+        # The first step, counted from 1, in which a value was not finite, or 0. It stays on the device, so that no
+        # step waits for it.
         self._first_broken: dict[str, Tensor] = {}
         self._saves = False
 
     @abc.abstractmethod
     def step(self, position: int) -> Mapping[str, Tensor]:
-        """Take one step, counted from 0 over all epochs, and return scalar tensors.
+        """Take one step and return scalar tensors. Their means over the epoch go to `end_epoch`.
 
-        Their means over the epoch go to `end_epoch`. The step leaves equal state on all ranks.
+        The step must leave equal state on all ranks.
+
+        Args:
+            position: The number of the step, counted from 0 over all epochs.
         """
 
     @abc.abstractmethod
     def end_epoch(self, epoch: int, means: Record) -> Record:
-        """Return the record of an epoch, counted from 1. A reason under "stopped" makes it the last one."""
+        """Return the record of an epoch, counted from 1. If it has a reason under "stopped", this epoch is the last."""
 
     @abc.abstractmethod
     def describe(self, record: Record) -> str:
-        """Return a record as a person reads it in the progress line."""
+        """Return a record as text for the progress line."""
 
     @abc.abstractmethod
     def stateful(self) -> Mapping[str, Stateful]:
-        """Return what a checkpoint holds beside the position, the history and the random generators."""
+        """Return the objects that a checkpoint holds beside the position, the history and the random generators."""
 
     @property
     def steps(self) -> int:
@@ -88,11 +92,11 @@ class Training(abc.ABC):
         return self.epochs * self.steps_per_epoch
 
     def run(self) -> list[Record]:
-        """Take all steps, from the checkpoint on if there is one, and return the history.
+        """Take all steps and return the history. If there is a checkpoint, continue from it.
 
         Raises:
-            TangleNASError: The training diverged. The message names the first step in which a mean was not finite, and
-                the checkpoint from before it stays.
+            TangleNASError: The training diverged. The message names the first step in which a value was not finite. The
+                last checkpoint before it is kept.
             Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved.
         """
         progress = self.session.progress or SilentProgress()
@@ -173,7 +177,7 @@ class Training(abc.ABC):
             restore_rng_state(ranks[own]["rng"])
             if len(ranks) == distributed.world():
                 self._sums = ranks[own]["sums"]
-            else:  # the checkpoint is of another number of ranks
+            else:  # another number of ranks wrote the checkpoint
                 self._sums = {k: torch.stack([one["sums"][k] for one in ranks]).mean(0) for k in ranks[0]["sums"]}
                 distributed.seed_apart()
         self.session.note(f"{self.name}: resuming at step {self._position} of {self.steps}")
@@ -187,7 +191,7 @@ class Training(abc.ABC):
 
 @contextmanager
 def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]:
-    """Turn the many ways in which optimizers and schedules refuse a foreign state into one error."""
+    """Turn every error of loading a foreign state into a TangleNASError."""
     try:
         yield
     except TangleNASError:
@@ -201,7 +205,7 @@ def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set once; a second signal acts as usual."""
+    """Yield an event that SIGINT or SIGTERM sets. A second signal of the same kind acts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -12,12 +12,22 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean over all targets, of images `(B,)` or of tokens `(B, T)`; `outputs` has the classes last."""
+    """Return the mean cross-entropy over all targets, `(B,)` for images or `(B, T)` for tokens.
+
+    Args:
+        outputs: The logits, `(B, classes)` or `(B, T, tokens)`.
+        targets: The targets.
+        label_smoothing: The share of the target distribution that is uniform, from 0 to 1.
+    """
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
 
 
 def scalar(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """A loss whose result is checked to be one number, a TangleNASError otherwise."""
+    """Return the loss with a check of its result.
+
+    Raises:
+        TangleNASError: A call of the returned loss gives something other than a tensor with one number.
+    """
 
     def checked(outputs: Any, targets: Tensor) -> Tensor:
         value = loss(outputs, targets)
@@ -33,24 +43,25 @@ def scalar(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Ten
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Accuracy of a batch in %, as a tensor on its device."""
+    """Return the accuracy of a batch in %, as a tensor on its device."""
     return 100.0 * (outputs.detach().argmax(-1) == targets).float().mean()
 
 
 Outputs = Tensor | tuple[Tensor, ...]
-"""What a network gives in train mode: logits, or logits and what else the loss is of."""
+"""The outputs of a network in train mode: logits, or logits and further outputs that the loss uses."""
 
 
 def auxiliary(
     outputs: Outputs, targets: Tensor, weight: float = 0.4, loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
 ) -> Tensor:
-    """The loss of the logits and, `weight` times, that of each further output, as of an auxiliary head.
+    """Return the loss of the logits plus `weight` times the loss of each further output, such as an auxiliary head's.
 
-    Szegedy et al. (2015, arXiv:1409.4842), who weigh them 0.3; 0.4 is DARTS' (Liu et al., 2019).
+    Szegedy et al. (2015, arXiv:1409.4842) use the weight 0.3. DARTS (Liu et al., 2019) uses 0.4.
     """
     logits, *others = all_outputs(outputs)
     return sum((weight * loss(output, targets) for output in others), loss(logits, targets))
 
 
 def all_outputs(outputs: Outputs) -> tuple[Tensor, ...]:
+    """Return the outputs as a tuple with the logits first."""
     return (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,14 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def measure(network: nn.Module, samples: Samples, batch_size: int = 256, together: bool = False) -> Measured:
-    """Accuracy and loss of a network in eval mode, over all targets; its mode is restored.
+    """Return accuracy and loss of a network in eval mode over all targets, and restore the network's mode.
 
-    `together` has every rank look at its part of the samples, with equal networks; otherwise each is by itself.
+    Args:
+        network: The network.
+        samples: The samples.
+        batch_size: The number of samples per batch.
+        together: True shares the samples between the ranks, which must have equal networks. False measures on this rank
+            alone.
     """
     device = next(network.parameters()).device
     training = network.training
@@ -67,12 +73,18 @@ def measure_inherited(
         statistics: Batches of inputs that set the statistics of batch norms for this architecture. Those of the
             supernet are of other architectures. Without any, the supernet's are taken.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
-    space.select(architecture)
-    try:
+    with kept_buffers(space.select(architecture)):
         if statistics:
             recalibrate(space, statistics)
         return measure(space, samples, batch_size, together)
+
+
+@contextmanager
+def kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Give a network its buffers back after the block."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -112,8 +124,8 @@ def statistics_inputs(
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch norm in `network` to their average over `batches` of inputs.
 
-    A sampled path uses statistics that were gathered under other paths; this makes them its own. Everything else
-    is in eval mode meanwhile: dropout would disturb them.
+    A sampled path has statistics that were gathered under other paths. Recalibration gives it statistics of its own.
+    All other modules are in eval mode meanwhile, because dropout would distort the statistics.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
@@ -132,12 +144,15 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, device: torch.device) -> list[Tensor]:
-    """Inputs of `count` random batches: a dataset may be sorted by class, and its first batches all of one."""
+    """Return the inputs of `count` random batches.
+
+    They are random because the first batches of a sorted dataset would all be of one class.
+    """
     stream = Stream(samples, min(batch_size, len(samples)), seed=seed)
     return [laid_out(inputs.to(device)) for inputs, _ in itertools.islice(stream.start(), count)]
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances of all batch norms."""
+    """Return the running means and variances of all batch norms."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]

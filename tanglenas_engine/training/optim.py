@@ -1,4 +1,4 @@
-"""Optimizers and schedules of a training, made by the factories that a user configures."""
+"""Optimizers and schedules of a training, made by factories that the user configures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers with a fused step: on a CPU it takes a quarter of the time of one operation after another.
+"""The torch optimizers that take fused steps. On a CPU a fused step takes a quarter of the time of an unfused one.
 
-That of SGD fails where a parameter gets its first gradient after others, as on a path that is sampled.
+SGD is not among them: its fused step fails if a parameter gets its first gradient later than others, as on sampled
+paths.
 """
 
 
 def cosine(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup: float = 0.05, final: float = 0.01
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up over a share of the steps, then a cosine down to a share `final` of the learning rate."""
+    """Return a schedule with linear warm-up and then cosine decay.
+
+    Args:
+        optimizer: The torch optimizer.
+        total_steps: The number of steps.
+        warmup: The share of the steps with warm-up.
+        final: The share of the learning rate at the end.
+    """
     rising = max(1, round(warmup * total_steps))
 
     def factor(step: int) -> float:
@@ -38,7 +46,7 @@ def cosine(
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Parameters for an optimizer: biases, norms and tokens apart, without weight decay."""
+    """Return two groups of parameters: weights of linear and convolution layers, and others without weight decay."""
     decayed = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
     parameters = [p for p in network.parameters() if p.requires_grad]
     return [
@@ -48,12 +56,17 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def made(name: str, factory: Callable[..., T], *arguments: Any) -> T:
-    """What a factory makes that someone configured: of an optimizer, or of what goes with it.
+    """Call a user's factory for an optimizer, a schedule or a moving average, and check its result.
 
-    An optimizer of torch takes its steps in one pass over the parameters where it can, unless it was told how.
+    torch optimizers in `FUSED` take fused steps unless the user chose otherwise.
+
+    Args:
+        name: The option's name in messages.
+        factory: The user's factory.
+        arguments: The arguments of the factory.
 
     Raises:
-        TangleNASError: It makes nothing of the kind from what such a factory is given.
+        TangleNASError: The factory fails, or its result has no `state_dict`.
     """
     try:
         result = factory(*arguments)
@@ -79,9 +92,9 @@ def _fuse(optimizer: Any) -> None:
 
 
 def _align(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Lay gradients out in memory as their parameters are: a fused step goes through both as they lie.
+    """Give gradients the memory layout of their parameters, because a fused step reads both in memory order.
 
-    Backward passes do; a gradient that a search method sets itself may be the transposed one of a product.
+    Backward passes do this. A gradient that a search method sets itself may have the layout of a transposed product.
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         if parameter.grad.stride() != parameter.stride():

@@ -1,4 +1,4 @@
-"""Options that the search and retraining share: what a training computes with, and where it runs and reports."""
+"""Options that search and retraining share: those of the computation, and those of its surroundings."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Computation:
-    """What a training computes with.
+    """The numerical options of a training.
 
     Args:
-        precision: The type of matrix products: "float32", "bfloat16", or "float16" on a GPU. Weights, alpha, masks
-            and losses are float32 throughout.
+        precision: The type of matrix products: "float32", "bfloat16", or "float16" on a GPU. Weights, alpha, masks and
+            losses are always float32.
         compile: True compiles forwards with `torch.compile`; a name chooses one of its backends. The search compiles
-            the forwards of mixtures only, as each sampled architecture is another network. In retraining, a drop path
-            that a schedule changes is compiled anew each time.
-        accumulate: The number of pieces that a batch is cut into. Their gradients are added up before a step: less
-            memory for the same step, except that batch norms see the pieces.
+            only the forwards of mixtures, because each sampled architecture is another network. In retraining, every
+            change of a scheduled drop path compiles the network again.
+        accumulate: The number of pieces that a batch is cut into. Their gradients are added up before a step. This
+            takes less memory for the same step, except that batch norms see single pieces.
         clip: The largest norm of the weights' gradient, or None.
     """
 
@@ -43,17 +43,25 @@ class Computation:
     clip: float | None = 5.0
 
     def check(self, device: torch.device) -> None:
-        """Raise a TangleNASError if the device lacks the precision, or torch the backend."""
+        """Check that the device has the precision and torch has the backend.
+
+        Raises:
+            TangleNASError: The precision or the backend is not available.
+        """
         self.precise(device)
         backend_of(self.compile)
 
     def precise(self, device: torch.device) -> Precision:
-        """Return the precision on a device; raise a TangleNASError if the device lacks it."""
+        """Return the precision on a device.
+
+        Raises:
+            TangleNASError: The precision is not available on the device.
+        """
         return Precision(self.precision, device)
 
     @property
     def backend(self) -> str | None:
-        """The backend of `torch.compile`, or None where nothing is compiled."""
+        """The backend of `torch.compile`, or None without compilation."""
         return backend_of(self.compile)
 
     def share(self, stage: str, batch_size: int) -> tuple[int, int]:
@@ -73,16 +81,17 @@ class Computation:
 
 @dataclass(frozen=True)
 class Session:
-    """Where a training runs and reports.
+    """The surroundings of a training: its device, processes, checkpoints and reports.
 
     Args:
-        device: A name such as "cpu" or "cuda:0"; None takes CUDA where there is one.
+        device: A name such as "cpu" or "cuda:0". None takes CUDA if there is one.
         num_workers: The number of processes that load data.
-        checkpoints: The folder for checkpoints. They are written after every epoch; a training that finds its own goes
-            on from it and ends as if it had not been cut off. Of several ranks the first has it, the others None.
-        checkpoint_every: Steps between further checkpoints within an epoch.
+        checkpoints: The folder for checkpoints, which are written after every epoch. A training that finds its own
+            checkpoint continues from it, and ends as if it had not been interrupted. Only rank 0 has a folder; the
+            others have None.
+        checkpoint_every: The number of steps between further checkpoints within an epoch, or None.
         tracker: The record of the run, such as MLflow's.
-        progress: The report for a person.
+        progress: The progress output for a person.
     """
 
     device: str | None = None
@@ -93,20 +102,24 @@ class Session:
     progress: Progress | None = None
 
     def find_device(self) -> torch.device:
-        """Return the device; raise a TangleNASError if it cannot be used."""
+        """Return the device.
+
+        Raises:
+            TangleNASError: The device cannot be used.
+        """
         return device_of(self.device)
 
     def note(self, text: str) -> None:
-        """Tell a person something once."""
+        """Print one message for a person."""
         if self.progress is not None:
             self.progress.note(text)
 
 
 def flattened(function: Callable[..., T]) -> Callable[..., T]:
-    """Let callers give the fields of a function's dataclass arguments by their own names.
+    """Let callers give the fields of a function's dataclass arguments as options of their own.
 
-    `search(..., precision="bfloat16")` stands for `search(..., computation=Computation(precision="bfloat16"))`, and
-    gin binds `search.precision`. The signature lists the fields after the other parameters.
+    `search(..., precision="bfloat16")` stands for `search(..., computation=Computation(precision="bfloat16"))`, and gin
+    binds `search.precision`. The signature lists the fields after the other parameters.
     """
     signature, hints = inspect.signature(function), get_type_hints(function)
     groups = {n: p.default for n, p in signature.parameters.items() if dataclasses.is_dataclass(p.default)}
@@ -129,4 +142,5 @@ def flattened(function: Callable[..., T]) -> Callable[..., T]:
     for group in groups.values():
         hints |= get_type_hints(type(group))
     call.__annotations__ = hints
+    del call.__wrapped__  # gin would look at the function's own parameters
     return call
