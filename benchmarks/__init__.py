@@ -1,1 +1,1 @@
-"""What a search costs, measured. README.md says how to repeat it."""
+"""Measurements of the cost of a search. README.md says how to repeat them."""

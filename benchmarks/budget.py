@@ -1,13 +1,13 @@
-"""A search, under a budget or not, against random architectures of the same cost, each retrained in the same way.
+"""A search, under a budget or not, against random architectures of the same cost, all retrained in the same way.
 
     python -m benchmarks.budget --seeds 0 1
     python -m benchmarks.budget --space gpt_nano --final-temperature 0.1
     python -m benchmarks.budget --space gpt_nano --share 1 --random 0 --relaxation gated
 
-Either the vision transformer of the demo on handwritten digits, or a language model on Python's standard library: a
-search with a target in multiply-accumulates, the most probable architecture within it, and random architectures whose
-cost is within 2 % of that one's. Test accuracy and loss after training from scratch; prints a line a network, and JSON
-with --json.
+The task is the vision transformer of the demo on handwritten digits, or a language model on Python's standard library.
+The search has a target in multiply-accumulates. The most probable architecture within it is compared with random
+architectures whose cost is within 2 % of its own, by test accuracy and loss after training from scratch. The script
+prints a line for each network, and writes JSON with --json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ADAMW = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
 
 @dataclass(frozen=True)
 class Study:
-    """What is searched on what, and for how long; the options of spaces are those of gin/spaces."""
+    """A dataset, the options of its space (those of gin/spaces), and the length of search and retraining."""
 
     dataset: tuple[str, dict[str, Any]]
     options: dict[str, Any]
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def _alpha(row: Record, budget: int) -> Record:
-    """What alpha stands for at the end of a search, its cost over the budget."""
+    """Return the costs that alpha stands for at the end of a search, over the budget, and its entropy."""
     return {
         "expected_over_target": round(row["expected_flops"] / budget, 4),
         "argmax_over_target": round(row["flops"] / budget, 4),

@@ -1,11 +1,11 @@
-"""How many candidates a second are judged: by the engine, and by a loop that builds every network.
+"""The number of candidates judged per second, by the engine and by a loop that builds every network.
 
     python -m benchmarks.candidates --space autoformer_nano --dataset digits --threads 1 --clock processor
     python -m benchmarks.candidates --space mobilenetv3_nano --image-size 28 --repeats 1 --json
 
-Both judge the same architectures with the weights of the same supernet, on the same samples, and batch norms get the
+Both judge the same architectures with the weights of the same supernet, on the same samples. Batch norms get the
 statistics of each network from the same number of batches. The loop extracts a network, goes through the dataset for
-its batches, and keeps nothing. Evolution asks again for some of the networks that it has seen: so do `--repeats`.
+its batches, and keeps nothing. Evolution asks for some networks again; `--repeats` does the same.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tanglenas_engine.training.measure import measure, random_inputs, recalibrat
 
 
 def fitting(space: str, dataset: Dataset) -> SearchSpace:
-    """A space for the images of a dataset."""
+    """Return a space for the images of a dataset."""
     return create_space(
         space, num_classes=dataset.num_classes, image_size=dataset.image_size, in_channels=dataset.in_channels
     )
 
 
 def one_by_one(space: SearchSpace, data: DataView, architecture: Architecture, batch_size: int, batches: int) -> float:
-    """Accuracy in % of an architecture as a network of its own."""
+    """Return the accuracy in % of an architecture as a network of its own."""
     network = space.extract(architecture)
     device = next(network.parameters()).device
     if batches:
@@ -49,15 +49,14 @@ def compared(
     recalibration_batches: int = 8,
     clock: str = "wall",
 ) -> dict[str, Any]:
-    """Candidates a second of both ways, taking turns, and the largest difference of their accuracies in %."""
+    """Measure the candidates per second of both ways, in turns, and the largest difference of their accuracies in %."""
     device, now = next(space.parameters()).device, CLOCKS[clock]
     options = {"batch_size": batch_size, "recalibration_batches": recalibration_batches, "device": device}
     taken: dict[str, list[float]] = {"engine": [], "naive": []}
     apart = 0.0
     space.eval()
-    space.cost(
-        space.largest()
-    )  # rows have the cost too, whose tables are made once for a space: the loop asks for none
+    # The engine's rows hold the cost too. Its tables are made here, once for a space; the loop needs none.
+    space.cost(space.largest())
     before = now()
     with Candidates(space, data.weights, data.architecture, limit=count, **options) as candidates:  # type: ignore[arg-type]
         start = now() - before

@@ -1,10 +1,11 @@
-"""Step cost against the number of options a choice: masks and pad-and-sum.
+"""The cost of a step against the number of options in a choice, for masks and for pad-and-sum.
 
     python -m benchmarks.options_figure --output options.png
 
-A GPT of 384 channels whose width, heads and MLP ratio have 2, 3, 6 and 12 options between the same extremes. Every
-number is a search step (weights and architecture) over a training step of the largest network, which stays the same.
-Pad-and-sum adds up a slice for every combination of the options that shape a weight, so it grows with their product.
+The space is a GPT of 384 channels. Its width, heads and MLP ratio have 2, 3, 6 and 12 options between the same
+extremes. Every number is a search step (weights and architecture) over a training step of the largest network, which is
+the same for all. Pad-and-sum adds up a slice for every combination of the options that shape a weight, so its cost
+grows with their product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tanglenas_engine.superposition.mixture import COVERED
 
 
 def options(count: int) -> dict[str, Any]:
-    """Options of the space `gpt` with `count` widths, numbers of heads and MLP ratios, the largest always the same."""
+    """Return options of `gpt` with `count` widths, numbers of heads and MLP ratios, and the same largest network."""
     return PRESETS["gpt"].options | {
         "embed_dim": _between(192, 384, count, 16),
         "num_heads": _between(1, 12, count, 1),
@@ -32,7 +33,7 @@ def options(count: int) -> dict[str, Any]:
 
 
 def _between(low: int, high: int, count: int, multiple: int) -> tuple[int, ...]:
-    """Multiples from `low` to `high`, evenly spaced as far as they are."""
+    """Return `count` multiples of a number from `low` to `high`, as evenly spaced as multiples can be."""
     return tuple(round((low + (high - low) * i / (count - 1)) / multiple) * multiple for i in range(count))
 
 

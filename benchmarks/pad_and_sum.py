@@ -1,8 +1,8 @@
-"""Algorithm 1 of the paper to the letter: what the engine's masks are measured against.
+"""The paper's Algorithm 1 to the letter, against which the engine's masks are measured.
 
-For every combination of the options of a layer's choices: cut the slice out of each parameter, pad it with zeros to
-the full shape, weigh it by the combination's probability, and add it up. Everything else of a space stays as it is:
-attention, weighted norms, and the mixture over depths.
+For every combination of the options of a layer's choices, it cuts the slice out of each parameter, pads it with zeros
+to the full shape, multiplies it by the combination's probability, and adds it up. Everything else in a space is
+unchanged: attention, weighted norms, and the mixture over depths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tanglenas_engine.superposition.size import Axis, combinations
 
 @contextmanager
 def pad_and_sum() -> Iterator[None]:
-    """Within, spaces on the soft path add up padded slices."""
+    """Let spaces on the soft path add up padded slices within the block."""
     with (
         _replaced(Elastic, "current", _current),
         _replaced(elastic.Linear, "forward", _linear),

@@ -1,11 +1,11 @@
-"""Where the time of a search step goes: masks ("after") beside Algorithm 1 to the letter ("before").
+"""The time of a search step by kind of operator, for masks ("after") and for Algorithm 1 to the letter ("before").
 
     python -m benchmarks.profile --space gpt
     python -m benchmarks.profile --space autoformer_t --relaxation gated --top 8
 
-Every operator that torch's profiler sees is put into one of a few kinds, and its own time is counted, not that of what
-it calls. What is left of a step is Python's, and the profiler's. Kinds of step take turns, and their milliseconds are
-shares of the processor time that a step takes without the profiler.
+Every operator that torch's profiler sees belongs to one of a few kinds. Its own time is counted, without that of the
+operators that it calls. The rest of a step is Python's and the profiler's. Kinds of step take turns. Their milliseconds
+are shares of the processor time that a step takes without the profiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 import benchmarks.pad_and_sum
-from benchmarks.search_step import PRESETS, Bench, Preset  # sets what torch's profiler reads when it is imported
+from benchmarks.search_step import PRESETS, Bench, Preset  # sets a variable that torch's profiler reads on import
 
 import torch  # isort: skip
 from torch import Tensor, nn
@@ -43,12 +43,12 @@ NAMES = {
     "_Masked": MASKS,
     "Optimizer.": OPTIMIZER,
 }
-"""Kinds by a part of an operator's name; what has none is of the kind of the part of the program that it is in."""
+"""Kinds by a part of an operator's name. Other operators take the kind of the part of the program they run in."""
 
 
 @contextmanager
 def labelled() -> Iterator[None]:
-    """Within, the profiler is told which parts of the program run."""
+    """Tell the profiler, within the block, which parts of the program run."""
     parts: list[tuple[Any, str, str]] = [
         (Superposition, "relax", MASKS),
         (Elastic, "current", MASKS),
@@ -74,21 +74,21 @@ def _recorded(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
 
 def profiled(step: Callable[[], None], positions: int) -> tuple[Counter[str], Counter[str]]:
-    """Microseconds of a step by kind, and by kind and operator.
+    """Return the microseconds of a step by kind, and by kind and operator.
 
     Args:
-        positions: Those of the whole batch (tokens), which the gradient of a weight sums over.
+        positions: The positions (tokens) in the whole batch, over which the gradient of a weight sums.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         with torch.profiler.record_function(PYTHON):
             step()
     events: list[Any] = list(profile.events() or ())
-    # What a node of the backward pass is the gradient of: the innermost operator with its number comes last.
+    # A backward node is the gradient of the operator with its number; the innermost of these comes last.
     forwards = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _node(event)}
     kinds: Counter[str] = Counter()
     operators: Counter[str] = Counter()
     for event in events:
-        python = "::" not in event.name or event.name.startswith(BACKWARD)  # no operator of torch
+        python = "::" not in event.name or event.name.startswith(BACKWARD)  # not an operator of torch
         kind = PYTHON if python else _kind(event, forwards, positions)
         kinds[kind] += event.self_cpu_time_total
         if not python:
@@ -114,24 +114,24 @@ def _kind(event: Any, forwards: Mapping[int, Any], positions: int) -> str:
             return REST if one.name == PYTHON else str(one.name)
         if one.name.startswith(BACKWARD) and one.sequence_nr in forwards:
             kind = _kind(forwards[one.sequence_nr], {}, positions)
-            return REST if kind == FORWARD else kind  # products themselves have been told by their shapes
+            return REST if kind == FORWARD else kind  # the shapes have told products apart above
     return REST
 
 
 def _node(event: Any) -> Any:
-    """The node of the backward pass that an operator belongs to, or None."""
+    """Return the node of the backward pass that an operator belongs to, or None."""
     return next((one for one in _outwards(event) if one.name.startswith(BACKWARD)), None)
 
 
 def _outwards(event: Any) -> Iterator[Any]:
-    """An operator, what called it, and so on."""
+    """Yield an operator, its caller, the caller of that, and so on."""
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
 def measure(space: SearchSpace, batch: int, rounds: int, naive: bool = True) -> tuple[Any, Any]:
-    """Milliseconds of the kinds of step, `{step: {kind: ms}}`, and the same by kind and operator."""
+    """Return the milliseconds of each kind of step, `{step: {kind: ms}}`, and the same by kind and operator."""
     bench = Bench(space, batch, naive=naive, sampled=False, clock="processor")
     positions = _positions(space, bench.batches[0][0])
     kinds: dict[str, Counter[str]] = {name: Counter() for name in bench.steps}
@@ -152,7 +152,7 @@ def measure(space: SearchSpace, batch: int, rounds: int, naive: bool = True) -> 
 
 
 def _positions(space: SearchSpace, inputs: Tensor) -> int:
-    """Rows of what most products multiply: the batch's tokens."""
+    """Return the number of rows that most matrix products multiply: the tokens of the batch."""
     rows: Counter[int] = Counter()
     hooks = [
         module.register_forward_hook(lambda _, given, __: rows.update([given[0].numel() // given[0].shape[-1]]))
@@ -192,7 +192,7 @@ def main(space: str, relaxation: str, batch: int | None, rounds: int, naive: boo
     _print(kinds, [kind for kind in KINDS if any(total[kind] for total in kinds.values())])
     plain = kinds["plain"]
     constant = plain.total() - plain[WEIGHTS] - plain[OPTIMIZER]
-    if not plain[BOTH]:  # those of a convolution come together, and cannot be told apart
+    if not plain[BOTH]:  # the two gradients of a convolution come together
         click.echo(f"forward and input gradients alone: {constant / plain.total():.2f} of a plain step")
     if top:
         most = Counter(

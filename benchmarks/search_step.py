@@ -3,8 +3,8 @@
     python -m benchmarks.search_step --space gpt --json
     python -m benchmarks.search_step --space autoformer_t --relaxation gated --rounds 15 --threads 2
 
-All kinds of step take turns, round after round, so that a machine that slows down slows them all. What is timed is
-what the stages run: forward, backward, clipping and the step of the optimizer.
+All kinds of step take turns, round after round, so that a machine that slows down slows them all. A timed step does
+what the stages do: forward, backward, clipping and the step of the optimizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, writes about itself
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences torch's profiler, which counts memory
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,22 @@ from torch import Tensor, nn
 from benchmarks.pad_and_sum import pad_and_sum
 from tanglenas_engine import Optimizer, SearchSpace, create_optimizer, create_space
 from tanglenas_engine.optimizers.optimizer import Batch, Step
-from tanglenas_engine.runtime.devices import laid_out
+from tanglenas_engine.runtime.devices import channels_last
 from tanglenas_engine.superposition.mixture import COVERED
 from tanglenas_engine.training.losses import cross_entropy
-from tanglenas_engine.training.optim import made, parameter_groups
+from tanglenas_engine.training.optim import call_factory, parameter_groups
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The batch and the options at which a space is measured unless told otherwise."""
+    """The batch and the options at which a space is measured by default."""
 
     batch: int
     options: dict[str, Any] = field(default_factory=dict)
 
 
 PRESETS = {
-    # 1,024 tokens, characters.
+    # A batch has 1,024 tokens, which are characters.
     "gpt": Preset(
         4,
         {
@@ -65,8 +65,8 @@ class Bench:
     """A space and its largest standalone network, ready to take steps.
 
     Attributes:
-        steps: By name what takes one step of that kind, given the number of the round.
-        prepare: What has to be made before a step is timed.
+        steps: Functions that take one step, by kind; their argument is the number of the round.
+        prepare: Functions that run before a step is timed, by kind of step.
     """
 
     space: SearchSpace
@@ -82,7 +82,7 @@ class Bench:
         self.optimizer = create_optimizer(self.method)
         self.optimizer.bind(space, seed=0)
         adam = partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999))
-        self.alpha_optimizer = made("Adam", adam, self.optimizer.parameters())
+        self.alpha_optimizer = call_factory("Adam", adam, self.optimizer.parameters())
         self.weight_optimizer = _adamw(space)
         self.batches = [_batch(space, self.batch) for _ in range(2)]
         self.steps: dict[str, Callable[[int], None]] = {
@@ -115,9 +115,9 @@ class Bench:
         self.alpha_optimizer.step()
 
     def _naive(self, stream: str, index: int) -> None:
-        """As published: pad and sum, and in both steps back to weights and alpha alike."""
+        """Take a step as published: pad and sum, with gradients for weights and alpha in both kinds of step."""
         relaxation = self.space.relaxation
-        if relaxation == "gated":  # Algorithm 1 knows no gates
+        if relaxation == "gated":  # Algorithm 1 has no gates
             self.space.relaxation = "exact"
         optimizer = self.weight_optimizer if stream == "weight" else self.alpha_optimizer
         with pad_and_sum():
@@ -135,13 +135,13 @@ class Bench:
     def _extract(self, index: int) -> None:
         self.network = self.space.extract(self.spos.sample(index, "weight"))
         self.network_optimizer = _adamw(self.network)
-        self._standalone(index)  # the optimizer makes its state
+        self._standalone(index)  # the optimizer makes its state in this step
 
     def _standalone(self, index: int) -> None:
         _train(self.network, self.network_optimizer, self.batches[0], index)
 
     def seconds(self, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-        """Seconds of every kind of step in each round."""
+        """Return the seconds of every kind of step in each round."""
         taken: dict[str, list[float]] = {name: [] for name in self.steps}
         now = CLOCKS[self.clock]
         for index in range(warmup + rounds):
@@ -157,11 +157,11 @@ class Bench:
         return taken
 
     def saved(self) -> dict[str, int]:
-        """Bytes that one step of each kind keeps for its backward pass."""
+        """Return the bytes that one step of each kind keeps for its backward pass."""
         return {name: saved_bytes(self.steps[name], self._parameters()) for name in ("plain", "weight", "arch")}
 
     def peaks(self) -> dict[str, int]:
-        """Most bytes that one step of each kind has allocated at a time, beyond what lives between steps."""
+        """Return the most bytes that one step of each kind allocates, beyond those that live between steps."""
         return {name: peak_bytes(self.steps[name]) for name in ("plain", "weight", "arch")}
 
     def _parameters(self) -> set[int]:
@@ -175,8 +175,8 @@ class Bench:
 
 
 def saved_bytes(step: Callable[[int], None], known: set[int]) -> int:
-    """Bytes that a step saves for backward: every storage once, those at the addresses `known` not."""
-    # The tensors are kept until the end: an address that is freed would be given out again.
+    """Return the bytes that a step saves for backward: each storage once, without those at the addresses `known`."""
+    # The storages are kept until the end, because a freed address would be used again.
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def saved_bytes(step: Callable[[int], None], known: set[int]) -> int:
 
 
 def peak_bytes(step: Callable[[int], None]) -> int:
-    """Most bytes that the allocator has given out during a step, beyond those before it."""
+    """Return the most bytes that the allocator gives out during a step, beyond those before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -216,12 +216,12 @@ def _train(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, _
 
 
 def _adamw(network: nn.Module) -> torch.optim.Optimizer:
-    return made("AdamW", partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.05), parameter_groups(network))
+    return call_factory("AdamW", partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.05), parameter_groups(network))
 
 
 def _batch(space: SearchSpace, size: int) -> Batch:
     device = next(space.parameters()).device
-    inputs = laid_out(space.example_input(size).to(device))
+    inputs = channels_last(space.example_input(size).to(device))
     with torch.no_grad():
         outputs = space.release()(inputs)
     return inputs, torch.randint(outputs.shape[-1], outputs.shape[:-1], device=device)
@@ -233,7 +233,7 @@ def _synchronize() -> None:
 
 
 def measure(space: SearchSpace, batch: int, rounds: int, memory: bool = True, **options: Any) -> dict[str, Any]:
-    """Medians in seconds, their ratios, and bytes saved and allocated."""
+    """Return medians in seconds, their ratios, and the bytes saved and allocated."""
     bench = Bench(space, batch, **options)
     taken = bench.seconds(rounds)
     seconds = {name: statistics.median(times) for name, times in taken.items()}
@@ -245,7 +245,7 @@ def measure(space: SearchSpace, batch: int, rounds: int, memory: bool = True, **
         found["naive_over_search"] = found["naive"] / search
     if bench.sampled:
         found |= {"spos": seconds["spos"], "standalone": seconds["standalone"]}
-        # Every round samples another network: those of one round are compared.
+        # Every round samples another network, so the times of one round are compared.
         pairs = zip(taken["spos"], taken["standalone"], strict=True)
         found["spos_over_standalone"] = statistics.median(one / other for one, other in pairs)
     if memory:
@@ -314,7 +314,7 @@ def main(
 
 
 def show(found: Mapping[str, Any], as_json: bool) -> None:
-    """Print figures by name, a line each or as one JSON object."""
+    """Print figures by name, one in a line or all as one JSON object."""
     if as_json:
         click.echo(json.dumps(found))
         return

@@ -1,9 +1,9 @@
-"""Where a search stage spends its time, beside the two steps of an iteration.
+"""The time of a search stage by its parts: steps, loading, history, checkpoints and the rest.
 
     python -m benchmarks.stage
 
-Runs the search stage of the project in this folder, as `dvc repro` does (its outputs are written anew), and prints
-seconds on the clock and their share of the stage. On an idle machine.
+The script runs the search stage of the project in this folder, as `dvc repro` does, and writes its outputs anew. It
+prints seconds on the clock and their share of the stage. The machine should be idle.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from unittest import mock
 import torch
 
 from pipelines import search as stage
-from pipelines._config import stage_arguments
 from tanglenas_engine.data import Stream
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages import search
 
 
 class Clock(Counter[str]):
-    """Seconds by what they were spent on; those of a part are not counted in the whole around it."""
+    """A counter of seconds by name; the seconds of an inner part do not count in the outer part."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Every optimizer on the toy cell space, judged by its published table: the anytime curve in ranks.
+"""The anytime curve of every optimizer on the toy cell space, in ranks of its published table.
 
     python -m benchmarks.toy_cell TABLE FASHION_MNIST_FOLDER --seeds 0 1 --steps 240
 
-All optimizers get the same number of steps, data and options. Those without architecture parameters are derived by
-random search on the trained supernet. Prints a line a run, and JSON with --json.
+All optimizers get the same number of steps, data and options. Optimizers without architecture parameters derive theirs
+by random search on the trained supernet. The script prints a line for each run, and writes JSON with --json.
 """
 
 from __future__ import annotations

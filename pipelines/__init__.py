@@ -1,1 +1,1 @@
-"""The four stages as DVC runs them: gin in, a stage function of the engine, files and MLflow out."""
+"""The stages as DVC runs them: a script each, with the order of the calls. They are yours to change."""

@@ -3,55 +3,30 @@
 import sys
 from collections.abc import Sequence
 
-import gin
-
-from pipelines._stage import (
-    ARCHITECTURE,
-    SPLITS,
-    SUPERNET,
-    WEIGHTS,
-    device,
-    load_into,
-    read_architecture,
-    retrain_,
-    stage,
-)
-from tanglenas_engine import figures
-from tanglenas_engine.data import Splits, open_splits
+from tanglenas_engine.pipeline import figures, files, open_stage, read_architecture, retrain
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
-    with stage("retrain", arguments, (SUPERNET, ARCHITECTURE, SPLITS)) as run:
-        architecture = read_architecture(run.space)
-        mode = gin.get_bindings("retrain").get("mode", "scratch")
-        if mode != "scratch":
-            load_into(
-                run.space,
-                SUPERNET,
-                f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', "
-                "which may build a larger network",
-            )
-        result = retrain_(
-            run.space,
+    with open_stage("retrain", arguments, (files.SUPERNET, files.ARCHITECTURE, files.SPLITS)) as stage:
+        architecture = read_architecture(stage.space)
+        files.load_inherited(stage.space)
+        result = retrain(
+            stage.space,
             architecture,
-            open_splits(
-                run.dataset,
-                Splits.from_json(SPLITS.read_text("utf-8", errors="replace")),
-                ("training", "validation"),
-            ),
-            seed=run.seed,
-            device=device(),
-            checkpoints=run.checkpoints,
-            tracker=run.tracker,
-            progress=run.progress,
+            stage.open("training", "validation"),
+            seed=stage.seed,
+            device=stage.device,
+            checkpoints=stage.checkpoints,
+            tracker=stage.tracker,
+            progress=stage.progress,
         )
-        run.alone()
-        run.space.export(result.network.cpu(), architecture, WEIGHTS.parent, run.dataset)
-        run.table("history.csv", result.history)
+        stage.alone()
+        stage.space.export(result.network.cpu(), architecture, files.WEIGHTS.parent, stage.dataset)
+        stage.table("history.csv", result.history)
         if result.history:
-            figures.training(result.history, run.folder / "training.png")
-        run.finish({"validation_accuracy": result.validation_accuracy}, architecture)
+            figures.training(result.history, stage.folder / "training.png")
+        stage.finish({"validation_accuracy": result.validation_accuracy}, architecture)
 
 
 if __name__ == "__main__":

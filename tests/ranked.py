@@ -109,7 +109,7 @@ def _architecture_gradient(space, optimizer):
 
     optimizer.bind(space.train(), 3)
     data = random_data(space, ("weights", "architecture"), samples=8)
-    mine = torch.arange(8).chunk(distributed.world())[distributed.rank()]
+    mine = torch.arange(8).chunk(distributed.world_size())[distributed.rank()]
     batches = data.weights.batch(mine), data.architecture.batch(mine)
     optimizer.architecture_backward(Step(0, space, cross_entropy, *batches, SGD(parameter_groups(space))))
     gradients = [alpha.grad for alpha in optimizer.alphas.values()]
@@ -204,7 +204,7 @@ class SignalAfter(CutAfter):
 
 def interrupted():
     """The last rank is asked to stop after 6 steps; the first saves."""
-    asked = distributed.rank() == distributed.world() - 1
+    asked = distributed.rank() == distributed.world_size() - 1
     with shared_checkpoints() as checkpoints:
         try:
             searched("drnas", checkpoints=checkpoints, progress=SignalAfter(6 if asked else None))
@@ -224,10 +224,10 @@ def exchanged():
     return {
         "gather": distributed.gather(mine),
         "broadcast": distributed.broadcast(mine),
-        "total": distributed.total([rank, 1.0]),
-        "anywhere": [distributed.anywhere(rank == 0), distributed.anywhere(False)],
+        "total": distributed.sum_over_ranks([rank, 1.0]),
+        "anywhere": [distributed.any_rank(rank == 0), distributed.any_rank(False)],
         "shard": list(distributed.shard("abcde")),
-        "each": distributed.each(lambda letter: [letter, rank], "abcde"),
+        "each": distributed.map_over_ranks(lambda letter: [letter, rank], "abcde"),
         "average": tensors,
         "averaged": constants,
         "synchronize": copy,
@@ -268,6 +268,6 @@ class DieAfter(CutAfter):
 
 def killed():
     """The last of several ranks dies in step 8; checkpoints are in the folder that PLACE names."""
-    dies = 0 < distributed.rank() == distributed.world() - 1
+    dies = 0 < distributed.rank() == distributed.world_size() - 1
     with shared_checkpoints(os.environ["PLACE"]) as checkpoints:
         return searched("drnas", checkpoints=checkpoints, checkpoint_every=3, progress=DieAfter(8 if dies else None))

@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     names, place = sys.argv[1].split(","), Path(sys.argv[2])
-    with distributed.joined():
+    with distributed.process_group():
         for name in names:
             torch.manual_seed(0)
             torch.save(getattr(ranked, name)(), place / f"{name}-{distributed.rank()}.pt")

@@ -70,8 +70,8 @@ def test_a_split_too_large_to_stay_is_fetched_for_every_candidate_with_the_same_
     space = Normed()
     samples = counted(space)
     found = []
-    for most in (module.HELD, samples.batch(torch.arange(1))[0].nbytes):
-        monkeypatch.setattr(module, "HELD", most)
+    for most in (module.HELD_BYTES, samples.batch(torch.arange(1))[0].nbytes):
+        monkeypatch.setattr(module, "HELD_BYTES", most)
         samples.fetched = 0
         with Candidates(space, samples, samples, batch_size=8, device=torch.device("cpu")) as tried:
             fetched = samples.fetched
@@ -177,7 +177,7 @@ def test_an_interrupted_derivation_goes_on_where_it_was(tmp_path, cut):
 
 
 def test_what_was_judged_is_kept_from_time_to_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         with candidates(vit(), checkpoints=checkpoints) as tried:
             tried.judge(tried.fresh(2))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tanglenas_engine import create_space
-from tanglenas_engine.spaces.cells import FactorizedReduce, Nothing, Separable, nodes, pool, skip
+from tanglenas_engine.spaces.cells import FactorizedReduce, Separable, Zero, cell_nodes, pool, skip
 
 SHARINGS = ("superposed", "entangled", "separate")
 SMALL = {
@@ -97,7 +97,7 @@ def test_the_cost_is_what_the_network_counts(label, sharing):
 )
 def test_a_node_is_the_sum_of_an_edge_from_every_node_before_it(inputs, factors, found):
     edges = [lambda x, factor=factor: factor * x for factor in factors]
-    assert nodes(list(map(torch.tensor, inputs)), edges) == list(map(torch.tensor, found))
+    assert cell_nodes(list(map(torch.tensor, inputs)), edges) == list(map(torch.tensor, found))
 
 
 def test_half_of_a_factorized_reduction_sees_the_even_pixels_and_half_the_odd_ones():
@@ -127,6 +127,6 @@ def test_the_first_of_two_separable_convolutions_has_the_stride():
 
 @pytest.mark.parametrize(("stride", "size", "expected"), [(1, 5, 5), (2, 4, 2), (2, 5, 3)])
 def test_an_edge_that_is_not_there_gives_zeros_of_the_shape_of_a_convolution(stride, size, expected):
-    y = Nothing(stride)(torch.ones(2, 3, size, size))
+    y = Zero(stride)(torch.ones(2, 3, size, size))
     assert y.shape == (2, 3, expected, expected) and not y.any()
     assert Separable(3, 5, stride)(torch.ones(2, 3, size, size)).shape == y.shape

@@ -12,7 +12,6 @@ from tanglenas_darts.training import FourAverages, ScheduledDropPath, WithAuxili
 from tanglenas_engine import create_space
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import argmax
 
 DARTS_V2 = (
     "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
@@ -183,7 +182,7 @@ def test_the_most_probable_architecture_has_the_two_strongest_edges_without_none
     mixture = space.mixture(
         {"normal": normal / normal.sum(1, keepdim=True), "reduce": reduce / reduce.sum(1).view(-1, 1)}
     )
-    found = argmax(space, mixture)
+    found = space.most_probable(mixture)
     assert nodes(found)[1] == [(0, "sep_conv_3x3"), (2, "skip_connect")]
     assert nodes(found)[0] == [(0, "max_pool_3x3"), (1, "max_pool_3x3")]
     architecture = space.sample()
@@ -227,7 +226,7 @@ def test_a_budget_is_met_by_the_best_genotype_that_no_move_improves(share):
     for change in space.moves(picks):
         if space.cost(space.architecture_of({**picks, **change})).params <= budget["params"]:
             assert sum(scores[row][i] - scores[row][picks[row]] for row, i in change.items()) <= 1e-9
-    assert Budget(space, {"params": high, "flops": None}).project(mixture).architecture == argmax(space, mixture)
+    assert Budget(space, {"params": high, "flops": None}).project(mixture).architecture == space.most_probable(mixture)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         architecture = Budget(space, budget).shrink(space.sample(generator), generator)

@@ -1,5 +1,6 @@
 """The documentation is complete, and what it shows works."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -16,12 +17,11 @@ import torch
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
-import pipelines.discretize
-import pipelines.evaluate  # noqa: F401  # they make known what gin files can bind
-from pipelines._config import configure
+import tanglenas_engine.pipeline.configurables  # noqa: F401  # makes known what gin files can bind
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.cli.init import _check_fit
+from tanglenas_engine.pipeline.config import configure
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.testing import check_dataset, check_objective
@@ -112,6 +112,21 @@ def test_every_environment_variable_is_documented():
     assert used and not [name for name in used if name not in documented]
 
 
+def test_the_public_names_are_the_api_page():
+    package = ROOT / "tanglenas_engine"
+    public = {*exports(package / "__init__.pyi"), *exports(package / "testing" / "__init__.py")}
+    listed = re.findall(r"^::: (\S+)", text("api.md"), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert sorted(listed) == sorted(public), "docs/api.md lists other names than the public ones"
+
+
+def exports(file: Path) -> set[str]:
+    """The names that a package's file imports from its modules, each by the path of the module that defines it."""
+    package = ".".join(file.parent.relative_to(ROOT).parts)
+    imports = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ImportFrom)]
+    return {".".join(filter(None, (package, it.module, alias.name))) for it in imports for alias in it.names}
+
+
 def test_the_help_of_every_command_is_in_the_reference():
     module = _loaded(DOCS / "reference.py")
     said, written = module.page().split(), text("commands.md").split()
@@ -185,7 +200,7 @@ def names() -> list[str]:
 @pytest.mark.parametrize("page", ["own-space.md", "own-optimizer.md"])
 def test_tutorials_show_the_example(page):
     written = "\n".join(path.read_text() for path in (*EXAMPLE.glob("*.py"), *EXAMPLE.parent.glob("tests/*.py")))
-    shown = [code for name, code in blocks("python") if name == page and "self.entropy" not in code]
+    shown = [code for name, code in blocks("python") if name == page and "self.derive_seed" not in code]
     assert len(shown) >= 2
     for code in shown:
         parts = [part for part in re.split(r"\n\n\n", code.strip("\n")) if not part.startswith(("import", "from"))]

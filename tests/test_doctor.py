@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 DIES = """
 import os, signal
-from pipelines._tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking import MlflowTracker
 
 with MlflowTracker.open(stage="search", root=".") as tracker:
     tracker.log_metrics({"loss": 1.0}, 0)
@@ -78,6 +78,7 @@ def test_a_project_in_order_has_no_problem(ask):
     [
         (lambda p: (p / ".dvc").rmdir(), "dvc does not know this folder", "dvc init"),
         (lambda p: (p / "params.yaml").unlink(), "params.yaml are missing", "tanglenas init DIR"),
+        (lambda p: (p / "pipelines" / "_stage.py").write_text(""), "an earlier version", "tanglenas init --upgrade /"),
         (lambda p: (p / "gin" / "__init__.py").write_text(""), "hides the package gin-config", "delete the file"),
     ],
 )
@@ -159,16 +160,17 @@ def test_a_stage_that_was_cut_off_can_go_on(ask, project):
 @pytest.fixture
 def cut_off(project, monkeypatch):
     """The checkpoint of a search that the pipeline itself was stopped in; its folder."""
-    from pipelines import _stage, search
+    from pipelines import search
+    from tanglenas_engine.pipeline.stage import _Checkpoints
 
     monkeypatch.setenv("TANGLENAS_TRACKING", "off")
-    save = _stage._Checkpoints.save
+    save = _Checkpoints.save
 
     def save_and_stop(self, state):
         save(self, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_stage._Checkpoints, "save", save_and_stop)
+    monkeypatch.setattr(_Checkpoints, "save", save_and_stop)
     names = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "spos"', 'DATASET = "digits"', "SEED = 0", "search.epochs = 2"]
     with pytest.raises(SystemExit):
         search.main(["gin/stages/search.gin", *names])

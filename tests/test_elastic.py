@@ -80,7 +80,7 @@ class Case:
         # A simultaneous step, a weight step, and an architecture step: of a first layer, in bands of rows and without.
         later = [*alphas, *inputs]
         for learn, least_rows in [(leaves, 64), ([*weights, *inputs], 64), (alphas, 0), (later, 0), (later, 10**9)]:
-            with mock.patch.object(products, "LEAST_ROWS", least_rows), only(learn, leaves):
+            with mock.patch.object(products, "MIN_ROWS_PER_BAND", least_rows), only(learn, leaves):
                 layer.load_state_dict(before, strict=False)
                 self.space.relax(self.probabilities())
                 ours = layer(x)
@@ -373,7 +373,7 @@ def test_gradients_of_gradients(build, shape, learn):
         return layer(x)
 
     x = randn(*shape).requires_grad_()
-    with mock.patch.object(products, "LEAST_ROWS", 0):
+    with mock.patch.object(products, "MIN_ROWS_PER_BAND", 0):
         leaves = (x, *case.alphas.values(), *weights)
         assert torch.autograd.gradcheck(output, leaves)
         assert torch.autograd.gradgradcheck(output, leaves)
@@ -382,7 +382,7 @@ def test_gradients_of_gradients(build, shape, learn):
 def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkeypatch):
     case = Case({"E": (2, 4)})
     layer = case.prepare(elastic.Conv2d(3, case.symbols.E, 2, stride=2, padding=0)).requires_grad_(False)
-    monkeypatch.setattr(products, "LEAST_ROWS", 0)
+    monkeypatch.setattr(products, "MIN_ROWS_PER_BAND", 0)
     asked = []
     original = products.ConvolutionProduct._gradients
     monkeypatch.setattr(

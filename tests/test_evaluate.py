@@ -8,9 +8,10 @@ from spaces import SPACES, vit
 from tiny import tiny
 from torch import nn
 
-from tanglenas_engine import SearchSpace, elastic, figures
+from tanglenas_engine import SearchSpace, elastic
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
+from tanglenas_engine.pipeline import figures
 from tanglenas_engine.stages.evaluate import evaluate, rank_correlation
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate

@@ -54,8 +54,8 @@ def test_darts_nodes_come_whole_from_one_parent():
 
 def test_a_space_that_does_not_say_what_is_decided_together_gets_a_parent_where_a_child_is_none():
     space, draw = tiny("darts"), generator()
-    space.decisions = super(type(space), space).decisions
     one, other = space.sample(draw), space.sample(draw)
+    space.decisions = super(type(space), space).decisions
     children = [Variation(space, draw).crossed(one, other) for _ in range(10)]
     assert all(space.assignment_of(child) for child in children) and one in children
 

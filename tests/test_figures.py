@@ -11,10 +11,11 @@ from PIL import Image
 from spaces import SPACES, make, random_mixture, vit
 from torch import nn
 
-from tanglenas_engine import SearchSpace, create_optimizer, elastic, figures
+from tanglenas_engine import SearchSpace, create_optimizer, elastic
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import argmax, normalized_entropy
+from tanglenas_engine.optimizers.optimizer import normalized_entropy
+from tanglenas_engine.pipeline import figures
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.search import search
 
@@ -56,7 +57,7 @@ def history(space, epochs):
     for epoch in range(1, epochs + 1):
         sway = {name: epoch / epochs * value + 0.1 * torch.randn_like(value) for name, value in logits.items()}
         mixture = space.mixture({name: value.softmax(-1) for name, value in sway.items()})
-        current = argmax(space, mixture)
+        current = space.most_probable(mixture)
         cost, expected = space.cost(current), space.expected_cost(mixture)
         rows.append(
             {
@@ -181,7 +182,8 @@ def test_equal_input_gives_equal_bytes_whatever_the_settings_of_matplotlib(tmp_p
 def test_no_pyplot_and_no_matplotlib_before_it_is_needed(tmp_path):
     code = f"""
 import sys
-from tanglenas_engine import figures
+
+from tanglenas_engine.pipeline import figures
 assert "matplotlib" not in sys.modules
 figures.training({retraining(2)!r}, {str(tmp_path / "training.png")!r})
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules

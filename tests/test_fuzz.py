@@ -22,21 +22,13 @@ from ruamel.yaml import YAML
 from support.trainings import run
 from tiny import tiny
 
-from pipelines._config import check_params, configure, required
-from pipelines._stage import (
-    ARCHITECTURE,
-    MIXTURE,
-    SPLITS,
-    SUPERNET,
-    _create,
-    create_optimizer_,
-    load_into,
-    read_architecture,
-    search_,
-)
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.data import DataView, Splits, make_splits
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config import configure, required
+from tanglenas_engine.pipeline.configurables import create, create_optimizer, read_architecture, search
+from tanglenas_engine.pipeline.files import ARCHITECTURE, MIXTURE, SPLITS, SUPERNET, load_into
+from tanglenas_engine.pipeline.params import check_params
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
 from tanglenas_engine.spaces.architecture import Architecture
@@ -239,7 +231,7 @@ SENSIBLE = st.sampled_from(
         "('a',)",
         "'exact'", "'gated'", "'paper'", "'simultaneous'", "'alternating'", "'superposed'", "'entangled'", "'l2'",
         "'kl'", "'avg'", "'token'", "[[1]]", "{'a': 1}", "float('nan')", "1e400", "10**9", "@torch.optim.SGD",
-        "@torch.optim.Adam", "@torch.nn.functional.mse_loss", "@tanglenas_engine.training.optim.cosine",
+        "@torch.optim.Adam", "@torch.nn.functional.mse_loss", "@tanglenas_engine.cosine",
     ]
 )  # fmt: skip
 
@@ -261,10 +253,10 @@ def test_what_is_bound_is_searched_with_or_refused(project: Path, bindings: list
             values = value if isinstance(value, tuple | list) else [value]
             # What takes too long is no error.
             assume(option == "clip" or not any(isinstance(v, int) and v > 64 for v in values))
-        _, space, dataset = _create()
+        _, space, dataset = create()
         samples = dataset.subset(torch.arange(8), train=False)
         data = DataView({name: samples for name in ("weights", "architecture", "validation")})
-        result = search_(space, create_optimizer_(name="drnas"), data, seed=0, device="cpu")
+        result = search(space, create_optimizer(name="drnas"), data, seed=0, device="cpu")
         space.assignment_of(result.architecture)
         assert len(result.history) == gin.get_bindings("search")["epochs"]
 

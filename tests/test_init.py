@@ -49,7 +49,7 @@ def test_the_recipes_and_stages_are_those_of_this_version(init, tmp_path):
     for name in (
         "gin/stages/search.gin",
         "gin/spaces/autoformer_nano.gin",
-        "pipelines/_stage.py",
+        "pipelines/search.py",
         "dvc.yaml",
         ".dvcignore",
     ):
@@ -98,6 +98,64 @@ def test_a_folder_with_files_is_refused_and_left_as_it_is(init, tmp_path):
 def test_a_file_is_no_folder(init, tmp_path):
     (tmp_path / "project").write_text("mine")
     assert init().exit_code == 2
+
+
+# --- a project that holds a copy of the pipeline, as those of earlier versions do ----------------------------------
+
+
+@pytest.fixture
+def earlier(init, tmp_path):
+    """Such a project, with an own recipe and without one that came with the package."""
+    assert init().exit_code == 0
+    project = tmp_path / "project"
+    for name in ("_config", "_records", "_spool", "_stage", "_store", "_tracking"):
+        (project / "pipelines" / f"{name}.py").write_text("from tanglenas_engine.somewhere_else import something\n")
+    for name in STAGES:
+        (project / "pipelines" / f"{name}.py").write_text("from pipelines._stage import stage\n")
+    environment = "import tanglenas_engine\nfrom tanglenas_engine.somewhere_else import code_version\n"
+    (project / "pipelines" / "environment.py").write_text(environment)
+    (project / "dvc.yaml").write_text("stages: {}\n")
+    (project / "params.yaml").write_text("space: toy_cell\n")
+    (project / "gin" / "demo" / "search.gin").write_text("search.epochs = 7\n")
+    (project / "gin" / "cpu" / "search.gin").unlink()
+    return project
+
+
+@pytest.mark.parametrize("script", ["environment", *STAGES])
+def test_a_script_of_an_earlier_version_says_in_a_sentence_what_to_do(earlier, script):
+    command = [sys.executable, "-m", f"pipelines.{script}", "autoformer_nano", "drnas", "digits"]
+    done = subprocess.run(command, cwd=earlier, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "Run `tanglenas init --upgrade .`" in done.stderr
+
+
+def test_an_upgrade_replaces_scripts_and_dvc_yaml_and_keeps_what_was_there(earlier, init):
+    before = contents(earlier)
+    result = init("--upgrade")
+    assert result.exit_code == 0, result.output
+    after = contents(earlier)
+    for name in ("dvc.yaml", *(f"pipelines/{script}.py" for script in ("__init__", "environment", *STAGES))):
+        assert after[name] == (ROOT / name).read_bytes()
+    assert not [name for name in after if name.startswith("pipelines/_") and name != "pipelines/__init__.py"]
+    assert after["params.yaml"] == before["params.yaml"] and after["gin/demo/search.gin"] == b"search.epochs = 7\n"
+    assert after["gin/cpu/search.gin"] == (ROOT / "gin" / "cpu" / "search.gin").read_bytes()
+    (kept,) = (earlier / ".tanglenas" / "replaced").iterdir()
+    assert contents(kept) == {name: before[name] for name in contents(kept)}
+    assert {"dvc.yaml", "pipelines/_stage.py", "pipelines/search.py"} < set(contents(kept))
+    assert "replaced: dvc.yaml, pipelines/discretize.py" in result.output and str(kept.name) in result.output
+    assert "is of this version already" in init("--upgrade").output
+    assert contents(earlier) == after
+
+
+def test_a_project_is_told_apart_from_another_folder_with_files(earlier, init):
+    assert "tanglenas init --upgrade project" in init().stderr
+
+
+def test_only_a_project_can_be_upgraded_and_its_names_stay(earlier, init):
+    result = CliRunner().invoke(main, ["init", "--upgrade", "elsewhere"])
+    assert result.exit_code == 2 and "elsewhere has no dvc.yaml and pipelines/ to upgrade" in result.stderr
+    result = init("--upgrade", "--space", "gpt_nano")
+    assert result.exit_code == 2 and "leaves params.yaml as it is" in result.stderr
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import _store, _tracking
-from pipelines._tracking import (
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import store, tracking
+from tanglenas_engine.pipeline.tracking import (
     MlflowTracker,
     lineage,
     mark_killed,
@@ -24,7 +25,6 @@ from pipelines._tracking import (
     stale_runs,
     upload_spool,
 )
-from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.tracking import NullTracker
 
 # MLflow's own models, on SQLAlchemy 2.1.
@@ -398,7 +398,7 @@ def test_a_server_in_trouble_midway_costs_one_warning_and_no_record(
 def test_a_server_that_answers_again_is_told_what_waits(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_tracking, "RETRY", 0.0)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
     with pytest.warns(UserWarning, match="did not take metrics"):
         with MlflowTracker.open(stage="search", root=root) as tracker:
             server.before = lambda method: "503 SERVICE UNAVAILABLE"
@@ -415,7 +415,7 @@ def test_a_server_that_answers_again_is_told_what_waits(
 def test_a_slow_server_costs_a_bounded_time_and_doubles_nothing(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_store, "ANSWER", 0.3)
+    monkeypatch.setattr(store, "ANSWER_SECONDS", 0.3)
     answer = threading.Event()
     with pytest.warns(UserWarning, match=r"did not take metrics \(TimeoutError: no answer within 0.3 seconds\)"):
         with MlflowTracker.open(stage="search", root=root) as tracker:
@@ -482,7 +482,7 @@ def test_a_disk_that_fills_up_ends_no_stage(root: Path, monkeypatch: pytest.Monk
 
 KILLED = """
 import os, signal, sys
-from pipelines._tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking import MlflowTracker
 with MlflowTracker.open(stage="search", root=sys.argv[1], run_id=sys.argv[2] or None) as tracker:
     for step in range(3):
         tracker.log_metrics({"loss": step}, step)
@@ -595,7 +595,7 @@ def test_a_misspelt_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 START = """
 import sys
-from pipelines._tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking import MlflowTracker
 assert "mlflow" not in sys.modules
 sys.stdin.read()
 with MlflowTracker.open(stage=sys.argv[2], root=sys.argv[1]) as tracker:

@@ -8,9 +8,9 @@ from known import Known, additive
 from spaces import vit
 from tiny import tiny
 
-from tanglenas_engine import figures
 from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import figures
 from tanglenas_engine.spaces.objective import Objective
 
 

@@ -21,10 +21,11 @@ from project import STAGES, contents, lay_out, set_params
 from safetensors.torch import save_file
 
 from pipelines import discretize, evaluate, retrain, search
-from pipelines._config import check_params, configurable, configure
-from pipelines._stage import create_space_
-from pipelines._tracking import lineage
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config import configurable, configure
+from tanglenas_engine.pipeline.configurables import create_space
+from tanglenas_engine.pipeline.params import check_params
+from tanglenas_engine.pipeline.tracking import lineage
 from tanglenas_engine.runtime.weights import load_weights
 
 # MLflow's own models, on SQLAlchemy 2.1.
@@ -447,7 +448,7 @@ def test_an_architecture_file_that_does_not_fit_is_refused(
 
 
 def test_weights_of_another_network_are_refused(done: Path, refused) -> None:
-    smallest = create_space_(name="autoformer_nano", relative_position=True).smallest()
+    smallest = create_space(name="autoformer_nano", relative_position=True).smallest()
     Path("out/discretize/architecture.json").write_text(smallest.to_json())
     assert "out/retrain/model/model.safetensors holds the weights of another network" in refused("evaluate")
     message = refused("discretize", "create_space.embed_dim = (8, 16)")
@@ -575,7 +576,7 @@ def test_sigterm_outside_of_training_ends_the_run_as_well(
     def stop(*args: object, **options: object) -> None:
         os.kill(os.getpid(), 15)
 
-    monkeypatch.setattr(search, "search_", stop)
+    monkeypatch.setattr(search, "search", stop)
     with pytest.raises(SystemExit) as ending:
         search.main(arguments(project, "search"))
     assert ending.value.code == 130

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from test_datasets import write_fashion
 from test_pipelines import MAIN, arguments
 
-from pipelines._config import check_types, configure
-from pipelines._stage import create_space_
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import configurables
+from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline.values import check_types
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.training.optim import parameter_groups
 
@@ -85,7 +86,7 @@ def test_a_recipe_configures_the_plugins_that_it_names(project: Path, recipe: st
         check_types(kind, plugin, options)
     if stage in ("search", "retrain"):
         with torch.device("meta"):  # shapes only: the paper's spaces are large
-            assert create_space_(name=gin.query_parameter("%SPACE")).size > 1000
+            assert configurables.create_space(name=gin.query_parameter("%SPACE")).size > 1000
 
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])

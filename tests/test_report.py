@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 from project import set_params
 
-from pipelines._tracking import MlflowTracker
-from tanglenas_engine import create_space, figures
+from tanglenas_engine import create_space
 from tanglenas_engine.cli import main
-from tanglenas_engine.cli.report import _scatter
+from tanglenas_engine.pipeline import figures
+from tanglenas_engine.pipeline.report import _scatter
+from tanglenas_engine.pipeline.tracking import MlflowTracker
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

@@ -252,7 +252,7 @@ def test_a_second_repro_does_nothing_whatever_python_left_beside_the_code(change
 
 def test_an_upgrade_makes_every_stage_run_again_unless_its_results_are_committed(changed: Path) -> None:
     before = contents(changed / "out")
-    module = changed / "tanglenas_engine" / "retrain.py"
+    module = changed / "tanglenas_engine" / "pipeline" / "files.py"
     source = module.read_text()
     module.write_text(source + "# another version\n")
     dvc(changed, "repro", "environment")

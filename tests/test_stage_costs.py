@@ -12,9 +12,9 @@ import pytest
 from project import ROOT, lay_out, set_params
 
 from pipelines import discretize, search
-from pipelines._config import stage_arguments
-from pipelines._stage import stage
 from tanglenas_engine import create_space
+from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.stage import open_stage
 from tanglenas_engine.plugins import manager
 from tanglenas_objectives.latency_table import LatencyTable, Machine, options_of
 
@@ -347,7 +347,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_step_and_the_state_before_it_
 
 def identity(*bindings: str) -> str:
     """What the search's checkpoints go by."""
-    with stage("search", [*arguments("search"), *EPOCH, *bindings]) as run:
+    with open_stage("search", [*arguments("search"), *EPOCH, *bindings]) as run:
         return run.pipeline_id
 
 

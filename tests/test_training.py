@@ -18,14 +18,14 @@ from torch import nn
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
-from tanglenas_engine.runtime.devices import device_of, to
+from tanglenas_engine.runtime.devices import device_of, to_device
 from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.testing import same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
-from tanglenas_engine.training.optim import cosine, made, parameter_groups
+from tanglenas_engine.training.optim import call_factory, cosine, parameter_groups
 
 EPOCHS, STEPS = 2, 3
 
@@ -316,7 +316,7 @@ def test_only_the_weights_of_layers_decay():
 )
 def test_steps_in_one_pass_are_those_of_one_operation_after_another(factory):
     ends = []
-    for make in (factory, lambda parameters: made("weights", factory, parameters)):
+    for make in (factory, lambda parameters: call_factory("weights", factory, parameters)):
         torch.manual_seed(0)
         network = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
         optimizer = make(parameter_groups(network))
@@ -333,7 +333,7 @@ def test_a_gradient_that_lies_otherwise_in_memory_than_its_parameter_moves_the_s
     ends, gradient = [], torch.arange(6.0).view(3, 2)
     for laid in (gradient, gradient.T.contiguous().T):
         weight = nn.Parameter(torch.zeros(3, 2))
-        optimizer = made("alpha", partial(torch.optim.Adam, lr=0.1), [weight])
+        optimizer = call_factory("alpha", partial(torch.optim.Adam, lr=0.1), [weight])
         weight.grad = laid
         optimizer.step()
         ends.append(weight.detach())
@@ -344,7 +344,7 @@ def test_a_gradient_that_lies_otherwise_in_memory_than_its_parameter_moves_the_s
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_come_with_their_channels_last_in_memory_and_stay_so(channels):
     images, targets = torch.randn(2, channels, 6, 6), torch.tensor([0, 1])
-    laid, same_targets = to((images, targets), torch.device("cpu"))
+    laid, same_targets = to_device((images, targets), torch.device("cpu"))
     assert laid.equal(images) and same_targets.equal(targets)
     convolution = nn.Conv2d(channels, 4, 3)
     outputs = convolution(laid)
@@ -361,7 +361,7 @@ def test_images_come_with_their_channels_last_in_memory_and_stay_so(channels):
 
 def test_tokens_stay_as_they_are():
     tokens = torch.arange(6).view(2, 3)
-    assert to((tokens, tokens), torch.device("cpu"))[0] is tokens
+    assert to_device((tokens, tokens), torch.device("cpu"))[0] is tokens
 
 
 class Own(torch.optim.Adam):
@@ -378,12 +378,14 @@ class Own(torch.optim.Adam):
     ],
 )
 def test_an_optimizer_that_was_told_how_to_step_does_so(factory, fused):
-    optimizer = made("weights", factory, [nn.Parameter(torch.ones(1))])
+    optimizer = call_factory("weights", factory, [nn.Parameter(torch.ones(1))])
     assert [group["fused"] for group in optimizer.param_groups] == [fused]
 
 
 def test_parameters_that_no_fused_step_takes_are_stepped_one_by_one():
-    optimizer = made("weights", partial(torch.optim.Adam, lr=0.1), [nn.Parameter(torch.ones(1, dtype=torch.complex64))])
+    optimizer = call_factory(
+        "weights", partial(torch.optim.Adam, lr=0.1), [nn.Parameter(torch.ones(1, dtype=torch.complex64))]
+    )
     optimizer.param_groups[0]["params"][0].grad = torch.ones(1, dtype=torch.complex64)
     optimizer.step()
     assert not optimizer.param_groups[0]["fused"]

@@ -1,4 +1,4 @@
-"""DARTS (Liu et al., 2019, arXiv:1806.09055): the cell space of its paper."""
+"""The cell space of DARTS (Liu et al., 2019, arXiv:1806.09055)."""
 
 from tanglenas_engine import hookimpl
 

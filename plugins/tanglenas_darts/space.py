@@ -32,13 +32,13 @@ OPERATIONS = (
 )  # fmt: skip
 NONE = 0
 NODES, KEPT = 4, 2
-"""Nodes of a cell, and the edges that an architecture has into each of them."""
+"""The number of nodes of a cell, and of the edges that an architecture keeps into each node."""
 EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + node))
-"""(node, source): sources 0 and 1 are the outputs of the two cells before, then come the nodes."""
+"""The edges as (node, source). Sources 0 and 1 are the outputs of the two cells before; source 2 + n is node n."""
 
 
 class Cell(nn.Module):
-    """Four nodes on the outputs of two cells: `2 x (B, C', H', W') -> (B, 4 * channels, H, W)`."""
+    """A cell of four nodes on the outputs of two cells: `2 x (B, C', H', W') -> (B, 4 * channels, H, W)`."""
 
     def __init__(
         self, inputs: tuple[int, int], channels: Size, choice: Choice, reduction: bool, after_reduction: bool,
@@ -56,7 +56,7 @@ class Cell(nn.Module):
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
         inputs = [layer(x) for layer, x in zip(self.preprocess, (before, last), strict=True)]
-        return torch.cat(cells.nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
+        return torch.cat(cells.cell_nodes(inputs, [partial(self._through, edge) for edge in self.edges])[2:], 1)
 
     def _through(self, edge: nn.Module, x: Tensor) -> Tensor:
         y = edge(x)
@@ -64,21 +64,21 @@ class Cell(nn.Module):
 
 
 class Darts(cells.CellSpace):
-    """Two incoming edges for each of four nodes and an operation on each, in a normal and a reduction cell.
+    """A normal and a reduction cell, with two edges into each of four nodes and an operation on each edge.
 
-    The supernet has all edges. An architecture chooses an operation for each, `none` where there is no edge; those
-    in which a node has not exactly two are none. Kernels of 3 are the centres of those of 5, for separable and for
-    dilated convolutions.
+    The supernet has all 14 edges of a cell. An architecture gives each edge an operation, and an absent edge `none`.
+    An assignment is an architecture if exactly two edges into every node are present. Kernels of 3 are the centres of
+    those of 5, for separable and for dilated convolutions.
 
     Args:
-        channels: Of a node in the first cells; each of the two reductions doubles them.
-        layers: Cells, with reductions after one and two thirds of them.
+        channels: Channels of a node in the first cells; each of the two reductions doubles them.
+        layers: Number of cells; reduction cells stand after one third and two thirds of them.
         stem_multiplier: Channels of the stem, as a multiple of `channels`.
-        affine: Whether BatchNorms in cells have gain and bias: not in the paper's search, but in its networks.
-        pool_norm: Whether a BatchNorm follows a pooling: so in the paper's search, not in its networks.
-        drop_path: Probability with which a network loses the output of an edge at the end of its training, 0.2 in
-            the paper; it rises from 0. A search drops none.
-        image_size: A multiple of 4: two reductions halve the image.
+        affine: Give the BatchNorms in cells a gain and a bias. The paper's search does not; its final networks do.
+        pool_norm: Put a BatchNorm behind every pooling. The paper's search does; its final networks do not.
+        drop_path: Probability of dropping the output of an edge at the end of a network's training, 0.2 in the paper.
+            The probability rises from 0. A search drops nothing.
+        image_size: Height and width of the images: a multiple of 4, because two reductions halve them.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class Darts(cells.CellSpace):
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         (last,) = deque(self.features(x), maxlen=1)
         return self.head(last)
 
     def features(self, x: Tensor) -> Iterator[Tensor]:
-        """The outputs of the cells, `(B, 4 * channels, H, W)` each."""
+        """Yield the output of each cell, `(B, 4 * channels, H, W)`."""
         before = last = self.stem(x)
         for cell in self.cells:
             before, last = last, cell(before, last)
@@ -138,7 +138,7 @@ class Darts(cells.CellSpace):
     def example_input(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.input_shape)
 
-    # Which assignments are architectures.
+    # The set of architectures.
 
     @property
     def size(self) -> int:
@@ -157,7 +157,7 @@ class Darts(cells.CellSpace):
         return architecture
 
     def moves(self, assignment: Assignment) -> Iterator[dict[Row, int]]:
-        """Another operation on an edge, or an edge from another source instead."""
+        """Yield the changes of one edge: another operation, or another source of the same node."""
         for rows in self.nodes():
             for row in (row for row in rows if assignment[row] != NONE):
                 for option in range(1, len(OPERATIONS)):
@@ -166,7 +166,7 @@ class Darts(cells.CellSpace):
                     yield from ({row: NONE, other: option} for other in rows if assignment[other] == NONE)
 
     def decisions(self) -> Iterator[list[dict[Row, int]]]:
-        """Which two edges a node has, and with which operations."""
+        """Yield for each node its alternatives: every pair of edges with every pair of operations."""
         for rows in self.nodes():
             absent = dict.fromkeys(rows, NONE)
             yield [
@@ -176,16 +176,18 @@ class Darts(cells.CellSpace):
             ]
 
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """The log-probability of each operation; `none` has no say in which edges are kept."""
+        """Return the log-probability of each operation, and 0 for `none`: absent edges have no score."""
         return {row: [0.0, *scores[1:]] for row, scores in super().scores(mixture).items()}
 
     def nodes(self) -> list[list[Row]]:
         return cells.into_nodes(self.choices.values(), EDGES)
 
-    # Their usual notation.
+    # The usual notation of architectures.
 
     def to_string(self, architecture: Architecture) -> str:
-        """`Genotype(normal=[(operation, source), ...], normal_concat=range(2, 6), reduce=..., reduce_concat=...)`.
+        """Return the notation of DARTS.
+
+        It is `Genotype(normal=[(operation, source), ...], normal_concat=range(2, 6), reduce=..., reduce_concat=...)`.
 
         Raises:
             TangleNASError: The architecture is not of this space.
@@ -198,10 +200,10 @@ class Darts(cells.CellSpace):
         return f"Genotype({', '.join(fields)})"
 
     def from_string(self, text: str) -> Architecture:
-        """The architecture of such a text; the two edges of a node may come in any order.
+        """Return the architecture that the notation of DARTS describes; the two edges of a node may come in any order.
 
         Raises:
-            TangleNASError: It is none, or has an operation or a source that there is not.
+            TangleNASError: The text is not in this notation, or it has an unknown operation or source.
         """
         concat = r"(?:range\(2, ?6\)|\[2, ?3, ?4, ?5\])"
         cells = [rf"{name} ?= ?\[(.*)\], *{name}_concat ?= ?{concat}" for name in self.choices]
@@ -225,9 +227,9 @@ class Darts(cells.CellSpace):
 def mixed(
     operation: Size, channels: Size, stride: int, affine: bool, pool_norm: bool, sharing: str
 ) -> elastic.MixedOperation:
-    """The mixed operation of an edge."""
+    """Return the mixed operation of an edge."""
     families: dict[str, elastic.Family] = {
-        "none": ({"none": 1}, lambda _: cells.Nothing(stride)),
+        "none": ({"none": 1}, lambda _: cells.Zero(stride)),
         "max_pool_3x3": ({"max_pool_3x3": 3}, lambda _: cells.pool("max", channels, stride, pool_norm)),
         "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: cells.pool("avg", channels, stride, pool_norm)),
         "skip_connect": ({"skip_connect": 1}, lambda _: cells.skip(channels, stride, affine)),

@@ -1,4 +1,4 @@
-"""How DARTS trains the networks that it finds (Liu et al., 2019, section 3.1): scheduled drop path, auxiliary head."""
+"""Scheduled drop path and the auxiliary head, with which DARTS trains its networks (Liu et al., 2019, section 3.1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tanglenas_engine import TangleNASError
 
 
 class ScheduledDropPath(StochasticDepth):
-    """Drop path whose probability rises linearly over the training, from 0 to `last`."""
+    """A drop path whose probability rises linearly over the training, from 0 to `last`."""
 
     def __init__(self, last: float):
         super().__init__(0.0, mode="row")
@@ -23,8 +23,8 @@ class ScheduledDropPath(StochasticDepth):
 class WithAuxiliaryHead(nn.Module):
     """A network of the DARTS space with a second classifier, behind the cell at two thirds of its depth.
 
-    What `retrain` trains in place of the network. In train mode it gives both logits, `2 x (B, num_classes)`, the
-    network's first; `tanglenas_engine.auxiliary` is a loss for that.
+    `retrain` trains this module in place of the network. In train mode it returns the logits of both classifiers,
+    `2 x (B, num_classes)`; the network's come first. `tanglenas_engine.auxiliary` is a loss for the pair.
     """
 
     def __init__(self, network: nn.Module):
@@ -32,7 +32,7 @@ class WithAuxiliaryHead(nn.Module):
         self.network = network
         self.cell = 2 * len(network.cells) // 3
         classifier = network.head[-1]
-        # From its second reduction on a network keeps its width: these cells are as wide as the last one.
+        # A network keeps its width from the second reduction on, so this cell is as wide as the last one.
         self.auxiliary = AuxiliaryHead(classifier.in_features, classifier.out_features)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class WithAuxiliaryHead(nn.Module):
 
 
 class AuxiliaryHead(nn.Sequential):
-    """DARTS' classifier on features `(B, channels, H, W)`, H = W of at least 2."""
+    """The auxiliary classifier of DARTS on features `(B, channels, H, W)`, where H = W is at least 2."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__(
@@ -55,7 +55,10 @@ class AuxiliaryHead(nn.Sequential):
 
 
 class FourAverages(nn.Module):
-    """Averages over four windows of 5/8 of the side, 5 x 5 of DARTS' 8 x 8 pixels: `(B, C, H, W) -> (B, C, 2, 2)`."""
+    """An average over four windows of 5/8 of the side: `(B, C, H, W) -> (B, C, 2, 2)`.
+
+    DARTS' windows are 5 x 5 of 8 x 8 pixels.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         side = x.shape[-1]

@@ -43,7 +43,7 @@ def tanglenas_register_datasets(register):
         test_folder="val",
         check=False,
     )
-    # As NAS-Bench-201 (arXiv:2001.00326) trains on it.
+    # NAS-Bench-201 (arXiv:2001.00326) trains with this normalisation and shift.
     register(
         "imagenet16_120",
         image_folder,
@@ -63,5 +63,5 @@ def tanglenas_register_datasets(register):
     register(
         "stdlib_text",
         "tanglenas_datasets.text:StdlibText",
-        summary="source code of Python's standard library: text that is on every machine",
+        summary="source code of Python's standard library, a text that every machine has",
     )

@@ -1,4 +1,4 @@
-"""From raw images in memory to the inputs of a network, a whole batch at a time."""
+"""The transform from raw images in memory to the inputs of a network, for a whole batch at a time."""
 
 from collections.abc import Sequence
 
@@ -18,16 +18,16 @@ def prepare(
     cutout: int = 0,
     image_size: int | None = None,
 ) -> Tensor:
-    """Raw images (B, C, H, W) to float32 inputs (B, C, H, W), or of `image_size` where it is given.
+    """Turn raw images (B, C, H, W) into float32 inputs (B, C, H, W), resized where `image_size` is given.
 
     Args:
-        mean, std: For the normalisation, one per channel, of pixels from 0 to 1.
-        white: The raw pixel that stands for 1.
-        shift: Each image moves by up to so many pixels in each direction, at random; zeros come in. This is
-            torchvision's random crop with so much padding.
-        flip: Each image is mirrored with probability one half.
-        cutout: Side of the square in each image that becomes the mean, 0 for none.
-        image_size: Height and width, by bilinear resizing.
+        mean, std: Mean and standard deviation per channel, of pixels from 0 to 1.
+        white: The raw value of a white pixel.
+        shift: Largest random shift of an image in pixels, in each direction; zeros come in. torchvision's random
+            crop with this padding does the same.
+        flip: Mirror each image with probability one half.
+        cutout: Side of the square in each image that becomes the mean; 0 switches it off.
+        image_size: Height and width after bilinear resizing.
     """
     if shift:
         images = random_shift(images, shift)
@@ -52,10 +52,10 @@ def random_shift(images: Tensor, shift: int) -> Tensor:
 
 
 def random_cutout(images: Tensor, length: int) -> Tensor:
-    """Zero a square around a random pixel of each image (B, C, H, W), as far as it lies inside.
+    """Zero the part of a square around a random pixel that lies inside each image (B, C, H, W).
 
-    DeVries and Taylor (2017, arXiv:1708.04552). `RandomErasing` of torchvision and timm keeps the whole square inside,
-    so that it takes more from each image and leaves the edges alone.
+    Source: DeVries and Taylor (2017, arXiv:1708.04552). `RandomErasing` of torchvision and timm keeps the whole square
+    inside the image: it removes more pixels and leaves the edges alone.
     """
 
     def covered(size: int) -> Tensor:

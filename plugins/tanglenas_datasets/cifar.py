@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 50,000 training and 10,000 test images, 32x32 in colour.
 
-torchvision has them in files that run code when they are read; these are the same images in their binary version.
+The files are those of the binary version. torchvision reads the same images from pickles, which can run code.
 """
 
 import os
@@ -19,16 +19,16 @@ _PIXELS = 3 * 32 * 32
 
 
 class CIFAR10(ImagesInMemory):
-    """Ten classes of 32x32 images in colour; the official test part ends the pool.
+    """The CIFAR-10 dataset: ten classes of 32x32 images in colour, with the official test part at the end of the pool.
 
     Args:
-        root: A folder with the files of the binary version, gzipped or not. Without it they are looked for in
-            `$TANGLENAS_DATA`, or `data/` under the current folder.
-        download: Without `root`, whether missing files may be fetched to that place.
-        image_size: 32, or another from 8 on by bilinear resizing.
-        shift: Training images move by up to so many pixels, at random.
-        flip: Training images are mirrored at random.
-        cutout: Side of a square that training images lack, at random; networks of the DARTS space are retrained
+        root: A folder with the files of the binary version, gzipped or not. By default they are looked for in
+            `$TANGLENAS_DATA`, or in `data/` under the current folder.
+        download: Fetch missing files to that place, unless `root` is given.
+        image_size: 32, or another size from 8 on by bilinear resizing.
+        shift: Largest random shift of training images, in pixels.
+        flip: Mirror training images at random.
+        cutout: Side of a random square that is removed from training images. Networks of the DARTS space are retrained
             with 16.
 
     Raises:
@@ -46,7 +46,7 @@ class CIFAR10(ImagesInMemory):
     train_files = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
     test_file, names_file = "test_batch.bin", "batches.meta.txt"
     label_ranges: tuple[int, ...] = (10,)
-    """How many values each of a record's label bytes takes; the last is the class."""
+    """The number of values of each label byte in a record; the last byte is the class."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class CIFAR10(ImagesInMemory):
         return self._records(self.test_file)[0]
 
     def _records(self, file: str) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, 32, 32), uint8, and labels (n,), int64, of a file.
+        """Return images (n, 3, 32, 32), uint8, and labels (n,), int64, of a file.
 
         A record is its label bytes, then the red, the green and the blue pixels, row by row.
         """
@@ -119,9 +119,9 @@ class CIFAR10(ImagesInMemory):
 
 
 class CIFAR100(CIFAR10):
-    """One hundred classes of 32x32 images in colour; the official test part ends the pool.
+    """The CIFAR-100 dataset: a hundred classes of 32x32 images in colour, with the official test part at the end.
 
-    Args and errors are those of `CIFAR10`.
+    The arguments and errors are those of `CIFAR10`.
     """
 
     name = "cifar100"

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8x8, inside its package: nothing to download."""
+"""scikit-learn's handwritten digits: 1,797 images of 8x8 that its package contains."""
 
 from functools import partial
 
@@ -14,11 +14,11 @@ _WHITE = 16  # the largest raw pixel
 
 
 class Digits(Dataset):
-    """Ten classes of 8x8 images with one channel, and no official test part.
+    """The digits dataset: ten classes of 8x8 images with one channel, without an official test part.
 
     Args:
         image_size: 8, or up to 32 by bilinear enlargement.
-        shift: Training images move by up to so many pixels, at random.
+        shift: Largest random shift of training images, in pixels.
     """
 
     name = "digits"

@@ -15,17 +15,17 @@ _FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in 
 
 
 class FashionMNIST(ImagesInMemory):
-    """Ten classes of 28x28 images with one channel; the official test part ends the pool.
+    """The Fashion-MNIST dataset: ten classes of 28x28 images with one channel, with the official test part at the end.
 
     Args:
-        root: A folder with the four IDX files, gzipped or not, of Fashion-MNIST or of anything in the form of
-            MNIST. Without it they are looked for in `$TANGLENAS_DATA`, or `data/` under the current folder,
-            where torchvision keeps them.
-        download: Without `root`, whether torchvision may fetch missing files to that place.
+        root: A folder with the four IDX files, gzipped or not, of Fashion-MNIST or of any dataset in the form of MNIST.
+            By default they are looked for in `$TANGLENAS_DATA`, or in `data/` under the current folder, where
+            torchvision keeps them.
+        download: Let torchvision fetch missing files to that place, unless `root` is given.
         image_size: 28, or 32 with two rows of background on each side.
-        shift: Training images move by up to so many pixels, at random.
-        flip: Training images are mirrored at random.
-        cutout: Side of a square that training images lack, at random.
+        shift: Largest random shift of training images, in pixels.
+        flip: Mirror training images at random.
+        cutout: Side of a random square that is removed from training images.
 
     Raises:
         TangleNASError: Files are missing, damaged, or not those of a dataset in the form of MNIST.
@@ -38,7 +38,7 @@ class FashionMNIST(ImagesInMemory):
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )
-    # Of the training images.
+    # These are statistics of the training images.
     mean = (72.94 / 255,)
     std = (90.02 / 255,)
 
@@ -82,7 +82,7 @@ def _labels(folder: Path, part: str) -> Tensor:
 
 
 def _images(folder: Path, part: str, count: int) -> Tensor:
-    """Shape (count, 1, 28, 28), uint8."""
+    """Return images of shape (count, 1, 28, 28), uint8."""
     images, path = _read(folder, f"{part}-images-idx3-ubyte", 3)
     if images.shape != (count, 28, 28):
         raise TangleNASError(
@@ -93,9 +93,9 @@ def _images(folder: Path, part: str, count: int) -> Tensor:
 
 
 def _read(folder: Path, name: str, dimensions: int) -> tuple[Tensor, Path]:
-    """The uint8 array in an IDX file, and the path it lies at.
+    """Return the uint8 array in an IDX file, and the path of the file.
 
-    The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each dimension as a
+    The format is: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each dimension as a
     big-endian uint32, then the values.
     """
     content, path = read(folder, name)

@@ -1,4 +1,4 @@
-"""Your own images, ImageNet and what is cut from it, one folder per class."""
+"""Datasets with one folder of images per class: your own images, ImageNet and its subsets."""
 
 import math
 import os
@@ -16,41 +16,40 @@ from tanglenas_engine import Dataset, TangleNASError, content_hash
 Transform = Callable[[Image.Image], Tensor]
 
 _SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-# What Pillow raises for a file that it cannot read.
+# Pillow raises these for a file that it cannot read.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-# How much of each file goes into the fingerprint: all of a small image, and of a large one enough to tell.
+# The fingerprint takes so many bytes of each file: all of a small image, and enough of a large one.
 _HASHED_BYTES = 65536
 
 
 class ImageFolder(Dataset):
-    """Images under `root/<class>/`, or under `root/train/<class>/` and `root/test/<class>/`.
+    """A dataset of images under `root/<class>/`, or under `root/train/<class>/` and `root/test/<class>/`.
 
-    With `train/` and `test/`, test is the official test part. A `val/` folder beside them joins the
-    training images, as the splits hold out a validation part of their own; where there is `val/` but no
-    `test/`, `val/` is the official test part. Classes are numbered in the order of their sorted names.
-    Images may lie in deeper folders; names that start with a dot and files without an image's suffix are
-    passed over.
+    The folder `test/` is the official test part. A folder `val/` beside them joins the training images, because the
+    splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part.
 
-    Pixels are decoded batch by batch.
+    Classes are numbered in the order of their sorted names. Images may lie in deeper folders. Names that start with a
+    dot, and files without an image's suffix, are skipped. Pixels are decoded batch by batch.
 
     Args:
         root: The folder.
         image_size: Height and width of the inputs.
         in_channels: 3 for RGB, 1 for grey.
-        mean, std: For the normalisation, of pixels from 0 to 1; a number, or one per channel.
+        mean, std: Mean and standard deviation of pixels from 0 to 1; one number, or one per channel.
         crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
         crop_scale: Smallest and largest share of a training image's area that its random crop takes.
-        shift: Instead of that crop, training images are resized and cropped as in validation, and move by up
-            to so many pixels, at random; black comes in.
-        flip: Training images are mirrored at random.
-        num_classes: How many class folders there must be; None for any number.
-        test_folder: The folder beside `train/` that is the official test part, if not as said above. ImageNet's
-            is `val`: its `test/` has no labels, and is left alone.
-        check: Whether every file is opened at the start, to see that it is an image, and its content goes into the
-            fingerprint. Without it the fingerprint is of names and sizes, which takes about a minute for ImageNet.
-        train_transform: Instead of cropping, mirroring and normalisation: takes a PIL image to a float tensor
-            (in_channels, image_size, image_size).
-        eval_transform: Instead of resizing the shorter side, a centre crop and normalisation.
+        shift: Largest random shift of training images in pixels; black comes in. It replaces the random crop: training
+            images are resized and cropped as in validation.
+        flip: Mirror training images at random.
+        num_classes: Required number of class folders; None accepts any number.
+        test_folder: The folder beside `train/` that is the official test part, where the rule above does not fit.
+            ImageNet's is `val`: its `test/` has no labels, and is never read.
+        check: Open every file at the start to see that it is an image, and let its content enter the fingerprint.
+            Without the check, the fingerprint covers names and sizes; this takes about a minute for ImageNet.
+        train_transform: A function from a PIL image to a float tensor (in_channels, image_size, image_size). It
+            replaces cropping, mirroring and normalisation.
+        eval_transform: The same for validation and test. It replaces resizing of the shorter side, the centre crop and
+            normalisation.
 
     Raises:
         TangleNASError: The folder is missing or has too few classes, a class has no image, train and test
@@ -157,12 +156,12 @@ class ImageFolder(Dataset):
 
 
 class ImageFiles:
-    """Samples in image files, decoded at each use.
+    """The samples of a subset, in image files that are decoded at each use.
 
     Args:
-        paths: One per sample.
+        paths: The file of each sample.
         labels: Shape (N,), int64.
-        transform: Takes a PIL image, grey or RGB, to a float tensor of `shape`.
+        transform: A function from a PIL image, grey or RGB, to a float tensor of `shape`.
         shape: (C, H, W).
     """
 
@@ -189,7 +188,7 @@ class ImageFiles:
 
 
 def _layout(root: Path, test_folder: str | None) -> tuple[list[Path], Path | None]:
-    """The folders that hold training classes, and the one that holds test classes."""
+    """Return the folders of training classes, and the folder of test classes or None."""
     train, val, test = root / "train", root / "val", root / "test"
     if test_folder is not None:
         test = root / test_folder
@@ -199,7 +198,7 @@ def _layout(root: Path, test_folder: str | None) -> tuple[list[Path], Path | Non
                 f"{test_folder}/, each with one folder per class."
             )
         return ([train, val] if val.is_dir() and val != test else [train]), test
-    # A class may well be called "train": then its folder holds images.
+    # A class may be called "train"; its folder then holds images.
     if not train.is_dir() or any(path.suffix.lower() in _SUFFIXES for path in train.iterdir()):
         return [root], None
     if test.is_dir():
@@ -208,7 +207,7 @@ def _layout(root: Path, test_folder: str | None) -> tuple[list[Path], Path | Non
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class, sorted."""
+    """Return the sorted image files of each class."""
     classes = {}
     for class_folder in sorted(folder.iterdir()):
         if not class_folder.is_dir() or class_folder.name.startswith("."):
@@ -228,7 +227,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _file_hash(path: Path, root: Path, check: bool) -> str:
-    """The hash is of name and size; with a check that the file is an image by its header, of its first bytes too."""
+    """Hash a file's name and size; with `check`, hash its first bytes too, and refuse a header that is no image's."""
     head = b""
     if check:
         try:
@@ -247,7 +246,7 @@ def _decode(path: str, mode: str) -> Image.Image:
             image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of which black and white are not known")
-            if image.mode.startswith("I"):  # 16 bits; Pillow would clip, not scale
+            if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             if "transparency" in image.info:
                 image = image.convert("RGBA")

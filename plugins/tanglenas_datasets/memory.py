@@ -1,4 +1,4 @@
-"""Datasets of images small enough to be held in memory, and where their files are found."""
+"""Datasets of images that fit into memory, and the search for their files."""
 
 import gzip
 import os
@@ -17,13 +17,13 @@ from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_has
 
 
 class ImagesInMemory(Dataset):
-    """Images (N, C, H, W), uint8, whose official test part ends the pool.
+    """A dataset of images (N, C, H, W), uint8, whose official test part ends the pool.
 
-    The test images are kept, and their file decoded, when a subset first asks for one: a search never does.
+    The test file is decoded when a subset first asks for a test image, which a search never does.
 
     Args:
         size: Height and width of the images.
-        image_size: Height and width of the inputs; larger by `margin` of background, or by bilinear resizing.
+        image_size: Height and width of the inputs. They are larger by `margin` of background, or by bilinear resizing.
         margin: Rows of background on each side.
         shift, flip, cutout: Augmentation of training images; see `prepare`.
     """
@@ -43,20 +43,20 @@ class ImagesInMemory(Dataset):
         test_labels = self._read_test_labels()
         self.labels = torch.cat([train_labels, test_labels])
         self.test_indices = torch.arange(len(train_labels), len(self.labels))
-        # Without the test images, which nothing may read yet.
+        # The fingerprint leaves out the test images, because nothing may read them yet.
         self.fingerprint = content_hash(self._train_images, train_labels, test_labels)
 
     @abstractmethod
     def _read_train(self) -> tuple[Tensor, Tensor]:
-        """Training images (N, C, H, W), uint8, and labels (N,), int64."""
+        """Return training images (N, C, H, W), uint8, and labels (N,), int64."""
 
     @abstractmethod
     def _read_test_labels(self) -> Tensor:
-        """Shape (N,), int64."""
+        """Return the labels of the test images, shape (N,), int64."""
 
     @abstractmethod
     def _read_test_images(self) -> Tensor:
-        """Shape (N, C, H, W), uint8."""
+        """Return the test images, shape (N, C, H, W), uint8."""
 
     @cached_property
     def _test_images(self) -> Tensor:
@@ -78,17 +78,17 @@ def find(
     files: Sequence[str],
     fetch: Callable[[Path], None] | None,
 ) -> Path:
-    """The folder that has all the files, each as it is or gzipped.
+    """Return the folder that has all the files, each gzipped or not.
 
     Args:
-        name: The dataset's.
-        root: Where to look; without it, in `$TANGLENAS_DATA` or `data/` under the current folder.
-        inner: The folder below, in which downloads put them; it is looked into as well.
-        fetch: Downloads them to `inner` under the folder that it is given, if they are missing and no `root` is given;
-            None if it may not.
+        name: Name of the dataset.
+        root: The folder to look in; by default `$TANGLENAS_DATA`, or `data/` under the current folder.
+        inner: The subfolder into which downloads go; it is searched too.
+        fetch: Downloads the files to `inner` under the folder that it is given, or None. It is called if files are
+            missing and no `root` is given.
 
     Raises:
-        TangleNASError: Some are missing, and could not be downloaded.
+        TangleNASError: A file is missing and was not downloaded.
     """
     base = Path(os.environ.get("TANGLENAS_DATA") or "data") if root is None else Path(root)
     for folder in (base, base / inner):
@@ -111,15 +111,15 @@ def find(
 
 
 def located(folder: Path, file: str) -> Path | None:
-    """The path of a file, gzipped or not; None if it is not there."""
+    """Return the path of a file, gzipped or not, or None if it does not exist."""
     return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
 
 
 def read(folder: Path, file: str) -> tuple[bytes, Path]:
-    """What is in a file, gzipped or not, and its path.
+    """Return the content of a file, gzipped or not, and its path.
 
     Raises:
-        TangleNASError: It is missing or damaged.
+        TangleNASError: The file is missing or damaged.
     """
     path = located(folder, file)
     if path is None:

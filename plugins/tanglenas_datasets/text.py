@@ -1,4 +1,4 @@
-"""Text: your own, or the source code of Python's standard library."""
+"""Datasets of text: your own, or the source code of Python's standard library."""
 
 import hashlib
 import os
@@ -16,30 +16,30 @@ from tanglenas_engine import Dataset, TangleNASError, TokenSamples, content_hash
 
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"
-# What is encoded at a time, in characters.
+# The number of characters that are encoded at a time.
 _PIECE = 1 << 16
-# More unknown tokens than this, and the test text is not of the kind that the vocabulary was made for.
+# A test text with a larger share of unknown tokens is of another kind than the text of the vocabulary.
 _MOST_UNKNOWN = 0.01
 
 
 class Text(Dataset):
-    """Tokens of a text, in windows of `block_size`, each with the token that follows.
+    """A dataset of the tokens of a text, in windows of `block_size`, each with the token that follows.
 
-    `make_splits` deals blocks of consecutive windows to the splits, test among them, and no window crosses the border
-    of a block. The last part of the text is the test part instead where `test_portion` says how much of it, as the
-    literature has it for tiny-shakespeare, and `test_root` brings a test part of its own. The vocabulary is made from
-    the text without such a test part. Windows are laid end to end; in training each starts anew at random within its
-    place.
+    `make_splits` deals blocks of consecutive windows to the splits, the test split included, and no window crosses the
+    border of a block. If `test_portion` is given, the last part of the text is the official test part instead, as the
+    literature has it for tiny-shakespeare. `test_root` gives another text as test part. The vocabulary is made from the
+    text without an official test part. Windows lie end to end; in training, each window starts at a random token within
+    its place.
 
     Args:
-        root: A text file, UTF-8, or a folder: its files that match `pattern`, at any depth, one after another.
+        root: A text file in UTF-8, or a folder. The files in a folder that match `pattern`, at any depth, are joined.
         block_size: Tokens in a window.
-        tokenizer: "char", one token for each character that occurs, and `<unk>` for others; "bpe", trained on the
-            text, byte-level: it knows every text; or the path of a `tokenizer.json`, used as it is.
-        vocab_size: Of "bpe".
+        tokenizer: "char", "bpe", or the path of a `tokenizer.json`, which is used as it is. "char" has a token for each
+            character that occurs, and `<unk>` for others. "bpe" is trained on the text, on bytes: it encodes any text.
+        vocab_size: Tokens of "bpe".
         test_portion: Share of the characters, the last ones, that are the test part. None deals test windows too.
         test_root: A file or folder that is the test part instead.
-        pattern: Of the files in a folder; those whose names start with a dot are passed over.
+        pattern: Pattern of the files in a folder; names that start with a dot are skipped.
 
     Raises:
         TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, or the
@@ -92,17 +92,17 @@ class Text(Dataset):
         return {"vocab_size": self.vocab_size, "block_size": self.block_size}
 
     def subset(self, indices: Tensor, *, train: bool) -> TokenSamples:
-        # The gap keeps a window from starting in the last row before the test part and ending in it.
+        # The gap keeps the last window before the test part from reaching into it.
         return TokenSamples(self._pool[indices], indices + (indices >= self._first_test), shift=train)
 
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, shape (n,), int64."""
+        """Return the tokens of a text, shape (n,), int64."""
         pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
         encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(np.array(e.ids, np.int64) for e in encoded)]))
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of tokens (n,)."""
+        """Return the text of tokens (n,)."""
         text: str = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
         return text
 
@@ -158,14 +158,14 @@ class Text(Dataset):
             )
         try:
             tokenizer = Tokenizer.from_file(kind)
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises no narrower type
             raise TangleNASError(f"{self.name}: {kind} is no tokenizer.json: {error}. Give another file.") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
     def _rows(self, text: str, what: str) -> Tensor:
-        """All full windows of a text, each with the token after it, shape (n, block_size + 1)."""
+        """Return all full windows of a text, each with the token after it, shape (n, block_size + 1)."""
         tokens, length = self.encode(text).int(), self.block_size + 1
         if len(tokens) < length:
             raise TangleNASError(
@@ -188,14 +188,14 @@ class Text(Dataset):
 
 
 class StdlibText(Text):
-    """The source code of Python's own standard library: text that is there on every machine.
+    """A dataset of the source code of Python's own standard library, a text that every machine has.
 
-    Modules come in an order that depends on their names only, but looks random, so that every split has some of each
-    kind. Another version of Python has another text.
+    The order of the modules depends on their names alone but looks random, so that every split has some of each kind.
+    Another version of Python has another text.
 
     Args:
-        characters: How much of it, at most.
-        block_size, tokenizer, vocab_size, test_portion: As for `Text`.
+        characters: Largest number of characters.
+        block_size, tokenizer, vocab_size, test_portion: See `Text`.
     """
 
     name = "stdlib_text"
@@ -222,7 +222,7 @@ def _stdlib() -> Path:
 
 
 def _stdlib_sources() -> list[Path]:
-    """The modules of the standard library, without installed packages, and tests with their odd encodings."""
+    """List the modules of the standard library, without installed packages and without tests (odd encodings)."""
     apart = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
     found = []
     for folder, inner, names in os.walk(_stdlib()):
@@ -232,7 +232,7 @@ def _stdlib_sources() -> list[Path]:
 
 
 def _up_to(characters: int, texts: Iterable[str]) -> str:
-    """The first `characters` of the texts together; no more of them are read than that takes."""
+    """Return the first `characters` of the texts together, and read no more texts than that needs."""
 
     def taken() -> Iterator[str]:
         left = characters

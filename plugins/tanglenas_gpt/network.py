@@ -1,4 +1,7 @@
-"""The standalone GPT, its text generation, its files, and its way to Hugging Face. Needs torch and safetensors."""
+"""The standalone GPT: the module, its text generation, its files, and its conversion to Hugging Face's GPT-2.
+
+It needs torch and safetensors only.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """What a GPT is made of: one number of heads and one MLP ratio for each layer.
+    """The shape of a GPT, with a number of heads and an MLP ratio for each layer.
 
-    A head has `head_dim` dimensions, or, where that is None, the heads of a layer partition `embed_dim`.
+    A head has `head_dim` dimensions. Where that is None, the heads of a layer partition `embed_dim`.
     """
 
     vocab_size: int
@@ -32,12 +35,12 @@ class Config:
     bias: bool = False
 
     def hidden(self, layer: int) -> int:
-        """Width of the MLP of one layer."""
+        """Return the width of the MLP of one layer."""
         return int(self.embed_dim * self.mlp_ratio[layer])
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: `(B, T, C) -> (B, T, C)`."""
+    """A causal multi-head self-attention: `(B, T, C) -> (B, T, C)`."""
 
     def __init__(self, config: Config, num_heads: int):
         super().__init__()
@@ -55,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
+    """A layer of attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -87,12 +90,12 @@ class GPT(nn.Module):
         initialise(self, layers=len(config.num_heads))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Tokens `(B, T)`, T up to `block_size` -> logits of the next token at each place, `(B, T, vocab_size)`."""
+        """Map tokens `(B, T)`, T up to `block_size`, to logits of the next token, `(B, T, vocab_size)`."""
         x = self.drop(self.wte(ids) + self.wpe(positions(ids, self.config.block_size)))
         return self.lm_head(self.norm(self.blocks(x)))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As usual; the weight that head and embedding share may be given once, as files have it."""
+        """Load as usual; the weight that head and embedding share may be given once, as in saved files."""
         tied = {"lm_head.weight": state_dict["wte.weight"]} if "wte.weight" in state_dict else {}
         return super().load_state_dict({**tied, **state_dict}, strict, assign)
 
@@ -105,7 +108,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> GPT:
-        """Read what `save` wrote, in evaluation mode."""
+        """Read what `save` wrote, and return the network in evaluation mode."""
         settings = json.loads((Path(folder) / "config.json").read_text())
         network = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
         network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
@@ -113,7 +116,7 @@ class GPT(nn.Module):
 
 
 def positions(ids: Tensor, block_size: int) -> Tensor:
-    """The places `(T,)` of tokens `(B, T)`."""
+    """Return the places `(T,)` of tokens `(B, T)`."""
     if ids.shape[1] > block_size:
         raise ValueError(
             f"{ids.shape[1]} tokens in a row, but the model sees block_size={block_size}: give it the last {block_size}"
@@ -123,7 +126,10 @@ def positions(ids: Tensor, block_size: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(network: nn.Module, layers: int) -> None:
-    """GPT-2's: normal with deviation 0.02, and less by sqrt(2 * layers) in what is added to the residual stream."""
+    """Initialise as GPT-2 does: normal, with standard deviation 0.02.
+
+    The deviation is divided by sqrt(2 * layers) in the projections that add to the residual stream.
+    """
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = name.endswith((".attn.proj", ".fc2"))
@@ -144,9 +150,9 @@ def generate(
     """Continue each row of tokens `(B, T)` by `n` tokens: `(B, T + n)`.
 
     Args:
-        temperature: Below 1 keeps to the likely, above 1 strays; 0 always takes the most likely token.
-        top_k: Draw from so many of the likeliest tokens only.
-        generator: What draws; its device need not be the network's.
+        temperature: Values below 1 favour likely tokens, values above 1 unlikely ones; 0 takes the most likely token.
+        top_k: Draw from this many of the likeliest tokens only.
+        generator: The source of randomness; its device may differ from the network's.
     """
     if not temperature >= 0 or (top_k is not None and top_k < 1) or ids.shape[1] < 1:
         raise ValueError(
@@ -178,12 +184,12 @@ _GPT2 = {
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The `state_dict` of transformers' `GPT2LMHeadModel` for this network, and the arguments of its `GPT2Config`.
+    """Return the `state_dict` of transformers' `GPT2LMHeadModel`, and the arguments of its `GPT2Config`.
 
-    Biases that the network lacks are zeros there.
+    Biases that the network lacks become zeros.
 
     Raises:
-        ValueError: A GPT-2 cannot be this: its layers are all alike, and its heads partition the width.
+        ValueError: The layers differ, or the heads do not partition the width; GPT-2 allows neither.
     """
     width, layers = config.embed_dim, len(config.num_heads)
     hidden = {config.hidden(layer) for layer in range(layers)}

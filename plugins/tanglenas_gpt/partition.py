@@ -12,20 +12,21 @@ from tanglenas_engine import Assignment, Axis, Size, TangleNASError, combination
 
 
 class PartitionedAttention(elastic.Elastic):
-    """Causal self-attention whose head dimension is `width / heads`: `(B, T, width) -> (B, T, width)`.
+    """A causal self-attention whose head dimension is `width / heads`: `(B, T, width) -> (B, T, width)`.
 
-    Here the number of heads changes no weight, but how the rows of q, k and v are grouped, so no mask on a weight
-    can mix it. q, k and v are projected once, and the mixture is over the attention itself,
+    The number of heads changes no weight here, only how the rows of q, k and v are grouped. So no mask on a weight can
+    mix it. q, k and v are projected once, and the mixture is over the attention itself,
 
         y = proj( sum_{e,h} p(e) p(h) pad(attention with h heads over the first e of q, k and v) ),
 
-    its exact expectation given q, k and v. Two pairs (e, h) with the same head dimension d share their heads: the
-    sum takes one attention for each distinct d, over the largest e that has it, with row i of its output weighed by
-    `P(head dimension = d and width > i)` (relaxation "gated": by the product of the two). At a corner one
-    attention has weight 1, its rows below the width. A mixture covers heads once, as in `elastic.Attention`.
+    its exact expectation given q, k and v. Two pairs (e, h) with the same head dimension d share their heads. So the
+    sum takes one attention for each distinct d, over the largest e that has it, and multiplies row i of its output by
+    `P(head dimension = d and width > i)` (relaxation "gated": by the product of the two probabilities). At a corner one
+    attention has weight 1, on the rows below the width. A mixture covers heads once, as in `elastic.Attention`.
 
-    `relaxation="paper"` runs one attention for each h, as the authors do: on q, k and v that are each a sum over e of
-    padded heads, scaled by the padded head dimension (arXiv:2312.10440, appendix; exact at no corner below the top).
+    `relaxation="paper"` runs one attention for each h, as the authors do. There q, k and v are each a sum over e of
+    padded heads, scaled by the padded head dimension (arXiv:2312.10440, appendix). It is exact at no corner below the
+    largest.
     """
 
     def __init__(self, width: Size | int, num_heads: Size | int, bias: bool = True, dropout: float = 0.0):
@@ -36,7 +37,7 @@ class PartitionedAttention(elastic.Elastic):
         self.qkv = elastic.Linear(width, stacked(width, 3), bias)
         self.proj = elastic.Linear(Axis(self.width, role="unit"), width, bias)
         self.proj_drop = nn.Dropout(dropout)
-        self._widths: dict[int, int] = {}  # the largest width of each head dimension
+        self._widths: dict[int, int] = {}  # the largest width for each head dimension
         for picks in combinations(head_dim.rows):
             d = head_dim.value(picks)
             self._widths[d] = max(self._widths.get(d, 0), self.width.value(picks))
@@ -59,14 +60,14 @@ class PartitionedAttention(elastic.Elastic):
         return self.proj_drop(self.proj(y))
 
     def _attention(self, qkv: Tensor) -> Tensor:
-        """`(B, T, 3, H, D) -> (B, T, H * D)`."""
+        """Attend: `(B, T, 3, H, D) -> (B, T, H * D)`."""
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return x.transpose(1, 2).flatten(2)
 
     def _expected(self, qkv: Tensor, coverage: Tensor) -> Tensor:
-        """`coverage` is (head dimensions, width)."""
+        """Sum the attentions of all head dimensions, with `coverage` `(head dimensions, width)`."""
         qkv = qkv.unflatten(-1, (3, -1))
         outputs = []
         for d, covered in zip(sorted(self._widths), coverage.expand(-1, qkv.shape[-1]), strict=True):
@@ -76,7 +77,7 @@ class PartitionedAttention(elastic.Elastic):
         return sum(outputs[1:], outputs[0])
 
     def _as_published(self, qkv: Tensor, probabilities: Tensor) -> Tensor:
-        """`probabilities` is (numbers of heads, widths)."""
+        """Sum the attentions of all numbers of heads, with `probabilities` `(numbers of heads, widths)`."""
         qkv = qkv.unflatten(-1, (3, -1))
         heads, widths = (sorted(set(size.values)) for size in (self.heads, self.width))
         total = qkv.new_zeros(())

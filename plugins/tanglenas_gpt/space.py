@@ -17,7 +17,7 @@ from tanglenas_gpt.partition import PartitionedAttention
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
+    """A layer of attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
 
     def __init__(self, width: Size, attention: nn.Module, mlp_ratio: Size, bias: bool, dropout: float):
         super().__init__()
@@ -34,16 +34,16 @@ class Block(nn.Module):
 
 
 class GPT(SearchSpace):
-    """Embedding dimension, layers, and per layer the number of heads and the MLP ratio of a GPT.
+    """A space of GPTs: embedding dimension and layers, and per layer the number of heads and the MLP ratio.
 
     Args:
-        vocab_size: Tokens that the model tells apart; its head is its token embedding.
-        block_size: Tokens in a row that it sees at most.
-        heads: "slices": heads have `head_dim` dimensions each, and more heads make attention wider; "partition":
-            the heads of a layer share the embedding dimension out among them, as in the paper and in GPT-2.
-        head_dim: Of heads that are slices; by default what makes the largest network a GPT-2.
-        dropout: Of embeddings, attention and residuals.
-        bias: Whether linear layers and norms have one.
+        vocab_size: Number of tokens; the head is the token embedding.
+        block_size: Largest number of tokens in a row.
+        heads: "slices" gives each head `head_dim` dimensions, so that more heads make attention wider. "partition"
+            divides the embedding dimension among the heads of a layer, as in the paper and in GPT-2.
+        head_dim: Dimension of a head under "slices"; by default the largest network is a GPT-2.
+        dropout: Dropout of embeddings, attention and residuals.
+        bias: Give linear layers and norms a bias.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class GPT(SearchSpace):
         network.initialise(self, L.max)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Tokens `(B, T)`, T up to `block_size` -> logits of the next token at each place, `(B, T, vocab_size)`."""
+        """Map tokens `(B, T)`, T up to `block_size`, to logits of the next token, `(B, T, vocab_size)`."""
         x = self.drop(self.wte(ids) + self.wpe(network.positions(ids, self.settings["block_size"])))
         return self.lm_head(self.norm(self.blocks(x)))
 
@@ -101,6 +101,6 @@ class GPT(SearchSpace):
         network.save(folder)
 
     def show(self, network: nn.Module, dataset: Any) -> str:
-        """Text that the network goes on with from a line break, always the same for equal weights."""
+        """Return a text that the network continues from a line break, always the same for equal weights."""
         start, generator = dataset.encode("\n")[None], torch.Generator().manual_seed(0)
         return dataset.decode(generate(network, start, 300, 0.8, generator=generator)[0])

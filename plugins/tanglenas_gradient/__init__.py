@@ -7,7 +7,7 @@ from tanglenas_engine import hookimpl
 def tanglenas_register_optimizers(register):
     register("darts", "tanglenas_gradient.darts:DARTS", summary="softmax over the options (Liu et al., 2019)")
     register("drnas", "tanglenas_gradient.drnas:DrNAS", summary="samples of a Dirichlet (Chen et al., 2021)")
-    register("gdas", "tanglenas_gradient.gdas:GDAS", summary="hard samples, straight through (Dong and Yang, 2019)")
+    register("gdas", "tanglenas_gradient.gdas:GDAS", summary="hard samples, straight-through (Dong and Yang, 2019)")
     register(
         "darts2",
         "tanglenas_gradient.darts2:SecondOrderDARTS",
@@ -16,10 +16,10 @@ def tanglenas_register_optimizers(register):
     register(
         "pc_darts",
         "tanglenas_gradient.partial:PartialDARTS",
-        summary="darts on a part of the channels, edges weighed (Xu et al., 2020)",
+        summary="darts on a part of the channels, with weights for edges (Xu et al., 2020)",
     )
     register(
         "pc_drnas",
         "tanglenas_gradient.partial:PartialDrNAS",
-        summary="drnas on a part of the channels, options pruned on the way (Chen et al., 2021)",
+        summary="drnas on a part of the channels, with fewer options in each stage (Chen et al., 2021)",
     )

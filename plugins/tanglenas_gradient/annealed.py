@@ -1,4 +1,4 @@
-"""A temperature that falls while a search runs."""
+"""A temperature of the mixture that falls during a search."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tanglenas_engine import Optimizer, TangleNASError, positive
 
 
 class Annealed(Optimizer):
-    """What the optimizers here share: alpha is read at a temperature.
+    """A base of the gradient optimizers, which read alpha at a temperature.
 
-    The colder, the sharper is the mixture of logits `alpha / temperature`. As the temperature falls the mixture has to
-    decide: what the supernet computes, what it is expected to cost, and its most probable architecture become one.
+    The mixture of the logits `alpha / temperature` is sharper at a lower temperature. As the temperature falls, the
+    mixture has to decide. What the supernet computes, its expected cost and its most probable architecture then agree.
 
     Args:
-        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`.
-        final_temperature: None keeps the temperature.
+        temperature: Temperature at the start of the search. It falls linearly with the epochs to `final_temperature`.
+        final_temperature: Temperature at the end; None keeps the temperature.
     """
 
     def __init__(self, temperature: float, final_temperature: float | None):
@@ -37,5 +37,5 @@ class Annealed(Optimizer):
         return {**super().schedules(), "temperature": self.temperature}
 
     def logits(self) -> dict[int, Tensor]:
-        """Alpha at the temperature, `(rows, K)` by the number of options."""
+        """Return alpha divided by the temperature, `(rows, K)` by the number of options."""
         return {count: alpha / self.temperature for count, alpha in self.alphas.items()}

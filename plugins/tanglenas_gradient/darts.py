@@ -1,6 +1,6 @@
 """DARTS: softmax mixtures, first order (Liu et al. 2019).
 
-Differs from the paper's code, which uses sparsemax where weights are entangled.
+It differs from the code of the TangleNAS paper, which uses sparsemax where weights are entangled.
 """
 
 from torch import Tensor
@@ -10,12 +10,13 @@ from tanglenas_gradient.annealed import Annealed
 
 
 class DARTS(Annealed):
-    """The mixture is `softmax(alpha / temperature)`; nothing is sampled.
+    """An optimizer whose mixture is `softmax(alpha / temperature)`; it samples nothing.
 
     Args:
-        weight_decay: Pulls alpha to 0, the uniform mixture, by `weight_decay / 2 * |alpha|^2` in the loss, as
-            Adam's option of that name does.
-        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`, if given.
+        weight_decay: Pulls alpha to 0, the uniform mixture, by `weight_decay / 2 * |alpha|^2` in the loss. Adam's
+            option of that name does the same.
+        temperature: Temperature at the start of the search.
+        final_temperature: Temperature at the end, reached linearly with the epochs; None keeps the temperature.
     """
 
     def __init__(self, weight_decay: float = 1e-3, temperature: float = 1.0, final_temperature: float | None = None):

@@ -17,19 +17,19 @@ Weights = Mapping[str, Tensor]
 
 
 class SecondOrderDARTS(DARTS):
-    """The gradient of `L_val(w', alpha)` with `w' = w - rate * dL_train(w, alpha)/dw`, alpha's way through w' included.
+    """An optimizer that differentiates `L_val(w', alpha)` by alpha, both directly and through w'.
 
-    The step to w' is one of SGD with the learning rate, weight decay and momentum that the weight optimizer has now;
-    of another kind of optimizer, its learning rate and weight decay. It is only tried out: weights, running statistics
-    and random generators are as before afterwards.
+    Here `w' = w - rate * dL_train(w, alpha)/dw` is a step of SGD with the weight optimizer's present learning rate,
+    weight decay and momentum. An optimizer of another kind lends its learning rate and weight decay only. The step is
+    undone: weights, running statistics and random generators are the same afterwards.
 
     Args:
-        weight_decay: As for `darts`.
-        hypergradient: "finite_differences" has the mixed second derivative times a vector v from the gradients at
-            `w +- radius / |v| * v` (the paper's equation 8). "autograd" has it exactly, from a second backward pass
-            through the first, which keeps the first one's memory.
-        radius: 0.01 in the paper.
-        temperature, final_temperature: As for `darts`.
+        weight_decay: See `darts`.
+        hypergradient: "finite_differences" computes the mixed second derivative times a vector v from the gradients at
+            `w +- radius / |v| * v` (the paper's equation 8). "autograd" computes it exactly, by a second backward pass
+            through the first one, whose memory it keeps.
+        radius: The radius of the finite differences; 0.01 in the paper.
+        temperature, final_temperature: See `darts`.
     """
 
     accumulates = False  # the step to w' takes the whole batch
@@ -72,7 +72,7 @@ class SecondOrderDARTS(DARTS):
         return loss.detach()
 
     def _differences(self, step: Step, weights: Weights, vector: Weights) -> list[Tensor]:
-        """`d/dalpha of (dL_train/dw . vector)`, from two gradients."""
+        """Return `d/dalpha of (dL_train/dw . vector)`, computed from two gradients."""
         length = torch.stack([v.norm() for v in vector.values()]).norm()
         radius = self.radius / length.clamp_min(torch.finfo(length.dtype).tiny)
         alphas = list(self.alphas.values())
@@ -84,7 +84,10 @@ class SecondOrderDARTS(DARTS):
         return [(plus - minus) / (2 * radius) for plus, minus in zip(*ends, strict=True)]
 
     def _loss_at(self, step: Step, batch: Batch, mixture: Mixture, weights: Weights) -> Tensor:
-        """The loss at other weights. All calls of a step draw the same: dropout is no derivative."""
+        """Return the loss at other weights.
+
+        All calls in a step draw the same dropout, so that it adds nothing to the differences.
+        """
         torch.manual_seed(self.derive_seed(step.index, "hypergradient"))
         self.enter(mixture)
         outputs = torch.func.functional_call(step.space, dict(weights), (batch[0],))
@@ -92,7 +95,7 @@ class SecondOrderDARTS(DARTS):
 
 
 def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The weights after a step of SGD, as leaves."""
+    """Return the weights after a step of SGD, as leaves."""
     moved = {}
     for (name, weight), slope in zip(weights.items(), slopes, strict=True):
         step = slope + _of(optimizer, weight, "weight_decay") * weight.detach()
@@ -104,14 +107,14 @@ def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: Iterable[
 
 
 def _of(optimizer: torch.optim.Optimizer, weight: Tensor, option: str) -> float:
-    """An option of the group that a weight is in; 0 where the optimizer has none of that name, or not the weight."""
+    """Return an option of the parameter group of a weight, or 0 if the optimizer lacks the option or the weight."""
     groups = (group for group in optimizer.param_groups if any(weight is other for other in group["params"]))
     return float(next(groups, {}).get(option, 0.0))
 
 
 @contextmanager
 def _left_alone(space: nn.Module) -> Iterator[None]:
-    """Restore running statistics and random generators."""
+    """Restore running statistics and random generators afterwards."""
     before = [(buffer, buffer.clone()) for buffer in space.buffers()]
     devices = {p.device for p in space.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):

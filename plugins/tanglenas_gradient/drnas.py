@@ -13,13 +13,15 @@ REGULARIZERS = ("l2", "kl", "none")
 
 
 class DrNAS(Annealed):
-    """Mixtures are `Dirichlet(elu(alpha / temperature) + 1)`, with pathwise gradients.
+    """An optimizer that draws mixtures from `Dirichlet(elu(alpha / temperature) + 1)`, with pathwise gradients.
 
     Args:
-        regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2` (the paper has it
-            as weight decay of the architecture optimizer); "kl" adds `scale * KL(Dirichlet || uniform)`; "none".
-        scale: The regularizer's weight.
-        temperature: At the start of the search; it falls linearly with the epochs to `final_temperature`, if given.
+        regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2`; in the paper, this is the
+            weight decay of the architecture optimizer. "kl" adds `scale * KL(Dirichlet || uniform)`. "none" adds
+            nothing.
+        scale: Weight of the regularizer.
+        temperature: Temperature at the start of the search.
+        final_temperature: Temperature at the end, reached linearly with the epochs; None keeps the temperature.
     """
 
     def __init__(
@@ -55,5 +57,5 @@ class DrNAS(Annealed):
         return self.scale * sum(kl_divergence(learned, uniform).sum() for learned, uniform in pairs)
 
     def _concentrations(self) -> dict[int, Tensor]:
-        # From logits of -17 on float32 gives 0, which is no Dirichlet: neither samples nor gradients are finite then.
+        # In float32, logits from -17 down give 0. At this concentration, samples and gradients are not finite.
         return {n: (torch.nn.functional.elu(logits) + 1).clamp_min(1e-6) for n, logits in self.logits().items()}

@@ -10,18 +10,20 @@ from tanglenas_gradient.annealed import Annealed
 
 
 class GDAS(Annealed):
-    """Each step samples one option of every row, `argmax(log softmax(alpha) + Gumbel noise)`, and computes that alone.
+    """An optimizer that samples one option of every row in each step, and computes that architecture alone.
 
-    The gradient is that of `softmax((log softmax(alpha) + noise) / temperature)`. It reaches alpha through the masks
-    of what was sampled: the entries of a weight that an option shares with the one sampled speak for both, an operation
-    of a cell speaks behind its BatchNorm. So alpha learns where the paper's code, which scales the kernel in front of
-    the BatchNorm, gets no gradient; and the smallest of nested options says nothing against larger ones until one of
-    those is sampled.
+    The sample is `argmax(log softmax(alpha) + Gumbel noise)`. Its gradient is that of
+    `softmax((log softmax(alpha) + noise) / temperature)`, and reaches alpha through the masks of the sampled options.
+    Entries of a weight that the sampled option shares with another give both a gradient. An operation of a cell gets
+    its gradient behind its BatchNorm. So alpha learns there; the paper's code scales the kernel in front of the
+    BatchNorm, and its alpha gets no gradient. The smallest of nested options gives larger ones no gradient until one of
+    them is sampled.
 
     Args:
-        temperature: That of the samples, at the start of the search; it falls linearly with the epochs to
-            `final_temperature`. What alpha stands for has none.
-        weight_decay: As for `darts`.
+        temperature: Temperature of the samples at the start of the search. The mixture that alpha stands for has no
+            temperature.
+        final_temperature: Temperature of the samples at the end, reached linearly with the epochs.
+        weight_decay: See `darts`.
     """
 
     def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 1e-3):
@@ -42,7 +44,7 @@ class GDAS(Annealed):
         return self.weight_decay * l2(self.parameters())
 
     def _hard(self, alpha: Tensor, generator: torch.Generator) -> Tensor:
-        """One-hot rows with the gradient of the soft sample."""
+        """Return one-hot rows with the gradient of the soft sample."""
         noise = -torch.empty(alpha.shape, dtype=alpha.dtype).exponential_(generator=generator).log().to(alpha.device)
         soft = ((alpha.log_softmax(1) + noise) / self.temperature).softmax(1)
         hard = torch.nn.functional.one_hot(soft.argmax(1), alpha.shape[1]).to(soft)

@@ -1,9 +1,9 @@
 """Partial channels, edge normalization and progressive shrinking (Xu et al. 2020, arXiv:1907.05737; Chen et al. 2021).
 
-In a cell space the operations of an edge see a share of the channels, the rest passes by; the output of an edge is
-weighed against those of the other edges into its node. In every space rows of choices are pruned on the way, to the
-options that are most probable, and the operations left see more channels. Since the channels that join are those of
-the same weights, nothing has to be widened.
+In a cell space, the operations of an edge see a share of the channels; the other channels bypass them. The outputs
+of the edges into a node are weighed against each other. In every space, the rows of choices are pruned between the
+stages of the search, to the most probable options, and the operations left see more channels. These channels belong
+to the same weights, so no weight has to be widened.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tanglenas_gradient.drnas import DrNAS
 
 
 class Progressive(Optimizer):
-    """What the two methods below share: the search in stages of equal length.
+    """A base of the two methods below: a search in stages of equal length.
 
     Args:
-        channels: For each stage, one over the share of channels that the operations of cells see; 1 is all of them.
-        keep: For each stage, the share of every row's options that it works with, at least one; the first is 1.
-        edge_normalization: Whether edges into a node are weighed by a softmax over parameters of their own, which
-            then count when a space derives which edges to keep.
+        channels: For each stage, the reciprocal of the share of channels that operations see; 1 means all channels.
+        keep: For each stage, the share of every row's options that is left, at least one option; the first share is 1.
+        edge_normalization: Weigh the edges into a node by a softmax over parameters of their own. The weights then also
+            count when a space derives which edges to keep.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Progressive(Optimizer):
             self._kept[count] = torch.zeros_like(self._kept[count]).scatter_(1, best, True)
 
     def _shrunk(self, mixture: Mixture) -> Mixture:
-        """A mixture given that it is one of the options left, with the weights of edges."""
+        """Return the mixture conditioned on the options left, with the weights of edges."""
         stacks = {count: weights * self._kept[count] for count, weights in mixture.stacks.items()}
         found = self.space.mixture({count: w / w.sum(1, keepdim=True) for count, w in stacks.items()})
         if self.keep[self.stage] < 1:
@@ -130,9 +130,10 @@ class Progressive(Optimizer):
 
 
 class PartialDARTS(Progressive, DARTS):
-    """PC-DARTS: softmax mixtures over a quarter of the channels; options as for `Progressive` and `darts`.
+    """An optimizer with softmax mixtures over a quarter of the channels: PC-DARTS.
 
-    The paper searches 50 epochs, alpha in the last 35: see `search.warmup_epochs`.
+    The options are those of `Progressive` and `darts`. The paper searches for 50 epochs and trains alpha
+    in the last 35, as `search.warmup_epochs = 15` does.
     """
 
     def __init__(
@@ -149,10 +150,11 @@ class PartialDARTS(Progressive, DARTS):
 
 
 class PartialDrNAS(Progressive, DrNAS):
-    """DrNAS with partial channels and progressive shrinking; options as for `Progressive` and `drnas`.
+    """An optimizer that is DrNAS with partial channels and progressive shrinking.
 
-    The paper has 36 channels of which stages see 1/6 and 1/4, and keeps 4 of 8 operations in the second; alpha rests in
-    the first 10 epochs of 25 of each. Differs from it in that optimizer and learning rate go on from stage to stage.
+    The options are those of `Progressive` and `drnas`. The paper's cells have 36 channels; its two stages of 25 epochs
+    see 1/6 and 1/4 of them. The second stage keeps 4 of 8 operations. Alpha rests in the first 10 epochs of each stage.
+    It differs from the paper in that optimizer and learning rate continue from stage to stage.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Once-for-All's kernels: a smaller one is a learned transformation of the centre of the next larger one."""
+"""The kernels of Once-for-All: a smaller kernel is a learned transform of the centre of the next larger one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tanglenas_engine import Assignment, Axis, Size, elastic
 class TransformedConv2d(elastic.Conv2d):
     """An elastic `Conv2d` whose kernel of size k is `T_k(W) = M_k centre_k(T_next(W))`, with M_k a `(k^2, k^2)` matrix.
 
-    The matrices start as identities, which makes the kernels nested windows, and are shared by all channels. Under
-    a mixture the kernel is `sum_k p(k) pad(T_k(W))`, its channels covered as in any convolution; the kernel size has
-    to be a choice apart from theirs. Networks that are extracted have the transformed kernel itself, and no matrices.
+    The matrices start as identities, which makes the kernels nested windows. All channels share them. Under a mixture
+    the kernel is `sum_k p(k) pad(T_k(W))`, with channels covered as in any convolution. The kernel size must
+    not share a choice with the channels. An extracted network has the transformed kernel itself, and no matrices.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -29,7 +29,7 @@ class TransformedConv2d(elastic.Conv2d):
         self.declare(kernels=(Axis(window.size, "value", role="value"),), channels=(outputs, per_group, None, None))
 
     def gate(self, child: str) -> Size:
-        return Size.of(0)  # the matrices are the supernet's alone
+        return Size.of(0)  # only the supernet has the matrices
 
     def unmasked(self, name: str) -> tuple[Tensor | None, list[elastic.Factor]]:
         probabilities = self.masks("kernels") if name == "weight" else []
@@ -37,7 +37,7 @@ class TransformedConv2d(elastic.Conv2d):
             return super().unmasked(name)
         if self.assignment is not None:
             return self.sliced(name, self.assignment) * probabilities[0], self.factors("channels")
-        kernels = reversed(self.kernels())  # as the probabilities, from the smallest
+        kernels = reversed(self.kernels())  # from the smallest, like the probabilities
         largest = self.weight.shape[-1]
         total = sum(p * _resized(kernel, largest) for p, kernel in zip(probabilities[0], kernels, strict=True))
         return total, self.factors("channels")
@@ -50,7 +50,7 @@ class TransformedConv2d(elastic.Conv2d):
         return kernel[:outputs, :per_group]
 
     def kernels(self) -> list[Tensor]:
-        """The full weight, `(C', C, k, k)`, at every kernel size, the largest first."""
+        """Return the full weight, `(C', C, k, k)`, at every kernel size, the largest first."""
         kernels = [self.weight]
         for name, size in self.steps:
             centre = _resized(kernels[-1], size)
@@ -59,5 +59,5 @@ class TransformedConv2d(elastic.Conv2d):
 
 
 def _resized(kernel: Tensor, size: int) -> Tensor:
-    """Padded with zeros, or cut, on all four sides."""
+    """Pad a kernel with zeros, or cut it, on all four sides."""
     return F.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4)

@@ -1,6 +1,6 @@
-"""The standalone network: timm's MobileNetV3, every block as chosen.
+"""The standalone network: timm's MobileNetV3 with every block as chosen.
 
-Importing this module registers it with timm as `tanglenas_mobilenetv3`, so that an exported folder loads with
+Importing this module registers the network with timm as `tanglenas_mobilenetv3`. An exported folder then loads with
 `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 """
 
@@ -29,12 +29,12 @@ squeeze_excite = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_lay
 def mobilenetv3(
     arch_def: Sequence[Sequence[str]], width_mult: float = 1.0, num_features: int = 1280, **options: Any
 ) -> MobileNetV3:
-    """timm's `MobileNetV3` with Once-for-All's activations, squeeze-excite and head without bias.
+    """Build timm's `MobileNetV3` with Once-for-All's activations, squeeze-excite and head without bias.
 
     Args:
         arch_def: Every block in timm's grammar, with the widths before `width_mult`.
     """
-    # A fresh list for each model: timm's builder empties it.
+    # timm's builder empties the lists, so each model gets a copy.
     blocks = decode_arch_def([list(stage) for stage in arch_def])
     return MobileNetV3(
         blocks,
@@ -49,5 +49,5 @@ def mobilenetv3(
 
 @register_model
 def tanglenas_mobilenetv3(pretrained: bool = False, **options: Any) -> MobileNetV3:
-    """A network found by TangleNAS; the options are those of `mobilenetv3`."""
+    """Build a network that TangleNAS found; the options are those of `mobilenetv3`."""
     return build_model_with_cfg(mobilenetv3, "tanglenas_mobilenetv3", pretrained, **options)

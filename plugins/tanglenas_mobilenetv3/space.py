@@ -23,7 +23,7 @@ from tanglenas_mobilenetv3.network import mobilenetv3, squeeze_excite
 
 
 class Block(nn.Module):
-    """timm's inverted residual, made elastic: expansion, depthwise convolution, squeeze-excite and projection."""
+    """An elastic form of timm's inverted residual: expansion, depthwise convolution, squeeze-excite and projection."""
 
     def __init__(self, like: InvertedResidual, kernel: Size, ratio: Size, squeeze: float, conv_dw: type[nn.Module]):
         super().__init__()
@@ -50,10 +50,10 @@ class Block(nn.Module):
 
 
 class MobileNetV3(SearchSpace):
-    """Depth of every stage, kernel size and expansion of every block of a MobileNetV3.
+    """A space of MobileNetV3 networks: the depth of every stage, the kernel size and the expansion of every block.
 
     Parameter names and largest shapes are those of timm's `MobileNetV3`. The first block of a stage changes width
-    and resolution, so a stage is never empty. Lists of an architecture have one entry for each block in use;
+    and resolution, so a stage is never empty. Lists of an architecture have one entry for each block in use.
     `architecture()` also takes Once-for-All's own lists, with entries for all blocks.
 
     Args:
@@ -62,7 +62,7 @@ class MobileNetV3(SearchSpace):
         stem_width: Channels of the stem and of the first block, which is fixed.
         head_widths: Channels of the last convolution and of the features behind the pooling.
         width_mult: Factor of all widths, rounded to multiples of 8.
-        kernel_transform: Once-for-All's learned matrices between kernel sizes, in place of nested windows.
+        kernel_transform: Use Once-for-All's learned matrices between kernel sizes, in place of nested windows.
         drop: Dropout before the classifier; 0.1 in Once-for-All.
     """
 
@@ -107,7 +107,7 @@ class MobileNetV3(SearchSpace):
         efficientnet_init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         x = self.blocks(self.bn1(self.conv_stem(x)))
         x = self.act2(self.conv_head(self.global_pool(x)))
         return self.classifier(F.dropout(x.flatten(1), self.settings["drop_rate"], self.training))
@@ -123,7 +123,7 @@ class MobileNetV3(SearchSpace):
     ) -> None:
         """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
-        `timm.data.create_transform` makes inputs as the dataset does; without one, with pixels from -1 to 1.
+        `timm.data.create_transform` then makes inputs as the dataset does. Without a dataset, pixels go from -1 to 1.
         """
         channels = self.settings["in_chans"]
         network.pretrained_cfg = {
@@ -140,7 +140,7 @@ class MobileNetV3(SearchSpace):
         save_for_hf(network, folder, model_args=self._arguments(architecture), safe_serialization=True)
 
     def _arguments(self, architecture: Architecture) -> dict[str, Any]:
-        """The arguments of `mobilenetv3` for an architecture, as JSON has them."""
+        """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
         self.assignment_of(architecture)
         depths, kernels, ratios = (architecture.choices[name] for name in ("depth", "kernel_size", "expand_ratio"))
         blocks = iter(f"ir_r1_k{k}_e{e}" for k, e in zip(kernels, ratios, strict=True))
@@ -159,7 +159,7 @@ def _stride_and_squeeze(stage: str) -> tuple[int, float]:
 
 
 def _check(image_size: int, stride: int, kernels: Sequence[float], width_mult: float) -> None:
-    """Refuse what makes no network, and images on which two kernel sizes are the same network."""
+    """Refuse options that make no network, and images on which two kernel sizes are the same network."""
     if not 0 < width_mult < math.inf:
         raise TangleNASError(f"width_mult is {width_mult}, expected a positive number, such as 1.0")
     if stride > 32:

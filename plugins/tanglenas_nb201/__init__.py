@@ -1,4 +1,4 @@
-"""NAS-Bench-201 (Dong and Yang, 2020, arXiv:2001.00326): the cell space with a table of every architecture."""
+"""The cell space of NAS-Bench-201 (Dong and Yang, 2020, arXiv:2001.00326), with a table of every architecture."""
 
 from tanglenas_engine import hookimpl
 

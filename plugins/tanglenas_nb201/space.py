@@ -1,4 +1,4 @@
-"""NAS-Bench-201 (Dong and Yang, 2020, arXiv:2001.00326): one cell of six edges in a residual network."""
+"""The cell space of NAS-Bench-201 (Dong and Yang, 2020, arXiv:2001.00326): six edges in a residual network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EDGES = tuple((node, source) for node in range(1, 4) for source in range(node))
 
 
 class Convolution(nn.Sequential):
-    """ReLU, convolution, BatchNorm; the convolution has a bias where the BatchNorm has none."""
+    """A ReLU, a convolution and a BatchNorm; the convolution has a bias where the BatchNorm has none."""
 
     def __init__(
         self, channels_in: Size | int, channels: Size | int, kernel: Size | int, stride: int = 1, affine: bool = True
@@ -30,12 +30,15 @@ class Convolution(nn.Sequential):
 
 
 class Cell(nn.Module):
-    """Four nodes, each the sum of an operation on every node before it; the last is the output: `(B, C, H, W)`."""
+    """A cell of four nodes, each the sum of an operation on every node before it: `(B, C, H, W) -> (B, C, H, W)`.
+
+    The first node is the input, the last node the output.
+    """
 
     def __init__(self, channels: Size, operation: Choice, affine: bool, sharing: str):
         super().__init__()
         families: dict[str, elastic.Family] = {
-            "none": ({"none": 1}, lambda _: cells.Nothing()),
+            "none": ({"none": 1}, lambda _: cells.Zero()),
             "skip_connect": ({"skip_connect": 1}, lambda _: nn.Identity()),
             "nor_conv": (
                 {"nor_conv_1x1": 1, "nor_conv_3x3": 3},
@@ -46,11 +49,11 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList(elastic.MixedOperation.of(edge, families, sharing, channels) for edge in operation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cells.nodes([x], self.edges)[-1]
+        return cells.cell_nodes([x], self.edges)[-1]
 
 
 class Reduction(nn.Module):
-    """ResNet's basic block with stride 2: `(B, C, H, W) -> (B, 2 C, H / 2, W / 2)`, halves rounded up."""
+    """A basic block of ResNet with stride 2: `(B, C, H, W) -> (B, 2 C, H / 2, W / 2)`, halves rounded up."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -64,16 +67,16 @@ class Reduction(nn.Module):
 
 
 class NB201(cells.CellSpace):
-    """One of five operations for each of six edges: 15,625 architectures.
+    """A space with one of five operations on each of six edges: 15,625 architectures.
 
     The network is a stem, three stages of equal cells with a `Reduction` between them, and a classifier. Kernels of 1
-    are the centres of those of 3, which share bias and BatchNorm with them.
+    are the centres of those of 3, and share bias and BatchNorm with them.
 
     Args:
-        channels: Of the first stage; each further one has twice as many.
-        cells: Per stage.
-        affine: Whether BatchNorms in cells have gain and bias, as those of the tabulated networks do. Without, the
-            convolutions have a bias: so the paper's supernet.
+        channels: Channels of the first stage; each further stage has twice as many.
+        cells: Number of cells in a stage.
+        affine: Give the BatchNorms in cells a gain and a bias, as in the tabulated networks. Otherwise the convolutions
+            have a bias, as in the paper's supernet.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class NB201(cells.CellSpace):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         first, second, third = self.stages
         x = self.reductions[0](first(self.stem(x)))
         return self.head(third(self.reductions[1](second(x))))
@@ -114,7 +117,9 @@ class NB201(cells.CellSpace):
         return torch.randn(batch, *self.input_shape)
 
     def to_string(self, architecture: Architecture) -> str:
-        """The official notation, `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`: for each node the operation on every source.
+        """Return the official notation, which lists for each node the operation on every source.
+
+        It reads `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`.
 
         Raises:
             TangleNASError: The architecture is not of this space.
@@ -123,10 +128,10 @@ class NB201(cells.CellSpace):
         return _notation(architecture.choices["operation"])
 
     def from_string(self, text: str) -> Architecture:
-        """The architecture of such a text.
+        """Return the architecture that the official notation describes.
 
         Raises:
-            TangleNASError: It is none, or has an operation that there is not.
+            TangleNASError: The text is not in this notation, or it has an unknown operation.
         """
         operations = re.findall(r"(\w+)~\d", text)
         if len(operations) != len(EDGES) or _notation(operations) != "".join(text.split()):

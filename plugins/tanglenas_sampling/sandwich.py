@@ -1,6 +1,6 @@
 """The sandwich rule (Yu and Huang 2019, arXiv:1903.05134) with in-place distillation.
 
-That of BigNAS (Yu et al. 2020, arXiv:2003.11142): the largest network is the teacher of the others.
+The distillation is that of BigNAS (Yu et al. 2020, arXiv:2003.11142): the largest network teaches the others.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from tanglenas_engine import Architecture, Optimizer, SearchSpace, Step, at_leas
 
 
 class Sandwich(Optimizer):
-    """Every step trains the largest network, the smallest and a few random ones, on one batch.
+    """An optimizer that trains the largest network, the smallest and a few random ones in every step, on one batch.
 
-    The largest learns from the labels, the others from its predictions (cross-entropy to its softmax, without a
-    gradient to it). Gradients add up, as in the papers.
+    The largest network learns from the labels. The others learn from its predictions: the loss is the cross-entropy to
+    its softmax, without a gradient to it. Gradients add up, as in the papers.
 
     Args:
-        random: Random architectures a step.
-        distillation: Whether the smaller networks learn from the largest; otherwise they learn from the labels.
+        random: Random architectures in a step.
+        distillation: Let the smaller networks learn from the largest; otherwise they learn from the labels.
     """
 
     learns_architecture = False
@@ -55,5 +55,5 @@ class Sandwich(Optimizer):
 
 
 def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy to the teacher's probabilities, over all but the last dimension: the classes."""
+    """Return the cross-entropy to the teacher's probabilities, over the classes in the last dimension."""
     return -(teacher.softmax(-1) * outputs.log_softmax(-1)).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""SPOS: one uniformly drawn path a step; the architecture is derived afterwards (Guo et al. 2020)."""
+"""SPOS: one uniformly drawn path in each step; the architecture is derived afterwards (Guo et al. 2020)."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tanglenas_engine import Architecture, Optimizer
 
 
 class SPOS(Optimizer):
-    """Trains the weights of a random architecture in every step, with real slices."""
+    """An optimizer that trains the weights of a random architecture in every step, with real slices."""
 
     learns_architecture = False
     derivation = "random"

@@ -1,4 +1,4 @@
-"""Toy search spaces: small enough that every architecture can be trained, and the truth be known."""
+"""Toy search spaces: they are so small that every architecture can be trained, and the best one known."""
 
 from tanglenas_engine import hookimpl
 

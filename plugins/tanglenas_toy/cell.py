@@ -1,4 +1,4 @@
-"""The toy cell space on Fashion-MNIST, of which the authors published a full table (Sukthanker et al. 2023)."""
+"""The toy cell space on Fashion-MNIST; its authors published a full table (Sukthanker et al. 2023)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ FAMILIES: dict[str, type[nn.Module]] = {"sep_conv": cells.Separable, "dil_conv":
 
 
 class Cell(nn.Module):
-    """Two nodes and three edges; the output is both nodes, `(B, channels_in, H, W) -> (B, 2 * channels, H', W')`."""
+    """A cell of two nodes and three edges: `(B, channels_in, H, W) -> (B, 2 * channels, H', W')`.
+
+    The output is both nodes.
+    """
 
     def __init__(self, channels_in: int, channels: Size, reduction: bool, choice: Choice, sharing: str):
         super().__init__()
@@ -34,18 +37,18 @@ class Cell(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(cells.nodes([self.preprocess(x)], self.edges)[1:], 1)
+        return torch.cat(cells.cell_nodes([self.preprocess(x)], self.edges)[1:], 1)
 
 
 class ToyCell(cells.CellSpace):
-    """An operation for each of three edges, in a normal and in a reduction cell: 4,096 architectures.
+    """A space with an operation on each of three edges, in a normal and in a reduction cell: 4,096 architectures.
 
     Kernels of 3 are the centres of those of 5, for separable and for dilated convolutions. The network is a
     reduction cell, a normal one and a reduction cell again; both reduction cells follow the same choices.
 
     Args:
-        channels: Of the first two cells; the third has twice as many.
-        dropout: Behind every cell and in the classifier; 0.2 in the paper.
+        channels: Channels of the first two cells; the third has twice as many.
+        dropout: Dropout behind every cell and in the classifier; 0.2 in the paper.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class ToyCell(cells.CellSpace):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         for cell in self.cells:
             x = self.dropout(cell(x))
         return self.classifier(F.max_pool2d(x, 2))
@@ -89,14 +92,14 @@ class ToyCell(cells.CellSpace):
         return torch.randn(batch, *self.input_shape)
 
     def to_string(self, architecture: Architecture) -> str:
-        """The operations of the six edges as the table's columns have them, separated by commas."""
+        """Return the operations of the six edges, separated by commas, in the order of the table's columns."""
         return ", ".join([*architecture.choices["normal"], *architecture.choices["reduce"]])
 
     def from_string(self, text: str) -> Architecture:
-        """The architecture of six operations, or of the authors' `Genotype(...)`.
+        """Return the architecture of six operations, or of the authors' `Genotype(...)`.
 
         Raises:
-            TangleNASError: The text has not six of the four operations.
+            TangleNASError: The text does not name six of the four operations.
         """
         found = re.findall(r"\w+_conv_\w+", text)
         if len(found) != 2 * len(EDGES):
@@ -107,7 +110,7 @@ class ToyCell(cells.CellSpace):
 
 
 def mixed(operation: Size, channels: Size, stride: int, sharing: str) -> elastic.MixedOperation:
-    """The mixed operation of an edge."""
+    """Return the mixed operation of an edge."""
     families: dict[str, elastic.Family] = {
         family: (
             {name: int(name[-1]) for name in OPERATIONS if name.startswith(family)},

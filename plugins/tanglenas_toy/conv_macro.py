@@ -16,13 +16,15 @@ NAMES = ("channels1", "channels2", "channels3", "channels4")
 
 
 class ConvMacro(SearchSpace):
-    """Channels and kernel size of four convolutions, before one of fixed width and a classifier; no normalisation.
+    """A space of the channels and kernel sizes of four convolutions.
+
+    A convolution of fixed width and a classifier follow them. Nothing is normalised.
 
     Args:
-        channels1: Output channels of the first convolution, and so on.
+        channels1: Output channels of the first convolution; `channels2` to `channels4` are those of the next three.
         kernel_size: Options of each of the four kernels.
         image_size: A multiple of 4 of at least 16; two poolings halve it.
-        dropout: Probability with which a channel is dropped behind the third convolution; 0.5 in the paper.
+        dropout: Probability of dropping a channel behind the third convolution; 0.5 in the paper.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class ConvMacro(SearchSpace):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         x = F.relu(self.conv1(x))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = self.dropout(F.max_pool2d(F.relu(self.conv3(x)), 2))
@@ -74,7 +76,7 @@ class ConvMacro(SearchSpace):
         return torch.randn(batch, *self.input_shape)
 
     def to_string(self, architecture: Architecture) -> str:
-        """The key of the authors' table, `"[[c1, c2, c3, c4], [k1, k2, k3, k4]]"`.
+        """Return the key of the authors' table, `"[[c1, c2, c3, c4], [k1, k2, k3, k4]]"`.
 
         Raises:
             TangleNASError: The architecture is not of this space.
@@ -83,10 +85,10 @@ class ConvMacro(SearchSpace):
         return str([[architecture.choices[name] for name in NAMES], list(architecture.choices["kernel_size"])])
 
     def from_string(self, text: str) -> Architecture:
-        """The architecture of such a key.
+        """Return the architecture of a key of the authors' table.
 
         Raises:
-            TangleNASError: It is no key, or has options that this space lacks.
+            TangleNASError: The text is no key, or it has options that this space lacks.
         """
         try:
             (c1, c2, c3, c4), kernels = json.loads(text)

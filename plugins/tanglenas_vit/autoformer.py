@@ -1,4 +1,4 @@
-"""AutoFormer's space of vision transformers on timm's parts (Chen et al. 2021; REFERENCE: the paper, section 5)."""
+"""AutoFormer's space of vision transformers on timm's parts (Chen et al. 2021, arXiv:2107.00651)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tanglenas_vit.network import RelativePosition2D, vision_transformer
 
 
 class Block(nn.Module):
-    """timm's pre-norm block: attention and MLP, each behind a LayerNorm and with a residual."""
+    """A pre-norm block like timm's: attention and MLP, each behind a LayerNorm and with a residual."""
 
     def __init__(self, width: Size, num_heads: Size, mlp_ratio: Size, drop_path: float, drop: float, **attention: Any):
         super().__init__()
@@ -35,18 +35,18 @@ class Block(nn.Module):
 
 
 class AutoFormer(SearchSpace):
-    """Embedding dimension, depth, and per block the number of heads and the MLP ratio of a ViT.
+    """A space of ViTs: the embedding dimension, the depth, and per block the number of heads and the MLP ratio.
 
     Parameter names and largest shapes are those of timm's `VisionTransformer`, so a timm checkpoint of the
     largest network loads with `load_state_dict`. The final norm comes before the pooling, as in AutoFormer.
 
     Args:
-        patch_size: By default 16, 4 for images below 64 pixels, and 2 for those of at most 16.
-        head_dim: Fixed dimension of a head; more heads mean wider attention.
+        patch_size: By default 2 for images of at most 16 pixels, 4 below 64 pixels, and 16 from there on.
+        head_dim: Fixed dimension of a head; more heads make attention wider.
         global_pool: "avg" over the patch tokens, as in AutoFormer, or "token" for the class token.
-        weight_init: timm's scheme; "" is its usual `trunc_normal(std=0.02)`, made for wide networks, "jax" scales
-            with the width, which narrow ones need.
-        relative_position: AutoFormer's 2D relative positions (the paper always has them; timm's ViT does not).
+        weight_init: timm's scheme. "" is its usual `trunc_normal(std=0.02)`, made for wide networks. "jax" scales
+            with the width, which narrow networks need.
+        relative_position: Use AutoFormer's 2D relative positions. The paper always has them, timm's ViT never.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class AutoFormer(SearchSpace):
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         x = self.patch_embed(x)  # (B, patches, width)
         x = torch.cat([self.current("cls_token").expand(len(x), -1, -1), x], 1) + self.current("pos_embed")
         x = self.norm(self.blocks(x))
@@ -124,7 +124,7 @@ class AutoFormer(SearchSpace):
     ) -> None:
         """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
-        `timm.data.create_transform` makes inputs as the dataset does; without one, with pixels from -1 to 1.
+        `timm.data.create_transform` then makes inputs as the dataset does. Without a dataset, pixels go from -1 to 1.
         """
         arguments = self._arguments(architecture)
         network.pretrained_cfg = {
@@ -141,7 +141,7 @@ class AutoFormer(SearchSpace):
         save_for_hf(network, folder, model_args=arguments, safe_serialization=True)
 
     def _arguments(self, architecture: Architecture) -> dict[str, Any]:
-        """The arguments of `vision_transformer` for an architecture, as JSON has them."""
+        """Return the arguments of `vision_transformer` for an architecture, as JSON can hold them."""
         choices = {k: list(v) if isinstance(v, tuple) else v for k, v in architecture.choices.items()}
         choices.pop("depth")
         return {**self.settings, **choices, "fc_norm": False}

@@ -1,6 +1,6 @@
-"""The standalone vision transformer: timm's, with heads and MLP width of every block as chosen.
+"""The standalone vision transformer: timm's, with the heads and the MLP width of every block as chosen.
 
-Importing this module registers it with timm as `tanglenas_vit`, so that an exported folder loads with
+Importing this module registers the network with timm as `tanglenas_vit`. An exported folder then loads with
 `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 """
 
@@ -24,10 +24,10 @@ default_cfgs = generate_default_cfgs(
 
 
 class RelativePosition2D(nn.Module):
-    """Attention with learned embeddings of vertical and horizontal distances, for keys and for values.
+    """An attention with learned embeddings of vertical and horizontal distances, for keys and for values.
 
-    Distances are clipped to `max_distance`; whatever involves the class token has an embedding of its own. The
-    tables are shared by all heads. Source: AutoFormer (Chen et al. 2021), after Shaw et al. 2018.
+    Distances are clipped to `max_distance`. A pair that includes the class token has an embedding of its own. All heads
+    share the tables. Source: AutoFormer (Chen et al. 2021), after Shaw et al. 2018.
     """
 
     def __init__(self, head_dim: int, grid: tuple[int, int], class_token: bool, max_distance: int = 14):
@@ -47,7 +47,7 @@ class RelativePosition2D(nn.Module):
             trunc_normal_(table, std=0.02)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`(B, H, N, D)` each -> `(B, H, N, D)`."""
+        """Attend: `(B, H, N, D)` each -> `(B, H, N, D)`."""
         vertical, horizontal = self.distance.unbind(-1)
         keys = self.key_vertical[vertical] + self.key_horizontal[horizontal]  # (N, N, D)
         values = self.value_vertical[vertical] + self.value_horizontal[horizontal]
@@ -57,7 +57,7 @@ class RelativePosition2D(nn.Module):
 
 
 class RelativeAttention(TimmAttention):
-    """timm's attention with 2D relative positions in place of the plain product."""
+    """An attention like timm's, with 2D relative positions in place of the plain product."""
 
     def __init__(self, *args: Any, relative_position: nn.Module, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -76,7 +76,12 @@ def vision_transformer(
     relative_position: bool = False,
     **options: Any,
 ) -> VisionTransformer:
-    """timm's `VisionTransformer` with `num_heads[i]` heads of `head_dim` and ratio `mlp_ratio[i]` in block i."""
+    """Build timm's `VisionTransformer` with other heads and MLP widths in each block.
+
+    Args:
+        num_heads: Number of heads of `head_dim` in each block.
+        mlp_ratio: MLP ratio of each block.
+    """
     grid = options["img_size"] // options["patch_size"]
 
     def block(depth: int, dim: int, **block_options: Any) -> Block:
@@ -96,5 +101,5 @@ def vision_transformer(
 
 @register_model
 def tanglenas_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """A network found by TangleNAS; the options are those of `vision_transformer`."""
+    """Build a network that TangleNAS found; the options are those of `vision_transformer`."""
     return build_model_with_cfg(vision_transformer, "tanglenas_vit", pretrained, **options)

@@ -14,11 +14,13 @@ COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "latency", "table
 
 
 class WrongInput(click.ClickException):
+    """A TangleNASError, as click shows it."""
+
     exit_code = 2
 
 
 class Commands(click.Group):
-    """Commands by name; wrong input is told in one line, without a traceback."""
+    """A group that imports a command when it is used, and tells wrong input in one line, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -30,7 +32,7 @@ class Commands(click.Group):
         return super().get_command(ctx, name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args[0] not in COMMANDS:  # click looks for the closest among those that are there
+        if args[0] not in COMMANDS:  # click suggests the closest of the commands that are loaded
             for name in COMMANDS:
                 self.get_command(ctx, name)
         return super().resolve_command(ctx, args)

@@ -1,4 +1,4 @@
-"""How commands talk to a person: aligned tables, numbers, and the files that a person names."""
+"""The output of commands, aligned tables and short numbers, and the files that a person names."""
 
 import sys
 from collections.abc import Iterable
@@ -9,27 +9,27 @@ from tanglenas_engine.errors import TangleNASError
 
 
 def print_table(columns: list[str], rows: list[list[str]], styles: Iterable[str] = ()) -> None:
-    """Print aligned columns; `styles` are rich's, one per row."""
+    """Print aligned columns. `styles` has a style of rich for each row."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row, style in zip_longest(rows, styles, fillvalue=""):
         table.add_row(*row, style=style)
-    width = None if sys.stdout.isatty() else 1000  # a row stays on one line in a pipe
+    width = None if sys.stdout.isatty() else 1000  # in a pipe a row is one line
     Console(markup=False, highlight=False, emoji=False, width=width).print(table)
 
 
 def number(value: float) -> str:
-    """Three decimals at most, three digits at least: 94.373, 73306, 0.000214."""
+    """Write a number with three decimals at most and three digits at least: 94.373, 73306, 0.000214."""
     return f"{value:.3g}" if 0 < value < 0.1 else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def read_text(path: str | Path, expected: str) -> str:
-    """The text of a file that a person named; `expected` says what it should be.
+    """Return the text of a file that a person named. `expected` says in words what the file should be.
 
     Raises:
-        TangleNASError: It cannot be read.
+        TangleNASError: The file is missing, not readable or not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")

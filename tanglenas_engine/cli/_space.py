@@ -1,4 +1,4 @@
-"""Which network a person means: an architecture file, and the options of the space that it was searched in."""
+"""Reads an architecture file, and makes the space that it was searched in."""
 
 import ast
 from collections.abc import Callable, Sequence
@@ -10,7 +10,6 @@ import click
 from tanglenas_engine.errors import TangleNASError
 
 from ._console import read_text
-from ._shipped import stage_module
 
 if TYPE_CHECKING:
     from tanglenas_engine.spaces.architecture import Architecture
@@ -20,7 +19,7 @@ ARCHITECTURE_FILE = "the architecture.json that discretize writes"
 
 
 def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The option `-o NAME=VALUE` of commands that build a space."""
+    """Add the option `-o NAME=VALUE` to a command that builds a space."""
     return click.option(
         "options",
         "-o",
@@ -32,13 +31,13 @@ def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any]]":
-    """The space, the architecture of a file, and the options that make the space fit it.
+    """Return the space and the architecture of a file, and the options that make the space fit it.
 
     A stage writes `operative.gin` beside the architecture: its dataset and bindings give the options, unless a person
     gives some.
 
     Raises:
-        TangleNASError: The file is no architecture, or the space is unknown or takes no such option.
+        TangleNASError: The file holds no architecture, or the space is unknown or has no such option.
     """
     from tanglenas_engine.spaces.architecture import Architecture
 
@@ -49,7 +48,9 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     if given:
         options = parsed(given)
     elif config.is_file():
-        options = stage_module("_records").space_options(config)
+        from ..pipeline import records
+
+        options = records.space_options(config)
     else:
         options = {}
     space = create_space(architecture.space, **options)
@@ -57,10 +58,10 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
 
 
 def parsed(given: Sequence[str]) -> dict[str, Any]:
-    """Options as a person gives them: NAME=VALUE, each value a Python literal, or else a string.
+    """Parse options of the form NAME=VALUE. A value is a Python literal, or else a string.
 
     Raises:
-        TangleNASError: One is not of that form.
+        TangleNASError: An option is not of that form.
     """
     return dict(map(_option, given))
 

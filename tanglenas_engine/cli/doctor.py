@@ -22,17 +22,17 @@ import click
 from tanglenas_engine.errors import TangleNASError, closest
 
 from ..plugins import PluginManager, PluginWarning
-from ._shipped import stage_module
+from ._shipped import EARLIER
 
 LIBRARIES = ("tanglenas", "torch", "torchvision", "timm", "gin-config", "dvc", "mlflow")
 GIB = 2**30
-LITTLE = 2 * GIB
-"""Free bytes below which a training may not get through: checkpoints are written beside the old ones."""
+LOW_DISK_BYTES = 2 * GIB
+"""Free bytes below which a training may fail: it writes each checkpoint beside the old one."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was looked at. `remedy` says what to do, where that is something and `what` does not say it."""
+    """The result of a check. `remedy` says what to do, and is empty where there is nothing to do or `what` says it."""
 
     state: str  # "ok", "note" (worth knowing) or "problem"
     what: str
@@ -50,7 +50,9 @@ def command(fix: bool) -> None:
 
     The exit status is 1 where a problem is left.
     """
-    root: Path = stage_module("_store").project_root()
+    from ..pipeline.store import project_root
+
+    root = project_root()
     sections = {
         "versions": _versions(),
         "plugins": _plugins(),
@@ -83,7 +85,7 @@ def _versions() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding("problem", f"{name} is not installed", "pip install tanglenas")
     yield ok(", ".join(f"{name} {version}" for name, version in found.items()))
-    # dvc.yaml says `python`, whatever that is in the shell.
+    # dvc.yaml calls `python`, which the shell may find elsewhere.
     try:
         run = [shutil.which("python") or "", "-c", "import sys; print(sys.prefix)"]
         prefix = subprocess.run(run, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
@@ -131,6 +133,9 @@ def _project(root: Path) -> Iterator[Finding]:
         yield Finding(
             "problem", f"{' and '.join(missing)} are missing", "restore them, or compare with `tanglenas init DIR`"
         )
+    if any((root / "pipelines" / name).exists() for name in EARLIER):
+        upgrade = f"tanglenas init --upgrade {shlex.quote(str(root))}"
+        yield Finding("problem", "pipelines/ is of an earlier version of tanglenas", upgrade)
     if (root / "gin" / "__init__.py").exists():
         yield Finding("problem", "gin/__init__.py hides the package gin-config", "delete the file")
     ignored = root / ".dvcignore"
@@ -157,7 +162,7 @@ def _stages(root: Path) -> Iterator[Finding]:
 
 
 def _cut_off(folder: Path, root: Path) -> Finding:
-    """What becomes of a checkpoint whose stage is not running."""
+    """Return whether the stage of a checkpoint can go on, and what to do about it."""
     stage = folder.name.rpartition("-")[0]
     saved = max(path.stat().st_mtime for path in folder.glob("state-*"))
     finished = root / "out" / f"{stage}.run.json"  # the last thing that a stage writes
@@ -174,11 +179,13 @@ def _cut_off(folder: Path, root: Path) -> Finding:
 
 
 def _changed_since(folder: Path) -> str:
-    """What of the code that made a checkpoint is another now: a stage takes up only its own. Empty if nothing is."""
+    """Return which code has changed since a checkpoint was made, or "". A stage goes on with the same code only."""
     import torch
 
+    from ..pipeline.stage import MADE_BY
+
     try:
-        made = json.loads((folder / stage_module("_stage").MADE_BY).read_text())
+        made = json.loads((folder / MADE_BY).read_text())
         changed = [name for name, version in made["code"].items() if _version_of(str(name)) != version]
         if made["torch"] != torch.__version__:
             changed.append("torch")
@@ -188,7 +195,7 @@ def _changed_since(folder: Path) -> str:
 
 
 def _version_of(package: str) -> str | None:
-    """That of the sources of an installed package, which is not imported for it."""
+    """Return the version of the sources of an installed package, without importing it."""
     from tanglenas_engine.runtime.fingerprint import code_version
 
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -196,11 +203,11 @@ def _version_of(package: str) -> str | None:
 
 
 def _owner(folder: Path) -> int | None:
-    """The living process that holds a folder; the lock itself is left alone, a stage may want it just now."""
+    """Return the living process that holds a folder. The lock is not tried: a stage may want it just now."""
     try:
         pid = int(json.loads((folder / "owner.json").read_text())["pid"])
         os.kill(pid, 0)
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # the process lives, and belongs to another user
         return pid
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -211,10 +218,11 @@ def _runs(root: Path, fix: bool) -> Iterator[Finding]:
     if os.environ.get("TANGLENAS_TRACKING", "").lower() == "off":
         yield Finding("note", "runs are not tracked: TANGLENAS_TRACKING=off", "unset it to have them in MLflow")
         return
-    records = stage_module("_spool")
-    waiting = records.spooled_runs(root)
+    from ..pipeline import spool
+
+    waiting = spool.spooled_runs(root)
     if fix and waiting:
-        for upload in records.upload_spool(root):
+        for upload in spool.upload_spool(root):
             if upload.problem:
                 yield Finding("problem", f"{upload.spooled.stage} was not sent: {upload.problem}", "try again later")
             else:
@@ -227,9 +235,9 @@ def _runs(root: Path, fix: bool) -> Iterator[Finding]:
                 "its process sends them" if spooled.busy else "tanglenas doctor --fix",
             )
     try:
-        stale = records.stale_runs(root)
+        stale = spool.stale_runs(root)
         if fix and stale:
-            records.mark_killed([run.run_id for run in stale], root)
+            spool.mark_killed([run.run_id for run in stale], root)
     except TangleNASError as error:
         yield Finding("problem", str(error))
         return
@@ -250,7 +258,7 @@ def _disk(root: Path) -> Iterator[Finding]:
     used = {name: _size(root / name) for name in (".dvc/cache", "out", "mlartifacts", ".tanglenas", "data")}
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in used.items() if size)
     what = f"{_bytes(free)} free{'; used: ' * bool(parts)}{parts}"
-    if free < LITTLE:
+    if free < LOW_DISK_BYTES:
         yield Finding("problem", what, "make room: `dvc gc --workspace` drops results that no commit has")
     else:
         yield ok(what)

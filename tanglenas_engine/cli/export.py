@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Export:
-    """What is exported, and where to."""
+    """A network to export, and the folder to export it to."""
 
     space: SearchSpace
     architecture: Architecture
@@ -68,7 +68,7 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
     space, architecture, made_with = read(file, options)
     network = _network(space, architecture, weights).eval()
     torch.manual_seed(0)
-    inputs = space.example_input(3)  # not the batch size that is traced
+    inputs = space.example_input(3)  # another batch size than the traced one
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, torch.no_grad():
         folder = Path(scratch, "export")
@@ -90,7 +90,7 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
 
 def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> nn.Module:
-    """The network with its weights, which are its own or the supernet's."""
+    """Return the network with its weights, cut from the supernet's if need be."""
     from tanglenas_engine.runtime.weights import load_weights
 
     state = load_weights(weights)
@@ -98,7 +98,7 @@ def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> n
     def loaded(module: nn.Module) -> bool:
         try:
             module.load_state_dict(state)
-        except RuntimeError:  # names or shapes of another network
+        except RuntimeError:  # the file has names or shapes of another network
             return False
         return True
 
@@ -119,7 +119,7 @@ def _timm(export: Export) -> tuple[Forward, str]:
     architecture = json.loads(config.read_text()).get("architecture") if config.exists() else None
     if architecture is None:
         raise TangleNASError(f"the space {export.space.name!r} has no form in timm. Choose torch-export, onnx or torch")
-    import timm  # the library does without; only who asks for this format needs it
+    import timm  # only this format needs it
 
     home = timm.models.model_entrypoint(architecture).__module__
     registered = "" if home.startswith("timm.") else f"import {home}  # tells timm about {architecture}\n"
@@ -188,24 +188,24 @@ session = onnxruntime.InferenceSession("DIR/model.onnx", providers=["CPUExecutio
 
 
 def _traced(export: Export) -> Any:
-    """The network as a graph that takes any batch size."""
+    """Trace the network as a graph that takes any batch size."""
     import torch
 
     shapes = ({0: torch.export.Dim("batch")},)
     try:
         program = torch.export.export(export.network, (export.space.example_input(2),), dynamic_shapes=shapes)
-    except Exception as error:  # whatever in a network cannot be traced
+    except Exception as error:  # tracing may raise anything
         reason = " ".join(str(error).split())[:300]
         raise TangleNASError(f"torch cannot trace this network ({reason}). Choose the format timm or torch") from None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # has paths of this machine
+            node.meta.pop("stack_trace", None)  # it has paths of this machine
     return program
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say about their own insides; what they wrote is checked instead."""
+    """Hide the exporters' messages about themselves. What they wrote is checked instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         level = logging.root.manager.disable

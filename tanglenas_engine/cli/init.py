@@ -3,6 +3,7 @@
 import re
 import shutil
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tanglenas_engine.errors import TangleNASError
 
 from ..plugins import PluginManager, Registration
 from ..plugins.manager import options_of
-from ._shipped import TEMPLATE, pipeline
+from ._shipped import EARLIER, TEMPLATE, pipeline
 
 
 @click.command(short_help="Start a project of your own.")
@@ -20,13 +21,26 @@ from ._shipped import TEMPLATE, pipeline
 @click.option("--space", metavar="NAME", help="What to search; `tanglenas plugins` lists the names.")
 @click.option("--dataset", metavar="NAME", help="What to train on.")
 @click.option("--optimizer", metavar="NAME", help="How to search.")
-def command(folder: Path, **named: str | None) -> None:
+@click.option("--upgrade", is_flag=True, help="Replace the scripts and dvc.yaml of the project in DIR by today's.")
+def command(folder: Path, upgrade: bool, **named: str | None) -> None:
     """Lay out a project in DIR, a new or an empty folder: dvc.yaml, params.yaml, gin/ and pipelines/.
 
-    Nothing in it depends on this command afterwards: every file is yours to change.
+    Every file is yours to change. What the scripts in pipelines/ call comes with the package, and is upgraded with it.
+
+    With --upgrade, a project of an earlier version gets the scripts and the dvc.yaml of this one. gin/ and params.yaml
+    stay as they are, but for files of gin/ that are new. What is replaced is kept under .tanglenas/replaced.
     """
+    if upgrade:
+        if any(named.values()):
+            raise TangleNASError("--upgrade leaves params.yaml as it is: set the space, dataset and optimizer there")
+        _upgrade(folder)
+        return
     if folder.exists() and (not folder.is_dir() or any(entry.name != ".git" for entry in folder.iterdir())):
-        raise TangleNASError(f"{folder} is not an empty folder. Name one that is, or one that does not exist yet")
+        is_project = (folder / "dvc.yaml").exists() and (folder / "pipelines").is_dir()
+        advice = f". To bring the project in it up to this version: tanglenas init --upgrade {folder}" * is_project
+        raise TangleNASError(
+            f"{folder} is not an empty folder. Name one that is, or one that does not exist yet{advice}"
+        )
     source = pipeline()
     params = (source / "params.yaml").read_text()
     manager = PluginManager()
@@ -53,8 +67,40 @@ def command(folder: Path, **named: str | None) -> None:
     click.echo(f"\nNext:\n    cd {folder}\n    git init && dvc init && dvc repro")
 
 
+def _upgrade(folder: Path) -> None:
+    """Replace the scripts and dvc.yaml of a project, keep what was there, and add the gin files that it lacks."""
+    scripts = folder / "pipelines"
+    if not ((folder / "dvc.yaml").is_file() and scripts.is_dir()):
+        raise TangleNASError(f"{folder} has no dvc.yaml and pipelines/ to upgrade: lay out a project with `init` alone")
+    source = pipeline()
+    today = {Path("dvc.yaml"), *(path.relative_to(source) for path in (source / "pipelines").glob("*.py"))}
+    replaced = [path for path in sorted(today) if _differs(source / path, folder / path)]
+    outdated = [path.relative_to(folder) for name in EARLIER if (path := scripts / name).exists()]
+    kept = folder / ".tanglenas" / "replaced" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    for path in (*replaced, *outdated):
+        if (folder / path).exists():
+            (kept / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder / path, kept / path)
+    added = [path.relative_to(source) for path in sorted((source / "gin").rglob("*.gin"))]
+    added = [path for path in added if not (folder / path).exists()]
+    for path in (*replaced, *added):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / path, folder / path)
+    for verb, paths in (("replaced", replaced), ("removed", outdated), ("added", added)):
+        if paths:
+            click.echo(f"{verb}: {', '.join(path.as_posix() for path in paths)}")
+    if kept.exists():
+        click.echo(f"What was there is in {kept}.")
+    if not (replaced or outdated or added):
+        click.echo(f"{folder} is of this version already.")
+
+
+def _differs(ours: Path, theirs: Path) -> bool:
+    return not theirs.is_file() or theirs.read_bytes() != ours.read_bytes()
+
+
 def _check_fit(manager: PluginManager, space: Registration, dataset: Registration) -> None:
-    """Raise a TangleNASError for a space that lacks an option by which the data fit it; the data need not be there."""
+    """Raise a TangleNASError for a space that lacks an option which the data need. The data may be missing."""
     needed = _fitted_options(dataset.load())
     if not _takes(space, needed):
         spaces = [it.name for it in manager.registrations("space") if _takes(it, needed)]
@@ -69,20 +115,20 @@ def _check_fit(manager: PluginManager, space: Registration, dataset: Registratio
 def _takes(space: Registration, needed: set[str]) -> bool:
     try:
         known, _ = options_of(space.load())
-    except TangleNASError:  # it cannot be imported
+    except TangleNASError:  # the space cannot be imported
         return False
     return known is None or needed <= known
 
 
 class _Anything:
-    """Stands for a dataset whose files nobody looks for."""
+    """A stand-in for a dataset: `space_options` may look at any attribute, and no file is opened."""
 
     def __getattr__(self, name: str) -> Any:
         return None
 
 
 def _fitted_options(dataset: Any) -> set[str]:
-    """The names in a dataset's `space_options`; none where they cannot be told without the data."""
+    """Return the names in a dataset's `space_options`, or the empty set where they depend on its files."""
     with suppress(Exception):
         return set(dataset.space_options(_Anything()))
     return set()

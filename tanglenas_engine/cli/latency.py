@@ -59,7 +59,7 @@ def build(
             f"Spearman {validation.spearman:.3f}, mean relative error {100 * validation.relative_error:.1f} %"
         )
         if figure is not None:
-            from ..figures import predictions
+            from ..pipeline.figures import predictions
 
             predictions(validation.predicted, validation.measured, figure)
             click.echo(str(figure))

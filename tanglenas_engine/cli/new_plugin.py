@@ -42,7 +42,7 @@ def command(name: str, output: Path | None) -> None:
 
 
 def _renamed(text: str, name: str) -> str:
-    """The example's names replaced: the package, what it registers, its classes. `example_input` is the library's."""
+    """Replace the names of the example: its package, classes and registered names. `example_input` is the library's."""
     text = text.replace("tanglenas_example", f"tanglenas_{name}")
     text = re.sub(r"\bexample\b", name, text)
     return re.sub(r"\bExample(?=[A-Z])", name.title().replace("_", ""), text)

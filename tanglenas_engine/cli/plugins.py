@@ -33,9 +33,9 @@ def command(context: click.Context, kind: str | None, as_json: bool) -> None:
 
 
 def _rows(manager: PluginManager, kind: str | None) -> list[dict[str, str | None]]:
-    """One row for each registration, then one for each fault and for each plugin that is kept out.
+    """Return a row for each registration, then a row for each fault and for each plugin that is kept out.
 
-    Nobody knows what a plugin that did not load would have registered: its row has neither name nor kind.
+    A plugin that did not load has neither name nor kind in its row, as it could not register any.
     """
     rows = []
     for it in manager.registrations(kind):

@@ -1,31 +1,8 @@
 """`tanglenas report`: one page that tells what a project searched and found, readable without a network."""
 
-from __future__ import annotations
-
-import base64
-import io
-import json
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
-
-from tanglenas_engine.errors import TangleNASError
-
-from ._console import read_text
-from ._shipped import TEMPLATE, stage_module
-from ._space import ARCHITECTURE_FILE
-
-FIGURES = {
-    "Anytime curve": "search/anytime.png",
-    "Mixing weights": "search/alphas.png",
-    "Candidates": "discretize/candidates.png",
-    "Architecture": "evaluate/architecture.png",
-    "Training of the final network": "retrain/training.png",
-}
-STAGES = ("search", "discretize", "retrain", "evaluate")
 
 
 @click.command(short_help="Write one page about what was searched and found.")
@@ -35,109 +12,11 @@ def command(output: Path) -> None:
 
     The page is one file; figures are inside, and nothing is loaded from elsewhere.
     """
-    root: Path = stage_module("_store").project_root()
-    metrics = {name: _json(root / "metrics" / f"{name}.json") for name in STAGES}
-    path = root / "out" / "discretize" / "architecture.json"
-    if not path.exists():
-        raise TangleNASError(f"{root} has no out/discretize/architecture.json: run `dvc repro` first")
-    from tanglenas_engine.spaces.architecture import Architecture
-
-    architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
-    records = stage_module("_records")
-    try:
-        runs, trouble = records.evaluated(root), ""
-    except Exception as error:  # a store that is down costs the comparison, not the page
-        runs, trouble = [], " ".join(str(error).split())[:300]
-    params = records.swept(root / "params.yaml")
-    page = _render(
-        title=f"{params.get('optimizer')} on {params.get('space')}",
-        params=params,
-        metrics=[(stage, key, _shown(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
-        architecture=architecture,
-        figures=[(title, _image((root / "out" / name).read_bytes())) for title, name in FIGURES.items()
-                 if (root / "out" / name).exists()],
-        sample=_text(root / "out" / "evaluate" / "sample.txt"),
-        runs=list(reversed(runs)),
-        trouble=trouble,
-        scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
-        commands=_commands(params, runs, architecture.digest),
-        environment=_json(root / "environment.json").get("versions", {}),
-    )  # fmt: skip
     from tanglenas_engine.runtime.files import write_atomic
 
-    write_atomic(output, page)
-    click.echo(f"{output}: {len(runs)} evaluated run{'s' * (len(runs) != 1)}, {len(page.encode()):,} bytes")
+    from ..pipeline.report import page
+    from ..pipeline.store import project_root
 
-
-def _render(**content: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)  # fmt: skip
-    return environment.from_string((TEMPLATE / "report.html").read_text(encoding="utf-8")).render(**content)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise TangleNASError(f"{path} cannot be read ({error}): run `dvc repro` to have it written anew") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _shown(key: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}{' %' if key.endswith('accuracy') else ''}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _image(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _points(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [run for run in runs if run["params"] is not None and run["accuracy"] is not None]
-
-
-def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
-    """Accuracy on the test split against parameters, one colour for each space and optimizer, as SVG."""
-    from matplotlib import colormaps, style
-    from matplotlib.figure import Figure
-
-    from ..figures import STYLE, WIDTH
-
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in _points(runs):
-        groups.setdefault(f"{run['space']}, {run['optimizer']}, {run['dataset']}", []).append(run)
-    with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for number, (label, members) in enumerate(sorted(groups.items())):
-            axes.scatter([run["params"] for run in members], [run["accuracy"] for run in members], s=28,
-                         color=colormaps["tab10"](number % 10), alpha=0.8, linewidths=0, label=label)  # fmt: skip
-        axes.set_title("accuracy on the test split (%)")
-        axes.set_xlabel("parameters")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.margins(0.08)
-        figure.legend(loc="outside lower left", ncols=2)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-def _commands(params: dict[str, Any], runs: Sequence[dict[str, Any]], digest: str) -> list[str]:
-    """What repeats the last run: the commit that it ran at, and every value that a run may set."""
-    commit = next((run["commit"] for run in reversed(runs) if run["commit"] and run["digest"] == digest), None)
-    settings = [f"-S {shlex.quote(f'{name}={_setting(value)}')}" for name, value in params.items()]
-    return [*([f"git checkout {commit}"] if commit else []), " ".join(["dvc exp run", *settings])]
-
-
-def _setting(value: Any) -> Any:
-    """A value as Hydra's grammar, which `-S` uses, writes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    html, runs = page(project_root())
+    write_atomic(output, html)
+    click.echo(f"{output}: {runs} evaluated run{'s' * (runs != 1)}, {len(html.encode()):,} bytes")

@@ -41,14 +41,14 @@ def command(file: Path, options: tuple[str, ...], figure: Path | None) -> None:
         click.echo()
         print_table(columns, table)
     if figure is not None:
-        from ..figures import architecture as draw
+        from ..pipeline.figures import architecture as draw
 
         draw(space, architecture, figure)
         click.echo(f"\n{figure}")
 
 
 def layers(space: "SearchSpace", architecture: "Architecture") -> tuple[list[str], list[list[str]]]:
-    """One row for each layer in use, numbered from 1 as in figures, with its option of every choice made per layer.
+    """Return a row for each layer in use, numbered from 1 as in figures, with its option of every layered choice.
 
     A choice made per stage and layer numbers both: "2.1" is the first layer of the second stage.
     """

@@ -51,7 +51,7 @@ def query(table: str, architecture: str, metric: str | None) -> None:
     if architecture.endswith(".json"):
         asked = Architecture.from_json(read_text(architecture, ARCHITECTURE_FILE))
         space = asked.space
-    if asked not in found and space is not None:  # only now: a space needs torch
+    if asked not in found and space is not None:  # not before, as a space needs torch
         found = found.of(create_space(space))
     rows = []
     for name in [metric] if metric else found.metrics:

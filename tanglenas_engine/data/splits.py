@@ -137,9 +137,9 @@ def make_splits(
     The test split is cut first, then validation, then the other two. So `train_portion` does not affect the validation
     split, and only `test_portion` affects the test split.
 
-    A dataset without labels, such as text, is cut into blocks of consecutive samples. The seed deals them to the splits,
-    so that every split has its share of every part of the text. With one long segment per split, each split would be
-    another text, and alpha and the candidates would be judged on what the weights never saw.
+    A dataset without labels, such as text, is cut into blocks of consecutive samples. The seed deals them to the
+    splits, so that every split has its share of every part of the text. With one long segment per split, each split
+    would be another text, and alpha and the candidates would be judged on what the weights never saw.
 
     Args:
         dataset: The dataset.

@@ -50,9 +50,9 @@ Tables = Mapping[tuple[Row, ...], Sequence[float]]
 
 ROUNDING = 1e-9
 """Gains of log-probability below this are rounding errors."""
-NODES = 100_000
+MAX_NODES = 100_000
 """Nodes of HiGHS' search tree after which a local search takes over."""
-SOLVES = 100
+MAX_SOLVES = 100
 """Runs of HiGHS after which a local search takes over."""
 
 
@@ -342,7 +342,7 @@ def _solve(space: SearchSpace, goal: Tables, limits: Sequence[_Limit]) -> tuple[
         constraints.append((coefficients, -math.inf, (limit.allowed - constant) * factor))
     losses, _, _ = linear(goal)
     best, value = None, math.inf
-    for _ in range(SOLVES):
+    for _ in range(MAX_SOLVES):
         matrix, least, most = zip(*constraints, strict=True)
         result = optimize.milp(
             losses,
@@ -350,7 +350,7 @@ def _solve(space: SearchSpace, goal: Tables, limits: Sequence[_Limit]) -> tuple[
             bounds=optimize.Bounds(0, 1),
             constraints=optimize.LinearConstraint(np.array(matrix), least, most),
             # Presolving takes as long as it saves, and prints a line in some versions.
-            options={"mip_rel_gap": 0, "node_limit": NODES, "presolve": False},
+            options={"mip_rel_gap": 0, "node_limit": MAX_NODES, "presolve": False},
         )
         if result.status != 0:
             return best, result.status == 2  # 2 is infeasible

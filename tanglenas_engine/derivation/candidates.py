@@ -24,13 +24,13 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.measure import measure_inherited, statistics_inputs
 
-HELD = 2**30
+HELD_BYTES = 2**30
 """Bytes of a split up to which it stays on the device from one candidate to the next."""
 
-SAVED_EVERY = 30.0
+SAVE_SECONDS = 30.0
 """Seconds between checkpoints of what was judged."""
 
-TRIES = 20
+PROPOSALS_PER_CANDIDATE = 20
 """Proposals for each new candidate asked for, before a space counts as exhausted."""
 
 
@@ -144,7 +144,7 @@ class Candidates:
         """
         found: list[Architecture] = []
         count = min(count, self.limit - len(self._drawn))
-        for _ in range(TRIES * count):
+        for _ in range(PROPOSALS_PER_CANDIDATE * count):
             if len(found) == count:
                 break
             architecture = self.budget.shrink((propose or self.sample)(), self.generator)
@@ -165,7 +165,7 @@ class Candidates:
             self._total = len(architectures) if total is None else total
             self._line = self._stack.enter_context(self._progress.stage(self._label, self._total, 0))
         new = list({one.digest: one for one in architectures if one.digest not in self._judged}.values())
-        accuracies = distributed.each(self._accuracy, new)
+        accuracies = distributed.map_over_ranks(self._accuracy, new)
         for architecture, accuracy in zip(new, accuracies, strict=True):
             self._known[architecture.digest] = accuracy
             self._judged[architecture.digest] = {
@@ -192,11 +192,11 @@ class Candidates:
     def _accuracy(self, architecture: Architecture) -> float:
         if architecture.digest not in self._known:
             self._known[architecture.digest] = self.measured(architecture, self._samples)
-            if time.monotonic() - self._saved > SAVED_EVERY:
+            if time.monotonic() - self._saved > SAVE_SECONDS:
                 self._save()
         accuracy = self._known[architecture.digest]
         self._best = max(self._best, accuracy)
-        for _ in range(min(distributed.world(), self._total - self._done)):  # other ranks are as far
+        for _ in range(min(distributed.world_size(), self._total - self._done)):  # other ranks are as far
             self._done += 1
             self._line.advance()
         self._line.epoch(self._done, self._total, f"best {self._best:.1f} %")
@@ -212,7 +212,7 @@ def held(samples: Samples, batch_size: int, device: torch.device) -> Samples:
     """The samples on a device, so that going through them again fetches nothing; as they are if they are too many."""
     stream = batches(samples, batch_size)
     first = next(stream)
-    if sum(tensor.nbytes for tensor in first) / len(first[0]) * len(samples) > HELD:
+    if sum(tensor.nbytes for tensor in first) / len(first[0]) * len(samples) > HELD_BYTES:
         return samples
     inputs, targets = zip(first, *stream, strict=True)
     return TensorSamples(torch.cat(inputs).to(device), torch.cat(targets).to(device))

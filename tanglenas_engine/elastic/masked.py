@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tanglenas_engine.superposition.mixture import Factor, expanded
 
-LEAST_ROWS = 64
+MIN_ROWS_PER_BAND = 64
 """The mean number of rows per band from which bands cost less than the gradient of the weight."""
 
 
@@ -147,7 +147,7 @@ class _Form:
         if self.depthwise:
             return rest is None or self.windows is not None
         # If x needs no gradient, as in the first layer, only the masks would need `dy W`.
-        return need_x and not rest_learns and len(weight) >= LEAST_ROWS * (len(self.bands) - 1)
+        return need_x and not rest_learns and len(weight) >= MIN_ROWS_PER_BAND * (len(self.bands) - 1)
 
 
 class _Masked(torch.autograd.Function):

@@ -134,7 +134,7 @@ class Optimizer(abc.ABC):
         """Set alpha's gradient from the architecture batch (first order), and return the loss."""
         assert step.architecture_batch is not None
         self.enter(self.sample(step.index, "architecture"))
-        with constant(step.space):
+        with frozen(step.space):
             loss = self._loss(step, step.architecture_batch)
             penalty = self.regularizer()
             total = loss if penalty is None else loss + penalty
@@ -152,7 +152,7 @@ class Optimizer(abc.ABC):
     def current(self) -> Architecture | None:
         """Return the architecture that alpha represents, or None for a method that derives one after the search."""
         mixture = self.expected()
-        return None if mixture is None else argmax(self.space, mixture)
+        return None if mixture is None else self.space.most_probable(mixture)
 
     def derive_seed(self, step: int, stream: str) -> int:
         """Return a seed that is a pure function of (seed, step, stream)."""
@@ -177,7 +177,7 @@ class Optimizer(abc.ABC):
 
 
 @contextmanager
-def constant(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Switch off the gradients of a module's parameters inside the block."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -187,11 +187,6 @@ def constant(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def argmax(space: SearchSpace, mixture: Mixture) -> Architecture:
-    """Return the most probable architecture. By default it has the most probable option of every row."""
-    return space.most_probable(mixture)
 
 
 def normalized_entropy(mixture: Mixture) -> float:

@@ -30,13 +30,13 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def to(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return inputs and targets on a device. The copy does not wait if the batch is in pinned memory."""
     inputs, targets = batch
-    return laid_out(inputs.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
+    return channels_last(inputs.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
 
 
-def laid_out(inputs: Tensor) -> Tensor:
+def channels_last(inputs: Tensor) -> Tensor:
     """Return the same inputs, with the channels of images `(B, C, H, W)` last in memory on a CPU.
 
     Networks of convolutions keep this layout. Depthwise convolutions and batch norms then take as little as half the

@@ -37,23 +37,23 @@ def rank() -> int:
     return dist.get_rank() if _joined() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if _joined() else 1
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """Return this rank's part of a list: every `world()`th item."""
-    return items[rank() :: world()]
+    """Return this rank's part of a list: every `world_size()`th item."""
+    return items[rank() :: world_size()]
 
 
-def each(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
+def map_over_ranks(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
     """Return the results of a function for all items, in order and on all ranks. The ranks share the work.
 
     The results must be of a type that `gather` accepts.
     """
     shares = gather([function(item) for item in shard(items)])
-    return [shares[number % world()][number // world()] for number in range(len(items))]
+    return [shares[number % world_size()][number // world_size()] for number in range(len(items))]
 
 
 # --- starting and ending ---------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def relaunch(module: str, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the process group that torchrun started, inside the block."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
         yield
@@ -126,7 +126,7 @@ def first() -> Iterator[None]:
         broadcast(None)
 
 
-def seed_apart() -> None:
+def seed_ranks_apart() -> None:
     """Give every rank except rank 0 its own random numbers, so that dropout differs between the parts of a batch."""
     if rank() > 0:
         torch.manual_seed((torch.initial_seed() + rank() * 0x9E3779B97F4A7C15) % 2**63)
@@ -146,7 +146,7 @@ def average(tensors: Iterable[Tensor | None]) -> None:
     for group, flat in _flattened(tensors):
         with _talking():
             dist.all_reduce(flat)
-        _spread(flat / world(), group)
+        _spread(flat / world_size(), group)
 
 
 def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -184,8 +184,8 @@ def check_equal(tensors: Iterable[Tensor]) -> None:
     sums = [tensor.detach().double().abs().sum().cpu() for tensor in tensors]
     if any(not torch.equal(torch.stack(sums), torch.stack(other)) for other in gather(sums)):
         raise TangleNASError(
-            f"the {world()} processes no longer hold the same weights: something in the space or the optimizer draws "
-            "random numbers of its own. What is sampled has to be a function of the seed and the step"
+            f"the {world_size()} processes no longer hold the same weights: something in the space or the optimizer "
+            "draws random numbers of its own. What is sampled has to be a function of the seed and the step"
         )
 
 
@@ -202,7 +202,7 @@ def gather(value: Any) -> list[Any]:
     if not _joined():
         return [value]
     packed = _packed(value)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
     with _talking():
         dist.all_gather(sizes, torch.tensor([len(packed)]))
         length = max(int(size) for size in sizes)
@@ -224,7 +224,7 @@ def broadcast(value: T) -> T:
     return value if rank() == 0 else _unpacked(packed)
 
 
-def total(numbers: Sequence[float]) -> list[float]:
+def sum_over_ranks(numbers: Sequence[float]) -> list[float]:
     """Return the sums of numbers over the ranks."""
     if not _joined():
         return list(numbers)
@@ -234,9 +234,9 @@ def total(numbers: Sequence[float]) -> list[float]:
     return sums.tolist()
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return True if the flag is set on any rank."""
-    return flag if not _joined() else total([float(flag)])[0] > 0
+    return flag if not _joined() else sum_over_ranks([float(flag)])[0] > 0
 
 
 # --- inside ----------------------------------------------------------------------------------------------------
@@ -283,6 +283,6 @@ def _talking() -> Iterator[None]:
 def _lost(error: RuntimeError) -> NoReturn:
     reason = re.sub(r"^\[[^]]*\] ", "", str(error)).splitlines()[0].split(". ")[0]
     raise LostError(
-        f"process {rank()} of {world()} has lost another ({reason}). Run the same command again to go on from the "
+        f"process {rank()} of {world_size()} has lost another ({reason}). Run the same command again to go on from the "
         "last checkpoint"
     ) from error

@@ -79,7 +79,7 @@ class _PartialResult(PartialSize):
         return int(self.function(*(operand.used for operand in self.operands)))
 
 
-def nodes(inputs: Sequence[Tensor], edges: Iterable[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+def cell_nodes(inputs: Sequence[Tensor], edges: Iterable[Callable[[Tensor], Tensor]]) -> list[Tensor]:
     """Return all nodes of a cell: its inputs, then each further node as the sum of one edge from every earlier node.
 
     Args:
@@ -109,7 +109,7 @@ def into_nodes(choices: Iterable[Choice], edges: Sequence[tuple[int, object]]) -
     ]
 
 
-class Nothing(nn.Module):
+class Zero(nn.Module):
     """The operation of an absent edge. It returns zeros."""
 
     def __init__(self, stride: int = 1):

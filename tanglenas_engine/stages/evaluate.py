@@ -23,7 +23,7 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.training.measure import measure
 
-MOST = 10**6
+MAX_ASSIGNMENTS = 10**6
 """The largest number of assignments of a space that are listed one by one."""
 
 
@@ -138,7 +138,7 @@ def rank_correlation(
         checkpoints=checkpoints,
         progress=progress,
     ) as candidates:
-        compared = _every(space) if every else candidates.fresh(candidates.limit)
+        compared = _all_architectures(space) if every else candidates.fresh(candidates.limit)
         known = [table(architecture) for architecture in compared]
         scored = candidates.judge(compared)
     rows = [
@@ -156,10 +156,10 @@ def rank_correlation(
     return RankCorrelation(**found, rows=rows)
 
 
-def _every(space: SearchSpace) -> list[Architecture]:
+def _all_architectures(space: SearchSpace) -> list[Architecture]:
     """Return all architectures of a space."""
     assignments = math.prod(len(row.options) for row in space.rows)
-    if assignments > MOST:
+    if assignments > MAX_ASSIGNMENTS:
         raise TangleNASError(
             f"{space.label} has {space.size:,} architectures, too many to go through: set "
             "rank_correlation.architectures to a number, such as 200"

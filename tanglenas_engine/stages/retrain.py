@@ -14,16 +14,16 @@ from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.devices import to
+from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.loop import Stateful, Training
-from tanglenas_engine.training.losses import all_outputs, correct, cross_entropy, scalar
+from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
-from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, cosine, made, parameter_groups
+from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 
 MODES = ("scratch", "inherit", "finetune")
@@ -154,16 +154,16 @@ class Retraining(Training):
         session: Session,
     ):
         self.network, self.validation, self.computation = network, data.validation, computation
-        self.device, self.loss = session.find_device(), scalar(loss)
+        self.device, self.loss = session.find_device(), checked_loss(loss)
         precision = computation.precise(self.device)
         self.autocast, self.scaler = precision.autocast, precision.scaler
         share = computation.share("retrain", batch_size)
         self.stream = Stream(data.training, batch_size, seed=seed, num_workers=session.num_workers, part=share)
         super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
         self.trained = wrap(network).to(self.device) if wrap else network
-        self.optimizer = made("retrain.optimizer", optimizer, parameter_groups(self.trained))
-        self.scheduler = made("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
-        self.average = made("retrain.ema", ema, network) if ema else None
+        self.optimizer = call_factory("retrain.optimizer", optimizer, parameter_groups(self.trained))
+        self.scheduler = call_factory("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
+        self.average = call_factory("retrain.ema", ema, network) if ema else None
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
         self._hooks = [h for m in self.trained.modules() if callable(h := getattr(m, "set_progress", None))]
         backend = computation.backend
@@ -198,7 +198,7 @@ class Retraining(Training):
         if self._iterator is None:  # a resumed training starts its stream where it left off
             self._iterator = self.stream.start(position)
         count = self.computation.accumulate
-        pieces = (tensor.chunk(count) for tensor in to(next(self._iterator), self.device))
+        pieces = (tensor.chunk(count) for tensor in to_device(next(self._iterator), self.device))
         losses, accuracies = [], []
         self.optimizer.zero_grad()
         for inputs, targets in zip(*pieces, strict=True):
@@ -207,7 +207,7 @@ class Retraining(Training):
                 value = self.loss(outputs, targets)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
-            accuracies.append(correct(all_outputs(outputs)[0], targets))
+            accuracies.append(batch_accuracy(all_outputs(outputs)[0], targets))
         distributed.average([*(parameter.grad for parameter in self.parameters), *self.statistics])
         self.scaler.unscale_(self.optimizer)
         if self.computation.clip is not None:

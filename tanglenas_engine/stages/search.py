@@ -17,7 +17,7 @@ from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.devices import to
+from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -26,12 +26,16 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Stateful, Training
-from tanglenas_engine.training.losses import correct, cross_entropy, scalar
+from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import (
+    estimate_loss,
+    kept_buffers,
     measure_inherited,
+    recalibrate,
     running_statistics,
+    statistics_inputs,
 )
-from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, cosine, made, parameter_groups
+from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 
 SPLIT_DEVIATIONS = 5.0
@@ -173,7 +177,7 @@ class Search(Training):
             stop.check(space, optimizer)
         check_fit(space, data.weights)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
-        self.loss, self.seed, self.table, self.stop = scalar(loss), seed, table, stop
+        self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.device = session.find_device()
         self.precision, self.backend = computation.precise(self.device), computation.backend
@@ -183,7 +187,7 @@ class Search(Training):
         space.to(self.device).train()
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
-        self.targets, self.active_targets = targets, _bound(targets, space, optimizer)
+        self.targets, self.active_targets = targets, _bind_targets(targets, space, optimizer)
         for target in targets:
             if target.objective.source:
                 session.note(f"search: {target.name} in {target.objective.unit}, of {target.objective.source}")
@@ -196,14 +200,16 @@ class Search(Training):
         self.weights, self.alphas = list(space.parameters()), optimizer.parameters()
         self.parameters = [*self.weights, *self.alphas]
         self.statistics = running_statistics(space)
-        self.weight_optimizer = made("search.weight_optimizer", weight_optimizer, parameter_groups(space))
+        self.weight_optimizer = call_factory("search.weight_optimizer", weight_optimizer, parameter_groups(space))
         self.architecture_optimizer = (
-            made("search.architecture_optimizer", architecture_optimizer, self.alphas)
+            call_factory("search.architecture_optimizer", architecture_optimizer, self.alphas)
             if optimizer.learns_architecture
             else None
         )
-        self.scheduler = made("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
-        self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device)
+        self.scheduler = (
+            call_factory("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
+        )
+        self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device, batch_size)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
 
@@ -214,7 +220,7 @@ class Search(Training):
 
     def result(self) -> SearchResult:
         """Run the search and return its result."""
-        ways = [self.precision.run, *([] if self.backend is None else [Compiled(self.space, self.backend).run])]
+        ways = [self.precision.forward, *([] if self.backend is None else [Compiled(self.space, self.backend).forward])]
         try:
             with seeded(self.seed), executing(self.space, *ways):
                 history = self.run()
@@ -245,9 +251,9 @@ class Search(Training):
         chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
         if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
             self.session.note(
-                f"search: warning: the architecture split differs from validation by more than chance allows "
-                f"({architecture.mean:.3f} against {validation.mean:.3f}, expected within {chance:.3f}). The data of the "
-                "splits differ, so what was found may not hold: look at a sample of each, or make the splits anew"
+                f"search: warning: the loss on the architecture split is {architecture.mean:.3f}, on validation "
+                f"{validation.mean:.3f}: they differ by more than chance allows ({chance:.3f}). The splits are of "
+                "different data, so what was found may not hold. Look at a sample of each, or make the splits anew"
             )
         return {name: loss.mean for name, loss in found.items()}
 
@@ -271,7 +277,7 @@ class Search(Training):
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
-        seen = [correct(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
+        seen = [batch_accuracy(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
         if seen:
             measured["weight_accuracy"] = torch.stack(seen).mean()
         return measured
@@ -350,7 +356,7 @@ class Search(Training):
         if not self._iterators:  # a resumed search starts its streams where it left off
             self._iterators.extend(stream.start(position) for stream in self.streams)
         count = self.computation.accumulate
-        batches = [[t.chunk(count) for t in to(next(iterator), self.device)] for iterator in self._iterators]
+        batches = [[t.chunk(count) for t in to_device(next(iterator), self.device)] for iterator in self._iterators]
         weight_batches, *others = [list(zip(*batch, strict=True)) for batch in batches]
         return [
             Step(
@@ -442,7 +448,7 @@ def _check_options(
         )
 
 
-def _bound(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) -> list[Target]:
+def _bind_targets(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) -> list[Target]:
     """Bind targets to the space, and return those that change alpha's loss.
 
     Raises:

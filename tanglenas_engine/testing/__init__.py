@@ -1,4 +1,4 @@
-"""What a plugin must do, as checks to call from its own tests. They raise AssertionError with what is wrong.
+"""The contract of plugins, as checks to call from their own tests. A check that fails raises an AssertionError.
 
 from tanglenas_engine import create_space
 from tanglenas_engine.testing import check_optimizer, check_space
@@ -9,7 +9,7 @@ def test_it_is_an_optimizer():
 def test_it_is_a_space():
     check_space(MySpace)
 
-`tanglenas plugins check NAME` runs them on an installed plugin, and says what came of each.
+`tanglenas plugins check NAME` runs the checks on an installed plugin and prints the result of each.
 """
 
 from .datasets import check_batches, check_dataset, check_pool

@@ -1,4 +1,4 @@
-"""Conformance of a dataset: what it says of itself, and what its subsets hold."""
+"""The contract of a dataset: its properties, its pool and the batches of its subsets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tanglenas_engine.data import Dataset, make_splits, open_splits
 
 
 def check_dataset(make_dataset: Callable[[], Dataset]) -> None:
-    """All checks of this module.
+    """Run all checks of this module.
 
     Args:
         make_dataset: Makes the dataset anew, with the same options each time.
@@ -20,7 +20,7 @@ def check_dataset(make_dataset: Callable[[], Dataset]) -> None:
 
 
 def check_pool(make_dataset: Callable[[], Dataset]) -> None:
-    """The pool has samples, labels that fit its classes, and a fingerprint that says which data these are."""
+    """Check that the pool has samples, labels that fit its classes, and a fingerprint that identifies the data."""
     dataset, again = make_dataset(), make_dataset()
     assert len(dataset) > 0, "the dataset is empty"
     assert isinstance(dataset.fingerprint, str) and dataset.fingerprint, "the fingerprint must be a string"
@@ -38,7 +38,7 @@ def check_pool(make_dataset: Callable[[], Dataset]) -> None:
 
 
 def check_batches(make_dataset: Callable[[], Dataset]) -> None:
-    """Splits are disjoint subsets, whose batches have the right shapes and, without augmentation, never change."""
+    """Check that batches have the right shapes and, without augmentation, never change."""
     dataset = make_dataset()
     splits = make_splits(dataset, seed=0)
     view = open_splits(dataset, splits, ("weights", "validation"))

@@ -1,4 +1,4 @@
-"""Conformance of an objective: what it says of architectures, and of mixtures of them."""
+"""The contract of an objective: the costs of architectures, and their expectation under mixtures."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import Row, combinations
 
 ENUMERATED = 64
-"""Architectures that an expectation is enumerated over."""
+"""The largest number of architectures over which an expectation is enumerated."""
 
 MakeObjective = Callable[[], Objective]
 MakeSpace = Callable[[], SearchSpace]
 
 
 def check_objective(make_objective: MakeObjective, make_space: MakeSpace) -> None:
-    """All checks of this module, on one space.
+    """Run all checks of this module on one space.
 
     Args:
         make_objective: Makes the objective anew, with the same options each time.
-        make_space: Makes a space that it is for; a small one will do.
+        make_space: Makes a space that the objective can be bound to; a small one is enough.
     """
     check_measure(make_objective, make_space)
     check_expectation(make_objective, make_space)
@@ -33,7 +33,7 @@ def check_objective(make_objective: MakeObjective, make_space: MakeSpace) -> Non
 
 
 def check_measure(make_objective: MakeObjective, make_space: MakeSpace) -> None:
-    """It has a name and a unit, and the same cost each time, in which the largest architecture exceeds the smallest."""
+    """Check that it has a name, a unit, and costs that repeat and are no less for the largest architecture."""
     space = make_space()
     objective, again = (make_objective().bind(space) for _ in range(2))
     assert objective.name, "it has no name, under which histories and budgets list it"
@@ -48,7 +48,7 @@ def check_measure(make_objective: MakeObjective, make_space: MakeSpace) -> None:
 
 @torch.no_grad()
 def check_expectation(make_objective: MakeObjective, make_space: MakeSpace) -> None:
-    """The expected cost is the mean over architectures, at the corners and in between."""
+    """Check that the expected cost is the mean over architectures, at the corners and in between."""
     space = make_space()
     objective = make_objective().bind(space)
     for architecture in _architectures(space, 5):
@@ -69,7 +69,7 @@ def check_expectation(make_objective: MakeObjective, make_space: MakeSpace) -> N
 
 
 def check_slope(make_objective: MakeObjective, make_space: MakeSpace) -> None:
-    """The gradient of the expected cost is that of its values."""
+    """Check that the gradient of the expected cost agrees with the differences of its values."""
     space = make_space()
     objective = make_objective().bind(space)
     generator = torch.Generator().manual_seed(0)
@@ -100,8 +100,10 @@ def _architectures(space: SearchSpace, samples: int) -> list[Architecture]:
 def _soft(
     space: SearchSpace, architecture: Architecture, generator: torch.Generator
 ) -> tuple[list[Row], dict[Row, Tensor]]:
-    """As many rows, drawn at random, as can be enumerated together, and weights of all: random for these, a corner's
-    for the others. Of rows that are decided together not every combination is an architecture: they stay at a corner.
+    """Draw rows that can be enumerated together, and weights for all rows.
+
+    The weights of the drawn rows are random, those of the others a corner. Rows that are decided together stay at the
+    corner, because not every combination of their options is an architecture.
     """
     free = [row for alternatives in space.decisions() if len(alternatives[0]) == 1 for row in alternatives[0]]
     rows: list[Row] = []
@@ -117,7 +119,7 @@ def _soft(
 
 
 def _stacked(space: SearchSpace, weights: Mapping[Row, Tensor]) -> dict[int, Tensor]:
-    """Weights by row as the stacks of a mixture."""
+    """Stack weights by row as a mixture does, by number of options."""
     ordered = sorted(space.rows, key=lambda row: row.slot)
     return {
         count: torch.stack([weights[row] for row in ordered if len(row.options) == count]) for count in space.stacks

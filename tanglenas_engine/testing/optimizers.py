@@ -1,4 +1,4 @@
-"""Conformance of an optimizer: how it samples, where gradients go, whether it resumes, whether all stages run."""
+"""The contract of an optimizer: its samples, its gradients, resumption, and a run of all stages."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ BATCH = 4
 
 
 def check_optimizer(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
-    """All checks of this module, on one space.
+    """Run all checks of this module on one space.
 
     Args:
         make_optimizer: Makes the optimizer anew, with the same options each time.
-        make_space: Makes the space; a small one will do.
+        make_space: Makes the space; a small one is enough.
     """
     check_sampling(make_optimizer, make_space)
     check_gradients(make_optimizer, make_space)
@@ -42,7 +42,7 @@ def check_optimizer(make_optimizer: Callable[[], Optimizer], make_space: Callabl
 
 
 def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
-    """What is sampled fits the space, and is a pure function of (seed, step, stream)."""
+    """Check that samples fit the space and are a pure function of (seed, step, stream)."""
     space = make_space()
     optimizer = _bound(make_optimizer, space)
     learns, expected = optimizer.learns_architecture, optimizer.expected()
@@ -75,7 +75,7 @@ def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable
 
 
 def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
-    """An architecture step moves alpha only, a weight step of an alternating search moves the weights only."""
+    """Check that an architecture step moves alpha only, and a weight step of an alternating search the weights only."""
     space = make_space()
     optimizer = _bound(make_optimizer, space)
     optimizer.set_progress(0.0)
@@ -121,11 +121,11 @@ def check_resume(
     cuts: Sequence[int] = (3,),
     **options: Any,
 ) -> None:
-    """A search that is cut off and resumed ends in the same state, to the last bit, as one that is not.
+    """Check that a search that is cut off and resumed ends in the same state, bit for bit, as one that is not.
 
     Args:
         cuts: The steps after which the search is cut off, one after another. It has 4 steps in 2 epochs.
-        options: Of `search`, over small ones.
+        options: Options of `search`; they override the small ones of this check.
     """
     ends = []
     for stops in ((), cuts):
@@ -154,7 +154,7 @@ def check_resume(
 
 
 def check_stages(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
-    """Two steps of search, the optimizer's own derivation, extraction and evaluation."""
+    """Check that a search of two steps, the derivation, the extraction and the evaluation run."""
     space, optimizer = make_space(), make_optimizer()
     data = random_data(space, SPLITS)
     result = search(space, optimizer, data, epochs=1, batch_size=BATCH, seed=SEED)
@@ -171,11 +171,11 @@ def check_stages(make_optimizer: Callable[[], Optimizer], make_space: Callable[[
 
 
 class CutOff(Exception):
-    """Stands for a kill."""
+    """An exception that stands for a kill."""
 
 
 class CutAfter(SilentProgress):
-    """Ends a stage by an exception after so many steps of it; None lets it finish."""
+    """A progress report that ends a stage by an exception after `steps` steps; None lets it finish."""
 
     def __init__(self, steps: int | None):
         self.left = steps
@@ -193,7 +193,7 @@ class CutAfter(SilentProgress):
 
 
 def random_data(space: SearchSpace, names: Iterable[str], samples: int = SAMPLES, seed: int = 0) -> DataView:
-    """A view of splits of random inputs and targets that fit a space; equal seeds give equal data."""
+    """Return a view of splits with random inputs and targets that fit a space; equal seeds give equal data."""
     reference = next(space.parameters())
     training = space.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -251,7 +251,7 @@ def _check_gradient(parameters: Iterable[Tensor], what: str) -> None:
 
 
 def _plain(sample: Mixture | Architecture) -> Any:
-    """Something to compare samples by."""
+    """Return the sample as text or lists, for comparison."""
     if isinstance(sample, Architecture):
         return sample.to_json()
     return {name: weights.tolist() for name, weights in sample.items()}

@@ -1,4 +1,4 @@
-"""The checks of this package on an installed plugin, one after another, each with what came of it."""
+"""The checks of this package on an installed plugin, one after another, each with its result."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
     "objective": (objectives.check_measure, objectives.check_expectation, objectives.check_slope),
 }
 SPACES = ("autoformer_nano", "toy_cell")
-"""What optimizers and objectives are checked on: sizes that share a choice, and operations."""
+"""The spaces on which optimizers and objectives are checked: one has sizes that share a choice, one operations."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check: `problem` is empty where it passed."""
+    """The result of one check; `problem` is empty where it passed."""
 
     subject: str
     check: str
@@ -55,11 +55,11 @@ def run(name: str, options: Mapping[str, Any] | None = None, space: str | None =
 
     Args:
         name: A distribution, an entry point, or one registered name.
-        options: For whatever takes them: smaller spaces are checked faster, and some datasets need a folder.
-        space: What optimizers and objectives are checked on, instead of `SPACES`; it takes options, too.
+        options: Options for everything that takes them: small spaces are checked faster, some datasets need a folder.
+        space: The space on which optimizers and objectives are checked, instead of `SPACES`; it takes options too.
 
     Raises:
-        TangleNASError: Nothing of that name is installed.
+        TangleNASError: No installed plugin has that name.
     """
     plugins = manager()
     for plugin_fault in plugins.faults:
@@ -106,7 +106,7 @@ def _checks(registration: Registration, options: dict[str, Any], space: str | No
     named = {space: options} if space else {name: {} for name in SPACES}
     on = [partial(_make, "space", name, taken) for name, taken in named.items()]
     if registration.kind == "objective":
-        on = [it for it in on if _fits(make, it)] or on[:1]  # one that refuses all of them says why
+        on = [it for it in on if _fits(make, it)] or on[:1]  # an objective that refuses all spaces says why
     for check in CHECKS[registration.kind]:
         sentence = _sentence(check)
         if registration.kind in ("space", "dataset"):
@@ -117,10 +117,10 @@ def _checks(registration: Registration, options: dict[str, Any], space: str | No
 
 
 def _fits(make_objective: Callable[[], Any], make_space: Callable[[], Any]) -> bool:
-    """Whether an objective is for a space; a table of times is for one only."""
+    """Return whether an objective accepts a space; a latency table accepts one space only."""
     try:
         make_objective().bind(make_space())
-    except Exception:  # whatever a plugin raises
+    except Exception:  # a plugin can raise anything
         return False
     return True
 
@@ -133,8 +133,9 @@ def _make(kind: str, name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _sentence(check: Callable[..., None]) -> str:
-    """What a check says that it checks: the first line of its docstring."""
-    return (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
+    """Return the claim that a check makes, from the first line of its docstring."""
+    claim = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".").removeprefix("Check that ")
+    return claim[0].upper() + claim[1:]
 
 
 def _outcome(subject: str, check: str, action: Callable[[], None]) -> Outcome:
@@ -143,6 +144,6 @@ def _outcome(subject: str, check: str, action: Callable[[], None]) -> Outcome:
         action()
     except (AssertionError, TangleNASError) as error:
         problem = str(error) or "an assertion failed"
-    except Exception as error:  # whatever a plugin raises
+    except Exception as error:  # a plugin can raise anything
         problem = describe(error)
     return Outcome(subject, check, problem, time.perf_counter() - start)

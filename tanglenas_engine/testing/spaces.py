@@ -1,4 +1,4 @@
-"""Conformance of a search space: its architectures, its corners, its costs, its gradients, and a search of it."""
+"""The contract of a search space: its architectures, corners, costs and gradients, and a search of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.testing.optimizers import check_stages
 
 OPTIMIZERS = ("drnas", "spos")
-"""One that learns the architecture and one that samples it."""
+"""An optimizer that learns the architecture, and one that samples it."""
 
 
 def check_space(make_space: Callable[[], SearchSpace]) -> None:
-    """All checks of this module.
+    """Run all checks of this module.
 
     Args:
         make_space: Makes the space anew, with the same options each time; small ones are checked faster.
@@ -32,7 +32,7 @@ def check_space(make_space: Callable[[], SearchSpace]) -> None:
 
 
 def check_architectures(make_space: Callable[[], SearchSpace]) -> None:
-    """Architectures are drawn from a generator alone, and read back from their files as they were."""
+    """Check that architectures are drawn from a generator alone, and read back from files as they were written."""
     space = make_space()
     assert space.choices, "the space has no choice: declare one with self.choice(...)"
     found = [space.smallest(), space.largest(), *_samples(space, 20)]
@@ -49,14 +49,14 @@ def check_architectures(make_space: Callable[[], SearchSpace]) -> None:
 
 @torch.no_grad()
 def check_corners(make_space: Callable[[], SearchSpace]) -> None:
-    """What an architecture computes in the supernet is what the network extracted from it computes."""
+    """Check that the supernet computes for an architecture what the network extracted from it computes."""
     space = _moved(make_space().double())
     saved = {name: tensor.clone() for name, tensor in space.state_dict().items()}
     for architecture, training in product([space.smallest(), space.largest(), *_samples(space, 3)], (False, True)):
         space.load_state_dict(saved)
         network, inputs = space.train(training).extract(architecture), _inputs(space, 3)
         if training and not _deterministic(network, inputs):
-            continue  # dropout draws for as many units as there are
+            continue  # dropout draws one number for each unit, so the two networks draw different ones
         mode = "training" if training else "evaluation"
         for path in ("slices", "exact", "gated"):
             space.load_state_dict(saved)
@@ -82,7 +82,7 @@ def check_corners(make_space: Callable[[], SearchSpace]) -> None:
 
 
 def check_costs(make_space: Callable[[], SearchSpace]) -> None:
-    """The parameters of an architecture are those of its network, and the expected cost at a corner is its cost."""
+    """Check that an architecture costs its network's parameters, and the expected cost at a corner is its cost."""
     space = make_space()
     for architecture in (space.smallest(), space.largest(), *_samples(space, 3)):
         cost = space.cost(architecture)
@@ -96,7 +96,7 @@ def check_costs(make_space: Callable[[], SearchSpace]) -> None:
 
 
 def check_learning(make_space: Callable[[], SearchSpace]) -> None:
-    """Every weight of the supernet and every architecture parameter gets a gradient that is finite."""
+    """Check that every weight of the supernet and every architecture parameter gets a finite gradient."""
     space = make_space().train()
     alphas = {name: torch.zeros(choice.shape, requires_grad=True) for name, choice in space.choices.items()}
     space.relax({name: alpha.softmax(-1) for name, alpha in alphas.items()})
@@ -111,7 +111,7 @@ def check_learning(make_space: Callable[[], SearchSpace]) -> None:
 
 
 def check_search(make_space: Callable[[], SearchSpace]) -> None:
-    """A search by a gradient and one by sampling run through all stages."""
+    """Check that a gradient search and a sampling search run through all stages."""
     for name in OPTIMIZERS:
         check_stages(lambda name=name: create_optimizer(name), make_space)  # type: ignore[misc]
 
@@ -122,7 +122,10 @@ def _samples(space: SearchSpace, count: int) -> list[Architecture]:
 
 
 def _moved(space: SearchSpace) -> SearchSpace:
-    """The space with parameters that are all away from 0 and 1: fresh biases and gains would hide mistakes."""
+    """Return the space with all parameters moved away from 0 and 1.
+
+    Fresh biases and gains would hide mistakes.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in space.parameters():
@@ -136,8 +139,8 @@ def _inputs(space: SearchSpace, batch: int) -> Tensor:
 
 
 def _deterministic(network: nn.Module, inputs: Tensor) -> bool:
-    """Whether nothing is drawn in a forward pass."""
+    """Return whether a forward pass draws nothing at random."""
     try:
         return bool(network(inputs).equal(network(inputs)))
-    except Exception:  # the caller runs it again, and says what is wrong
+    except Exception:  # the caller runs the network again and reports the error
         return True

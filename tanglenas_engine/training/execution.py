@@ -41,7 +41,7 @@ class Precision:
         # A disabled scaler returns its inputs unchanged.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
+    def forward(self, forward: Forward, *inputs: Tensor) -> Tensor:
         """Return the outputs of a forward in float32."""
         if not self.autocast._enabled:
             return forward(*inputs)
@@ -67,7 +67,7 @@ class Compiled:
         self._state = space.superposition
         self._compiled = torch.compile(space.forward, dynamic=False, backend=backend)
 
-    def run(self, forward: Forward, *inputs: Tensor) -> Tensor:
+    def forward(self, forward: Forward, *inputs: Tensor) -> Tensor:
         """Return the outputs of a forward."""
         soft = self._state.mixture is not None and self._state.assignment is None
         if not soft or not torch.is_grad_enabled():

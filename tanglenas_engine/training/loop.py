@@ -110,7 +110,7 @@ class Training(abc.ABC):
                     self._save()
                 elif self.session.checkpoint_every and self._position % self.session.checkpoint_every == 0:
                     self._save()
-                if distributed.anywhere(stop.is_set()) and self._position < self.steps:
+                if distributed.any_rank(stop.is_set()) and self._position < self.steps:
                     self._save()
                     raise Interrupted(self._interruption())
         return self.history
@@ -164,22 +164,22 @@ class Training(abc.ABC):
 
     def _resume(self) -> None:
         checkpoints = self.session.checkpoints
-        self._saves = distributed.anywhere(checkpoints is not None)
+        self._saves = distributed.any_rank(checkpoints is not None)
         state = distributed.broadcast(checkpoints.load() if checkpoints else None)
         if state is None:
-            distributed.seed_apart()
+            distributed.seed_ranks_apart()
             return
         with _refusals(self.name, checkpoints):
             for key, part in self.stateful().items():
                 part.load_state_dict(state[key])
             self._position, self.history, ranks = state["position"], state["history"], state["ranks"]
-            own = distributed.rank() if len(ranks) == distributed.world() else 0
+            own = distributed.rank() if len(ranks) == distributed.world_size() else 0
             restore_rng_state(ranks[own]["rng"])
-            if len(ranks) == distributed.world():
+            if len(ranks) == distributed.world_size():
                 self._sums = ranks[own]["sums"]
             else:  # another number of ranks wrote the checkpoint
                 self._sums = {k: torch.stack([one["sums"][k] for one in ranks]).mean(0) for k in ranks[0]["sums"]}
-                distributed.seed_apart()
+                distributed.seed_ranks_apart()
         self.session.note(f"{self.name}: resuming at step {self._position} of {self.steps}")
 
     def _interruption(self) -> str:

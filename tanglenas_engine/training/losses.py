@@ -22,7 +22,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
 
 
-def scalar(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+def checked_loss(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     """Return the loss with a check of its result.
 
     Raises:
@@ -42,7 +42,7 @@ def scalar(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Ten
     return checked
 
 
-def correct(outputs: Tensor, targets: Tensor) -> Tensor:
+def batch_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the accuracy of a batch in %, as a tensor on its device."""
     return 100.0 * (outputs.detach().argmax(-1) == targets).float().mean()
 

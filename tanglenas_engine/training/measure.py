@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.data import Samples, Stream, batches
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.devices import laid_out, to
+from tanglenas_engine.runtime.devices import channels_last, to_device
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.losses import cross_entropy
@@ -42,16 +42,16 @@ def measure(network: nn.Module, samples: Samples, batch_size: int = 256, togethe
     network.eval()
     hits = torch.zeros((), dtype=torch.long, device=device)
     loss, count = torch.zeros((), device=device), 0
-    part = torch.arange(distributed.rank(), len(samples), distributed.world()) if together else None
+    part = torch.arange(distributed.rank(), len(samples), distributed.world_size()) if together else None
     for batch in batches(samples, batch_size, part):
-        inputs, targets = to(batch, device)
+        inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         hits += (outputs.argmax(-1) == targets).sum()
         loss += cross_entropy(outputs, targets) * targets.numel()
         count += targets.numel()
     network.train(training)
     sums = [float(hits), float(loss), count]
-    right, wrong, seen = distributed.total(sums) if together else sums
+    right, wrong, seen = distributed.sum_over_ranks(sums) if together else sums
     return Measured(100.0 * right / seen, wrong / seen)
 
 
@@ -104,7 +104,7 @@ def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -
     network.eval()
     losses = []
     for batch in batches(samples, batch_size):
-        inputs, targets = to(batch, device)
+        inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
         losses.append(each.view(len(inputs), -1).mean(1).double())
@@ -149,7 +149,7 @@ def random_inputs(samples: Samples, batch_size: int, count: int, seed: int, devi
     They are random because the first batches of a sorted dataset would all be of one class.
     """
     stream = Stream(samples, min(batch_size, len(samples)), seed=seed)
-    return [laid_out(inputs.to(device)) for inputs, _ in itertools.islice(stream.start(), count)]
+    return [channels_last(inputs.to(device)) for inputs, _ in itertools.islice(stream.start(), count)]
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:

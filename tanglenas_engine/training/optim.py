@@ -15,7 +15,7 @@ T = TypeVar("T")
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW)
+FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
 """The torch optimizers that take fused steps. On a CPU a fused step takes a quarter of the time of an unfused one.
 
 SGD is not among them: its fused step fails if a parameter gets its first gradient later than others, as on sampled
@@ -55,10 +55,10 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def made(name: str, factory: Callable[..., T], *arguments: Any) -> T:
+def call_factory(name: str, factory: Callable[..., T], *arguments: Any) -> T:
     """Call a user's factory for an optimizer, a schedule or a moving average, and check its result.
 
-    torch optimizers in `FUSED` take fused steps unless the user chose otherwise.
+    torch optimizers in `FUSED_OPTIMIZERS` take fused steps unless the user chose otherwise.
 
     Args:
         name: The option's name in messages.
@@ -78,7 +78,7 @@ def made(name: str, factory: Callable[..., T], *arguments: Any) -> T:
             f"{name} cannot be used ({what}). Expected what takes {len(arguments)} argument"
             f"{'s' * (len(arguments) > 1)} and makes something that can be saved, such as torch.optim.SGD or cosine"
         )
-    if type(result) in FUSED:
+    if type(result) in FUSED_OPTIMIZERS:
         _fuse(result)
     return result
 

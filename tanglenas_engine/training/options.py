@@ -70,13 +70,13 @@ class Computation:
         Raises:
             TangleNASError: The batch does not divide into the ranks' pieces.
         """
-        pieces = distributed.world() * at_least(f"{stage}.accumulate", self.accumulate, 1)
+        pieces = distributed.world_size() * at_least(f"{stage}.accumulate", self.accumulate, 1)
         if batch_size % pieces:
             raise TangleNASError(
                 f"{stage}.batch_size is {batch_size}, expected a multiple of {pieces}: every batch is shared by "
-                f"{distributed.world()} process(es), each of which takes its part in {self.accumulate} piece(s)"
+                f"{distributed.world_size()} process(es), each of which takes its part in {self.accumulate} piece(s)"
             )
-        return distributed.rank(), distributed.world()
+        return distributed.rank(), distributed.world_size()
 
 
 @dataclass(frozen=True)

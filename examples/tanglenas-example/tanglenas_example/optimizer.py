@@ -1,10 +1,10 @@
-"""An optimizer: a softmax over alpha that is soft at first and decided in the end."""
+"""An optimizer with a softmax over alpha that is soft at first and decided in the end."""
 
 from tanglenas_engine import Optimizer
 
 
 class ExampleOptimizer(Optimizer):
-    """The mixture is `softmax(alpha / temperature)`; the temperature falls from `start` to `end`, epoch by epoch."""
+    """An optimizer with the mixture `softmax(alpha / temperature)`, whose temperature falls from `start` to `end`."""
 
     def __init__(self, start: float = 1.0, end: float = 0.1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A space of residual MLPs: how wide, how deep, and how much wider inside each block."""
+"""A space of residual MLPs: their width, their depth, and the width inside each block."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class Block(nn.Module):
 
 
 class ExampleSpace(SearchSpace):
-    """Residual MLPs on the pixels of small images.
+    """A space of residual MLPs on the pixels of small images.
 
     Args:
         width: Features between blocks.
@@ -46,7 +46,7 @@ class ExampleSpace(SearchSpace):
         self.head = elastic.Linear(W, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
         return self.head(self.norm(self.blocks(self.stem(x.flatten(1)))))
 
     def example_input(self, batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The space and the optimizer keep TangleNAS' contract."""
+"""Tests of the contract that TangleNAS has with a space and an optimizer."""
 
 from tanglenas_engine import create_optimizer, create_space
 from tanglenas_engine.testing import check_optimizer, check_space

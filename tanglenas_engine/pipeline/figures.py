@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.ticker import Locator
 
 WIDTH = 8.0  # inches: once the figure fills a README's column, 9 points are as large as the text around it
-LETTER = 0.085  # inches that a letter takes
+LETTER = 0.085  # inches of a letter
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, told apart by the colour-blind
 INK, FAINT, PALE = "#333333", "#8a8a8a", "#e6e6e6"
 STYLE: dict[str, Any] = {
@@ -52,7 +52,7 @@ STYLE: dict[str, Any] = {
 
 
 def alphas(history: Sequence[Record], options: Mapping[str, Sequence[Any]], path: str | Path) -> None:
-    """Draw how the mixing weights of every choice moved: lines for one made once, maps of layer by epoch otherwise.
+    """Draw the mixture weights of every choice over epochs: lines for a choice made once, else maps of layer by epoch.
 
     Args:
         history: Rows of `SearchResult.history`; those of a method without mixing weights have no "mixture".
@@ -85,7 +85,7 @@ def alphas(history: Sequence[Record], options: Mapping[str, Sequence[Any]], path
 def anytime(history: Sequence[Record], path: str | Path) -> None:
     """Draw what the search would have given at any epoch: accuracy in %, cost and how decided the mixture is.
 
-    Without mixing weights there is no architecture before discretize: the accuracy is the largest network's.
+    A sampled search has no architecture before discretize: the accuracy is then the largest network's.
     """
     if not history:
         return _note("No epoch was searched.", path)
@@ -145,7 +145,7 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
     Raises:
         TangleNASError: The architecture is not of this space.
     """
-    cost = space.cost(architecture)  # checks that it is of this space
+    cost = space.cost(architecture)  # also checks that the architecture is of this space
     once = [choice for choice in space.choices.values() if not choice.layered]
     layered = [choice for choice in space.choices.values() if choice.layered]
     grid = [layered[i : i + 4] for i in range(0, len(layered), 4)]
@@ -188,11 +188,11 @@ def candidates(rows: Sequence[Record], path: str | Path) -> None:
 
 
 def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str | Path) -> None:
-    """Draw candidates by accuracy in % and cost, and the front: what there is to have at each cost.
+    """Draw candidates by accuracy in % and cost, with the Pareto front as a line.
 
     Args:
-        rows: Of `DiscretizeResult.candidates`.
-        front: Those of them that no other one dominates, cheapest first.
+        rows: The rows of `DiscretizeResult.candidates`.
+        front: The rows that no other row dominates, cheapest first.
         cost: The key of the cost in the rows.
     """
     if not front:
@@ -214,7 +214,7 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
 
 
 def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float, path: str | Path) -> None:
-    """Draw the rows of `RankCorrelation`: what the table says of each architecture against what the supernet says."""
+    """Draw the rows of `RankCorrelation`: the table's value of each architecture against the supernet's."""
     if not rows:
         return _note("No architectures.", path)
     with _drawing(path, 4.1) as figure:
@@ -245,22 +245,22 @@ def predictions(predicted: Sequence[float], measured: Sequence[float], path: str
 
 @contextmanager
 def _drawing(path: str | Path, height: float) -> Iterator[Figure]:
-    """A figure `height` inches high, written to `path` when the block ends."""
+    """Open a figure `height` inches high, and write it to `path` when the block ends."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says: equal input, equal bytes
+    with style.context(["default", STYLE]):  # not the user's matplotlibrc: equal input gives equal bytes
         figure = Figure(figsize=(WIDTH, height))
         yield figure
         buffer = io.BytesIO()
-        # Without the release of matplotlib, which is what it would say of itself.
+        # The file would name matplotlib's release otherwise.
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     write_atomic(path, buffer.getvalue())
 
 
 def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """A panel in inches from the upper left corner.
+    """Add a panel, placed in inches from the upper left corner.
 
     matplotlib's own layouts give up, with a warning, where a space has many or few options or layers.
     """
@@ -269,12 +269,12 @@ def _place(figure: Figure, left: float, top: float, width: float, height: float)
 
 
 def _write(figure: Figure, left: float, middle: float, text: str, **options: Any) -> None:
-    """A line of text in inches from the upper left corner."""
+    """Add a line of text, placed in inches from the upper left corner."""
     figure.text(left / WIDTH, 1 - middle / figure.get_figheight(), text, va="center", **options)
 
 
 def _note(text: str, path: str | Path) -> None:
-    """A figure that says why there is nothing to draw, for pipelines that declare the file."""
+    """Write a figure that says why there is nothing to draw."""
     with _drawing(path, 0.6) as figure:
         _write(figure, WIDTH / 2, 0.3, text, ha="center")
 
@@ -305,7 +305,7 @@ def _weight_maps(
     epochs: list[int],
     weights: list[list[list[float]]],
 ) -> None:
-    """A map of layer by epoch for every option; white where a weight says nothing, at 1 / options."""
+    """Draw a map of layer by epoch for every option. A weight of 1 / options, which says nothing, is white."""
     from matplotlib.colors import CenteredNorm
 
     count, layers = len(options), len(weights[0])
@@ -342,15 +342,15 @@ def _weight_maps(
 
 
 def _limits(weights: list[list[float]], count: int) -> tuple[float, float]:
-    """Weights to show, around 1 / count: at least 0.05 to either side, so that noise does not look like a decision."""
+    """Return the range of weights to show around 1 / count: at least 0.05 to either side, so that noise looks small."""
     flat = [weight for row in weights for weight in row]
     reach = max(0.05, max(flat) - 1 / count, 1 / count - min(flat))
     return max(0.0, 1 / count - reach), min(1.0, 1 / count + reach)
 
 
 def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture) -> None:
-    """One line per choice with all its options, the chosen one filled."""
-    start = 0.3 + LETTER * max(len(choice.name) for choice in choices)  # inches that the names take
+    """Draw a line per choice with all its options, the chosen one filled."""
+    start = 0.3 + LETTER * max(len(choice.name) for choice in choices)  # inches of the names
     pitch = min(0.75, (WIDTH - start - 0.2) / max(len(choice.options) for choice in choices))
     for y, choice in enumerate(choices):
         axes.text(0, y, choice.name, va="center")
@@ -364,7 +364,7 @@ def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture)
 
 
 def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
-    """One bar per layer up to its option, on a ground as long as the largest one; layers not used are hatched."""
+    """Draw a bar per layer up to its option, on a ground as long as the largest option. Unused layers are hatched."""
     options = sorted(choice.options)
     if isinstance(options[0], str):
         _layer_names(axes, choice, chosen)
@@ -391,7 +391,7 @@ def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
 
 
 def _layer_names(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
-    """One line per layer with a mark for every option, the chosen one filled and named."""
+    """Draw a line per layer with a mark for every option, the chosen one filled and named."""
     for layer, name in enumerate(chosen, 1):
         for x, option in enumerate(choice.options):
             axes.barh(layer, 0.06, 0.8, 0.08 * x, color=BLUE if option == name else PALE)
@@ -407,7 +407,7 @@ def _curve(axes: Axes, epochs: list[int], values: list[float], colour: Any, labe
 
 
 def _frame(axes: Axes, epochs: list[int], title: str) -> None:
-    """What all panels over epochs share."""
+    """Set what all panels over epochs share: title, ticks and limits."""
     axes.set_title(title)
     axes.set_xlabel("epoch")
     margin = 0.02 * (epochs[-1] - epochs[0]) or 0.5
@@ -448,7 +448,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]]) -> None:
 
 
 def _unit(largest: float) -> tuple[float, str]:
-    """The scale in which numbers up to `largest` are short, and how an axis says so."""
+    """Return the scale in which numbers up to `largest` are short, and the words for it on an axis."""
     for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if largest >= scale:
             return scale, f" ({name})"

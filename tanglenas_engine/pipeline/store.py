@@ -1,4 +1,4 @@
-"""An MLflow store and a run in it, as the stages talk to them: every call ends within seconds, and may be repeated."""
+"""Calls to an MLflow store. Every call ends within seconds, and may be repeated without harm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import filelock
 
 from tanglenas_engine.runtime.fingerprint import fingerprint
 
-if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so the functions do it that need it
+if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so only the functions that need it do
     from mlflow import MlflowClient
 
 P = ParamSpec("P")
@@ -26,18 +26,18 @@ T = TypeVar("T")
 Event = dict[str, Any]
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
-ANSWER = 5.0
-"""Seconds that a call to the store may cost a training."""
-UPLOAD = 300.0
-"""The same for a file or folder, of which a stage logs one at its end."""
+ANSWER_SECONDS = 5.0
+"""The most seconds that a call to the store may cost a training."""
+UPLOAD_SECONDS = 300.0
+"""The most seconds for a file or folder. A stage logs one, at its end."""
 OPENING = {True: 15.0, False: 150.0}
-"""The same for opening a store, by whether a server has it: a new database takes long, and four in a row longer."""
+"""The most seconds for opening a store that a server has, or a database: a new one takes long to make."""
 
 
 def project_root() -> Path:
-    """Where state that outlives a run belongs: the DVC project or git repository, else the current folder.
+    """Return the folder of the DVC project or git repository, or the current one: state that outlives a run lies there.
 
-    `dvc exp run --queue` runs stages in a copy that it deletes; `$DVC_ROOT` is the original all the same.
+    `dvc exp run --queue` runs stages in a copy that it deletes, but `$DVC_ROOT` is the original.
     """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root).resolve()
@@ -46,11 +46,15 @@ def project_root() -> Path:
 
 
 class Refused(Exception):
-    """The store will never take this."""
+    """The store refused a record for good."""
 
 
 def within(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a call returns or raises, or TimeoutError after so many seconds; its thread is then left behind."""
+    """Call a function in a thread, and return or raise what it does.
+
+    Raises:
+        TimeoutError: The call took longer. Its thread goes on by itself.
+    """
     outcome: Future[T] = Future()
 
     def call() -> None:
@@ -68,14 +72,14 @@ def within(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.
 
 @dataclass(frozen=True)
 class Store:
-    """The MLflow store that a project's stages report to, and where what it did not take is kept."""
+    """The MLflow store that a project's stages report to."""
 
     uri: str
     root: Path
 
     @classmethod
     def of(cls, root: Path) -> Store:
-        """`$MLFLOW_TRACKING_URI`, else the database of the project."""
+        """Return the store of `$MLFLOW_TRACKING_URI`, or else the database of the project."""
         return cls(os.environ.get("MLFLOW_TRACKING_URI") or cls.default(root), root)
 
     @staticmethod
@@ -84,12 +88,12 @@ class Store:
 
     @property
     def name(self) -> str:
-        """The address without the password that it may hold."""
+        """The address, without a password."""
         return redacted(self.uri)
 
     @property
     def runs(self) -> Path:
-        """The folders of the runs."""
+        """The folder that has a folder for each run; see spool.py."""
         return self.root / ".tanglenas" / "runs"
 
     @property
@@ -97,7 +101,7 @@ class Store:
         return self.uri.startswith(("http:", "https:", "databricks"))
 
     def connect(self) -> MlflowClient:
-        """A client that gives up soon: a server that does not answer may cost seconds, not MLflow's minutes."""
+        """Return a client that gives up after seconds when a server does not answer. MLflow's default is minutes."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -105,13 +109,13 @@ class Store:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # announces each migration
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces each migration
         logging.getLogger("alembic").setLevel(logging.WARNING)
         return within(OPENING[self.served], self._open, MlflowClient)
 
     def _open(self, make: type[MlflowClient]) -> MlflowClient:
         lock: Any = nullcontext()
-        if self.uri.startswith("sqlite:///"):  # processes that create one database at once break each other's migration
+        if self.uri.startswith("sqlite:///"):  # two processes that make one database break each other's migration
             database = Path(self.uri.removeprefix("sqlite:///"))
             database.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(f"{database}.lock", timeout=120)
@@ -121,10 +125,10 @@ class Store:
             return client
 
     def experiment(self, client: MlflowClient, name: str) -> str:
-        """The id of an experiment, which is made where it does not exist yet."""
+        """Return the id of an experiment, and make it if need be."""
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        # Without a location the artifacts would go to the current folder, for good.
+        # Without a location, the artifacts would go to the current folder for all later runs.
         location = None if self.served else (self.root / "mlartifacts").as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=location))
@@ -135,12 +139,11 @@ class Store:
 
 
 class Run:
-    """A run in the store, which takes each record once.
+    """A run in the store. It ignores a record that it has already.
 
     Args:
-        store: Where it is.
-        start: The record that founds it, if it is to be made.
-        run_id: Of one that exists, and goes on.
+        start: The record by which a new run is made.
+        run_id: The id of an existing run that goes on.
 
     Raises:
         KeyError: The store has no such run.
@@ -155,7 +158,7 @@ class Run:
         else:
             _reopen(client, run_id)
         self.run_id = str(run_id)
-        run = client.get_run(run_id).data  # holds something when a run that was cut off goes on
+        run = client.get_run(run_id).data  # not empty when a run that was cut off goes on
         self._known_params = set(run.params)
         self._hashed = "params.hash" in run.tags
         self._last_steps = {
@@ -163,15 +166,15 @@ class Run:
         }
 
     def send(self, event: Event, folder: Path) -> None:
-        """Send a record; `folder` holds the files that it names by relative paths.
+        """Send a record. The paths of files in it are relative to `folder`.
 
         Raises:
-            Refused: Sending it again would not help.
+            Refused: The store will not take it later either.
             TimeoutError: The store takes too long.
         """
         from mlflow.exceptions import MlflowException
 
-        limit = UPLOAD if event["what"] == "artifact" else ANSWER
+        limit = UPLOAD_SECONDS if event["what"] == "artifact" else ANSWER_SECONDS
         try:
             within(limit, getattr(self, f"_{event['what']}"), event, folder)
         except MlflowException as error:
@@ -180,7 +183,7 @@ class Run:
             raise
 
     def _params(self, event: Event, folder: Path) -> None:
-        """Log what the run does not have yet, and the hash of all as a tag unless the stage set that tag itself."""
+        """Log parameters that the run lacks, and a hash of all as the tag `params.hash` unless it is set."""
         from mlflow.entities import Param
 
         flat = event["params"]
@@ -193,7 +196,7 @@ class Run:
             self._hashed = True
 
     def _metrics(self, event: Event, folder: Path) -> None:
-        """Log numbers, but for those of steps that the run has, or is past: a stage that goes on repeats a few.
+        """Log numbers of steps that the run has not reached yet: a stage that goes on repeats a few steps.
 
         An infinite number becomes NaN, because MLflow would store 1.8e308 and ruin the axis.
         """
@@ -243,7 +246,7 @@ def _reopen(client: MlflowClient, run_id: str) -> None:
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings with dotted names."""
+    """Yield the values of nested mappings by dotted names."""
     for name, value in params.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -256,7 +259,7 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def allowed(name: str) -> str:
-    """A name as MLflow takes it."""
+    """Replace the characters of a name that MLflow refuses."""
     return re.sub(r"[^\w./ -]", "_", name)
 
 
@@ -266,5 +269,5 @@ def reason(error: BaseException) -> str:
 
 
 def redacted(text: str) -> str:
-    """Without the password that a URL may hold."""
+    """Hide the password in a URL."""
     return re.sub(r"(?<=//)[^/@\s]+@", "***@", text)

@@ -8,8 +8,8 @@ The store is `$MLFLOW_TRACKING_URI`, else `<root>/mlflow.db` with its artifacts 
 whatever folder the stage runs. `TANGLENAS_TRACKING=off` turns all of it off. Everything goes through MLflow's
 client: the active run of the process is neither read nor changed.
 
-A store in trouble costs a training one warning, and no more than seconds for each call. What it does not take is kept
-(see _spool.py), sent once it answers again, or later by `upload_spool`.
+A store in trouble costs a training one warning, and at most seconds for each call. Records that it does not take are
+kept (see spool.py), and sent once it answers again, or later by `upload_spool`.
 """
 
 import functools
@@ -23,9 +23,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-from pipelines._spool import UNSENT, Spool, mark_killed, open_run, send_all, spooled_runs, stale_runs, upload_spool
-from pipelines._store import Event, Refused, Run, Store, allowed, flat, project_root, reason
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.spool import (
+    UNSENT,
+    Spool,
+    mark_killed,
+    open_run,
+    send_all,
+    spooled_runs,
+    stale_runs,
+    upload_spool,
+)
+from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, allowed, flat, project_root, reason
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 
@@ -33,19 +42,19 @@ __all__ = ["MlflowTracker", "lineage", "mark_killed", "project_root", "spooled_r
 
 P = ParamSpec("P")
 
-RETRY = 60.0
-"""Seconds after a failure in which nothing is sent; they double with every failure after it."""
-DRAIN = 30.0
-"""Seconds that a stage spends on what waits, when the store answers again or the stage ends."""
+RETRY_SECONDS = 60.0
+"""Seconds in which nothing is sent after a failure. Every further failure doubles them."""
+DRAIN_SECONDS = 30.0
+"""The most seconds that a stage spends on waiting records, when the store answers again or the stage ends."""
 
 
 def lineage(stage: str, pipeline_id: str = "", architecture: str = "") -> dict[str, str]:
-    """The tags that say what a run is part of and what it was made from; what is not known is left out.
+    """Return the tags that tie a run to its pipeline, its commit and its DVC experiment. Unknown ones are left out.
 
     Args:
         stage: "search", "discretize", "retrain" or "evaluate".
-        pipeline_id: equal in all stages of one pipeline, and a function of its parameters.
-        architecture: digest of the architecture that the stage works on.
+        pipeline_id: A hash of the parameters of the search, equal in all stages of one pipeline.
+        architecture: The digest of the architecture that the stage works on.
     """
     tags = {
         "tanglenas.stage": stage,
@@ -60,13 +69,13 @@ def lineage(stage: str, pipeline_id: str = "", architecture: str = "") -> dict[s
 
 
 def _git_state() -> dict[str, str]:
-    """The commit of the code that runs, and whether tracked files differ from it."""
+    """Return tags with the commit of the code, and whether tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # `dvc repro` rewrites these: that alone makes no other code.
+        # `dvc repro` rewrites these files. They are no code.
         written = [f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "environment.json", "metrics/*.json")]
         changes = git("status", "--porcelain", "--untracked-files=no", "--", *written)
         return {"git.sha": git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
@@ -77,7 +86,7 @@ def _git_state() -> dict[str, str]:
 def _guarded(
     method: Callable[Concatenate["MlflowTracker", P], None],
 ) -> Callable[Concatenate["MlflowTracker", P], None]:
-    """Tracking never ends a training, not even where there is no place to keep what the store does not take."""
+    """Turn whatever a method raises into a warning: tracking never ends a training, even on a full disk."""
 
     @functools.wraps(method)
     def call(tracker: "MlflowTracker", /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -90,18 +99,18 @@ def _guarded(
 
 
 class MlflowTracker:
-    """The MLflow run of one stage. Made by `open`.
+    """The MLflow run of one stage. `open` makes it.
 
     Attributes:
-        folder: What the run holds as long as this process lives, and where records wait.
+        folder: The folder that the run holds as long as this process lives, and where its records wait.
     """
 
     def __init__(self, store: Store, start: Event, run_id: str | None, hold: ExitStack) -> None:
         self._store = store
         self._run: Run | None = None
         self._warned = False
-        self._wait, self._retry_at = RETRY, 0.0
-        if run_id and not re.fullmatch(r"[\w-]+", run_id):  # it names a folder
+        self._wait, self._retry_at = RETRY_SECONDS, 0.0
+        if run_id and not re.fullmatch(r"[\w-]+", run_id):  # the id names a folder
             run_id = None
         waiting = Spool(store.runs / run_id).start if run_id else {}
         known = waiting.get("run_id") or (run_id if run_id and not run_id.startswith(UNSENT) else None)
@@ -123,7 +132,7 @@ class MlflowTracker:
 
     @property
     def run_id(self) -> str:
-        """Of the run in the store, or, until it has one, the name of what is kept; `open` takes either."""
+        """The id of the run in the store, or its folder's name until it has one. `open` takes either."""
         return self._run.run_id if self._run else self.folder.name
 
     @classmethod
@@ -139,17 +148,17 @@ class MlflowTracker:
         architecture: str = "",
         tags: Mapping[str, str] | None = None,
     ) -> Iterator[Tracker]:
-        """A run that is RUNNING inside the block, then FINISHED, FAILED (an exception) or KILLED (Ctrl-C).
+        """Open a run. It is RUNNING inside the block, and then FINISHED, FAILED (an exception) or KILLED (Ctrl-C).
 
         A store that cannot be reached, now or later, costs one warning.
 
         Args:
-            stage: names the run, with the first digits of the architecture's digest where it is known.
-            experiment: `$MLFLOW_EXPERIMENT_NAME` goes before it.
-            root: where the store lies unless `$MLFLOW_TRACKING_URI` is set; default `project_root()`.
-            run_id: `tracker.run_id` of a run that was cut off and now goes on.
-            pipeline_id, architecture: see `lineage`.
-            tags: further ones.
+            stage: The name of the run. The first digits of the architecture's digest follow where it is known.
+            experiment: The experiment, unless `$MLFLOW_EXPERIMENT_NAME` is set.
+            root: The folder of the store, unless `$MLFLOW_TRACKING_URI` is set; by default `project_root()`.
+            run_id: The `tracker.run_id` of a run that was cut off and now goes on.
+            pipeline_id, architecture: See `lineage`.
+            tags: Further tags.
         """
         if _switched_off():
             yield NullTracker()
@@ -166,7 +175,7 @@ class MlflowTracker:
         with ExitStack() as hold:
             try:
                 tracker = cls(store, start, run_id, hold)
-            except Exception as error:  # there is no place to keep anything either
+            except Exception as error:  # not even the folder can be made
                 warnings.warn(f"this run is not tracked ({reason(error)}).", stacklevel=3)
                 tracker = None
             if tracker is None:
@@ -187,17 +196,17 @@ class MlflowTracker:
 
     @_guarded
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log what the run does not have yet, as strings that MLflow cuts at 6,000 characters.
+        """Log parameters that the run lacks, as strings, which MLflow cuts at 6,000 characters.
 
-        Tags their hash as `params.hash` unless the stage set that tag itself.
+        Their hash becomes the tag `params.hash`, unless the stage set that tag.
         """
         self._record("params", params={allowed(name): str(value) for name, value in flat(params)})
 
     @_guarded
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers; an infinite one as NaN.
+        """Log numbers at a step, an infinite one as NaN.
 
-        Steps go up; those that the run already has are skipped: a stage that goes on from a checkpoint repeats a few.
+        Steps go up. Steps that the run has are skipped: a stage that goes on from a checkpoint repeats a few.
         """
         self._record("metrics", metrics={allowed(name): float(value) for name, value in metrics.items()}, step=step)
 
@@ -215,13 +224,13 @@ class MlflowTracker:
 
     @_guarded
     def _end(self, status: str) -> None:
-        self._retry_at = 0.0  # the end is worth another try
+        self._retry_at = 0.0  # try once more at the end, whatever the wait
         self._record("end", status=status)
         if not self._spool.events:
             self._spool.discard()
 
     def _record(self, what: str, **content: Any) -> None:
-        """Send a record, or keep it: once one waits, those after it do, in their order."""
+        """Send a record, or keep it. Once one waits, those after it wait too, in their order."""
         event = {"what": what, "time": _now(), **content}
         if self._run and not self._spool.events:
             try:
@@ -247,7 +256,7 @@ class MlflowTracker:
             self._warn(f"the MLflow store did not take {event['what']} ({refusal}). The stage goes on without.")
 
     def _connect(self, start: Event) -> str:
-        """Find or make the run; what is in the way, if anything."""
+        """Find or make the run, and return what is in the way, or ""."""
         try:
             self._run = open_run(self._store, start)
         except KeyError as error:
@@ -262,10 +271,10 @@ class MlflowTracker:
         self._wait *= 2
 
     def _drain(self) -> None:
-        """Send what waits, as long as the store takes it in time."""
+        """Send the waiting records, as long as the store takes them in time."""
         try:
-            self._run = send_all(self._store, self._spool, time.monotonic() + DRAIN, self._send_waiting)
-            self._wait = RETRY
+            self._run = send_all(self._store, self._spool, time.monotonic() + DRAIN_SECONDS, self._send_waiting)
+            self._wait = RETRY_SECONDS
         except Exception:
             self._put_off()
 
@@ -274,14 +283,14 @@ class MlflowTracker:
         self._send(event)
 
     def _warn(self, message: str) -> None:
-        """Once: a store in trouble is in trouble with every call."""
+        """Warn once: a store in trouble is in trouble with every call."""
         if not self._warned:
             self._warned = True
             warnings.warn(message, stacklevel=2)
 
 
 def _now() -> int:
-    """Milliseconds, as MLflow counts."""
+    """Return the time in milliseconds, as MLflow counts it."""
     return time.time_ns() // 1_000_000
 
 

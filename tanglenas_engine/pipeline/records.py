@@ -1,4 +1,4 @@
-"""What stages leave behind, read again: for the commands `tanglenas show`, `export`, `report` and `doctor`."""
+"""Reads what finished stages left, for the commands `tanglenas show`, `export` and `report`."""
 
 from __future__ import annotations
 
@@ -8,48 +8,35 @@ from typing import Any
 
 import gin
 
-from pipelines._config import required
-from pipelines._stage import create_dataset_
-from pipelines._store import Store
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config import required
+from tanglenas_engine.pipeline.configurables import create_dataset
+from tanglenas_engine.pipeline.store import Store
 
 
 def space_options(config: Path) -> dict[str, Any]:
-    """The options of the space that a stage made, from the `operative.gin` that it wrote.
+    """Return the options with which a stage made its space, from the `operative.gin` that it wrote.
 
     Raises:
-        TangleNASError: The config cannot be read, or its dataset is not there.
+        TangleNASError: The config is damaged, or its dataset is missing.
     """
     gin.clear_config()
     try:
-        # A record, not a configuration: what it says of the stage's own function is of no interest here.
+        # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
         gin.parse_config(config.read_text(), skip_unknown=True)
-    except Exception as error:  # tokenizer, parser and registry each have their own
+    except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
         reason = " ".join(str(error).split())
         raise TangleNASError(f"{config} cannot be read ({reason}). Give the space's options instead") from None
     bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
-    fitted: dict[str, Any] = create_dataset_(name=required("DATASET", str)).space_options()
+    fitted: dict[str, Any] = create_dataset(name=required("DATASET", str)).space_options()
     return {**fitted, **bound}
 
 
-def swept(params: Path) -> dict[str, Any]:
-    """The values of params.yaml by the names that `dvc exp run -S` takes, such as `search.epochs`."""
-    from ruamel.yaml import YAML
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-        return found
-
-    return flat(YAML(typ="safe").load(params.read_text()) or {})
-
-
 def evaluated(root: Path) -> list[dict[str, Any]]:
-    """What every finished evaluation of a project came to, oldest first.
+    """Return one row for each finished evaluation of a project, oldest first.
 
-    Each with its `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `flops` and
-    `accuracy` in %; what a run does not say is None.
+    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `flops` and
+    `accuracy` in %, each None where the run lacks it.
 
     Raises:
         Exception: The store does not answer.
@@ -59,14 +46,15 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
         return []
     client = store.connect()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs, page = [], None
+    runs: list[Any] = []
+    page = None
     while True:
         query = "attributes.status = 'FINISHED' AND tags.`tanglenas.stage` != ''"
         found = client.search_runs(experiments, query, order_by=["attributes.start_time"], page_token=page)
         runs += found
         if not (page := found.token):
             break
-    # The search says which optimizer led to what is evaluated.
+    # The optimizer is a parameter of the search, not of the evaluation.
     optimizers = {
         run.data.tags.get("tanglenas.pipeline_id"): run.data.params.get("OPTIMIZER")
         for run in runs

@@ -1,9 +1,12 @@
-"""What an MLflow store did not take, kept on disk until it does.
+"""Keeps the records that an MLflow store did not take on disk, and sends them later.
 
-Every run that is tracked holds a folder of its own, `.tanglenas/runs/<run id>`, as long as its process lives: a run
-that the store believes to be RUNNING while nothing holds its folder was killed. What the store does not take goes to
-`spool.jsonl` in that folder, one record a line, and is sent in the same order later on. A run that could not even be
-started has the name `unsent-...` until then.
+Every tracked run holds a folder of its own, `.tanglenas/runs/<run id>`, as long as its process lives. A run that the
+store believes to be RUNNING while nothing holds its folder was killed. Records that the store does not take go to
+`spool.jsonl` in that folder, one a line, and are sent in the same order later. A run that could not be started in the
+store is called `unsent-...` until it is.
+
+MLflow's own asynchronous logging cannot stand in for this: its queue is in memory, so that a killed process loses it,
+and a batch that the server refuses is dropped.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from typing import Any
 
 import filelock
 
-from pipelines._store import Event, Refused, Run, Store, project_root, reason, within
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, project_root, reason, within
 from tanglenas_engine.runtime.files import exclusive, write_atomic
 
 UNSENT = "unsent-"
@@ -31,11 +34,11 @@ RECORDS = ("start", "params", "metrics", "tags", "artifact", "text", "end")
 
 
 class Spool:
-    """The records of one run that wait: a file in the run's folder, which its one writer holds.
+    """The waiting records of one run, in a file of the run's folder. The one process that writes them holds the folder.
 
     Attributes:
-        start: The record that founds the run, with its `run_id` in the store once it has one.
-        events: What waits, in order.
+        start: The record that starts the run, with the `run_id` that the store gave it, if it did.
+        events: The waiting records, in order.
     """
 
     def __init__(self, folder: Path, start: Event | None = None) -> None:
@@ -62,7 +65,7 @@ class Spool:
         write_atomic(self._file, "".join(f"{json.dumps(record)}\n" for record in (self.start, *self.events)))
 
     def _keep(self, path: Path) -> str:
-        """Keep a file or folder as it is now: by links, which cost nothing, where the file system has them."""
+        """Keep a file or folder as it is now, by hard links where the file system has them."""
         kept = self.folder / "artifacts" / secrets.token_hex(4) / path.name
         kept.parent.mkdir(parents=True)
         if path.is_dir():
@@ -84,7 +87,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _read(file: Path) -> Iterator[Event]:
-    """The records of a spool; a line that a kill cut off is left out."""
+    """Read the records of a spool, but for damaged ones, such as a line that a kill cut off."""
     with suppress(FileNotFoundError):
         for line in file.read_bytes().splitlines():
             with suppress(ValueError, RecursionError, KeyError, TypeError):
@@ -94,23 +97,24 @@ def _read(file: Path) -> Iterator[Event]:
 
 
 def _inside(folder: Path, record: Event) -> bool:
-    """Whether the files that a record names are those that lie in its folder."""
-    return record["what"] != "artifact" or (folder / record["path"]).resolve().is_relative_to(folder.resolve())
+    """Return whether a record names no file outside the folder."""
+    return record["what"] != "artifact" or (folder / str(record["path"])).resolve().is_relative_to(folder.resolve())
 
 
 def send_all(store: Store, spool: Spool, until: float, send: Callable[[Run, Event], None]) -> Run:
-    """Send what a spool holds and empty it; what is sent is gone from it even when the rest fails.
+    """Send the records of a spool. Those that were sent leave it, even when a later one fails.
 
     Raises:
-        Exception: Whatever the store raises; TimeoutError past the time `until`.
+        TimeoutError: The clock `time.monotonic` has passed `until`.
+        Exception: The store fails.
     """
     try:
-        run = open_run(store, spool.start)  # anew: what a call that was given up has brought about is known then
-    except KeyError:  # another store, or the run was deleted
+        run = open_run(store, spool.start)  # read the run again: a call that timed out may have arrived
+    except KeyError:  # the store is another one, or the run was deleted
         run = open_run(store, {**spool.start, "run_id": None})
     if spool.start.get("run_id") != run.run_id:
         spool.start["run_id"] = run.run_id
-        spool.save()  # before anything else: a run is made once
+        spool.save()  # first, so that the run is made only once
     try:
         while spool.events:
             if time.monotonic() > until:
@@ -125,25 +129,25 @@ def send_all(store: Store, spool: Spool, until: float, send: Callable[[Run, Even
 
 
 def open_run(store: Store, start: Event) -> Run:
-    """The run that a record founds, or founded before.
+    """Return the run that a start record has in the store, and make it if the record has no id yet.
 
     Raises:
-        KeyError: The store does not have the run of that id.
-        Exception: Whatever else the store raises.
+        KeyError: The store has no run of that id.
+        Exception: The store fails.
     """
     client = store.connect()
     return within(15.0, Run, store, client, start, start.get("run_id"))
 
 
-# --- what runs leave behind -----------------------------------------------------------------------------------
+# --- runs that ended with records waiting, or without an end --------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SpooledRun:
-    """A run of which something waits to be sent.
+    """A run with records that wait to be sent.
 
-    `run_id` is None where the store does not have the run yet. `busy` runs are those of a living process, which sends
-    what waits itself.
+    `run_id` is None where the store does not have the run yet. A run is `busy` while its process lives, which sends the
+    records itself.
     """
 
     folder: Path
@@ -156,7 +160,7 @@ class SpooledRun:
 
 @dataclass(frozen=True)
 class Upload:
-    """What came of uploading a spooled run: its id in the store, or the problem, for a person."""
+    """The outcome of uploading a spooled run: its id in the store, or the problem in words."""
 
     spooled: SpooledRun
     run_id: str | None = None
@@ -165,9 +169,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class StaleRun:
-    """A run that the store believes to be RUNNING, and whose process was killed.
+    """A run that the store believes to be RUNNING, although its process was killed.
 
-    The same command goes on with a `resumable` one.
+    A `resumable` run goes on when the same command is run again.
     """
 
     run_id: str
@@ -177,7 +181,7 @@ class StaleRun:
 
 
 def spooled_runs(root: str | Path | None = None) -> list[SpooledRun]:
-    """The runs of a project of which the store lacks something."""
+    """Return the runs of a project that have records which the store lacks."""
     found = []
     for folder in _folders(root):
         if not (start := (spool := Spool(folder)).start):
@@ -190,7 +194,7 @@ def spooled_runs(root: str | Path | None = None) -> list[SpooledRun]:
 
 
 def upload_spool(root: str | Path | None = None) -> list[Upload]:
-    """Send the store what waits, but for the runs of living processes; never raises for a store in trouble."""
+    """Send the waiting records of all runs but those of living processes. A store in trouble raises nothing."""
     store, uploads = Store.of(_root(root)), []
     for spooled in spooled_runs(root):
         refused: list[str] = []
@@ -206,7 +210,7 @@ def upload_spool(root: str | Path | None = None) -> list[Upload]:
                 spool = Spool(spooled.folder)
                 ended = any(event["what"] == "end" for event in spool.events)
                 run = send_all(store, spool, time.monotonic() + 3600, send)
-                if not ended:  # it was killed: the same command may go on with it, and `stale_runs` finds it
+                if not ended:  # it was killed: it may go on yet, and `stale_runs` finds it by this file
                     spool.save()
             uploads.append(Upload(spooled, run.run_id, "; ".join(refused)))
         except Exception as error:
@@ -216,9 +220,9 @@ def upload_spool(root: str | Path | None = None) -> list[Upload]:
 
 
 def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
-    """Runs that the store believes to be RUNNING although their process is gone.
+    """Return the runs that the store believes to be RUNNING although their process is gone.
 
-    Of a store that others use as well, those are found that this project has started.
+    Only runs that this project started count, as others may use the same store.
 
     Raises:
         TangleNASError: The store does not answer.
@@ -241,7 +245,7 @@ def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
 
 
 def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> None:
-    """End runs that `stale_runs` found, with the status KILLED; one that goes on after all is RUNNING again.
+    """End runs that `stale_runs` found, with the status KILLED. A run that goes on after all is RUNNING again.
 
     Raises:
         TangleNASError: The store does not answer.
@@ -260,7 +264,7 @@ def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> None:
 
 
 def _running(store: Store, known: Iterable[str | None]) -> list[Any]:
-    """The runs of this project's stages that the store believes to be RUNNING."""
+    """Return the runs of this project's stages that the store believes to be RUNNING."""
 
     def search(client: Any) -> list[Any]:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -293,7 +297,7 @@ def _run_id(folder: Path) -> str | None:
 
 
 def _held(folder: Path) -> bool:
-    """Whether a process holds the folder of its run."""
+    """Return whether a process holds the folder of a run."""
     try:
         lock = filelock.FileLock(folder / "lock")
         with lock.acquire(timeout=0):

@@ -1,0 +1,43 @@
+"""The four stages as DVC runs them: gin in, a stage function of the engine, files and an MLflow run out.
+
+A project's `pipelines/` holds a script for each stage, which people may change. What the scripts call is here, so that
+an upgrade of the package reaches every project. The names below are what a script may rely on; they load on first use.
+
+Beside the commands, this package alone knows gin, DVC, MLflow, jinja and matplotlib. The engine imports nothing of it.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "benchmark": "configurables",
+    "check_later_budget": "configurables",
+    "create_dataset": "configurables",
+    "create_optimizer": "configurables",
+    "create_space": "configurables",
+    "discretize": "configurables",
+    "evaluate": "configurables",
+    "make_splits": "configurables",
+    "methods": "configurables",
+    "objectives": "configurables",
+    "open_stage": "stage",
+    "rank_correlation": "configurables",
+    "read_architecture": "configurables",
+    "register": "config",
+    "required": "config",
+    "retrain": "configurables",
+    "search": "configurables",
+    "write_environment": "environment",
+}
+
+__all__ = ["figures", "files", "outputs", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

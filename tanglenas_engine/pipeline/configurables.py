@@ -1,0 +1,198 @@
+"""The functions that gin files can bind: those of the engine under their own names, and what the stages add to them.
+
+Every stage registers those of all four, so that its gin file can include another's: what they share is written once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import gin
+import torch
+
+from tanglenas_engine import plugins
+from tanglenas_engine.data import Dataset
+from tanglenas_engine.data import make_splits as engine_make_splits
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config import KINDS, bindings_of, configured, referred, register, required
+from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
+from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.values import check_types, macro_value
+from tanglenas_engine.plugins import manager
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.cost import METRICS
+from tanglenas_engine.spaces.objective import Objective
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.stages.discretize import METHODS, limits_of
+from tanglenas_engine.stages.discretize import discretize as engine_discretize
+from tanglenas_engine.stages.evaluate import evaluate as engine_evaluate
+from tanglenas_engine.stages.evaluate import rank_correlation as engine_rank_correlation
+from tanglenas_engine.stages.retrain import retrain as engine_retrain
+from tanglenas_engine.stages.search import search as engine_search
+
+create_space = register(plugins.create_space)
+create_optimizer = register(plugins.create_optimizer)
+create_dataset = register(plugins.create_dataset)
+create_objective = register(plugins.create_objective)
+make_splits = register(engine_make_splits)
+search = register(engine_search)
+discretize = register(engine_discretize)
+retrain = register(engine_retrain)
+evaluate = register(engine_evaluate)
+rank_correlation = register(engine_rank_correlation)
+methods = {name: register(method) for name, method in METHODS.items()}
+"""Ways to derive an architecture. Their options are bound by their names: `evolution.population = 50`."""
+
+
+@register
+def target(
+    objective: str = "flops",
+    value: float | None = None,
+    share: float | None = None,
+    weight: float = 1.0,
+    penalty: Literal["hinge", "log"] = "hinge",
+) -> Target:
+    """Make a target for `search.targets`: a cost that the search is drawn to (see `objective.Target`).
+
+    The options of a plugin's objective are bound as `create_objective.OPTION`.
+    """
+    return Target(_objective(objective), value, share, weight, penalty)
+
+
+@register
+def benchmark(
+    space: SearchSpace, path: str | None = None, metric: str = "test_acc"
+) -> Callable[[Architecture], dict[str, float]] | None:
+    """Return a function that looks up an architecture's value, rank and regret in a benchmark table, or None.
+
+    Bind `benchmark.path` to a table's file (see `tanglenas tables`): the history of the search and the metrics of
+    evaluate then have the three numbers. No result depends on them.
+    """
+    if path is None:
+        return None
+    from tanglenas_engine.tables import load_table
+
+    table = load_table(path, space)
+    table.row(table.best(metric), metric)  # refuse an unknown metric before the search, not after an epoch
+    return lambda architecture: table.row(architecture, metric)
+
+
+@register
+def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
+    """Read the architecture that discretize wrote, and check that it is one of the space.
+
+    Bind `read_architecture.pick` to the digest of an architecture in `out/discretize/pareto.csv`, or to the digest's
+    first digits, to go on with that one.
+
+    Raises:
+        TangleNASError: The file holds an architecture of another space, or `pick` names none of them or several.
+    """
+    path = ARCHITECTURE
+    if pick != "best":
+        points = sorted(FRONT.glob("*.json"))
+        found = [point for point in points if pick and point.stem.startswith(pick)]
+        if len(found) != 1:
+            listed = ", ".join(point.stem for point in found or points) or "it has none, since only one was judged"
+            raise TangleNASError(
+                f"read_architecture.pick is {pick!r}, expected 'best' or the digest of one architecture in {FRONT}: "
+                f"{listed}"
+            )
+        (path,) = found
+    return space.architecture_of(space.assignment_of(Architecture.from_json(path.read_text("utf-8", errors="replace"))))
+
+
+def objectives(space: SearchSpace) -> list[Objective]:
+    """Make the plugins' objectives that `discretize.limits` and `discretize.cost` name, and bind them to the space."""
+    return [_objective(name).bind(space) for name in sorted(_costs())]
+
+
+def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
+    """Refuse a budget that discretize would refuse after the search, where params.yaml is about this space and dataset.
+
+    The search does not depend on the budget otherwise: another budget does not make it run again.
+
+    Raises:
+        TangleNASError: No architecture of the space meets the budget, or an objective in it fails.
+    """
+    later = stage_arguments("discretize")
+    if later is None:
+        return
+    with configured(later):
+        if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
+            limits = gin.get_bindings("discretize")
+            given = limits_of(*(limits.get(name) for name in ("max_params", "max_flops", "limits")))
+            Budget(space, given, objectives(space)).check()
+
+
+def create() -> tuple[int, SearchSpace, Dataset]:
+    """Return the seed, and make the space and the dataset that the config names.
+
+    The dataset gives the space its options, such as the size of an image, unless gin binds them.
+
+    Raises:
+        TangleNASError: A name is unknown, an option is of the wrong type, or the space does not fit the dataset.
+    """
+    seed = required("SEED", int)
+    if not 0 <= seed < 2**63:
+        raise TangleNASError(f"SEED is {seed}, expected a whole number from 0 to 2**63 - 1")
+    names = {kind: required(macro, str) for macro, kind in KINDS.items() if macro_value(macro) is not None}
+    for kind, name in names.items():
+        check_types(f"create_{kind}", manager().resolve(kind, name).load(), gin.get_bindings(f"create_{kind}"))
+    dataset: Dataset = create_dataset(name=required("DATASET", str))
+    bound = gin.get_bindings("create_space")
+    fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
+    torch.manual_seed(seed)
+    try:
+        space = create_space(name=required("SPACE", str), **fitted)
+    except TangleNASError as error:
+        if any(f"takes no option {option!r}" in str(error) for option in fitted):
+            raise TangleNASError(
+                f"the space {names['space']!r} is not for data such as {dataset.name!r}, which need a space with "
+                f"{', '.join(dataset.space_options())}: choose another space or dataset"
+            ) from None
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # options that make no network
+        options = ", ".join(f"{option}={value!r}" for option, value in {**fitted, **bound}.items())
+        raise TangleNASError(
+            f"the space {names['space']!r} cannot be made with {options}: {str(error).splitlines()[0]}. Correct what "
+            "gin binds of create_space"
+        ) from error
+    return seed, space, dataset
+
+
+def packages() -> set[ModuleType]:
+    """Return the top-level packages of all that the config names: plugins, and what an @ refers to by its full name."""
+    named = {(kind, name) for macro, kind in KINDS.items() if (name := macro_value(macro))}
+    named |= {("objective", name) for name in _costs()}
+    named |= {("objective", values.get("objective", "flops")) for values in bindings_of("target")}
+    modules = {manager().resolve(kind, name).load().__module__ for kind, name in named} | referred()
+    found = {sys.modules[module.split(".")[0]] for module in modules}
+    # torch is large, and its version is recorded. A module written in C has no file.
+    return {package for package in found - {torch} if hasattr(package, "__file__") or hasattr(package, "__path__")}
+
+
+def tables() -> dict[str, str]:
+    """Return the SHA-256 of each file that the config has objectives and benchmarks read, by path."""
+    values = [value for name in ("create_objective", "benchmark") for it in bindings_of(name) for value in it.values()]
+    paths = [value for value in values if isinstance(value, str) and Path(value).is_file()]
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+
+
+def _costs() -> set[str]:
+    """Return the costs in `discretize.limits` and `discretize.cost`, but for those that every space counts."""
+    bound = gin.get_bindings("discretize")
+    limits = bound.get("limits")
+    return {bound.get("cost", "params"), *(limits if isinstance(limits, Mapping) else ())} - {*METRICS}
+
+
+def _objective(name: str) -> Objective:
+    check_types("create_objective", manager().resolve("objective", name).load(), gin.get_bindings("create_objective"))
+    objective: Objective = create_objective(name=name)
+    return objective

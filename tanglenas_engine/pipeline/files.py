@@ -1,0 +1,86 @@
+"""The files that the stages leave for each other: where they lie, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gin
+from torch import nn
+
+from tanglenas_engine.data import Splits
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.weights import load_weights, weights_metadata
+
+if TYPE_CHECKING:
+    from tanglenas_engine.spaces.space import SearchSpace
+    from tanglenas_engine.superposition.mixture import Mixture
+
+STAGES = ("search", "discretize", "retrain", "evaluate")
+OUT = Path("out")
+METRICS = Path("metrics")
+SUPERNET = OUT / "search" / "supernet.safetensors"
+MIXTURE = OUT / "search" / "mixture.safetensors"
+SPLITS = OUT / "search" / "splits.json"
+ARCHITECTURE = OUT / "discretize" / "architecture.json"
+FRONT = OUT / "discretize" / "pareto"
+WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
+
+
+def read_splits() -> Splits:
+    """Read the splits that search wrote."""
+    return Splits.from_json(SPLITS.read_text("utf-8", errors="replace"))
+
+
+def read_mixture(space: SearchSpace, derivations: Mapping[str, Any]) -> tuple[Mixture | None, str]:
+    """Read the mixture that a search ended with, or None after a sampled search, and the method that derives from it.
+
+    Raises:
+        TangleNASError: The mixture is of another space, or its method is not in `derivations`.
+    """
+    weights, derivation = load_weights(MIXTURE), weights_metadata(MIXTURE).get("derivation", "")
+    try:
+        if derivation not in derivations:
+            raise TangleNASError(
+                f"its metadata has the derivation {derivation!r}, expected one of {', '.join(derivations)}"
+            )
+        return space.mixture(weights) if weights else None, derivation
+    except (TangleNASError, RuntimeError, ValueError) as error:
+        raise TangleNASError(
+            f"{MIXTURE} is not what search writes for {space.name!r}: {error}. Run search again, or `dvc repro`"
+        ) from None
+
+
+def load_into(
+    network: nn.Module, path: Path, advice: str = "Run the stage that writes it again, or `dvc repro`"
+) -> None:
+    """Load the weights that an earlier stage wrote into a network.
+
+    Raises:
+        TangleNASError: The file holds the weights of another network.
+    """
+    try:
+        network.load_state_dict(load_weights(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[-1].split())
+        raise TangleNASError(
+            f"{path} holds the weights of another network than the config and {ARCHITECTURE.name} say ({reason}). "
+            f"{advice}"
+        ) from None
+
+
+def load_inherited(space: SearchSpace) -> None:
+    """Load the weights of the search into the space, unless `retrain.mode` is to start from scratch.
+
+    Raises:
+        TangleNASError: The space was created otherwise than in the search.
+    """
+    mode = gin.get_bindings("retrain").get("mode", "scratch")
+    if mode != "scratch":
+        load_into(
+            space,
+            SUPERNET,
+            f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', "
+            "which may build a larger network",
+        )

@@ -1,0 +1,141 @@
+"""What the stages write for each other and for people, and the metrics that they report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tanglenas_engine.data import Splits
+from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.weights import save_weights
+from tanglenas_engine.spaces.architecture import Architecture
+
+if TYPE_CHECKING:
+    from tanglenas_engine.optimizers.optimizer import Optimizer
+    from tanglenas_engine.pipeline.stage import Stage
+    from tanglenas_engine.stages.discretize import DiscretizeResult
+    from tanglenas_engine.stages.evaluate import EvaluateResult, RankCorrelation
+    from tanglenas_engine.stages.search import SearchResult
+
+from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, MIXTURE, OUT, SPLITS, STAGES, SUPERNET
+
+
+def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: SearchResult) -> None:
+    """Write the splits, the supernet, the mixture, and the history of the losses and of the mixture weights."""
+    space = stage.space
+    stage.write(SPLITS.name, splits.to_json())
+    save_weights(
+        SUPERNET,
+        space.state_dict(),
+        {"space": space.name, "optimizer": optimizer.name, "pipeline_id": stage.pipeline_id},
+    )
+    save_weights(MIXTURE, result.mixture.tensors() if result.mixture else {}, {"derivation": optimizer.derivation})
+    stage.table("history.csv", result.history)
+    stage.table(
+        "mixture.csv",
+        [
+            {"epoch": row["epoch"], "choice": name, "layer": layer, "option": option, "weight": weight}
+            for row in result.history
+            for name, rows in row.get("mixture", {}).items()
+            for layer, weights in enumerate(rows if space.choices[name].layered else [rows])
+            for option, weight in zip(space.choices[name].options, weights, strict=True)
+        ],
+    )
+
+
+def search_metrics(result: SearchResult) -> dict[str, Any]:
+    """Return the numbers of the last epoch that metrics/search.json has."""
+    last = result.history[-1]
+    keep = ("weight_loss", "weight_accuracy", "architecture_loss", "validation_accuracy", "validation_loss",
+            "table_value", "table_rank", "table_regret", "entropy", "params", "flops")  # fmt: skip
+    costs = [key for key in last if key.startswith(("expected_", "penalty_"))]
+    losses = {f"{name}_split_loss": loss for name, loss in result.split_losses.items()}
+    return {**{key: last[key] for key in (*keep, *costs, "stopped") if key in last}, **losses}
+
+
+def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, Any]]:
+    """Write the architecture found, the candidates, and the Pareto front of several; return the rows of the front."""
+    stage.write(ARCHITECTURE.name, result.architecture.to_json())
+    stage.table("candidates.csv", result.candidates)
+    if len(result.candidates) <= 1:
+        return []
+    rows = {row["digest"]: row for row in result.candidates}
+    front = [rows[architecture.digest] for architecture in result.front]
+    stage.table("pareto.csv", front)
+    for architecture in result.front:
+        write_atomic(FRONT / f"{architecture.digest}.json", architecture.to_json())
+    return front
+
+
+def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
+    """Return what metrics/discretize.json has."""
+    return {
+        "validation_accuracy": result.validation_accuracy,
+        "params": result.cost.params,
+        "flops": result.cost.flops,
+        **({} if result.exact is None else {"exact": result.exact}),
+        "digest": result.architecture.digest,
+    }
+
+
+def evaluate_metrics(
+    result: EvaluateResult,
+    architecture: Architecture,
+    found_in_table: Mapping[str, float],
+    ranking: RankCorrelation | None,
+) -> dict[str, Any]:
+    """Return what metrics/evaluate.json has: of the network, of its benchmark table, and of the supernet's ranking."""
+    agreement: dict[str, float] = {}
+    if ranking is not None:
+        found = {"kendall_tau": ranking.kendall_tau, "spearman": ranking.spearman}
+        # JSON has no nan, which a coefficient is where all architectures have equal ranks.
+        agreement = {name: value for name, value in found.items() if not math.isnan(value)}
+        agreement["ranked_architectures"] = len(ranking.rows)
+    return {
+        "test_accuracy": result.test_accuracy,
+        "test_loss": result.test_loss,
+        "test_samples": result.samples,
+        "params": result.cost.params,
+        "flops": result.cost.flops,
+        "digest": architecture.digest,
+        **found_in_table,
+        **agreement,
+    }
+
+
+def write_sample(stage: Stage, network: nn.Module) -> str:
+    """Write what the space shows of a network, such as text that it generates, and return it; "" for most spaces."""
+    shown = stage.space.show(network.cpu(), stage.dataset)
+    if shown is None:
+        return ""
+    stage.write("sample.txt", shown + "\n")
+    return shown
+
+
+def print_summary(architecture: Architecture, title: str, sample: str = "") -> None:
+    """Print the sample, and a table of what each stage found and of the folder where its files lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if sample:
+        print(sample)
+    table = Table("stage", "result", "files", title=title, title_justify="left")
+    for name in STAGES:
+        path = METRICS / f"{name}.json"
+        numbers = json.loads(path.read_text()) if path.exists() else {}
+        lines = [f"{key.replace('_', ' ')} {_readable(key, value)}" for key, value in numbers.items()]
+        if name == "discretize":
+            lines = [*str(architecture).split(), *lines]
+        table.add_row(name, "\n".join(lines), str(OUT / name))
+    Console().print(table)
+
+
+def _readable(key: str, value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}{' %' if key.endswith('accuracy') else ''}"
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{text} multiply-accumulates" if key == "flops" else text

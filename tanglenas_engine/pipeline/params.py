@@ -1,0 +1,83 @@
+"""params.yaml, which holds what people sweep, and dvc.yaml, which hands it to the stages."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tanglenas_engine.errors import TangleNASError, closest
+
+
+def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")) -> None:
+    """Check that dvc.yaml uses every key of params.yaml: DVC itself ignores a misspelt one.
+
+    Raises:
+        TangleNASError: dvc.yaml does not use a key. The message has the closest key that it uses.
+    """
+    if not (params.exists() and pipeline.exists()):
+        return
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe").load(params.read_text("utf-8"))
+    except (YAMLError, ValueError, RecursionError) as error:  # impossible bytes and dates raise a ValueError
+        raise TangleNASError(f"params.yaml cannot be read: {error}") from None
+    if not isinstance(content, dict | None):
+        raise TangleNASError(f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line")
+    used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text()))
+    known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
+    for key in _keys(content):
+        if key not in known:
+            raise TangleNASError(
+                f"params.yaml: nothing in dvc.yaml uses the key {key!r}.{closest(key, known)} "
+                "Correct it, or use it as ${" + key + "} in a stage's cmd"
+            )
+
+
+def stage_arguments(
+    stage: str, params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")
+) -> list[str] | None:
+    """Return the arguments with which `dvc repro` runs a stage; None if dvc.yaml lacks it, or a gin file is missing."""
+    if not (params.exists() and pipeline.exists()):
+        return None
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    yaml = YAML(typ="safe")
+    values = yaml.load(params.read_text("utf-8"))
+
+    def value(key: re.Match[str]) -> str:
+        return str(functools.reduce(lambda group, name: group[name], key[1].split("."), values))
+
+    try:
+        command = re.sub(r"\$\{([\w.]+)\}", value, yaml.load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
+    except (KeyError, TypeError, YAMLError):  # a person changed the file; DVC says what is wrong with it
+        return None
+    start, _, rest = command.partition(f"pipelines.{stage} ")
+    arguments = shlex.split(rest)
+    there = all(Path(argument).exists() for argument in arguments if argument.endswith(".gin"))
+    return arguments if start == "python -m " and there else None
+
+
+def swept(params: Path) -> dict[str, Any]:
+    """Return the values of params.yaml by the names that `dvc exp run -S` takes, such as `search.epochs`."""
+    from ruamel.yaml import YAML
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+        return found
+
+    return flat(YAML(typ="safe").load(params.read_text()) or {})
+
+
+def _keys(content: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,134 @@
+"""One page about a project: the last run in full, and every run that MLflow knows, compared."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline.figures import STYLE, WIDTH
+from tanglenas_engine.pipeline.files import ARCHITECTURE, METRICS, OUT, STAGES
+from tanglenas_engine.pipeline.params import swept
+from tanglenas_engine.spaces.architecture import Architecture
+
+TEMPLATE = Path(__file__).with_name("report.html")
+FIGURES = {
+    "Anytime curve": "search/anytime.png",
+    "Mixing weights": "search/alphas.png",
+    "Candidates": "discretize/candidates.png",
+    "Architecture": "evaluate/architecture.png",
+    "Training of the final network": "retrain/training.png",
+}
+
+
+def page(root: Path) -> tuple[str, int]:
+    """Return the page about the project in a folder as HTML, and the number of evaluated runs that it compares.
+
+    Figures are inside the page, and it loads nothing from elsewhere. A store in trouble costs the comparison alone.
+
+    Raises:
+        TangleNASError: The project has no architecture yet, or a file of a stage is damaged.
+    """
+    metrics = {name: _json(root / METRICS / f"{name}.json") for name in STAGES}
+    path = root / ARCHITECTURE
+    if not path.exists():
+        raise TangleNASError(f"{root} has no {ARCHITECTURE}: run `dvc repro` first")
+    architecture = Architecture.from_json(_text(path))
+    try:
+        runs, trouble = records.evaluated(root), ""
+    except Exception as error:
+        runs, trouble = [], " ".join(str(error).split())[:300]
+    params = swept(root / "params.yaml")
+    figures = {title: root / OUT / name for title, name in FIGURES.items()}
+    html = _render(
+        title=f"{params.get('optimizer')} on {params.get('space')}",
+        params=params,
+        metrics=[(stage, key, _shown(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
+        architecture=architecture,
+        figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.exists()],
+        sample=_text(root / OUT / "evaluate" / "sample.txt"),
+        runs=list(reversed(runs)),
+        trouble=trouble,
+        scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
+        commands=_commands(params, runs, architecture.digest),
+        environment=_json(root / "environment.json").get("versions", {}),
+    )
+    return html, len(runs)
+
+
+def _render(**content: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)  # fmt: skip
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**content)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TangleNASError(f"{path} cannot be read ({error}): run `dvc repro` to have it written anew") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}{' %' if key.endswith('accuracy') else ''}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _image(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _points(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if run["params"] is not None and run["accuracy"] is not None]
+
+
+def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
+    """Draw test accuracy in % against parameters, with a colour for each space and optimizer, as SVG."""
+    from matplotlib import colormaps, style
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in _points(runs):
+        groups.setdefault(f"{run['space']}, {run['optimizer']}, {run['dataset']}", []).append(run)
+    with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for number, (label, members) in enumerate(sorted(groups.items())):
+            axes.scatter([run["params"] for run in members], [run["accuracy"] for run in members], s=28,
+                         color=colormaps["tab10"](number % 10), alpha=0.8, linewidths=0, label=label)  # fmt: skip
+        axes.set_title("accuracy on the test split (%)")
+        axes.set_xlabel("parameters")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.margins(0.08)
+        figure.legend(loc="outside lower left", ncols=2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _commands(params: dict[str, Any], runs: Sequence[dict[str, Any]], digest: str) -> list[str]:
+    """Return the commands that repeat the last run, from its commit and every value of params.yaml."""
+    commit = next((run["commit"] for run in reversed(runs) if run["commit"] and run["digest"] == digest), None)
+    settings = [f"-S {shlex.quote(f'{name}={_setting(value)}')}" for name, value in params.items()]
+    return [*([f"git checkout {commit}"] if commit else []), " ".join(["dvc exp run", *settings])]
+
+
+def _setting(value: Any) -> Any:
+    """Write a value in Hydra's grammar, which `-S` uses."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value

@@ -1,0 +1,276 @@
+"""A run of a stage, from the command line to its last file.
+
+A stage is run from the root of the project as
+
+    python -m pipelines.STAGE FILE.gin ... 'binding = value' ...
+
+The files of the space, optimizer and dataset that the bindings name (`gin/spaces/NAME.gin`, ...) are read after the
+first file, if they exist. What comes later wins; bindings come last. `dvc repro` runs all four stages with the values
+of params.yaml.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gin
+import torch
+
+import tanglenas_engine
+from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizers.optimizer import Optimizer
+from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
+from tanglenas_engine.pipeline.configurables import create, packages, tables
+from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, read_splits
+from tanglenas_engine.pipeline.tracking import MlflowTracker, project_root
+from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic
+from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
+from tanglenas_engine.runtime.progress import ConsoleProgress, Progress, SilentProgress
+from tanglenas_engine.runtime.tracking import NullTracker, Tracker
+from tanglenas_engine.runtime.weights import weights_metadata
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+
+MADE_BY = "made-by.json"
+"""A file beside a checkpoint, with the versions of the code that can go on with it."""
+
+
+@dataclass
+class Stage:
+    """A run of a stage: its space and dataset, and the places where it reports and writes.
+
+    Only the first of several processes reports and writes. The others have neither tracker nor checkpoints.
+    """
+
+    name: str
+    seed: int
+    dataset: Dataset
+    space: SearchSpace
+    pipeline_id: str
+    tracker: Tracker
+    checkpoints: CheckpointFolder | None
+    progress: Progress = field(default_factory=ConsoleProgress)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the stage's outputs."""
+        return OUT / self.name
+
+    @property
+    def device(self) -> str | None:
+        """The device that `TANGLENAS_DEVICE` names, or None for CUDA where there is one. No result depends on it."""
+        return os.environ.get("TANGLENAS_DEVICE") or None
+
+    def open(self, *names: str, splits: Splits | None = None, augment: bool = True) -> DataView:
+        """Open splits of the dataset, as search made them or as given; see `data.open_splits`."""
+        return open_splits(self.dataset, splits or read_splits(), names, augment=augment)
+
+    def announce(self, optimizer: Optimizer, splits: Splits) -> None:
+        """Say what is searched, how, and on which data."""
+        size = self.space.size
+        architectures = f"{size:,}" if size < 10**9 else f"about 10^{len(str(size)) - 1}"
+        samples = ", ".join(f"{count:,} {split}" for split, count in splits.sizes().items())
+        self.progress.note(
+            f"{self.name}: {optimizer.name} on {self.space.name} ({architectures} architectures), "
+            f"{self.dataset.name} ({samples} samples)"
+        )
+
+    def alone(self) -> None:
+        """End every process but the first, which alone goes on."""
+        if distributed.rank() > 0:
+            raise SystemExit
+
+    def write(self, name: str, content: str) -> None:
+        """Write a text file into the stage's folder."""
+        write_atomic(self.folder / name, content)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows as CSV, without nested values."""
+        flat = [{k: v for k, v in row.items() if not isinstance(v, dict | list | tuple)} for row in rows]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        self.write(name, text.getvalue())
+
+    def finish(self, metrics: Mapping[str, Any], architecture: Architecture | None = None) -> None:
+        """Write the metrics and the operative config, and log all that the stage wrote."""
+        write_atomic(METRICS / f"{self.name}.json", json.dumps(metrics, indent=2) + "\n")
+        self.write("operative.gin", operative_config())
+        self.tracker.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}, step=0)
+        if architecture is not None:
+            self.tracker.set_tags({"architecture.digest": architecture.digest})
+        self.tracker.log_artifact(self.folder)
+        # The id differs from run to run, so it stands apart from the outputs, and nothing depends on it.
+        write_atomic(OUT / f"{self.name}.run.json", json.dumps({"mlflow_run_id": self.tracker.run_id}) + "\n")
+
+
+@contextmanager
+def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> Iterator[Stage]:
+    """Configure gin, create dataset and space, and hold the stage's tracker and checkpoints until the block ends.
+
+    A TangleNASError or an interruption ends the process with one sentence and a status other than 0. With
+    TANGLENAS_NPROC the stage runs in that many processes.
+
+    Args:
+        inputs: Files of earlier stages that this one starts from. The supernet's metadata has the id of the pipeline,
+            which the search derives from its config.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        raise SystemExit
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_termination_as_interrupt())
+            distributed.relaunch(f"pipelines.{name}", arguments)
+            stack.enter_context(distributed.process_group())
+            root = project_root()
+            with distributed.first():  # one process downloads the data
+                configure(arguments)
+                for path in inputs:
+                    if not path.exists():
+                        raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
+                # Only one process may write the output folder. DVC's own lock dies with DVC, but the stage may live on.
+                place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
+                if distributed.rank() == 0:
+                    stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
+                seed, space, dataset = create()
+            config = gin.config_str()
+            code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
+            identity = fingerprint(
+                stage=name,
+                config=config,
+                data=dataset.fingerprint,
+                inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
+                code=code,
+                torch=torch.__version__,
+                tables=tables(),
+            )
+            lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
+            pipeline_id = lineage.get("pipeline_id", "")
+            # People compare runs of later stages by the optimizer of their search.
+            optimizer = lineage.get("optimizer") or macro_value("OPTIMIZER") or ""
+            if distributed.rank() > 0:
+                yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
+                return
+            resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
+            checkpoints = stack.enter_context(_Checkpoints(resume, identity, code))
+            record = resume / "run"  # has the id of the MLflow run that a resumed stage goes on with
+            with MlflowTracker.open(
+                stage=name,
+                root=root,
+                run_id=record.read_text(errors="replace") if record.exists() else None,
+                pipeline_id=pipeline_id,
+                tags={
+                    "params.hash": fingerprint(config=config),
+                    "space": space.name,
+                    "dataset": dataset.name,
+                    "optimizer": optimizer,
+                },
+            ) as tracker:
+                if tracker.run_id:
+                    write_atomic(record, tracker.run_id)
+                tracker.log_params({"OPTIMIZER": optimizer, **bound_parameters()})
+                shutil.rmtree(OUT / name, ignore_errors=True)
+                for folder in (OUT / name, METRICS):
+                    folder.mkdir(parents=True, exist_ok=True)
+                sweep(METRICS, f"{name}.json")
+                sweep(OUT, f"{name}.run.json")
+                yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
+            # This comes last: a stage that is cut off before it goes on from its last checkpoint.
+            checkpoints.discard()
+            record.unlink(missing_ok=True)
+    except (distributed.LostError, KeyboardInterrupt) as problem:
+        stopped = isinstance(problem, KeyboardInterrupt)
+        if os.environ.get("RANK", "0") == "0":  # only the first of several processes speaks
+            advice = f"{name} stopped. Run the same command again to continue"
+            print((str(problem) or advice) if stopped else f"{name}: {problem}", file=sys.stderr)
+        raise SystemExit(130 if stopped else 2) from None
+    except TangleNASError as problem:
+        sentence = str(problem).split("\n  In call to configurable")[0]  # gin appends its own call stack
+        print(
+            f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr
+        )  # the training loop may have named the stage
+        raise SystemExit(2) from None
+    except OSError as problem:
+        place = problem.filename or "a file"  # the engine's writers name the file
+        print(
+            f"{name}: {place}: {problem.strerror or problem}. What was saved stays; put it right, and run the same "
+            "command again to continue",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+class _Checkpoints(CheckpointFolder):
+    """Checkpoints that also hold the values with which gin has called each function, and the versions of the code.
+
+    A stage that goes on with few steps left calls fewer functions than one that took all steps, so its operative
+    config would lack some. The versions tell `tanglenas doctor` which checkpoints no stage can go on with.
+    """
+
+    def __init__(self, folder: Path, identity: str, code: Mapping[str, str]):
+        super().__init__(folder, identity)
+        self._made_by = folder / MADE_BY
+        self._code = {"code": code, "torch": torch.__version__}
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        called = {
+            key: {name: repr(value) for name, value in values.items() if gin.config._is_literally_representable(value)}
+            for key, values in gin.config._OPERATIVE_CONFIG.items()
+        }
+        super().save({**state, "called": called})
+        if not self._made_by.exists():
+            write_atomic(self._made_by, json.dumps(self._code, indent=2) + "\n")
+
+    def discard(self) -> None:
+        super().discard()
+        self._made_by.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        state = super().load()
+        if state is not None:
+            try:
+                for key, values in state.pop("called").items():
+                    known = gin.config._OPERATIVE_CONFIG.setdefault(key, {})
+                    known.update({k: gin.config.parse_value(v) for k, v in values.items() if k not in known})
+            except Exception as error:
+                raise TangleNASError(
+                    f"the checkpoint in {self.folder} is not of this stage ({type(error).__name__}: {error}). "
+                    "Delete the folder to start afresh"
+                ) from error
+        return state
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a stage as Ctrl-C does: training saves its state, and the MLflow run is closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
