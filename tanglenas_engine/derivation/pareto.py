@@ -1,4 +1,4 @@
-"""Fronts of accuracy against cost, and NSGA-II for them (Deb et al., 2002), by pymoo."""
+"""Fronts of loss against cost, and NSGA-II for them (Deb et al., 2002), by pymoo."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.superposition.mixture import Mixture
 
 
-def front(rows: Sequence[Record], cost: str = "params") -> list[Record]:
-    """The rows that no other one dominates, cheapest first: each is more accurate than all that cost no more."""
+def front(records: Sequence[Record], cost: str = "params") -> list[Record]:
+    """Return the records that no other one dominates, cheapest first: each has a smaller loss than all that cost less.
+
+    Only records that were judged on the most samples count, as others are not comparable.
+    """
     found: list[Record] = []
-    for row in sorted(rows, key=lambda row: (row[cost], -row["accuracy"])):
-        if not found or row["accuracy"] > found[-1]["accuracy"]:
-            found.append(row)
+    most = max((record.get("samples", 0) for record in records), default=0)
+    for record in sorted(records, key=lambda record: (record[cost], record["loss"])):
+        if record.get("samples", 0) == most and (not found or record["loss"] < found[-1]["loss"]):
+            found.append(record)
     return found
 
 
@@ -33,7 +37,7 @@ def nsga2(
     mutation_probability: float = 0.2,
     single_probability: float = 0.4,
 ) -> None:
-    """Judge generations that spread along the front of accuracy and cost, until the candidates are used up.
+    """Judge generations that spread along the front of loss and cost, until the candidates are used up.
 
     Parents by binary tournament, and who survives by rank and crowding, as in NSGA-II; what is bred from two parents
     is crossed and mutated as in `evolution`, and was not judged before.
@@ -76,6 +80,6 @@ def nsga2(
     seed = int(torch.randint(2**31, (), generator=generator))
     algorithm.setup(Problem(n_var=1, n_obj=2), termination=NoTermination(), seed=seed)
     while (asked := algorithm.ask()) is not None and len(asked):
-        rows = candidates.judge([one.X[0] for one in asked], candidates.limit)
-        asked.set("F", np.array([[-row["accuracy"], row[candidates.cost]] for row in rows]))
+        records = candidates.judge([one.X[0] for one in asked], candidates.limit, race=False)
+        asked.set("F", np.array([[record["loss"], record[candidates.cost]] for record in records]))
         algorithm.tell(infills=asked)

@@ -69,7 +69,7 @@ class DiscretizeResult:
     Attributes:
         architecture: The architecture.
         cost: Its parameters, and multiply-accumulates for one input.
-        validation_accuracy: Its accuracy in % with the supernet's weights.
+        validation_accuracy: Its accuracy in % on the validation split, with the supernet's weights.
         candidates: One record per candidate that was judged, best first; argmax judges one.
         front: The candidates that no other one dominates in accuracy and in the cost `front_cost`, cheapest first.
         front_cost: The name of the cost of the front.
@@ -116,6 +116,7 @@ def discretize(
     candidates: int = 100,
     prior: Literal["uniform", "mixture"] = "uniform",
     cost: str = "params",
+    fill: float = 0.95,
     max_params: int | None = None,
     max_flops: int | None = None,
     objectives: Sequence[Objective] = (),
@@ -142,6 +143,7 @@ def discretize(
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "flops" or the name of an objective.
+        fill: The share of the tightest limit that candidates use at least, where moves lead there.
         max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
         objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
         recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
@@ -153,7 +155,7 @@ def discretize(
     """
     method = derivation if method == "auto" else method
     costs = [*METRICS, *(objective.name for objective in objectives)]
-    _check_options(method, methods, candidates, recalibration_batches, cost, costs, prior, mixture)
+    _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
     budget.check()
     progress = progress or SilentProgress()
@@ -161,30 +163,25 @@ def discretize(
     check_fit(space, data.validation)
     weights = space.mixture(mixture) if mixture else None
     with Candidates(
-        space,
-        data.weights,
-        data.architecture,
-        budget=budget,
-        objectives=objectives,
-        cost=cost,
-        limit=candidates,
-        prior=weights if prior == "mixture" else None,
-        recalibration_batches=recalibration_batches,
-        batch_size=batch_size,
-        seed=seed,
-        device=device_of(device),
-        checkpoints=checkpoints,
-        progress=progress,
-    ) as tried:
+        space, data.weights, data.architecture, budget=budget, fill=fill, objectives=objectives, cost=cost,
+        limit=candidates, prior=weights if prior == "mixture" else None, recalibration_batches=recalibration_batches,
+        batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
+    ) as tried:  # fmt: skip
         projection = methods[method](tried, weights)
         best = tried.best()[0]["architecture"]
-        accuracy = tried.measured(best, data.validation)
-    records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.rows))]
+        measured = tried.measured(best, data.validation)
+    records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.records))]
     exact = projection.exact if isinstance(projection, Projection) else None
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
     return DiscretizeResult(
-        best, space.cost(best), accuracy, records, [one["architecture"] for one in front(tried.rows, cost)], cost, exact
+        best,
+        space.cost(best),
+        measured.accuracy,
+        records,
+        [one["architecture"] for one in front(tried.records, cost)],
+        cost,
+        exact,
     )
 
 
@@ -195,6 +192,7 @@ def _check_options(
     recalibration_batches: int,
     cost: str,
     costs: Sequence[str],
+    fill: float,
     prior: str,
     mixture: Mapping[str, Tensor] | None,
 ) -> None:
@@ -204,6 +202,8 @@ def _check_options(
     at_least("discretize.recalibration_batches", recalibration_batches, 0)
     if cost not in costs:
         raise unknown("discretize.cost", cost, costs)
+    if isinstance(fill, bool) or not isinstance(fill, int | float) or not 0 <= fill <= 1:
+        raise TangleNASError(f"discretize.fill is {fill!r}, expected a share from 0 to 1")
     if prior not in ("uniform", "mixture"):
         raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
     if prior == "mixture" and not mixture:
