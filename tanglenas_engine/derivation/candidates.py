@@ -60,7 +60,8 @@ class Candidates:
         statistics: Samples that set the statistics of batch norms for each candidate.
         samples: Samples to judge candidates on.
         budget: The limits that every candidate keeps; None for no limits.
-        fill: The share of the tightest limit that a candidate uses at least, where moves lead there; 0 to 1.
+        fill: The share of the tightest limit up to which candidates grow, where moves lead there; from 0 to 1. When all
+            of these were drawn, candidates are as small as they were proposed.
         objectives: Further costs in the records, bound to the space.
         cost: The cost of a front: one of `cost.METRICS`, or the name of an objective.
         limit: The largest number of candidates.
@@ -144,33 +145,38 @@ class Candidates:
             stacks[count] = stack / exponential.clamp_min(1e-30)  # exp(log p + Gumbel noise)
         return self.space.most_probable(self.space.mixture(stacks))
 
-    def first(self, count: int) -> list[Architecture]:
+    def first(self, count: int, fill: bool = True) -> list[Architecture]:
         """Return the first new candidates. With a prior, its most probable one within the budget comes first."""
         if self.prior is None:
-            return self.fresh(count)
+            return self.fresh(count, fill=fill)
         likely = self.budget.project(self.prior).architecture
         if likely.digest not in self._drawn:
             self._drawn.add(likely.digest)
-            return [likely, *self.fresh(count - 1)]
-        return self.fresh(count)
+            return [likely, *self.fresh(count - 1, fill=fill)]
+        return self.fresh(count, fill=fill)
 
-    def fresh(self, count: int, propose: Callable[[], Architecture] | None = None) -> list[Architecture]:
+    def fresh(
+        self, count: int, propose: Callable[[], Architecture] | None = None, fill: bool = True
+    ) -> list[Architecture]:
         """Return up to `count` architectures within the budget that were never drawn before.
 
         There are fewer where the space has no more.
 
         Args:
             propose: Returns architectures, which are then brought into the budget; by default `sample`.
+            fill: False leaves candidates that are within the budget as small as they were proposed.
         """
         found: list[Architecture] = []
         count = min(count, self.limit - len(self._drawn))
-        for _ in range(PROPOSALS_PER_CANDIDATE * count):
-            if len(found) == count:
-                break
-            architecture = self.budget.grow((propose or self.sample)(), self.generator, self.fill)
-            if architecture.digest not in self._drawn:
-                self._drawn.add(architecture.digest)
-                found.append(architecture)
+        # Few architectures fill a budget where costs have few values. When they are used up, smaller ones follow.
+        for share in dict.fromkeys((self.fill if fill else 0.0, 0.0)):
+            for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
+                if len(found) == count:
+                    break
+                architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
+                if architecture.digest not in self._drawn:
+                    self._drawn.add(architecture.digest)
+                    found.append(architecture)
         return found
 
     # Judging.
@@ -190,14 +196,19 @@ class Candidates:
         for number, count in enumerate(self._rungs(len(new)) if race else [len(self._samples)]):
             if number:
                 left = sorted(left, key=lambda one: _rank(self._judged[one.digest]))[: math.ceil(len(left) / RUNG)]
-            scores = distributed.map_over_ranks(partial(self._score, count=count), left)
-            for architecture, (loss, accuracy) in zip(left, scores, strict=True):
-                self._scores[f"{architecture.digest}/{count}"] = loss, accuracy
-                record = self._judged.setdefault(architecture.digest, self._costs(architecture))
-                record.update(loss=loss, accuracy=accuracy, samples=count)
+            self._measure(left, count)
         self.records += [self._judged[one.digest] for one in new]
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
+
+    def judge_fully(self, records: Sequence[Record]) -> None:
+        """Judge candidates again, which a race left behind, on all samples; their records are updated."""
+        self._measure([record["architecture"] for record in records], len(self._samples))
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that the last rung of a race has."""
+        return len(self._samples)
 
     def best(self, count: int = 1, since: int = 0) -> list[Record]:
         """Return the records of smallest loss of generation `since` or later; the first found wins a tie.
@@ -217,6 +228,15 @@ class Candidates:
             rungs.insert(0, rungs[0] // RUNG)
             candidates = math.ceil(candidates / RUNG)
         return rungs
+
+    def _measure(self, architectures: Sequence[Architecture], count: int) -> None:
+        """Write the scores of architectures on `count` samples into their records."""
+        scores = distributed.map_over_ranks(partial(self._score, count=count), architectures)
+        for architecture, (loss, accuracy) in zip(architectures, scores, strict=True):
+            self._scores[f"{architecture.digest}/{count}"] = loss, accuracy
+            if architecture.digest not in self._judged:
+                self._judged[architecture.digest] = self._costs(architecture)
+            self._judged[architecture.digest].update(loss=loss, accuracy=accuracy, samples=count)
 
     def _costs(self, architecture: Architecture) -> Record:
         return {

@@ -214,17 +214,17 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
 
 
 def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float, path: str | Path) -> None:
-    """Draw the rows of `RankCorrelation`: the table's value of each architecture against the supernet's."""
+    """Draw the rows of `RankCorrelation`: the table's value of each architecture against its loss in the supernet."""
     if not rows:
         return _note("No architectures.", path)
     with _drawing(path, 4.1) as figure:
         axes = _place(figure, 0.65, 0.3, WIDTH - 0.8, 3.3)
-        axes.scatter([row["accuracy"] for row in rows], [row["table_value"] for row in rows], s=14, c=BLUE,
+        axes.scatter([row["loss"] for row in rows], [row["table_value"] for row in rows], s=14, c=BLUE,
                      alpha=min(0.6, max(0.15, 200 / len(rows))), linewidths=0)  # fmt: skip
         axes.set_title(
             f"table value of {len(rows):,} architectures (Kendall tau {kendall_tau:.2f}, Spearman {spearman:.2f})"
         )
-        axes.set_xlabel("accuracy with the supernet's weights (%)")
+        axes.set_xlabel("loss with the supernet's weights (cross-entropy)")
         axes.margins(0.04)
         axes.ticklabel_format(useOffset=False)
 

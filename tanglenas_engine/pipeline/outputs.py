@@ -75,6 +75,7 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
     """Return what metrics/discretize.json has."""
     return {
         "validation_accuracy": result.validation_accuracy,
+        "validation_loss": result.validation_loss,
         "params": result.cost.params,
         "flops": result.cost.flops,
         **({} if result.exact is None else {"exact": result.exact}),

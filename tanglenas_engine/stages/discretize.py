@@ -12,7 +12,7 @@ from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
-from tanglenas_engine.derivation.pareto import front, nsga2
+from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -51,7 +51,7 @@ def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
 
 
 def random(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates: uniform over the rows' options within the budget, or drawn from the prior.
+    """Judge random candidates: uniform over the rows' options, or drawn from the prior, and brought into the budget.
 
     The paper uses 2,000 candidates for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
     """
@@ -64,14 +64,15 @@ METHODS: Mapping[str, Method] = {"argmax": argmax, "random": random, "evolution"
 
 @dataclass(frozen=True)
 class DiscretizeResult:
-    """The derived architecture with its cost and validation accuracy.
+    """The derived architecture with its cost, and what it measures on the validation split.
 
     Attributes:
         architecture: The architecture.
         cost: Its parameters, and multiply-accumulates for one input.
         validation_accuracy: Its accuracy in % on the validation split, with the supernet's weights.
+        validation_loss: Its mean cross-entropy there.
         candidates: One record per candidate that was judged, best first; argmax judges one.
-        front: The candidates that no other one dominates in accuracy and in the cost `front_cost`, cheapest first.
+        front: The candidates that no other one dominates in loss and in the cost `front_cost`, cheapest first.
         front_cost: The name of the cost of the front.
         exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
             search found it. None for the other methods.
@@ -80,6 +81,7 @@ class DiscretizeResult:
     architecture: Architecture
     cost: Cost
     validation_accuracy: float
+    validation_loss: float
     candidates: list[Record] = field(default_factory=list)
     front: list[Architecture] = field(default_factory=list)
     front_cost: str = "params"
@@ -137,13 +139,15 @@ def discretize(
             `validation` (to measure the result).
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
-            supernet's weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which
-            looks for the whole front of accuracy and cost. "auto" stands for `derivation`, the optimizer's own method.
+            supernet's weights on the architecture split, and take that of smallest loss: "random", "evolution", and
+            "nsga2", which looks for the whole front of loss and cost. "auto" stands for `derivation`, the optimizer's
+            own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "flops" or the name of an objective.
-        fill: The share of the tightest limit that candidates use at least, where moves lead there.
+        fill: The share of the tightest limit up to which candidates of "random" and "evolution" grow, where moves lead
+            there; from 0 to 1.
         max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
         objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
         recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
@@ -168,6 +172,7 @@ def discretize(
         batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
     ) as tried:  # fmt: skip
         projection = methods[method](tried, weights)
+        front = final_front(tried)
         best = tried.best()[0]["architecture"]
         measured = tried.measured(best, data.validation)
     records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.records))]
@@ -178,8 +183,9 @@ def discretize(
         best,
         space.cost(best),
         measured.accuracy,
+        measured.loss,
         records,
-        [one["architecture"] for one in front(tried.records, cost)],
+        [record["architecture"] for record in front],
         cost,
         exact,
     )
