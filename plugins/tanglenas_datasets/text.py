@@ -25,9 +25,11 @@ _MOST_UNKNOWN = 0.01
 class Text(Dataset):
     """A dataset of the tokens of a text, in windows of `block_size`, each with the token that follows.
 
-    The last part of the text is the official test part, unless `test_root` gives another. The splits cut the rest into
-    contiguous segments, and no window crosses the border of a split. The vocabulary is made from the text without the
-    test part. Windows lie end to end; in training, each window starts at a random token within its place.
+    `make_splits` deals blocks of consecutive windows to the splits, the test split included, and no window crosses the
+    border of a block. If `test_portion` is given, the last part of the text is the official test part instead, as the
+    literature has it for tiny-shakespeare. `test_root` gives another text as test part. The vocabulary is made from the
+    text without an official test part. Windows lie end to end; in training, each window starts at a random token within
+    its place.
 
     Args:
         root: A text file in UTF-8, or a folder. The files in a folder that match `pattern`, at any depth, are joined.
@@ -35,7 +37,7 @@ class Text(Dataset):
         tokenizer: "char", "bpe", or the path of a `tokenizer.json`, which is used as it is. "char" has a token for each
             character that occurs, and `<unk>` for others. "bpe" is trained on the text, on bytes: it encodes any text.
         vocab_size: Tokens of "bpe".
-        test_portion: Share of the characters that are the test part.
+        test_portion: Share of the characters, the last ones, that are the test part. None deals test windows too.
         test_root: A file or folder that is the test part instead.
         pattern: Pattern of the files in a folder; names that start with a dot are skipped.
 
@@ -53,7 +55,7 @@ class Text(Dataset):
         block_size: int = 64,
         tokenizer: str = "char",
         vocab_size: int = 4096,
-        test_portion: float = 0.1,
+        test_portion: float | None = None,
         test_root: str | os.PathLike[str] | None = None,
         pattern: str = "*.txt",
     ) -> None:
@@ -62,23 +64,25 @@ class Text(Dataset):
         self._prepare(text, test, block_size, tokenizer, vocab_size, test_portion)
 
     def _prepare(
-        self, text: str, test: str | None, block_size: int, tokenizer: str, vocab_size: int, test_portion: float
+        self, text: str, test: str | None, block_size: int, tokenizer: str, vocab_size: int, test_portion: float | None
     ) -> None:
         if block_size < 1:
             raise TangleNASError(f"{self.name}: block_size is {block_size}; give at least 1 token.")
-        if not 0 < test_portion < 1:
+        if test_portion is not None and not 0 < test_portion < 1:
             raise TangleNASError(f"{self.name}: test_portion is {test_portion}; give a share between 0 and 1.")
-        if test is None:
+        if test is None and test_portion is not None:
             cut = int(len(text) * (1 - test_portion))
             text, test = text[:cut], text[cut:]
         self.block_size = block_size
         self.tokenizer = self._tokenizer(tokenizer, vocab_size, text)
         self.vocab_size: int = self.tokenizer.get_vocab_size()
-        parts = [self._rows(part, name) for part, name in ((text, "the text"), (test, "the test part"))]
-        self._check_known(parts[1], test)
-        self._first_test = len(parts[0])
-        self._pool = torch.cat(parts)  # (N, block_size + 1)
-        self.test_indices = torch.arange(self._first_test, len(self._pool))
+        self._pool = self._rows(text, "the text")  # (N, block_size + 1)
+        self._first_test = len(self._pool)
+        if test is not None:
+            rows = self._rows(test, "the test part")
+            self._check_known(rows, test)
+            self._pool = torch.cat([self._pool, rows])
+            self.test_indices = torch.arange(self._first_test, len(self._pool))
         self.fingerprint = content_hash(self._pool, self.tokenizer.to_str())
 
     def __len__(self) -> int:
@@ -203,7 +207,7 @@ class StdlibText(Text):
         block_size: int = 64,
         tokenizer: str = "char",
         vocab_size: int = 4096,
-        test_portion: float = 0.1,
+        test_portion: float | None = None,
     ) -> None:
         text = _up_to(characters, map(self._decoded, _stdlib_sources()))
         if not text:

@@ -39,7 +39,8 @@ class Dataset(ABC):
     """A pool of N samples, including the official test part. Subclass it to write a dataset plugin.
 
     A dataset of images has the attributes below. In a dataset such as text, each sample follows on from the one before.
-    Such a dataset has no labels, its splits are contiguous segments, and it overrides `__len__` and `space_options`.
+    Such a dataset has no labels, its splits are made of blocks of consecutive samples, and it overrides `__len__` and
+    `space_options`.
 
     Attributes:
         name: The name under which the dataset is registered.

@@ -1,4 +1,4 @@
-"""Four disjoint splits of a dataset, seeded and stratified or contiguous, and views that reach only some of them."""
+"""Four disjoint splits of a dataset, seeded and of one distribution, and views that reach only some of them."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tanglenas_engine.errors import OutOfReachError, TangleNASError, closest, unknown
+from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, closest, unknown
 
 from .dataset import Dataset, Samples
 
@@ -22,6 +22,12 @@ SPLITS = (*_LETTERS, "training")
 
 _VERSION = 1
 """The version of the splits file format."""
+
+PLAIN_SAMPLES = 4096
+"""Samples of an augmented split that a view also has without augmentation, at most."""
+
+_STRATUM = 20
+"""Blocks of consecutive samples among which every split has its share."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +130,16 @@ def make_splits(
     train_portion: float = 0.5,
     validation_portion: float = 0.1,
     test_portion: float = 0.2,
+    block: int = 8,
 ) -> Splits:
     """Split a dataset into weights, architecture, validation and test, with equal shares of every class.
 
     The test split is cut first, then validation, then the other two. So `train_portion` does not affect the validation
     split, and only `test_portion` affects the test split.
 
-    A dataset without labels, such as text, is cut into contiguous segments in the order architecture, weights,
-    validation, test. The seed has no effect on it.
+    A dataset without labels, such as text, is cut into blocks of consecutive samples. The seed deals them to the
+    splits, so that every split has its share of every part of the text. With one long segment per split, each split
+    would be another text, and alpha and the candidates would be judged on what the weights never saw.
 
     Args:
         dataset: The dataset.
@@ -139,6 +147,8 @@ def make_splits(
         train_portion: The share of the weights split in weights and architecture together.
         validation_portion: The share of the samples outside test that is held out to compare trained networks.
         test_portion: The share of the pool to test on. It is unused if the dataset has an official test part.
+        block: The number of consecutive samples that stay together where there are no labels. With longer blocks, fewer
+            samples have a neighbour in another split. Shorter ones spread better. A short text has shorter blocks.
 
     Raises:
         TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too few
@@ -154,13 +164,14 @@ def make_splits(
         if not 0 < portion < 1:
             raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
 
+    at_least("make_splits.block", block, 1)
     generator = np.random.default_rng(seed)
     labels = None if dataset.labels is None else dataset.labels.numpy()
     letters = np.full(len(dataset), b"t", "S1")
     pool = np.arange(len(dataset))
     if dataset.test_indices is not None:
         pool = np.setdiff1d(pool, dataset.test_indices.numpy())
-    pool = pool[::-1] if labels is None else pool[_spread(labels[pool], generator)]
+    pool = _dealt(pool, block, generator) if labels is None else pool[_spread(labels[pool], generator)]
     if dataset.test_indices is None:
         pool = pool[round(test_portion * len(pool)) :]
     validation, training = np.split(pool, [round(validation_portion * len(pool))])
@@ -199,6 +210,14 @@ def _spread(labels: np.ndarray[Any, Any], generator: np.random.Generator) -> np.
     return np.argsort(place, kind="stable")
 
 
+def _dealt(pool: np.ndarray[Any, Any], block: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Return consecutive samples in an order in which every segment has blocks from every part of the pool."""
+    block = min(block, max(1, len(pool) // (2 * _STRATUM)))
+    blocks = [pool[start : start + block] for start in range(0, len(pool), block)]
+    order = _spread(np.arange(len(blocks)) // _STRATUM, generator)
+    return np.concatenate([blocks[number] for number in order])
+
+
 class DataView:
     """The splits that a stage may see, as attributes: `view.weights.batch(...)`.
 
@@ -206,8 +225,12 @@ class DataView:
     an OutOfReachError.
     """
 
-    def __init__(self, samples: dict[str, Samples]) -> None:
-        self._samples = dict(samples)
+    def __init__(self, samples: dict[str, Samples], plain: dict[str, Samples] | None = None) -> None:
+        self._samples, self._plain = dict(samples), dict(plain or {})
+
+    def plain(self, name: str) -> Samples:
+        """Return up to `PLAIN_SAMPLES` samples of an opened split without augmentation, to measure networks on."""
+        return self._plain.get(name) or getattr(self, name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -240,9 +263,14 @@ def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augme
         TangleNASError: A name is unknown, or the splits are of another dataset.
     """
     splits.check(dataset)
+    indices = {name: splits.indices(name) for name in names}
+    augmented = {name for name in indices if augment and name not in ("validation", "test")}
     return DataView(
-        {
-            name: dataset.subset(splits.indices(name), train=augment and name not in ("validation", "test"))
-            for name in names
-        }
+        {name: dataset.subset(chosen, train=name in augmented) for name, chosen in indices.items()},
+        {name: dataset.subset(_evenly(indices[name], PLAIN_SAMPLES), train=False) for name in augmented},
     )
+
+
+def _evenly(indices: Tensor, count: int) -> Tensor:
+    """Return up to `count` of the indices, evenly spaced."""
+    return indices if len(indices) <= count else indices[torch.linspace(0, len(indices) - 1, count).long()]

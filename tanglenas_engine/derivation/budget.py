@@ -141,18 +141,19 @@ class Budget:
             return self.project(self.space.one_hot(architecture)).architecture
         return self.space.architecture_of(picks)
 
-    def grow(self, architecture: Architecture, generator: torch.Generator) -> Architecture:
+    def grow(self, architecture: Architecture, generator: torch.Generator, share: float = 1.0) -> Architecture:
         """Return the architecture after random moves within the budget, each of which uses more of the tightest limit.
 
-        The tightest limit is the one of which the largest share is used. No move leads nearer to it in the end. An
-        architecture beyond the budget is shrunk first.
+        The tightest limit is the one of which the largest share is used. The moves end at `share` of it, or where no
+        move leads nearer. An architecture beyond the budget is shrunk first.
         """
 
         def room(picks: Picks) -> float:
-            return math.inf if self.excess(picks) else 1 - max(limit.cost(picks) / limit.most for limit in self._limits)
+            used = max(limit.cost(picks) / limit.most for limit in self._limits)
+            return math.inf if self.excess(picks) else max(0.0, share - used)
 
         architecture = self.shrink(architecture, generator)
-        if not self._limits:
+        if not self._limits or not share:
             return architecture
         return self.space.architecture_of(self._descend(self.space.assignment_of(architecture), room, generator))
 

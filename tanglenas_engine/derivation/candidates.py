@@ -1,15 +1,17 @@
-"""Candidates: architectures within a budget, judged with the weights of a trained supernet, each once."""
+"""Candidates: architectures within a budget, judged with the weights of a trained supernet."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from tanglenas_engine.data import Samples, TensorSamples, batches
 from tanglenas_engine.derivation.budget import Budget
@@ -23,43 +25,53 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import Measured, measure_inherited, statistics_inputs
 
 HELD_BYTES = 2**30
-"""Bytes of a split up to which it stays on the device from one candidate to the next."""
+"""The largest split, in bytes, that stays on the device from one candidate to the next."""
 
 SAVE_SECONDS = 30.0
-"""Seconds between checkpoints of what was judged."""
+"""The time between checkpoints of the scores, in seconds."""
 
 PROPOSALS_PER_CANDIDATE = 20
-"""Proposals for each new candidate asked for, before a space counts as exhausted."""
+"""Proposals per new candidate after which a space counts as exhausted."""
+
+RUNG = 4
+"""Factor between the rungs of a race: a quarter of the candidates goes on, to four times as many samples."""
 
 
 class Candidates:
-    """Draws architectures, and judges them with a supernet's weights.
+    """A source of architectures within a budget, and a judge of them with a supernet's weights.
 
         with Candidates(space, data.weights, data.architecture) as candidates:
             candidates.judge(candidates.fresh(100))
-        candidates.rows
+        candidates.records
 
-    Inside the block the supernet is in this object's hands; behind it, the space is released and in the mode and with
-    the statistics that it had. Data are fetched once, no network is built, and everything follows from the seed: what
-    an architecture is worth depends on no other candidate. Several ranks draw the same and share the judging.
+    Within the block, the supernet belongs to this object. After it, the space is released and has its mode and its
+    statistics again. Samples are fetched once, no network is built, and all randomness follows from the seed. A score
+    does not depend on other candidates. Several ranks draw the same candidates and share the judging.
+
+    Candidates are ranked by loss, which is finer than accuracy. They run a race (successive halving, Jamieson and
+    Talwalkar, 2016, arXiv:1502.07943): all are judged on a part of the samples, and the best quarter on four times as
+    many, up to all samples. The candidates of a generation see the same samples.
 
     Args:
         space: The supernet with its trained weights.
-        statistics: Samples that set the statistics of batch norms anew for each candidate.
-        samples: What candidates are judged on.
-        budget: The limits that every candidate keeps to; None for none.
-        objectives: Bound to the space, for costs that are not of `cost.METRICS`; rows have them too.
-        cost: What a front trades against accuracy: one of `cost.METRICS`, or the name of an objective.
-        limit: How many there may be.
-        prior: The mixture to draw from; None draws every row uniformly.
-        recalibration_batches: Batches for the statistics; 0 keeps the supernet's.
-        checkpoints: Where to keep what was judged. If another run left something there, it is not judged again.
+        statistics: Samples that set the statistics of batch norms for each candidate.
+        samples: Samples to judge candidates on.
+        budget: The limits that every candidate keeps; None for no limits.
+        fill: The share of the tightest limit up to which candidates grow, where moves lead there; from 0 to 1. When all
+            of these were drawn, candidates are as small as they were proposed.
+        objectives: Further costs in the records, bound to the space.
+        cost: The cost of a front: one of `cost.METRICS`, or the name of an objective.
+        limit: The largest number of candidates.
+        prior: The mixture to draw from; None draws all options of a row with equal probability.
+        recalibration_batches: The number of batches for the statistics; 0 keeps the supernet's.
+        checkpoints: The folder for scores. Those of an earlier run there are used.
 
     Attributes:
-        rows: One per architecture judged, in this order: digest, accuracy in %, cost, generation and architecture.
+        records: One record per candidate, in the order of judging: digest, loss, accuracy in %, the number of samples
+            that these are of, costs, generation and architecture.
     """
 
     def __init__(
@@ -69,6 +81,7 @@ class Candidates:
         samples: Samples,
         *,
         budget: Budget | None = None,
+        fill: float = 0.0,
         objectives: Sequence[Objective] = (),
         cost: str = "params",
         limit: int = 100,
@@ -81,48 +94,48 @@ class Candidates:
         checkpoints: CheckpointFolder | None = None,
         progress: Progress | None = None,
     ):
-        self.space, self.prior, self.cost, self.seed = space, prior, cost, seed
+        self.space, self.prior, self.cost, self.seed, self.fill = space, prior, cost, seed, fill
         self.budget = Budget(space, {}) if budget is None else budget
         self.objectives = tuple(objectives)
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows: list[Record] = []
+        self.records: list[Record] = []
         self._device = device_of(None) if device is None else device
         self._batch_size = batch_size
         self._samples = held(samples, batch_size, self._device)
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in space.modules())
-        count = recalibration_batches if norms else 0
-        self._statistics = random_inputs(statistics, batch_size, count, seed, self._device)
+        self._order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+        self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device, batch_size)
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
         self._drawn: set[str] = set()
         self._judged: dict[str, Record] = {}
-        self._generation, self._done, self._best = 0, 0, 0.0
-        self._known: dict[str, float] = {}
+        self._generation, self._done, self._best = 0, 0, math.inf
+        self._scores: dict[str, tuple[float, float]] = {}  # loss and accuracy by digest and number of samples
         self._saved = time.monotonic()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         state = distributed.broadcast(self._checkpoints.load() if self._checkpoints else None)
         if state is not None:
-            self._known = state["accuracies"]
-            self._progress.note(f"{self._label}: {len(self._known)} candidates were judged before")
+            self._scores = {key: (loss, accuracy) for key, (loss, accuracy) in state["scores"].items()}
+            known = len({key.partition("/")[0] for key in self._scores})
+            self._progress.note(f"{self._label}: {known} candidates were judged before")
         self.space.to(self._device)
-        self._stack.enter_context(_unchanged(self.space))
+        self._stack.enter_context(self.space.release().as_largest())
         self._stack.enter_context(seeded(self.seed))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._stack.close()
-        if kind is not None and self._known:
+        if kind is not None and self._scores:
             self._save()
 
     # Drawing.
 
     def sample(self) -> Architecture:
-        """A random architecture of the space, within the budget or not: of the prior, where there is one.
+        """Return a random architecture, within the budget or not, from the prior if there is one.
 
-        Noise from Gumbel's distribution on log-probabilities makes the most probable option of a row a sample of that
-        row, whatever else the space asks of its most probable architecture.
+        Noise of Gumbel's distribution on log-probabilities makes the most probable option of a row a sample of that
+        row, whatever else the space demands of its most probable architecture.
         """
         if self.prior is None:
             return self.space.sample(self.generator)
@@ -132,105 +145,164 @@ class Candidates:
             stacks[count] = stack / exponential.clamp_min(1e-30)  # exp(log p + Gumbel noise)
         return self.space.most_probable(self.space.mixture(stacks))
 
-    def first(self, count: int) -> list[Architecture]:
-        """New candidates to begin with: drawn ones, after the prior's most probable within the budget."""
+    def first(self, count: int, fill: bool = True) -> list[Architecture]:
+        """Return the first new candidates. With a prior, its most probable one within the budget comes first."""
         if self.prior is None:
-            return self.fresh(count)
+            return self.fresh(count, fill=fill)
         likely = self.budget.project(self.prior).architecture
-        return [*self.fresh(1, lambda: likely), *self.fresh(count - 1)]
+        if likely.digest not in self._drawn:
+            self._drawn.add(likely.digest)
+            return [likely, *self.fresh(count - 1, fill=fill)]
+        return self.fresh(count, fill=fill)
 
-    def fresh(self, count: int, propose: Callable[[], Architecture] | None = None) -> list[Architecture]:
-        """Up to `count` architectures within the budget that were never drawn before; fewer where none are left.
+    def fresh(
+        self, count: int, propose: Callable[[], Architecture] | None = None, fill: bool = True
+    ) -> list[Architecture]:
+        """Return up to `count` architectures within the budget that were never drawn before.
+
+        There are fewer where the space has no more.
 
         Args:
-            propose: Gives architectures, which are brought into the budget; by default `draw`.
+            propose: Returns architectures, which are then brought into the budget; by default `sample`.
+            fill: False leaves candidates that are within the budget as small as they were proposed.
         """
         found: list[Architecture] = []
         count = min(count, self.limit - len(self._drawn))
-        for _ in range(PROPOSALS_PER_CANDIDATE * count):
-            if len(found) == count:
-                break
-            architecture = self.budget.shrink((propose or self.sample)(), self.generator)
-            if architecture.digest not in self._drawn:
-                self._drawn.add(architecture.digest)
-                found.append(architecture)
+        # Few architectures fill a budget where costs have few values. When they are used up, smaller ones follow.
+        for share in dict.fromkeys((self.fill if fill else 0.0, 0.0)):
+            for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
+                if len(found) == count:
+                    break
+                architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
+                if architecture.digest not in self._drawn:
+                    self._drawn.add(architecture.digest)
+                    found.append(architecture)
         return found
 
     # Judging.
 
-    def judge(self, architectures: Sequence[Architecture], total: int | None = None) -> list[Record]:
-        """A row for each of these architectures, which are one generation; those judged before are not judged again.
+    def judge(self, architectures: Sequence[Architecture], total: int | None = None, race: bool = True) -> list[Record]:
+        """Judge architectures, which are one generation, and return their records. Known scores are used again.
 
         Args:
-            total: How many there will be in all generations, for the progress line.
+            total: The number of candidates in all generations, for the progress line.
+            race: False judges every candidate on all samples.
         """
-        if not self.rows:
+        if not self.records:
             self._total = len(architectures) if total is None else total
             self._line = self._stack.enter_context(self._progress.stage(self._label, self._total, 0))
         new = list({one.digest: one for one in architectures if one.digest not in self._judged}.values())
-        accuracies = distributed.map_over_ranks(self._accuracy, new)
-        for architecture, accuracy in zip(new, accuracies, strict=True):
-            self._known[architecture.digest] = accuracy
-            self._judged[architecture.digest] = {
-                "digest": architecture.digest,
-                "accuracy": accuracy,
-                **asdict(self.space.cost(architecture)),
-                **{objective.name: objective.cost(architecture) for objective in self.objectives},
-                "generation": self._generation,
-                "architecture": architecture,
-            }
-            self.rows.append(self._judged[architecture.digest])
+        left = new
+        for number, count in enumerate(self._rungs(len(new)) if race else [len(self._samples)]):
+            if number:
+                left = sorted(left, key=lambda one: _rank(self._judged[one.digest]))[: math.ceil(len(left) / RUNG)]
+            self._measure(left, count)
+        self.records += [self._judged[one.digest] for one in new]
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
 
+    def judge_fully(self, records: Sequence[Record]) -> None:
+        """Judge candidates again, which a race left behind, on all samples; their records are updated."""
+        self._measure([record["architecture"] for record in records], len(self._samples))
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that the last rung of a race has."""
+        return len(self._samples)
+
     def best(self, count: int = 1, since: int = 0) -> list[Record]:
-        """The most accurate rows, of generation `since` or later; the first found wins a tie."""
-        rows = [row for row in self.rows if row["generation"] >= since]
-        return sorted(rows, key=lambda row: -row["accuracy"])[:count]
+        """Return the records of smallest loss of generation `since` or later; the first found wins a tie.
 
-    def measured(self, architecture: Architecture, samples: Samples) -> float:
-        """Accuracy in % on samples, with the supernet's weights and batch norms that fit this architecture."""
-        self.space.select(architecture)
-        if self._statistics:
-            recalibrate(self.space, self._statistics)
-        return measure(self.space, samples, self._batch_size).accuracy
+        A candidate that came further in its race is before one that did not. A loss that is not a number is last.
+        """
+        return sorted((record for record in self.records if record["generation"] >= since), key=_rank)[:count]
 
-    def _accuracy(self, architecture: Architecture) -> float:
-        if architecture.digest not in self._known:
-            self._known[architecture.digest] = self.measured(architecture, self._samples)
+    def measured(self, architecture: Architecture, samples: Samples) -> Measured:
+        """Return loss and accuracy on samples, with the supernet's weights and statistics of this architecture."""
+        return measure_inherited(self.space, architecture, samples, self._statistics, self._batch_size)
+
+    def _rungs(self, candidates: int) -> list[int]:
+        """Return the numbers of samples of a race: the last is all, the first at least a batch."""
+        rungs = [len(self._samples)]
+        while candidates > 1 and rungs[0] >= RUNG * self._batch_size:
+            rungs.insert(0, rungs[0] // RUNG)
+            candidates = math.ceil(candidates / RUNG)
+        return rungs
+
+    def _measure(self, architectures: Sequence[Architecture], count: int) -> None:
+        """Write the scores of architectures on `count` samples into their records."""
+        scores = distributed.map_over_ranks(partial(self._score, count=count), architectures)
+        for architecture, (loss, accuracy) in zip(architectures, scores, strict=True):
+            self._scores[f"{architecture.digest}/{count}"] = loss, accuracy
+            if architecture.digest not in self._judged:
+                self._judged[architecture.digest] = self._costs(architecture)
+            self._judged[architecture.digest].update(loss=loss, accuracy=accuracy, samples=count)
+
+    def _costs(self, architecture: Architecture) -> Record:
+        return {
+            "digest": architecture.digest,
+            "loss": math.nan,
+            "accuracy": math.nan,
+            "samples": 0,
+            **asdict(self.space.cost(architecture)),
+            **{objective.name: objective.cost(architecture) for objective in self.objectives},
+            "generation": self._generation,
+            "architecture": architecture,
+        }
+
+    def _score(self, architecture: Architecture, count: int) -> tuple[float, float]:
+        key = f"{architecture.digest}/{count}"
+        if key not in self._scores:
+            samples = self._samples if count == len(self._samples) else Part(self._samples, self._order[:count])
+            found = self.measured(architecture, samples)
+            self._scores[key] = found.loss, found.accuracy
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 self._save()
-        accuracy = self._known[architecture.digest]
-        self._best = max(self._best, accuracy)
-        for _ in range(min(distributed.world_size(), self._total - self._done)):  # other ranks are as far
-            self._done += 1
-            self._line.advance()
-        self._line.epoch(self._done, self._total, f"best {self._best:.1f} %")
-        return accuracy
+        loss, accuracy = self._scores[key]
+        if count == len(self._samples):
+            self._best = min(self._best, loss)
+        if architecture.digest not in self._judged:  # its first rung
+            for _ in range(min(distributed.world_size(), self._total - self._done)):  # other ranks are as far
+                self._done += 1
+                self._line.advance()
+        said = f"best loss {self._best:.3f}" if math.isfinite(self._best) else f"loss {loss:.3f}"
+        self._line.epoch(self._done, self._total, said)
+        return loss, accuracy
 
     def _save(self) -> None:
         if self._checkpoints:
-            self._checkpoints.save({"accuracies": self._known})
+            self._checkpoints.save({"scores": {key: list(score) for key, score in self._scores.items()}})
         self._saved = time.monotonic()
 
 
+def _rank(record: Record) -> tuple[int, bool, float]:
+    return -record["samples"], math.isnan(record["loss"]), record["loss"]
+
+
+class Part:
+    """Some samples of others.
+
+    Args:
+        samples: All of them.
+        indices: Which ones, shape `(n,)`.
+    """
+
+    def __init__(self, samples: Samples, indices: Tensor):
+        self._samples, self._indices = samples, indices
+        self.labels = None if samples.labels is None else samples.labels[indices.to(samples.labels.device)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._samples.batch(self._indices[indices])
+
+
 def held(samples: Samples, batch_size: int, device: torch.device) -> Samples:
-    """The samples on a device, so that going through them again fetches nothing; as they are if they are too many."""
+    """Return the samples on a device, so that a second pass fetches nothing, or as they are if they are too many."""
     stream = batches(samples, batch_size)
     first = next(stream)
     if sum(tensor.nbytes for tensor in first) / len(first[0]) * len(samples) > HELD_BYTES:
         return samples
     inputs, targets = zip(first, *stream, strict=True)
     return TensorSamples(torch.cat(inputs).to(device), torch.cat(targets).to(device))
-
-
-@contextmanager
-def _unchanged(space: SearchSpace) -> Iterator[None]:
-    """Leave a space released, in its mode and with its statistics: each candidate sets its own."""
-    buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
-    try:
-        with space.release().as_largest():
-            yield
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)

@@ -1,7 +1,8 @@
-"""Fronts of accuracy against cost, and NSGA-II for them (Deb et al., 2002), by pymoo."""
+"""Fronts of loss against cost, and NSGA-II for them (Deb et al., 2002), by pymoo."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,39 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.superposition.mixture import Mixture
 
+DOMINATED = 1e30
+"""The loss and the cost, for NSGA-II, of a candidate whose loss is not finite."""
 
-def front(rows: Sequence[Record], cost: str = "params") -> list[Record]:
-    """The rows that no other one dominates, cheapest first: each is more accurate than all that cost no more."""
+
+def front(records: Sequence[Record], cost: str = "params") -> list[Record]:
+    """Return the records that no other one dominates, cheapest first: each has a smaller loss than all that cost less.
+
+    Only records that were judged on the most samples count, because losses on other samples are not comparable. A
+    record whose loss is not a number does not count.
+    """
+    most = max((record["samples"] for record in records), default=0)
+    return _undominated([record for record in records if record["samples"] == most], cost)
+
+
+def final_front(candidates: Candidates) -> list[Record]:
+    """Return the front of the candidates, each judged on all samples.
+
+    A race judges most candidates on a part of the samples, and a cheap one seldom reaches the end. So candidates that
+    would be on the front by their score so far are judged on all samples, until there are no others on it.
+    """
+    while early := [
+        record for record in _undominated(candidates.records, candidates.cost) if record["samples"] < candidates.samples
+    ]:
+        candidates.judge_fully(early)
+    return front(candidates.records, candidates.cost)
+
+
+def _undominated(records: Sequence[Record], cost: str) -> list[Record]:
     found: list[Record] = []
-    for row in sorted(rows, key=lambda row: (row[cost], -row["accuracy"])):
-        if not found or row["accuracy"] > found[-1]["accuracy"]:
-            found.append(row)
+    numbers = [record for record in records if not math.isnan(record["loss"])]
+    for record in sorted(numbers, key=lambda record: (record[cost], record["loss"])):
+        if not found or record["loss"] < found[-1]["loss"]:
+            found.append(record)
     return found
 
 
@@ -33,18 +60,19 @@ def nsga2(
     mutation_probability: float = 0.2,
     single_probability: float = 0.4,
 ) -> None:
-    """Judge generations that spread along the front of accuracy and cost, until the candidates are used up.
+    """Judge generations that spread along the front of loss and cost, until the candidates are used up.
 
-    Parents by binary tournament, and who survives by rank and crowding, as in NSGA-II; what is bred from two parents
-    is crossed and mutated as in `evolution`, and was not judged before.
+    As in NSGA-II, a binary tournament selects parents, and rank and crowding select survivors. A child is a crossover
+    of two parents that is then mutated, as in `evolution`, and it was not judged before. A front has networks of every
+    cost, so candidates do not fill the budget. They run no race, because the cheap ones would lose it.
 
     Args:
-        population: How many survive, and how many are bred a generation.
-        mutation_probability: Of a change to each row of a choice that is made per layer.
-        single_probability: Of a change to each choice that is made once.
+        population: The number of survivors, and of children per generation.
+        mutation_probability: The probability of a change to each row of a choice that is made per layer.
+        single_probability: The probability of a change to each choice that is made once.
 
     Raises:
-        TangleNASError: pymoo is not installed, or an option cannot be.
+        TangleNASError: pymoo is not installed, or an option is out of its range.
     """
     at_least("nsga2.population", population, 2)
     generator = candidates.generator
@@ -58,7 +86,7 @@ def nsga2(
         from pymoo.core.termination import NoTermination
     except ImportError:
         raise TangleNASError("discretize.method 'nsga2' needs pymoo: pip install 'tanglenas[pareto]'") from None
-    Config.warnings["not_compiled"] = False  # a hint on stdout, where pymoo has no wheel
+    Config.warnings["not_compiled"] = False  # pymoo prints a hint where it has no wheel
 
     def individuals(architectures: Sequence[Architecture]) -> Any:
         return Population.new("X", np.array([[architecture] for architecture in architectures], dtype=object))
@@ -69,13 +97,19 @@ def nsga2(
                 ((one, other),) = select.do(problem, population, 1, 2, algorithm=algorithm, **context)
                 return variation.mutated(variation.crossed(one.X[0], other.X[0]))
 
-            return individuals(candidates.fresh(count, child))
+            return individuals(candidates.fresh(count, child, fill=False))
 
-    algorithm = NSGA2(population, sampling=individuals(candidates.first(population)), eliminate_duplicates=False)
+    drawn = individuals(candidates.first(population, fill=False))
+    algorithm = NSGA2(population, sampling=drawn, eliminate_duplicates=False)
     select, algorithm.mating = algorithm.mating.selection, Breeding()
     seed = int(torch.randint(2**31, (), generator=generator))
     algorithm.setup(Problem(n_var=1, n_obj=2), termination=NoTermination(), seed=seed)
     while (asked := algorithm.ask()) is not None and len(asked):
-        rows = candidates.judge([one.X[0] for one in asked], candidates.limit)
-        asked.set("F", np.array([[-row["accuracy"], row[candidates.cost]] for row in rows]))
+        records = candidates.judge([one.X[0] for one in asked], candidates.limit, race=False)
+        asked.set("F", np.array([_objectives(record, candidates.cost) for record in records]))
         algorithm.tell(infills=asked)
+
+
+def _objectives(record: Record, cost: str) -> tuple[float, float]:
+    """Return loss and cost. Without a loss that is a number, every other candidate dominates."""
+    return (record["loss"], record[cost]) if math.isfinite(record["loss"]) else (DOMINATED, DOMINATED)

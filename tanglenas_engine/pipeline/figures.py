@@ -168,18 +168,18 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
 
 
 def candidates(rows: Sequence[Record], path: str | Path) -> None:
-    """Draw the candidates of `DiscretizeResult`: accuracy in % against parameters, the best marked."""
+    """Draw the candidates of `DiscretizeResult`: loss against parameters, the best marked."""
     if not rows:
         return _note("No candidates.", path)
-    best = max(rows, key=lambda row: row["accuracy"])  # the first wins a tie, as in discretize
+    best = rows[0]  # they come best first
     scale, unit = _unit(max(row["params"] for row in rows))
     with _drawing(path, 3.6) as figure:
         axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
-        axes.scatter([row["params"] / scale for row in rows], [row["accuracy"] for row in rows], s=18, c=BLUE,
+        axes.scatter([row["params"] / scale for row in rows], [row["loss"] for row in rows], s=18, c=BLUE,
                      alpha=0.6, linewidths=0, label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}")  # fmt: skip
-        axes.scatter([best["params"] / scale], [best["accuracy"]], s=70, facecolors="none", edgecolors=ORANGE,
-                     linewidths=1.8, label=f"best: {best['accuracy']:.1f} %")  # fmt: skip
-        axes.set_title("accuracy with the supernet's weights (%)")
+        axes.scatter([best["params"] / scale], [best["loss"]], s=70, facecolors="none", edgecolors=ORANGE,
+                     linewidths=1.8, label=f"best: {best['loss']:.3f} ({best['accuracy']:.1f} %)")  # fmt: skip
+        axes.set_title("loss with the supernet's weights (cross-entropy)")
         axes.set_xlabel(f"parameters{unit}")
         axes.margins(0.06)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -188,7 +188,7 @@ def candidates(rows: Sequence[Record], path: str | Path) -> None:
 
 
 def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str | Path) -> None:
-    """Draw candidates by accuracy in % and cost, with the Pareto front as a line.
+    """Draw candidates by loss and cost, with the Pareto front as a line.
 
     Args:
         rows: The rows of `DiscretizeResult.candidates`.
@@ -201,11 +201,11 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
     names = {"params": "parameters", "flops": "multiply-accumulates"}
     with _drawing(path, 3.6) as figure:
         axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
-        axes.scatter([row[cost] / scale for row in rows], [row["accuracy"] for row in rows], s=14, c=FAINT,
+        axes.scatter([row[cost] / scale for row in rows], [row["loss"] for row in rows], s=14, c=FAINT,
                      alpha=0.5, linewidths=0, label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}")  # fmt: skip
-        axes.step([row[cost] / scale for row in front], [row["accuracy"] for row in front], where="post",
+        axes.step([row[cost] / scale for row in front], [row["loss"] for row in front], where="post",
                   color=ORANGE, marker="o", markersize=4, label=f"front of {len(front)}")  # fmt: skip
-        axes.set_title("accuracy with the supernet's weights (%)")
+        axes.set_title("loss with the supernet's weights (cross-entropy)")
         axes.set_xlabel(f"{names.get(cost, cost)}{unit}")
         axes.margins(0.06)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -214,17 +214,17 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
 
 
 def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float, path: str | Path) -> None:
-    """Draw the rows of `RankCorrelation`: the table's value of each architecture against the supernet's."""
+    """Draw the rows of `RankCorrelation`: the table's value of each architecture against its loss in the supernet."""
     if not rows:
         return _note("No architectures.", path)
     with _drawing(path, 4.1) as figure:
         axes = _place(figure, 0.65, 0.3, WIDTH - 0.8, 3.3)
-        axes.scatter([row["accuracy"] for row in rows], [row["table_value"] for row in rows], s=14, c=BLUE,
+        axes.scatter([row["loss"] for row in rows], [row["table_value"] for row in rows], s=14, c=BLUE,
                      alpha=min(0.6, max(0.15, 200 / len(rows))), linewidths=0)  # fmt: skip
         axes.set_title(
             f"table value of {len(rows):,} architectures (Kendall tau {kendall_tau:.2f}, Spearman {spearman:.2f})"
         )
-        axes.set_xlabel("accuracy with the supernet's weights (%)")
+        axes.set_xlabel("loss with the supernet's weights (cross-entropy)")
         axes.margins(0.04)
         axes.ticklabel_format(useOffset=False)
 

@@ -53,7 +53,8 @@ def search_metrics(result: SearchResult) -> dict[str, Any]:
     keep = ("weight_loss", "weight_accuracy", "architecture_loss", "validation_accuracy", "validation_loss",
             "table_value", "table_rank", "table_regret", "entropy", "params", "flops")  # fmt: skip
     costs = [key for key in last if key.startswith(("expected_", "penalty_"))]
-    return {key: last[key] for key in (*keep, *costs, "stopped") if key in last}
+    losses = {f"{name}_split_loss": loss for name, loss in result.split_losses.items()}
+    return {**{key: last[key] for key in (*keep, *costs, "stopped") if key in last}, **losses}
 
 
 def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, Any]]:
@@ -74,6 +75,7 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
     """Return what metrics/discretize.json has."""
     return {
         "validation_accuracy": result.validation_accuracy,
+        "validation_loss": result.validation_loss,
         "params": result.cost.params,
         "flops": result.cost.flops,
         **({} if result.exact is None else {"exact": result.exact}),

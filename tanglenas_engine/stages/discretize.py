@@ -12,7 +12,7 @@ from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
-from tanglenas_engine.derivation.pareto import front, nsga2
+from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -51,7 +51,7 @@ def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
 
 
 def random(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates: uniform over the rows' options within the budget, or drawn from the prior.
+    """Judge random candidates: uniform over the rows' options, or drawn from the prior, and brought into the budget.
 
     The paper uses 2,000 candidates for AutoFormer, 5,000 for GPT and 10,000 for the toy spaces.
     """
@@ -64,14 +64,15 @@ METHODS: Mapping[str, Method] = {"argmax": argmax, "random": random, "evolution"
 
 @dataclass(frozen=True)
 class DiscretizeResult:
-    """The derived architecture with its cost and validation accuracy.
+    """The derived architecture with its cost, and what it measures on the validation split.
 
     Attributes:
         architecture: The architecture.
         cost: Its parameters, and multiply-accumulates for one input.
-        validation_accuracy: Its accuracy in % with the supernet's weights.
+        validation_accuracy: Its accuracy in % on the validation split, with the supernet's weights.
+        validation_loss: Its mean cross-entropy there.
         candidates: One record per candidate that was judged, best first; argmax judges one.
-        front: The candidates that no other one dominates in accuracy and in the cost `front_cost`, cheapest first.
+        front: The candidates that no other one dominates in loss and in the cost `front_cost`, cheapest first.
         front_cost: The name of the cost of the front.
         exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
             search found it. None for the other methods.
@@ -80,6 +81,7 @@ class DiscretizeResult:
     architecture: Architecture
     cost: Cost
     validation_accuracy: float
+    validation_loss: float
     candidates: list[Record] = field(default_factory=list)
     front: list[Architecture] = field(default_factory=list)
     front_cost: str = "params"
@@ -116,6 +118,7 @@ def discretize(
     candidates: int = 100,
     prior: Literal["uniform", "mixture"] = "uniform",
     cost: str = "params",
+    fill: float = 0.95,
     max_params: int | None = None,
     max_flops: int | None = None,
     objectives: Sequence[Objective] = (),
@@ -136,12 +139,15 @@ def discretize(
             `validation` (to measure the result).
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
-            supernet's weights on the architecture split, and take the best: "random", "evolution", and "nsga2", which
-            looks for the whole front of accuracy and cost. "auto" stands for `derivation`, the optimizer's own method.
+            supernet's weights on the architecture split, and take that of smallest loss: "random", "evolution", and
+            "nsga2", which looks for the whole front of loss and cost. "auto" stands for `derivation`, the optimizer's
+            own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "flops" or the name of an objective.
+        fill: The share of the tightest limit up to which candidates of "random" and "evolution" grow, where moves lead
+            there; from 0 to 1.
         max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
         objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
         recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
@@ -153,7 +159,7 @@ def discretize(
     """
     method = derivation if method == "auto" else method
     costs = [*METRICS, *(objective.name for objective in objectives)]
-    _check_options(method, methods, candidates, recalibration_batches, cost, costs, prior, mixture)
+    _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
     budget.check()
     progress = progress or SilentProgress()
@@ -161,30 +167,27 @@ def discretize(
     check_fit(space, data.validation)
     weights = space.mixture(mixture) if mixture else None
     with Candidates(
-        space,
-        data.weights,
-        data.architecture,
-        budget=budget,
-        objectives=objectives,
-        cost=cost,
-        limit=candidates,
-        prior=weights if prior == "mixture" else None,
-        recalibration_batches=recalibration_batches,
-        batch_size=batch_size,
-        seed=seed,
-        device=device_of(device),
-        checkpoints=checkpoints,
-        progress=progress,
-    ) as tried:
+        space, data.weights, data.architecture, budget=budget, fill=fill, objectives=objectives, cost=cost,
+        limit=candidates, prior=weights if prior == "mixture" else None, recalibration_batches=recalibration_batches,
+        batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
+    ) as tried:  # fmt: skip
         projection = methods[method](tried, weights)
+        front = final_front(tried)
         best = tried.best()[0]["architecture"]
-        accuracy = tried.measured(best, data.validation)
-    records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.rows))]
+        measured = tried.measured(best, data.validation)
+    records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.records))]
     exact = projection.exact if isinstance(projection, Projection) else None
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
     return DiscretizeResult(
-        best, space.cost(best), accuracy, records, [one["architecture"] for one in front(tried.rows, cost)], cost, exact
+        best,
+        space.cost(best),
+        measured.accuracy,
+        measured.loss,
+        records,
+        [record["architecture"] for record in front],
+        cost,
+        exact,
     )
 
 
@@ -195,6 +198,7 @@ def _check_options(
     recalibration_batches: int,
     cost: str,
     costs: Sequence[str],
+    fill: float,
     prior: str,
     mixture: Mapping[str, Tensor] | None,
 ) -> None:
@@ -204,6 +208,8 @@ def _check_options(
     at_least("discretize.recalibration_batches", recalibration_batches, 0)
     if cost not in costs:
         raise unknown("discretize.cost", cost, costs)
+    if isinstance(fill, bool) or not isinstance(fill, int | float) or not 0 <= fill <= 1:
+        raise TangleNASError(f"discretize.fill is {fill!r}, expected a share from 0 to 1")
     if prior not in ("uniform", "mixture"):
         raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
     if prior == "mixture" and not mixture:

@@ -67,7 +67,7 @@ class RankCorrelation:
     Attributes:
         kendall_tau: Kendall's tau: 1 for the same order, -1 for the reverse order, nan if either ranks all alike.
         spearman: Spearman's correlation, with the same range.
-        rows: One record per architecture: digest, supernet accuracy in %, the table's value and rank, and the choices.
+        rows: One record per architecture: digest, supernet loss and accuracy in %, table value and rank, and choices.
     """
 
     kendall_tau: float
@@ -140,10 +140,11 @@ def rank_correlation(
     ) as candidates:
         compared = _all_architectures(space) if every else candidates.fresh(candidates.limit)
         known = [table(architecture) for architecture in compared]
-        scored = candidates.judge(compared)
+        scored = candidates.judge(compared, race=False)
     rows = [
         {
             "digest": row["digest"],
+            "loss": row["loss"],
             "accuracy": row["accuracy"],
             "table_value": value["table_value"],
             "table_rank": value["table_rank"],
@@ -152,7 +153,7 @@ def rank_correlation(
         for row, value in zip(scored, known, strict=True)
     ]
     # Ranks are compared, as some of the tables' metrics are better high and others low. The lowest rank is the best.
-    found = rank_correlations([row["accuracy"] for row in rows], [-row["table_rank"] for row in rows])
+    found = rank_correlations([-row["loss"] for row in rows], [-row["table_rank"] for row in rows])
     return RankCorrelation(**found, rows=rows)
 
 

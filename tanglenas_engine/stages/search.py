@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +27,22 @@ from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
-from tanglenas_engine.training.measure import measure, running_statistics
+from tanglenas_engine.training.measure import (
+    estimate_loss,
+    kept_buffers,
+    measure_inherited,
+    recalibrate,
+    running_statistics,
+    statistics_inputs,
+)
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
+
+SPLIT_DEVIATIONS = 5.0
+"""Standard errors between the losses of two splits that chance allows: neighbouring windows of a text are alike."""
+SPLIT_TOLERANCE = 0.05
+"""The share of the loss below which a difference between splits does no harm."""
 
 Strategy = Literal["alternating", "simultaneous"]
 """The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
@@ -53,6 +66,7 @@ class SearchResult:
     architecture: Architecture | None
     mixture: Mixture | None
     history: list[Record]
+    split_losses: dict[str, float]
 
 
 @flattened
@@ -71,6 +85,7 @@ def search(
     targets: Sequence[Target] = (),
     stop: Stop | None = None,
     loss: Loss = cross_entropy,
+    recalibration_batches: int = 8,
     seed: int = 0,
     table: Table | None = None,
     computation: Computation = Computation(),
@@ -96,6 +111,8 @@ def search(
         targets: Costs to limit in expectation. The loss of alpha is charged for missing them.
         stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.
         loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
+        recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
+            validated; 0 takes the supernet's, which are of all architectures together.
         seed: The seed of all random numbers.
         table: A function that is called once per epoch with the current architecture. Its values go to the history.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
@@ -121,6 +138,7 @@ def search(
         targets=targets,
         stop=stop,
         loss=loss,
+        recalibration_batches=recalibration_batches,
         seed=seed,
         table=table,
         computation=computation,
@@ -149,6 +167,7 @@ class Search(Training):
         targets: Sequence[Target],
         stop: Stop | None,
         loss: Loss,
+        recalibration_batches: int,
         seed: int,
         table: Table | None,
         computation: Computation,
@@ -165,6 +184,7 @@ class Search(Training):
         self.precision, self.backend = computation.precise(self.device), computation.backend
         self.scaler = self.precision.scaler
         share = computation.share("search", batch_size)
+        self._data, count = data, at_least("search.recalibration_batches", recalibration_batches, 0)
         space.to(self.device).train()
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
@@ -190,6 +210,7 @@ class Search(Training):
         self.scheduler = (
             call_factory("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
         )
+        self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device, batch_size)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
 
@@ -204,11 +225,38 @@ class Search(Training):
         try:
             with seeded(self.seed), executing(self.space, *ways):
                 history = self.run()
+                losses = self._split_losses()
         finally:
             self.space.release()
             self.space.superposition.channel_divisor = 1  # partial channels end with the search
         mixture = self.optimizer.expected()
-        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history)
+        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses)
+
+    def _split_losses(self) -> dict[str, float]:
+        """Return the loss of one network on each split, and warn if two splits are of different distributions.
+
+        Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's,
+        it has other data, and what is found there does not hold elsewhere.
+        """
+        network = self.optimizer.current() or self.space.largest()
+        splits = ("weights", "architecture", "validation")
+        with kept_buffers(self.space.select(network)):
+            if self._statistics:
+                recalibrate(self.space, self._statistics)
+            found = {name: estimate_loss(self.space, self._data.plain(name)) for name in splits}
+        architecture, validation = found["architecture"], found["validation"]
+        self.session.note(
+            "search: loss of one network on the splits: "
+            + ", ".join(f"{name} {loss.mean:.3f}" for name, loss in found.items())
+        )
+        chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
+        if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
+            self.session.note(
+                f"search: warning: the loss on the architecture split is {architecture.mean:.3f}, on validation "
+                f"{validation.mean:.3f}: they differ by more than chance allows ({chance:.3f}). The splits are of "
+                "different data, so what was found may not hold. Look at a sample of each, or make the splits anew"
+            )
+        return {name: loss.mean for name, loss in found.items()}
 
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {
@@ -327,9 +375,9 @@ class Search(Training):
 
     def end_epoch(self, epoch: int, means: Record) -> Record:
         current = self.optimizer.current()
-        # The current architecture is measured as it would be extracted. Without one, the largest network is measured.
-        self.space.select(current or self.space.largest())
-        found = measure(self.space, self.validation, together=True)
+        # The current architecture is measured as discretize measures it. Without one, the largest network is measured.
+        shown = current or self.space.largest()
+        found = measure_inherited(self.space, shown, self.validation, self._statistics, together=True)
         record: Record = {
             **means,
             "validation_accuracy": found.accuracy,

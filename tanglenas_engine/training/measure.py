@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.data import Samples, Stream, batches
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.devices import channels_last, to_device
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.losses import cross_entropy
 
 
@@ -49,6 +53,72 @@ def measure(network: nn.Module, samples: Samples, batch_size: int = 256, togethe
     sums = [float(hits), float(loss), count]
     right, wrong, seen = distributed.sum_over_ranks(sums) if together else sums
     return Measured(100.0 * right / seen, wrong / seen)
+
+
+@torch.no_grad()
+def measure_inherited(
+    space: SearchSpace,
+    architecture: Architecture,
+    samples: Samples,
+    statistics: Sequence[Tensor],
+    batch_size: int = 256,
+    together: bool = False,
+) -> Measured:
+    """Return the accuracy and loss of an architecture with the supernet's weights.
+
+    This is the one way in which search, discretize and evaluate judge inherited weights. The space keeps its mode and
+    its buffers; afterwards its next forwards compute this architecture.
+
+    Args:
+        statistics: Batches of inputs that set the statistics of batch norms for this architecture. Those of the
+            supernet are of other architectures. Without any, the supernet's are taken.
+    """
+    with kept_buffers(space.select(architecture)):
+        if statistics:
+            recalibrate(space, statistics)
+        return measure(space, samples, batch_size, together)
+
+
+@contextmanager
+def kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Give a network its buffers back after the block."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+class LossEstimate(NamedTuple):
+    """Mean cross-entropy over samples, and the standard error of that mean."""
+
+    mean: float
+    error: float
+
+
+@torch.no_grad()
+def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -> LossEstimate:
+    """Return the mean loss of a network in eval mode over samples, with its standard error; its mode is restored."""
+    device, training = next(network.parameters()).device, network.training
+    network.eval()
+    losses = []
+    for batch in batches(samples, batch_size):
+        inputs, targets = to_device(batch, device)
+        outputs = network(inputs)
+        each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        losses.append(each.view(len(inputs), -1).mean(1).double())
+    network.train(training)
+    every = torch.cat(losses)
+    return LossEstimate(float(every.mean()), float(every.std(correction=0)) / len(every) ** 0.5)
+
+
+def statistics_inputs(
+    network: nn.Module, samples: Samples, count: int, seed: int, device: torch.device, batch_size: int = 256
+) -> list[Tensor]:
+    """Return `count` random batches of inputs that recalibrate a network; none if it has no batch norms."""
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    return random_inputs(samples, batch_size, count if norms else 0, seed, device)
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:

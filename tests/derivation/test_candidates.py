@@ -1,14 +1,20 @@
-"""Candidates: each judged once, by itself, on data fetched once; drawn within the budget and never twice."""
+"""Candidates: each judged by itself, in a race, on data fetched once; drawn within the budget and never twice."""
+
+import math
+from collections import Counter
 
 import pytest
 import torch
+from known import Known, Raced, additive
 from spaces import Convolutional, vit
 from tiny import tiny
 from torch import nn
 
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.derivation import candidates as module
-from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.candidates import Candidates, Part
+from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.testing import random_data, same
 
@@ -54,7 +60,7 @@ def test_data_are_fetched_once_however_many_candidates_there_are():
         space, statistics, samples, batch_size=8, recalibration_batches=2, device=torch.device("cpu")
     ) as tried:
         tried.judge(tried.fresh(10))
-        assert len(tried.rows) == 10
+        assert len(tried.records) == 10
     assert samples.fetched == len(samples) and statistics.fetched == 16
 
 
@@ -87,8 +93,8 @@ def test_what_was_judged_is_not_judged_again():
         rows = tried.judge([*drawn, drawn[0]])[:4]
         before = space.forwards
         assert tried.judge(drawn[::-1]) == rows[::-1]
-        assert space.forwards == before and len(tried.rows) == 4
-    assert [row["generation"] for row in tried.rows] == [0] * 4
+        assert space.forwards == before and len(tried.records) == 4
+    assert [row["generation"] for row in tried.records] == [0] * 4
 
 
 def test_an_architecture_is_worth_the_same_whatever_was_judged_before():
@@ -99,8 +105,9 @@ def test_an_architecture_is_worth_the_same_whatever_was_judged_before():
         forwards = one.judge(drawn)
     with candidates(space) as other:
         backwards = other.judge(drawn[::-1])[::-1]
-    accuracies = [row["accuracy"] for row in forwards]
-    assert accuracies == [row["accuracy"] for row in backwards] and len(set(accuracies)) > 1
+    losses = [row["loss"] for row in forwards]
+    assert losses == [row["loss"] for row in backwards] and len(set(losses)) == 6
+    assert [row["accuracy"] for row in forwards] == [row["accuracy"] for row in backwards]
 
 
 def test_nothing_is_drawn_twice_or_beyond_the_limit():
@@ -114,14 +121,14 @@ def test_nothing_is_drawn_twice_or_beyond_the_limit():
         assert tried.fresh(3, space.largest) == []
 
 
-def test_the_best_are_those_of_highest_accuracy_and_the_first_of_equals():
+def test_the_best_are_those_of_smallest_loss_and_the_first_of_equals():
     space = vit()
-    with candidates(space) as tried:
+    with Known(space, lambda architecture: float(architecture.choices["depth"])) as tried:
         tried.judge(tried.fresh(5))
         tried.judge(tried.fresh(5))
-        accuracies = [row["accuracy"] for row in tried.rows]
-        assert [row["accuracy"] for row in tried.best(10)] == sorted(accuracies, reverse=True)
-        assert tried.best()[0] is tried.rows[accuracies.index(max(accuracies))]
+        losses = [row["loss"] for row in tried.records]
+        assert [row["loss"] for row in tried.best(10)] == sorted(losses) and len(set(losses)) < 10
+        assert tried.best()[0] is tried.records[losses.index(min(losses))]
         assert all(row["generation"] == 1 for row in tried.best(10, since=1))
         assert len(tried.best(10, since=1)) == 5
 
@@ -161,7 +168,7 @@ def test_an_interrupted_derivation_goes_on_where_it_was(tmp_path, cut):
             space.forwards, space.limit = 0, limit
             tried.judge(tried.fresh(5))
             tried.judge(tried.fresh(5))
-        return tried.rows
+        return tried.records
 
     whole = run()
     forwards = space.forwards
@@ -181,5 +188,163 @@ def test_what_was_judged_is_kept_from_time_to_time(tmp_path, monkeypatch):
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         with candidates(vit(), checkpoints=checkpoints) as tried:
             tried.judge(tried.fresh(2))
-            kept = checkpoints.load()["accuracies"]
-            assert kept == {row["digest"]: row["accuracy"] for row in tried.rows}
+            kept = checkpoints.load()["scores"]
+            assert kept == {f"{row['digest']}/40": [row["loss"], row["accuracy"]] for row in tried.records}
+
+
+# Budgets
+
+
+def limited(space, share, **options):
+    """Candidates within a share of the largest network's multiply-accumulates, and this limit."""
+    low, high = (space.cost(one).flops for one in (space.smallest(), space.largest()))
+    limit = int(low + share * (high - low))
+    return candidates(space, budget=Budget(space, {"flops": limit}), **options), limit
+
+
+@pytest.mark.parametrize("name", ["autoformer_nano", "mobilenetv3_nano"])
+def test_candidates_fill_the_budget_where_moves_lead_there(name):
+    space = tiny(name)
+    tried, limit = limited(space, 0.6, fill=0.95)
+    with tried:
+        drawn = [*tried.fresh(20), *tried.fresh(5, space.smallest)]
+    assert len(drawn) == len({one.digest for one in drawn}) == 25
+    full = 0
+    for one in drawn:
+        picks, flops = space.assignment_of(one), space.cost(one).flops
+        assert flops <= limit
+        near = [space.cost(space.architecture_of({**picks, **move})).flops for move in space.moves(picks)]
+        assert flops >= 0.95 * limit or not any(flops < cost <= limit for cost in near)
+        full += flops >= 0.95 * limit
+    assert full >= 23
+
+
+def test_where_few_fill_the_budget_smaller_candidates_are_drawn_too():
+    space = tiny("nb201")  # one convolution of 3 x 3 and five of 1 x 1 are the most that fits
+    tried, limit = limited(space, 0.3, fill=0.95)
+    with tried:
+        drawn = tried.fresh(45)
+    assert len(drawn) == len({one.digest for one in drawn}) == 45
+    flops = [space.cost(one).flops for one in drawn]
+    full = flops.count(max(flops))
+    assert 0 < full < 10 and max(flops) <= limit and set(flops[:full]) == {max(flops)}
+
+
+def test_without_fill_candidates_are_drawn_and_brought_into_the_budget():
+    space = tiny("autoformer_nano")
+    tried, limit = limited(space, 0.6, fill=0.0, seed=3)
+    with tried:
+        drawn = tried.fresh(30)
+    generator, budget = torch.Generator().manual_seed(3), Budget(space, {"flops": limit})
+    expected = dict.fromkeys(budget.shrink(space.sample(generator), generator) for _ in range(30))
+    assert drawn[: len(expected)] == list(expected) and len(expected) > 25
+    tried, _ = limited(space, 0.6, fill=0.95, seed=3)
+    with tried:
+        assert tried.fresh(30, fill=False) == drawn
+
+
+# Races
+
+
+@pytest.mark.parametrize(
+    "samples, batch_size, count, expected",
+    [
+        (640, 10, 100, [10, 40, 160, 640]),
+        (640, 10, 5, [40, 160, 640]),
+        (640, 10, 2, [160, 640]),
+        (640, 10, 1, [640]),
+        (639, 10, 10**6, [39, 159, 639]),
+        (40, 10, 100, [10, 40]),
+        (39, 10, 100, [39]),
+        (8, 256, 100, [8]),
+    ],
+)
+def test_rungs_quarter_the_samples_while_there_are_candidates_and_a_batch(samples, batch_size, count, expected):
+    space = vit()
+    with Known(space, lambda _: 50.0, samples=samples, batch_size=batch_size) as tried:
+        assert tried._rungs(count) == expected
+
+
+def test_all_are_judged_on_the_first_rung_and_a_quarter_goes_on():
+    space = vit()
+    worth = additive(space, 0)
+    with Raced(space, worth, samples=160, batch_size=10) as tried:
+        drawn = tried.fresh(50)
+        records = tried.judge(drawn)
+        assert Counter(samples for _, samples in tried.measurements) == {10: 50, 40: 13, 160: 4}
+        best = sorted(drawn, key=worth, reverse=True)
+        assert [record["architecture"] for record in tried.best(4)] == best[:4]
+        assert Counter(record["samples"] for record in records) == {10: 37, 40: 9, 160: 4}
+        assert {digest for digest, samples in tried.measurements if samples == 40} == {one.digest for one in best[:13]}
+        assert tried.best()[0]["samples"] == tried.samples == 160
+        tried.judge(drawn[:10])  # known
+        tried.judge(tried.fresh(1))  # a single one runs no race
+        assert tried.measurements[67:] == [(tried.records[-1]["digest"], 160)]
+        assert [record["architecture"] for record in tried.records[:50]] == drawn
+    with Raced(space, worth, samples=160, batch_size=10) as tried:
+        tried.judge(drawn, race=False)
+        assert tried.measurements == [(one.digest, 160) for one in drawn]
+
+
+def test_a_race_judges_on_a_part_of_the_samples_that_is_the_same_for_all():
+    space = Normed()
+    with candidates(space, batch_size=10) as tried:
+        drawn = tried.fresh(8)
+        records = tried.judge(drawn)
+        part = Part(tried._samples, tried._order[:10])
+        assert sorted(record["samples"] for record in records) == [10] * 6 + [40] * 2
+        for record in records:
+            found = tried.measured(record["architecture"], part if record["samples"] == 10 else tried._samples)
+            assert (record["loss"], record["accuracy"]) == (found.loss, found.accuracy)
+    inputs, targets = part.batch(torch.arange(10))
+    whole = tried._samples.batch(tried._order[:10])
+    assert inputs.equal(whole[0]) and targets.equal(whole[1]) and part.labels.equal(whole[1])
+
+
+def test_scores_of_a_race_are_the_same_whatever_was_judged_before():
+    space = Normed()
+    space.colours.append(nn.Dropout(0.5))
+    with candidates(space, batch_size=10) as one:
+        drawn = one.fresh(12)
+        first = one.judge(drawn[:8])
+    with candidates(space, batch_size=10) as other:
+        other.judge(drawn[8:])
+        second = other.judge(drawn[:8][::-1])[::-1]
+    assert [{**record, "generation": 1} for record in first] == second
+
+
+def test_a_loss_that_is_no_number_is_last_and_in_the_record():
+    space = vit()
+    worth = additive(space, 0)
+    broken = space.smallest()  # the first of any front by its cost
+    with Known(space, lambda one: math.nan if one == broken else worth(one), samples=40, batch_size=10) as tried:
+        drawn = [broken, *tried.fresh(7)]
+        records = tried.judge(drawn)
+        assert math.isnan(records[0]["loss"]) and records[0]["samples"] == 10
+        assert tried.best(8)[-1] is records[0]
+        tried.judge_fully(records)
+        assert tried.best(8)[-1] is records[0] and records[0]["samples"] == 40
+        assert broken not in [record["architecture"] for record in final_front(tried)]
+
+
+@pytest.mark.parametrize("cut, spared", [(17, 16), (36 + 13, 36 + 10)])
+def test_a_race_that_was_interrupted_goes_on_where_it_was(tmp_path, cut, spared):
+    torch.manual_seed(0)
+    space = Normed()
+    space.cost(space.largest())  # forwards of its own
+
+    def run(checkpoints=None, limit=None):
+        with candidates(space, checkpoints=checkpoints, batch_size=5, recalibration_batches=2) as tried:
+            space.forwards, space.limit = 0, limit
+            tried.judge(tried.fresh(9))
+        return tried.records
+
+    whole = run()
+    forwards = space.forwards
+    assert forwards == 9 * (2 + 2) + 3 * (2 + 8)
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoints, cut)
+        space.limit = None
+        assert run(checkpoints) == whole
+        assert space.forwards == forwards - spared

@@ -92,18 +92,18 @@ def test_generations_are_as_large_and_as_many_as_asked_for():
     space = tiny("autoformer_nano")
     with Known(space, additive(space, 0), limit=1000) as tried:
         evolution(tried, None, population=12, parents=4, crossovers=5, mutations=5, generations=3)
-    assert [row["generation"] for row in tried.rows] == [g for g in range(4) for _ in range(12)]
-    assert len({row["digest"] for row in tried.rows}) == 48
+    assert [row["generation"] for row in tried.records] == [g for g in range(4) for _ in range(12)]
+    assert len({row["digest"] for row in tried.records}) == 48
     with Known(space, additive(space, 0), limit=30) as tried:
         evolution(tried, None, population=12, parents=4, crossovers=5, mutations=5)
-    assert [row["generation"] for row in tried.rows] == [0] * 12 + [1] * 12 + [2] * 6
+    assert [row["generation"] for row in tried.records] == [0] * 12 + [1] * 12 + [2] * 6
 
 
 def test_a_small_space_is_searched_through_and_no_further():
     space = vit(depth=(1,), num_heads=(1, 3), mlp_ratio=(1.5, 2))
     with Known(space, additive(space, 0), limit=100) as tried:
         evolution(tried, None, population=3, parents=2, crossovers=1, mutations=1)
-    assert len(tried.rows) == space.size == 8
+    assert len(tried.records) == space.size == 8
 
 
 @pytest.mark.parametrize("name", ["autoformer_nano", "mobilenetv3_nano"])
@@ -116,8 +116,8 @@ def test_it_finds_better_architectures_than_as_many_random_ones(name):
             evolution(bred, None)
         with Known(space, worth, limit=120, seed=seed) as drawn:
             drawn.judge(drawn.fresh(120))
-        assert len(bred.rows) == len(drawn.rows) == 120
-        better += bred.best()[0]["accuracy"] > drawn.best()[0]["accuracy"]
+        assert len(bred.records) == len(drawn.records) == 120
+        better += bred.best()[0]["loss"] < drawn.best()[0]["loss"]
     assert better == 5
 
 
@@ -127,7 +127,7 @@ def test_equal_seeds_breed_the_same():
     for seed in (3, 3, 4):
         with Known(space, additive(space, 0), limit=60, seed=seed) as tried:
             evolution(tried, None)
-        runs.append(tried.rows)
+        runs.append(tried.records)
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -143,9 +143,9 @@ def test_a_large_tournament_breeds_from_the_best_alone():
             tried, None, population=10, parents=5, crossovers=0, mutations=10, mutation_probability=0.0,
             generations=1, tournament=200,
         )  # fmt: skip
-    best = max(tried.rows[:10], key=lambda row: row["accuracy"])["architecture"]
+    best = min(tried.records[:10], key=lambda row: row["loss"])["architecture"]
     near = one_move_away(space, best)
-    assert all(row["digest"] in near for row in tried.rows[10:])
+    assert all(row["digest"] in near for row in tried.records[10:])
 
 
 def test_parents_retire(monkeypatch):
@@ -157,7 +157,7 @@ def test_parents_retire(monkeypatch):
             known = {}
 
             def spy(variation, architecture, tried=tried, ages=ages, known=known):
-                known.update({row["digest"]: row["generation"] for row in tried.rows})
+                known.update({row["digest"]: row["generation"] for row in tried.records})
                 ages.add(max(known.values()) + 1 - known[architecture.digest])
                 return mutated(variation, architecture)
 
@@ -187,4 +187,4 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_judged(options, 
     space = vit()
     with Known(space, additive(space, 0)) as tried, pytest.raises(TangleNASError) as caught:
         evolution(tried, None, **options)
-    assert message in str(caught.value) and not tried.rows
+    assert message in str(caught.value) and not tried.records

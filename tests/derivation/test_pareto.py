@@ -1,42 +1,76 @@
 """Fronts: what no other dominates, and NSGA-II that finds it."""
 
+import math
 import random
 import sys
+from collections import Counter
 
 import pytest
-from known import Known, additive
+from known import Known, Raced, additive
 from spaces import vit
 from tiny import tiny
 
-from tanglenas_engine.derivation.pareto import front, nsga2
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.pareto import final_front, front, nsga2
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import figures
 from tanglenas_engine.spaces.objective import Objective
 
 
 def dominates(one, other, cost):
-    at_least = one["accuracy"] >= other["accuracy"] and one[cost] <= other[cost]
-    return at_least and (one["accuracy"], one[cost]) != (other["accuracy"], other[cost])
+    at_most = one["loss"] <= other["loss"] and one[cost] <= other[cost]
+    return at_most and (one["loss"], one[cost]) != (other["loss"], other[cost])
 
 
 def test_a_front_is_what_no_other_dominates_each_pair_of_values_once():
     numbers = random.Random(0)
     for _ in range(200):
-        rows = [{"accuracy": numbers.randrange(6), "params": numbers.randrange(6), "place": i} for i in range(12)]
+        rows = [
+            {"loss": numbers.randrange(6), "params": numbers.randrange(6), "samples": 8, "place": i} for i in range(12)
+        ]
         found = front(rows)
         wanted = [row for row in rows if not any(dominates(other, row, "params") for other in rows)]
-        values = [(row["params"], row["accuracy"]) for row in found]
-        assert values == sorted({(row["params"], row["accuracy"]) for row in wanted})
+        values = [(row["params"], row["loss"]) for row in found]
+        assert values == sorted({(row["params"], row["loss"]) for row in wanted})
         for row in found:  # the first of equals
-            equals = [r["place"] for r in rows if (r["params"], r["accuracy"]) == (row["params"], row["accuracy"])]
+            equals = [r["place"] for r in rows if (r["params"], r["loss"]) == (row["params"], row["loss"])]
             assert row["place"] == min(equals)
 
 
+def test_only_records_of_the_most_samples_are_on_a_front_and_only_numbers():
+    whole = [{"loss": loss, "params": params, "samples": 64} for loss, params in ((math.nan, 1), (3.0, 2), (1.0, 5))]
+    parts = [{"loss": loss, "params": params, "samples": 16} for loss, params in ((0.5, 1), (0.1, 9))]
+    assert front([*parts, *whole]) == whole[1:]
+    assert front(parts) == parts and front([]) == [] == front(whole[:1])
+
+
+def test_after_a_race_the_whole_front_is_judged_on_all_samples():
+    space = tiny("autoformer_nano")
+    luck, high = additive(space, 1), space.cost(space.largest()).params
+
+    def worth(architecture):
+        return 0.5 * luck(architecture) + 50 * space.cost(architecture).params / high
+
+    with Raced(space, worth, noise=3.0, samples=640, batch_size=10, limit=200) as tried:
+        tried.judge(tried.fresh(200))
+        assert Counter(record["samples"] for record in tried.records)[640] == 4
+        found = final_front(tried)
+    whole = [record for record in tried.records if record["samples"] == 640]
+    assert found == front(tried.records) and 4 < len(found) <= len(whole) < 60
+    for record in tried.records:  # by its score on few samples or on all
+        better = [
+            r for r in found if r is not record and r["loss"] <= record["loss"] and r["params"] <= record["params"]
+        ]
+        assert bool(better) != (record in found)
+    assert tried.best()[0] is found[-1] and found[-1]["loss"] == 100 - worth(found[-1]["architecture"])
+    assert len(set(tried.measurements)) == len(tried.measurements)
+
+
 def volume(rows, cost, space):
-    """The area that a front dominates, of that between no accuracy and the largest cost."""
+    """The area that a front dominates, of that between a loss of 100 and the largest cost."""
     most, area, points = getattr(space.cost(space.largest()), cost), 0.0, front(rows, cost)
     for point, following in zip(points, [*points[1:], {cost: most}], strict=True):
-        area += point["accuracy"] * (following[cost] - point[cost])
+        area += (100 - point["loss"]) * (following[cost] - point[cost])
     return area
 
 
@@ -50,8 +84,8 @@ def test_it_finds_a_better_front_than_as_many_random_candidates(name, cost):
             nsga2(bred, None)
         with Known(space, worth, limit=160, seed=seed) as drawn:
             drawn.judge(drawn.fresh(160))
-        assert len(bred.rows) == len({row["digest"] for row in bred.rows}) == 160
-        better += volume(bred.rows, cost, space) > volume(drawn.rows, cost, space)
+        assert len(bred.records) == len({row["digest"] for row in bred.records}) == 160
+        better += volume(bred.records, cost, space) > volume(drawn.records, cost, space)
     assert better == 3
 
 
@@ -71,7 +105,7 @@ def test_the_cost_can_be_an_objective():
     for cost in ("params", "spared"):
         with Known(space, worth, limit=120, cost=cost, objectives=[Spared().bind(space)]) as bred:
             nsga2(bred, None)
-        share.append(sum(row["params"] for row in bred.rows[20:]) / 100 / space.cost(space.largest()).params)
+        share.append(sum(row["params"] for row in bred.records[20:]) / 100 / space.cost(space.largest()).params)
     assert share[0] + 0.05 < share[1]
 
 
@@ -80,12 +114,37 @@ def test_it_finds_the_whole_front_of_a_small_space():
     worth = additive(space, 0)
     with Known(space, worth, limit=10**4) as every:
         every.judge(every.fresh(space.size))
-    assert len(every.rows) == space.size == 168
+    assert len(every.records) == space.size == 168
     with Known(space, worth, limit=80) as bred:
         nsga2(bred, None, population=16)
-    exact = {row["digest"] for row in front(every.rows)}
-    found = {row["digest"] for row in front(bred.rows)}
+    exact = {row["digest"] for row in front(every.records)}
+    found = {row["digest"] for row in front(bred.records)}
     assert len(exact) > 3 and len(found & exact) >= 0.7 * len(exact)
+
+
+def test_it_covers_all_costs_within_a_budget_and_judges_each_candidate_on_all_samples():
+    space = tiny("autoformer_nano")
+    high = space.cost(space.largest()).params
+    budget = Budget(space, {"params": int(0.9 * high)})
+    with Raced(space, additive(space, 0), samples=40, batch_size=10, limit=60, budget=budget, fill=0.95) as tried:
+        nsga2(tried, None)
+    assert {samples for _, samples in tried.measurements} == {40} and len(tried.measurements) == 60
+    assert min(record["params"] for record in tried.records[:20]) < 0.6 * high
+    assert max(record["params"] for record in tried.records) <= 0.9 * high
+
+
+def test_candidates_without_a_loss_are_dominated_by_all_others():
+    space = tiny("autoformer_nano")
+    worth = additive(space, 0)
+
+    def broken(architecture):
+        return math.nan if architecture.choices["depth"] == min(space.choices["depth"].options) else worth(architecture)
+
+    with Known(space, broken, limit=80) as tried:
+        nsga2(tried, None, population=10)
+    lost = [math.isnan(record["loss"]) for record in tried.records]
+    assert 0 < sum(lost[40:]) < sum(lost[:40])
+    assert not any(math.isnan(record["loss"]) for record in final_front(tried))
 
 
 def test_equal_seeds_give_equal_fronts_and_a_small_space_ends_the_search():
@@ -94,7 +153,7 @@ def test_equal_seeds_give_equal_fronts_and_a_small_space_ends_the_search():
     for _ in range(2):
         with Known(space, additive(space, 0), limit=100) as tried:
             nsga2(tried, None, population=4)
-        runs.append(tried.rows)
+        runs.append(tried.records)
     assert runs[0] == runs[1] and len(runs[0]) == space.size == 8
 
 
@@ -121,7 +180,7 @@ def test_without_pymoo_it_says_how_to_get_it(monkeypatch):
 
 
 def test_the_figure_shows_the_candidates_and_their_front(tmp_path):
-    rows = [{"accuracy": 50.0 + i % 7, "params": 1000 * i, "flops": 10**7 * (9 - i)} for i in range(1, 9)]
+    rows = [{"loss": 5.0 - i % 7, "params": 1000 * i, "flops": 10**7 * (9 - i), "samples": 8} for i in range(1, 9)]
     drawn = []
     for name, shown, points, cost in (
         ("one", rows, front(rows), "params"),

@@ -62,7 +62,10 @@ def rows(path):
 
 
 def numbers(path):
-    return [{**row, "accuracy": float(row["accuracy"]), "params": int(row["params"])} for row in rows(path)]
+    return [
+        {**row, "loss": float(row["loss"]), "params": int(row["params"]), "samples": int(row["samples"])}
+        for row in rows(path)
+    ]
 
 
 def refused(capsys, stage, *bindings):
@@ -188,8 +191,7 @@ def test_a_plugins_objective_can_be_the_budget_and_the_cost_of_the_front(project
     limit = (low + high) / 2
     run(discretize, 'discretize.method = "nsga2"', "discretize.candidates = 25", 'discretize.cost = "latency"',
         f"discretize.limits = {{'latency': {limit}}}", 'create_objective.table = "latency.json"')  # fmt: skip
-    found = [{**row, "accuracy": float(row["accuracy"]), "latency": float(row["latency"])}
-             for row in rows("out/discretize/candidates.csv")]  # fmt: skip
+    found = [{**row, "latency": float(row["latency"])} for row in numbers("out/discretize/candidates.csv")]
     assert all(0 < row["latency"] <= limit for row in found)
     assert [row["digest"] for row in rows("out/discretize/pareto.csv")] == [
         row["digest"] for row in front(found, "latency")

@@ -12,7 +12,7 @@ from spaces import SPACES, make, random_mixture, vit
 from torch import nn
 
 from tanglenas_engine import SearchSpace, create_optimizer, elastic
-from tanglenas_engine.data import TensorSamples
+from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import normalized_entropy
 from tanglenas_engine.pipeline import figures
@@ -37,13 +37,10 @@ class Once(SearchSpace):
         return torch.randn(batch, 3)
 
 
-class View:
+def view(space, classes=3, samples=12):
     """The same few samples in every split."""
-
-    def __init__(self, space, classes=3, samples=12):
-        inputs = space.example_input(samples)
-        self.weights = TensorSamples(inputs, torch.arange(samples) % classes)
-        self.architecture = self.validation = self.training = self.weights
+    same = TensorSamples(space.example_input(samples), torch.arange(samples) % classes)
+    return DataView(dict.fromkeys(("weights", "architecture", "validation", "training"), same))
 
 
 def options(space):
@@ -89,7 +86,8 @@ def tried(space, count):
     for seed in range(count):
         found = space.sample(torch.Generator().manual_seed(seed))
         cost = space.cost(found)
-        rows.append({"digest": found.digest, "accuracy": 50.0 + seed, "params": cost.params, "flops": cost.flops})
+        scores = {"loss": 2.0 - seed / 10, "accuracy": 50.0 + seed}
+        rows.append({"digest": found.digest, **scores, "params": cost.params, "flops": cost.flops})
     return rows[::-1]
 
 
@@ -148,7 +146,7 @@ def test_searches_and_trainings_of_any_length_can_be_drawn(epochs, tmp_path):
 @pytest.mark.parametrize("method", ["darts", "spos"])
 def test_what_the_stages_return_can_be_drawn(method, tmp_path):
     space, optimizer = vit(), create_optimizer(method)
-    data = View(space)
+    data = view(space)
     result = search(space, optimizer, data, epochs=2, batch_size=6, device="cpu")
     found = discretize(space, data, result.mixture, method=optimizer.derivation, candidates=3, device="cpu")
     figures.alphas(result.history, options(space), tmp_path / "alphas.png")

@@ -1,6 +1,7 @@
 """Discretization: what each method derives, the budget it keeps to, and what it leaves of the supernet."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -58,14 +59,15 @@ def test_argmax_takes_the_most_probable_option_of_every_row(name):
 def test_random_gives_distinct_architectures_best_first():
     space = vit()
     result = derive(space, method="random", candidates=12)
-    accuracies = [row["accuracy"] for row in result.candidates]
-    assert accuracies == sorted(accuracies, reverse=True) and len(set(accuracies)) > 1
+    losses = [row["loss"] for row in result.candidates]
+    assert losses == sorted(losses) and len(set(losses)) > 1
     assert len({row["digest"] for row in result.candidates}) == 12
     assert result.architecture.digest == result.candidates[0]["digest"]
     data = random_data(space, SPLITS, samples=40)
     space.eval().select(result.architecture)
-    assert accuracies[0] == measure(space, data.architecture).accuracy
-    assert result.validation_accuracy == measure(space, data.validation).accuracy
+    judged, validated = measure(space, data.architecture), measure(space, data.validation)
+    assert (losses[0], result.candidates[0]["accuracy"]) == (judged.loss, judged.accuracy)
+    assert (result.validation_loss, result.validation_accuracy) == (validated.loss, validated.accuracy)
 
 
 def test_random_tries_no_more_than_there_are(capsys):
@@ -86,9 +88,9 @@ def test_random_reaches_every_architecture():
 def test_every_method_that_judges_takes_the_best_of_as_many_as_it_may(method):
     space = Convolutional()
     result = derive(space, method=method, candidates=45)
-    accuracies = [row["accuracy"] for row in result.candidates]
-    assert len(accuracies) == 45 == len({row["digest"] for row in result.candidates})
-    assert accuracies == sorted(accuracies, reverse=True)
+    losses = [row["loss"] for row in result.candidates]
+    assert len(losses) == 45 == len({row["digest"] for row in result.candidates})
+    assert losses == sorted(losses)
     assert result.architecture.digest == result.candidates[0]["digest"]
     generations = sorted(row["generation"] for row in result.candidates)
     assert generations == ([0] * 45 if method == "random" else [0] * 20 + [1] * 20 + [2] * 5)
@@ -102,9 +104,9 @@ def test_the_front_is_what_no_other_candidate_dominates(method, cost):
     rows = {row["digest"]: row for row in result.candidates}
     chosen = [rows[architecture.digest] for architecture in result.front]
     assert chosen == front(result.candidates, cost) and result.front_cost == cost
-    assert chosen[-1]["accuracy"] == result.candidates[0]["accuracy"]
+    assert chosen[-1]["loss"] == result.candidates[0]["loss"]
     for row in result.candidates:
-        beaten = [c for c in chosen if c["accuracy"] >= row["accuracy"] and c[cost] <= row[cost]]
+        beaten = [c for c in chosen if c["loss"] <= row["loss"] and c[cost] <= row[cost]]
         assert beaten, "neither on the front nor dominated by it"
     assert all(space.cost(a) == space.cost(space.architecture(**a.choices)) for a in result.front)
 
@@ -118,7 +120,7 @@ def test_a_prior_begins_with_what_argmax_takes(method):
         likely = derive(space, mixture, max_params=limit)
         result = derive(space, mixture, method=method, candidates=20, prior="mixture", max_params=limit)
         assert likely.architecture.digest in {row["digest"] for row in result.candidates if row["generation"] == 0}
-        assert result.candidates[0]["accuracy"] >= likely.candidates[0]["accuracy"]
+        assert result.candidates[0]["loss"] <= likely.candidates[0]["loss"]
 
 
 def test_a_prior_of_one_architecture_keeps_to_it():
@@ -285,6 +287,21 @@ def test_a_budget_can_be_in_an_objective(method):
     assert result.front_cost == "heads"
 
 
+@pytest.mark.parametrize("method", ["random", "evolution", "nsga2"])
+def test_candidates_fill_the_budget_but_for_a_front(method):
+    space = tiny("autoformer_nano")
+    limit = int(0.6 * space.cost(space.largest()).flops)
+    filled, drawn = (
+        [
+            row["flops"] / limit
+            for row in derive(space, method=method, candidates=30, max_flops=limit, **fill).candidates
+        ]
+        for fill in ({}, {"fill": 0})
+    )
+    assert max(*filled, *drawn) <= 1 and min(drawn) < 0.9
+    assert min(filled) >= 0.95 if method != "nsga2" else filled == drawn
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
 def test_random_candidates_keep_to_the_budget(share):
     space = Convolutional()
@@ -346,6 +363,11 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         ({"mixture": {}}, "'argmax' needs the mixture of a gradient search"),
         ({"method": "random", "prior": "mixture"}, "discretize.prior 'mixture' needs the mixture of a gradient search"),
         ({"method": "random", "prior": "alphas"}, "discretize.prior is 'alphas', expected 'uniform' or 'mixture'"),
+        ({"fill": -0.1}, "discretize.fill is -0.1, expected a share from 0 to 1"),
+        ({"fill": 95}, "discretize.fill is 95, expected a share from 0 to 1"),
+        ({"fill": True}, "discretize.fill is True, expected a share from 0 to 1"),
+        ({"fill": math.nan}, "discretize.fill is nan, expected a share from 0 to 1"),
+        ({"fill": None}, "discretize.fill is None, expected a share from 0 to 1"),
         ({"method": "random", "cost": "param"}, "unknown discretize.cost 'param'. Did you mean 'params'?"),
     ],
 )  # fmt: skip
@@ -376,13 +398,16 @@ def test_every_candidate_is_judged_with_statistics_of_its_own():
     )
     statistics = random_inputs(data.weights, 16, 3, seed=5, device=CPU)
     by_text = {str(a): a for a in (space.architecture_of(picks) for picks, _ in costs(space))}
-    accuracies = set()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(5))
+    part = TensorSamples(*data.architecture.batch(order[:16]))
+    losses = set()
     for row in result.candidates:
         network = space.extract(by_text[row["architecture"]])
         recalibrate(network, statistics)
-        assert measure(network, data.architecture, 16).accuracy == row["accuracy"]
-        accuracies.add(row["accuracy"])
-    assert len(accuracies) > 1
+        found = measure(network, {16: part, 64: data.architecture}[row["samples"]], 16)
+        assert found.accuracy == row["accuracy"] and found.loss == pytest.approx(row["loss"], rel=1e-6)
+        losses.add(row["loss"])
+    assert len(losses) == 8
     network = space.extract(result.architecture)
     recalibrate(network, statistics)
     assert measure(network, data.validation, 16).accuracy == result.validation_accuracy

@@ -76,12 +76,12 @@ def ranked(values):
 
 
 def scores(space, data, architectures):
-    """What each architecture is worth with the supernet's weights, the long way."""
+    """What each architecture is worth with the supernet's weights, the long way: the less loss, the more."""
     found = {}
     for architecture in architectures:
         network = space.extract(architecture)
         recalibrate(network, random_inputs(data.weights, 256, 8, 0, torch.device("cpu")))
-        found[architecture.digest] = measure(network, data.architecture).accuracy
+        found[architecture.digest] = -measure(network, data.architecture).loss
     return found
 
 
@@ -122,7 +122,7 @@ def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
     before = {name: tensor.clone() for name, tensor in space.state_dict().items()}
     found = rank_correlation(space, data, ranked(worth), architectures="all")
     assert found.kendall_tau == pytest.approx(1) and found.spearman == pytest.approx(1)
-    assert {row["digest"]: row["accuracy"] for row in found.rows} == worth
+    assert {row["digest"]: -row["loss"] for row in found.rows} == pytest.approx(worth, rel=1e-6)
     same({**space.state_dict()}, before, "the supernet")
     assert space.superposition.assignment is None
     reverse = rank_correlation(space, data, ranked({d: -v for d, v in worth.items()}), architectures=10**6)
@@ -190,7 +190,7 @@ def test_an_incomplete_table_is_told_before_anything_is_judged(judged):
 
 
 def test_the_figure_shows_every_architecture_and_both_numbers(tmp_path):
-    rows = [{"accuracy": 30.0 + i, "table_value": 90.0 + i % 5} for i in range(20)]
+    rows = [{"loss": 3.0 - i / 10, "table_value": 90.0 + i % 5} for i in range(20)]
     drawn = []
     for name, shown, tau in (("one", rows, 0.5), ("same", rows, 0.5), ("tau", rows, 0.4), ("less", rows[:9], 0.5),
                              ("none", [], math.nan)):  # fmt: skip

@@ -1,0 +1,109 @@
+"""A search says what one network's loss is on each split, and measures inherited weights as discretize does."""
+
+from functools import partial
+
+import pytest
+import torch
+from spaces import vit
+from tiny import tiny
+
+from tanglenas_engine import create_dataset, create_optimizer, create_space, make_splits, open_splits, search
+from tanglenas_engine.data import DataView, TensorSamples
+from tanglenas_engine.data.splits import PLAIN_SAMPLES
+from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.testing import random_data
+from tanglenas_engine.testing.optimizers import same
+from tanglenas_engine.training.measure import estimate_loss, measure, measure_inherited, statistics_inputs
+
+SPLITS = ("weights", "architecture", "validation")
+
+
+class Notes(SilentProgress):
+    """Keeps what a person is told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def learnable(count, seed, shift=0):
+    """Images whose class is the position of a bright row; `shift` gives them other labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    images = 0.1 * torch.randn(count, 3, 8, 8, generator=generator)
+    images[torch.arange(count), :, 2 * labels] += 2
+    return TensorSamples(images, (labels + shift) % 3)
+
+
+def searched(data, notes):
+    space = create_space("nb201", channels=4, cells=1, image_size=8, num_classes=3)
+    adam = partial(torch.optim.Adam, lr=2e-2)
+    return search(
+        space, create_optimizer("drnas"), data, epochs=3, batch_size=32, weight_optimizer=adam, progress=notes
+    )
+
+
+def test_a_search_warns_where_the_architecture_split_is_of_other_data():
+    weights, validation, notes = learnable(192, 0), learnable(192, 2), Notes()
+    alike = searched(DataView({"weights": weights, "architecture": learnable(192, 1), "validation": validation}), notes)
+    assert set(alike.split_losses) == set(SPLITS) and not [note for note in notes.notes if "warning" in note]
+    assert any("loss of one network on the splits: weights " in note for note in notes.notes)
+    other = DataView({"weights": weights, "architecture": learnable(192, 1, shift=1), "validation": validation})
+    differ = searched(other, notes)
+    (warning,) = [note for note in notes.notes if "warning" in note]
+    assert "they differ by more than chance allows" in warning and "make the splits anew" in warning
+    assert differ.split_losses["architecture"] > 1.5 * differ.split_losses["validation"]
+
+
+@pytest.mark.parametrize("name", ["nb201", "mobilenetv3_nano", "toy_cell"])
+def test_validation_in_a_search_is_what_discretize_measures(name):
+    space = tiny(name)
+    data = random_data(space, SPLITS, samples=24)
+    result = search(space, create_optimizer("drnas"), data, epochs=2, batch_size=8)
+    derived = discretize(space, data, result.mixture, batch_size=8)
+    assert derived.architecture == result.architecture
+    assert result.history[-1]["validation_accuracy"] == derived.validation_accuracy
+
+
+@pytest.mark.parametrize("name", ["nb201", "mobilenetv3_nano"])
+def test_a_measurement_recalibrates_and_leaves_the_supernet_as_it_was(name):
+    space = tiny(name).train()
+    data = random_data(space, SPLITS, samples=32)
+    inputs = statistics_inputs(space, data.weights, 4, 0, torch.device("cpu"), batch_size=8)
+    before = {key: value.clone() for key, value in space.state_dict().items()}
+    architecture = space.sample(torch.Generator().manual_seed(0))
+    found = measure_inherited(space, architecture, data.validation, inputs)
+    same(dict(space.state_dict()), before, "the supernet")
+    assert space.training
+    stale = measure(space.select(architecture), data.validation)
+    assert found.loss != stale.loss  # the statistics of a new supernet are those of no data
+    assert measure_inherited(space, architecture, data.validation, []) == stale
+
+
+def test_a_space_without_batch_norms_needs_no_statistics():
+    space = vit()
+    data = random_data(space, SPLITS, samples=8)
+    assert statistics_inputs(space, data.weights, 4, 0, torch.device("cpu")) == []
+
+
+def test_an_estimate_is_the_mean_loss_and_its_standard_error():
+    space = vit()
+    data = random_data(space, SPLITS, samples=40)
+    estimate, found = estimate_loss(space, data.validation, batch_size=16), measure(space, data.validation)
+    assert estimate.mean == pytest.approx(found.loss, rel=1e-5)
+    assert 0 < estimate.error < 1
+
+
+def test_a_view_has_some_samples_without_augmentation():
+    digits = create_dataset("digits", shift=2)
+    view = open_splits(digits, make_splits(digits, seed=0), SPLITS)
+    for name in SPLITS:
+        plain = view.plain(name)
+        assert len(plain) == min(len(getattr(view, name)), PLAIN_SAMPLES)
+        first, second = (plain.batch(torch.arange(4))[0] for _ in range(2))
+        assert first.equal(second)
+    moved = [view.weights.batch(torch.arange(4))[0] for _ in range(2)]
+    assert not moved[0].equal(moved[1])
