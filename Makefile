@@ -20,7 +20,7 @@ ui: $(READY)  ## Open MLflow on the runs so far
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 test: $(READY) check  ## Check style and types, and run all tests, one process for each core
-	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## Run the tests without processes of their own, on a few spaces and optimizers
 	pytest --numprocesses auto --maxprocesses 4 -m "not slow" --hypothesis-profile fast

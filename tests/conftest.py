@@ -33,10 +33,7 @@ SLOW = (
     "runtime/test_distributed.py",
     "training/test_compile.py",
 )
-"""Files and folders with processes of their own or whole pipelines, by the start of their paths.
-
-`make test-fast` leaves them out. `make test` runs each file in one process, since its fixtures take longest.
-"""
+"""Files and folders that `make test-fast` leaves out, by the start of their paths: processes and whole pipelines."""
 
 FEW = {"convolutional", "language", "vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 """The spaces of the tables of invariants, and an optimizer of each family, that `make test-fast` keeps."""
@@ -48,10 +45,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test as slow by its file, or by the space or optimizer that is its parameter."""
     path = item.path.relative_to(TESTS).as_posix()
     given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    if path.startswith(SLOW):
-        item.add_marker("slow")
-        item.add_marker(pytest.mark.xdist_group(path))
-    elif OTHERS.intersection(value for value in given if isinstance(value, str)):
+    if path.startswith(SLOW) or OTHERS.intersection(value for value in given if isinstance(value, str)):
         item.add_marker("slow")
 
 
