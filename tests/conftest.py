@@ -20,37 +20,33 @@ settings.register_profile(
     max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("fast", settings.get_profile("tanglenas"), max_examples=5)
 settings.load_profile("tanglenas")
 
 TESTS = Path(__file__).parent
 SLOW = (
+    "cli/test_doctor.py",
+    "cli/test_export.py",
     "cli/test_init.py",
     "pipeline/",
     "project/test_example.py",
     "runtime/test_distributed.py",
     "training/test_compile.py",
 )
-"""Files and folders with processes of their own or whole pipelines, by the start of their paths.
-
-`make test-fast` leaves them out. `make test` runs each file in one process, since its fixtures take longest.
-"""
+"""Files and folders that `make test-fast` leaves out, by the start of their paths: processes and whole pipelines."""
 
 FEW = {"convolutional", "language", "vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 """The spaces of the tables of invariants, and an optimizer of each family, that `make test-fast` keeps."""
 
+OTHERS = {*ALL, *manager().names("optimizer")} - FEW
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests as slow by their file, or by the space or optimizer that is their parameter."""
-    others = {*ALL, *manager().names("optimizer")} - FEW
-    for item in items:
-        path = item.path.relative_to(TESTS).as_posix()
-        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if path.startswith(SLOW):
-            item.add_marker("slow")
-            item.add_marker(pytest.mark.xdist_group(path))
-        elif others.intersection(value for value in given if isinstance(value, str)):
-            item.add_marker("slow")
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test as slow by its file, or by the space or optimizer that is its parameter."""
+    path = item.path.relative_to(TESTS).as_posix()
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if path.startswith(SLOW) or OTHERS.intersection(value for value in given if isinstance(value, str)):
+        item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
