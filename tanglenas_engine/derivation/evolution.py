@@ -1,7 +1,7 @@
 """Evolution on a trained supernet (Guo et al., 2020, arXiv:1904.00420, section 3.3, as AutoFormer has it).
 
 Crossovers and mutations of the best candidates so far make up every generation. With `tournament` and `lifetime` it is
-regularised evolution (Real et al., 2019, arXiv:1802.01548): each parent is the best of a few, and old candidates retire.
+regularised evolution (Real et al., 2019, arXiv:1802.01548): each parent is the best of a few, and old ones retire.
 """
 
 from __future__ import annotations
