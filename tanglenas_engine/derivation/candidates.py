@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -108,6 +109,7 @@ class Candidates:
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
         self._drawn: set[str] = set()
         self._judged: dict[str, Record] = {}
+        self._rungs_used: set[int] = set()
         self._generation, self._done, self._best = 0, 0, math.inf
         self._scores: dict[str, tuple[float, float]] = {}  # loss and accuracy by digest and number of samples
         self._saved = time.monotonic()
@@ -201,14 +203,20 @@ class Candidates:
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
 
-    def judge_fully(self, records: Sequence[Record]) -> None:
-        """Judge candidates again, which a race left behind, on all samples; their records are updated."""
-        self._measure([record["architecture"] for record in records], len(self._samples))
+    def carry_on(self, keep: Callable[[Sequence[Record]], Sequence[Record]]) -> None:
+        """Judge more candidates of each rung on the next one, from the first rung to the last.
 
-    @property
-    def samples(self) -> int:
-        """The number of samples that the last rung of a race has."""
-        return len(self._samples)
+        Args:
+            keep: Returns those that go on, of records with the loss on the samples of one rung.
+        """
+        for count, following in itertools.pairwise(sorted(self._rungs_used)):
+            scored = [
+                {**record, "loss": self._scores[key][0]}
+                for record in self.records
+                if (key := f"{record['digest']}/{count}") in self._scores
+            ]
+            early = [one for one in keep(scored) if self._judged[one["digest"]]["samples"] < following]
+            self._measure([record["architecture"] for record in early], following)
 
     def best(self, count: int = 1, since: int = 0) -> list[Record]:
         """Return the records of smallest loss of generation `since` or later; the first found wins a tie.
@@ -231,6 +239,7 @@ class Candidates:
 
     def _measure(self, architectures: Sequence[Architecture], count: int) -> None:
         """Write the scores of architectures on `count` samples into their records."""
+        self._rungs_used.add(count)
         scores = distributed.map_over_ranks(partial(self._score, count=count), architectures)
         for architecture, (loss, accuracy) in zip(architectures, scores, strict=True):
             self._scores[f"{architecture.digest}/{count}"] = loss, accuracy

@@ -1,7 +1,7 @@
 """Evolution on a trained supernet (Guo et al., 2020, arXiv:1904.00420, section 3.3, as AutoFormer has it).
 
-Every generation is made of crossovers and mutations of the best candidates so far. With `tournament` and `lifetime` it
-is regularised evolution (Real et al., 2019, arXiv:1802.01548): parents are the best of a few, and the old retire.
+Crossovers and mutations of the best candidates so far make up every generation. With `tournament` and `lifetime` it is
+regularised evolution (Real et al., 2019, arXiv:1802.01548): each parent is the best of a few, and old ones retire.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ def evolution(
     tournament: int = 1,
     lifetime: int | None = None,
 ) -> None:
-    """Judge generations of candidates, each bred from the best of those before.
+    """Judge generations of candidates, each bred from the best of the generations before.
 
     The paper's settings for AutoFormer are population 50, parents 10, crossovers 25, mutations 25 and 20 generations,
-    1,050 candidates in all; for GPT the same with 50 generations. The probabilities are theirs.
+    which is 1,050 candidates. For GPT it uses 50 generations. The default probabilities are the paper's.
 
     Args:
-        population: New candidates a generation. The first is drawn; later ones have random ones where crossovers and
-            mutations are fewer, or give nothing new.
-        parents: The best so far, from which the next generation is bred.
-        crossovers: Candidates a generation whose every part comes from one of two parents.
-        mutations: Candidates a generation that differ from one parent by random changes, at least one.
-        mutation_probability: Of a change to each row of a choice that is made per layer.
-        single_probability: Of a change to each choice that is made once, such as a depth.
-        generations: After the first one; None: until the candidates are used up.
-        tournament: Each parent is the best of this many drawn from the best so far; 1 takes any of them.
-        lifetime: Generations for which a candidate can be a parent; None: for ever.
+        population: The number of new candidates per generation. All of the first generation are drawn. Random ones
+            complete a later generation that has fewer crossovers and mutations, or in which these give nothing new.
+        parents: The number of the best candidates so far from which the next generation is bred.
+        crossovers: The number of candidates per generation that take each decision from one of two parents.
+        mutations: The number of candidates per generation that differ from a parent by random changes, at least one.
+        mutation_probability: The probability of a change to each row of a choice that is made per layer.
+        single_probability: The probability of a change to each choice that is made once, such as a depth.
+        generations: The number of generations after the first one; None goes on until the candidates are used up.
+        tournament: The number of candidates, drawn from the best so far, whose best one is a parent; 1 takes any.
+        lifetime: The number of generations for which a candidate can be a parent; None sets no limit.
 
     Raises:
-        TangleNASError: An option cannot be.
+        TangleNASError: An option is out of its range, there are more parents than the population has, or crossovers and
+            mutations together are more than that.
     """
     least = {"population": 1, "parents": 1, "crossovers": 0, "mutations": 0, "tournament": 1}
     numbers = dict(zip(least, (population, parents, crossovers, mutations, tournament), strict=True))
@@ -91,16 +92,16 @@ def evolution(
 
 
 class Variation:
-    """Makes new architectures of others, with the changes that the space allows.
+    """A source of new architectures that are made of others, by the moves that the space allows.
 
     Args:
-        generator: Of all that is random.
-        name: Under which errors name the probabilities.
-        mutation_probability: Of a move of each row of a choice that is made per layer.
-        single_probability: Of a move of each choice that is made once.
+        generator: The source of all random numbers.
+        name: The name of the method in error messages.
+        mutation_probability: The probability of a move of each row of a choice that is made per layer.
+        single_probability: The probability of a move of each choice that is made once.
 
     Raises:
-        TangleNASError: A probability is none.
+        TangleNASError: A probability is not a number from 0 to 1.
     """
 
     def __init__(
@@ -117,9 +118,10 @@ class Variation:
         self._groups = [list(alternatives[0]) for alternatives in space.decisions()]
 
     def crossed(self, one: Architecture, other: Architecture) -> Architecture:
-        """Every decision is that of one of the two, or of the other where this one does not use its rows.
+        """Return a child that takes each decision from one of two parents at random.
 
-        Where this is no architecture, in a space that does not say which rows are decided together, it is `one`.
+        If that parent does not use the rows of a decision, the child takes it from the other one. A space that does not
+        tell which rows are decided together may not have the child: then `one` is returned.
         """
         pair = [self.space.assignment_of(one), self.space.assignment_of(other)]
         picks: dict[Row, int] = {}
@@ -133,14 +135,14 @@ class Variation:
         return child
 
     def mutated(self, architecture: Architecture) -> Architecture:
-        """Some of the rows, at least one, go through a random move of the space."""
+        """Return the architecture after random moves of some rows, at least of one."""
         picks = self.space.assignment_of(architecture)
         for row in self.space.rows:
-            if not row.active(picks):  # a depth that grows finds random options there
+            if not row.active(picks):  # layers that a larger depth adds have random options
                 (picks[row],) = self._integers(len(row.options), 1)
 
         def move(rows: Sequence[Row]) -> bool:
-            """Make a random move of one of these rows, if there is any."""
+            """Make a random move of one of these rows, and return whether there was any."""
             moves = [change for change in self.space.moves(picks) if not change.keys().isdisjoint(rows)]
             if moves:
                 picks.update(moves[self._integers(len(moves), 1)[0]])
@@ -160,7 +162,7 @@ class Variation:
 
 
 def _share(name: str, value: float) -> float:
-    """`value`, checked to be a number from 0 to 1."""
+    """Check that a value is a number from 0 to 1, and return it."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise TangleNASError(f"{name} is {value!r}, expected a number from 0 to 1")
     return value

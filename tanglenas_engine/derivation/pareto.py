@@ -33,13 +33,10 @@ def front(records: Sequence[Record], cost: str = "params") -> list[Record]:
 def final_front(candidates: Candidates) -> list[Record]:
     """Return the front of the candidates, each judged on all samples.
 
-    A race judges most candidates on a part of the samples, and a cheap one seldom reaches the end. So candidates that
-    would be on the front by their score so far are judged on all samples, until there are no others on it.
+    A race drops candidates of a large loss, and with them most of the cheap ones. So the front of every rung goes on to
+    the next one here. Losses are compared within a rung, where they are of the same samples.
     """
-    while early := [
-        record for record in _undominated(candidates.records, candidates.cost) if record["samples"] < candidates.samples
-    ]:
-        candidates.judge_fully(early)
+    candidates.carry_on(lambda records: _undominated(records, candidates.cost))
     return front(candidates.records, candidates.cost)
 
 

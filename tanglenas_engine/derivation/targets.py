@@ -1,4 +1,4 @@
-"""Targets: how a search is drawn to a cost."""
+"""Targets: terms of alpha's loss that pull a search to a cost."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda ratio: (ratio - 1).clamp_min(0),
     "log": lambda ratio: ratio.log().abs(),
 }
-"""What a search is charged, as a function of expected cost / target: for an excess only, or for any distance."""
+"""Penalties by name, as functions of expected cost / target: "hinge" charges an excess only, "log" any distance."""
 
 
 class Target:
-    """A cost that a search is drawn to: `weight * penalty(expected / target)` in the loss of alpha.
+    """A target for the expected cost of a search: it adds `weight * penalty(expected / target)` to the loss of alpha.
 
-    The expectation is that of the mixture which alpha stands for, not of a sample. Without `value` and `share` nothing
-    is added, and the cost is reported only.
+    The expectation is of the mixture that alpha stands for, not of a sample. Without `value` and `share`, the cost is
+    reported, and the loss is unchanged.
 
     Args:
-        objective: What is meant by cost.
+        objective: The cost.
         value: The target in the objective's own unit.
         share: The target as a share of the largest architecture's cost, above 0 and up to 1.
-        weight: Against the loss of the task. The penalty's slope is constant, so that an optimum meets the target,
-            rather than a compromise, from some weight on.
-        penalty: "hinge", `max(0, ratio - 1)`, leaves alone what costs less; "log", `|log(ratio)|`, draws from both
-            sides.
+        weight: The weight of the penalty, relative to the loss of the task. The slope of a penalty does not vanish at
+            the target. So from some weight on, an optimum meets the target instead of a compromise.
+        penalty: "hinge", `max(0, ratio - 1)`, charges costs above the target; "log", `|log(ratio)|`, charges costs on
+            both sides.
 
     Raises:
-        TangleNASError: An option cannot be.
+        TangleNASError: Both `value` and `share` are given, a number is not positive, the share is above 1, or the
+            penalty is unknown.
     """
 
     def __init__(
@@ -68,14 +69,15 @@ class Target:
 
     @property
     def active(self) -> bool:
-        """Whether there is a target, or the cost is reported only."""
+        """Whether there is a target. Without one, the cost is only reported."""
         return self.value is not None or self.share is not None
 
     def bind(self, space: SearchSpace) -> Self:
-        """Take up a space, and find what the target is there.
+        """Bind the target to a space, and compute its limit there.
 
         Raises:
-            TangleNASError: No architecture costs so little, none so much, or the objective fails.
+            TangleNASError: The target is below the smallest or above the largest cost in the space, the objective
+                fails, or its expectation has no gradient.
         """
         self.objective.bind(space)
         if not self.active:
@@ -106,6 +108,6 @@ class Target:
         return self
 
     def charge(self, mixture: Mixture) -> Tensor:
-        """What is added to alpha's loss for a mixture."""
+        """Return the term that a mixture adds to alpha's loss."""
         assert self.limit is not None
         return self.weight * PENALTIES[self.penalty](self.objective.expected(mixture) / self.limit)

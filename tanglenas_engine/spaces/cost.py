@@ -44,11 +44,11 @@ Term = tuple[int, tuple[Size, ...]]
 
 
 class Additive:
-    """A cost that is a sum of tables, each over a few rows of choices: what searches and budgets can compute with.
+    """A cost that is a sum of tables, each over a few rows of choices. Searches and budgets compute with the tables.
 
     Args:
-        tables: For each tuple of rows the value of every combination of their options, the last row's varying fastest.
-            Where a row does not matter (beyond a depth, whose row is then in the tuple too), values must not differ.
+        tables: The value of every combination of options, for each tuple of rows; the last row's option varies fastest.
+            A row beyond a depth does not matter. The depth's row is then in the tuple too, and values must not differ.
     """
 
     def __init__(self, tables: Mapping[tuple[Row, ...], Sequence[float]]):
@@ -56,11 +56,11 @@ class Additive:
         self._batches = _batched(self.tables)
 
     def cost(self, assignment: Assignment) -> Any:
-        """The exact value for an assignment; an int where the tables hold ints."""
+        """Return the exact value for an assignment. It is an int where the tables hold ints."""
         return sum(Size(rows, values).number(assignment) for rows, values in self.tables.items())
 
     def expected(self, mixture: Mixture) -> Tensor:
-        """The expectation over independent rows: a float64 scalar, differentiable."""
+        """Return the expectation over independent rows, a differentiable float64 scalar."""
         # Counts exceed what float32 holds exactly.
         mixture = Mixture({}, {count: stack.double() for count, stack in mixture.stacks.items()})
         total = next(iter(mixture.stacks.values())).new_zeros(())
@@ -71,14 +71,14 @@ class Additive:
 
 
 class CostModel:
-    """The costs of a network by metric: all its terms, gathered by the rows that they depend on.
+    """The costs of a network by metric, as tables over the rows that its terms depend on.
 
     Attributes:
         uncounted: A sentence for each module whose multiply-accumulates are not known for every architecture.
 
     Args:
         superposition: The state that the network's elastic layers share.
-        example_input: Makes a batch of inputs of a given length.
+        example_input: A function that returns a batch of inputs of a given length.
     """
 
     def __init__(self, network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]):
@@ -114,7 +114,7 @@ class CostModel:
 def _batched(
     tables: Mapping[tuple[Row, ...], Sequence[float]],
 ) -> list[tuple[tuple[Row, ...], Tensor, Tensor]]:
-    """Tables over rows with the same numbers of options together: (rows of the first, slots, values)."""
+    """Return (rows of the first, slots, values) for all tables over rows with the same numbers of options together."""
     groups: dict[tuple[int, ...], list[tuple[Row, ...]]] = {}
     for rows in tables:
         groups.setdefault(tuple(len(row.options) for row in rows), []).append(rows)
@@ -150,7 +150,7 @@ def _parameter_terms(network: nn.Module) -> list[Term]:
 
 
 def _anywhere(places: list[tuple[Size, ...]]) -> tuple[Size, ...]:
-    """The gates of a parameter that several layers share: it is there where any of them is."""
+    """Return the gates of a parameter that several layers share. It is in use where any of these layers is."""
     if len(places) == 1 or () in places:
         return min(places, key=len)
     products = [functools.reduce(operator.mul, gates) for gates in places]

@@ -1,4 +1,4 @@
-"""Objectives: what an architecture costs."""
+"""Objectives: costs of architectures beside parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """A cost of architectures that a search can keep down: finite, and at least 0.
+    """A cost of architectures that a search can limit. It is finite, and at least 0.
 
-    A subclass writes `terms`, from which the rest follows. One whose cost is no sum of tables writes `measure` and
-    `expectation` instead; hard budgets in it are met by a local search.
+    A subclass writes `terms`, from which the rest follows. If its cost is not a sum of tables, it writes `measure` and
+    `expectation` instead. A local search then keeps hard budgets in it.
 
     Attributes:
-        name: Under which histories, metrics and budgets list it.
-        unit: What its numbers count, as a person reads it.
-        source: Where its numbers come from, if not from the architecture alone; stages say it.
-        additive: Its terms on the space that it is bound to.
+        name: The name in histories, metrics and budgets.
+        unit: The unit of its numbers, as a person reads it.
+        source: The origin of its numbers, if they do not follow from the architecture alone. Stages print it.
+        additive: The terms on the space that it is bound to.
     """
 
     name: str = ""
@@ -36,24 +36,24 @@ class Objective:
     source: str = ""
     additive: Additive | None = None
 
-    # What an objective says.
+    # A subclass overrides these.
 
     def terms(self, space: SearchSpace) -> Additive | None:
-        """The cost as tables over the space's rows of choices, or None if it has no such form."""
+        """Return the cost as tables over the space's rows of choices, or None if it has not this form."""
         return None
 
     def measure(self, architecture: Architecture) -> float:
-        """The cost of one architecture."""
+        """Return the cost of one architecture."""
         return float(self._tables().cost(self.space.assignment_of(architecture)))
 
     def expectation(self, mixture: Mixture) -> Tensor:
-        """The expectation of `measure` under a mixture: a scalar, differentiable."""
+        """Return the expectation of `measure` under a mixture, a differentiable scalar."""
         return self._tables().expected(mixture)
 
-    # What it is asked.
+    # The engine calls these.
 
     def bind(self, space: SearchSpace) -> Self:
-        """Take up the space whose architectures are meant.
+        """Bind the objective to the space of its architectures.
 
         Raises:
             TangleNASError: The objective is not for this space.
@@ -63,10 +63,10 @@ class Objective:
         return self
 
     def cost(self, architecture: Architecture) -> float:
-        """The cost of one architecture.
+        """Return the cost of one architecture.
 
         Raises:
-            TangleNASError: The objective fails, or says something that is no cost.
+            TangleNASError: The objective fails, or its cost is negative or not finite.
         """
         with self._blamed(f"on the architecture {architecture}"):
             cost = float(self.measure(architecture))
@@ -75,10 +75,10 @@ class Objective:
         return cost
 
     def expected(self, mixture: Mixture) -> Tensor:
-        """The expectation of `cost` under a mixture: a scalar, differentiable.
+        """Return the expectation of `cost` under a mixture, a differentiable scalar.
 
         Raises:
-            TangleNASError: The objective fails, or gives something else.
+            TangleNASError: The objective fails, or its expectation is not a tensor with one number.
         """
         with self._blamed("on a mixture"):
             expected = self.expectation(mixture)
@@ -93,7 +93,7 @@ class Objective:
 
     @contextmanager
     def _blamed(self, where: str) -> Iterator[None]:
-        """Name the objective in whatever goes wrong in it."""
+        """Name the objective in every error that it raises."""
         try:
             yield
         except Exception as cause:

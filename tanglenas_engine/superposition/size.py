@@ -1,8 +1,8 @@
 """Sizes: the numbers of a network that an architecture decides.
 
-A `Size` is a function of a few rows of choices, kept as the table of its values over all combinations of
-their options. Arithmetic builds new tables, so `E * R` or `make_divisible(E * R, 8)` need no rule of their own:
-whatever uses a Size enumerates its rows.
+A `Size` is a function of a few rows of choices. It is kept as the table of its values over all combinations of their
+options. Arithmetic builds new tables, so `E * R` or `make_divisible(E * R, 8)` need no rule of their own. Code that uses
+a Size enumerates its rows.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class SharedState(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One categorical variable: a choice, or one layer of a choice that is made per layer.
+    """A categorical variable: a choice, or one layer of a choice that is made per layer.
 
-    Rows with equally many options are stacked, and `slot` is the row's place in its stack. `gate`, if any, is
-    the (depth, layer) that decides whether the row matters: it does where the depth matters and exceeds the layer.
+    Rows with equally many options are stacked, and `slot` is the row's place in its stack. `gate`, if any, is a pair
+    (depth, layer). The row matters if its depth matters and exceeds the layer.
     """
 
     choice: str
@@ -43,7 +43,7 @@ class Row:
         return self.choice if layer is None else f"{self.choice}[{layer}]"
 
     def active(self, assignment: Assignment) -> bool:
-        """Whether the row matters under `assignment`."""
+        """Return whether the row matters under an assignment."""
         if self.gate is None:
             return True
         depth, layer = self.gate
@@ -55,7 +55,7 @@ Assignment = Mapping[Row, int]
 
 
 def combinations(rows: Iterable[Row]) -> Iterator[dict[Row, int]]:
-    """All assignments of `rows`, the last row varying fastest."""
+    """Yield all assignments of `rows`; the last row varies fastest."""
     rows = tuple(rows)
     for picks in itertools.product(*(range(len(row.options)) for row in rows)):
         yield dict(zip(rows, picks, strict=True))
@@ -70,7 +70,7 @@ class Size:
 
     @classmethod
     def of(cls, number: Size | Number) -> Size:
-        """`number` itself if it is a Size already, else the constant."""
+        """Return `number` itself if it is a Size, else a constant Size."""
         return number if isinstance(number, Size) else Size((), (number,))
 
     @property
@@ -84,22 +84,22 @@ class Size:
 
     @property
     def used(self) -> int:
-        """How much of the dimension a search works on at present: all, except of a `PartialSize`."""
+        """The part of the dimension that a search works on at present. It is all, except of a `PartialSize`."""
         return self.max
 
     def number(self, assignment: Assignment) -> Any:
-        """The exact value under an assignment of (at least) this Size's rows."""
+        """Return the exact value under an assignment of at least this Size's rows."""
         index = 0
         for row in self.rows:
             index = index * len(row.options) + assignment[row]
         return self.values[index]
 
     def value(self, assignment: Assignment) -> int:
-        """The value as a dimension: fractions are cut, as in the paper's `int(embed_dim * mlp_ratio)`."""
+        """Return the value as a dimension. Fractions are cut, as in the paper's `int(embed_dim * mlp_ratio)`."""
         return int(self.number(assignment))
 
     def map(self, function: Callable[..., Number], *others: Size | Number) -> Size:
-        """The Size `function(self, *others)`."""
+        """Return the Size `function(self, *others)`."""
         operands = (self, *map(Size.of, others))
         rows = dict.fromkeys(row for operand in operands for row in operand.rows)
         return Size(
@@ -117,7 +117,7 @@ class Size:
         return self.map(lambda a, b: a * b, other)
 
     def positive(self) -> Size:
-        """1 where the Size exceeds 0, else 0: whether what has it is there."""
+        """Return the Size that is 1 where this one is positive, else 0."""
         return self.map(lambda value: int(value > 0))
 
     def __floordiv__(self, other: Size | Number) -> Size:
@@ -127,7 +127,7 @@ class Size:
     __rmul__ = __mul__
 
     def round(self) -> Size:
-        """The nearest integer (ties to even), where the default is to cut the fraction."""
+        """Return the Size of the nearest integers, ties to even. Without it, fractions are cut."""
         return self.map(round)
 
     def __repr__(self) -> str:
@@ -137,7 +137,7 @@ class Size:
 
 
 def make_divisible(size: Size | Number, divisor: int = 8, min_value: int | None = None) -> Size:
-    """The multiple of `divisor` nearest to `size`, never more than 10 % below it (MobileNet's rule)."""
+    """Return the multiple of `divisor` nearest to `size`, never more than 10 % below it (MobileNet's rule)."""
 
     def nearest(number: Number) -> int:
         rounded = max(min_value or divisor, int(number + divisor / 2) // divisor * divisor)
@@ -148,12 +148,12 @@ def make_divisible(size: Size | Number, divisor: int = 8, min_value: int | None 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One dimension of a parameter, and which of its entries an architecture uses.
+    """A dimension of a parameter, with the entries of it that an architecture uses.
 
-    `layout` says where they lie: "prefix" (the first `size`), "window" (the central `size`: nested kernels),
-    or "value" (entry j stands for the j-th distinct value of the size: depths).
-    `blocks` repeats the prefix: q, k and v stacked in one projection have three.
-    `role` says how the dimension is used; `mixture.COVERED` decides from it whether a mixture covers it.
+    `layout` is the place of these entries: "prefix" are the first `size`, "window" are the central `size` (nested
+    kernels), and "value" is entry j for the j-th distinct value of the size (depths).
+    `blocks` repeats the prefix: q, k and v, stacked in one projection, have three.
+    `role` is the use of the dimension. `mixture.COVERED` lists the roles that a mixture covers.
     """
 
     size: Size
@@ -162,7 +162,7 @@ class Axis:
     role: str = "read"
 
     def __post_init__(self) -> None:
-        self.size.number(dict.fromkeys(self.size.rows, 0))  # a choice made per layer says that it wants an index
+        self.size.number(dict.fromkeys(self.size.rows, 0))  # raises for a choice made per layer, which needs an index
         if any(isinstance(value, str) for value in self.size.values):
             raise TangleNASError(f"{self.size!r} is a choice between names, not a number: map it to one first")
         least = 0 if self.layout == "window" and self.size.max else 1  # a kernel may be absent, with its operation
@@ -177,16 +177,16 @@ class Axis:
 
     @classmethod
     def of(cls, dimension: Axis | Size | Number, role: str) -> Axis:
-        """The axis of a dimension given as number or Size, in `role`; an Axis has its own already."""
+        """Return the axis of a number or Size in `role`. An Axis keeps its own role."""
         return dimension if isinstance(dimension, Axis) else cls(Size.of(dimension), role=role)
 
     @property
     def length(self) -> int:
-        """Entries of the supernet's full dimension."""
+        """The number of entries of the supernet's full dimension."""
         return len(set(self.size.values)) if self.layout == "value" else self.size.max * self.blocks
 
     def used(self, assignment: Assignment) -> tuple[bool, ...]:
-        """Which of the `length` entries the assignment uses."""
+        """Return for each of the `length` entries whether the assignment uses it."""
         value = self.size.value(assignment)
         if self.layout == "value":
             return tuple(depth == value for depth in sorted({int(v) for v in self.size.values}))
@@ -194,7 +194,7 @@ class Axis:
         return tuple(start <= i < start + value for i in range(self.size.max)) * self.blocks
 
     def entries(self, assignment: Assignment) -> int:
-        """How many entries the assignment uses."""
+        """Return the number of entries that the assignment uses."""
         return self.size.value(assignment) * self.blocks
 
 

@@ -276,7 +276,7 @@ def test_all_are_judged_on_the_first_rung_and_a_quarter_goes_on():
         assert [record["architecture"] for record in tried.best(4)] == best[:4]
         assert Counter(record["samples"] for record in records) == {10: 37, 40: 9, 160: 4}
         assert {digest for digest, samples in tried.measurements if samples == 40} == {one.digest for one in best[:13]}
-        assert tried.best()[0]["samples"] == tried.samples == 160
+        assert tried.best()[0]["samples"] == 160
         tried.judge(drawn[:10])  # known
         tried.judge(tried.fresh(1))  # a single one runs no race
         assert tried.measurements[67:] == [(tried.records[-1]["digest"], 160)]
@@ -322,8 +322,6 @@ def test_a_loss_that_is_no_number_is_last_and_in_the_record():
         records = tried.judge(drawn)
         assert math.isnan(records[0]["loss"]) and records[0]["samples"] == 10
         assert tried.best(8)[-1] is records[0]
-        tried.judge_fully(records)
-        assert tried.best(8)[-1] is records[0] and records[0]["samples"] == 40
         assert broken not in [record["architecture"] for record in final_front(tried)]
 
 

@@ -18,7 +18,7 @@ from tanglenas_engine.training.options import Computation
 
 SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
 CASES = [
-    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "walked",
+    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "raced", "walked",
     "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged", "after_the_first", "apart",
 ]  # fmt: skip
 
@@ -104,6 +104,12 @@ def test_two_processes_retrain_and_evaluate_as_one_does(two):
     assert alone["test"][0] == both[0]["test"][0] and alone["test"][2] == both[0]["test"][2] == 36
     assert alone["test"][1] == pytest.approx(both[0]["test"][1], abs=1e-5)
     assert alone["history"][-1]["accuracy"] == pytest.approx(both[0]["history"][-1]["accuracy"])
+
+
+def test_two_processes_share_a_race_and_judge_as_one_does(two):
+    alone, both = ranked.raced(), two("raced")
+    assert both[0] == both[1] == alone
+    assert {record["samples"] for record in alone[0]} == {10, 40} and len(alone[0]) == 9
 
 
 def test_every_rank_draws_noise_of_its_own_and_rank_0_that_of_one_process(two):

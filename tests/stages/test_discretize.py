@@ -299,7 +299,10 @@ def test_candidates_fill_the_budget_but_for_a_front(method):
         for fill in ({}, {"fill": 0})
     )
     assert max(*filled, *drawn) <= 1 and min(drawn) < 0.9
-    assert min(filled) >= 0.95 if method != "nsga2" else filled == drawn
+    if method == "nsga2":
+        assert filled == drawn
+    else:  # but for those from which no move leads on
+        assert sum(share >= 0.95 for share in filled) >= 28 > sum(share >= 0.95 for share in drawn)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])

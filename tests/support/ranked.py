@@ -14,6 +14,8 @@ from trainings import run
 
 from tanglenas_engine import create_optimizer, create_space
 from tanglenas_engine.data import SPLITS, make_splits, open_splits
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import create_dataset
 from tanglenas_engine.runtime import distributed
@@ -129,6 +131,18 @@ def retrained():
         "history": result.history,
         "test": (judged.test_accuracy, judged.test_loss, judged.samples),
     }
+
+
+def raced():
+    """Candidates that ran a race, and their front."""
+    torch.manual_seed(0)
+    space = Convolutional()
+    data = random_data(space, ("weights", "architecture"), samples=40)
+    with Candidates(space, data.weights, data.architecture, batch_size=5, device=torch.device("cpu")) as candidates:
+        candidates.judge(candidates.fresh(9))
+        front = final_front(candidates)
+    return [[{**record, "architecture": str(record["architecture"])} for record in found]
+            for found in (candidates.records, front)]  # fmt: skip
 
 
 class Noise(nn.Module):
