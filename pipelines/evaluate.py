@@ -42,6 +42,9 @@ def main(arguments: Sequence[str]) -> None:
             path = stage.folder / "rank_correlation.png"
             figures.rank_correlation(ranking.rows, ranking.kendall_tau, ranking.spearman, path)
         figures.architecture(stage.space, architecture, stage.folder / "architecture.png")
+        outputs.write_classes(stage, result)
+        if result.confusion is not None:
+            figures.confusion(result.confusion, stage.dataset.class_names, stage.folder / "confusion.png")
         sample = outputs.write_sample(stage, network)
         looked_up = table(architecture) if table else {}
         stage.finish(outputs.evaluate_metrics(result, architecture, looked_up, ranking), architecture)

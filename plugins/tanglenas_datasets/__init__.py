@@ -39,6 +39,8 @@ def tanglenas_register_datasets(register):
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         crop_pct=0.875,
+        crop_scale=(0.08, 1.0),
+        flip=True,
         num_classes=1000,
         test_folder="val",
         check=False,
@@ -52,6 +54,7 @@ def tanglenas_register_datasets(register):
         mean=(0.4811, 0.4575, 0.4079),
         std=(0.2479, 0.2402, 0.2553),
         shift=2,
+        flip=True,
         num_classes=120,
         test_folder="val",
     )

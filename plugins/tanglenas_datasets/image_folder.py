@@ -20,6 +20,9 @@ Augmentation = Callable[[Image.Image], Image.Image]
 
 # The fingerprint takes so many bytes of each file: all of a small image, and enough of a large one.
 _HASHED_BYTES = 65536
+# The gentle augmentation where none is chosen: a crop to a small share of a small image leaves too few pixels.
+_SMALL = 64
+_CROP_SCALE = (0.35, 1.0)
 
 
 class ImageFolder(Dataset):
@@ -41,8 +44,9 @@ class ImageFolder(Dataset):
         crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
         crop_scale: Smallest and largest share of a training image's area that its random crop takes.
         shift: Largest random shift of training images in pixels; black comes in. It replaces the random crop: training
-            images are resized and cropped as in validation.
-        flip: Mirror training images at random.
+            images are resized and cropped as in validation. With neither, inputs of up to 64 pixels are shifted by an
+            eighth of their size, and larger ones are cropped to 35 % of the area at least.
+        flip: Mirror training images at random: right for photographs, wrong for digits, letters and signs.
         augment: More augmentation of training images, after crop and mirror: a recipe of timm ("rand-m9-mstd0.5",
             "augmix-m3", "v0"), a function from a PIL image to one, such as a transform of torchvision v2, or a list of
             both.
@@ -74,9 +78,9 @@ class ImageFolder(Dataset):
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
         crop_pct: float = 1.0,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_scale: tuple[float, float] | None = None,
         shift: int | None = None,
-        flip: bool = True,
+        flip: bool = False,
         augment: str | Augmentation | Sequence[str | Augmentation] | None = None,
         num_classes: int | None = None,
         test_folder: str | None = None,
@@ -91,6 +95,11 @@ class ImageFolder(Dataset):
             raise TangleNASError(f"image_folder: image_size is {image_size}; give at least 1.")
         if not 0 < crop_pct <= 1:
             raise TangleNASError(f"image_folder: crop_pct is {crop_pct}; give a share of the image, up to 1.")
+        if crop_scale is not None and not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1):
+            raise TangleNASError(
+                f"image_folder: crop_scale is {crop_scale}; give the smallest and the largest share of the area, such "
+                "as (0.35, 1.0), or None."
+            )
         if shift is not None and not 0 <= shift < image_size:
             raise TangleNASError(f"image_folder: shift is {shift}; give 0 to {image_size - 1} pixels, or None.")
         self.image_size = image_size
@@ -100,7 +109,9 @@ class ImageFolder(Dataset):
         self.crop_pct = crop_pct
         centre = [v2.Resize(math.floor(image_size / crop_pct)), v2.CenterCrop(image_size)]
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        varied: list[Augmentation] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))]
+        if shift is None and crop_scale is None and image_size <= _SMALL:
+            shift = image_size // 8
+        varied: list[Augmentation] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale or _CROP_SCALE))]
         if shift is not None:
             varied = [*centre, v2.RandomCrop(image_size, padding=shift)]
         if flip:
@@ -213,6 +224,17 @@ class ImageFiles:
         except UNREADABLE as error:
             raise unreadable_later(path, error) from error
         inputs = self._transform(image)
+        if not isinstance(inputs, Tensor) or inputs.dtype != torch.float32:
+            made = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise TangleNASError(
+                f"image_folder: the transform made {made} of {shown(path)}, expected a tensor of torch.float32. End it "
+                "with ToImage() and ToDtype(torch.float32, scale=True), or the like."
+            )
+        if not inputs.isfinite().all():
+            raise TangleNASError(
+                f"image_folder: the transform made values of {shown(path)} that are nan or infinite, expected finite "
+                "ones. Does it divide by a deviation of 0?"
+            )
         if tuple(inputs.shape) != self._shape:
             raise TangleNASError(
                 f"image_folder: the transform made {tuple(inputs.shape)} of {path}; in_channels and "
@@ -261,4 +283,7 @@ def _per_channel(name: str, value: float | Sequence[float], channels: int) -> tu
             f"image_folder: {name} has {len(values)} values for {channels} channel(s). Give one number, or "
             "one per channel."
         )
+    if not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+        expected = "numbers above 0" if name == "std" else "finite numbers"
+        raise TangleNASError(f"image_folder: {name} is {value}, expected {expected}, as pixels are from 0 to 1.")
     return values

@@ -229,6 +229,30 @@ def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float
         axes.ticklabel_format(useOffset=False)
 
 
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: str | Path) -> None:
+    """Draw the confusion matrix of `EvaluateResult`: the share of each class (row) that was taken for each (column)."""
+    classes = len(names)
+    matrix = [[count / max(1, sum(row)) for count in row[:classes]] for row in counts[:classes]]
+    labels = [name if len(name) <= 24 else f"{name[:22]}..." for name in names]
+    room = 0.2 + LETTER * max(map(len, labels)) if classes <= 40 else 0.4
+    side = min(WIDTH - room - 0.4, max(2.0, 0.32 * classes))
+    with _drawing(path, side + room + 0.7) as figure:
+        axes = _place(figure, room + 0.3, 0.3, side, side)
+        axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes.set_title("share of each class (row) that the network took for each (column), in %")
+        axes.set_xlabel("class that the network took it for")
+        axes.set_ylabel("class")
+        if classes <= 40:
+            # What a folder is called is no formula, whatever signs it has.
+            axes.set_xticks(range(classes), labels, rotation=90, parse_math=False)
+            axes.set_yticks(range(classes), labels, parse_math=False)
+        if classes <= 16:
+            for row, column in ((i, j) for i in range(classes) for j in range(classes) if matrix[i][j] >= 0.005):
+                share = matrix[row][column]
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7,
+                          color="white" if share > 0.5 else INK)  # fmt: skip
+
+
 def predictions(predicted: Sequence[float], measured: Sequence[float], path: str | Path) -> None:
     """Draw predicted against measured latencies in milliseconds, with the line on which they agree."""
     if not measured:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -106,6 +106,46 @@ def evaluate_metrics(
         **found_in_table,
         **agreement,
     }
+
+
+def write_classes(stage: Stage, result: EvaluateResult) -> None:
+    """Write the accuracy of each class and the confusion matrix, and say which classes are worst; nothing for text."""
+    if result.confusion is None:
+        return
+    names = stage.dataset.class_names
+    rows = class_rows(result.confusion, names)
+    stage.table("classes.csv", rows)
+    # A network may have more outputs than there are classes.
+    outputs = [*names, *(f"output {i}" for i in range(len(names), len(result.confusion)))]
+    stage.table(
+        "confusion.csv",
+        [
+            {"class": name, **{f"as {output}": count for output, count in zip(outputs, counts, strict=True)}}
+            for name, counts in zip(names, result.confusion, strict=False)
+        ],
+    )
+    tested = sorted((row for row in rows if row["samples"]), key=lambda row: row["accuracy"])
+    worst = ", ".join(f"{ascii(row['class'])[1:-1][:60]} {row['accuracy']:.2f} %" for row in tested[:3])
+    stage.progress.note(f"evaluate: lowest test accuracy by class: {worst} (all in {stage.folder / 'classes.csv'})")
+
+
+def class_rows(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for each class its test samples, how many were right, the accuracy in %, and the most frequent mistake."""
+    rows = []
+    for label, (name, counts) in enumerate(zip(names, confusion, strict=False)):
+        samples = sum(counts)
+        wrong = [count if output != label else 0 for output, count in enumerate(counts)]
+        most = max(range(len(wrong)), key=wrong.__getitem__)
+        rows.append(
+            {
+                "class": name,
+                "samples": samples,
+                "right": counts[label],
+                "accuracy": 100 * counts[label] / samples if samples else "",
+                "taken_most_for": (names[most] if most < len(names) else f"output {most}") if wrong[most] else "",
+            }
+        )
+    return rows
 
 
 def write_sample(stage: Stage, network: nn.Module) -> str:

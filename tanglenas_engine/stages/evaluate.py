@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress
@@ -32,12 +34,17 @@ class EvaluateResult:
     """The test accuracy in %, the mean cross-entropy, the number of test samples, and the network's cost.
 
     The cost is in parameters and in multiply-accumulates for one input.
+
+    Attributes:
+        confusion: The number of test samples for each class (row) and each output of the network (column); None for
+            data without labels, such as text.
     """
 
     test_accuracy: float
     test_loss: float
     samples: int
     cost: Cost
+    confusion: tuple[tuple[int, ...], ...] | None = None
 
 
 def evaluate(
@@ -56,8 +63,43 @@ def evaluate(
     """
     check_fit(space, data.test)
     network = network.to(device_of(device))
-    found = measure(network, data.test, batch_size, together=True)
-    return EvaluateResult(found.accuracy, found.loss, len(data.test), space.cost(architecture))
+    predicted: list[Tensor] = []
+    widths = {0}
+
+    def watch(module: nn.Module, inputs: object, outputs: Tensor) -> None:
+        predicted.append(outputs.argmax(-1))
+        widths.add(outputs.shape[-1])
+
+    labels = data.test.labels
+    if labels is not None and labels.dim() != 1:  # a sample with several targets is of no one class
+        labels = None
+    hook = None if labels is None else network.register_forward_hook(watch)
+    try:
+        found = measure(network, data.test, batch_size, together=True)
+    finally:
+        if hook is not None:
+            hook.remove()
+    confusion = None if labels is None else _confusion(labels, predicted, max(widths))
+    return EvaluateResult(found.accuracy, found.loss, len(data.test), space.cost(architecture), confusion)
+
+
+def _confusion(labels: Tensor, predicted: Sequence[Tensor], width: int) -> tuple[tuple[int, ...], ...]:
+    """Count the samples of all ranks for each class and each of the network's outputs.
+
+    Args:
+        labels: The classes of all samples, shape (N,).
+        predicted: The outputs that this rank's batches of `measure` predicted, each of shape (B,).
+        width: The number of outputs, or 0 on a rank without a batch.
+    """
+    total, ranks = distributed.sum_over_ranks([float(width), float(width > 0)])
+    outputs = round(total / ranks)
+    own = labels[distributed.rank() :: distributed.world_size()]
+    found = torch.cat([own.new_empty(0), *(part.cpu() for part in predicted)])
+    counts = torch.bincount(own * outputs + found, minlength=outputs * outputs)
+    summed = distributed.sum_over_ranks([float(count) for count in counts.tolist()])
+    return tuple(
+        tuple(round(count) for count in summed[start : start + outputs]) for start in range(0, outputs**2, outputs)
+    )
 
 
 @dataclass(frozen=True)

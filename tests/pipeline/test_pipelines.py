@@ -318,7 +318,7 @@ def test_the_stages_leave_their_files_and_metrics(finished: Path) -> None:
             *(f"discretize/{name}" for name in ("architecture.json", "architecture.png", "candidates.csv")),
             *(f"retrain/{name}" for name in ("history.csv", "training.png", "model/config.json")),
             "retrain/model/model.safetensors",
-            "evaluate/architecture.png",
+            *(f"evaluate/{name}" for name in ("architecture.png", "classes.csv", "confusion.csv", "confusion.png")),
             *(f"{stage}/operative.gin" for stage in STAGES),
             *(f"{stage}.run.json" for stage in STAGES),
         ],
