@@ -38,8 +38,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(main, ["init", "project"]).exit_code == 0
-    for folder in (".git", ".dvc"):
-        (tmp_path / "project" / folder).mkdir(exist_ok=True)
+    (tmp_path / "project" / ".git").mkdir()
     monkeypatch.chdir("project")
     return tmp_path / "project"
 
@@ -519,3 +518,44 @@ def test_a_run_whose_id_was_lost_on_the_way_is_made_once(project, monkeypatch):
     client = Store.of(project).connect()
     (run,) = client.search_runs([client.get_experiment_by_name("tanglenas").experiment_id])
     assert run.data.metrics == {"loss": 1.0} and run.info.status == "FINISHED"
+
+
+# A new project
+
+
+def test_a_new_project_tells_nobody_and_runs_experiments_after_the_commands_that_init_prints(tmp_path, monkeypatch):
+    person = {f"GIT_{role}_{key}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    for name, value in {**person, "GIT_CONFIG_GLOBAL": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    for kind in ("GLOBAL_CONFIG", "SITE_CACHE"):
+        monkeypatch.setenv(f"DVC_{kind}_DIR", str(tmp_path / kind))
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(main, ["init", "project"]).output
+    *prepare, last = said.splitlines()[-1].strip().split(" && ")
+    assert last == "dvc repro" and any("git commit" in command for command in prepare)
+    monkeypatch.chdir("project")
+
+    def dvc(*arguments: str) -> str:
+        run = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert dvc("config", "core.analytics") == dvc("config", "core.check_update") == "false"
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    assert any("has no commit" in found.what for found in cli_doctor._project(Path.cwd()))
+    for command in prepare:
+        subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert not any("commit" in found.what for found in cli_doctor._project(Path.cwd()))
+    assert not subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    dvc("exp", "run", "--queue")  # it needs a commit
+
+
+def test_what_people_start_does_not_phone_home():
+    root = Path(__file__).resolve().parents[1]
+    config = (root / ".dvc" / "config").read_text()
+    assert "analytics = false" in config and "check_update = false" in config
+    assert "export MLFLOW_DISABLE_TELEMETRY := true" in (root / "Makefile").read_text()
+    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("tanglenas_engine/template/**/*.md")]
+    for path in texts:
+        for line in path.read_text().splitlines():
+            assert "mlflow ui --" not in line or "MLFLOW_DISABLE_TELEMETRY=true mlflow ui" in line, path

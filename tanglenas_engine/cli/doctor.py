@@ -146,6 +146,12 @@ def _project(root: Path) -> Iterator[Finding]:
     for folder, tool in ((".git", "git"), (".dvc", "dvc")):
         if not (root / folder).exists():
             yield Finding("problem", f"{tool} does not know this folder", f"{tool} init")
+    if _has_no_commit(root):
+        yield Finding(
+            "problem",
+            "the repository has no commit, which `dvc exp run` needs",
+            'git add . && git commit -m "A new project"',
+        )
     missing = [name for name in ("params.yaml", "gin", "pipelines") if not (root / name).exists()]
     if missing:
         yield Finding(
@@ -161,6 +167,19 @@ def _project(root: Path) -> Iterator[Finding]:
         yield Finding("note", "compiled files count as changes of code", "write the line __pycache__/ into .dvcignore")
     if (root / "params.yaml").exists() and not missing:
         yield ok("dvc.yaml, params.yaml, gin/ and pipelines/ are there")
+
+
+def _has_no_commit(root: Path) -> bool:
+    """Return whether a folder is in a git repository that has no commit yet."""
+
+    def succeeds(*arguments: str) -> bool:
+        run = subprocess.run(["git", "rev-parse", *arguments], cwd=root, capture_output=True, timeout=60)
+        return run.returncode == 0
+
+    try:
+        return succeeds("--git-dir") and not succeeds("--verify", "--quiet", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def _content(path: Path) -> bytes:
