@@ -6,6 +6,7 @@ READY := .venv/.ready
 # Stages call `python`; this is the one they get.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: help demo ui test test-fast soak docs check format clean
 

@@ -21,6 +21,10 @@ class OutOfReachError(TangleNASError):
 SHOWN_CHARACTERS = 300
 """The most characters of a value that came from outside in a message."""
 
+LINE_CHARACTERS = 2000
+MESSAGE_CHARACTERS = 8000
+"""The most characters of a line of an error, and of the whole, that a terminal is given."""
+
 
 def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
     """Return a value from outside as text for a terminal or a figure: cut, on one line, without control characters.
@@ -28,6 +32,12 @@ def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
     A value may be large, its `str` may fail, and what it says may be codes that a terminal acts upon.
     """
     return _printable(value, str, limit)
+
+
+def readable(message: object) -> str:
+    """Return the text of an error for a terminal, with its lines, but cut and without other control characters."""
+    lines = str(message)[:MESSAGE_CHARACTERS].splitlines()
+    return "\n".join(_escaped(line[:LINE_CHARACTERS]) for line in lines)
 
 
 def quoted(value: object, limit: int = SHOWN_CHARACTERS) -> str:
@@ -46,8 +56,12 @@ def _printable(value: object, form: Callable[[object], str], limit: int) -> str:
         text = f"<{type(value).__name__} without a text>"
     cut = len(text) > 4 * limit
     text = " ".join(text[: 4 * limit].split())
-    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    text = _escaped(text)
     return f"{text[: limit - 3]}..." if cut or len(text) > limit else text
+
+
+def _escaped(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 CLOSEST_CHARACTERS = 100

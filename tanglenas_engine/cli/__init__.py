@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, readable
 
 COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "latency", "tables", "report", "doctor")
 
@@ -41,7 +41,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except TangleNASError as error:
-            raise WrongInput(str(error)) from error
+            raise WrongInput(readable(error)) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

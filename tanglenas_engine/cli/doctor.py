@@ -19,14 +19,17 @@ from typing import Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError, closest, shown
-from tanglenas_engine.runtime.files import holder
+from tanglenas_engine.errors import LINE_CHARACTERS, TangleNASError, closest, shown
+from tanglenas_engine.runtime.files import holder, read_note
 
+from ..pipeline.redaction import reason
 from ..plugins import PluginManager, PluginWarning
 from ._shipped import EARLIER
 
 LIBRARIES = ("tanglenas", "torch", "torchvision", "timm", "gin-config", "dvc", "mlflow")
 GIB = 2**30
+LATEST_SECONDS = 32_503_680_000
+"""A time, the year 3000, up to which Python has dates on every platform."""
 LOW_DISK_BYTES = 2 * GIB
 """Free bytes below which a training may fail: it writes each checkpoint beside the old one."""
 
@@ -45,7 +48,11 @@ def ok(what: str) -> Finding:
 
 
 @click.command(short_help="Say what is wrong here, and what to do about it.")
-@click.option("--fix", is_flag=True, help="Mark dead runs as KILLED, and send the MLflow store what it has missed.")
+@click.option(
+    "--fix",
+    is_flag=True,
+    help="Mark dead runs as KILLED, send the MLflow store what it has missed, mend a moved project.",
+)
 def command(fix: bool) -> None:
     """Look at versions, plugins, the project in this folder, its MLflow runs, the disk and the devices.
 
@@ -67,14 +74,24 @@ def command(fix: bool) -> None:
     problems = 0
     for title, findings in sections.items():
         click.secho(title, bold=True)
-        for found in findings:
+        for found in _looked_at(title, findings):
             problems += found.state == "problem"
-            click.echo(f"  {click.style(f'{found.state:8}', **styles[found.state])}{found.what}")
+            click.echo(
+                f"  {click.style(f'{found.state:8}', **styles[found.state])}{shown(found.what, LINE_CHARACTERS)}"
+            )
             if found.remedy:
-                click.echo(f"          -> {found.remedy}")
+                click.echo(f"          -> {shown(found.remedy, LINE_CHARACTERS)}")
     if problems:
         click.echo(f"\n{problems} problem{'s' * (problems > 1)}.", err=True)
         raise SystemExit(1)
+
+
+def _looked_at(title: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield what a check finds. What it stumbles over is a finding, too: the other checks go on."""
+    try:
+        yield from findings
+    except Exception as error:
+        yield Finding("problem", f"{title} cannot be looked at further ({reason(error)})")
 
 
 def _versions() -> Iterator[Finding]:
@@ -129,6 +146,12 @@ def _project(root: Path) -> Iterator[Finding]:
     for folder, tool in ((".git", "git"), (".dvc", "dvc")):
         if not (root / folder).exists():
             yield Finding("problem", f"{tool} does not know this folder", f"{tool} init")
+    if _has_no_commit(root):
+        yield Finding(
+            "problem",
+            "the repository has no commit, which `dvc exp run` needs",
+            'git add . && git commit -m "A new project"',
+        )
     missing = [name for name in ("params.yaml", "gin", "pipelines") if not (root / name).exists()]
     if missing:
         yield Finding(
@@ -140,10 +163,37 @@ def _project(root: Path) -> Iterator[Finding]:
     if (root / "gin" / "__init__.py").exists():
         yield Finding("problem", "gin/__init__.py hides the package gin-config", "delete the file")
     ignored = root / ".dvcignore"
-    if not ignored.exists() or "__pycache__" not in ignored.read_text():
+    if b"__pycache__" not in _content(ignored):
         yield Finding("note", "compiled files count as changes of code", "write the line __pycache__/ into .dvcignore")
     if (root / "params.yaml").exists() and not missing:
         yield ok("dvc.yaml, params.yaml, gin/ and pipelines/ are there")
+
+
+def _has_no_commit(root: Path) -> bool:
+    """Return whether a folder is in a git repository that has no commit yet."""
+
+    def succeeds(*arguments: str) -> bool:
+        run = subprocess.run(["git", "rev-parse", *arguments], cwd=root, capture_output=True, timeout=60)
+        return run.returncode == 0
+
+    try:
+        return succeeds("--git-dir") and not succeeds("--verify", "--quiet", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _content(path: Path) -> bytes:
+    """Return what a small file holds, or nothing if it cannot be read."""
+    try:
+        return read_note(path)
+    except (OSError, ValueError):
+        return b""
+
+
+def _saved(folder: Path) -> list[float]:
+    """Return when the checkpoints in a folder were written, as far as dates reach."""
+    times = [path.lstat().st_mtime for path in folder.glob("state-*")]
+    return [time for time in times if 0 <= time < LATEST_SECONDS]
 
 
 def _stages(root: Path) -> Iterator[Finding]:
@@ -159,7 +209,7 @@ def _stages(root: Path) -> Iterator[Finding]:
             f"wait for it{end}. Nobody else can run the stage until then",
         )
     for folder in sorted(state.glob("resume/*/")):
-        if not holder(folder) and any(folder.glob("state-*")):
+        if not holder(folder) and _saved(folder):
             yield _cut_off(folder, root)
     if not running:
         yield ok("nothing is running")
@@ -168,7 +218,7 @@ def _stages(root: Path) -> Iterator[Finding]:
 def _cut_off(folder: Path, root: Path) -> Finding:
     """Return whether the stage of a checkpoint can go on, and what to do about it."""
     stage = folder.name.rpartition("-")[0]
-    saved = max(path.stat().st_mtime for path in folder.glob("state-*"))
+    saved = max(_saved(folder))
     finished = root / "out" / f"{stage}.run.json"  # the last thing that a stage writes
     delete = f"rm -r {shlex.quote(str(folder))}"
     if changed := _changed_since(folder):
@@ -189,13 +239,13 @@ def _changed_since(folder: Path) -> str:
     from ..pipeline.stage import MADE_BY
 
     try:
-        made = json.loads((folder / MADE_BY).read_text())
+        made = json.loads(read_note(folder / MADE_BY))
         changed = [name for name, version in made["code"].items() if _version_of(str(name)) != version]
         if made["torch"] != torch.__version__:
             changed.append("torch")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError):
         return ""
-    return f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed" if changed else ""
+    return f"{shown(' and '.join(changed))} {'have' if len(changed) > 1 else 'has'} changed" if changed else ""
 
 
 def _version_of(package: str) -> str | None:
@@ -211,7 +261,22 @@ def _runs(root: Path, fix: bool) -> Iterator[Finding]:
         yield Finding("note", "runs are not tracked: TANGLENAS_TRACKING=off", "unset it to have them in MLflow")
         return
     from ..pipeline import spool
+    from ..pipeline.moved import mend, moved_experiments
+    from ..pipeline.store import Store
 
+    try:
+        moved = moved_experiments(root) if Store.of(root).own else []
+        if moved and fix:
+            count = mend(root)
+            yield ok(f"artifacts go into this project again; {count} run{'s' * (count != 1)} have a new address")
+        elif moved:
+            names = ", ".join(f"{name} in {old}" for name, old in moved)
+            yield Finding(
+                "problem", f"artifacts go to the place of another project ({names})", "tanglenas doctor --fix"
+            )
+    except TangleNASError as error:
+        yield Finding("problem", str(error))
+        return
     waiting = spool.spooled_runs(root)
     if fix and waiting:
         for upload in spool.upload_spool(root):
@@ -259,7 +324,8 @@ def _disk(root: Path) -> Iterator[Finding]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(path.lstat().st_size for path in files if path.is_file() and not path.is_symlink())
 
 
 def _bytes(size: float) -> str:

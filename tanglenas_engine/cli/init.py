@@ -15,6 +15,14 @@ from ..plugins import PluginManager, Registration
 from ..plugins.manager import options_of
 from ._shipped import EARLIER, TEMPLATE, pipeline
 
+DVC_FILES = {
+    "config": "[core]\n    analytics = false\n    check_update = false\n",
+    ".gitignore": "/config.local\n/tmp\n/cache\n",
+}
+"""What `dvc init` would write into `.dvc`, with a configuration that tells nobody about the use of DVC."""
+START = 'git init && git add . && git commit -m "A new project"'
+"""The commands that make a folder a repository. `dvc exp run` needs a commit to go out from."""
+
 
 @click.command(short_help="Start a project of your own.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -23,7 +31,7 @@ from ._shipped import EARLIER, TEMPLATE, pipeline
 @click.option("--optimizer", metavar="NAME", help="How to search.")
 @click.option("--upgrade", is_flag=True, help="Replace the scripts and dvc.yaml of the project in DIR by today's.")
 def command(folder: Path, upgrade: bool, **named: str | None) -> None:
-    """Lay out a project in DIR, a new or an empty folder: dvc.yaml, params.yaml, gin/ and pipelines/.
+    """Lay out a project in DIR, a new or an empty folder: dvc.yaml, params.yaml, gin/, pipelines/ and .dvc/.
 
     Every file is yours to change. What the scripts in pipelines/ call comes with the package, and is upgraded with it.
 
@@ -56,6 +64,9 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".dvcignore", "dvc.yaml"):
         shutil.copy(source / name, folder)
+    for name, text in DVC_FILES.items():
+        (folder / ".dvc").mkdir(exist_ok=True)
+        (folder / ".dvc" / name).write_text(text)
     (folder / "params.yaml").write_text(params)
     shutil.copy(TEMPLATE / "project" / "gitignore", folder / ".gitignore")
     shutil.copy(TEMPLATE / "project" / "README.md", folder)
@@ -64,7 +75,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
     data = folder / "gin" / "datasets" / f"{chosen['dataset'].name}.gin"
     if data.exists():
         click.echo(f"{data} says where the data are and how they are prepared.")
-    click.echo(f"\nNext:\n    cd {folder}\n    git init && dvc init && dvc repro")
+    click.echo(f"\nNext:\n    cd {folder}\n    {START} && dvc repro")
 
 
 def _upgrade(folder: Path) -> None:

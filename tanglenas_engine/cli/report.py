@@ -17,6 +17,8 @@ def command(output: Path) -> None:
     from ..pipeline.report import page
     from ..pipeline.store import project_root
 
-    html, runs = page(project_root())
+    html, runs, mixed = page(project_root())
     write_atomic(output, html)
+    if mixed:
+        click.secho(mixed, fg="yellow", err=True)
     click.echo(f"{output}: {runs} evaluated run{'s' * (runs != 1)}, {len(html.encode()):,} bytes")

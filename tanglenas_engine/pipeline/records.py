@@ -8,10 +8,13 @@ from typing import Any
 
 import gin
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import required
 from tanglenas_engine.pipeline.configurables import create_dataset
 from tanglenas_engine.pipeline.store import Store
+
+LARGEST = 1e18
+"""The size from which a number of a run counts as none. An axis has no room for it."""
 
 
 def space_options(config: Path) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def space_options(config: Path) -> dict[str, Any]:
         # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
         gin.parse_config(config.read_text(), skip_unknown=True)
     except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
-        reason = " ".join(str(error).split())
+        reason = shown(error)
         raise TangleNASError(f"{config} cannot be read ({reason}). Give the space's options instead") from None
     bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
     fitted: dict[str, Any] = create_dataset(name=required("DATASET", str)).space_options()
@@ -42,7 +45,7 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
         Exception: The store does not answer.
     """
     store = Store.of(root)
-    if store.uri == store.default(root) and not (root / "mlflow.db").exists():
+    if store.own and not (root / "mlflow.db").exists():
         return []
     client = store.connect()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -67,16 +70,33 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "run_id": run.info.run_id,
-                    "date": datetime.fromtimestamp(run.info.start_time / 1000, UTC),
-                    "space": tags.get("space"),
-                    "dataset": tags.get("dataset"),
-                    "optimizer": optimizers.get(tags.get("tanglenas.pipeline_id")),
-                    "seed": params.get("SEED"),
-                    "digest": tags.get("architecture.digest"),
-                    "commit": tags.get("git.sha"),
-                    "params": metrics.get("final/params"),
-                    "flops": metrics.get("final/flops"),
-                    "accuracy": metrics.get("final/test_accuracy"),
+                    "date": _date(run.info.start_time),
+                    "space": _told(tags.get("space")),
+                    "dataset": _told(tags.get("dataset")),
+                    "optimizer": _told(optimizers.get(tags.get("tanglenas.pipeline_id"))),
+                    "seed": _told(params.get("SEED")),
+                    "digest": _told(tags.get("architecture.digest")),
+                    "commit": _told(tags.get("git.sha")),
+                    "params": _finite(metrics.get("final/params")),
+                    "flops": _finite(metrics.get("final/flops")),
+                    "accuracy": _finite(metrics.get("final/test_accuracy")),
                 }
             )
     return rows
+
+
+def _date(milliseconds: Any) -> datetime:
+    """Return a time of the store, or the start of 1970 for one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0, UTC)
+
+
+def _told(text: str | None) -> str | None:
+    """Return a tag or parameter of the store for a page or a figure. Anyone who reaches the store can write them."""
+    return None if text is None else shown(text, 80)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and abs(value) < LARGEST else None

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import records
 from tanglenas_engine.pipeline.figures import STYLE, WIDTH
-from tanglenas_engine.pipeline.files import ARCHITECTURE, METRICS, OUT, STAGES
+from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
 from tanglenas_engine.pipeline.params import swept
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
@@ -28,39 +28,81 @@ FIGURES = {
 }
 
 
-def page(root: Path) -> tuple[str, int]:
-    """Return the page about the project in a folder as HTML, and the number of evaluated runs that it compares.
+def page(root: Path) -> tuple[str, int, str]:
+    """Return the page about the project in a folder as HTML, the number of runs that it compares, and a warning or "".
 
     Figures are inside the page, and it loads nothing from elsewhere. A store in trouble costs the comparison alone.
 
     Raises:
-        TangleNASError: The project has no architecture yet, or a file of a stage is damaged.
+        TangleNASError: The project has no architecture yet, or a file of a stage, or params.yaml, is damaged.
     """
     metrics = {name: _json(root / METRICS / f"{name}.json") for name in STAGES}
     path = root / ARCHITECTURE
     if not path.exists():
         raise TangleNASError(f"{root} has no {ARCHITECTURE}: run `dvc repro` first")
     architecture = Architecture.from_json(_text(path))
+    mixed = _mixed(root, metrics, architecture.digest)
     try:
         runs, trouble = records.evaluated(root), ""
     except Exception as error:
         runs, trouble = [], reason(error)
-    params = swept(root / "params.yaml")
+    params = _params(root / "params.yaml")
     figures = {title: root / OUT / name for title, name in FIGURES.items()}
     html = _render(
+        mixed=mixed,
         title=f"{params.get('optimizer')} on {params.get('space')}",
         params=params,
         metrics=[(stage, key, _shown(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
         architecture=architecture,
-        figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.exists()],
+        figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.is_file()],
         sample=_text(root / OUT / "evaluate" / "sample.txt"),
         runs=list(reversed(runs)),
         trouble=trouble,
         scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
         commands=_commands(params, runs, architecture.digest),
-        environment=_json(root / "environment.json").get("versions", {}),
+        environment=_versions(root / "environment.json"),
     )
-    return html, len(runs)
+    return html, len(runs), mixed
+
+
+def _mixed(root: Path, metrics: dict[str, dict[str, Any]], digest: str) -> str:
+    """Return what is wrong if the metrics are about another architecture than the one in out/, else "".
+
+    git brings metrics/ back and not out/, so that `git checkout` alone leaves files of two runs.
+    """
+    about = {stage: shown(metrics[stage].get("digest", digest), 80) for stage in ("discretize", "evaluate")}
+    front = {path.stem for path in (root / FRONT).glob("*.json")}
+    # `retrain.pick` trains another point of the front than the best.
+    foreign = [
+        stage for stage, other in about.items() if other != digest and (stage, other in front) != ("evaluate", True)
+    ]
+    if not foreign:
+        return ""
+    told = " and ".join(f"metrics/{stage}.json is about architecture {about[stage]}" for stage in foreign)
+    return (
+        f"This page mixes two runs: {told}, and {ARCHITECTURE} is {digest}. Run `dvc checkout` to have the files of "
+        "the commit, or `dvc repro` to have all of them anew."
+    )
+
+
+def _params(path: Path) -> dict[str, Any]:
+    try:
+        found = swept(path)
+    except Exception as error:  # of the file system, of the encoding and of the parser
+        raise TangleNASError(f"{path} cannot be read ({shown(error)})") from None
+    if missing := [name for name in ("space", "dataset", "optimizer", "seed") if name not in found]:
+        raise TangleNASError(
+            f"{path} has no value for {' and '.join(missing)}: restore it with `git checkout {path.name}`"
+        )
+    return {
+        shown(name, 80): value if isinstance(value, int | float | None) else shown(value)
+        for name, value in found.items()
+    }
+
+
+def _versions(path: Path) -> dict[str, str]:
+    found = _json(path).get("versions")
+    return {shown(name, 80): shown(version, 80) for name, version in found.items()} if isinstance(found, dict) else {}
 
 
 def _render(**content: Any) -> str:
@@ -76,19 +118,26 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise TangleNASError(f"{path} cannot be read ({error}): run `dvc repro` to have it written anew") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TangleNASError(
+            f"{path} cannot be read ({shown(error)}): run `dvc repro` to have it written anew"
+        ) from None
     return content if isinstance(content, dict) else {}
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise TangleNASError(
+            f"{path} cannot be read ({shown(error)}): run `dvc repro` to have it written anew"
+        ) from None
 
 
 def _shown(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.2f}{' %' if key.endswith('accuracy') else ''}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and abs(value) < 10**30 else shown(value)
 
 
 def _image(content: bytes, kind: str = "image/png") -> str:
@@ -106,7 +155,8 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in _points(runs):
-        groups.setdefault(f"{run['space']}, {run['optimizer']}, {run['dataset']}", []).append(run)
+        label = f"{run['space']}, {run['optimizer']}, {run['dataset']}"
+        groups.setdefault(shown(label, 80).replace("$", r"\$"), []).append(run)  # between two dollars is mathematics
     with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axes = figure.subplots()

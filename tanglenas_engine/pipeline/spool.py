@@ -27,7 +27,7 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, project_root, within
-from tanglenas_engine.runtime.files import exclusive, holder, write_atomic
+from tanglenas_engine.runtime.files import exclusive, holder, read_note, write_atomic
 
 UNSENT = "unsent-"
 FIELDS: dict[str, dict[str, Any]] = {
@@ -123,7 +123,8 @@ def _is_sound(folder: Path, record: Event) -> bool:
     if any(not isinstance(value, kinds[name]) for name in fields.keys() & kinds for value in record[name].values()):
         return False
     if kind == "start":
-        return re.fullmatch(r"[\w-]+", record.get("run_id") or "none") is not None
+        run_id = record.get("run_id")
+        return run_id is None or re.fullmatch(r"[\w-]+", run_id) is not None
     if kind == "end":
         return record["status"] in ("FINISHED", "FAILED", "KILLED")
     place = record.get("path", "")
@@ -262,10 +263,13 @@ def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
     """
     store = Store.of(_root(root))
     folders = {_run_id(folder): folder for folder in _folders(root)}
-    own = store.uri == store.default(store.root)
+    own = store.own
     if not folders and (not own or not (store.root / "mlflow.db").exists()):
         return []
-    resumable = {path.read_text() for path in (store.root / ".tanglenas" / "resume").glob("*/run")}
+    resumable = set()
+    for path in (store.root / ".tanglenas" / "resume").glob("*/run"):
+        with suppress(OSError):
+            resumable.add(read_note(path).decode(errors="replace"))
     found = []
     for run in _running(store, folders):
         folder = folders.get(run.info.run_id)

@@ -31,7 +31,7 @@ import torch
 
 import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
 from tanglenas_engine.pipeline.configurables import create, packages, tables
@@ -218,7 +218,7 @@ def _one_sentence(name: str) -> Iterator[None]:
             print((str(problem) or advice) if stopped else f"{name}: {problem}", file=sys.stderr)
         raise SystemExit(130 if stopped else 2) from None
     except TangleNASError as problem:
-        sentence = str(problem).split("\n  In call to configurable")[0]  # gin appends its own call stack
+        sentence = readable(str(problem).split("\n  In call to configurable")[0])  # gin appends its own call stack
         print(
             f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr
         )  # the training loop may have named the stage

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import filelock
 
 from tanglenas_engine.errors import shown
+from tanglenas_engine.pipeline.moved import check_place
 from tanglenas_engine.pipeline.redaction import address, reason
 from tanglenas_engine.runtime.fingerprint import fingerprint
 
@@ -28,6 +29,8 @@ T = TypeVar("T")
 Event = dict[str, Any]
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
+KEY = "tanglenas.key"
+"""The tag by which a run is found again whose id was lost on the way."""
 ANSWER_SECONDS = 5.0
 """The most seconds that a call to the store may cost a training."""
 UPLOAD_SECONDS = 300.0
@@ -94,6 +97,11 @@ class Store:
         return shown(address(self.uri))
 
     @property
+    def own(self) -> bool:
+        """True for the database of the project."""
+        return self.uri == self.default(self.root)
+
+    @property
     def runs(self) -> Path:
         """The folder that has a folder for each run; see spool.py."""
         return self.root / ".tanglenas" / "runs"
@@ -129,6 +137,10 @@ class Store:
     def experiment(self, client: MlflowClient, name: str) -> str:
         """Return the id of an experiment, and make it if need be."""
         if found := client.get_experiment_by_name(name):
+            if self.own:
+                check_place(found.artifact_location, self.root)
+            if found.lifecycle_stage == "deleted":  # it takes no run, and no other experiment can have its name
+                client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         # Without a location, the artifacts would go to the current folder for all later runs.
         location = None if self.served else (self.root / "mlartifacts").as_uri()
@@ -155,12 +167,19 @@ class Run:
         self._client = client
         if run_id is None:
             experiment = store.experiment(client, start["experiment"])
-            made = client.create_run(experiment, start["time"], tags=start["tags"], run_name=start["name"])
-            run_id = made.info.run_id
+            run_id = _made_before(client, experiment, start["tags"].get(KEY))
+            if run_id is None:
+                made = client.create_run(experiment, start["time"], tags=start["tags"], run_name=start["name"])
+                run_id = made.info.run_id
+            else:
+                _reopen(client, run_id)
         else:
             _reopen(client, run_id)
         self.run_id = str(run_id)
-        run = client.get_run(run_id).data  # not empty when a run that was cut off goes on
+        found = client.get_run(run_id)
+        if store.own:
+            check_place(found.info.artifact_uri or "", store.root)
+        run = found.data  # not empty when a run that was cut off goes on
         self._known_params = set(run.params)
         self._hashed = "params.hash" in run.tags
         self._last_steps = {
@@ -236,6 +255,14 @@ class Run:
 
     def _end(self, event: Event, folder: Path) -> None:
         self._client.set_terminated(self.run_id, event["status"], event["time"])
+
+
+def _made_before(client: MlflowClient, experiment: str, key: str | None) -> str | None:
+    """Return the run that has a key, or None. It was made by a call whose answer was lost."""
+    if not key or not re.fullmatch(r"\w+", key):
+        return None
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def _check_kept(path: Path, folder: Path) -> None:

@@ -35,7 +35,7 @@ from tanglenas_engine.pipeline.spool import (
     stale_runs,
     upload_spool,
 )
-from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, allowed, flat, project_root
+from tanglenas_engine.pipeline.store import KEY, Event, Refused, Run, Store, allowed, flat, project_root
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 
@@ -115,7 +115,8 @@ class MlflowTracker:
             run_id = None
         waiting = Spool(store.runs / run_id).start if run_id else {}
         known = waiting.get("run_id") or (run_id if run_id and not run_id.startswith(UNSENT) else None)
-        start = {**start, "run_id": known}
+        key = waiting.get("tags", {}).get(KEY) or os.urandom(16).hex()
+        start = {**start, "run_id": known, "tags": {**start["tags"], KEY: key}}
         trouble = self._connect(start)
         name = self._run.run_id if self._run else run_id or f"{UNSENT}{os.urandom(8).hex()}"
         self.folder = store.runs / (run_id if waiting and run_id else name)

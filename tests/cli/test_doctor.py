@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(main, ["init", "project"]).exit_code == 0
-    for folder in (".git", ".dvc"):
-        (tmp_path / "project" / folder).mkdir()
+    (tmp_path / "project" / ".git").mkdir()
     monkeypatch.chdir("project")
     return tmp_path / "project"
 
@@ -78,7 +78,7 @@ def test_a_project_in_order_has_no_problem(ask):
 @pytest.mark.parametrize(
     "break_it, message, remedy",
     [
-        (lambda p: (p / ".dvc").rmdir(), "dvc does not know this folder", "dvc init"),
+        (lambda p: shutil.rmtree(p / ".dvc"), "dvc does not know this folder", "dvc init"),
         (lambda p: (p / "params.yaml").unlink(), "params.yaml are missing", "tanglenas init DIR"),
         (lambda p: (p / "pipelines" / "_stage.py").write_text(""), "an earlier version", "tanglenas init --upgrade /"),
         (lambda p: (p / "gin" / "__init__.py").write_text(""), "hides the package gin-config", "delete the file"),

@@ -250,7 +250,19 @@ def test_a_project_of_an_installed_wheel_runs_outside_this_repository(tmp_path):
     project = tmp_path / "project"
     set_params(project, **SMALL)
     run(project, "git", "init", "--quiet")
-    run(project, "python", "-m", "dvc", "init", "--quiet")
+    run(project, "git", "add", ".")
+    run(
+        project,
+        "git",
+        "-c",
+        "user.name=Tester",
+        "-c",
+        "user.email=tester@example.org",
+        "commit",
+        "--quiet",
+        "-m",
+        "new",
+    )
     run(project, "python", "-m", "dvc", "repro")
     assert json.loads((project / "metrics" / "evaluate.json").read_text())["test_samples"] == 359
     untracked = run(project, "git", "status", "--short", "--untracked-files=all")

@@ -57,7 +57,6 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(main, ["init", "project"]).exit_code == 0
     monkeypatch.chdir("project")
-    Path(".dvc").mkdir()
     space = create_space("autoformer_nano")
     architecture = space.architecture(embed_dim=48, depth=2, num_heads=[2, 3], mlp_ratio=[4, 2])
     for name in ("search", "discretize", "evaluate"):
