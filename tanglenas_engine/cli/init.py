@@ -42,7 +42,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
             f"{folder} is not an empty folder. Name one that is, or one that does not exist yet{advice}"
         )
     source = pipeline()
-    params = (source / "params.yaml").read_text()
+    params = (source / "params.yaml").read_text("utf-8")
     manager = PluginManager()
     chosen = {}
     for kind in ("space", "dataset", "optimizer"):
@@ -56,7 +56,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".dvcignore", "dvc.yaml"):
         shutil.copy(source / name, folder)
-    (folder / "params.yaml").write_text(params)
+    (folder / "params.yaml").write_text(params, "utf-8")
     shutil.copy(TEMPLATE / "project" / "gitignore", folder / ".gitignore")
     shutil.copy(TEMPLATE / "project" / "README.md", folder)
 

@@ -31,7 +31,7 @@ import torch
 
 import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, print_anything
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
 from tanglenas_engine.pipeline.configurables import create, packages, tables
@@ -137,6 +137,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         inputs: Files of earlier stages that this one starts from. The supernet's metadata has the id of the pipeline,
             which the search derives from its config.
     """
+    print_anything()
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         raise SystemExit
@@ -180,7 +181,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             with MlflowTracker.open(
                 stage=name,
                 root=root,
-                run_id=record.read_text(errors="replace") if record.exists() else None,
+                run_id=record.read_text("utf-8", errors="replace") if record.exists() else None,
                 pipeline_id=pipeline_id,
                 tags={
                     "params.hash": fingerprint(config=config),
@@ -212,6 +213,15 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         print(
             f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr
         )  # the training loop may have named the stage
+        raise SystemExit(2) from None
+    except ValueError as problem:
+        if not str(problem).startswith("Expected more than 1 value per channel"):
+            raise
+        print(
+            f"{name}: a batch norm in training mode got one value per channel ({problem}), whose deviation is 0. "
+            "Raise the batch size to 2 or more, or the size of the images",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except OSError as problem:
         place = problem.filename or "a file"  # the engine's writers name the file
