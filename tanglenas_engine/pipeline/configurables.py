@@ -6,6 +6,7 @@ Every stage registers those of all four, so that its gin file can include anothe
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -164,6 +165,12 @@ def create() -> tuple[int, SearchSpace, Dataset]:
     for kind, name in names.items():
         check_types(f"create_{kind}", manager().resolve(kind, name).load(), gin.get_bindings(f"create_{kind}"))
     dataset: Dataset = create_dataset(name=required("DATASET", str))
+    for value in dataset.std or ():
+        if not (math.isfinite(value) and value > 0):
+            raise TangleNASError(
+                f"the dataset {dataset.name!r} has the standard deviation {value} (std), expected positive numbers, as "
+                "inputs are divided by it. Correct create_dataset.std"
+            )
     bound = gin.get_bindings("create_space")
     fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
     torch.manual_seed(seed)

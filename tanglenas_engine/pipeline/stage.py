@@ -153,7 +153,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                     if not path.exists():
                         raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
                 # Only one process may write the output folder. DVC's own lock dies with DVC, but the stage may live on.
-                place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
+                place = hashlib.sha256(os.fsencode(Path(OUT, name).resolve())).hexdigest()[:12]
                 if distributed.rank() == 0:
                     stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
                 seed, space, dataset = create()
