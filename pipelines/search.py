@@ -38,8 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         outputs.write_search(stage, optimizer, splits, result)
         figures.anytime(result.history, stage.folder / "anytime.png")
         if result.mixture is not None:
-            options = {name: choice.options for name, choice in stage.space.choices.items()}
-            figures.alphas(result.history, options, stage.folder / "alphas.png")
+            figures.alphas(result.history, stage.space.choices, stage.folder / "alphas.png")
         stage.finish(outputs.search_metrics(result), result.architecture)
 
 

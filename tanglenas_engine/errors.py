@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -102,6 +103,13 @@ def positive(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise TangleNASError(f"{name} is {quoted(value)}, expected a positive number")
     return value
+
+
+def print_anything() -> None:
+    """Make this process print what its console cannot show, such as an emoji on Windows, as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if callable(reconfigure := getattr(stream, "reconfigure", None)):  # a notebook's stream has no such method
+            reconfigure(errors="backslashreplace")
 
 
 def describe(cause: BaseException) -> str:

@@ -59,7 +59,7 @@ FOREIGN = {
     "int32": (cast("0.weight", torch.int32), r"0\.weight is of type int32, expected float32"),
     "bool": (cast("0.bias", torch.bool), r"0\.bias is of type bool, expected float32"),
     "8-bit floats": (cast("3.weight", torch.float8_e4m3fn), r"3\.weight is of type float8_e4m3fn, expected float32"),
-    "a counter of floats": (cast("1.num_batches_tracked", torch.float32), r"is of type float32, expected int64"),
+    "a counter of floats": (cast("1.num_batches_tracked", torch.float32), r"tracked is of type float32, expected int"),
     "too large": (
         lambda state: state.update({"0.bias": torch.full((3,), 1e300, dtype=torch.float64)}),
         r"0\.bias has 3 of 3 values that are not finite in float32",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
-import re
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -205,23 +205,50 @@ class Darts(cells.CellSpace):
         Raises:
             TangleNASError: The text is not in this notation, or it has an unknown operation or source.
         """
-        concat = r"(?:range\(2, ?6\)|\[2, ?3, ?4, ?5\])"
-        cells = [rf"{name} ?= ?\[(.*)\], *{name}_concat ?= ?{concat}" for name in self.choices]
-        found = re.fullmatch(rf"\s*Genotype\({', *'.join(cells)}\)\s*", text)
-        listed = [re.findall(r"""\( ?["'](\w+)["'], ?(\d+) ?\)""", cell) for cell in found.groups()] if found else []
-        choices = {}
-        for name, edges in zip(self.choices, listed, strict=False):
+        fields, choices = _fields(text), {}
+        for name in self.choices:
+            edges = fields.get(name, [])
+            if fields.get(f"{name}_concat") != [2, 3, 4, 5] or not all(map(_is_edge, edges)):
+                continue
             operations = dict.fromkeys(EDGES, OPERATIONS[NONE])
-            operations.update(((place // KEPT, int(source)), o) for place, (o, source) in enumerate(edges))
+            operations.update(((place // KEPT, source), o) for place, (o, source) in enumerate(edges))
             if len(edges) == KEPT * NODES and len(operations) == len(EDGES):
                 choices[name] = list(operations.values())
-        if choices.keys() != self.choices.keys():
+        if choices.keys() != self.choices.keys() or len(fields) != 2 * len(choices):
             raise TangleNASError(
-                f"{text!r} is not an architecture of {self.label}: expected Genotype(normal=[('sep_conv_3x3', 0), "
-                "...], normal_concat=range(2, 6), reduce=[...], reduce_concat=range(2, 6)) with two edges (operation, "
-                "source) for each of four nodes, from sources before it"
+                f"{text[:1000]!r} is not an architecture of {self.label}: expected "
+                "Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6), reduce=[...], "
+                "reduce_concat=range(2, 6)) with two edges (operation, source) for each of four nodes, from sources "
+                "before it"
             )
         return self.architecture(**choices)
+
+
+def _fields(text: str) -> dict[str, list[Any]]:
+    """Return the lists in a `Genotype(...)` by name, as Python reads it over any number of lines.
+
+    Any other text gives no lists.
+    """
+    try:
+        call = ast.parse(text.strip()[:10_000], mode="eval").body  # such a text has 600 characters
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Genotype"):
+            return {}
+        fields = {str(field.arg): _listed(field.value) for field in call.keywords}
+        return fields if len(fields) == len(call.keywords) and not call.args else {}
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return {}
+
+
+def _listed(value: ast.expr) -> list[Any]:
+    """Return the entries of a list, a tuple or `range(start, end)`."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "range":
+        start, end = map(ast.literal_eval, value.args)
+        return list(range(start, min(end, start + 10)))
+    return list(ast.literal_eval(value))
+
+
+def _is_edge(edge: Any) -> bool:
+    return isinstance(edge, tuple) and [type(part) for part in edge] == [str, int]
 
 
 def mixed(

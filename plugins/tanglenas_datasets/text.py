@@ -12,6 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from tanglenas_datasets.tokenizer_file import read_tokenizer
 from tanglenas_engine import Dataset, TangleNASError, TokenSamples, content_hash, data_path
 
 UNKNOWN = "<unk>"
@@ -157,13 +158,7 @@ class Text(Dataset):
             raise TangleNASError(
                 f"{self.name}: tokenizer is {kind!r}; give 'char', 'bpe', or the path of a tokenizer.json that exists."
             )
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises no narrower type
-            raise TangleNASError(f"{self.name}: {kind} is no tokenizer.json: {error}. Give another file.") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return read_tokenizer(self.name, str(path), text)
 
     def _rows(self, text: str, what: str) -> Tensor:
         """Return all full windows of a text, each with the token after it, shape (n, block_size + 1)."""

@@ -102,14 +102,14 @@ class GPT(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", "utf-8")
         state = {k: v.contiguous() for k, v in self.state_dict().items() if k != "lm_head.weight"}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
     @classmethod
     def load(cls, folder: Path) -> GPT:
         """Read what `save` wrote, and return the network in evaluation mode."""
-        settings = json.loads((Path(folder) / "config.json").read_text())
+        settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
         network = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
         network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         return network.eval()

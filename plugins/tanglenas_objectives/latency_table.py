@@ -102,7 +102,7 @@ class LatencyTable:
             TangleNASError: The file is missing, damaged, no latency table, or of another version.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text("utf-8"))
             version, _ = content.pop("format"), content.pop("unit")
         except OSError as error:
             raise TangleNASError(
@@ -192,7 +192,7 @@ def options_of(space: SearchSpace) -> dict[str, list[Any]]:
 def _processor() -> str:
     """Return the system's name for the processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

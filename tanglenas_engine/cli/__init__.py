@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError, readable
+from tanglenas_engine.errors import TangleNASError, print_anything, readable
 
 COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "latency", "tables", "report", "doctor")
 
@@ -38,6 +38,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        print_anything()
         try:
             return super().invoke(ctx)
         except TangleNASError as error:

@@ -114,7 +114,7 @@ def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> n
 def _timm(export: Export) -> tuple[Forward, str]:
     export.space.export(export.network, export.architecture, export.folder)
     config = export.folder / "config.json"
-    architecture = json.loads(config.read_text()).get("architecture") if config.exists() else None
+    architecture = json.loads(config.read_text("utf-8")).get("architecture") if config.exists() else None
     if architecture is None:
         raise TangleNASError(f"the space {export.space.name!r} has no form in timm. Choose torch-export, onnx or torch")
     import timm  # only this format needs it
@@ -141,7 +141,7 @@ from tanglenas_engine import Architecture, create_space
 space = create_space({export.space.name!r}{options})
 model = space.standalone(Architecture.from_json(Path("DIR/architecture.json").read_text())).eval()
 model.load_state_dict(load_file("DIR/model.safetensors"))"""
-    read_again = Architecture.from_json((export.folder / "architecture.json").read_text())
+    read_again = Architecture.from_json((export.folder / "architecture.json").read_text("utf-8"))
     network = export.space.standalone(read_again).eval()
     network.load_state_dict(load_weights(export.folder / "model.safetensors"))
     return network, code

@@ -50,7 +50,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
             f"{folder} is not an empty folder. Name one that is, or one that does not exist yet{advice}"
         )
     source = pipeline()
-    params = (source / "params.yaml").read_text()
+    params = (source / "params.yaml").read_text("utf-8")
     manager = PluginManager()
     chosen = {}
     for kind in ("space", "dataset", "optimizer"):
@@ -66,8 +66,8 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
         shutil.copy(source / name, folder)
     for name, text in DVC_FILES.items():
         (folder / ".dvc").mkdir(exist_ok=True)
-        (folder / ".dvc" / name).write_text(text)
-    (folder / "params.yaml").write_text(params)
+        (folder / ".dvc" / name).write_text(text, "utf-8")
+    (folder / "params.yaml").write_text(params, "utf-8")
     shutil.copy(TEMPLATE / "project" / "gitignore", folder / ".gitignore")
     shutil.copy(TEMPLATE / "project" / "README.md", folder)
 

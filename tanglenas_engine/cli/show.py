@@ -54,15 +54,12 @@ def layers(space: "SearchSpace", architecture: "Architecture") -> tuple[list[str
     """
     assignment = space.assignment_of(architecture)
     layered = [choice for choice in space.choices.values() if choice.layered]
-    cells: dict[tuple[int, ...], dict[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for choice in layered:
         rows = [row for row in choice.layer_rows if row.active(assignment)]
         for row, option in zip(rows, architecture.choices[choice.name], strict=True):
-            place = row.layer if isinstance(row.layer, tuple) else (row.layer or 0,)
-            cells.setdefault(place, {})[choice.name] = str(option)
+            cells.setdefault(row.label, {})[choice.name] = str(option)
     names = [choice.name for choice in layered]
-    table = [
-        [".".join(str(i + 1) for i in place), *(cells[place].get(name, "-") for name in names)]
-        for place in sorted(cells)
-    ]
+    ordered = sorted(cells, key=lambda label: [int(number) for number in label.split(".")])
+    table = [[label, *(cells[label].get(name, "-") for name in names)] for label in ordered]
     return ["layer", *names], table

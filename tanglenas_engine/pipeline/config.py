@@ -84,6 +84,8 @@ def configure(arguments: Sequence[str]) -> None:
     _parse(gin.parse_config, bindings)
     for (scope, selector), values in gin.config._CONFIG.items():
         for name, value in values.items() if selector in ours else ():
+            if isinstance(value, float) and value.is_integer() and _is_count(hints(ours[selector]).get(name, Any)):
+                values[name] = int(value)  # DVC writes `-S discretize.max_params=6e4` as 60000.0
             if value is None and not accepts(hints(ours[selector]).get(name, Any), None):
                 values[name] = filed.get((scope, selector), {}).get(name)
     _parse(gin.finalize)
@@ -93,14 +95,24 @@ def configure(arguments: Sequence[str]) -> None:
             check_types(f"{scope}{'/' if scope else ''}{ours[selector].__name__}", ours[selector], values)
 
 
+def _is_count(hint: Any) -> bool:
+    """Return whether a parameter takes a whole number, and no other number."""
+    return accepts(hint, 1) and not accepts(hint, 0.5)
+
+
 def _current(text: str) -> str:
     """Replace the old names of functions in the text of a gin file."""
     return MOVED.sub(r"tanglenas_engine.\1", text)
 
 
+def _text(file: str) -> str:
+    """Return the text of a gin file, in UTF-8 whatever the locale is. Editors on Windows begin it with a mark."""
+    return _current(Path(file).read_text("utf-8-sig"))
+
+
 def _opened(path: str) -> io.StringIO:
     """Open a gin file as gin's parser is to read it."""
-    file = io.StringIO(_current(Path(path).read_text()))
+    file = io.StringIO(_text(path))
     file.name = path  # gin's messages have it
     return file
 
@@ -147,7 +159,7 @@ class _Names:
             return
         self._files.add(file)
         try:
-            text = _current(Path(file).read_text())
+            text = _text(file)
         except (OSError, ValueError) as error:
             known = [path.as_posix() for path in Path("gin").rglob("*.gin")]
             reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"

@@ -6,6 +6,8 @@ Every stage registers those of all four, so that its gin file can include anothe
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -85,6 +87,18 @@ def benchmark(
     return lambda architecture: table.row(architecture, metric)
 
 
+def _as_numbers(digest: str) -> set[str]:
+    """Return how DVC writes the first digits of a digest that can be read as a number: `12e4` is 120000.0."""
+    written = set()
+    for length in range(1, len(digest) + 1):
+        start = digest[:length]
+        if start.isdigit():
+            written.add(str(int(start)))
+        elif re.fullmatch(r"\d+e\d+", start):
+            written.add(str(float(start)))
+    return written
+
+
 @register
 def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
     """Read the architecture that discretize wrote, and check that it is one of the space.
@@ -99,11 +113,14 @@ def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
     if pick != "best":
         points = sorted(FRONT.glob("*.json"))
         found = [point for point in points if pick and point.stem.startswith(pick)]
+        if not found:  # DVC reads `-S retrain.pick=12e45` as a number, and hands on how that is written
+            found = [point for point in points if pick in _as_numbers(point.stem)]
         if len(found) != 1:
             listed = ", ".join(point.stem for point in found or points) or "it has none, since only one was judged"
             raise TangleNASError(
                 f"read_architecture.pick is {pick!r}, expected 'best' or the digest of one architecture in {FRONT}: "
-                f"{listed}"
+                f"{listed}. DVC reads digits with one e as a number: give more of the digest, or quote it as in "
+                "-S \"retrain.pick='12e45'\""
             )
         (path,) = found
     return space.architecture_of(space.assignment_of(Architecture.from_json(path.read_text("utf-8", errors="replace"))))
@@ -147,6 +164,12 @@ def create() -> tuple[int, SearchSpace, Dataset]:
     for kind, name in names.items():
         _check_options(kind, name)
     dataset: Dataset = create_dataset(name=required("DATASET", str))
+    for value in dataset.std or ():
+        if not (math.isfinite(value) and value > 0):
+            raise TangleNASError(
+                f"the dataset {dataset.name!r} has the standard deviation {value} (std), expected positive numbers, as "
+                "inputs are divided by it. Correct create_dataset.std"
+            )
     bound = gin.get_bindings("create_space", resolve_references=False)
     fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.choice import Choice
+from tanglenas_engine.superposition.size import Assignment, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,13 +52,15 @@ STYLE: dict[str, Any] = {
 }
 
 
-def alphas(history: Sequence[Record], options: Mapping[str, Sequence[Any]], path: str | Path) -> None:
+def alphas(history: Sequence[Record], choices: Mapping[str, Choice | Sequence[Any]], path: str | Path) -> None:
     """Draw the mixture weights of every choice over epochs: lines for a choice made once, else maps of layer by epoch.
 
     Args:
         history: Rows of `SearchResult.history`; those of a method without mixing weights have no "mixture".
-        options: Options by choice, in the order of the weights. Choices with one option have nothing to show.
+        choices: The choices of the space by name, or only their options, in the order of the weights. Then layers are
+            counted without their stages. Choices with one option have nothing to show.
     """
+    options = {name: choice.options if isinstance(choice, Choice) else choice for name, choice in choices.items()}
     mixtures = [row["mixture"] for row in history if "mixture" in row]
     open_choices = [name for name in (mixtures[0] if mixtures else ()) if len(options[name]) > 1]
     if not open_choices:
@@ -78,7 +81,8 @@ def alphas(history: Sequence[Record], options: Mapping[str, Sequence[Any]], path
         y = 1.9 * lines
         for name in layered:
             weights = [mixture[name] for mixture in mixtures]
-            _weight_maps(figure, y, tall[name], across[name], name, options[name], epochs, weights)
+            labels, used = _layers(choices, name, mixtures[-1])
+            _weight_maps(figure, y, tall[name], across[name], name, options[name], epochs, weights, labels, used)
             y += bands[name]
 
 
@@ -145,7 +149,8 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
     Raises:
         TangleNASError: The architecture is not of this space.
     """
-    cost = space.cost(architecture)  # also checks that the architecture is of this space
+    assignment = space.assignment_of(architecture)  # also checks that the architecture is of this space
+    cost = space.cost(architecture)
     once = [choice for choice in space.choices.values() if not choice.layered]
     layered = [choice for choice in space.choices.values() if choice.layered]
     grid = [layered[i : i + 4] for i in range(0, len(layered), 4)]
@@ -154,7 +159,7 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
         _write(figure, 0.1, 0.15, f"{architecture.space}  {architecture.digest}", fontweight="bold")
         _write(figure, 0.1, 0.4, f"{cost.params:,} parameters, {cost.flops:,} multiply-accumulates")
         if layered:
-            _write(figure, WIDTH - 0.1, 0.4, "layers are numbered from the input", ha="right", color=FAINT)
+            _write(figure, WIDTH - 0.1, 0.4, _numbering(layered), ha="right", color=FAINT)
         if once:
             axes = _place(figure, 0.1, 0.65, WIDTH - 0.2, 0.3 * len(once))
             _option_table(axes, once, architecture)
@@ -163,8 +168,14 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
             cell = (WIDTH - 0.2) / len(grid[0])
             for place, choice in enumerate(line):
                 axes = _place(figure, cell * place + 0.4, y + 0.4, cell - 0.4, 0.24 * len(choice))
-                _layer_bars(axes, choice, architecture.choices[choice.name])
+                _layer_bars(axes, choice, assignment)
             y += 0.24 * most + 0.5
+
+
+def _numbering(layered: Sequence[Choice]) -> str:
+    if any(len(choice.stages) > 1 for choice in layered):
+        return "layers are numbered from the input, as stage.block"
+    return "layers are numbered from the input"
 
 
 def candidates(rows: Sequence[Record], path: str | Path) -> None:
@@ -328,8 +339,13 @@ def _weight_maps(
     options: Sequence[Any],
     epochs: list[int],
     weights: list[list[list[float]]],
+    labels: list[str],
+    used: list[bool],
 ) -> None:
-    """Draw a map of layer by epoch for every option. A weight of 1 / options, which says nothing, is white."""
+    """Draw a map of layer by epoch for every option. A weight of 1 / options, which says nothing, is white.
+
+    Layers beyond the depth that is the most probable in the end are not `used`, and have no dot.
+    """
     from matplotlib.colors import CenteredNorm
 
     count, layers = len(options), len(weights[0])
@@ -348,11 +364,11 @@ def _weight_maps(
             extent=(epochs[0] - 0.5, epochs[-1] + 0.5, layers + 0.5, 0.5),
         )  # fmt: skip
         axes.set_title(str(options[i]), pad=3)
-        chosen = [layer for layer, winner in enumerate(winners, 1) if winner == i]
+        chosen = [layer for layer, winner in enumerate(winners, 1) if winner == i and used[layer - 1]]
         axes.plot([1.0 + 0.07 / (cell - 0.2)] * len(chosen), chosen, "o", transform=axes.get_yaxis_transform(),
                   color=INK, clip_on=False)  # fmt: skip
         axes.xaxis.set_major_locator(_epoch_ticks(2 if cell < 1.2 else 5))
-        axes.set_yticks(range(1, layers + 1) if layers <= 20 else [1, layers])
+        _layer_ticks(axes, labels)
         axes.tick_params(left=column == 0, labelleft=column == 0, labelsize=8)
         axes.spines[:].set_visible(False)
         if column == 0:
@@ -363,6 +379,30 @@ def _weight_maps(
     bar.ax.set_ylim(low, high)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
+
+
+def _layers(
+    choices: Mapping[str, Choice | Sequence[Any]], name: str, mixture: Mapping[str, Any]
+) -> tuple[list[str], list[bool]]:
+    """Return the label of each layer of a choice, and whether the most probable depth of a mixture has it."""
+    assignment: dict[Row, int] = {}
+    for other, choice in choices.items():
+        if isinstance(choice, Choice):
+            rows = mixture[other] if choice.layered else [mixture[other]]
+            picks = (row.index(max(row)) for row in rows)
+            assignment.update(zip(choice.layer_rows, picks, strict=True))
+    choice = choices[name]
+    if isinstance(choice, Choice):
+        return [row.label for row in choice.layer_rows], [row.active(assignment) for row in choice.layer_rows]
+    count = len(mixture[name])
+    return [str(layer) for layer in range(1, count + 1)], [True] * count
+
+
+def _layer_ticks(axes: Axes, labels: Sequence[str]) -> None:
+    """Name the layers on the vertical axis: all of up to 20, else the first of each stage and the last."""
+    firsts = [i for i, label in enumerate(labels) if label.endswith(".1")]
+    shown = range(len(labels)) if len(labels) <= 20 else sorted({0, *firsts, len(labels) - 1})
+    axes.set_yticks([i + 1 for i in shown], [labels[i] for i in shown])
 
 
 def _limits(weights: list[list[float]], count: int) -> tuple[float, float]:
@@ -387,19 +427,19 @@ def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture)
     axes.set_axis_off()
 
 
-def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
+def _layer_bars(axes: Axes, choice: Choice, assignment: Assignment) -> None:
     """Draw a bar per layer up to its option, on a ground as long as the largest option. Unused layers are hatched."""
     options = sorted(choice.options)
     if isinstance(options[0], str):
-        _layer_names(axes, choice, chosen)
+        _layer_names(axes, choice, assignment)
         return
     largest = options[-1]
     inch = largest * axes.figure.dpi / axes.bbox.width
-    for layer in range(1, len(choice) + 1):
-        if layer > len(chosen):
+    for layer, row in enumerate(choice.layer_rows, 1):
+        if not row.active(assignment):
             axes.barh(layer, largest, 0.8, color="white", edgecolor=PALE, linewidth=0, hatch="////")
             continue
-        option = chosen[layer - 1]
+        option = choice.options[assignment[row]]
         axes.barh(layer, largest, 0.8, color=PALE)
         axes.barh(layer, option, 0.8, color=BLUE)
         inside = option > (LETTER * len(str(option)) + 0.1) * inch
@@ -409,19 +449,24 @@ def _layer_bars(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
         axes.vlines(options[:-1], 0.5, len(choice) + 0.5, color="white", linewidth=0.8)
     listed = ", ".join(map(str, options)) if len(options) <= 4 else f"{options[0]} to {options[-1]}"
     axes.set_title(f"{choice.name} ({listed})")
-    axes.set(xlim=(0, largest), ylim=(len(choice) + 0.5, 0.5), yticks=range(1, len(choice) + 1), xticks=[])
+    axes.set(xlim=(0, largest), ylim=(len(choice) + 0.5, 0.5), xticks=[])
+    axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.layer_rows])
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
-def _layer_names(axes: Axes, choice: Choice, chosen: tuple[Any, ...]) -> None:
-    """Draw a line per layer with a mark for every option, the chosen one filled and named."""
-    for layer, name in enumerate(chosen, 1):
+def _layer_names(axes: Axes, choice: Choice, assignment: Assignment) -> None:
+    """Draw a line per layer in use with a mark for every option, the chosen one filled and named."""
+    for layer, row in enumerate(choice.layer_rows, 1):
+        if not row.active(assignment):
+            continue
+        name = choice.options[assignment[row]]
         for x, option in enumerate(choice.options):
             axes.barh(layer, 0.06, 0.8, 0.08 * x, color=BLUE if option == name else PALE)
         axes.text(0.08 * len(choice.options) + 0.02, layer, name, va="center_baseline")
     axes.set_title(choice.name)
-    axes.set(xlim=(0, 1), ylim=(len(choice) + 0.5, 0.5), yticks=range(1, len(choice) + 1), xticks=[])
+    axes.set(xlim=(0, 1), ylim=(len(choice) + 0.5, 0.5), xticks=[])
+    axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.layer_rows])
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", length=0)
 

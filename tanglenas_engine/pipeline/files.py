@@ -30,8 +30,18 @@ WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
 
 
 def read_splits() -> Splits:
-    """Read the splits that search wrote."""
-    return Splits.from_json(SPLITS.read_text("utf-8", errors="replace"))
+    """Read the splits that search wrote.
+
+    Raises:
+        TangleNASError: The file holds no splits, or one of them is empty.
+    """
+    splits = Splits.from_json(SPLITS.read_text("utf-8", errors="replace"))
+    if empty := [name for name, count in splits.sizes().items() if not count]:
+        raise TangleNASError(
+            f"{SPLITS}: the split {empty[0]!r} has no sample, but every stage needs one or more: search writes none "
+            "like this. Run search again, or `dvc repro`"
+        )
+    return splits
 
 
 def read_mixture(space: SearchSpace, derivations: Mapping[str, Any]) -> tuple[Mixture | None, str]:

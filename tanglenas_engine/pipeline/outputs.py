@@ -167,7 +167,7 @@ def print_summary(architecture: Architecture, title: str, sample: str = "") -> N
     table = Table("stage", "result", "files", title=title, title_justify="left")
     for name in STAGES:
         path = METRICS / f"{name}.json"
-        numbers = json.loads(path.read_text()) if path.exists() else {}
+        numbers = json.loads(path.read_text("utf-8")) if path.exists() else {}
         lines = [f"{key.replace('_', ' ')} {_readable(key, value)}" for key, value in numbers.items()]
         if name == "discretize":
             lines = [*str(architecture).split(), *lines]

@@ -29,7 +29,7 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
         raise TangleNASError(f"params.yaml cannot be read: {error}") from None
     if not isinstance(content, dict | None):
         raise TangleNASError(f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line")
-    used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text()))
+    used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text("utf-8")))
     known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
     for key in _keys(content):
         if key not in known:
@@ -74,7 +74,7 @@ def swept(params: Path) -> dict[str, Any]:
             found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
         return found
 
-    return flat(YAML(typ="safe").load(params.read_text()) or {})
+    return flat(YAML(typ="safe").load(params.read_text("utf-8")) or {})
 
 
 def _keys(content: Any, prefix: str = "") -> Iterator[str]:

@@ -26,7 +26,7 @@ def space_options(config: Path) -> dict[str, Any]:
     gin.clear_config()
     try:
         # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
-        gin.parse_config(config.read_text(), skip_unknown=True)
+        gin.parse_config(config.read_text("utf-8"), skip_unknown=True)
     except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
         reason = shown(error)
         raise TangleNASError(f"{config} cannot be read ({reason}). Give the space's options instead") from None

@@ -31,7 +31,7 @@ import torch
 
 import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
-from tanglenas_engine.errors import TangleNASError, readable
+from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
 from tanglenas_engine.pipeline.configurables import create, packages, tables
@@ -139,6 +139,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         inputs: Files of earlier stages that this one starts from. The supernet's metadata has the id of the pipeline,
             which the search derives from its config.
     """
+    print_anything()
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         raise SystemExit
@@ -153,7 +154,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 if not path.exists():
                     raise TangleNASError(f"{path} is missing: run the stage before {name!r} first, or `dvc repro`")
             # Only one process may write the output folder. DVC's own lock dies with DVC, but the stage may live on.
-            place = hashlib.sha256(str(Path(OUT, name).resolve()).encode()).hexdigest()[:12]
+            place = hashlib.sha256(os.fsencode(Path(OUT, name).resolve())).hexdigest()[:12]
             if distributed.rank() == 0:
                 stack.enter_context(exclusive(root / ".tanglenas" / "locks" / f"{name}-{place}"))
             seed, space, dataset = create()
@@ -222,6 +223,15 @@ def _one_sentence(name: str) -> Iterator[None]:
         print(
             f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr
         )  # the training loop may have named the stage
+        raise SystemExit(2) from None
+    except ValueError as problem:
+        if not str(problem).startswith("Expected more than 1 value per channel"):
+            raise
+        print(
+            f"{name}: a batch norm in training mode got one value per channel ({problem}), whose deviation is 0. "
+            "Raise the batch size to 2 or more, or the size of the images",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except OSError as problem:
         place = problem.filename or "a file"  # the engine's writers name the file

@@ -42,7 +42,8 @@ class Holder:
 def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
     """Write a file so that it always has the old or the new content, even if the process is killed.
 
-    Text is written as UTF-8 with unchanged newlines. Missing parent folders are created.
+    Text is written as UTF-8 with unchanged newlines, and with escapes for names of files that are not UTF-8. Missing
+    parent folders are created.
 
     Raises:
         TangleNASError: The disk is full or the path is not writable. The previous content is unchanged.
@@ -52,7 +53,7 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -14,7 +14,8 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
     """Check that a space accepts a dataset's inputs and has an output for every class.
 
     Raises:
-        TangleNASError: The shapes or types of the inputs differ (the message has both shapes), or outputs are missing.
+        TangleNASError: The shapes or types of the inputs differ (the message has both shapes), inputs are not finite,
+            or outputs are missing.
     """
     labels = samples.labels
     inputs, targets = next(batches(samples, 256 if labels is None else 1))
@@ -24,6 +25,11 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
         raise TangleNASError(
             f"the data are of shape {_shape(inputs)}, but the space {space.label} takes {_shape(wanted)}: create the "
             "space with what fits the dataset (image_size and in_channels, or block_size), or change the dataset's"
+        )
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise TangleNASError(
+            f"{int((~inputs.isfinite()).sum()):,} of {inputs.numel():,} numbers in the first batch of the data are not "
+            "finite: correct the dataset's transform, its mean and std, or the files"
         )
     parameters = next(space.parameters())
     wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)

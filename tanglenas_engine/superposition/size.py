@@ -42,6 +42,12 @@ class Row:
         layer = ", ".join(map(str, self.layer)) if isinstance(self.layer, tuple) else self.layer
         return self.choice if layer is None else f"{self.choice}[{layer}]"
 
+    @property
+    def label(self) -> str:
+        """The layer as people read it, counted from 1: "3", or "2.1" for the first block of the second stage."""
+        place = self.layer if isinstance(self.layer, tuple) else (self.layer or 0,)
+        return ".".join(str(number + 1) for number in place)
+
     def active(self, assignment: Assignment) -> bool:
         """Return whether the row matters under an assignment."""
         if self.gate is None:
