@@ -1,14 +1,17 @@
 """Options of plugins that are functions or classes, bound in gin files by reference."""
 
+import random
 from pathlib import Path
 from textwrap import dedent
 
 import gin
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from project import lay_out
 
+from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_engine import TangleNASError, plugins
 from tanglenas_engine.pipeline import configurables
@@ -267,3 +270,12 @@ def test_augment_beside_a_transform_that_replaces_it_is_refused(images) -> None:
     configure([*images, *both])
     with pytest.raises(TangleNASError, match="train_transform replaces all augmentation"):
         create()
+
+
+@pytest.mark.parametrize("recipe", ["rand-m0", "rand-m1", "rand-m10-inc1", "v0", "v0r", "original", "3a", "augmix-m10"])
+def test_a_recipe_of_any_strength_makes_images(recipe: str) -> None:
+    augmentation = recipe_of_timm(recipe, (0.5, 0.5, 0.5))
+    image = Image.radial_gradient("L").resize((16, 16)).convert("RGB")
+    random.seed(0)
+    np.random.seed(0)
+    assert all(augmentation(image).size == (16, 16) for _ in range(300))

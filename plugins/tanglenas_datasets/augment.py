@@ -1,10 +1,11 @@
 """Augmentation: of whole batches of raw images in memory, and recipes for single images."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tanglenas_engine import TangleNASError
@@ -87,12 +88,19 @@ def recipe_of_timm(recipe: str, mean: Sequence[float]) -> Callable[[Image.Image]
     kind = recipe.split("-")[0]
     make = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
     try:
-        made: Callable[[Image.Image], Image.Image] = make.get(kind, auto_augment.auto_augment_transform)(
-            recipe, settings
-        )
+        made: Any = make.get(kind, auto_augment.auto_augment_transform)(recipe, settings)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise TangleNASError(
             f"image_folder: augment is {recipe!r}, which timm does not know ({error or type(error).__name__}). Give "
             'such as "rand-m9-mstd0.5", "augmix-m3" or "v0", or an @reference to a transform of PIL images.'
         ) from None
+    operations = [op for policy in made.policy for op in policy] if hasattr(made, "policy") else made.ops
+    for operation in operations:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
     return made
+
+
+def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep so many bits of each channel, as timm does, but one at least: today's Pillow refuses 0."""
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
