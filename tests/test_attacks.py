@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tanglenas_engine.cli import doctor as cli_doctor
@@ -23,8 +24,13 @@ from tanglenas_engine.pipeline.redaction import address, reason, redacted
 from tanglenas_engine.pipeline.report import _scatter, page
 from tanglenas_engine.pipeline.store import Store
 from tanglenas_engine.pipeline.tracking import MlflowTracker, spooled_runs, upload_spool
-from tanglenas_engine.plugins import PluginManager, PluginWarning, create_space
+from tanglenas_engine.plugins import PluginManager, PluginWarning, create_optimizer, create_space
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, holder
+from tanglenas_engine.runtime.progress import ConsoleProgress
+from tanglenas_engine.stages.search import search
+from tanglenas_engine.testing import random_data
+from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -388,7 +394,7 @@ def test_a_start_of_a_run_without_sense_waits_for_nothing(project, start):
     folder = project / ".tanglenas" / "runs" / "abc"
     folder.mkdir(parents=True)
     (folder / "spool.jsonl").write_text(json.dumps({**sound, **start}) + "\n")
-    assert [run.stage for run in spooled_runs(project)] == (["search"] if start in ({}, {"run_id": ""}) else [])
+    assert [run.stage for run in spooled_runs(project)] == (["search"] if start == {} else [])
 
 
 @pytest.fixture
@@ -559,3 +565,48 @@ def test_what_people_start_does_not_phone_home():
     for path in texts:
         for line in path.read_text().splitlines():
             assert "mlflow ui --" not in line or "MLFLOW_DISABLE_TELEMETRY=true mlflow ui" in line, path
+
+
+# Threads and processes
+
+
+def test_a_resume_with_another_number_of_threads_says_so(tmp_path, capsys):
+    torch.manual_seed(0)
+    space = create_space("toy_conv_macro_nano")
+    data = random_data(space, ("weights", "architecture", "validation"))
+
+    def searched(progress):
+        with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+            search(space, create_optimizer("spos"), data, epochs=3, batch_size=4, checkpoints=checkpoints,
+                   checkpoint_every=1, progress=progress)  # fmt: skip
+
+    with pytest.raises(CutOff):
+        searched(CutAfter(3))
+    torch.set_num_threads(2)
+    try:
+        searched(ConsoleProgress())
+    finally:
+        torch.set_num_threads(1)
+    assert "taken with 1 thread, and these have 2" in (said := capsys.readouterr().out) and "OMP_NUM_THREADS=1" in said
+
+
+DIES = """
+import os, signal, sys
+from tanglenas_engine.runtime import distributed
+distributed.relaunch("dies", [])
+if os.environ["RANK"] == os.environ["DYING"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_launcher_says_what_to_do_after_a_process_was_killed(tmp_path, rank):
+    (tmp_path / "dies.py").write_text(DIES)
+    environment = {**os.environ, "TANGLENAS_NPROC": "2", "DYING": str(rank)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-m", "dies"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert (
+        f"dies: process {rank} of 2 was ended by SIGKILL" in run.stderr and "Run the same command again" in run.stderr
+    )

@@ -148,6 +148,7 @@ FORGERIES = [
     *(drop(name) for name in ("space", "optimizer", "weight_optimizer", "scheduler", "position", "history", "ranks")),
     *(assign("position", value=value) for value in (-1, 7, 10**30, True, 1.5, NAN, "3", None, [], torch.tensor(3))),
     *(assign("position", value=value) for value in (0, 2, 4, 5)),
+    *(assign("threads", value=value) for value in (0, -1, True, 1.0, "1", None)), drop("threads"),
     *(assign(*MOMENT, value=forge)
       for forge in (wider, single, expanded, transposed, doubled, whole, poisoned, infinite, learning)),
     *(assign(*SQUARE, value=forge) for forge in (wider, single, expanded, poisoned, negative)),

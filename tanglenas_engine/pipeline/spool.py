@@ -123,7 +123,8 @@ def _is_sound(folder: Path, record: Event) -> bool:
     if any(not isinstance(value, kinds[name]) for name in fields.keys() & kinds for value in record[name].values()):
         return False
     if kind == "start":
-        return re.fullmatch(r"[\w-]+", record.get("run_id") or "none") is not None
+        run_id = record.get("run_id")
+        return run_id is None or re.fullmatch(r"[\w-]+", run_id) is not None
     if kind == "end":
         return record["status"] in ("FINISHED", "FAILED", "KILLED")
     place = record.get("path", "")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,11 +84,24 @@ def relaunch(module: str, arguments: Sequence[str]) -> None:
     try:
         main(["--standalone", f"--nproc-per-node={count}", "-m", module, *arguments])
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
+        failure = error.get_first_failure()[1]
+        status = failure.exitcode
+        if status < 0:  # a killed process says nothing itself
+            print(_ended(module, failure.local_rank, int(count), -status), file=sys.stderr)
         raise SystemExit(status if status > 0 else 1) from None
     except SignalException:
         raise SystemExit(130) from None
     raise SystemExit
+
+
+def _ended(module: str, rank: int, count: int, number: int) -> str:
+    """Return what to do after a process was killed by a signal."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    memory = ", as the system does where memory is short" if name == "SIGKILL" else ""
+    return (
+        f"{module.rpartition('.')[2]}: process {rank} of {count} was ended by {name}{memory}. Run the same command "
+        "again to go on from the last checkpoint"
+    )
 
 
 @contextmanager

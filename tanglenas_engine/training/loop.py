@@ -173,7 +173,12 @@ class Training(abc.ABC):
         ranks = distributed.gather({"sums": self._sums, "rng": rng_state()})
         if self.session.checkpoints:
             state = {key: part.state_dict() for key, part in self.stateful().items()}
-            place = {"position": self._position, "history": self.history, "ranks": ranks}
+            place = {
+                "position": self._position,
+                "history": self.history,
+                "ranks": ranks,
+                "threads": torch.get_num_threads(),
+            }
             self.session.checkpoints.save({**state, **place})
 
     def _resume(self) -> None:
@@ -197,15 +202,24 @@ class Training(abc.ABC):
                 self._sums = {k: torch.stack([one["sums"][k] for one in ranks]).mean(0) for k in ranks[0]["sums"]}
                 distributed.seed_ranks_apart()
         self.session.note(f"{self.name}: resuming at step {self._position} of {self.steps}")
+        threads, now = state["threads"], torch.get_num_threads()
+        if threads != now and all(parameter.device.type == "cpu" for parameter in self.parameters):
+            self.session.note(
+                f"{self.name}: the steps before were taken with {threads} thread{'s' * (threads > 1)}, and these have "
+                f"{now}. Sums are rounded otherwise, so that the result is not that of a run which was never cut off. "
+                f"For that, stop, and run the same command with OMP_NUM_THREADS={threads}"
+            )
 
     def _check(self, state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
         """Raise an UnfitError for a state that cannot be one of this training. Nothing is loaded before."""
-        names = {*parts, "position", "history", "ranks"}
+        names = {*parts, "position", "history", "ranks", "threads"}
         if names != state.keys():
             raise UnfitError(f"it holds {shown(sorted(map(str, state)))}, expected {', '.join(sorted(names))}")
         position = state["position"]
         if type(position) is not int or not 0 <= position <= self.steps:
             raise UnfitError(f"its position is {shown(position, 60)}, expected a step from 0 to {self.steps}")
+        if type(state["threads"]) is not int or state["threads"] < 1:
+            raise UnfitError(f"it was made by {shown(state['threads'], 60)} threads, expected a number of at least 1")
         schedule = any(isinstance(part, torch.optim.lr_scheduler.LRScheduler) for part in parts.values())
         for key, part in parts.items():
             check_part(key, part, state[key], position, steady=not schedule)
