@@ -251,18 +251,8 @@ def test_a_project_of_an_installed_wheel_runs_outside_this_repository(tmp_path):
     set_params(project, **SMALL)
     run(project, "git", "init", "--quiet")
     run(project, "git", "add", ".")
-    run(
-        project,
-        "git",
-        "-c",
-        "user.name=Tester",
-        "-c",
-        "user.email=tester@example.org",
-        "commit",
-        "--quiet",
-        "-m",
-        "new",
-    )
+    person = ("-c", "user.name=Tester", "-c", "user.email=tester@example.org")
+    run(project, "git", *person, "commit", "--quiet", "-m", "new")
     run(project, "python", "-m", "dvc", "repro")
     assert json.loads((project / "metrics" / "evaluate.json").read_text())["test_samples"] == 359
     untracked = run(project, "git", "status", "--short", "--untracked-files=all")
