@@ -1,8 +1,8 @@
 """Sizes: the numbers of a network that an architecture decides.
 
 A `Size` is a function of a few rows of choices. It is kept as the table of its values over all combinations of their
-options. Arithmetic builds new tables, so `E * R` or `make_divisible(E * R, 8)` need no rule of their own. Code that uses
-a Size enumerates its rows.
+options. Arithmetic builds new tables, so `E * R` or `make_divisible(E * R, 8)` need no rule of their own. Code that
+uses a Size enumerates its rows.
 """
 
 from __future__ import annotations
