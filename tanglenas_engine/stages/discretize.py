@@ -172,23 +172,14 @@ def discretize(
         batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
     ) as tried:  # fmt: skip
         projection = methods[method](tried, weights)
-        front = final_front(tried)
+        front = [record["architecture"] for record in final_front(tried)]
         best = tried.best()[0]["architecture"]
         measured = tried.measured(best, data.validation)
     records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.records))]
     exact = projection.exact if isinstance(projection, Projection) else None
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
-    return DiscretizeResult(
-        best,
-        space.cost(best),
-        measured.accuracy,
-        measured.loss,
-        records,
-        [record["architecture"] for record in front],
-        cost,
-        exact,
-    )
+    return DiscretizeResult(best, space.cost(best), measured.accuracy, measured.loss, records, front, cost, exact)
 
 
 def _check_options(

@@ -1,6 +1,7 @@
 """Evaluation: a plain loop's accuracy, exact costs, and how well a supernet ranks architectures."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -132,8 +133,8 @@ def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
 
 def test_a_sample_is_of_distinct_architectures_and_follows_from_the_seed(judged):
     space, data, worth = judged
-    noise = torch.Generator().manual_seed(1)
-    table = ranked({d: v + 3 * float(torch.randn((), generator=noise)) for d, v in worth.items()})
+    noise, spread = torch.Generator().manual_seed(1), statistics.pstdev(worth.values())
+    table = ranked({d: v + spread * float(torch.randn((), generator=noise)) for d, v in worth.items()})
     samples = [rank_correlation(space, data, table, architectures=40, seed=seed) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] and samples[0].rows != samples[2].rows
     assert all(len({row["digest"] for row in sample.rows}) == 40 for sample in samples)
