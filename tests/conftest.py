@@ -25,6 +25,7 @@ settings.load_profile("tanglenas")
 
 TESTS = Path(__file__).parent
 SLOW = (
+    "attack/",
     "cli/test_doctor.py",
     "cli/test_export.py",
     "cli/test_init.py",

@@ -17,7 +17,7 @@ from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_datasets.images import FORMATS, UNREADABLE, decode, opened
 from tanglenas_engine import TangleNASError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
 
 
