@@ -4,9 +4,9 @@ from pathlib import Path
 
 import gin
 import pytest
+from dataset_files import write_cifar
 from PIL import Image
 from project import dvc, execute, git, lay_out, set_params
-from test_datasets import write_cifar
 
 from tanglenas_datasets.cifar import CIFAR10
 from tanglenas_datasets.image_folder import ImageFolder

@@ -17,7 +17,7 @@ from tanglenas_engine.errors import TangleNASError, print_anything
 from tanglenas_engine.pipeline import configurables, open_stage
 from tanglenas_engine.pipeline.config import configure
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "tanglenas_engine").exists():  # a test file may lie in a folder of tests
     ROOT = ROOT.parent
 
