@@ -156,7 +156,7 @@ class Run:
     """A run in the store. It ignores a record that it has already.
 
     Args:
-        start: The record by which a new run is made.
+        start: The record by which a new run is made. With "tried", a call before may have made it.
         run_id: The id of an existing run that goes on.
 
     Raises:
@@ -167,7 +167,7 @@ class Run:
         self._client = client
         if run_id is None:
             experiment = store.experiment(client, start["experiment"])
-            run_id = _made_before(client, experiment, start["tags"].get(KEY))
+            run_id = _made_before(client, experiment, start["tags"].get(KEY)) if start.get("tried") else None
             if run_id is None:
                 made = client.create_run(experiment, start["time"], tags=start["tags"], run_name=start["name"])
                 run_id = made.info.run_id

@@ -116,12 +116,12 @@ class MlflowTracker:
         waiting = Spool(store.runs / run_id).start if run_id else {}
         known = waiting.get("run_id") or (run_id if run_id and not run_id.startswith(UNSENT) else None)
         key = waiting.get("tags", {}).get(KEY) or os.urandom(16).hex()
-        start = {**start, "run_id": known, "tags": {**start["tags"], KEY: key}}
+        start = {**start, "run_id": known, "tags": {**start["tags"], KEY: key}, "tried": bool(waiting)}
         trouble = self._connect(start)
         name = self._run.run_id if self._run else run_id or f"{UNSENT}{os.urandom(8).hex()}"
         self.folder = store.runs / (run_id if waiting and run_id else name)
         hold.enter_context(exclusive(self.folder))
-        self._spool = Spool(self.folder, {**start, "run_id": self._run.run_id if self._run else known})
+        self._spool = Spool(self.folder, {**start, "run_id": self._run.run_id if self._run else known, "tried": True})
         if trouble or waiting:
             self._spool.save()
         if trouble:
