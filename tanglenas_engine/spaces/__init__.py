@@ -1,3 +1,5 @@
 """Search spaces, their architectures, and what these cost."""
 
-from tanglenas_engine.spaces import cells as cells
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules={"cells"})
