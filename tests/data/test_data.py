@@ -254,7 +254,7 @@ def test_no_tensor_of_a_search_view_holds_a_test_image(digits):
         )
 
     view = open_splits(digits, splits, ["weights", "architecture", "validation"])
-    assert len(reachable_tensors(view)) == 6
+    assert len(reachable_tensors(view)) == 10  # images and labels of three splits, and of two without augmentation
     assert not holds_test_images(view)
     # The walk does find them where they are, and in a slice or a closure too.
     assert holds_test_images(digits)

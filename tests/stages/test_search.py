@@ -544,7 +544,7 @@ def test_a_search_stops_when_a_cell_has_too_many_skip_connections():
     whole = leaning()["history"]
     counts = skips(whole)
     assert len(counts) == 6 and counts[1] < counts[2] < counts[3] and not any("stopped" in row for row in whole)
-    history = leaning(max_skips=counts[2])["history"]
+    history = leaning(stop=EarlyStopping(max_skips=counts[2]))["history"]
     assert skips(history) == counts[:4]
     assert [row.get("stopped") for row in history] == [
         *[None] * 3,
