@@ -102,33 +102,72 @@ class ImageFolder(Dataset):
             )
         if shift is not None and not 0 <= shift < image_size:
             raise TangleNASError(f"image_folder: shift is {shift}; give 0 to {image_size - 1} pixels, or None.")
+        if augment and train_transform:
+            raise TangleNASError(
+                "image_folder: train_transform replaces all augmentation, so augment would do nothing: set one of them."
+            )
         self.image_size = image_size
         self.in_channels = in_channels
         self.mean = _per_channel("mean", mean, in_channels)
         self.std = _per_channel("std", std, in_channels)
         self.crop_pct = crop_pct
-        centre = [v2.Resize(math.floor(image_size / crop_pct)), v2.CenterCrop(image_size)]
-        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        if shift is None and crop_scale is None and image_size <= _SMALL:
-            shift = image_size // 8
-        varied: list[Augmentation] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale or _CROP_SCALE))]
-        if shift is not None:
-            varied = [*centre, v2.RandomCrop(image_size, padding=shift)]
-        if flip:
-            varied.append(v2.RandomHorizontalFlip())
-        recipes = [augment] if isinstance(augment, str) or callable(augment) else augment or []
-        if recipes and train_transform:
-            raise TangleNASError(
-                "image_folder: train_transform replaces all augmentation, so augment would do nothing: set one of them."
-            )
-        varied += [recipe_of_timm(recipe, self.mean) if isinstance(recipe, str) else recipe for recipe in recipes]
-        self._train_transform: Transform = train_transform or v2.Compose([*varied, *finish])
-        self._eval_transform: Transform = eval_transform or v2.Compose([*centre, *finish])
-
+        train, evaluation = self._transforms(crop_scale, shift, flip, augment)
+        self._train_transform: Transform = train_transform or train
+        self._eval_transform: Transform = eval_transform or evaluation
+        self._checked = check
         root = data_path(root)
         if not root.is_dir():
             raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
         read, passed = read_parts(root, test_folder, parts)
+        self._set_classes(read, num_classes)
+
+        paths: list[Path] = []
+        labels: list[int] = []
+        sizes: list[int] = []
+        for part in read:
+            for label, class_name in enumerate(self.class_names):
+                paths += part.classes[class_name]
+                labels += [label] * len(part.classes[class_name])
+            sizes.append(len(paths))
+        self.labels = torch.tensor(labels)
+        # Without test/, the folder val/ is the official test part.
+        if len(read) > 1:
+            self.test_indices = torch.arange(sizes[-2], sizes[-1])
+        self._description = _description(read, self.class_names, passed)
+        self._paths = [str(path) for path in paths]
+        hashes, bad = [], {}
+        for path in paths:
+            try:
+                hashes.append(_file_hash(path, root, check))
+            except UNREADABLE as error:
+                bad[str(path)] = reason(error)
+        if bad:
+            raise unreadable(bad, len(paths))
+        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
+
+    def _transforms(
+        self,
+        crop_scale: tuple[float, float] | None,
+        shift: int | None,
+        flip: bool,
+        augment: str | Augmentation | Sequence[str | Augmentation] | None,
+    ) -> tuple[Transform, Transform]:
+        """Return the functions from a PIL image to an input, in training and in evaluation."""
+        centre = [v2.Resize(math.floor(self.image_size / self.crop_pct)), v2.CenterCrop(self.image_size)]
+        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        if shift is None and crop_scale is None and self.image_size <= _SMALL:
+            shift = self.image_size // 8
+        varied: list[Augmentation] = [v2.RandomResizedCrop(self.image_size, scale=tuple(crop_scale or _CROP_SCALE))]
+        if shift is not None:
+            varied = [*centre, v2.RandomCrop(self.image_size, padding=shift)]
+        if flip:
+            varied.append(v2.RandomHorizontalFlip())
+        recipes = [augment] if isinstance(augment, str) or callable(augment) else augment or []
+        varied += [recipe_of_timm(recipe, self.mean) if isinstance(recipe, str) else recipe for recipe in recipes]
+        return v2.Compose([*varied, *finish]), v2.Compose([*centre, *finish])
+
+    def _set_classes(self, read: Sequence[Part], num_classes: int | None) -> None:
+        """Take the classes of the first part, and check that the others have the same."""
         first = read[0]
         self.class_names = tuple(sorted(first.classes))
         self.num_classes = len(self.class_names)
@@ -154,31 +193,6 @@ class ImageFolder(Dataset):
                     f"image_folder: {shown(first.folder)} and {shown(part.folder)} differ in {len(odd)} classes, such "
                     f"as {listed(sorted(odd)[:3])}. Give both the same class folders."
                 )
-
-        paths: list[Path] = []
-        labels: list[int] = []
-        sizes: list[int] = []
-        for part in read:
-            for label, class_name in enumerate(self.class_names):
-                paths += part.classes[class_name]
-                labels += [label] * len(part.classes[class_name])
-            sizes.append(len(paths))
-        self.labels = torch.tensor(labels)
-        # Without test/, the folder val/ is the official test part.
-        if len(read) > 1:
-            self.test_indices = torch.arange(sizes[-2], sizes[-1])
-        self._description = _description(read, self.class_names, passed)
-        self._paths = [str(path) for path in paths]
-        self._checked = check
-        hashes, bad = [], {}
-        for path in paths:
-            try:
-                hashes.append(_file_hash(path, root, check))
-            except UNREADABLE as error:
-                bad[str(path)] = reason(error)
-        if bad:
-            raise unreadable(bad, len(paths))
-        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
 
     def describe(self) -> str:
         return self._description
