@@ -73,7 +73,7 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+@pytest.mark.parametrize("claim", CLAIMS, ids=range(len(CLAIMS)))
 def test_nobody_is_told_to_end_a_stranger(project, claim):
     folder = project / ".tanglenas" / "locks" / "search-0123456789ab"
     with exclusive(folder):
