@@ -378,7 +378,7 @@ def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer, 
     space, searcher = Lines(), create_optimizer(optimizer)
     data = DataView({name: echoes(256, generator) for name in SPLITS})
     result = search(
-        space, searcher, data, epochs=15, batch_size=32, seed=seed,
+        space, searcher, data, epochs=20, batch_size=32, seed=seed,
         weight_optimizer=partial(torch.optim.Adam, lr=0.02),
         architecture_optimizer=partial(torch.optim.Adam, lr=0.02),
     )  # fmt: skip
