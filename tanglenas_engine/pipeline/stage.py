@@ -184,7 +184,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         with MlflowTracker.open(
             stage=name,
             root=root,
-            run_id=record.read_text(errors="replace") if record.exists() else None,
+            run_id=record.read_text("utf-8", errors="replace") if record.exists() else None,
             pipeline_id=pipeline_id,
             tags={
                 "params.hash": fingerprint(config=config),
