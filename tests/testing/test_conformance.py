@@ -31,6 +31,8 @@ from tanglenas_engine.testing import (
 )
 from tanglenas_objectives.latency_measurement import measure_latency
 
+sys.modules["test_conformance"] = sys.modules[__name__]  # the plugin below names its classes by this module
+
 
 class Right(SearchSpace):
     def __init__(self, **options):

@@ -42,8 +42,8 @@ def near(one, other):
     assert one["architecture"] == other["architecture"]
 
 
-def test_alpha_moves_through_100_steps_of_two_graphs():
-    plain, compiled = (searched("drnas", epochs=20, compile=way) for way in (False, TRACED))
+def test_alpha_moves_through_200_steps_of_two_graphs():
+    plain, compiled = (searched("drnas", epochs=40, compile=way) for way in (False, TRACED))
     assert graphs() == 2  # the step of the weights and that of alpha
     near(plain, compiled)
     first, last = (row["mixture"] for row in (compiled["history"][0], compiled["history"][-1]))
