@@ -29,9 +29,8 @@ from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import (
     estimate_loss,
-    kept_buffers,
+    inherited,
     measure_inherited,
-    recalibrate,
     running_statistics,
     statistics_inputs,
 )
@@ -240,9 +239,7 @@ class Search(Training):
         """
         network = self.optimizer.current() or self.space.largest()
         splits = ("weights", "architecture", "validation")
-        with kept_buffers(self.space.select(network)):
-            if self._statistics:
-                recalibrate(self.space, self._statistics)
+        with inherited(self.space, network, self._statistics):
             found = {name: estimate_loss(self.space, self._data.plain(name)) for name in splits}
         architecture, validation = found["architecture"], found["validation"]
         self.session.note(

@@ -73,17 +73,18 @@ def measure_inherited(
         statistics: Batches of inputs that set the statistics of batch norms for this architecture. Those of the
             supernet are of other architectures. Without any, the supernet's are taken.
     """
-    with kept_buffers(space.select(architecture)):
-        if statistics:
-            recalibrate(space, statistics)
+    with inherited(space, architecture, statistics):
         return measure(space, samples, batch_size, together)
 
 
 @contextmanager
-def kept_buffers(network: nn.Module) -> Iterator[None]:
-    """Give a network its buffers back after the block."""
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequence[Tensor]) -> Iterator[None]:
+    """Compute an architecture with batch norms recalibrated in the block; then the space has its buffers again."""
+    buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
+    space.select(architecture)
     try:
+        if statistics:
+            recalibrate(space, statistics)
         yield
     finally:
         for buffer, before in buffers:
