@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Dimension, Elastic
+from tanglenas_engine.elastic.masked import without_autocast
 from tanglenas_engine.superposition.size import Assignment, Axis
 
 
@@ -24,7 +25,7 @@ class _WeightedLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             centred, mean, scale = _statistics(x, coverage, eps)
         ctx.eps = eps
         ctx.save_for_backward(x, coverage, weight, mean, scale)
@@ -47,7 +48,7 @@ class _WeightedLayerNorm(torch.autograd.Function):
         (dy,) = gradients
         x, c, weight, mean, scale = ctx.saved_tensors
         need_x, need_c, need_weight, need_bias, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if torch.is_grad_enabled():  # second derivatives need the statistics as functions of x and c
                 _, mean, scale = _statistics(x, c, ctx.eps)
             y = torch.addcmul(-mean * scale, x, scale)
