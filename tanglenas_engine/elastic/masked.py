@@ -31,6 +31,8 @@ from tanglenas_engine.superposition.mixture import Factor, expanded
 
 MIN_ROWS_PER_BAND = 64
 """The mean number of rows per band from which bands cost less than the gradient of the weight."""
+MIN_ROWS_PER_BAND_ON_GPU = 1024
+"""The same on a GPU, where a product is cheap against what a band reads and writes besides, and against launches."""
 
 
 class Product(Protocol):
@@ -149,7 +151,8 @@ class _Form:
         if self.depthwise:
             return rest is None or self.windows is not None
         # If x needs no gradient, as in the first layer, only the masks would need `dy W`.
-        return need_x and not rest_learns and len(weight) >= MIN_ROWS_PER_BAND * (len(self.bands) - 1)
+        least = MIN_ROWS_PER_BAND_ON_GPU if weight.is_cuda else MIN_ROWS_PER_BAND
+        return need_x and not rest_learns and len(weight) >= least * (len(self.bands) - 1)
 
 
 class _Masked(torch.autograd.Function):
