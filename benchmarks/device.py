@@ -335,7 +335,7 @@ class Running:
             return found | json.loads(self.result.read_text("utf-8"))
         lines = self.log.read_text("utf-8", "replace").strip().splitlines()
         code = self.process.returncode
-        return found | {"status": "overran" if code == -signal.SIGKILL else f"failed: {code}", "log": lines[-25:]}
+        return found | {"status": "overran" if code == -signal.SIGKILL else f"failed: {code}", "log": lines[-40:]}
 
 
 def run_parts(
