@@ -296,8 +296,8 @@ class Search(Training):
 
     def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
         """Take an architecture step if `learns` is True, and then a weight step."""
+        self._zero_gradients()  # before the architecture step, which then has the memory of the weights' gradients
         measured = self.architecture_step(pieces) if learns else {}
-        self._zero_gradients()
         return {**measured, **self.weight_step(pieces)}
 
     def architecture_step(self, pieces: Sequence[Step]) -> dict[str, Tensor]:
