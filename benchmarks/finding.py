@@ -248,16 +248,17 @@ def main() -> None:
 @main.command()
 @click.argument("task", type=click.Choice(list(TASKS)))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("finding"), help="The folder of results.")
-@click.option("--methods", default=",".join(METHODS), help="Methods, with ; between them.")
-@click.option("--seeds", default=5)
+@click.option("--methods", default=";".join(METHODS), help="Methods, with ; between them.")
+@click.option("--seeds", default=5, help="Searches with each method.")
+@click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
 @click.option("--threads", default=1)
-def run(task: str, out: Path, methods: str, seeds: int, threads: int) -> None:
+def run(task: str, out: Path, methods: str, seeds: int, size: int, threads: int) -> None:
     """Train the pool, then search, derive and train with each method and seed."""
     study = Study(task, out / f"{task}.jsonl", threads)
     pool = study.pool()
-    for number, architecture in enumerate(pool):
+    for number, architecture in enumerate(pool[: size or None]):
         study.once(f"pool/{number}/0", partial(study.trained, architecture, 0))
-    for number, architecture in enumerate(pool[:NOISE]):
+    for number, architecture in enumerate(pool[: 0 if size else NOISE]):
         for seed in (1, 2):
             study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
     for name in methods.split(";"):

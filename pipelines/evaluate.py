@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> None:
         ranking = rank_correlation(
             stage.space,
             stage.open("weights", "architecture", augment=False),
-            table,
+            table and table.row,
+            listed=table.listed if table else None,
             seed=stage.seed,
             device=stage.device,
             checkpoints=stage.checkpoints,
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
         if result.confusion is not None:
             figures.confusion(result.confusion, stage.dataset.class_names, stage.folder / "confusion.png")
         sample = outputs.write_sample(stage, network)
-        looked_up = table(architecture) if table else {}
+        measured = {"test_accuracy": result.test_accuracy, "test_loss": result.test_loss}
+        looked_up = table.judged(architecture, **measured) if table else {}
         stage.finish(outputs.evaluate_metrics(result, architecture, looked_up, ranking), architecture)
     outputs.print_summary(architecture, f"{stage.space.name} on {stage.dataset.name}", sample)
 

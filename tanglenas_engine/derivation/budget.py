@@ -138,6 +138,27 @@ class Budget:
             raise TangleNASError(f"no architecture of {self.space.label} was found within the budget: raise it")
         return Projection(self.space.architecture_of(found[0]), found[1])
 
+    def dearest(self, cost: str | Objective) -> Architecture:
+        """Return the architecture within the budget that costs most in another cost: a baseline that needs no data.
+
+        Without tables it is the end of random moves that cost more, from an architecture within the budget.
+        """
+        limit = _unlimited(self.space, cost)
+        if tabulated(self.space, [limit, *self.limits]):
+            goal = {rows: [-value for value in values] for rows, values in (limit.tables or {}).items()}
+            found, _ = _solve(self.space, goal, self.limits)
+            if found is not None:
+                return self.space.architecture_of(found)
+        self.check()
+        generator = torch.Generator().manual_seed(0)
+        start = self.space.assignment_of(self.shrink(self.space.largest(), generator))
+        most = limit.cost(self.space.assignment_of(dearest(self.space, cost)))
+
+        def missing(picks: Picks) -> float:
+            return math.inf if self.excess(picks) else max(0.0, float(most - limit.cost(picks)))
+
+        return self.space.architecture_of(self._descend(start, missing, generator))
+
     def shrink(self, architecture: Architecture, generator: torch.Generator) -> Architecture:
         """Return the architecture after random moves into the budget, each of which lowers the excess."""
         picks = self._descend(self.space.assignment_of(architecture), self.excess, generator)

@@ -9,9 +9,9 @@ import hashlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import gin
 import torch
@@ -37,6 +37,9 @@ from tanglenas_engine.stages.evaluate import evaluate as engine_evaluate
 from tanglenas_engine.stages.evaluate import rank_correlation as engine_rank_correlation
 from tanglenas_engine.stages.retrain import retrain as engine_retrain
 from tanglenas_engine.stages.search import search as engine_search
+
+if TYPE_CHECKING:
+    from tanglenas_engine.tables import Benchmark
 
 create_space = register(plugins.create_space)
 create_optimizer = register(plugins.create_optimizer)
@@ -70,21 +73,20 @@ def target(
 @register
 def benchmark(
     space: SearchSpace, path: str | None = None, metric: str = "test_acc", higher_is_better: bool | None = None
-) -> Callable[[Architecture], dict[str, float]] | None:
+) -> Benchmark | None:
     """Return a function that looks up an architecture's value, rank and regret in a benchmark table, or None.
 
     Bind `benchmark.path` to a table's file (see `tanglenas tables`): the history of the search and the metrics of
-    evaluate then have the three numbers. No result depends on them. Where the metric's name does not say which
-    direction is better, bind `benchmark.higher_is_better`.
+    evaluate then have the three numbers. Of a pool (see `tanglenas pool`), evaluate has the percentile of the network
+    found, and the rank correlation of the supernet. No result depends on them. Where the metric's name does not say
+    which direction is better, bind `benchmark.higher_is_better`.
     """
     if path is None:
         return None
-    from tanglenas_engine.tables import load_table
+    from tanglenas_engine.tables import Benchmark, load_table
 
     told = {} if higher_is_better is None else {metric: higher_is_better}
-    table = load_table(data_path(path), space, told)
-    table.row(table.best(metric), metric)  # refuse an unknown metric before the search, not after an epoch
-    return lambda architecture: table.row(architecture, metric)
+    return Benchmark(load_table(data_path(path), space, told), metric)
 
 
 def _as_numbers(digest: str) -> set[str]:

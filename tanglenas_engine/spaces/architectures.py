@@ -197,6 +197,32 @@ class Architectures:
                 assignment[row] = row.options.index(option)
         return assignment
 
+    # From architectures to text, and back. Tables list architectures by this text.
+
+    def to_string(self, architecture: Architecture) -> str:
+        """Return an architecture as text: `name=option` for each choice, with commas between layers."""
+        return str(architecture)
+
+    def from_string(self, text: str) -> Architecture:
+        """Return the architecture of a text that `to_string` wrote.
+
+        Raises:
+            TangleNASError: The text has no `name=option` for a choice, or an option that its choice lacks.
+        """
+        choices: dict[str, Any] = {}
+        for part in text.split():
+            name, given, value = part.partition("=")
+            if not given or name not in self.choices:
+                raise TangleNASError(
+                    f"{text[:200]!r} is no architecture of {self.label}: expected text such as "
+                    f"{self.to_string(self.smallest())!r}"
+                )
+            choice = self.choices[name]
+            options = {str(option): option for option in choice.options}
+            values = [options.get(one, one) for one in (value.split(",") if choice.layered else [value]) if one]
+            choices[name] = values if choice.layered else values[0] if values else value
+        return self.architecture(**choices)
+
     @property
     def _key(self) -> str:
         """The space's name in architectures and files."""

@@ -122,6 +122,7 @@ def rank_correlation(
     data: DataView,
     table: Callable[[Architecture], Mapping[str, float]] | None,
     *,
+    listed: Sequence[Architecture] | None = None,
     architectures: int | Literal["all"] | None = None,
     recalibration_batches: int = 8,
     batch_size: int = 256,
@@ -132,13 +133,14 @@ def rank_correlation(
 ) -> RankCorrelation | None:
     """Compare the accuracies of architectures in a supernet with a benchmark table.
 
-    The accuracies are computed as for derivation. Without `architectures` the function returns None.
+    The accuracies are computed as for derivation. Without `listed` and `architectures` the function returns None.
 
     Args:
         space: The supernet with its trained weights. Its state is restored.
         data: A view of `weights` (for the statistics of batch norms) and `architecture` (for accuracies).
         table: A function from an architecture to the benchmark's `table_value` and `table_rank`, which is 1 for the
             best.
+        listed: The architectures of a table that lacks most of the space. They are compared, and no others.
         architectures: The number of random architectures to compare, or "all". None skips the comparison.
         recalibration_batches: The number of batches that set the statistics of batch norms for each architecture. 0
             keeps the supernet's statistics.
@@ -151,6 +153,8 @@ def rank_correlation(
     Raises:
         TangleNASError: There is no table, it lacks an architecture, or "all" are more than can be listed.
     """
+    if listed is not None:
+        architectures = len(listed)
     if architectures is None:
         return None
     if architectures != "all":
@@ -180,7 +184,10 @@ def rank_correlation(
         checkpoints=checkpoints,
         progress=progress,
     ) as candidates:
-        compared = _all_architectures(space) if every else candidates.fresh(candidates.limit)
+        if listed is not None:
+            compared = list(listed)
+        else:
+            compared = _all_architectures(space) if every else candidates.fresh(candidates.limit)
         known = [table(architecture) for architecture in compared]
         scored = candidates.judge(compared, race=False)
     rows = [

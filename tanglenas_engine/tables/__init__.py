@@ -6,13 +6,14 @@
 This package imports numpy, but not torch. The project ships no table: users give the path of their own copy.
 """
 
+from .benchmark import Benchmark
 from .pickles import read_pickle
 from .reading import load_table
-from .table import Check, Notation, Table, kendall_tau, rank_correlations, spearman
+from .table import Check, Table, kendall_tau, rank_correlations, spearman
 
 __all__ = [
+    "Benchmark",
     "Check",
-    "Notation",
     "Table",
     "kendall_tau",
     "load_table",

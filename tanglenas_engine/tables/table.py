@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = 3
 """The number of architectures that a report names for each kind of fault."""
-
-
-@runtime_checkable
-class Notation(Protocol):
-    """A space that writes its architectures as text, and reads them."""
-
-    def to_string(self, architecture: Architecture) -> str: ...
-
-    def from_string(self, text: str) -> Architecture: ...
 
 
 class Table:
@@ -51,6 +42,7 @@ class Table:
         higher_is_better: For metrics by name, True if more is better, instead of what the name says.
 
     Attributes:
+        tied: The space that the table is tied to, or None.
         fractions: The accuracies that the table's file gives as fractions of 1. The table has them in %.
 
     Raises:
@@ -69,7 +61,7 @@ class Table:
         self.fractions: tuple[str, ...] = ()
         self.keys = tuple(keys)
         self.columns = {metric: np.asarray(values, dtype=np.float64) for metric, values in columns.items()}
-        self.notation: Notation | None = None
+        self.tied: SearchSpace | None = None
         self._index = {key: i for i, key in enumerate(self.keys)}
         self._sorted: dict[str, NDArray[np.float64]] = {}
         self.told = dict(higher_is_better or {})
@@ -156,25 +148,23 @@ class Table:
         Architectures of the space may be missing from the table: `check` tells.
 
         Raises:
-            TangleNASError: The space has no notation, or the table lists an architecture twice or one of another space.
+            TangleNASError: The table lists an architecture twice or one of another space.
         """
-        notation = notation_of(space)
         keys: Sequence[str | None] = self.keys
         if self.space != _label(space):
-            keys = self._names(notation)
+            keys = self._names(space)
         named = [key for key in keys if key is not None]
         if len(set(named)) < len(keys):
             raise TangleNASError(f"{self.check(space)}. Remove what is wrong, or name the right space")
         table = Table(named, self.columns, _label(space), self.told)
-        table.notation, table.fractions = notation, self.fractions
+        table.tied, table.fractions = space, self.fractions
         return table
 
     def check(self, space: SearchSpace) -> Check:
         """Compare with a space. Find the architectures that are missing, listed twice, or not of the space."""
-        notation = notation_of(space)
         found: dict[str, str] = {}
         foreign, duplicates = [], []
-        for key, name in zip(self.keys, self._names(notation), strict=True):
+        for key, name in zip(self.keys, self._names(space), strict=True):
             if name is None:
                 foreign.append(key)
             elif name in found:
@@ -184,19 +174,19 @@ class Table:
         missing: dict[str, None] = {}
         if len(found) < space.size:
             for assignment in combinations(space.rows):
-                name = notation.to_string(space.architecture_of(assignment))
+                name = space.to_string(space.architecture_of(assignment))
                 if name not in found:
                     missing[name] = None
                 if len(missing) == EXAMPLES:
                     break
         return Check(_label(space), space.size, len(found), tuple(missing), tuple(duplicates), tuple(foreign))
 
-    def _names(self, notation: Notation) -> list[str | None]:
-        """Return the notation's own text for every key, None where the key is no architecture of the space."""
+    def _names(self, space: SearchSpace) -> list[str | None]:
+        """Return the space's own text for every key, None where the key is no architecture of the space."""
         names: list[str | None] = []
         for key in self.keys:
             try:
-                names.append(notation.to_string(notation.from_string(key)))
+                names.append(space.to_string(space.from_string(key)))
             except TangleNASError:
                 names.append(None)
         return names
@@ -251,10 +241,10 @@ class Table:
 
     def _position(self, architecture: Architecture | str) -> int:
         key = architecture
-        if key not in self._index and self.notation is not None:
+        if key not in self._index and self.tied is not None:
             if isinstance(key, str):
-                key = self.notation.from_string(key)
-            key = self.notation.to_string(key)
+                key = self.tied.from_string(key)
+            key = self.tied.to_string(key)
         if isinstance(key, Architecture):
             raise TangleNASError(
                 f"the table is not tied to a space, so it cannot look up an architecture of {key.space!r}: "
@@ -301,20 +291,6 @@ class Check:
 
 
 HEADER = "architecture of "
-
-
-def notation_of(space: SearchSpace) -> Notation:
-    """Return the space, which reads and writes architectures as text.
-
-    Raises:
-        TangleNASError: The space has no `to_string` or no `from_string`.
-    """
-    if not isinstance(space, Notation):
-        raise TangleNASError(
-            f"space {_label(space)!r} has no notation for its architectures, so no table can list them: "
-            f"{type(space).__name__} needs to_string(architecture) and from_string(text)"
-        )
-    return space
 
 
 def _label(space: SearchSpace) -> str:

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import shared
+from tiny import ALL, tiny
 
 from tanglenas_engine import Architecture, SearchSpace, elastic
 from tanglenas_engine.cli import main
@@ -167,11 +168,15 @@ def test_an_architecture_needs_a_table_of_its_space(space):
         table().value(space.largest(), "test_acc")
 
 
-def test_a_space_without_notation_has_no_table():
-    class Wordless(SearchSpace): ...
-
-    with pytest.raises(TangleNASError, match=r"'Wordless' has no notation.*needs to_string"):
-        table().of(Wordless())
+@pytest.mark.parametrize("name", ALL)
+def test_every_space_writes_its_architectures_as_text(name):
+    space = tiny(name)
+    generator = torch.Generator().manual_seed(0)
+    for one in (space.largest(), space.smallest(), *(space.sample(generator) for _ in range(5))):
+        text = space.to_string(one)
+        assert space.from_string(text) == one and "\n" not in text
+    with pytest.raises(TangleNASError):
+        space.from_string("none")
 
 
 def test_check_of_a_complete_table(space):
@@ -691,7 +696,7 @@ def test_import_warns_of_an_incomplete_table(call):
     ("values", "name", "message"),
     [
         ({"[8]": 1.0, "[9]": 2.0}, "stack", "1 not of this space, such as [9]. Remove what is wrong"),
-        (STACKS, "autoformer_nano", "has no notation"),
+        (STACKS, "autoformer_nano", "6 not of this space, such as [8]"),
         (STACKS, "autoformer_nan", "Did you mean 'autoformer_nano'"),
     ],
 )
