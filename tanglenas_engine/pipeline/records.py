@@ -8,6 +8,7 @@ from typing import Any
 
 import gin
 
+from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import required
 from tanglenas_engine.pipeline.configurables import create_dataset
@@ -17,8 +18,8 @@ LARGEST = 1e18
 """The size from which a number of a run counts as none. An axis has no room for it."""
 
 
-def space_options(config: Path) -> dict[str, Any]:
-    """Return the options with which a stage made its space, from the `operative.gin` that it wrote.
+def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
+    """Return the options with which a stage made its space, and its dataset, from the `operative.gin` that it wrote.
 
     Raises:
         TangleNASError: The config is damaged, or its dataset is missing.
@@ -31,8 +32,8 @@ def space_options(config: Path) -> dict[str, Any]:
         reason = shown(error)
         raise TangleNASError(f"{config} cannot be read ({reason}). Give the space's options instead") from None
     bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
-    fitted: dict[str, Any] = create_dataset(name=required("DATASET", str)).space_options()
-    return {**fitted, **bound}
+    dataset: Dataset = create_dataset(name=required("DATASET", str))
+    return {**dataset.space_options(), **bound}, dataset
 
 
 def evaluated(root: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def create_space(name: str, **options: Any) -> SearchSpace:
             missing.
     """
     space: SearchSpace = manager().create("space", name, **options)
-    space.name = name
+    space.name, space.created_with = name, options
     return space
 
 
