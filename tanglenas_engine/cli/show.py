@@ -27,8 +27,8 @@ def command(file: Path, options: tuple[str, ...], figure: Path | None) -> None:
     cost, least, most = (space.cost(a) for a in (architecture, space.smallest(), space.largest()))
     click.echo(f"{architecture.space}  {architecture.digest}  (one of {space.size:,})\n")
     rows = [
-        [name.replace("flops", "multiply-accumulates"), *(f"{getattr(c, name):,}" for c in (cost, least, most))]
-        for name in ("params", "flops")
+        [name, *(f"{getattr(c, key):,}" for c in (cost, least, most))]
+        for key, name in (("params", "params"), ("macs", "multiply-accumulates"))
     ]
     print_table(["cost", "this one", "smallest", "largest"], rows)
     once = [choice for choice in space.choices.values() if not choice.layered]

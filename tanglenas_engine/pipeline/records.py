@@ -39,7 +39,7 @@ def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
 def evaluated(root: Path) -> list[dict[str, Any]]:
     """Return one row for each finished evaluation of a project, oldest first.
 
-    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `flops` and
+    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs` and
     `accuracy` in %, each None where the run lacks it.
 
     Raises:
@@ -79,7 +79,7 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
                     "digest": _told(tags.get("architecture.digest")),
                     "commit": _told(tags.get("git.sha")),
                     "params": _finite(metrics.get("final/params")),
-                    "flops": _finite(metrics.get("final/flops")),
+                    "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # runs of before
                     "accuracy": _finite(metrics.get("final/test_accuracy")),
                 }
             )

@@ -18,7 +18,7 @@ from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.architectures import Architectures
-from tanglenas_engine.spaces.cost import Additive, Cost, CostModel
+from tanglenas_engine.spaces.cost import FORMER, Additive, Cost, CostModel
 from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.mixture import COVERED, EDGES, Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Number, Row, Size
@@ -318,7 +318,7 @@ class SearchSpace(Architectures, Elastic):
 
     def terms(self, metric: str) -> Additive:
         """Return the tables over rows of choices for a metric of `cost.METRICS`."""
-        return self.cost_model.metrics[metric]
+        return self.cost_model.metrics[FORMER.get(metric, metric)]
 
     def _standalone(self, assignment: Assignment) -> nn.Module:
         """Return a module with this class' methods over plain layers. It has no choices and needs no search space."""

@@ -1,9 +1,13 @@
 """The facts with which a report begins: the test metric, costs in the range of the space, and whether alpha decided."""
 
+import json
 import math
 
 import pytest
 
+from tanglenas_engine import Architecture
+from tanglenas_engine.pipeline import outputs
+from tanglenas_engine.pipeline.files import read_splits
 from tanglenas_engine.pipeline.headline import Fact, headline
 
 EVALUATED = {
@@ -63,3 +67,24 @@ def test_what_is_no_number_gives_no_fact(value):
     assert headline(forged) == []
     (fact,) = headline({"evaluate": {"params": 5, "largest_params": value, "smallest_params": value}})
     assert fact == Fact("parameters", "5 parameters")
+
+
+def test_evaluate_ends_with_the_facts_first_and_a_unit_for_every_number(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    metrics = {stage: json.loads((finished / f"metrics/{stage}.json").read_text()) for stage in ("search", "evaluate")}
+    evaluated = metrics["evaluate"]
+    for cost in ("params", "macs"):
+        assert evaluated[f"smallest_{cost}"] <= evaluated[cost] <= evaluated[f"largest_{cost}"]
+    assert evaluated["test_samples"] == len(read_splits().test) and "test_perplexity" not in evaluated
+    assert not [name for name in (*evaluated, *metrics["search"]) if "flops" in name]
+
+    monkeypatch.setenv("COLUMNS", "120")
+    architecture = Architecture.from_json((finished / "out/discretize/architecture.json").read_text())
+    outputs.print_summary(architecture, "autoformer_nano on digits")
+    said = capsys.readouterr().out
+    lines = [line.strip() for line in said.splitlines()]
+    assert lines[0] == "autoformer_nano on digits"
+    assert lines[1].split("  ")[0] == "test accuracy" and lines[1].endswith(f"{evaluated['test_accuracy']:.2f} %")
+    assert f"entropy {metrics['search']['entropy']:.2f} of 1" in said and "decided" in said
+    assert f"{evaluated['macs']:,} multiply-accumulates" in said and f"{evaluated['params']:,} parameters" in said
+    assert f"test loss {evaluated['test_loss']:.2f} nats" in said
