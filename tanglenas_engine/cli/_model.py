@@ -134,8 +134,16 @@ def _space(folder: Path, config: Mapping[str, Any]) -> Model:
             f"{folder / CONFIG} does not say with which options the space {architecture.space!r} was made. Export the "
             "network as onnx or torch-export, and use that"
         )
-    space = create_space(architecture.space, **options)
-    network = space.standalone(space.architecture_of(space.assignment_of(architecture))).eval()
+    try:
+        space = create_space(architecture.space, **options)
+        network = space.standalone(space.architecture_of(space.assignment_of(architecture))).eval()
+    except TangleNASError:
+        raise
+    except Exception as error:  # options that make no network
+        raise TangleNASError(
+            f"{folder / CONFIG}: the space {architecture.space!r} cannot be made with its options: {describe(error)}. "
+            "Export the network again"
+        ) from None
     load_into(network, folder / "model.safetensors")
     return Model(folder, network, Known(_mapping(config.get("pretrained_cfg")), _tokenizer(folder)))
 

@@ -138,7 +138,7 @@ def _transform(model: Model) -> Any:
                 image = ImageOps.exif_transpose(content).convert("L" if channels == 1 else "RGB")
         except UnidentifiedImageError:
             reason = f"it is of no known format ({', '.join(FORMATS)})"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise errors of many types
             reason = getattr(error, "strerror", None) or shown(error)
         else:
             made: Tensor = transform(image)

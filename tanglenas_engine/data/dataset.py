@@ -102,10 +102,10 @@ class Dataset(ABC):
             return options
         return {
             "num_classes": self.num_classes,
-            "label_names": list(self.class_names),
+            "label_names": list(map(str, self.class_names)),
             "input_size": [self.in_channels, self.image_size, self.image_size],
-            "mean": list(self.mean or (0.0,) * self.in_channels),
-            "std": list(self.std or (1.0,) * self.in_channels),
+            "mean": list(map(float, self.mean or (0,) * self.in_channels)),
+            "std": list(map(float, self.std or (1,) * self.in_channels)),
             "crop_pct": self.crop_pct,
             "interpolation": "bilinear",
         }
