@@ -110,8 +110,8 @@ def main() -> None:
         share = {"share": options.share} if budgeted else {}
         optimizer = create_optimizer(options.optimizer, **annealing)
         learns = optimizer.learns_architecture
-        target = Target(create_objective("flops"), **share, weight=options.weight, penalty=options.penalty)
-        largest = space.cost(space.largest()).flops
+        target = Target(create_objective("macs"), **share, weight=options.weight, penalty=options.penalty)
+        largest = space.cost(space.largest()).macs
         started = time.perf_counter()
         result = search(
             space,
@@ -134,10 +134,10 @@ def main() -> None:
             derivation=optimizer.derivation,
             candidates=options.candidates,
             prior="mixture" if learns else "uniform",
-            max_flops=budget if budgeted else None,
+            max_macs=budget if budgeted else None,
             seed=seed,
         ).architecture
-        cost = space.cost(found).flops
+        cost = space.cost(found).macs
         report(
             seed=seed,
             what="search",
@@ -149,7 +149,7 @@ def main() -> None:
         networks = {"found": found}
         while len(networks) <= options.random:
             other = space.sample(generator)
-            if abs(space.cost(other).flops / cost - 1) <= 0.02 and other not in networks.values():
+            if abs(space.cost(other).macs / cost - 1) <= 0.02 and other not in networks.values():
                 networks[f"random {len(networks)}"] = other
         for name, architecture in networks.items():
             trained = retrain(
@@ -170,7 +170,7 @@ def main() -> None:
                 test_accuracy=round(judged.test_accuracy, 2),
                 validation_loss=round(trained.history[-1]["validation_loss"], 4),
                 validation_accuracy=round(trained.validation_accuracy, 2),
-                flops=judged.cost.flops,
+                macs=judged.cost.macs,
                 params=judged.cost.params,
                 architecture=str(architecture),
             )
@@ -179,8 +179,8 @@ def main() -> None:
 def _alpha(row: Record, budget: int) -> Record:
     """Return the costs that alpha stands for at the end of a search, over the budget, and its entropy."""
     return {
-        "expected_over_target": round(row["expected_flops"] / budget, 4),
-        "argmax_over_target": round(row["flops"] / budget, 4),
+        "expected_over_target": round(row["expected_macs"] / budget, 4),
+        "argmax_over_target": round(row["macs"] / budget, 4),
         "entropy": round(row["entropy"], 3),
     }
 

@@ -117,8 +117,8 @@ class Study:
         self.task, self.path = TASKS[name], path
         self.dataset = create_dataset(self.task.dataset, **self.task.data)
         self.splits = make_splits(self.dataset, seed=0)
-        budget = self.task.budget * self.space().cost(self.space().largest()).flops
-        self.limits = {"flops": int(budget)}
+        budget = self.task.budget * self.space().cost(self.space().largest()).macs
+        self.limits = {"macs": int(budget)}
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
@@ -172,7 +172,7 @@ class Study:
             "digest": architecture.digest,
             "seed": seed,
             "params": tested.cost.params,
-            "macs": tested.cost.flops,
+            "macs": tested.cost.macs,
             "validation_loss": found.history[-1]["validation_loss"],
             "test_loss": tested.test_loss,
             "test_accuracy": tested.test_accuracy,
@@ -195,7 +195,7 @@ class Study:
         method, space = METHODS[name], self.space(seed)
         optimizer = create_optimizer(method.optimizer)
         view = self.data("weights", "architecture", "validation")
-        target = Target(create_objective("flops"), value=self.limits["flops"])
+        target = Target(create_objective("macs"), value=self.limits["macs"])
         start = time.process_time()
         result = search(
             space,
@@ -215,13 +215,13 @@ class Study:
         plain = self.data("weights", "architecture", "validation")
         mixture = result.mixture.tensors() if result.mixture else None
         derived = discretize(
-            space, plain, mixture, max_flops=self.limits["flops"], seed=seed, device="cpu", **method.derive
+            space, plain, mixture, max_macs=self.limits["macs"], seed=seed, device="cpu", **method.derive
         )
         done = time.process_time()
         return {
             "architecture": dict(derived.architecture.choices),
             "digest": derived.architecture.digest,
-            "macs": derived.cost.flops,
+            "macs": derived.cost.macs,
             "params": derived.cost.params,
             "supernet_loss": derived.validation_loss,
             "search_seconds": round(searched - start, 2),

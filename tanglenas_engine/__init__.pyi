@@ -38,6 +38,7 @@ from .superposition.mixture import Mixture as Mixture
 
 # Authors of datasets.
 from .data.dataset import Dataset as Dataset
+from .data.dataset import Described as Described
 from .data.dataset import Samples as Samples
 from .data.dataset import TensorSamples as TensorSamples
 from .data.dataset import TokenSamples as TokenSamples

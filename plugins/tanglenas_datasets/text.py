@@ -92,6 +92,9 @@ class Text(Dataset):
     def space_options(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size, "block_size": self.block_size}
 
+    def files(self) -> dict[str, str]:
+        return {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
+
     def subset(self, indices: Tensor, *, train: bool) -> TokenSamples:
         # The gap keeps the last window before the test part from reaching into it.
         return TokenSamples(self._pool[indices], indices + (indices >= self._first_test), shift=train)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,11 @@ class GPT(nn.Module):
         tied = {"lm_head.weight": state_dict["wte.weight"]} if "wte.weight" in state_dict else {}
         return super().load_state_dict({**tied, **state_dict}, strict, assign)
 
-    def save(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors`."""
+    def save(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write `config.json`, with what else is to be said about the network, and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", "utf-8")
+        settings = {**asdict(self.config), **(about or {})}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         state = {k: v.contiguous() for k, v in self.state_dict().items() if k != "lm_head.weight"}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
@@ -110,7 +111,8 @@ class GPT(nn.Module):
     def load(cls, folder: Path) -> GPT:
         """Read what `save` wrote, and return the network in evaluation mode."""
         settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        network = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
+        own = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
+        network = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}))
         network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         return network.eval()
 

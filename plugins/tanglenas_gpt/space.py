@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, SearchSpace, Size, elastic, unknown
+from tanglenas_engine import Architecture, Described, SearchSpace, Size, elastic, unknown
 from tanglenas_gpt import network
 from tanglenas_gpt.network import generate
 from tanglenas_gpt.partition import PartitionedAttention
@@ -70,6 +71,8 @@ class GPT(SearchSpace):
             vocab_size=vocab_size, block_size=block_size, head_dim=head_dim, dropout=dropout, bias=bias
         )
 
+        self.dynamic_axes = {1: ("length", block_size)}
+
         def attention(num_heads: Size) -> nn.Module:
             if head_dim is None:
                 return PartitionedAttention(E, num_heads, bias, dropout)
@@ -96,9 +99,12 @@ class GPT(SearchSpace):
         choices = {name: value for name, value in architecture.choices.items() if name != "layers"}
         return network.GPT(network.Config(**self.settings, **choices))
 
-    def export(self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Any = None) -> None:
-        """Write a folder that `tanglenas_gpt.network.GPT.load` reads."""
-        network.save(folder)
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
+    ) -> None:
+        """Write a folder that `tanglenas_gpt.network.GPT.load` reads. The tokenizer of a text lies in it."""
+        super().export(network, architecture, folder, dataset)
+        network.save(folder, json.loads((folder / "config.json").read_text("utf-8")))
 
     def show(self, network: nn.Module, dataset: Any) -> str:
         """Return a text that the network continues from a line break, always the same for equal weights."""

@@ -17,7 +17,7 @@ from timm.models._efficientnet_builder import efficientnet_init_weights, round_c
 from timm.models.mobilenetv3 import MobileNetV3 as TimmMobileNetV3
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Dataset, SearchSpace, Size, TangleNASError, elastic
+from tanglenas_engine import Architecture, Described, SearchSpace, Size, TangleNASError, elastic
 from tanglenas_mobilenetv3.kernels import TransformedConv2d
 from tanglenas_mobilenetv3.network import mobilenetv3, squeeze_excite
 
@@ -119,21 +119,23 @@ class MobileNetV3(SearchSpace):
         return mobilenetv3(**self._arguments(architecture))
 
     def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
     ) -> None:
         """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
-        `timm.data.create_transform` then makes inputs as the dataset does. Without a dataset, pixels go from -1 to 1.
+        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
+        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
         """
         channels = self.settings["in_chans"]
         network.pretrained_cfg = {
+            "input_size": (channels, self.image_size, self.image_size),
+            "mean": (0.5,) * channels,
+            "std": (0.5,) * channels,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            **(dataset.input_config() if dataset else {}),
             "architecture": "tanglenas_mobilenetv3",
             "num_classes": self.settings["num_classes"],
-            "input_size": (channels, self.image_size, self.image_size),
-            "mean": getattr(dataset, "mean", None) or (0.5,) * channels,
-            "std": getattr(dataset, "std", None) or (0.5,) * channels,
-            "crop_pct": getattr(dataset, "crop_pct", 1.0),
-            "interpolation": "bilinear",
             "first_conv": "conv_stem",
             "classifier": "classifier",
         }

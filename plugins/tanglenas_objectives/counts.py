@@ -12,10 +12,10 @@ class Params(Objective):
         return space.terms("params")
 
 
-class Flops(Objective):
+class Macs(Objective):
     """The multiply-accumulates for one input, of linear layers, convolutions and attention products."""
 
     unit = "multiply-accumulates"
 
     def terms(self, space: SearchSpace) -> Additive:
-        return space.terms("flops")
+        return space.terms("macs")

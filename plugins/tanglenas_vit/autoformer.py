@@ -12,7 +12,7 @@ from timm.models import named_apply, save_for_hf
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, Dataset, SearchSpace, Size, TangleNASError, elastic
+from tanglenas_engine import Architecture, Choice, Described, SearchSpace, Size, TangleNASError, elastic
 from tanglenas_vit.network import RelativePosition2D, vision_transformer
 
 
@@ -120,21 +120,24 @@ class AutoFormer(SearchSpace):
         return vision_transformer(**self._arguments(architecture))
 
     def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
     ) -> None:
         """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
-        `timm.data.create_transform` then makes inputs as the dataset does. Without a dataset, pixels go from -1 to 1.
+        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
+        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
         """
         arguments = self._arguments(architecture)
         network.pretrained_cfg = {
+            "input_size": (arguments["in_chans"], arguments["img_size"], arguments["img_size"]),
+            "mean": (0.5,) * arguments["in_chans"],
+            "std": (0.5,) * arguments["in_chans"],
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            **(dataset.input_config() if dataset else {}),
             "architecture": "tanglenas_vit",
             "num_classes": arguments["num_classes"],
-            "input_size": (arguments["in_chans"], arguments["img_size"], arguments["img_size"]),
-            "mean": getattr(dataset, "mean", None) or (0.5,) * arguments["in_chans"],
-            "std": getattr(dataset, "std", None) or (0.5,) * arguments["in_chans"],
-            "crop_pct": getattr(dataset, "crop_pct", 1.0),
-            "interpolation": "bilinear",
+            "fixed_input_size": True,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import register_model
 from timm.models._builder import build_model_with_cfg
 from timm.models._registry import generate_default_cfgs
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 default_cfgs = generate_default_cfgs(
-    {"tanglenas_vit.untrained": {"first_conv": "patch_embed.proj", "classifier": "head"}}
+    {"tanglenas_vit.untrained": {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}}
 )
 
 
@@ -36,11 +36,21 @@ class RelativePosition2D(nn.Module):
         for table in ("key_vertical", "key_horizontal", "value_vertical", "value_horizontal"):
             setattr(self, table, nn.Parameter(torch.empty(rows, head_dim)))
         self.reset_parameters()
+        self.max_distance, self.class_token = max_distance, class_token
+        self.register_buffer("distance", self._distances(grid), persistent=False)  # (N, N, 2)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Take another number of patches. The tables stay, because distances are clipped."""
+        self.distance = self._distances(grid).to(self.distance.device)
+
+    def _distances(self, grid: tuple[int, int]) -> Tensor:
+        """Return the rows of the tables for each pair of tokens, shape (N, N, 2)."""
         steps = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))  # (N, 2)
-        distance = (steps[None] - steps[:, None]).clamp(-max_distance, max_distance) + max_distance + 1
-        if class_token:
+        furthest = self.max_distance
+        distance = (steps[None] - steps[:, None]).clamp(-furthest, furthest) + furthest + 1
+        if self.class_token:
             distance = nn.functional.pad(distance, (0, 0, 1, 0, 1, 0))  # row 0: the class token
-        self.register_buffer("distance", distance, persistent=False)  # (N, N, 2)
+        return distance
 
     def reset_parameters(self) -> None:
         for table in self.parameters():
@@ -69,6 +79,15 @@ class RelativeAttention(TimmAttention):
         return self.proj_drop(self.proj(x))
 
 
+class RelativeVisionTransformer(VisionTransformer):
+    """A vision transformer like timm's, whose blocks have 2D relative positions."""
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        super().set_input_size(*args, **kwargs)
+        for block in self.blocks:
+            block.attn.relative_position.set_grid(self.patch_embed.grid_size)
+
+
 def vision_transformer(
     num_heads: Sequence[int],
     mlp_ratio: Sequence[float],
@@ -81,8 +100,14 @@ def vision_transformer(
     Args:
         num_heads: Number of heads of `head_dim` in each block.
         mlp_ratio: MLP ratio of each block.
+
+    Raises:
+        ValueError: `dynamic_img_size` is asked for with relative positions, which are computed for one size of images.
     """
-    grid = options["img_size"] // options["patch_size"]
+    if relative_position and options.get("dynamic_img_size"):
+        raise ValueError("a network with relative positions takes images of one size: give img_size in its place")
+    sizes = zip(to_2tuple(options["img_size"]), to_2tuple(options["patch_size"]), strict=True)
+    rows, columns = (size // patch for size, patch in sizes)
 
     def block(depth: int, dim: int, **block_options: Any) -> Block:
         block_options.update(num_heads=1, mlp_ratio=mlp_ratio[depth])
@@ -90,16 +115,28 @@ def vision_transformer(
         arguments = dict(num_heads=num_heads[depth], attn_head_dim=head_dim, qkv_bias=block_options["qkv_bias"])
         arguments.update(proj_drop=block_options["proj_drop"], attn_drop=block_options["attn_drop"])
         if relative_position:
-            position = RelativePosition2D(head_dim, (grid, grid), options.get("class_token", True))
+            position = RelativePosition2D(head_dim, (rows, columns), options.get("class_token", True))
             made.attn = RelativeAttention(dim, relative_position=position, **arguments)
         else:
             made.attn = TimmAttention(dim, **arguments)
         return made
 
-    return VisionTransformer(depth=len(num_heads), block_fn=block, **options)
+    kind = RelativeVisionTransformer if relative_position else VisionTransformer
+    return kind(depth=len(num_heads), block_fn=block, **options)
 
 
 @register_model
-def tanglenas_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Build a network that TangleNAS found; the options are those of `vision_transformer`."""
-    return build_model_with_cfg(vision_transformer, "tanglenas_vit", pretrained, **options)
+def tanglenas_vit(pretrained: bool = False, out_indices: Any = 3, **options: Any) -> VisionTransformer:
+    """Build a network that TangleNAS found; the options are those of `vision_transformer`.
+
+    As in timm's own, weights fit another `img_size` by resampling of the position embedding, and `features_only`
+    returns the maps after the blocks `out_indices`.
+    """
+    return build_model_with_cfg(
+        vision_transformer,
+        "tanglenas_vit",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **options,
+    )

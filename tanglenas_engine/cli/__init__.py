@@ -10,7 +10,7 @@ import click
 
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 
-COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "latency", "tables", "report", "doctor")
+COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "predict", "latency", "tables", "report", "doctor")
 
 
 class WrongInput(click.ClickException):

@@ -12,6 +12,7 @@ from tanglenas_engine.errors import TangleNASError
 from ._console import read_text
 
 if TYPE_CHECKING:
+    from tanglenas_engine.data import Dataset
     from tanglenas_engine.spaces.architecture import Architecture
     from tanglenas_engine.spaces.space import SearchSpace
 
@@ -30,11 +31,11 @@ def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any]]":
-    """Return the space and the architecture of a file, and the options that make the space fit it.
+def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any], Dataset | None]":
+    """Return the space and the architecture of a file, the options that make the space fit it, and the dataset.
 
     A stage writes `operative.gin` beside the architecture: its dataset and bindings give the options, unless a person
-    gives some.
+    gives some. The dataset is None where no such file was read.
 
     Raises:
         TangleNASError: The file holds no architecture, or the space is unknown or has no such option.
@@ -45,16 +46,17 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
 
     architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
     config = path.with_name("operative.gin")
+    dataset = None
     if given:
         options = parsed(given)
     elif config.is_file():
         from ..pipeline import records
 
-        options = records.space_options(config)
+        options, dataset = records.made_with(config)
     else:
         options = {}
     space = create_space(architecture.space, **options)
-    return space, space.architecture_of(space.assignment_of(architecture)), options
+    return space, space.architecture_of(space.assignment_of(architecture)), options, dataset
 
 
 def parsed(given: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import click
 
 from tanglenas_engine.errors import TangleNASError
 
+from ._model import CONFIG, known_beside
 from ._space import read, space_options
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tanglenas_engine.data import Described
     from tanglenas_engine.spaces.architecture import Architecture
     from tanglenas_engine.spaces.space import SearchSpace
 
@@ -40,6 +42,7 @@ class Export:
     options: dict[str, Any]
     network: nn.Module
     folder: Path
+    known: Described | None
 
 
 Forward = Callable[["Tensor"], "Tensor"]
@@ -59,23 +62,29 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
     \b
     timm          a folder for timm.create_model("local-dir:DIR")
-    torch         architecture.json and model.safetensors, for this project
+    torch         architecture.json, config.json and model.safetensors, for this project
     onnx          model.onnx, for any runtime; needs the extra: pip install 'tanglenas[onnx]'
     torch-export  model.pt2, for torch alone
+
+    The names of classes, and mean, standard deviation and size of inputs, are stored with it; the tokenizer of a text
+    lies beside it. They are those beside the weights, or else those of the dataset of the run.
     """
     import torch
 
-    space, architecture, made_with = read(file, options)
+    space, architecture, made_with, dataset = read(file, options)
     network = _network(space, architecture, weights).eval()
+    known = known_beside(weights) or dataset
     torch.manual_seed(0)
-    inputs = space.example_input(3)  # another batch size than the traced one
+    batches = [space.example_input(3)]  # another batch size than the traced one
+    batches += [batches[0].narrow(axis, 0, (most + 1) // 2).clone() for axis, (_, most) in space.dynamic_axes.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, torch.no_grad():
         folder = Path(scratch, "export")
         folder.mkdir()
-        forward, code = FORMATS[name](Export(space, architecture, made_with, network, folder))
-        expected, got = network(inputs), forward(inputs)
-        difference, largest = float((expected - got).abs().max()), float(expected.abs().max())
+        forward, code = FORMATS[name](Export(space, architecture, made_with, network, folder, known))
+        pairs = [(network(inputs), forward(inputs)) for inputs in batches]
+        difference = max(float((expected - got).abs().max()) for expected, got in pairs)
+        largest = max(float(expected.abs().max()) for expected, _ in pairs)
         if not difference <= TOLERANCE * largest:
             raise TangleNASError(
                 f"the export as {name} is wrong: it differs from the network by up to {difference:.3g}, where outputs "
@@ -87,6 +96,12 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
         click.echo(f"{path}  {path.stat().st_size:,} bytes")
     click.echo(f"largest difference from the network: {difference:.3g} (outputs go up to {largest:.3g})\n")
     click.echo(code.replace("DIR", output.as_posix()))
+    if known is None:
+        click.echo(
+            f"{weights.parent} has no config.json, and no run is known that made {file}: the network has no names of "
+            "classes, and nothing says how its inputs are made",
+            err=True,
+        )
 
 
 def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> nn.Module:
@@ -112,7 +127,7 @@ def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> n
 
 
 def _timm(export: Export) -> tuple[Forward, str]:
-    export.space.export(export.network, export.architecture, export.folder)
+    export.space.export(export.network, export.architecture, export.folder, export.known)
     config = export.folder / "config.json"
     architecture = json.loads(config.read_text("utf-8")).get("architecture") if config.exists() else None
     if architecture is None:
@@ -126,12 +141,11 @@ def _timm(export: Export) -> tuple[Forward, str]:
 
 
 def _torch(export: Export) -> tuple[Forward, str]:
-    from tanglenas_engine.runtime.files import write_atomic
-    from tanglenas_engine.runtime.weights import load_weights, save_weights
+    from tanglenas_engine.runtime.weights import load_weights
     from tanglenas_engine.spaces.architecture import Architecture
+    from tanglenas_engine.spaces.space import SearchSpace
 
-    write_atomic(export.folder / "architecture.json", export.architecture.to_json())
-    save_weights(export.folder / "model.safetensors", export.network.state_dict(), {"space": export.space.name})
+    SearchSpace.export(export.space, export.network, export.architecture, export.folder, export.known)
     options = "".join(f", {name}={value!r}" for name, value in export.options.items())
     code = f"""\
 from pathlib import Path
@@ -151,10 +165,16 @@ def _torch_export(export: Export) -> tuple[Forward, str]:
     import torch
 
     path = export.folder / "model.pt2"
+    _write_files(export)
     with _quiet():
-        torch.export.save(_traced(export), path)
+        torch.export.save(_traced(export), path, extra_files={CONFIG: json.dumps(_known(export), indent=2)})
         model = torch.export.load(path).module()
-    return model, 'import torch\n\nmodel = torch.export.load("DIR/model.pt2").module()'
+    code = """\
+import torch
+
+about = {"config.json": ""}  # becomes what is known of the network, as JSON
+model = torch.export.load("DIR/model.pt2", extra_files=about).module()"""
+    return model, code
 
 
 def _onnx(export: Export) -> tuple[Forward, str]:
@@ -166,11 +186,18 @@ def _onnx(export: Export) -> tuple[Forward, str]:
     except ImportError as error:
         raise TangleNASError(f"ONNX needs more than is installed ({error}): pip install 'tanglenas[onnx]'") from None
     path = export.folder / "model.onnx"
+    _write_files(export)
     with _quiet():
         program = torch.onnx.export(
-            _traced(export), input_names=["input"], output_names=["output"], dynamo=True, verbose=False
+            _traced(export),
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_shapes=({0: "batch", **{axis: name for axis, (name, _) in export.space.dynamic_axes.items()}},),
+            dynamo=True,
+            verbose=False,
         )
         assert program is not None
+        program.model.metadata_props.update({name: json.dumps(value) for name, value in _known(export).items()})
         program.save(path, external_data=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -181,15 +208,27 @@ def _onnx(export: Export) -> tuple[Forward, str]:
 import onnxruntime
 
 session = onnxruntime.InferenceSession("DIR/model.onnx", providers=["CPUExecutionProvider"])
+about = session.get_modelmeta().custom_metadata_map  # what is known of the network, each value as JSON
 # outputs = session.run(None, {"input": inputs})[0], where inputs is a numpy array"""
     return forward, code
 
 
+def _known(export: Export) -> dict[str, Any]:
+    return export.known.input_config() if export.known else {}
+
+
+def _write_files(export: Export) -> None:
+    """Write the files that inputs are made with, such as a tokenizer, beside a network."""
+    for name, text in (export.known.files() if export.known else {}).items():
+        (export.folder / name).write_text(text, encoding="utf-8")
+
+
 def _traced(export: Export) -> Any:
-    """Trace the network as a graph that takes any batch size."""
+    """Trace the network as a graph that takes any batch size, and any length of the axes that may vary."""
     import torch
 
-    shapes = ({0: torch.export.Dim("batch")},)
+    axes = {axis: torch.export.Dim(name, min=1, max=most) for axis, (name, most) in export.space.dynamic_axes.items()}
+    shapes = ({0: torch.export.Dim("batch"), **axes},)
     try:
         program = torch.export.export(export.network, (export.space.example_input(2),), dynamic_shapes=shapes)
     except Exception as error:  # tracing may raise anything

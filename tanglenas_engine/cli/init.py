@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, shown
 
 from ..plugins import PluginManager, Registration
 from ..plugins.manager import options_of
@@ -36,7 +36,8 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
     Every file is yours to change. What the scripts in pipelines/ call comes with the package, and is upgraded with it.
 
     With --upgrade, a project of an earlier version gets the scripts and the dvc.yaml of this one. gin/ and params.yaml
-    stay as they are, but for files of gin/ that are new. What is replaced is kept under .tanglenas/replaced.
+    stay as they are, but for files of gin/ and keys of params.yaml that are new. What is replaced is kept under
+    .tanglenas/replaced.
     """
     if upgrade:
         if any(named.values()):
@@ -97,13 +98,39 @@ def _upgrade(folder: Path) -> None:
     for path in (*replaced, *added):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, folder / path)
+    keys = _add_keys(folder / "params.yaml", source / "params.yaml")
     for verb, paths in (("replaced", replaced), ("removed", outdated), ("added", added)):
         if paths:
             click.echo(f"{verb}: {', '.join(path.as_posix() for path in paths)}")
+    if keys:
+        click.echo(f"added to params.yaml: {', '.join(keys)}")
     if kept.exists():
         click.echo(f"What was there is in {kept}.")
-    if not (replaced or outdated or added):
+    if not (replaced or outdated or added or keys):
         click.echo(f"{folder} is of this version already.")
+
+
+def _add_keys(theirs: Path, ours: Path) -> list[str]:
+    """Add to the groups of a project's params.yaml the keys that they lack, with our values. dvc.yaml needs them."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    yaml, added = YAML(), []
+    yaml.preserve_quotes, yaml.width = True, 1000
+    try:
+        params = yaml.load(theirs.read_text("utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise TangleNASError(f"{theirs} cannot be read ({shown(error)}). Correct it, and upgrade again") from None
+    for name, values in yaml.load(ours.read_text("utf-8")).items():
+        group: Any = params.get(name) if isinstance(params, dict) else None
+        for key in values if isinstance(values, dict) and isinstance(group, dict) else ():
+            if key not in group:
+                group[key] = values[key]
+                added.append(f"{name}.{key}")
+    if added:
+        with theirs.open("w", encoding="utf-8") as file:
+            yaml.dump(params, file)
+    return added
 
 
 def _differs(ours: Path, theirs: Path) -> bool:

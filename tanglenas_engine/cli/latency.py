@@ -74,7 +74,7 @@ def predict(file: Path, table: Path, options: tuple[str, ...]) -> None:
     """Predict how long the network of the file ARCH takes, from a TABLE that `latency build` wrote."""
     from tanglenas_objectives.latency_table import Latency
 
-    space, architecture, _ = read(file, options)
+    space, architecture, *_ = read(file, options)
     objective = Latency(table).bind(space)
     machine = objective.table.machine
     click.echo(f"{machine.processor}, {machine.threads} threads, torch {machine.torch_version}, "

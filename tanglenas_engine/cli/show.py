@@ -23,12 +23,12 @@ def command(file: Path, options: tuple[str, ...], figure: Path | None) -> None:
     Sizes that do not belong to the architecture (classes, image size) are those of the stage that wrote it, or the
     space's own defaults where no operative.gin lies beside it.
     """
-    space, architecture, _ = read(file, options)
+    space, architecture, *_ = read(file, options)
     cost, least, most = (space.cost(a) for a in (architecture, space.smallest(), space.largest()))
     click.echo(f"{architecture.space}  {architecture.digest}  (one of {space.size:,})\n")
     rows = [
-        [name.replace("flops", "multiply-accumulates"), *(f"{getattr(c, name):,}" for c in (cost, least, most))]
-        for name in ("params", "flops")
+        [name, *(f"{getattr(c, key):,}" for c in (cost, least, most))]
+        for key, name in (("params", "params"), ("macs", "multiply-accumulates"))
     ]
     print_table(["cost", "this one", "smallest", "largest"], rows)
     once = [choice for choice in space.choices.values() if not choice.layered]

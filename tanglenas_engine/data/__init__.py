@@ -1,6 +1,6 @@
 """Data: a pool of samples, its four disjoint splits, and reproducible batches from them."""
 
-from .dataset import Dataset, Samples, TensorSamples, TokenSamples, content_hash, data_path
+from .dataset import Dataset, Described, Samples, TensorSamples, TokenSamples, content_hash, data_path
 from .splits import SPLITS, DataView, Splits, make_splits, open_splits
 from .stream import Batch, Stream, batches
 
@@ -9,6 +9,7 @@ __all__ = [
     "Batch",
     "DataView",
     "Dataset",
+    "Described",
     "Samples",
     "Splits",
     "Stream",

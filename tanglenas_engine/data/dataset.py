@@ -35,6 +35,18 @@ class Samples(Protocol):
         ...
 
 
+class Described(Protocol):
+    """What the files of a network tell those who use it elsewhere. A `Dataset` is one."""
+
+    def input_config(self) -> dict[str, Any]:
+        """Return how inputs are made and what outputs mean: see `Dataset.input_config`."""
+        ...
+
+    def files(self) -> dict[str, str]:
+        """Return the files that inputs are made with: see `Dataset.files`."""
+        ...
+
+
 class Dataset(ABC):
     """A pool of N samples, including the official test part. Subclass it to write a dataset plugin.
 
@@ -78,6 +90,29 @@ class Dataset(ABC):
     def space_options(self) -> dict[str, Any]:
         """Return the options with which a search space fits these data."""
         return {name: getattr(self, name) for name in ("num_classes", "image_size", "in_channels")}
+
+    def input_config(self) -> dict[str, Any]:
+        """Return how inputs are made and what outputs mean, as JSON can hold it. It is stored beside weights.
+
+        For images these are `label_names`, `num_classes`, `input_size` (C, H, W), `mean`, `std`, `crop_pct` and
+        `interpolation`, as timm's `pretrained_cfg` names them. For other data these are the options of the space.
+        """
+        options = self.space_options()
+        if self.labels is None or not {"num_classes", "image_size", "in_channels"} <= set(options):
+            return options
+        return {
+            "num_classes": self.num_classes,
+            "label_names": list(map(str, self.class_names)),
+            "input_size": [self.in_channels, self.image_size, self.image_size],
+            "mean": list(map(float, self.mean or (0,) * self.in_channels)),
+            "std": list(map(float, self.std or (1,) * self.in_channels)),
+            "crop_pct": self.crop_pct,
+            "interpolation": "bilinear",
+        }
+
+    def files(self) -> dict[str, str]:
+        """Return the contents, by file name, of the files that inputs are made with. They are stored beside weights."""
+        return {}
 
     def describe(self) -> str:
         """Return lines for a person about what the data hold, printed at the start of a search; "" prints none."""

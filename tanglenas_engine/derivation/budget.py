@@ -48,6 +48,8 @@ Picks = dict[Row, int]
 Vector = NDArray[np.float64]
 Tables = Mapping[tuple[Row, ...], Sequence[float]]
 
+LABELS = {"macs": "MACs"}
+"""Costs that messages call otherwise than options do."""
 ROUNDING = 1e-9
 """Gains of log-probability below this are rounding errors."""
 MAX_NODES = 100_000
@@ -269,7 +271,7 @@ class Limit:
         return self.most if whole else self.most * (1 + 1e-12)
 
     def counted(self, cost: float) -> str:
-        return " ".join(part for part in (amount(cost), self.unit, self.name) if part)
+        return " ".join(part for part in (amount(cost), self.unit, LABELS.get(self.name, self.name)) if part)
 
 
 def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> Limit:

@@ -28,7 +28,7 @@ from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.values import check_types, macro_value
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.cost import METRICS
+from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.discretize import METHODS, limits_of
@@ -57,7 +57,7 @@ methods = {name: register(method) for name, method in METHODS.items()}
 
 @register
 def target(
-    objective: str = "flops",
+    objective: str = "macs",
     value: float | None = None,
     share: float | None = None,
     weight: float = 1.0,
@@ -147,7 +147,7 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
     with configured(later):
         if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
             limits = gin.get_bindings("discretize")
-            given = limits_of(*(limits.get(name) for name in ("max_params", "max_flops", "limits")))
+            given = limits_of(*(limits.get(name) for name in ("max_params", "max_macs", "limits", "max_flops")))
             Budget(space, given, objectives(space)).check()
 
 
@@ -197,7 +197,7 @@ def packages() -> set[ModuleType]:
     """Return the top-level packages of all that the config names: plugins, and what an @ refers to by its full name."""
     named = {(kind, name) for macro, kind in KINDS.items() if (name := macro_value(macro))}
     named |= {("objective", name) for name in _costs()}
-    named |= {("objective", values.get("objective", "flops")) for values in bindings_of("target")}
+    named |= {("objective", values.get("objective", "macs")) for values in bindings_of("target")}
     modules = {manager().resolve(kind, name).load().__module__ for kind, name in named} | referred()
     found = {sys.modules[module.split(".")[0]] for module in modules}
     # torch is large, and its version is recorded. A module written in C has no file.
@@ -215,7 +215,8 @@ def _costs() -> set[str]:
     """Return the costs in `discretize.limits` and `discretize.cost`, but for those that every space counts."""
     bound = gin.get_bindings("discretize")
     limits = bound.get("limits")
-    return {bound.get("cost", "params"), *(limits if isinstance(limits, Mapping) else ())} - {*METRICS}
+    named = {bound.get("cost", "params"), *(limits if isinstance(limits, Mapping) else ())}
+    return named - {*METRICS, *FORMER}
 
 
 def _objective(name: str) -> Objective:

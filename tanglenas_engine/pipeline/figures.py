@@ -112,7 +112,7 @@ def anytime(history: Sequence[Record], path: str | Path) -> None:
         if not found:
             return
         below = [_place(figure, WIDTH / 3 * i + 0.55, 3.3, WIDTH / 3 - 0.7, 1.3) for i in range(3)]
-        for axes, key, title in zip(below, ("params", "flops"), ("parameters", "multiply-accumulates"), strict=False):
+        for axes, key, title in zip(below, ("params", "macs"), ("parameters", "multiply-accumulates"), strict=False):
             current, expected = [row[key] for row in history], [row[f"expected_{key}"] for row in history]
             scale, unit = _unit(max(current + expected))
             _curve(axes, epochs, [value / scale for value in expected], FAINT, "expected")
@@ -157,7 +157,7 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
     layers = [max(len(choice) for choice in line) for line in grid]
     with _drawing(path, 0.65 + 0.3 * len(once) + 0.24 * sum(layers) + 0.5 * len(grid)) as figure:
         _write(figure, 0.1, 0.15, f"{architecture.space}  {architecture.digest}", fontweight="bold")
-        _write(figure, 0.1, 0.4, f"{cost.params:,} parameters, {cost.flops:,} multiply-accumulates")
+        _write(figure, 0.1, 0.4, f"{cost.params:,} parameters, {cost.macs:,} multiply-accumulates")
         if layered:
             _write(figure, WIDTH - 0.1, 0.4, _numbering(layered), ha="right", color=FAINT)
         if once:
@@ -209,7 +209,7 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
     if not front:
         return _note("No candidates.", path)
     scale, unit = _unit(max(row[cost] for row in rows))
-    names = {"params": "parameters", "flops": "multiply-accumulates"}
+    names = {"params": "parameters", "macs": "multiply-accumulates"}
     with _drawing(path, 3.6) as figure:
         axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
         axes.scatter([row[cost] / scale for row in rows], [row["loss"] for row in rows], s=14, c=FAINT,

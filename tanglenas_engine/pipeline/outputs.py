@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from tanglenas_engine.stages.search import SearchResult
 
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, MIXTURE, OUT, SPLITS, STAGES, SUPERNET
+from tanglenas_engine.pipeline.headline import headline
+
+LARGEST_LOSS = 700
+"""The loss in nats from which a perplexity exceeds what a float holds."""
 
 
 def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: SearchResult) -> None:
@@ -55,7 +59,7 @@ def search_metrics(result: SearchResult) -> dict[str, Any]:
     """Return the numbers of the last epoch that metrics/search.json has."""
     last = result.history[-1]
     keep = ("weight_loss", "weight_accuracy", "architecture_loss", "validation_accuracy", "validation_loss",
-            "table_value", "table_rank", "table_regret", "entropy", "params", "flops")  # fmt: skip
+            "table_value", "table_rank", "table_regret", "entropy", "params", "macs")  # fmt: skip
     costs = [key for key in last if key.startswith(("expected_", "penalty_"))]
     losses = {f"{name}_split_loss": loss for name, loss in result.split_losses.items()}
     return {**{key: last[key] for key in (*keep, *costs, "stopped") if key in last}, **losses}
@@ -80,8 +84,9 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
     return {
         "validation_accuracy": result.validation_accuracy,
         "validation_loss": result.validation_loss,
+        "candidates": len(result.candidates),
         "params": result.cost.params,
-        "flops": result.cost.flops,
+        "macs": result.cost.macs,
         **({} if result.exact is None else {"exact": result.exact}),
         "digest": result.architecture.digest,
     }
@@ -100,12 +105,19 @@ def evaluate_metrics(
         # JSON has no nan, which a coefficient is where all architectures have equal ranks.
         agreement = {name: value for name, value in found.items() if not math.isnan(value)}
         agreement["ranked_architectures"] = len(ranking.rows)
+    # Targets that follow from one another, such as the tokens of a text, have no confusion matrix.
+    has_perplexity = result.confusion is None and result.test_loss < LARGEST_LOSS
     return {
         "test_accuracy": result.test_accuracy,
         "test_loss": result.test_loss,
+        **({"test_perplexity": math.exp(result.test_loss)} if has_perplexity else {}),
         "test_samples": result.samples,
         "params": result.cost.params,
-        "flops": result.cost.flops,
+        "macs": result.cost.macs,
+        "largest_params": result.largest.params,
+        "largest_macs": result.largest.macs,
+        "smallest_params": result.smallest.params,
+        "smallest_macs": result.smallest.macs,
         "digest": architecture.digest,
         **found_in_table,
         **agreement,
@@ -162,25 +174,47 @@ def write_sample(stage: Stage, network: nn.Module) -> str:
 
 
 def print_summary(architecture: Architecture, title: str, sample: str = "") -> None:
-    """Print the sample, and a table of what each stage found and of the folder where its files lie."""
+    """Print the sample, the facts that a person wants first, and a table of what each stage found, with its folder."""
     from rich.console import Console
     from rich.table import Table
 
     if sample:
         print(sample)
-    table = Table("stage", "result", "files", title=title, title_justify="left")
-    for name in STAGES:
-        path = METRICS / f"{name}.json"
-        numbers = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        lines = [f"{key.replace('_', ' ')} {_readable(key, value)}" for key, value in numbers.items()]
+    metrics = {name: _numbers(name) for name in STAGES}
+    table = Table("stage", "result", "files")
+    for name, numbers in metrics.items():
+        lines = [
+            f"{key.replace('_', ' ')} {_readable(key, value)}"
+            for key, value in numbers.items()
+            if not key.startswith(("largest_", "smallest_"))
+        ]  # the facts have these
         if name == "discretize":
             lines = [*str(architecture).split(), *lines]
         table.add_row(name, "\n".join(lines), str(OUT / name))
-    Console().print(table)
+    facts = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left")
+    for fact in headline(metrics):
+        facts.add_row(fact.name, f"[bold]{fact.value}[/bold]\n{fact.detail}" if fact.detail else fact.value)
+    console = Console(highlight=False)
+    console.print(facts)
+    console.print(table)
+
+
+def _numbers(stage: str) -> dict[str, Any]:
+    path = METRICS / f"{stage}.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+UNITS = {
+    **{"accuracy": " %", "params": " parameters", "macs": " multiply-accumulates", "entropy": " of 1"},
+    **dict.fromkeys(("validation_loss", "test_loss", "split_loss"), " nats"),
+}
+"""The units of metrics, by the end of their names. Losses of training have that of the loss that was configured."""
 
 
 def _readable(key: str, value: object) -> str:
+    """Return a metric as a person reads it, with its unit. A penalty has none: it is a share of a cost."""
+    unit = "" if key.startswith("penalty_") else next((unit for end, unit in UNITS.items() if key.endswith(end)), "")
     if isinstance(value, float):
-        return f"{value:.2f}{' %' if key.endswith('accuracy') else ''}"
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    return f"{text} multiply-accumulates" if key == "flops" else text
+        return f"{value:,.0f}{unit}" if abs(value) >= 1e4 else f"{value:.2f}{unit}"
+    return f"{value:,}{unit}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

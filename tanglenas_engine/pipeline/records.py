@@ -8,6 +8,7 @@ from typing import Any
 
 import gin
 
+from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import required
 from tanglenas_engine.pipeline.configurables import create_dataset
@@ -17,8 +18,8 @@ LARGEST = 1e18
 """The size from which a number of a run counts as none. An axis has no room for it."""
 
 
-def space_options(config: Path) -> dict[str, Any]:
-    """Return the options with which a stage made its space, from the `operative.gin` that it wrote.
+def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
+    """Return the options with which a stage made its space, and its dataset, from the `operative.gin` that it wrote.
 
     Raises:
         TangleNASError: The config is damaged, or its dataset is missing.
@@ -31,14 +32,14 @@ def space_options(config: Path) -> dict[str, Any]:
         reason = shown(error)
         raise TangleNASError(f"{config} cannot be read ({reason}). Give the space's options instead") from None
     bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
-    fitted: dict[str, Any] = create_dataset(name=required("DATASET", str)).space_options()
-    return {**fitted, **bound}
+    dataset: Dataset = create_dataset(name=required("DATASET", str))
+    return {**dataset.space_options(), **bound}, dataset
 
 
 def evaluated(root: Path) -> list[dict[str, Any]]:
     """Return one row for each finished evaluation of a project, oldest first.
 
-    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `flops` and
+    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs` and
     `accuracy` in %, each None where the run lacks it.
 
     Raises:
@@ -78,7 +79,7 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
                     "digest": _told(tags.get("architecture.digest")),
                     "commit": _told(tags.get("git.sha")),
                     "params": _finite(metrics.get("final/params")),
-                    "flops": _finite(metrics.get("final/flops")),
+                    "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # runs of before
                     "accuracy": _finite(metrics.get("final/test_accuracy")),
                 }
             )

@@ -53,7 +53,7 @@ def create_space(name: str, **options: Any) -> SearchSpace:
             missing.
     """
     space: SearchSpace = manager().create("space", name, **options)
-    space.name = name
+    space.name, space.created_with = name, options
     return space
 
 
@@ -72,7 +72,12 @@ def create_dataset(name: str, **options: Any) -> Dataset:
 
 
 def create_objective(name: str, **options: Any) -> Objective:
-    """Create the objective registered under `name`. It raises the same errors as `create_space`."""
+    """Create the objective registered under `name`. It raises the same errors as `create_space`.
+
+    One that is registered under a former name has today's name in outputs.
+    """
+    from tanglenas_engine.spaces.cost import FORMER
+
     objective: Objective = manager().create("objective", name, **options)
-    objective.name = name
+    objective.name = FORMER.get(name, name)
     return objective

@@ -120,7 +120,7 @@ class Architectures:
 
         def named(row: Row, option: int) -> int:
             cost = self.assigned_cost({**first, row: option})
-            return int(cost.params << 64 | cost.flops)  # compares parameters first, then MACs
+            return int(cost.params << 64 | cost.macs)  # compares parameters first, then MACs
 
         return {
             row: [named(row, i) if isinstance(option, str) else option for i, option in enumerate(row.options)]

@@ -24,19 +24,26 @@ from tanglenas_engine.spaces.products import ProductCounter, in_plain_products, 
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
 
-METRICS = ("params", "flops")
+METRICS = ("params", "macs")
+FORMER = {"flops": "macs"}
+"""The names that costs had before, and those that they have now. Configs may have either; outputs have the latter."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a network: `params` as a count of numbers, `flops` as multiply-accumulates for one input.
+    """Cost of a network: `params` as a count of numbers, `macs` as multiply-accumulates for one input.
 
     Multiply-accumulates of all matrix products, convolutions and attention products; additions of a bias,
     normalisation and activations are not counted. Ints for an architecture, tensors in expectation.
     """
 
     params: Any
-    flops: Any
+    macs: Any
+
+    @property
+    def flops(self) -> Any:
+        """The former name of `macs`. A multiply-accumulate is two floating-point operations."""
+        return self.macs
 
 
 Term = tuple[int, tuple[Size, ...]]
@@ -90,7 +97,7 @@ class CostModel:
                 "is counted for all architectures. `tanglenas plugins check` tells the difference",
                 stacklevel=2,
             )
-        for metric, terms in (("params", _parameter_terms(network)), ("flops", products)):
+        for metric, terms in (("params", _parameter_terms(network)), ("macs", products)):
             tables: dict[tuple[Row, ...], list[int]] = {}
             for constant, factors in terms:
                 rows = tuple(sorted({r for f in factors for r in f.rows}, key=superposition.rows.index))

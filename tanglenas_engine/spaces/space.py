@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -16,13 +18,13 @@ from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.architectures import Architectures
-from tanglenas_engine.spaces.cost import Additive, Cost, CostModel
+from tanglenas_engine.spaces.cost import FORMER, Additive, Cost, CostModel
 from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.mixture import COVERED, EDGES, Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Number, Row, Size
 
 if TYPE_CHECKING:
-    from tanglenas_engine.data import Dataset
+    from tanglenas_engine.data import Dataset, Described
 
 
 SHARINGS = {
@@ -53,6 +55,13 @@ class SearchSpace(Architectures, Elastic):
     sharings: ClassVar[tuple[str, ...]] = ("superposed",)
     execute: Callable[..., Tensor] | None = None
     """A function that runs a forward on its inputs. Searches set it for low precision or compilation."""
+    created_with: Mapping[str, Any] | None = None
+    """The options with which `create_space` made the space; None for a space that was made in another way."""
+    dynamic_axes: Mapping[int, tuple[str, int]] = MappingProxyType({})
+    """The axes of the input, beside the batch's axis 0, whose length may vary: the name and the largest length.
+
+    `example_input` has the largest lengths.
+    """
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
         super().__init__()
@@ -100,16 +109,19 @@ class SearchSpace(Architectures, Elastic):
         return self._standalone(self.assignment_of(architecture))
 
     def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Dataset | None = None
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
     ) -> None:
-        """Write a standalone network as `architecture.json` and `model.safetensors`, or in its library's format.
+        """Write a standalone network into a folder, in its library's format if there is one.
+
+        By default the folder has `architecture.json`, `model.safetensors`, and a `config.json` with the space, its
+        options and, under `pretrained_cfg`, how inputs are made and what outputs mean. The files of the dataset, such
+        as a tokenizer, lie beside them.
 
         Args:
             network: The standalone network.
             architecture: Its architecture.
             folder: The folder, which is created if it is missing.
-            dataset: The dataset that the network was trained on. Some libraries store with the weights how inputs are
-                made.
+            dataset: The dataset that the network was trained on, or what is known of it.
         """
         from tanglenas_engine.runtime.files import write_atomic
         from tanglenas_engine.runtime.weights import save_weights
@@ -117,6 +129,13 @@ class SearchSpace(Architectures, Elastic):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "architecture.json", architecture.to_json())
         save_weights(folder / "model.safetensors", network.state_dict(), {"space": self.name})
+        config: dict[str, Any] = {"space": self.name, "pretrained_cfg": dataset.input_config() if dataset else {}}
+        with suppress(TypeError):  # an option may be a function, which JSON cannot hold
+            json.dumps(self.created_with)
+            config["options"] = self.created_with
+        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, text in (dataset.files() if dataset else {}).items():
+            write_atomic(folder / name, text)
 
     def show(self, network: nn.Module, dataset: Dataset) -> str | None:
         """Return text that shows a trained network to a person, such as text that it generates, or None."""
@@ -299,7 +318,7 @@ class SearchSpace(Architectures, Elastic):
 
     def terms(self, metric: str) -> Additive:
         """Return the tables over rows of choices for a metric of `cost.METRICS`."""
-        return self.cost_model.metrics[metric]
+        return self.cost_model.metrics[FORMER.get(metric, metric)]
 
     def _standalone(self, assignment: Assignment) -> nn.Module:
         """Return a module with this class' methods over plain layers. It has no choices and needs no search space."""
@@ -307,7 +326,7 @@ class SearchSpace(Architectures, Elastic):
         for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
             own.update({k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")})
         network = copied(self, assignment)
-        for attribute in ("superposition", "choices", "cost_model", "stacks", "execute"):
+        for attribute in ("superposition", "choices", "cost_model", "stacks", "execute", "created_with"):
             network.__dict__.pop(attribute, None)
         network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
         there = dict(network.named_parameters())  # copying unties weights, so they are tied again below

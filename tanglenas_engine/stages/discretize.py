@@ -20,7 +20,7 @@ from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.cost import METRICS, Cost
+from tanglenas_engine.spaces.cost import FORMER, METRICS, Cost
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
@@ -90,20 +90,30 @@ class DiscretizeResult:
 
 
 def limits_of(
-    max_params: int | None = None, max_flops: int | None = None, limits: Mapping[str, float] | None = None
+    max_params: int | None = None,
+    max_macs: int | None = None,
+    limits: Mapping[str, float] | None = None,
+    max_flops: int | None = None,
 ) -> dict[str, float | None]:
-    """Return the limits that the options of `discretize` ask for.
+    """Return the limits that the options of `discretize` ask for, by the name of the cost.
 
     Raises:
         TangleNASError: `limits` is not a mapping, or two options limit the same cost.
     """
     if not isinstance(limits, Mapping | None):
         raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
-    every: dict[str, float | None] = {"params": max_params, "flops": max_flops}
-    for name, most in (limits or {}).items():
+    if max_macs is not None and max_flops is not None:
+        raise TangleNASError(
+            f"discretize.max_macs is {max_macs!r}, and discretize.max_flops, its former name, is {max_flops!r}: leave "
+            "one out"
+        )
+    every: dict[str, float | None] = {"params": max_params, "macs": max_flops if max_macs is None else max_macs}
+    for given, most in (limits or {}).items():
+        name = FORMER.get(given, given)
         if every.get(name) is not None:
             raise TangleNASError(
-                f"discretize.limits has {name!r}: {most!r}, and discretize.max_{name} is {every[name]!r}: leave one out"
+                f"discretize.limits has {given!r}: {most!r}, and discretize.max_{name} is {every[name]!r}: leave one "
+                "out"
             )
         every[name] = most
     return every
@@ -121,6 +131,7 @@ def discretize(
     cost: str = "params",
     fill: float = 0.95,
     max_params: int | None = None,
+    max_macs: int | None = None,
     max_flops: int | None = None,
     objectives: Sequence[Objective] = (),
     limits: Mapping[str, float] | None = None,
@@ -147,10 +158,11 @@ def discretize(
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
-        cost: The cost of the front: "params", "flops" or the name of an objective.
+        cost: The cost of the front: "params", "macs" or the name of an objective.
         fill: The share of the tightest limit that candidates of "random" and "evolution" use at least, where moves lead
             there; from 0 to 1.
-        max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
+        max_params, max_macs: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
+        max_flops: The former name of `max_macs`.
         objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
         targets: The costs that the search aimed for. They are limits where no other limit of that cost is given.
             Infinity in `limits` lifts one.
@@ -162,10 +174,11 @@ def discretize(
         TangleNASError: A method is unknown, an option is out of its range, or no architecture is within the budget.
     """
     method = derivation if method == "auto" else method
+    cost = FORMER.get(cost, cost)
     costs = [*METRICS, *(objective.name for objective in objectives)]
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     progress = progress or SilentProgress()
-    given = limits_of(max_params, max_flops, limits)
+    given = limits_of(max_params, max_macs, limits, max_flops)
     for name, most in (targets or {}).items():
         if name in costs and given.get(name) is None:
             given[name] = math.floor(most) if name in METRICS else most

@@ -419,9 +419,9 @@ class Search(Training):
         record: Record = {
             "entropy": normalized_entropy(mixture),
             "expected_params": float(expected.params),
-            "expected_flops": float(expected.flops),
+            "expected_macs": float(expected.macs),
             "params": cost.params,
-            "flops": cost.flops,
+            "macs": cost.macs,
             "digest": current.digest,
             "architecture": str(current),
             "mixture": {name: mixture[name].tolist() for name in mixture},

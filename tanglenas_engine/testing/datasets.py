@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,12 @@ def check_pool(make_dataset: Callable[[], Dataset]) -> None:
             f"labels go from {low} to {high}, expected 0 to {dataset.num_classes - 1}"
         )
         assert len(dataset.class_names) == dataset.num_classes, "class_names does not name every class once"
+    try:
+        json.dumps([dataset.input_config(), dataset.files()])
+    except TypeError as error:
+        raise AssertionError(
+            f"input_config() and files(), which are stored beside weights, have no form in JSON: {error}"
+        ) from None
 
 
 def check_batches(make_dataset: Callable[[], Dataset]) -> None:

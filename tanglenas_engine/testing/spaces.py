@@ -95,14 +95,14 @@ def check_costs(make_space: Callable[[], SearchSpace]) -> None:
         network = space.extract(architecture)
         counted = sum(parameter.numel() for parameter in network.parameters())
         assert cost.params == counted, f"{architecture} costs {cost.params} parameters, its network has {counted}"
-        assert cost.flops > 0, f"{architecture} costs {cost.flops} multiply-accumulates"
+        assert cost.macs > 0, f"{architecture} costs {cost.macs} multiply-accumulates"
         products = count_products(network, _inputs(space, 1))
-        assert cost.flops == products, (
-            f"{architecture} costs {cost.flops} multiply-accumulates, torch counts {products} in its network: give "
+        assert cost.macs == products, (
+            f"{architecture} costs {cost.macs} multiply-accumulates, torch counts {products} in its network: give "
             "elastic layers of your own a method `macs`, and compute products of chosen sizes in elastic layers only"
         )
         expected = space.expected_cost(space.one_hot(architecture))
-        for metric in ("params", "flops"):
+        for metric in ("params", "macs"):
             exact, soft = getattr(cost, metric), float(getattr(expected, metric))
             assert abs(soft - exact) <= 1e-6 * exact, f"{architecture}: {exact} {metric}, but {soft} expected"
 

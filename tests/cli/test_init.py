@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from paths import ROOT
 from project import STAGES, contents, execute, set_params
+from ruamel.yaml import YAML
 
 from pipelines import environment
 from tanglenas_engine.cli import main
@@ -146,6 +147,22 @@ def test_an_upgrade_replaces_scripts_and_dvc_yaml_and_keeps_what_was_there(earli
     assert "replaced: dvc.yaml, pipelines/discretize.py" in result.output and str(kept.name) in result.output
     assert "is of this version already" in init("--upgrade").output
     assert contents(earlier) == after
+
+
+def test_an_upgrade_adds_the_keys_that_dvc_yaml_refers_to(earlier, init):
+    params = earlier / "params.yaml"
+    params.write_text("# mine\nspace: toy_cell\ndiscretize:\n  max_params: 70  # a budget\n  max_flops: 5\n")
+    assert (
+        "added to params.yaml: discretize.method, discretize.candidates, discretize.max_macs"
+        in init("--upgrade").output
+    )
+    text = params.read_text()
+    assert text.startswith("# mine\nspace: toy_cell\n") and "max_params: 70  # a budget" in text
+    values = YAML(typ="safe").load(text)["discretize"]
+    assert values == {"max_params": 70, "max_flops": 5, "method": "auto", "candidates": None, "max_macs": None}
+    assert "is of this version already" in init("--upgrade").output
+    params.write_text("a: [")
+    assert "params.yaml cannot be read" in init("--upgrade").stderr
 
 
 def test_a_project_is_told_apart_from_another_folder_with_files(earlier, init):

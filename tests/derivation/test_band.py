@@ -22,7 +22,7 @@ def assignments(space):
         yield {row: option for part in picks for row, option in part.items()}
 
 
-def limited(space, share, metrics=("flops",)):
+def limited(space, share, metrics=("macs",)):
     """A limit on each metric, between the least and the most that the space costs."""
     ends = space.cost(space.smallest()), space.cost(space.largest())
     low, high = ({metric: getattr(cost, metric) for metric in metrics} for cost in ends)
@@ -40,7 +40,7 @@ def chances(space, limits, least):
     return {digest: count / found.total() for digest, count in found.items()}
 
 
-@pytest.mark.parametrize("metrics", [("flops",), ("params",), METRICS], ids="+".join)
+@pytest.mark.parametrize("metrics", [("macs",), ("params",), METRICS], ids="+".join)
 @pytest.mark.parametrize("name", ["convolutional", "language", "stages", "deep vit"])
 def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics):
     space = vit(depth=(1, 2, 3)) if name == "deep vit" else SPACES[name]()
@@ -64,11 +64,11 @@ def test_every_space_has_bands(name, share):
     limits = limited(space, share)
     band, generator = Band(Budget(space, limits), 0.8), torch.Generator().manual_seed(1)
     drawn = [band.sample(generator) for _ in range(20)]
-    costs = [space.cost(one).flops for one in (*drawn, band.smallest(), band.largest())]
-    assert all(0.8 * limits["flops"] <= cost <= limits["flops"] for cost in costs)
+    costs = [space.cost(one).macs for one in (*drawn, band.smallest(), band.largest())]
+    assert all(0.8 * limits["macs"] <= cost <= limits["macs"] for cost in costs)
     assert all(band.holds(one) for one in drawn)
     *drawn_costs, least, most = costs
-    bins = limits["flops"] / 1024
+    bins = limits["macs"] / 1024
     assert least <= min(drawn_costs) + bins and most >= max(drawn_costs) - bins
 
 
@@ -82,10 +82,10 @@ def test_the_same_seed_draws_the_same():
 def test_extremes_are_those_of_the_band():
     space = SPACES["convolutional"]()
     limits = limited(space, 0.6)
-    inside = [cost for p in assignments(space) if 0.8 <= (cost := space.terms("flops").cost(p)) / limits["flops"] <= 1]
+    inside = [cost for p in assignments(space) if 0.8 <= (cost := space.terms("macs").cost(p)) / limits["macs"] <= 1]
     band = Band(Budget(space, limits), 0.8)
-    assert space.cost(band.largest()).flops == pytest.approx(max(inside), abs=limits["flops"] / 2048)
-    assert space.cost(band.smallest()).flops == pytest.approx(min(inside), abs=limits["flops"] / 2048)
+    assert space.cost(band.largest()).macs == pytest.approx(max(inside), abs=limits["macs"] / 2048)
+    assert space.cost(band.smallest()).macs == pytest.approx(min(inside), abs=limits["macs"] / 2048)
 
 
 class Opaque(Objective):
@@ -112,14 +112,14 @@ def test_a_cost_without_tables_is_met_by_moves():
 
 def test_an_empty_band_is_refused_with_its_range():
     space = vit()
-    costs = sorted({space.terms("flops").cost(picks) for picks in assignments(space)})
+    costs = sorted({space.terms("macs").cost(picks) for picks in assignments(space)})
     gap, most = max((b / a, b) for a, b in itertools.pairwise(costs))
     with pytest.raises(TangleNASError) as caught:
-        Band(Budget(space, {"flops": most - 1}), 1 - (gap - 1) / 4)
-    assert "holds no architecture of" in str(caught.value) and f"{most - 1:,} flops" in str(caught.value)
+        Band(Budget(space, {"macs": most - 1}), 1 - (gap - 1) / 4)
+    assert "holds no architecture of" in str(caught.value) and f"{most - 1:,} macs" in str(caught.value)
     assert "widen it, or move the limit" in str(caught.value)
     with pytest.raises(TangleNASError, match="the smallest has"):
-        Band(Budget(space, {"flops": costs[0] - 1}))
+        Band(Budget(space, {"macs": costs[0] - 1}))
 
 
 def searched(optimizer, space, target, **options):
@@ -133,18 +133,18 @@ def test_a_sampled_search_with_a_target_draws_within_the_band(optimizer, monkeyp
     entered = []
     select = space.select
     monkeypatch.setattr(space, "select", lambda architecture: (entered.append(architecture), select(architecture))[1])
-    limit = limited(space, 0.6)["flops"]
-    result = searched(optimizer, space, Target(create_objective("flops"), value=limit), band=(0.8, 0.9))
+    limit = limited(space, 0.6)["macs"]
+    result = searched(optimizer, space, Target(create_objective("macs"), value=limit), band=(0.8, 0.9))
     trained = [one for one in entered if isinstance(one, type(space.largest())) and one != space.largest()]
     assert len(trained) > 1
-    assert all(0.8 * limit <= space.cost(one).flops <= 0.9 * limit for one in trained)
-    assert result.targets == {"flops": limit}
+    assert all(0.8 * limit <= space.cost(one).macs <= 0.9 * limit for one in trained)
+    assert result.targets == {"macs": limit}
 
 
 @pytest.mark.parametrize(
     "band, message",
     [
-        (None, "spos has no architecture parameters that a target for flops could draw, and search.band is None"),
+        (None, "spos has no architecture parameters that a target for macs could draw, and search.band is None"),
         ((0.9, 0.8), r"search.band is \(0.9, 0.8\), expected two shares of the target, the smaller first"),
         (0.9, "search.band is 0.9, expected two shares"),
         ((0.5, 1.5), r"search.band is \(0.5, 1.5\), expected two shares"),
@@ -153,4 +153,4 @@ def test_a_sampled_search_with_a_target_draws_within_the_band(optimizer, monkeyp
 )
 def test_a_band_is_two_shares(band, message):
     with pytest.raises(TangleNASError, match=message):
-        searched("spos", vit(), Target(create_objective("flops"), share=0.6), band=band)
+        searched("spos", vit(), Target(create_objective("macs"), share=0.6), band=band)

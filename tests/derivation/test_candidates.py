@@ -199,7 +199,7 @@ def limited(space, share, **options):
     """Candidates within a share of the largest network's multiply-accumulates, and this limit."""
     low, high = (space.cost(one).flops for one in (space.smallest(), space.largest()))
     limit = int(low + share * (high - low))
-    return candidates(space, budget=Budget(space, {"flops": limit}), **options), limit
+    return candidates(space, budget=Budget(space, {"macs": limit}), **options), limit
 
 
 @pytest.mark.parametrize("name", ["autoformer_nano", "mobilenetv3_nano"])
@@ -235,7 +235,7 @@ def test_without_fill_candidates_are_drawn_and_brought_into_the_budget():
     tried, limit = limited(space, 0.6, fill=0.0, seed=3)
     with tried:
         drawn = tried.fresh(30)
-    generator, budget = torch.Generator().manual_seed(3), Budget(space, {"flops": limit})
+    generator, budget = torch.Generator().manual_seed(3), Budget(space, {"macs": limit})
     expected = dict.fromkeys(budget.shrink(space.sample(generator), generator) for _ in range(30))
     assert drawn[: len(expected)] == list(expected) and len(expected) > 25
     tried, _ = limited(space, 0.6, fill=0.95, seed=3)

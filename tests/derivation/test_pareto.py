@@ -77,7 +77,7 @@ def volume(rows, cost, space):
     return area
 
 
-@pytest.mark.parametrize("name, cost", [("autoformer_nano", "params"), ("mobilenetv3_nano", "flops")])
+@pytest.mark.parametrize("name, cost", [("autoformer_nano", "params"), ("mobilenetv3_nano", "macs")])
 def test_it_finds_a_better_front_than_as_many_random_candidates(name, cost):
     space = tiny(name)
     better = 0
@@ -183,12 +183,12 @@ def test_without_pymoo_it_says_how_to_get_it(monkeypatch):
 
 
 def test_the_figure_shows_the_candidates_and_their_front(tmp_path):
-    rows = [{"loss": 5.0 - i % 7, "params": 1000 * i, "flops": 10**7 * (9 - i), "samples": 8} for i in range(1, 9)]
+    rows = [{"loss": 5.0 - i % 7, "params": 1000 * i, "macs": 10**7 * (9 - i), "samples": 8} for i in range(1, 9)]
     drawn = []
     for name, shown, points, cost in (
         ("one", rows, front(rows), "params"),
         ("same", rows, front(rows), "params"),
-        ("flops", rows, front(rows, "flops"), "flops"),
+        ("macs", rows, front(rows, "macs"), "macs"),
         ("less", rows, front(rows)[:2], "params"),
         ("single", rows[:1], rows[:1], "params"),
         ("none", [], [], "params"),

@@ -218,7 +218,7 @@ def test_a_budget_is_met_by_the_best_genotype_that_no_move_improves(share):
     torch.manual_seed(int(100 * share))
     space = small()
     low, high = (space.cost(a).params for a in (space.smallest(), space.largest()))
-    budget = {"params": int(low + share * (high - low)), "flops": None}
+    budget = {"params": int(low + share * (high - low)), "macs": None}
     mixture = random_mixture(space)
     found = Budget(space, budget).project(mixture).architecture
     assert space.cost(found).params <= budget["params"]
@@ -226,7 +226,7 @@ def test_a_budget_is_met_by_the_best_genotype_that_no_move_improves(share):
     for change in space.moves(picks):
         if space.cost(space.architecture_of({**picks, **change})).params <= budget["params"]:
             assert sum(scores[row][i] - scores[row][picks[row]] for row, i in change.items()) <= 1e-9
-    assert Budget(space, {"params": high, "flops": None}).project(mixture).architecture == space.most_probable(mixture)
+    assert Budget(space, {"params": high, "macs": None}).project(mixture).architecture == space.most_probable(mixture)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         architecture = Budget(space, budget).shrink(space.sample(generator), generator)

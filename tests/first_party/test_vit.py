@@ -1,11 +1,13 @@
 """AutoFormer is timm's vision transformer at its largest, and every architecture exports as a timm model."""
 
+import copy
 import json
 
 import pytest
 import timm
 import torch
 from spaces import SPACES, vit
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from tanglenas_engine.errors import TangleNASError
@@ -116,3 +118,45 @@ def test_options_that_make_no_network_are_refused(options, message):
 
 def test_the_network_is_registered_with_timm():
     assert timm.is_model("tanglenas_vit")
+
+
+@pytest.mark.parametrize("relative_position", [False, True])
+def test_an_exported_folder_takes_images_of_another_size(tmp_path, relative_position):
+    space = vit(relative_position=relative_position).eval()
+    architecture = space.sample(torch.Generator().manual_seed(5))
+    network = space.extract(architecture)
+    space.export(network, architecture, tmp_path)
+    larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(8, 6)).eval()
+    assert torch.equal(larger.pos_embed, resample_abs_pos_embed(network.pos_embed, (4, 3), (2, 2)))
+    x = torch.randn(2, 1, 8, 6)
+    changed = copy.deepcopy(network)
+    changed.set_input_size((8, 6))
+    torch.testing.assert_close(changed(x), larger(x))
+
+
+def test_an_exported_folder_resamples_for_each_image(tmp_path):
+    space = vit().eval()
+    network = space.extract(space.largest())
+    space.export(network, space.largest(), tmp_path)
+    dynamic = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, dynamic_img_size=True).eval()
+    x = torch.randn(2, 1, 4, 4)
+    torch.testing.assert_close(dynamic(x), network(x))
+    assert dynamic(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    relative = vit(relative_position=True)
+    relative.export(relative.extract(relative.largest()), relative.largest(), tmp_path / "relative")
+    with pytest.raises(ValueError, match="takes images of one size"):
+        timm.create_model(f"local-dir:{tmp_path / 'relative'}", dynamic_img_size=True)
+
+
+@pytest.mark.parametrize("relative_position", [False, True])
+def test_an_exported_folder_gives_features(tmp_path, relative_position):
+    space = vit(relative_position=relative_position).eval()
+    network = space.extract(space.largest())
+    space.export(network, space.largest(), tmp_path)
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0, 1))
+    x = torch.randn(2, 1, 4, 4)
+    _, expected = network.forward_intermediates(x, indices=(0, 1))
+    found = features.eval()(x)
+    assert [tuple(one.shape) for one in found] == [(2, width, 2, 2) for width in features.feature_info.channels()]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

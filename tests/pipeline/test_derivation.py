@@ -156,7 +156,7 @@ def test_one_candidate_has_no_front_to_pick_from(project, capsys):
         (['discretize.cost = "latencies"'], "unknown objective 'latencies'. Did you mean 'latency'?"),
         (["discretize.limits = {'flop': 3}"], "unknown objective 'flop'. Did you mean 'flops'?"),
         (["discretize.limits = 3"], "discretize.limits is 3, expected numbers by name"),
-        (["discretize.limits = {'flops': 3}"], "no architecture of 'toy_cell' has at most 3 flops"),
+        (["discretize.limits = {'macs': 3}"], "no architecture of 'toy_cell' has at most 3 MACs"),
         (['discretize.prior = "mixture"'], "needs the mixture of a gradient search"),
         (['discretize.prior = "alphas"'], "discretize.prior is 'alphas', expected 'uniform' or 'mixture'"),
     ],

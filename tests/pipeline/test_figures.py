@@ -63,9 +63,9 @@ def history(space, epochs):
                 "validation_accuracy": 85 - 50 / epoch,
                 "entropy": normalized_entropy(mixture),
                 "expected_params": float(expected.params),
-                "expected_flops": float(expected.flops),
+                "expected_macs": float(expected.flops),
                 "params": cost.params,
-                "flops": cost.flops,
+                "macs": cost.flops,
                 "digest": current.digest,
                 "architecture": str(current),
                 "mixture": {name: mixture[name].tolist() for name in mixture},
@@ -87,7 +87,7 @@ def tried(space, count):
         found = space.sample(torch.Generator().manual_seed(seed))
         cost = space.cost(found)
         scores = {"loss": 2.0 - seed / 10, "accuracy": 50.0 + seed}
-        rows.append({"digest": found.digest, **scores, "params": cost.params, "flops": cost.flops})
+        rows.append({"digest": found.digest, **scores, "params": cost.params, "macs": cost.flops})
     return rows[::-1]
 
 

@@ -260,7 +260,7 @@ def test_the_darts_recipe_retrains_a_larger_network_than_it_searched(
     architecture = Architecture.from_json(Path("out/discretize/architecture.json").read_text())
     space = create_space("darts", layers=4, channels=3, affine=True, pool_norm=False, image_size=8)
     cost = space.cost(architecture)
-    assert (metrics["params"], metrics["flops"]) == (cost.params, cost.flops) and metrics["params"] > searched["params"]
+    assert (metrics["params"], metrics["macs"]) == (cost.params, cost.flops) and metrics["params"] > searched["params"]
     weights = load_file("out/retrain/model/model.safetensors")
     assert weights.keys() == space.standalone(architecture).state_dict().keys()  # without the auxiliary head
 

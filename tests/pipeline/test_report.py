@@ -102,7 +102,7 @@ def test_the_page_tells_what_was_found_and_loads_nothing_from_elsewhere(project)
 def test_all_finished_runs_are_compared_with_the_optimizer_that_led_to_them(project):
     for pipeline, accuracy in (("one", 90.5), ("two", 80.25)):
         track("search", pipeline)
-        track("evaluate", pipeline, params=1000, flops=2000, test_accuracy=accuracy)
+        track("evaluate", pipeline, params=1000, macs=2000, test_accuracy=accuracy)
     track("evaluate", "one", status="it failed", params=3, test_accuracy=12.5)
     page, said = report()
     assert "2 evaluated runs" in said

@@ -136,7 +136,7 @@ IMPOSSIBLE = {
         "was found that has at most 20 J joules: the smallest has 22.058 J. Raise limits['j",
     ),
     "a count": ('{"params": 1000}', "has at most 1,000 params: the smallest has 22,058. Raise max_params"),
-    "two": ('{"latency": 4, "params": 22058, "flops": 354879}', "has at most 354,879 flops: the smallest has 354,880"),
+    "two": ('{"latency": 4, "params": 22058, "macs": 354879}', "has at most 354,879 MACs: the smallest has 354,880"),
     "negative": ('{"latency": -1}', "limits['latency'] is -1, expected a positive number"),
     "zero": ('{"latency": 0}', "limits['latency'] is 0, expected a positive number"),
     "words": ('{"latency": "fast"}', "limits['latency'] is 'fast', expected a positive number"),
@@ -153,10 +153,14 @@ def test_a_limit_that_nothing_meets_is_refused_before_the_search(project, refuse
     assert not Path("out/search/supernet.safetensors").exists()
 
 
-@pytest.mark.parametrize("key, most", [("max_params", 1000), ("max_flops", 10), ("max_params", 0), ("max_flops", -5)])
+@pytest.mark.parametrize("key, most", [("max_params", 1000), ("max_macs", 10), ("max_params", 0), ("max_macs", -5)])
 def test_so_is_a_budget_of_params_yaml(project, refused, key, most):
     set_params(project, discretize={key: most})
-    expected = f"at most {most:,} {key[4:]}" if most > 0 else f"{key} is {most}, expected a whole number of at least 1"
+    expected = (
+        f"at most {most:,} {key[4:].replace('macs', 'MACs')}"
+        if most > 0
+        else f"{key} is {most}, expected a whole number of at least 1"
+    )
     assert expected in refused("search")
 
 

@@ -94,7 +94,7 @@ def test_the_numbers_of_a_space_are_its_own(name):
     with torch.device("meta"):
         space = create_space(name)
     least, most = space.cost(space.smallest()), space.cost(space.largest())
-    costs = [f"{getattr(least, metric):,} to {getattr(most, metric):,}" for metric in ("params", "flops")]
+    costs = [f"{getattr(least, metric):,} to {getattr(most, metric):,}" for metric in ("params", "macs")]
     assert f"| `{name}` | {space.size:,} | {' | '.join(costs)} |" in text("spaces.md")
 
 

@@ -10,7 +10,7 @@ from spaces import SPACES, Convolutional, vit
 from tiny import tiny
 from torch import nn
 
-from tanglenas_engine import SearchSpace
+from tanglenas_engine import SearchSpace, create_objective
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.pareto import front
@@ -53,7 +53,30 @@ def test_argmax_takes_the_most_probable_option_of_every_row(name):
     assert result.architecture == chosen and result.cost == space.cost(chosen)
     (row,) = result.candidates
     assert row["digest"] == chosen.digest and row["architecture"] == str(chosen)
-    assert (row["params"], row["flops"]) == (result.cost.params, result.cost.flops)
+    assert (row["params"], row["macs"]) == (result.cost.params, result.cost.flops)
+
+
+def test_former_names_of_multiply_accumulates_are_accepted():
+    space = vit()
+    limit = (space.cost(space.smallest()).macs + space.cost(space.largest()).macs) // 2
+    assert space.cost(space.smallest()).flops == space.cost(space.smallest()).macs
+    assert space.terms("flops") is space.terms("macs")
+    options = dict(method="random", candidates=4, cost="flops")
+    results = [derive(space, **options, **given) for given in (
+        {"max_macs": limit}, {"max_flops": limit}, {"limits": {"macs": limit}}, {"limits": {"flops": limit}}
+    )]  # fmt: skip
+    for result in results:
+        assert result.candidates == results[0].candidates and result.front_cost == "macs"
+        assert all(row["macs"] <= limit and "flops" not in row for row in result.candidates)
+    with pytest.raises(
+        TangleNASError, match=r"max_macs is 5, and discretize.max_flops, its former name, is 6: leave one"
+    ):
+        derive(space, max_macs=5, max_flops=6)
+    with pytest.raises(
+        TangleNASError, match=r"discretize.limits has 'flops': 6, and discretize.max_macs is 5: leave one"
+    ):
+        derive(space, max_macs=5, limits={"flops": 6})
+    assert create_objective("flops").name == "macs"
 
 
 def test_random_gives_distinct_architectures_best_first():
@@ -96,7 +119,7 @@ def test_every_method_that_judges_takes_the_best_of_as_many_as_it_may(method):
     assert generations == ([0] * 45 if method == "random" else [0] * 20 + [1] * 20 + [2] * 5)
 
 
-@pytest.mark.parametrize("cost", ["params", "flops"])
+@pytest.mark.parametrize("cost", ["params", "macs"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_front_is_what_no_other_candidate_dominates(method, cost):
     space = Convolutional()
@@ -215,8 +238,8 @@ def test_projection_meets_any_budget_and_is_about_the_most_probable_within_it(na
             rows = [(logs[len(row.options)][row.slot], pick) for row, pick in picks.items() if row.active(picks)]
             return sum(max(row) - row[pick] for row, pick in rows)
 
-        budget = {"params": None, "flops": None}
-        for metric in (("params",), ("flops",), ("params", "flops"))[trial % 3]:
+        budget = {"params": None, "macs": None}
+        for metric in (("params",), ("macs",), ("params", "macs"))[trial % 3]:
             values = [getattr(cost, metric) for _, cost in everything]
             budget[metric] = int(min(values) + float(torch.rand(())) ** 2 * (max(values) - min(values)))
         found = Budget(space, budget).project(mixture).architecture
@@ -232,7 +255,7 @@ def test_projection_meets_any_budget_and_is_about_the_most_probable_within_it(na
 def test_projection_meets_the_tightest_budgets_there_are(name):
     space = SPACES[name]()
     smallest = space.cost(space.smallest())
-    tight = {"params": smallest.params, "flops": smallest.flops}
+    tight = {"params": smallest.params, "macs": smallest.flops}
     assert space.cost(Budget(space, tight).project(space.one_hot(space.largest())).architecture) == smallest
     for metric, limit in tight.items():
         cost = space.cost(Budget(space, {metric: limit}).project(random_mixture(space)).architecture)
@@ -243,8 +266,8 @@ def test_a_budget_that_binds_nothing_changes_nothing():
     space = vit()
     mixture = random_mixture(space)
     largest = space.cost(space.largest())
-    free = Budget(space, {"params": None, "flops": None}).project(mixture)
-    assert Budget(space, {"params": largest.params, "flops": largest.flops}).project(mixture) == free
+    free = Budget(space, {"params": None, "macs": None}).project(mixture)
+    assert Budget(space, {"params": largest.params, "macs": largest.flops}).project(mixture) == free
 
 
 @pytest.mark.parametrize(
@@ -258,12 +281,12 @@ def test_a_budget_that_binds_nothing_changes_nothing():
 def test_no_method_judges_an_architecture_beyond_the_budget(method, prior, name):
     space = tiny(name)
     low, high = space.cost(space.smallest()), space.cost(space.largest())
-    budget = {f"max_{m}": int(0.7 * getattr(low, m) + 0.3 * getattr(high, m)) for m in ("params", "flops")}
+    budget = {f"max_{m}": int(0.7 * getattr(low, m) + 0.3 * getattr(high, m)) for m in ("params", "macs")}
     result = derive(space, random_mixture(space), method=method, prior=prior, candidates=25, **budget)
     assert len(result.candidates) == (1 if method == "argmax" else 25)
     for row in result.candidates:
-        assert row["params"] <= budget["max_params"] and row["flops"] <= budget["max_flops"]
-    assert result.cost.params <= budget["max_params"] and result.cost.flops <= budget["max_flops"]
+        assert row["params"] <= budget["max_params"] and row["macs"] <= budget["max_macs"]
+    assert result.cost.params <= budget["max_params"] and result.cost.flops <= budget["max_macs"]
 
 
 class Heads(Objective):
@@ -292,10 +315,7 @@ def test_candidates_fill_the_budget_but_for_a_front(method):
     space = tiny("autoformer_nano")
     limit = int(0.6 * space.cost(space.largest()).flops)
     filled, drawn = (
-        [
-            row["flops"] / limit
-            for row in derive(space, method=method, candidates=30, max_flops=limit, **fill).candidates
-        ]
+        [row["macs"] / limit for row in derive(space, method=method, candidates=30, max_macs=limit, **fill).candidates]
         for fill in ({}, {"fill": 0})
     )
     assert max(*filled, *drawn) <= 1 and min(drawn) < 0.9
@@ -311,8 +331,8 @@ def test_random_candidates_keep_to_the_budget(share):
     low, high = space.cost(space.smallest()), space.cost(space.largest())
     params = int(low.params + share * (high.params - low.params))
     flops = int(low.flops + (share + 0.1) * (high.flops - low.flops))
-    result = derive(space, method="random", candidates=10, max_params=params, max_flops=flops)
-    assert all(row["params"] <= params and row["flops"] <= flops for row in result.candidates)
+    result = derive(space, method="random", candidates=10, max_params=params, max_macs=flops)
+    assert all(row["params"] <= params and row["macs"] <= flops for row in result.candidates)
     assert len({row["digest"] for row in result.candidates}) == len(result.candidates)
     possible = sum(cost.params <= params and cost.flops <= flops for _, cost in costs(space))
     assert len(result.candidates) == 10 if possible > 40 else len(result.candidates) <= possible
@@ -335,7 +355,7 @@ def test_argmax_says_where_the_budget_decides_instead_of_the_mixture(share, caps
     assert ("most probable architecture is beyond the budget" in capsys.readouterr().out) == (share < 1)
 
 
-@pytest.mark.parametrize("metric", ["params", "flops"])
+@pytest.mark.parametrize("metric", ["params", "macs"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_that_nothing_meets_is_refused(method, metric):
     space = vit()
@@ -343,7 +363,9 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
     least = getattr(space.cost(space.smallest()), metric)
     with pytest.raises(TangleNASError) as caught:
         derive(space, random_mixture(space), method=method, **{f"max_{metric}": least - 1})
-    assert f"no architecture of 'thumbnail' has at most {least - 1:,} {metric}" in str(caught.value)
+    assert f"no architecture of 'thumbnail' has at most {least - 1:,} {metric.replace('macs', 'MACs')}" in str(
+        caught.value
+    )
     assert f"the smallest has {least:,}. Raise max_{metric}" in str(caught.value)
     Budget(space, {metric: least}).check()
 
@@ -359,7 +381,7 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         ({"candidates": 0}, "discretize.candidates is 0, expected a whole number of at least 1"),
         ({"recalibration_batches": -1}, "discretize.recalibration_batches is -1, expected a whole number"),
         ({"max_params": 0}, "max_params is 0, expected a whole number of at least 1"),
-        ({"max_flops": 1e9}, "max_flops is 1000000000.0, expected a whole number"),
+        ({"max_macs": 1e9}, "max_macs is 1000000000.0, expected a whole number"),
         ({"batch_size": 0}, "batch size 0: give at least 1"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
         ({}, "'argmax' needs the mixture of a gradient search, and the search has none: use method 'random'"),

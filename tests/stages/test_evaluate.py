@@ -34,6 +34,7 @@ def test_accuracy_and_costs_are_those_of_the_network(name):
     assert 0 < result.test_accuracy < 100
     assert result.cost.params == sum(parameter.numel() for parameter in network.parameters())
     assert isinstance(result.cost.flops, int) and result.cost == space.cost(architecture)
+    assert (result.smallest, result.largest) == (space.cost(space.smallest()), space.cost(space.largest()))
 
 
 def test_the_accuracy_of_a_network_that_knows_the_answers():

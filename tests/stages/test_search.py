@@ -273,7 +273,7 @@ def test_the_history_describes_what_alpha_says():
     mixture = {name: torch.tensor(weights) for name, weights in row["mixture"].items()}
     assert all(mixture[name].allclose(weights) for name, weights in optimizer.expected().items())
     current = optimizer.current()
-    assert (row["params"], row["flops"]) == (space.cost(current).params, space.cost(current).flops)
+    assert (row["params"], row["macs"]) == (space.cost(current).params, space.cost(current).flops)
     assert row["expected_params"] == pytest.approx(float(space.expected_cost(mixture).params), rel=1e-6)
     assert row["digest"] == current.digest and row["architecture"] == str(current) and 0 < row["entropy"] <= 1
     assert [r["epoch"] for r in history] == [1, 2]

@@ -91,7 +91,7 @@ def test_a_table_is_an_objective():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_search_lands_on_its_target(strategy, penalty, share):
     space = vit()
-    target = Target(create_objective("flops"), share=share, penalty=penalty)
+    target = Target(create_objective("macs"), share=share, penalty=penalty)
     rate = partial(torch.optim.Adam, lr=0.02, betas=(0.5, 0.999))
     result, _ = searched(
         "darts", space, 40, epochs=25, targets=[target], strategy=strategy, architecture_optimizer=rate
@@ -103,7 +103,7 @@ def test_a_search_lands_on_its_target(strategy, penalty, share):
     assert abs(before - 1) > 0.1
     # One penalty holds it there, the other one lets it go on to cheaper ones.
     assert 0.97 < after < 1.03 if penalty == "log" else before > 1 and 0.8 < after < 1.01
-    assert result.history[-1]["expected_flops"] == float(space.expected_cost(result.mixture).flops)
+    assert result.history[-1]["expected_macs"] == float(space.expected_cost(result.mixture).flops)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -134,9 +134,9 @@ def test_a_target_adds_the_gradient_of_its_penalty_for_every_optimizer(optimizer
 
 
 def test_two_targets_add_up_and_one_without_a_target_only_reports():
-    both, _ = searched(targets=[Target(create_objective("flops"), share=0.3), Target(Energy(), value=0.6)])
+    both, _ = searched(targets=[Target(create_objective("macs"), share=0.3), Target(Energy(), value=0.6)])
     row = both.history[-1]
-    assert row["penalty_flops"] > 0 and row["penalty_energy"] > 0
+    assert row["penalty_macs"] > 0 and row["penalty_energy"] > 0
     assert 0.5 < row["expected_energy"] < 1 and row["energy"] in (0.5, 1.0)
     reported, _ = searched(targets=[Target(Energy())])
     plain, _ = searched()
@@ -147,13 +147,13 @@ def test_two_targets_add_up_and_one_without_a_target_only_reports():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_penalty_waits_for_the_end_of_the_warm_up(strategy):
-    result, _ = searched(targets=[Target(create_objective("flops"), share=0.3)], strategy=strategy, warmup_epochs=1)
-    assert ["penalty_flops" in row for row in result.history] == [False, True]
+    result, _ = searched(targets=[Target(create_objective("macs"), share=0.3)], strategy=strategy, warmup_epochs=1)
+    assert ["penalty_macs" in row for row in result.history] == [False, True]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_search_with_a_target_that_is_killed_ends_like_one_that_is_not(strategy):
-    targets = [Target(create_objective("flops"), share=0.3), Target(Energy(), value=0.6, penalty="log")]
+    targets = [Target(create_objective("macs"), share=0.3), Target(Energy(), value=0.6, penalty="log")]
     check_resume(partial(create_optimizer, "drnas"), vit, (1, 3), strategy=strategy, targets=targets)
 
 
@@ -163,27 +163,27 @@ def test_a_search_with_a_target_that_is_killed_ends_like_one_that_is_not(strateg
 @pytest.mark.parametrize("optimizer", SAMPLED)
 def test_sampled_supernets_refuse_a_target_without_a_band(optimizer):
     with pytest.raises(TangleNASError) as caught:
-        searched(optimizer, targets=[Target(create_objective("flops"), share=0.5)], band=None)
-    assert f"{optimizer} has no architecture parameters that a target for flops could draw" in str(caught.value)
+        searched(optimizer, targets=[Target(create_objective("macs"), share=0.5)], band=None)
+    assert f"{optimizer} has no architecture parameters that a target for macs could draw" in str(caught.value)
     assert "leave the target out, or give the band a range" in str(caught.value)
-    assert searched(optimizer, targets=[Target(create_objective("flops"))])[0].history
+    assert searched(optimizer, targets=[Target(create_objective("macs"))])[0].history
 
 
 def test_targets_that_nothing_meets_are_refused_before_training():
     space = vit()
     space.name = "thumbnail"
     least, most = (space.cost(extreme).flops for extreme in (space.smallest(), space.largest()))
-    low, high = Target(create_objective("flops"), value=least - 1), Target(create_objective("flops"), value=most + 1)
+    low, high = Target(create_objective("macs"), value=least - 1), Target(create_objective("macs"), value=most + 1)
     with pytest.raises(TangleNASError) as caught:
         searched(space=space, targets=[low], loss=None)
     assert (
-        f"the target for flops is {least - 1:,} multiply-accumulates, but no architecture of 'thumbnail' has less than "
+        f"the target for macs is {least - 1:,} multiply-accumulates, but no architecture of 'thumbnail' has less than "
         f"{least:,}: raise the target" in str(caught.value)
     )
     with pytest.raises(TangleNASError, match=f"but no .* of 'thumbnail' has more than {most:,}: lower the ta"):
         searched(space=space, targets=[high], loss=None)
     for value in (least, most):
-        assert Target(create_objective("flops"), value=value).bind(space).limit == value
+        assert Target(create_objective("macs"), value=value).bind(space).limit == value
     with pytest.raises(TangleNASError, match=r"the target for energy is 0\.4 J, but no .* less than 0\.5"):
         Target(Energy(), share=0.4).bind(space)
 

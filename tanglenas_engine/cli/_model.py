@@ -1,0 +1,211 @@
+"""A trained network in one of the forms that this project writes: what is known of its inputs, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tanglenas_engine.errors import TangleNASError, closest, describe, quoted
+from tanglenas_engine.runtime import strict_json
+
+from ._console import read_text
+from ._space import ARCHITECTURE_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+IMAGES = ("num_classes", "label_names", "input_size", "mean", "std", "crop_pct", "interpolation")
+TEXTS = ("vocab_size", "block_size")
+RETRAINED = ("", "model", "retrain/model", "out/retrain/model")
+"""The folders in which a network may lie, from where a person points: itself, a stage's, `out/` or a project's."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the inputs and outputs of a network: a `Described` of the engine.
+
+    Attributes:
+        config: The entries of `IMAGES` or `TEXTS` that are known.
+        tokenizer: The content of a tokenizer.json, or "".
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""
+
+    def input_config(self) -> dict[str, Any]:
+        return dict(self.config)
+
+    def files(self) -> dict[str, str]:
+        return {TOKENIZER: self.tokenizer} if self.tokenizer else {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network, opened: a function from inputs (B, ...) to outputs (B, ...), and what is known of both."""
+
+    path: Path
+    forward: Callable[[Tensor], Tensor]
+    known: Known
+
+
+def known_beside(weights: Path) -> Known | None:
+    """Return what the config.json beside a file of weights says, or None if there is none or it says nothing.
+
+    Raises:
+        TangleNASError: The file is damaged.
+    """
+    path = weights.with_name(CONFIG)
+    if not path.is_file():
+        return None
+    config = _json(path)
+    entries = {**config, **_mapping(config.get("pretrained_cfg"))}
+    known = {name: entries[name] for name in (*IMAGES, *TEXTS) if name in entries}
+    return Known(known, _tokenizer(weights.parent)) if {"mean", "block_size"} & set(known) else None
+
+
+def open_model(path: Path) -> Model:
+    """Open an exported file or folder, or the network in the output folder of a run.
+
+    Raises:
+        TangleNASError: There is no network, it is damaged, or it needs a package that is not installed.
+    """
+    if path.is_dir():
+        for inner in RETRAINED:
+            for name, way in (("config.json", _folder), ("model.pt2", _torch_export), ("model.onnx", _onnx)):
+                if (found := path / inner / name).is_file():
+                    return way(found)
+        raise TangleNASError(
+            f"{path} holds no network: expected config.json, model.pt2 or model.onnx, as `tanglenas export` writes "
+            "them, or the output of retrain. Export a network, or run `dvc repro`"
+        )
+    if not path.exists():
+        raise TangleNASError(f"there is no file or folder {path}.{closest(path.name, _names(path.parent))}")
+    ways = {".onnx": _onnx, ".pt2": _torch_export, ".safetensors": _folder, ".json": _folder}
+    if path.suffix not in ways:
+        raise TangleNASError(
+            f"{path} is no network that can be opened: expected a folder, or a file that ends in {', '.join(ways)}"
+        )
+    return ways[path.suffix](path)
+
+
+def _folder(path: Path) -> Model:
+    """Open the folder in which a file lies: timm's form, or that of a space."""
+    folder = path.parent
+    config = _json(folder / CONFIG)
+    if not (folder / "model.safetensors").is_file():
+        raise TangleNASError(f"{folder} has no model.safetensors: export the network again, or run `dvc repro`")
+    return _timm(folder, config) if "architecture" in config else _space(folder, config)
+
+
+def _timm(folder: Path, config: Mapping[str, Any]) -> Model:
+    import timm
+
+    from ..plugins import manager
+
+    name = config["architecture"]
+    if not timm.is_model(str(name)):
+        for registration in manager().registrations("space"):
+            with suppress(Exception):  # a broken plugin is none of this network's business
+                registration.load()  # its module may tell timm about networks of its own
+            if timm.is_model(str(name)):
+                break
+    try:
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # timm raises whatever its parts raise
+        raise TangleNASError(f"timm cannot open {folder}: {describe(error)}. Export the network again") from None
+    cfg: Any = network.pretrained_cfg
+    return Model(folder, network, Known({name: cfg[name] for name in IMAGES if cfg.get(name) is not None}))
+
+
+def _space(folder: Path, config: Mapping[str, Any]) -> Model:
+    from tanglenas_engine.runtime.weights import load_into
+    from tanglenas_engine.spaces.architecture import Architecture
+
+    from ..plugins import create_space
+
+    architecture = Architecture.from_json(read_text(folder / "architecture.json", ARCHITECTURE_FILE))
+    options = config.get("options")
+    if not isinstance(options, dict):
+        raise TangleNASError(
+            f"{folder / CONFIG} does not say with which options the space {architecture.space!r} was made. Export the "
+            "network as onnx or torch-export, and use that"
+        )
+    try:
+        space = create_space(architecture.space, **options)
+        network = space.standalone(space.architecture_of(space.assignment_of(architecture))).eval()
+    except TangleNASError:
+        raise
+    except Exception as error:  # options that make no network
+        raise TangleNASError(
+            f"{folder / CONFIG}: the space {architecture.space!r} cannot be made with its options: {describe(error)}. "
+            "Export the network again"
+        ) from None
+    load_into(network, folder / "model.safetensors")
+    return Model(folder, network, Known(_mapping(config.get("pretrained_cfg")), _tokenizer(folder)))
+
+
+def _torch_export(path: Path) -> Model:
+    import torch
+
+    files: dict[str, Any] = {CONFIG: ""}
+    try:
+        network = torch.export.load(path, extra_files=files).module()
+    except Exception as error:  # the archive may hold anything
+        raise TangleNASError(f"torch cannot open {path}: {describe(error)}. Export the network again") from None
+    return Model(path, network, Known(_parsed(files[CONFIG] or "{}", path), _tokenizer(path.parent)))
+
+
+def _onnx(path: Path) -> Model:
+    import torch
+
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TangleNASError(f"ONNX needs more than is installed ({error}): pip install 'tanglenas[onnx]'") from None
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an error for each of its codes
+        raise TangleNASError(f"onnxruntime cannot open {path}: {describe(error)}. Export the network again") from None
+    name = session.get_inputs()[0].name
+    stored = session.get_modelmeta().custom_metadata_map
+
+    def forward(inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
+
+    known = {name: _value(stored[name], path) for name in (*IMAGES, *TEXTS) if name in stored}
+    return Model(path, forward, Known(known, _tokenizer(path.parent)))
+
+
+def _tokenizer(folder: Path) -> str:
+    path = folder / TOKENIZER
+    return read_text(path, "the tokenizer of a text") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return _parsed(read_text(path, f"the {CONFIG} of an exported network"), path)
+
+
+def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
+    content = _value(text, path)
+    if not isinstance(content, dict):
+        raise TangleNASError(f"{path}: what it says of the network is {quoted(content, 80)}, expected an object")
+    return content
+
+
+def _value(text: str | bytes, path: Path) -> Any:
+    try:
+        return strict_json.loads(text)
+    except ValueError as error:
+        raise TangleNASError(f"{path}: what it says of the network is no JSON ({error}). Export it again") from None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []

@@ -1,0 +1,235 @@
+"""`tanglenas predict` and docs/serving.md: a network says the same in every format, and what is known of it is true."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from paths import ROOT
+from PIL import Image
+
+from tanglenas_engine import create_dataset, create_space
+from tanglenas_engine.cli import main
+
+pytest.importorskip("onnxruntime", reason="it comes with the extra 'onnx'")
+pytest.importorskip("onnxscript", reason="it comes with the extra 'onnx'")
+
+FORMATS = ("timm", "torch", "onnx", "torch-export")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL | re.MULTILINE)
+TEXT = "def f(x):\n    return x + 1\n" * 60
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.output
+
+
+def found(folder: Path, space, dataset, formats) -> Path:
+    """A project's folder with a network as retrain leaves it, and its exports."""
+    torch.manual_seed(0)
+    for parameter in space.parameters():  # outputs that differ from class to class
+        torch.nn.init.normal_(parameter, std=0.3)
+    architecture = space.sample(torch.Generator().manual_seed(1))
+    (folder / "out/discretize").mkdir(parents=True)
+    (folder / "out/discretize/architecture.json").write_text(architecture.to_json())
+    space.export(space.extract(architecture).eval(), architecture, folder / "out/retrain/model", dataset)
+    options = [word for key, value in space.created_with.items() for word in ("-o", f"{key}={value!r}")]
+    for name in formats:
+        run("export", folder / "out/discretize/architecture.json", "--format", name, "--output", folder / name,
+            "--weights", folder / "out/retrain/model/model.safetensors", *options)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A vision transformer for digits, and some of them as files."""
+    dataset = create_dataset("digits")
+    space = create_space("autoformer_nano", **dataset.space_options(), embed_dim=(8, 16), depth=(2,), head_dim=4)
+    folder = found(tmp_path_factory.mktemp("images"), space, dataset, FORMATS)
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    shutil.copy(folder / "0.png", folder / "digit.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A language model for characters, and a text that it continues."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "all.txt").write_text(TEXT)
+    (folder / "start.txt").write_text("def f")
+    dataset = create_dataset("text", root=str(folder / "all.txt"), block_size=8)
+    sizes = dict(layers=(1,), embed_dim=(8, 12), num_heads=(2,))
+    return found(folder, create_space("gpt_nano", **dataset.space_options(), **sizes), dataset, FORMATS[1:])
+
+
+def test_an_image_has_the_same_classes_in_every_format(images):
+    files = [str(images / f"{number}.png") for number in range(5)]
+    said = run("predict", images / "out", *files, "--top", "2")
+    assert [run("predict", images / name, *files, "--top", "2") for name in FORMATS] == [said] * len(FORMATS)
+    assert run("predict", images / "onnx/model.onnx", *files, "--top", "2") == said
+
+    model = timm.create_model(f"local-dir:{images / 'out/retrain/model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    lines = []
+    for file in files:
+        with torch.no_grad():
+            chances = model(transform(Image.open(file, formats=("PNG",)))[None])[0].softmax(-1)
+        lines.append(file)
+        for label in chances.topk(2).indices:
+            lines.append(f"  {100 * chances[label]:6.2f} %  {model.pretrained_cfg['label_names'][label]}")
+    assert said.splitlines() == lines
+    assert len({line.split()[-1] for line in lines if line.startswith("  ")}) > 1
+
+
+def test_what_is_known_is_the_dataset_s_in_every_format(images):
+    import onnxruntime
+
+    expected = create_dataset("digits").input_config()
+    assert expected["label_names"] == list("0123456789") and expected["input_size"] == [1, 8, 8]
+    for name in ("timm", "torch"):
+        config = json.loads((images / name / "config.json").read_text())["pretrained_cfg"]
+        assert {key: config[key] for key in expected} == expected
+    session = onnxruntime.InferenceSession(images / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    stored = session.get_modelmeta().custom_metadata_map
+    assert {key: json.loads(value) for key, value in stored.items()} == expected
+    assert [(one.name, one.shape) for one in session.get_inputs()] == [("input", ["batch", 1, 8, 8])]
+    assert [(one.name, one.shape) for one in session.get_outputs()] == [("output", ["batch", 10])]
+    files = {"config.json": ""}
+    torch.export.load(images / "torch-export/model.pt2", extra_files=files)
+    assert json.loads(files["config.json"]) == expected
+
+
+def test_a_text_goes_on_alike_in_every_format(texts):
+    how = ["--tokens", "30", "--seed", "1"]
+    said = run("predict", texts / "out", texts / "start.txt", *how)
+    assert said.startswith("def f") and len(said) >= 30 + len("def f")
+    for name in FORMATS[1:]:
+        assert (texts / name / "tokenizer.json").read_text() == (texts / "out/retrain/model/tokenizer.json").read_text()
+        assert run("predict", texts / name, texts / "start.txt", *how) == said
+    assert run("predict", texts / "out", texts / "start.txt", "--tokens", "30", "--seed", "2") != said
+    (texts / "other.txt").write_text("return x")
+    both = run("predict", texts / "out", texts / "start.txt", texts / "other.txt", *how)
+    assert said in both and f"==> {texts / 'other.txt'} <==\nreturn x" in both
+    greedy = ["--temperature", "0", "--tokens", "9"]
+    assert (
+        len({run("predict", texts / "out", texts / "start.txt", *greedy, "--seed", str(seed)) for seed in (1, 2)}) == 1
+    )
+    run("predict", texts / "out", texts / "start.txt", "--temperature", "1e-300", "--tokens", "3")
+
+
+def test_a_language_model_is_exported_for_any_length_up_to_the_block(texts):
+    import onnxruntime
+
+    from tanglenas_gpt.network import GPT
+
+    network = GPT.load(texts / "out/retrain/model")
+    session = onnxruntime.InferenceSession(texts / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    program = torch.export.load(texts / "torch-export/model.pt2").module()
+    assert session.get_inputs()[0].shape == ["batch", "length"]
+    for length in range(1, 9):
+        ids = torch.randint(network.config.vocab_size, (3, length))
+        with torch.no_grad():
+            torch.testing.assert_close(program(ids), network(ids))
+            (logits,) = session.run(None, {"input": ids.numpy()})
+            torch.testing.assert_close(torch.from_numpy(logits), network(ids))
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda code: re.sub(r"\W+", "-", code)[:40])
+def test_code_of_the_page_runs(images, texts, snippet, monkeypatch, tmp_path, capsys):
+    """Each on its own; the second one of timm goes on from the first."""
+    language = "tokenizers" in snippet
+    (tmp_path / "exported").mkdir()
+    for name in FORMATS[2:] if language else ("timm", "onnx", "torch-export"):
+        shutil.copytree((texts if language else images) / name, tmp_path / "exported", dirs_exist_ok=True)
+    shutil.copy(images / "digit.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    if not snippet.startswith("import"):
+        exec(SNIPPETS[0], names)
+    capsys.readouterr()
+    exec(snippet, names)
+    said = capsys.readouterr().out
+    if "digit.png" in snippet:
+        assert said.split()[0] == run("predict", "exported", "digit.png", "--top", "1").split()[-1]
+    if language:
+        (tmp_path / "start.txt").write_text("def ")
+        greedy = run("predict", "exported/model.onnx", "start.txt", "--tokens", "50", "--temperature", "0")
+        assert said == greedy
+    if "maps" in names:
+        assert [tuple(one.shape[2:]) for one in names["maps"]] == [(4, 4)] * 2
+        assert names["larger"](torch.randn(1, 1, 16, 16)).shape == (1, 10)
+
+
+def damaged(folder: Path, name: str, content: str) -> Path:
+    shutil.copytree(folder, Path("copy"))
+    Path("copy", name).write_text(content)
+    return Path("copy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (lambda i, t: ["nowhere", "x.png"], "there is no file or folder nowhere"),
+        (lambda i, t: [".", "x.png"], ". holds no network: expected config.json, model.pt2 or model.onnx"),
+        (lambda i, t: [i / "digit.png", "x"], "is no network that can be opened: expected a folder"),
+        (lambda i, t: [i / "out"], "Missing argument 'FILE...'"),
+        (lambda i, t: [i / "out", "x.png"], "x.png is no readable image: No such file"),
+        (lambda i, t: [i / "out", t / "start.txt"], "start.txt is no readable image: it is of no kno"),
+        (lambda i, t: [i / "out", i / "0.png", "--seed", "0"], "takes images, so --seed would do"),
+        (lambda i, t: [i / "out", i / "0.png", "--top", "0"], "0 is not in the range x>=1"),
+        (lambda i, t: [t / "out", t / "start.txt", "--top", "1"], "continues texts, so --top would do"),
+        (lambda i, t: [t / "out", i / "0.png"], "Expected a text in UTF-8, which"),
+        (lambda i, t: [damaged(i / "timm", "config.json", "{"), "x"], "what it says of the network is no"),
+        (lambda i, t: [damaged(i / "timm", "config.json", "[]"), "x"], "is [], expected an object"),
+        (lambda i, t: [damaged(i / "timm", "config.json", '{"architecture": 3}'), "x"], "timm cannot open"),
+        (lambda i, t: [damaged(i / "timm", "model.safetensors", "?"), "x"], "timm cannot open copy"),
+        (lambda i, t: [damaged(i / "torch", "config.json", "{}"), "x"], "does not say with which options"),
+        (lambda i, t: [damaged(i / "torch", "config.json", '{"options": {"image_size": ""}}'), "x"],
+         "cannot be made with its options: TypeError"),
+        (lambda i, t: [damaged(i / "torch", "config.json", '{"options": {"dept": 3}}'), "x"], "takes no option 'dept'"),
+        (lambda i, t: [damaged(i / "torch", "architecture.json", ""), "x"], "not an architecture file"),
+        (lambda i, t: [damaged(i / "torch", "model.safetensors", ""), "x"], "as a safetensors file"),
+        (lambda i, t: [damaged(i / "onnx", "model.onnx", "?"), "x"], "onnxruntime cannot open"),
+        (lambda i, t: [damaged(i / "torch-export", "model.pt2", "?"), "x"], "torch cannot open"),
+        (lambda i, t: [damaged(t / "onnx", "tokenizer.json", "{}"), t / "start.txt"], "tokenizer.json of"),
+        (lambda i, t: [damaged(t / "onnx", "empty", ""), "copy/empty"], "copy/empty is empty"),
+        (lambda i, t: [damaged(t / "torch", "tokenizer.json", ""), t / "start.txt"], "has no tokenizer"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_told_in_a_sentence(images, texts, arguments, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert reason in run("predict", *arguments(images, texts), status=2)
+
+
+def test_images_are_opened_as_images_alone(images, tmp_path):
+    eps = tmp_path / "0.png"
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    assert "it is of no known format" in run("predict", images / "out", eps, status=2)
+
+
+def test_a_network_of_unknown_inputs_says_so(images, tmp_path):
+    shutil.copy(images / "torch/model.safetensors", tmp_path)
+    created = dict(create_dataset("digits").space_options(), embed_dim=(8, 16), depth=(2,), head_dim=4)
+    options = [word for key, value in created.items() for word in ("-o", f"{key}={value!r}")]
+    said = run("export", images / "out/discretize/architecture.json", "--weights", tmp_path / "model.safetensors",
+               "--format", "torch", "--output", tmp_path / "exported", *options)  # fmt: skip
+    assert "nothing says how its inputs are made" in said
+    assert "does not say how its inputs are made" in run("predict", tmp_path / "exported", images / "0.png", status=2)
+
+
+def test_codes_for_a_terminal_are_escaped(images, texts, tmp_path):
+    folder = shutil.copytree(images / "torch", tmp_path / "labels")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["label_names"] = ["\x1b[31m"] * 10
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "\x1b" not in run("predict", folder, images / "0.png")
+    (tmp_path / "codes.txt").write_text("def \x1b[31m")
+    assert "\x1b" not in run("predict", texts / "out", tmp_path / "codes.txt", "--tokens", "1")
