@@ -10,7 +10,19 @@ import click
 
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 
-COMMANDS = ("init", "plugins", "new-plugin", "show", "export", "predict", "latency", "tables", "report", "doctor")
+COMMANDS = (
+    "init",
+    "plugins",
+    "new-plugin",
+    "show",
+    "export",
+    "predict",
+    "latency",
+    "tables",
+    "pool",
+    "report",
+    "doctor",
+)
 
 
 class WrongInput(click.ClickException):

@@ -1,0 +1,45 @@
+"""`tanglenas pool`: random networks of equal cost, against which searches are judged."""
+
+from pathlib import Path
+
+import click
+
+from ._console import number, print_table
+
+
+@click.group(short_help="Train random networks of equal cost, to judge searches by.")
+def command() -> None:
+    """Train random networks of equal cost, to judge searches by."""
+
+
+@command.command(short_help="Train random architectures of this project's space within a budget.")
+@click.argument("table", metavar="TABLE", type=click.Path(path_type=Path))
+@click.option("--count", default=24, show_default=True, help="Random architectures.")
+@click.option("--budget", "share", type=float, metavar="SHARE", help="Of the largest network's MACs; by default the "
+              "limits of discretize in params.yaml.")  # fmt: skip
+@click.option("--least", default=0.95, show_default=True, help="Share of the budget that each network uses at least.")
+@click.option("--jobs", default=1, show_default=True, help="Trainings at a time.")
+@click.option("--bind", "bindings", multiple=True, metavar="BINDING", help="Such as 'retrain.epochs = 5'; repeatable.")
+def build(table: Path, count: int, share: float | None, least: float, jobs: int, bindings: tuple[str, ...]) -> None:
+    """Train random architectures of this project's space, each by itself, and write TABLE, a .csv or .csv.gz.
+
+    Space, data, recipe and splits are those of the project. Run the command again after an interruption, or with a
+    larger --count: what was trained stays. With `benchmark.path = "TABLE"` in gin/stages/evaluate.gin, evaluate says at
+    which percentile of the pool the network found lies, and how well the supernet ranks the pool.
+    """
+    from tanglenas_engine.pipeline.pools import build as build_pool
+    from tanglenas_engine.runtime.progress import ConsoleProgress
+    from tanglenas_engine.tables import load_table
+
+    record = build_pool(
+        table, count=count, share=share, least=least, jobs=jobs, bindings=bindings, progress=ConsoleProgress()
+    )
+    built = load_table(table)
+    rows = []
+    for metric in ("test_loss", "test_acc"):
+        values = built.value(built.best(metric), metric), built.median(metric), built.value(built.worst(metric), metric)
+        rows.append([metric, *map(number, values)])
+    print_table([f"{len(built)} networks", "best", "median", "worst"], rows)
+    for name, key in record.baselines.items():
+        if key in record.rows:
+            click.echo(f"most {name} within the budget: test loss {record.rows[key]['test_loss']:.4f}  {key}")

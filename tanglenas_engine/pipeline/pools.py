@@ -1,0 +1,248 @@
+"""Pools: random architectures of equal cost, each trained by itself as the retrain stage trains.
+
+A pool says what a search is worth: which share of the random networks of its cost is worse than the one that it found,
+and whether its supernet ranks them as their own trainings do. Each training is a job of its own, run by joblib. Its
+result is written as soon as it is there, so a pool that is cut off goes on, and no training runs twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gin
+import joblib  # type: ignore[import-untyped]
+import torch
+
+from tanglenas_engine.data import Dataset, Splits, open_splits
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives, retrain
+from tanglenas_engine.pipeline.files import SPLITS
+from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.runtime import strict_json
+from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.fingerprint import fingerprint
+from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.stages.discretize import limits_of
+from tanglenas_engine.tables import Table
+
+COLUMNS = ("test_loss", "test_acc", "validation_loss", "validation_acc", "params", "macs", "seconds")
+"""The columns of a pool: mean cross-entropies, accuracies in %, costs, and the processor seconds of a training."""
+DRAWS = 100
+"""Draws per architecture of a pool after which a band counts as exhausted."""
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What networks of a pool have in common, and a network that is compared with them must have too."""
+
+    space: str
+    dataset: str
+    splits: str
+    recipe: str
+    limits: dict[str, float]
+
+    @classmethod
+    def here(cls, space: SearchSpace, dataset: Dataset, splits: Splits, limits: Mapping[str, float]) -> Identity:
+        """Return the identity of a pool under the config of the retrain stage."""
+        bound = [gin.config_str(), space.name, space.to_string(space.largest()), space.to_string(space.smallest())]
+        return cls(space.name, dataset.fingerprint, fingerprint(splits=splits.assignment), fingerprint(bound=bound),
+                   dict(limits))  # fmt: skip
+
+    def difference(self, other: Identity) -> str:
+        """Return the name of a part that differs, or an empty string."""
+        return next((name for name in vars(self) if getattr(self, name) != getattr(other, name)), "")
+
+
+@dataclass
+class Record:
+    """The file beside a pool's table: what the pool is of, and all results with the reasons of those that failed.
+
+    Attributes:
+        rows: The results by architecture, as the space writes it.
+        baselines: The architectures that cost most within the budget, by cost. They are no random ones.
+        failed: The messages of trainings that ended in an error, by architecture.
+    """
+
+    identity: Identity
+    rows: dict[str, Row] = field(default_factory=dict)
+    baselines: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            TangleNASError: The file is not what `write` writes.
+        """
+        try:
+            content = strict_json.loads(path.read_text("utf-8"))
+            return cls(Identity(**content.pop("identity")), **content)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise TangleNASError(
+                f"{path} is not the record of a pool ({type(error).__name__}: {error}): build the pool in another file"
+            ) from None
+
+    def write(self, path: Path, architectures: Sequence[str]) -> None:
+        """Write the record, and the table of those of the architectures that were trained."""
+        write_atomic(record_of(path), json.dumps({**vars(self), "identity": vars(self.identity)}, indent=1) + "\n")
+        trained = [key for key in architectures if key in self.rows]
+        columns = {name: [self.rows[key][name] for key in trained] for name in COLUMNS}
+        Table(trained, columns, self.identity.space).write(path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, in this process or another.
+
+    Attributes:
+        arguments: The gin files and bindings of the retrain stage.
+        architecture: The architecture, as the space writes it.
+        splits: The text of the splits' file.
+        threads: The threads of torch; None leaves them as they are.
+    """
+
+    arguments: tuple[str, ...]
+    architecture: str
+    splits: str
+    threads: int | None = None
+
+    def run(self) -> tuple[str, Row | str]:
+        """Train and test the network; return the architecture with its row, or with the message of an error."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        with configured(self.arguments):
+            seed, space, dataset = create()
+            splits, architecture = Splits.from_json(self.splits), space.from_string(self.architecture)
+            start = time.process_time()
+            try:
+                found = retrain(
+                    space, architecture, open_splits(dataset, splits, ("training", "validation")), seed=seed
+                )
+            except TangleNASError as error:
+                return self.architecture, str(error)
+            seconds = time.process_time() - start
+            tested = evaluate(space, architecture, found.network.eval(), open_splits(dataset, splits, ("test",)))
+        row = {
+            "test_loss": tested.test_loss,
+            "test_acc": tested.test_accuracy,
+            "validation_loss": found.history[-1]["validation_loss"],
+            "validation_acc": found.validation_accuracy,
+            "params": tested.cost.params,
+            "macs": tested.cost.macs,
+            "seconds": seconds,
+        }
+        return self.architecture, row
+
+
+def record_of(path: Path) -> Path:
+    """Return the path of the record beside a pool's table."""
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".csv") + ".json")
+
+
+def build(
+    path: Path,
+    *,
+    count: int,
+    share: float | None = None,
+    least: float = 0.95,
+    jobs: int = 1,
+    bindings: Sequence[str] = (),
+    progress: Progress,
+) -> Record:
+    """Train random architectures of the project's space on its data by its recipe, and write them as a table.
+
+    Args:
+        path: The table to write, `NAME.csv` or `NAME.csv.gz`. A record is written beside it, as `NAME.json`.
+        count: The number of random architectures.
+        share: The budget as a share of the largest network's MACs; None takes the limits of discretize, if any.
+        least: The share of the budget that every architecture uses at least.
+        jobs: The number of trainings at a time. joblib's context managers run them elsewhere.
+        bindings: gin bindings beyond those of the retrain stage.
+
+    Raises:
+        TangleNASError: This is no project, the file holds a pool of something else, or too few architectures fit.
+    """
+    at_least("--count", count, 2)
+    arguments = stage_arguments("retrain")
+    if arguments is None:
+        raise TangleNASError(
+            "a pool is built in a project, by its recipe: run `tanglenas init` in an empty folder first"
+        )
+    arguments = [*arguments, 'retrain.mode = "scratch"', *bindings]
+    with configured(arguments):
+        seed, space, dataset = create()
+        splits = Splits.from_json(SPLITS.read_text("utf-8")) if SPLITS.exists() else make_splits(dataset, seed=seed)
+        splits.check(dataset)
+        limits = _limits(space, share)
+        identity = Identity.here(space, dataset, splits, limits)
+    record = Record.read(record_of(path)) if record_of(path).exists() else Record(identity)
+    if other := identity.difference(record.identity):
+        raise TangleNASError(
+            f"{path} is a pool of another {other}: give another file, or go back to the {other} that it was built with"
+        )
+    budget = Budget(space, limits, [])
+    keys = list(_drawn(space, budget, least, count, seed))
+    if limits:
+        record.baselines = {name: space.to_string(budget.dearest(name)) for name in ("params", "macs")}
+    wanted = [key for key in dict.fromkeys([*keys, *record.baselines.values()]) if key not in record.rows]
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs != 1 else None
+    tasks = [joblib.delayed(Job.run)(Job(tuple(arguments), key, splits.to_json(), threads)) for key in wanted]
+    progress.note(f"pool: {len(keys) + len(record.baselines)} trainings, {len(wanted)} of them to do, {jobs} at a time")
+    results: Iterator[tuple[str, Any]] = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+    for number, (key, result) in enumerate(results, 1):
+        if isinstance(result, str):
+            record.failed[key] = result
+            progress.note(f"pool: {key} failed and is left out: {result}")
+        else:
+            record.failed.pop(key, None)
+            record.rows[key] = result
+            progress.note(f"pool: {number} of {len(wanted)}: test loss {result['test_loss']:.4f}  {key}")
+        record.write(path, keys)
+    record.write(path, keys)
+    return record
+
+
+def _limits(space: SearchSpace, share: float | None) -> dict[str, float]:
+    """Return the limits of a share of the largest network's MACs, or those of the discretize stage."""
+    if share is not None:
+        if not 0 < share <= 1:
+            raise TangleNASError(f"--budget is {share}, expected a share of the largest network's MACs, up to 1")
+        return {"macs": int(share * space.cost(space.largest()).macs)}
+    with configured(stage_arguments("discretize") or []):
+        bound = gin.get_bindings("discretize")
+        if objectives(space):
+            raise TangleNASError(
+                "discretize.limits has a cost of a plugin, which no table of a pool has: give --budget instead"
+            )
+        names = ("max_params", "max_macs", "limits", "max_flops")
+        return {name: most for name, most in limits_of(*(bound.get(one) for one in names)).items() if most is not None}
+
+
+def _drawn(space: SearchSpace, budget: Budget, least: float, count: int, seed: int) -> Iterator[str]:
+    """Yield random architectures within the band, as the space writes them, each once."""
+    source = Band(budget, least) if budget.limits else space
+    generator, found = torch.Generator().manual_seed(seed), set[str]()
+    for _ in range(DRAWS * count):
+        key = space.to_string(source.sample(generator))
+        if key not in found:
+            found.add(key)
+            yield key
+        if len(found) == count:
+            return
+    raise TangleNASError(
+        f"the band of {least} to 1 of the budget has {len(found)} architectures of {space.label}, but the pool asks for "
+        f"{count}: lower --count or --least, or change the budget"
+    )

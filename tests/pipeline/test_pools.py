@@ -1,0 +1,127 @@
+"""Pools: what is trained, what goes on after an interruption, and what is refused."""
+
+import json
+
+import gin
+import pytest
+from click.testing import CliRunner
+from project import lay_out, set_params
+from stages import forget_settings
+
+from tanglenas_engine import create_space
+from tanglenas_engine.cli import main
+from tanglenas_engine.pipeline import pools
+from tanglenas_engine.tables import load_table
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A project with a pool of two networks, and those that cost most."""
+    folder = lay_out(tmp_path_factory.mktemp("pool") / "project", code=False)
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        result = build("--count", "2")
+        assert result.exit_code == 0, result.output
+    gin.clear_config()
+    return folder, result
+
+
+def enter(patch, folder):
+    forget_settings(patch)
+    patch.chdir(folder)
+
+
+def build(*options):
+    return CliRunner().invoke(main, ["pool", "build", "pool.csv", "--budget", "0.3", *options])
+
+
+@pytest.fixture
+def project(trained, monkeypatch):
+    folder, _ = trained
+    kept = {name: (folder / name).read_bytes() for name in ("pool.csv", "pool.json", "params.yaml")}
+    enter(monkeypatch, folder)
+    yield folder
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    gin.clear_config()
+
+
+def test_a_pool_is_a_table_of_networks_within_the_band(trained):
+    folder, result = trained
+    space = create_space("autoformer_nano", image_size=8, in_channels=1, num_classes=10)
+    record = json.loads((folder / "pool.json").read_text())
+    most = record["identity"]["limits"]["macs"]
+    table = load_table(folder / "pool.csv", space)
+    assert len(table) == 2
+    for key in table.keys:
+        assert 0.95 * most <= table.value(key, "macs") <= most
+        assert table.value(space.from_string(key), "test_acc") > 10
+    assert {*record["baselines"]} == {"params", "macs"} and {*record["rows"]} > {*table.keys}
+    for name, key in record["baselines"].items():
+        assert record["rows"][key][name] >= max(table.columns[name])
+        assert f"most {name} within the budget: test loss {record['rows'][key]['test_loss']:.4f}" in result.output
+
+
+def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
+    before = json.loads((project / "pool.json").read_text())["rows"]
+    done = []
+
+    def run(job):
+        done.append(job.architecture)
+        return job.architecture, dict.fromkeys(pools.COLUMNS, 1.0)
+
+    monkeypatch.setattr(pools.Job, "run", run)
+    assert build("--count", "4").exit_code == 0
+    after = json.loads((project / "pool.json").read_text())["rows"]
+    assert len(done) == 2 and not {*done} & {*before}
+    assert {key: after[key] for key in before} == before
+    assert len(load_table(project / "pool.csv")) == 4
+
+
+def test_a_training_that_fails_is_left_out_and_named(project, monkeypatch):
+    monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, "the loss is nan"))
+    result = build("--count", "3")
+    assert result.exit_code == 0 and "failed and is left out: the loss is nan" in result.output
+    assert len(json.loads((project / "pool.json").read_text())["failed"]) == 1
+    assert len(load_table(project / "pool.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"retrain": {"epochs": 2}}, "recipe"), ({"seed": 1}, "splits"), ({"space": "autoformer_t"}, "space")],
+)
+def test_a_pool_of_something_else_is_refused(project, change, part):
+    set_params(project, **change)
+    result = build("--count", "2")
+    assert result.exit_code == 2 and f"pool.csv is a pool of another {part}: give another file" in result.output
+
+
+def test_a_pool_of_another_budget_is_refused(project):
+    result = CliRunner().invoke(main, ["pool", "build", "pool.csv", "--budget", "0.4", "--count", "2"])
+    assert result.exit_code == 2 and "pool.csv is a pool of another limits" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "1.5"), "--budget is 1.5, expected a share of the largest network's MACs"),
+        (("--count", "1"), "--count is 1, expected a whole number of at least 2"),
+        (("--count", "300"), "but the pool asks for 300: lower --count or --least"),
+    ],
+)
+def test_options_that_make_no_pool_are_refused(project, monkeypatch, options, message):
+    monkeypatch.setattr(pools, "DRAWS", 1)
+    result = CliRunner().invoke(main, ["pool", "build", "other.csv", "--budget", "0.3", *options])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_a_damaged_record_is_told(project):
+    (project / "pool.json").write_text('{"rows": {}}')
+    result = build("--count", "2")
+    assert result.exit_code == 2 and "pool.json is not the record of a pool" in result.output
+
+
+def test_a_pool_needs_a_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = build()
+    assert result.exit_code == 2 and "a pool is built in a project" in result.output

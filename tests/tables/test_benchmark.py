@@ -1,0 +1,56 @@
+"""A benchmark: values from a table of the whole space, a place in a pool."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.superposition.size import combinations
+from tanglenas_engine.tables import Benchmark, Table
+
+
+@pytest.fixture
+def space():
+    return tiny("convolutional")
+
+
+def pool(space, count=20):
+    generator, keys = torch.Generator().manual_seed(0), {}
+    while len(keys) < count:
+        keys[space.to_string(space.sample(generator))] = float(len(keys))
+    losses = list(keys.values())
+    return Table(keys, {"test_loss": losses, "test_acc": [99 - loss for loss in losses]}, space.name).of(space)
+
+
+@pytest.mark.parametrize(("metric", "name"), [("test_loss", "test_loss"), ("test_acc", "test_accuracy")])
+def test_a_network_has_a_percentile_in_a_pool(space, metric, name):
+    benchmark = Benchmark(pool(space, 10), metric)
+    assert len(benchmark.listed) == 10
+    value = {"test_loss": 2.5, "test_accuracy": 96.5}[name]  # three are better, seven are worse
+    placed = benchmark.judged(space.largest(), **{name: value})
+    assert placed["pool_percentile"] == pytest.approx(70) and placed["pool_size"] == 10
+    # The exact interval of 7 in 10, from tables of the binomial distribution.
+    assert placed["pool_percentile_low"] == pytest.approx(34.755, abs=0.01)
+    assert placed["pool_percentile_high"] == pytest.approx(93.326, abs=0.01)
+    best = benchmark.placed({name: {"test_loss": -1.0, "test_accuracy": 100.0}[name]})
+    assert best["pool_percentile"] == 100 and best["pool_percentile_high"] == 100
+    assert benchmark.placed({}) == {}
+
+
+def test_a_pool_looks_nothing_up_during_a_search(space):
+    benchmark = Benchmark(pool(space), "test_loss")
+    assert benchmark(benchmark.listed[0]) == {}
+    assert benchmark.row(benchmark.listed[0])["table_rank"] == 1
+
+
+def test_a_table_of_the_whole_space_has_values_and_no_percentile(space):
+    keys = {space.to_string(space.architecture_of(picks)): 1.0 for picks in combinations(space.rows)}
+    values = [float(i) for i in range(len(keys))]
+    benchmark = Benchmark(Table(keys, {"test_loss": values}, space.name).of(space), "test_loss")
+    assert benchmark.listed is None
+    assert benchmark.judged(space.largest(), test_loss=1.0) == benchmark.row(space.largest())
+
+
+def test_an_unknown_metric_is_refused_at_once(space):
+    with pytest.raises(TangleNASError, match="test_los"):
+        Benchmark(pool(space), "test_los")
