@@ -4,11 +4,13 @@ import json
 import math
 
 import pytest
+from spaces import vit
 
-from tanglenas_engine import Architecture
+from tanglenas_engine import Architecture, Cost
 from tanglenas_engine.pipeline import outputs
 from tanglenas_engine.pipeline.files import read_splits
 from tanglenas_engine.pipeline.headline import Fact, headline
+from tanglenas_engine.stages.evaluate import EvaluateResult
 
 EVALUATED = {
     "test_accuracy": 97.214, "test_loss": 0.12345, "test_samples": 359, "digest": "a",
@@ -67,6 +69,18 @@ def test_what_is_no_number_gives_no_fact(value):
     assert headline(forged) == []
     (fact,) = headline({"evaluate": {"params": 5, "largest_params": value, "smallest_params": value}})
     assert fact == Fact("parameters", "5 parameters")
+
+
+def test_evaluate_gives_a_perplexity_where_there_are_no_classes():
+    space, cost = vit(), Cost(10, 20)
+    judged = [
+        outputs.evaluate_metrics(
+            EvaluateResult(41.0, loss, 12, cost, cost, cost, confusion), space.smallest(), {}, None
+        )
+        for loss, confusion in ((2.0, None), (800.0, None), (2.0, ((1,),)))
+    ]
+    assert [found.get("test_perplexity") for found in judged] == [math.exp(2), None, None]
+    assert headline({"evaluate": judged[0]})[0].value == "7.389"
 
 
 def test_evaluate_ends_with_the_facts_first_and_a_unit_for_every_number(finished, monkeypatch, capsys):
