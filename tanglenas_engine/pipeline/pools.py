@@ -243,6 +243,6 @@ def _drawn(space: SearchSpace, budget: Budget, least: float, count: int, seed: i
         if len(found) == count:
             return
     raise TangleNASError(
-        f"the band of {least} to 1 of the budget has {len(found)} architectures of {space.label}, but the pool asks for "
-        f"{count}: lower --count or --least, or change the budget"
+        f"the band of {least} to 1 of the budget has {len(found)} architectures of {space.label}, but the pool asks "
+        f"for {count}: lower --count or --least, or change the budget"
     )
