@@ -140,6 +140,23 @@ class Budget:
             raise TangleNASError(f"no architecture of {self.space.label} was found within the budget: raise it")
         return Projection(self.space.architecture_of(found[0]), found[1])
 
+    def minimum(self, tables: Tables) -> Architecture:
+        """Return the architecture within the budget at which a sum of tables is least.
+
+        Raises:
+            TangleNASError: A cost of the budget has no tables, the space does not tell its decisions, or none fits.
+        """
+        if not tabulated(self.space, self.limits):
+            raise TangleNASError(
+                f"a sum is minimised over tables, but a cost of the budget has none, or {self.space.label} does not "
+                "tell its decisions: use method 'random' or 'evolution'"
+            )
+        found, _ = _solve(self.space, tables, self.limits)
+        if found is None:
+            self.check()
+            raise TangleNASError(f"no architecture of {self.space.label} was found within the budget: raise it")
+        return self.space.architecture_of(found)
+
     def dearest(self, cost: str | Objective) -> Architecture:
         """Return the architecture within the budget that costs most in another cost: a baseline that needs no data.
 

@@ -220,6 +220,16 @@ class Candidates:
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
 
+    def early(self, architectures: Sequence[Architecture]) -> list[float]:
+        """Return losses on the first rung of the races so far, on which architectures can be compared."""
+        first = min(self._rungs_used)
+        self._measure([one for one in architectures if f"{one.digest}/{first}" not in self._scores], first, keep=True)
+        return [self._scores[f"{one.digest}/{first}"][0] for one in architectures]
+
+    def note(self, sentence: str) -> None:
+        """Tell a person a fact about the derivation."""
+        self._progress.note(f"{self._label}: {sentence}")
+
     def carry_on(self, keep: Callable[[Sequence[Record]], Sequence[Record]]) -> None:
         """Judge more candidates of each rung on the next one, from the first rung to the last.
 
@@ -254,12 +264,14 @@ class Candidates:
             candidates = math.ceil(candidates / RUNG)
         return rungs
 
-    def _measure(self, architectures: Sequence[Architecture], count: int) -> None:
-        """Write the scores of architectures on `count` samples into their records."""
+    def _measure(self, architectures: Sequence[Architecture], count: int, keep: bool = False) -> None:
+        """Write the scores of architectures on `count` samples into their records, or keep those that records have."""
         self._rungs_used.add(count)
         scores = distributed.map_over_ranks(partial(self._score, count=count), architectures)
         for architecture, (loss, accuracy) in zip(architectures, scores, strict=True):
             self._scores[f"{architecture.digest}/{count}"] = loss, accuracy
+            if keep:
+                continue
             if architecture.digest not in self._judged:
                 self._judged[architecture.digest] = self._costs(architecture)
             self._judged[architecture.digest].update(loss=loss, accuracy=accuracy, samples=count)

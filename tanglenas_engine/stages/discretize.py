@@ -14,6 +14,7 @@ from tanglenas_engine.derivation.budget import Budget, Projection, amount
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
+from tanglenas_engine.derivation.surrogate import surrogate
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -59,7 +60,13 @@ def random(candidates: Candidates, mixture: Mixture | None) -> None:
     candidates.judge(candidates.first(candidates.limit))
 
 
-METHODS: Mapping[str, Method] = {"argmax": argmax, "random": random, "evolution": evolution, "nsga2": nsga2}
+METHODS: Mapping[str, Method] = {
+    "argmax": argmax,
+    "random": random,
+    "evolution": evolution,
+    "surrogate": surrogate,
+    "nsga2": nsga2,
+}
 """The ways to derive an architecture, by name."""
 
 
@@ -152,9 +159,9 @@ def discretize(
             `validation` (to measure the result).
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
-            supernet's weights on the architecture split, and take that of smallest loss: "random", "evolution", and
-            "nsga2", which looks for the whole front of loss and cost. "auto" stands for `derivation`, the optimizer's
-            own method.
+            supernet's weights on the architecture split, and take that of smallest loss: "random", "evolution",
+            "surrogate", which proposes candidates by regression, and "nsga2", which looks for the whole front of loss
+            and cost. "auto" stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
