@@ -17,6 +17,7 @@ value, and those for which no time is left are skipped. Without a GPU everything
 | --- | --- |
 | search/SPACE/bfloat16 | `search_step`: plain, weight and architecture steps, pad-and-sum, memory |
 | search/SPACE/bfloat16/compiled | the same compiled, without pad-and-sum |
+| search/SPACE/bfloat16/graphs | the same with each forward and backward as one CUDA graph, without pad-and-sum |
 | search/SPACE/tf32 | the same in float32, whose products are rounded as TF32 does it |
 | host/SPACE | steps of the search stage: waits for the device, launches, the host's share, Python's functions |
 | half | a search of the GPT in float16, whose scaler doubles and halves the scale |
@@ -106,12 +107,15 @@ def all_parts() -> list[Part]:
     """Return all parts, the most valuable first."""
     spaces = list(SIZES["full"])
     return [
-        *(Part(f"search/{space}/bfloat16", 120, "first") for space in spaces),
-        *(Part(f"search/{space}/bfloat16/compiled", 240, "second") for space in spaces),
-        *(Part(name, 220, "second", clock=False) for name in ("demo", "tests")),  # beside the compilers
-        *(Part(f"host/{space}", 120, "third") for space in spaces),
-        *(Part(f"search/{space}/tf32", 120, "third") for space in spaces),
-        Part("half", 120, "third"),
+        Part("host/gpt", 120, "first"),
+        *(Part(f"search/{space}/bfloat16/graphs", 120, "first") for space in spaces),
+        *(Part(f"search/{space}/bfloat16", 120, "second") for space in spaces),
+        *(Part(f"search/{space}/bfloat16/compiled", 240, "third") for space in spaces[1:]),
+        *(Part(name, 220, "third", clock=False) for name in ("tests", "demo")),  # beside the compilers
+        Part("half", 120, "fourth"),
+        *(Part(f"search/{space}/tf32", 120, "fourth") for space in reversed(spaces)),
+        *(Part(f"host/{space}", 120, "fourth") for space in spaces[1:]),
+        Part("search/gpt/bfloat16/compiled", 240, "fifth"),  # nothing waits for this compilation of three minutes
     ]
 
 
@@ -127,7 +131,7 @@ def prepare(name: str, sizes: str, device: str) -> Measure:
     return {"search": _search, "host": _host, "half": _half, "demo": _demo, "tests": _tests}[kind](sizes, device, *rest)
 
 
-def _search(sizes: str, device: str, key: str, precision: str, compiled: str = "") -> Measure:
+def _search(sizes: str, device: str, key: str, precision: str, way: str = "") -> Measure:
     from benchmarks.search_step import Bench, computation, figures
 
     size, space = _space(sizes, key)
@@ -135,13 +139,18 @@ def _search(sizes: str, device: str, key: str, precision: str, compiled: str = "
 
     def make() -> Bench:
         # The tests have no time for a compiler, and a backend that only traces shows that what is traced runs.
-        options = computation(precision, compiled and ("inductor" if sizes == "full" else "aot_eager"))
-        repeat = 3 if device == "cuda" else 1
+        compiled = way == "compiled" and ("inductor" if sizes == "full" else "aot_eager")
         return Bench(
-            space.to(device), size.batch, naive=not compiled, sampled=False, computation=options, repeat=repeat
+            space.to(device),
+            size.batch,
+            naive=not way,
+            sampled=False,
+            computation=computation(precision, compiled),
+            repeat=3 if device == "cuda" else 1,
+            graphs=way == "graphs" and device == "cuda",  # there are none on a CPU
         )
 
-    if compiled:  # compiling is not to be timed, and three spaces can be compiled side by side
+    if way == "compiled":  # compiling is not to be timed, and three spaces can be compiled side by side
         bench.append(make())
         began = time.perf_counter()
         bench[0].seconds(rounds=1, warmup=1)
@@ -152,7 +161,7 @@ def _search(sizes: str, device: str, key: str, precision: str, compiled: str = "
         one = bench[0] if bench else make()
         found = figures(one, ROUNDS[sizes])
         found |= {"space": size.space, "options": dict(size.options), "batch": size.batch, "precision": precision}
-        return found | ({"compile_seconds": compiling} if compiled else {})
+        return found | ({"compile_seconds": compiling} if way == "compiled" else {})
 
     return measured
 
@@ -451,7 +460,9 @@ def collect(arguments: argparse.Namespace) -> Figures:
 
 
 def _line(part: Part, figures: Figures) -> str:
-    shown = ("search_over_plain", "peak_memory_over_plain", "naive_over_search", "waits", "host_share")
+    shown = (
+        "search_over_plain", "search_over_eager", "peak_memory_over_plain", "naive_over_search", "waits", "host_share",
+    )  # fmt: skip
     numbers = [f"{name} {figures[name]:.3g}" for name in shown if isinstance(figures.get(name), int | float)]
     return f"{part.name:36} {figures['status']:10} {figures.get('seconds', '')!s:>6}  {'  '.join(numbers)}"
 

@@ -52,6 +52,7 @@ class Watched(Search):
             scheduler=cosine,
             warmup_epochs=0,
             targets=(),
+            band=None,
             stop=None,
             loss=cross_entropy,
             recalibration_batches=0,

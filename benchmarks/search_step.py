@@ -10,6 +10,7 @@ and compiled by their code. "tf32" is float32 with products rounded as TF32 does
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -32,7 +33,7 @@ from tanglenas_engine import Optimizer, SearchSpace, create_optimizer, create_sp
 from tanglenas_engine.optimizers.optimizer import Batch, Step
 from tanglenas_engine.runtime.devices import channels_last
 from tanglenas_engine.superposition.mixture import COVERED
-from tanglenas_engine.training.execution import PRECISIONS, Compiled, executing
+from tanglenas_engine.training.execution import PRECISIONS, Compiled, Graphed, executing, uncached
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import call_factory, parameter_groups
 from tanglenas_engine.training.options import Computation
@@ -80,6 +81,8 @@ class Bench:
         sampled: True measures a step of spos against the sampled network's.
         clock: A key of `CLOCKS`.
         computation: The precision, and whether plain and search steps are compiled.
+        graphs: True replays plain and search steps as CUDA graphs, on a GPU. The kind "eager" is then a plain step
+            without one.
         repeat: The number of steps that are timed as one, but for `naive`. On a GPU the next step is enqueued while
             one is computed.
 
@@ -98,6 +101,7 @@ class Bench:
     clock: str = "wall"
     computation: Computation = Computation()
     repeat: int = 1
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         space, backend = self.space.train(), self.computation.backend
@@ -105,6 +109,8 @@ class Bench:
         self.precision = self.computation.precise(self.device)
         self.scaler = self.precision.scaler
         self.ways = [self.precision.forward, *([] if backend is None else [Compiled(space, backend).forward])]
+        if self.graphs:
+            self.ways.insert(1, Graphed(space).forward)
         self.enqueued: dict[str, list[float]] = {}
         self.plain = space.standalone(space.largest()).to(self.device).train()
         plain = self.plain if backend is None else torch.compile(self.plain, dynamic=False, backend=backend)
@@ -120,6 +126,11 @@ class Bench:
             "arch": self._arch,
         }
         self.prepare: dict[str, Callable[[int], None]] = {}
+        if self.graphs:
+            eager = copy.deepcopy(self.plain)
+            with self.precision.autocast, uncached(self.device.type):
+                torch.cuda.make_graphed_callables(self.plain, (self.batches[0][0],))
+            self.steps["eager"] = partial(self._train, eager, _adamw(eager), self.batches[0])
         if self.naive:
             self.steps |= {"naive_weight": partial(self._naive, "weight")}
             self.steps |= {"naive_arch": partial(self._naive, "architecture")}
@@ -294,6 +305,9 @@ def figures(bench: Bench, rounds: int, memory: bool = True) -> dict[str, Any]:
     if bench.device.type == "cuda":
         found |= {f"enqueue_{name}": statistics.median(bench.enqueued[name]) for name in KINDS}
     found["search_over_plain"] = search / seconds["plain"]
+    if bench.graphs:
+        found |= {"eager": seconds["eager"], "search_over_eager": search / seconds["eager"]}
+        found["reserved"] = torch.cuda.max_memory_reserved(bench.device)
     if bench.naive:
         found["naive"] = seconds["naive_weight"] + seconds["naive_arch"]
         found["naive_over_search"] = found["naive"] / search
@@ -302,6 +316,7 @@ def figures(bench: Bench, rounds: int, memory: bool = True) -> dict[str, Any]:
         # Every round samples another network, so the times of one round are compared.
         pairs = zip(taken["spos"], taken["standalone"], strict=True)
         found["spos_over_standalone"] = statistics.median(one / other for one, other in pairs)
+    memory = memory and not bench.graphs  # a graph has memory of its own, which nothing allocates in a step
     if memory and bench.computation.backend is None:  # what compiled code keeps is not told to hooks
         saved = bench.saved()
         found |= {f"saved_{name}": count for name, count in saved.items()}

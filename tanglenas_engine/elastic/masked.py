@@ -4,7 +4,7 @@ The plain form is three lines. Every other form gives the same numbers:
 
     for factor in factors:
         weight = weight * factor.whole()
-    return op(x, weight, bias)
+    return op.output(x, weight, bias)
 
 `masked` saves memory and time against the plain form:
 
@@ -36,7 +36,10 @@ MIN_ROWS_PER_BAND_ON_GPU = 1024
 
 
 class Product(Protocol):
-    """A product of an input and a weight, linear in both. `channels` is the channel dimension of input and output."""
+    """A product of an input and a weight, linear in both. `channels` is the channel dimension of input and output.
+
+    The methods have names, because torch's tracer up to 2.11 cannot call an instance of a frozen dataclass.
+    """
 
     @property
     def channels(self) -> int: ...
@@ -44,7 +47,7 @@ class Product(Protocol):
     @property
     def groups(self) -> int: ...
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor: ...
 
@@ -58,7 +61,7 @@ class LinearProduct:
     channels: int = -1
     groups: int = 1
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
     def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
@@ -78,7 +81,7 @@ class ConvolutionProduct:
     groups: int
     channels: int = -3
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class ConvolutionProduct:
 
 
 def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factor]) -> Tensor:
-    """Return `op(x, weight * mask, bias)`. No other code multiplies an input with a masked weight.
+    """Return `op.output(x, weight * mask, bias)`. No other code multiplies an input with a masked weight.
 
     Args:
         op: The product.
@@ -110,7 +113,7 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
         factors: The factors of the mask, as `Elastic.unmasked` returns them.
     """
     if not factors:
-        return op(x, weight, bias)
+        return op.output(x, weight, bias)
     depthwise = 1 < op.groups == len(weight) == x.shape[op.channels]
     bands: tuple[int, ...] = (len(weight),)
     rows = rest = windows = None
@@ -167,7 +170,7 @@ class _Masked(torch.autograd.Function):
         ctx.save_for_backward(x, weight, rows, rest)
         # Weight and mask are multiplied in the weight's precision. The product has one type, so autocast changes none.
         mixed = _times(weight, form.mask(rows, rest, weight.dim())).to(x.dtype)
-        return form.op(x, mixed, None if bias is None else bias.to(x.dtype))
+        return form.op.output(x, mixed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -36,11 +36,14 @@ class _WeightedLayerNorm(torch.autograd.Function):
         with without_autocast(x.device.type):
             centred, mean, scale = _statistics(x, coverage, eps)
         ctx.save_for_backward(x, coverage, weight, mean, scale)
-        y = centred.mul_(scale)
+        # The last operation makes a new tensor. An output that was overwritten has no gradient in code that torch up to
+        # 2.11 compiles.
+        y = centred * scale if weight is None and bias is None else centred.mul_(scale)
         if weight is not None and bias is not None:
             return torch.addcmul(bias, y, weight)
-        y = y if weight is None else y.mul_(weight)
-        return y if bias is None else y.add_(bias)
+        if weight is not None:
+            return y * weight
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -120,6 +120,12 @@ class Mixture(Mapping[str, Tensor]):
         mixture.edges, mixture.kept = {row: weight.detach() for row, weight in self.edges.items()}, self.kept
         return mixture
 
+    def replaced(self, weights: Sequence[Tensor]) -> Mixture:
+        """Return a mixture with these stacks of weights, and then edge weights, in the order of this one's."""
+        mixture = Mixture(self._rows, dict(zip(self.stacks, weights, strict=False)))
+        mixture.edges, mixture.kept = dict(zip(self.edges, weights[len(self.stacks) :], strict=True)), self.kept
+        return mixture
+
     def joint(self, rows: Sequence[Row], slots: Tensor) -> Tensor:
         """Return the probabilities `(instances, combinations)` of all option combinations of `rows`.
 
@@ -230,6 +236,7 @@ class Superposition:
         mixture: The mixture of the soft path, or None.
         assignment: The architecture of the hard path, or None.
         channel_divisor: A `PartialSize` of C channels uses `C // channel_divisor` of them.
+        deferred: True leaves the masks of a mixture to `cover`, for a caller that computes them elsewhere.
     """
 
     def __init__(self) -> None:
@@ -238,6 +245,7 @@ class Superposition:
         self.mixture: Mixture | None = None
         self.assignment: Assignment | None = None
         self.channel_divisor = 1
+        self.deferred = False
         self._axes: dict[tuple[Axis, ...], None] = {}
         # The batches of covers and the places of each tuple of axes, by relaxation.
         self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]] = {}
@@ -267,9 +275,15 @@ class Superposition:
 
     def relax(self, mixture: Mixture) -> None:
         """Take the soft path: compute the masks of all registered axes for the next forwards."""
-        batches, _ = self._plan()
-        self.mixture, self.assignment = mixture, None
-        self._masks = [mask for batch in batches for mask in batch.masks(mixture)]
+        self._plan()
+        self.mixture, self.assignment, self._masks = mixture, None, []
+        if not self.deferred:
+            self.cover()
+
+    def cover(self) -> None:
+        """Compute the masks of the mixture."""
+        assert self.mixture is not None
+        self._masks = [mask for batch in self._plan()[0] for mask in batch.masks(self.mixture)]
 
     def select(self, assignment: Assignment, mixture: Mixture | None = None) -> None:
         """Take the hard path: make the next forwards compute slices.
