@@ -21,6 +21,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("fast", settings.get_profile("tanglenas"), max_examples=5)
+# For people who look for more: `pytest --hypothesis-profile thorough tests/pipeline/test_fuzz.py` takes new examples.
+settings.register_profile("thorough", settings.get_profile("tanglenas"), max_examples=1000, derandomize=False)
 settings.load_profile("tanglenas")
 
 TESTS = Path(__file__).parent

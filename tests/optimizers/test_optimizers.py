@@ -44,11 +44,12 @@ LARGE = "darts_nano"
 
 def pairs(but=()):
     """Every optimizer with every space. The sharings take turns, so that each meets every optimizer and every space."""
-    for number, optimizer in enumerate(OPTIMIZERS):
-        for space in DISTINCT:
-            able = [sharing for sharing in SHARINGS if CAN[space, sharing]]
-            if space not in but:
-                yield optimizer, space, able[number % len(able)]
+    able = {space: [sharing for sharing in SHARINGS if CAN[space, sharing]] for space in DISTINCT if space not in but}
+    return [
+        (optimizer, space, sharings[number % len(sharings)])
+        for number, optimizer in enumerate(OPTIMIZERS)
+        for space, sharings in able.items()
+    ]
 
 
 @pytest.mark.parametrize(
