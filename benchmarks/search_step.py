@@ -4,7 +4,8 @@
     python -m benchmarks.search_step --space autoformer_t --relaxation gated --rounds 15 --threads 2
 
 All kinds of step take turns, round after round, so that a machine that slows down slows them all. A timed step does
-what the stages do: forward, backward, clipping and the step of the optimizer.
+what the stages do: forward, backward, clipping and the step of the optimizer, in the precision of the stages' option
+and compiled by their code. "tf32" is float32 with products rounded as TF32 does it, on a GPU that has it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from tanglenas_engine import Optimizer, SearchSpace, create_optimizer, create_sp
 from tanglenas_engine.optimizers.optimizer import Batch, Step
 from tanglenas_engine.runtime.devices import channels_last
 from tanglenas_engine.superposition.mixture import COVERED
+from tanglenas_engine.training.execution import PRECISIONS, Compiled, executing
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import call_factory, parameter_groups
+from tanglenas_engine.training.options import Computation
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ PRESETS = {
     "toy_conv_macro": Preset(64),
 }  # fmt: skip
 
+TF32 = "tf32"
+"""The name of float32 with products in TF32. The stages have no option for it: it is a setting of the process."""
+
+KINDS = ("plain", "weight", "arch")
+
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
@@ -64,9 +72,22 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 class Bench:
     """A space and its largest standalone network, ready to take steps.
 
+    Args:
+        space: The space, on the device of the steps.
+        batch: The number of inputs in a batch.
+        method: A search method that learns the architecture.
+        naive: True measures pad-and-sum too, which is never compiled.
+        sampled: True measures a step of spos against the sampled network's.
+        clock: A key of `CLOCKS`.
+        computation: The precision, and whether plain and search steps are compiled.
+        repeat: The number of steps that are timed as one, but for `naive`. On a GPU the next step is enqueued while
+            one is computed.
+
     Attributes:
         steps: Functions that take one step, by kind; their argument is the number of the round.
         prepare: Functions that run before a step is timed, by kind of step.
+        enqueued: The seconds until a step was enqueued, by kind of step, as `seconds` last found them. On a CPU they
+            are those of the step.
     """
 
     space: SearchSpace
@@ -75,10 +96,18 @@ class Bench:
     naive: bool = True
     sampled: bool = True
     clock: str = "wall"
+    computation: Computation = Computation()
+    repeat: int = 1
 
     def __post_init__(self) -> None:
-        space = self.space.train()
-        self.plain = space.standalone(space.largest()).train()
+        space, backend = self.space.train(), self.computation.backend
+        self.device = next(space.parameters()).device
+        self.precision = self.computation.precise(self.device)
+        self.scaler = self.precision.scaler
+        self.ways = [self.precision.forward, *([] if backend is None else [Compiled(space, backend).forward])]
+        self.enqueued: dict[str, list[float]] = {}
+        self.plain = space.standalone(space.largest()).to(self.device).train()
+        plain = self.plain if backend is None else torch.compile(self.plain, dynamic=False, backend=backend)
         self.optimizer = create_optimizer(self.method)
         self.optimizer.bind(space, seed=0)
         adam = partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999))
@@ -86,7 +115,7 @@ class Bench:
         self.weight_optimizer = _adamw(space)
         self.batches = [_batch(space, self.batch) for _ in range(2)]
         self.steps: dict[str, Callable[[int], None]] = {
-            "plain": partial(_train, self.plain, _adamw(self.plain), self.batches[0]),
+            "plain": partial(self._train, plain, _adamw(self.plain), self.batches[0]),
             "weight": self._weight,
             "arch": self._arch,
         }
@@ -101,18 +130,34 @@ class Bench:
             self.steps |= {"spos": partial(self._weight, optimizer=self.spos), "standalone": self._standalone}
 
     def _step(self, index: int) -> Step:
-        return Step(index, self.space, cross_entropy, *self.batches, self.weight_optimizer)
+        scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
+        return Step(index, self.space, cross_entropy, *self.batches, self.weight_optimizer, scale=scale)
 
     def _weight(self, index: int, optimizer: Optimizer | None = None) -> None:
         self.weight_optimizer.zero_grad()
-        for loss in (optimizer or self.optimizer).weight_losses(self._step(index)):
-            torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.space.parameters(), 5.0)
-        self.weight_optimizer.step()
+        with executing(self.space, *self.ways):
+            for loss in (optimizer or self.optimizer).weight_losses(self._step(index)):
+                torch.autograd.backward(self.scaler.scale(loss))
+        self._move(self.weight_optimizer, self.space)
 
     def _arch(self, index: int) -> None:
-        self.optimizer.architecture_backward(self._step(index))
-        self.alpha_optimizer.step()
+        with executing(self.space, *self.ways):
+            self.optimizer.architecture_backward(self._step(index))
+        self._move(self.alpha_optimizer)
+
+    def _train(self, network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, _: int) -> None:
+        optimizer.zero_grad()
+        with self.precision.autocast:
+            loss = cross_entropy(network(batch[0]), batch[1])
+        torch.autograd.backward(self.scaler.scale(loss))
+        self._move(optimizer, network)
+
+    def _move(self, optimizer: torch.optim.Optimizer, clipped: nn.Module | None = None) -> None:
+        self.scaler.unscale_(optimizer)
+        if clipped is not None:
+            nn.utils.clip_grad_norm_(clipped.parameters(), 5.0)
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
     def _naive(self, stream: str, index: int) -> None:
         """Take a step as published: pad and sum, with gradients for weights and alpha in both kinds of step."""
@@ -120,15 +165,13 @@ class Bench:
         if relaxation == "gated":  # Algorithm 1 has no gates
             self.space.relaxation = "exact"
         optimizer = self.weight_optimizer if stream == "weight" else self.alpha_optimizer
-        with pad_and_sum():
+        self.weight_optimizer.zero_grad()
+        self.alpha_optimizer.zero_grad()
+        with pad_and_sum(), executing(self.space, self.precision.forward):
             self.space.relax(self.optimizer.sample(index, stream))
             loss = cross_entropy(self.space(self.batches[0][0]), self.batches[0][1])
-            self.weight_optimizer.zero_grad()
-            self.alpha_optimizer.zero_grad()
-            torch.autograd.backward(loss)
-        if stream == "weight":
-            nn.utils.clip_grad_norm_(self.space.parameters(), 5.0)
-        optimizer.step()
+            torch.autograd.backward(self.scaler.scale(loss))
+        self._move(optimizer, self.space if stream == "weight" else None)
         if self.space.relaxation != relaxation:
             self.space.relaxation = relaxation
 
@@ -138,31 +181,42 @@ class Bench:
         self._standalone(index)  # the optimizer makes its state in this step
 
     def _standalone(self, index: int) -> None:
-        _train(self.network, self.network_optimizer, self.batches[0], index)
+        self._train(self.network, self.network_optimizer, self.batches[0], index)
 
     def seconds(self, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
         """Return the seconds of every kind of step in each round."""
         taken: dict[str, list[float]] = {name: [] for name in self.steps}
+        self.enqueued = {name: [] for name in self.steps}
         now = CLOCKS[self.clock]
         for index in range(warmup + rounds):
             for name, step in self.steps.items():
                 self.prepare.get(name, lambda _: None)(index)
-                _synchronize()
+                repeat = 1 if name.startswith("naive") else self.repeat
+                synchronize(self.device)
                 start = now()
-                step(index)
-                _synchronize()
+                for number in range(repeat):
+                    step(index * repeat + number)
+                enqueued = now()
+                synchronize(self.device)
                 if index >= warmup:
-                    taken[name].append(now() - start)
+                    taken[name].append((now() - start) / repeat)
+                    self.enqueued[name].append((enqueued - start) / repeat)
             gc.collect()
         return taken
 
     def saved(self) -> dict[str, int]:
         """Return the bytes that one step of each kind keeps for its backward pass."""
-        return {name: saved_bytes(self.steps[name], self._parameters()) for name in ("plain", "weight", "arch")}
+        return {name: saved_bytes(self.steps[name], self._parameters()) for name in KINDS}
 
     def peaks(self) -> dict[str, int]:
         """Return the most bytes that one step of each kind allocates, beyond those that live between steps."""
-        return {name: peak_bytes(self.steps[name]) for name in ("plain", "weight", "arch")}
+        peaks = {}
+        for name in KINDS:
+            # Gradients of the step before would count as bytes that live between steps, and a step drops them.
+            self.plain.zero_grad()
+            self.space.zero_grad()
+            peaks[name] = peak_bytes(self.steps[name], self.device)
+        return peaks
 
     def _parameters(self) -> set[int]:
         tensors = [
@@ -190,13 +244,14 @@ def saved_bytes(step: Callable[[int], None], known: set[int]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_bytes(step: Callable[[int], None]) -> int:
-    """Return the most bytes that the allocator gives out during a step, beyond those before it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def peak_bytes(step: Callable[[int], None], device: torch.device) -> int:
+    """Return the most bytes that the device's allocator gives out during a step, beyond those before it."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step(0)
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(0)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -205,14 +260,6 @@ def peak_bytes(step: Callable[[int], None]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
-
-
-def _train(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, _: int) -> None:
-    loss = cross_entropy(network(batch[0]), batch[1])
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-    optimizer.step()
 
 
 def _adamw(network: nn.Module) -> torch.optim.Optimizer:
@@ -227,18 +274,25 @@ def _batch(space: SearchSpace, size: int) -> Batch:
     return inputs, torch.randint(outputs.shape[-1], outputs.shape[:-1], device=device)
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished what was enqueued. A CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure(space: SearchSpace, batch: int, rounds: int, memory: bool = True, **options: Any) -> dict[str, Any]:
+    """Return what `figures` does, of a new bench."""
+    return figures(Bench(space, batch, **options), rounds, memory)
+
+
+def figures(bench: Bench, rounds: int, memory: bool = True) -> dict[str, Any]:
     """Return medians in seconds, their ratios, and the bytes saved and allocated."""
-    bench = Bench(space, batch, **options)
     taken = bench.seconds(rounds)
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     search = seconds["weight"] + seconds["arch"]
-    found: dict[str, Any] = {name: seconds[name] for name in ("plain", "weight", "arch")}
+    found: dict[str, Any] = {name: seconds[name] for name in KINDS}
+    if bench.device.type == "cuda":
+        found |= {f"enqueue_{name}": statistics.median(bench.enqueued[name]) for name in KINDS}
     found["search_over_plain"] = search / seconds["plain"]
     if bench.naive:
         found["naive"] = seconds["naive_weight"] + seconds["naive_arch"]
@@ -248,10 +302,12 @@ def measure(space: SearchSpace, batch: int, rounds: int, memory: bool = True, **
         # Every round samples another network, so the times of one round are compared.
         pairs = zip(taken["spos"], taken["standalone"], strict=True)
         found["spos_over_standalone"] = statistics.median(one / other for one, other in pairs)
-    if memory:
-        saved, peaks = bench.saved(), bench.peaks()
+    if memory and bench.computation.backend is None:  # what compiled code keeps is not told to hooks
+        saved = bench.saved()
         found |= {f"saved_{name}": count for name, count in saved.items()}
         found["saved_over_plain"] = max(saved["weight"], saved["arch"]) / saved["plain"]
+    if memory:
+        peaks = bench.peaks()
         found |= {f"peak_{name}": count for name, count in peaks.items()}
         found["peak_memory_over_plain"] = max(peaks["weight"], peaks["arch"]) / peaks["plain"]
     return found
@@ -272,6 +328,9 @@ def measure(space: SearchSpace, batch: int, rounds: int, memory: bool = True, **
     help="What is measured: with one thread of a machine that is shared, the processor's time says more.",
 )
 @click.option("--device", default="cpu")
+@click.option("--precision", type=click.Choice([TF32, *PRECISIONS]), default="float32")
+@click.option("--compile", "compiled", is_flag=True, help="Compile plain and search steps with torch.compile.")
+@click.option("--repeat", type=click.IntRange(1), default=1, help="Steps of a kind that are timed as one, on a GPU 3.")
 @click.option("--naive/--no-naive", default=True, help="Measure pad-and-sum too.")
 @click.option("--sampled/--no-sampled", default=True, help="Measure a step of spos against the sampled network's.")
 @click.option("--memory/--no-memory", default=True, help="Count bytes saved and allocated.")
@@ -286,6 +345,9 @@ def main(
     threads: int | None,
     clock: str,
     device: str,
+    precision: str,
+    compiled: bool,
+    repeat: int,
     naive: bool,
     sampled: bool,
     memory: bool,
@@ -307,10 +369,29 @@ def main(
         "threads": torch.get_num_threads(),
         "clock": clock,
         "device": device,
+        "precision": precision,
+        "compile": compiled,
         "torch": torch.__version__,
     }
-    found |= measure(made, found["batch"], rounds, memory, method=method, naive=naive, sampled=sampled, clock=clock)
+    found |= measure(
+        made,
+        found["batch"],
+        rounds,
+        memory,
+        method=method,
+        naive=naive,
+        sampled=sampled,
+        clock=clock,
+        computation=computation(precision, compiled),
+        repeat=repeat,
+    )
     show(found, as_json)
+
+
+def computation(precision: str, compiled: bool | str) -> Computation:
+    """Return the options of the stages for a precision or "tf32", and set how this process multiplies float32."""
+    torch.set_float32_matmul_precision("high" if precision == TF32 else "highest")
+    return Computation("float32" if precision == TF32 else precision, compiled or False)
 
 
 def show(found: Mapping[str, Any], as_json: bool) -> None:

@@ -20,6 +20,7 @@ def main(arguments: Sequence[str]) -> None:
             device=stage.device,
             methods=methods,
             objectives=objectives(stage.space),
+            targets=files.read_targets(),
             checkpoints=stage.checkpoints,
             progress=stage.progress,
         )

@@ -30,6 +30,7 @@ from .superposition.size import stacked as stacked
 # Authors of optimizers.
 from .optimizers.optimizer import Batch as Batch
 from .optimizers.optimizer import Optimizer as Optimizer
+from .optimizers.optimizer import Source as Source
 from .optimizers.optimizer import Step as Step
 from .optimizers.optimizer import l2 as l2
 from .runtime.distributed import averaged as averaged

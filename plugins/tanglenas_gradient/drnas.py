@@ -37,10 +37,13 @@ class DrNAS(Annealed):
         self._regularizer, self.scale = regularizer, positive("the regularizer's scale", scale)
 
     def sample(self, step: int, stream: str) -> Mixture:
-        devices = {alpha.device for alpha in self.alphas.values() if alpha.device.type == "cuda"}
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.derive_seed(step, stream))
-            draws = {count: Dirichlet(c, validate_args=False).rsample() for count, c in self._concentrations().items()}
+        # torch.manual_seed would seed the generators of all kinds of devices, which takes longer than the draws.
+        device = next(iter(self.alphas.values())).device
+        generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(self.derive_seed(step, stream))
+        draws = {count: Dirichlet(c, validate_args=False).rsample() for count, c in self._concentrations().items()}
+        generator.set_state(before)
         return self.space.mixture(draws)
 
     def expected(self) -> Mixture:

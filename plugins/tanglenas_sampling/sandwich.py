@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from tanglenas_engine import Architecture, Optimizer, SearchSpace, Step, at_least
+from tanglenas_engine import Architecture, Optimizer, Source, Step, at_least
 
 
 class Sandwich(Optimizer):
     """An optimizer that trains the largest network, the smallest and a few random ones in every step, on one batch.
 
     The largest network learns from the labels. The others learn from its predictions: the loss is the cross-entropy to
-    its softmax, without a gradient to it. Gradients add up, as in the papers.
+    its softmax, without a gradient to it. Gradients add up, as in the papers. In a search within a band, the largest
+    and the smallest are those of the band.
 
     Args:
         random: Random architectures in a step.
@@ -31,12 +31,12 @@ class Sandwich(Optimizer):
         super().__init__()
         self.random, self.distillation = at_least("random", random, 0), distillation
 
-    def bind(self, space: SearchSpace, seed: int) -> None:
-        super().bind(space, seed)
-        self._largest, self._smallest = space.largest(), space.smallest()
+    def draw_from(self, source: Source) -> None:
+        super().draw_from(source)
+        self._largest, self._smallest = source.largest(), source.smallest()
 
     def sample(self, step: int, stream: str) -> Architecture:
-        return self._draw(step, stream, 0)
+        return self.draw(step, f"{stream}/0")
 
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
         inputs, targets = step.weight_batch
@@ -44,14 +44,11 @@ class Sandwich(Optimizer):
         step.outputs = outputs = step.space(inputs)
         yield step.loss(outputs, targets)
         step.outputs = teacher = outputs.detach()
-        others = [self._smallest, *(self._draw(step.index, "weight", i) for i in range(self.random))]
+        others = [self._smallest, *(self.draw(step.index, f"weight/{i}") for i in range(self.random))]
         for architecture in others:
             self.enter(architecture)
             outputs = step.space(inputs)
             yield _distilled(outputs, teacher) if self.distillation else step.loss(outputs, targets)
-
-    def _draw(self, step: int, stream: str, number: int) -> Architecture:
-        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, f"{stream}/{number}")))
 
 
 def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """SPOS: one uniformly drawn path in each step; the architecture is derived afterwards (Guo et al. 2020)."""
 
-import torch
-
 from tanglenas_engine import Architecture, Optimizer
 
 
@@ -12,4 +10,4 @@ class SPOS(Optimizer):
     derivation = "random"
 
     def sample(self, step: int, stream: str) -> Architecture:
-        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
+        return self.draw(step, stream)

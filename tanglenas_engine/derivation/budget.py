@@ -68,21 +68,25 @@ class Budget:
     """Upper limits on what an architecture of a space may cost.
 
     Args:
-        limits: The most that each metric of `cost.METRICS`, and each objective, may be; None for no limit.
+        limits: The most that each metric of `cost.METRICS`, and each objective, may be; None or infinity for none.
         objectives: Bound to the space; for limits on costs that are not of `cost.METRICS`.
 
     Raises:
         TangleNASError: A limit is not a positive number, or its name is neither a metric nor an objective's.
+
+    Attributes:
+        limits: The limits, in the order given.
     """
 
     def __init__(self, space: SearchSpace, limits: Mapping[str, float | None], objectives: Iterable[Objective] = ()):
         known = {objective.name: objective for objective in objectives}
         self.space = space
-        self._limits = [_limit(space, name, most, known) for name, most in limits.items() if most is not None]
+        finite = {name: most for name, most in limits.items() if most is not None and most != math.inf}
+        self.limits = [_limit(space, name, most, known) for name, most in finite.items()]
 
     def excess(self, assignment: Assignment) -> float:
         """Return by which share the limits are exceeded, summed over them; 0 within the budget."""
-        costs = [(limit.cost(assignment), limit) for limit in self._limits]
+        costs = [(limit.cost(assignment), limit) for limit in self.limits]
         return float(sum(cost / limit.most - 1 for cost, limit in costs if cost > limit.allowed))
 
     def check(self) -> None:
@@ -93,7 +97,7 @@ class Budget:
         """
         smallest: dict[str, Picks] = {}
         certain = True
-        for limit in self._limits:
+        for limit in self.limits:
             smallest[limit.name], exact = _extreme(self.space, limit)
             certain = certain and exact
             least = limit.cost(smallest[limit.name])
@@ -102,13 +106,13 @@ class Budget:
                     f"no architecture of {self.space.label} {_has(exact)} at most {limit.counted(limit.most)}: the "
                     f"smallest has {amount(least)}{limit.unit and f' {limit.unit}'}. Raise {_setting(limit.name)}"
                 )
-        if len(self._limits) < 2 or any(self.excess(picks) == 0 for picks in smallest.values()):
+        if len(self.limits) < 2 or any(self.excess(picks) == 0 for picks in smallest.values()):
             return
         indifferent = {row: [0.0] * len(row.options) for row in self.space.rows}
         if self._best(indifferent, self.space.assignment_of(self.space.smallest())) is None:
-            wanted = " and ".join(limit.counted(limit.most) for limit in self._limits)
+            wanted = " and ".join(limit.counted(limit.most) for limit in self.limits)
             nearest = "; ".join(
-                f"that with least {name} has " + " and ".join(limit.counted(limit.cost(p)) for limit in self._limits)
+                f"that with least {name} has " + " and ".join(limit.counted(limit.cost(p)) for limit in self.limits)
                 for name, p in smallest.items()
             )
             raise TangleNASError(
@@ -149,11 +153,11 @@ class Budget:
         """
 
         def room(picks: Picks) -> float:
-            used = max(limit.cost(picks) / limit.most for limit in self._limits)
+            used = max(limit.cost(picks) / limit.most for limit in self.limits)
             return math.inf if self.excess(picks) else max(0.0, share - used)
 
         architecture = self.shrink(architecture, generator)
-        if not self._limits or not share:
+        if not self.limits or not share:
             return architecture
         return self.space.architecture_of(self._descend(self.space.assignment_of(architecture), room, generator))
 
@@ -171,9 +175,9 @@ class Budget:
     def _best(self, scores: Mapping[Row, Sequence[float]], start: Picks) -> tuple[Picks, bool] | None:
         """Return the assignment of highest score within the limits, and whether that is certain; None if none fits."""
         found, certain = None, False
-        if _tabulated(self.space, self._limits):
+        if tabulated(self.space, self.limits):
             losses: Tables = {(row,): [max(values) - value for value in values] for row, values in scores.items()}
-            found, certain = _solve(self.space, losses, self._limits)
+            found, certain = _solve(self.space, losses, self.limits)
         if not certain:
             found = self._searched(scores, start if found is None else found)
         return None if found is None else (found, certain)
@@ -228,7 +232,7 @@ def amount(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Limit:
+class Limit:
     """An upper limit on one cost, and the function that computes the cost of an assignment."""
 
     name: str
@@ -247,7 +251,7 @@ class _Limit:
         return " ".join(part for part in (amount(cost), self.unit, self.name) if part)
 
 
-def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> _Limit:
+def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> Limit:
     if most != math.inf and name in METRICS:
         at_least(_setting(name), most, 1)
     elif isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
@@ -257,11 +261,11 @@ def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objec
     unit = "" if name in METRICS else known[name].unit
     terms: Additive | None = known[name].additive if name in known else space.terms(name)
     if terms is None:
-        return _Limit(name, most, lambda picks: known[name].cost(space.architecture_of(picks)), None, unit)
-    return _Limit(name, most, terms.cost, terms.tables, unit)
+        return Limit(name, most, lambda picks: known[name].cost(space.architecture_of(picks)), None, unit)
+    return Limit(name, most, terms.cost, terms.tables, unit)
 
 
-def _unlimited(space: SearchSpace, cost: str | Objective) -> _Limit:
+def _unlimited(space: SearchSpace, cost: str | Objective) -> Limit:
     name, known = (cost, {}) if isinstance(cost, str) else (cost.name, {cost.name: cost})
     return _limit(space, name, math.inf, known)
 
@@ -275,13 +279,13 @@ def _setting(name: str) -> str:
     return f"max_{name}" if name in METRICS else f"limits[{name!r}]"
 
 
-def _extreme(space: SearchSpace, limit: _Limit, sign: int = 1) -> tuple[Picks, bool]:
+def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> tuple[Picks, bool]:
     """Return the assignment of least `sign * cost`, and whether that is certain."""
 
     def cost(picks: Picks) -> float:
         return sign * limit.cost(picks)
 
-    if limit.tables is not None and _tabulated(space, [limit]):
+    if limit.tables is not None and tabulated(space, [limit]):
         found, certain = _solve(space, {rows: [sign * v for v in values] for rows, values in limit.tables.items()}, [])
         if found is not None and certain:
             return found, True
@@ -293,18 +297,18 @@ def _extreme(space: SearchSpace, limit: _Limit, sign: int = 1) -> tuple[Picks, b
         picks = least
 
 
-def _tabulated(space: SearchSpace, limits: Iterable[_Limit]) -> bool:
+def tabulated(space: SearchSpace, limits: Iterable[Limit]) -> bool:
     """Return whether the space tells its decisions, and all costs have tables: whether there is a program."""
     silent = type(space).moves is not SearchSpace.moves and type(space).decisions is SearchSpace.decisions
     return not silent and all(limit.tables is not None for limit in limits)
 
 
-def _solve(space: SearchSpace, goal: Tables, limits: Sequence[_Limit]) -> tuple[Picks | None, bool]:
+def _solve(space: SearchSpace, goal: Tables, limits: Sequence[Limit]) -> tuple[Picks | None, bool]:
     """Return the assignment within the limits of least `goal`, or None, and whether that is certain."""
     decisions = [list(alternatives) for alternatives in space.decisions()]
     home = {row: d for d, alternatives in enumerate(decisions) for row in alternatives[0]}
     every = [goal, *(limit.tables or {} for limit in limits)]
-    shared = {scope for tables in every for rows in tables if len(scope := _scope(rows, home)) > 1}
+    shared = {scope for tables in every for rows in tables if len(scope := decisions_of(rows, home)) > 1}
     # The variables of a scope are numbered by the alternatives of its decisions: those of x first, then those of y.
     picks: dict[tuple[int, ...], list[Picks]] = {}
     places: dict[tuple[int, ...], NDArray[np.int64]] = {}
@@ -322,7 +326,7 @@ def _solve(space: SearchSpace, goal: Tables, limits: Sequence[_Limit]) -> tuple[
         """Return coefficients from 0 to 1e6, the factor that makes them so, and a constant to add before it does."""
         coefficients, constant = np.zeros(count), 0.0
         for rows, values in tables.items():
-            size, scope = Size(rows, values), _scope(rows, home)
+            size, scope = Size(rows, values), decisions_of(rows, home)
             constant += min(values)
             if scope:
                 entries = [size.number(assignment) - min(values) for assignment in picks[scope]]
@@ -370,6 +374,6 @@ def _solve(space: SearchSpace, goal: Tables, limits: Sequence[_Limit]) -> tuple[
     return best, False
 
 
-def _scope(rows: Iterable[Row], home: Mapping[Row, int]) -> tuple[int, ...]:
+def decisions_of(rows: Iterable[Row], home: Mapping[Row, int]) -> tuple[int, ...]:
     """Return the decisions about rows, in order."""
     return tuple(sorted({home[row] for row in rows}))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.data import Samples, TensorSamples, batches
+from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -61,8 +63,9 @@ class Candidates:
         statistics: Samples that set the statistics of batch norms for each candidate.
         samples: Samples to judge candidates on.
         budget: The limits that every candidate keeps; None for no limits.
-        fill: The share of the tightest limit up to which candidates grow, where moves lead there; from 0 to 1. When all
-            of these were drawn, candidates are as small as they were proposed.
+        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones are drawn from this
+            band; others grow, where moves lead there. When all of these were drawn, candidates are as small as they
+            were proposed.
         objectives: Further costs in the records, bound to the space.
         cost: The cost of a front: one of `cost.METRICS`, or the name of an objective.
         limit: The largest number of candidates.
@@ -107,6 +110,7 @@ class Candidates:
         self._order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device, batch_size)
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
+        self._band = self._filled(fill) if prior is None else None
         self._drawn: set[str] = set()
         self._judged: dict[str, Record] = {}
         self._rungs_used: set[int] = set()
@@ -175,11 +179,24 @@ class Candidates:
             for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
                 if len(found) == count:
                     break
-                architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
+                if self._band and share and propose is None:
+                    architecture = self._band.sample(self.generator)
+                else:
+                    architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
                 if architecture.digest not in self._drawn:
                     self._drawn.add(architecture.digest)
                     found.append(architecture)
         return found
+
+    def _filled(self, fill: float) -> Band | None:
+        """Return the architectures that use this share of the tightest limit, or None if there is none to draw."""
+        if not (fill and self.budget.limits):
+            return None
+        try:
+            band = Band(self.budget, fill)
+        except TangleNASError:  # costs with few values may have none there
+            return None
+        return band if band.exact else None
 
     # Judging.
 

@@ -19,6 +19,7 @@ The plain form is three lines. Every other form gives the same numbers:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -30,6 +31,8 @@ from tanglenas_engine.superposition.mixture import Factor, expanded
 
 MIN_ROWS_PER_BAND = 64
 """The mean number of rows per band from which bands cost less than the gradient of the weight."""
+MIN_ROWS_PER_BAND_ON_GPU = 1024
+"""The same on a GPU, where a product is cheap against what a band reads and writes besides, and against launches."""
 
 
 class Product(Protocol):
@@ -108,21 +111,22 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
     """
     if not factors:
         return op(x, weight, bias)
-    form = _Form(op, depthwise=1 < op.groups == len(weight) == x.shape[op.channels], bands=(len(weight),))
-    rows = rest = None
+    depthwise = 1 < op.groups == len(weight) == x.shape[op.channels]
+    bands: tuple[int, ...] = (len(weight),)
+    rows = rest = windows = None
     for factor in factors:
         mask = factor.mask
         in_rows = mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1)
-        if in_rows and (op.groups == 1 or form.depthwise) and not factor.windows:
+        if in_rows and (op.groups == 1 or depthwise) and not factor.windows:
             if factor.bands:  # at most one factor covers the first dimension
-                form = replace(form, bands=factor.bands)
+                bands = factor.bands
             rows = mask.flatten(1) if rows is None else rows * mask.flatten(1)
         else:
-            form = replace(form, windows=factor.windows if rest is None else None)
+            windows = factor.windows if rest is None else None
             rest = factor.whole() if rest is None else rest * factor.whole()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Masked.apply(form, x, weight, bias, rows, rest)  # type: ignore[no-any-return]
+    return _Masked.apply(_Form(op, depthwise, bands, windows), x, weight, bias, rows, rest)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ class _Form:
         if self.depthwise:
             return rest is None or self.windows is not None
         # If x needs no gradient, as in the first layer, only the masks would need `dy W`.
-        return need_x and not rest_learns and len(weight) >= MIN_ROWS_PER_BAND * (len(self.bands) - 1)
+        least = MIN_ROWS_PER_BAND_ON_GPU if weight.is_cuda else MIN_ROWS_PER_BAND
+        return need_x and not rest_learns and len(weight) >= least * (len(self.bands) - 1)
 
 
 class _Masked(torch.autograd.Function):
@@ -160,9 +165,9 @@ class _Masked(torch.autograd.Function):
     ) -> Tensor:
         ctx.form, ctx.bias_type = form, None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, rows, rest)
-        with torch.autocast(x.device.type, enabled=False):  # weight and mask are multiplied in the weight's precision
-            mixed = _times(weight, form.mask(rows, rest, weight.dim())).to(x.dtype)
-            return form.op(x, mixed, None if bias is None else bias.to(x.dtype))
+        # Weight and mask are multiplied in the weight's precision. The product has one type, so autocast changes none.
+        mixed = _times(weight, form.mask(rows, rest, weight.dim())).to(x.dtype)
+        return form.op(x, mixed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -171,7 +176,7 @@ class _Masked(torch.autograd.Function):
         form, op = ctx.form, ctx.form.op
         _, need_x, need_weight, need_bias, need_rows, need_rest = ctx.needs_input_grad
         dx = dweight = dbias = drows = drest = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if need_bias:
                 dbias = _sum_but(dy, op.channels).to(ctx.bias_type)
             if (need_rows or need_rest) and not need_weight and form.splits(weight, rest, need_rest, need_x):
@@ -193,6 +198,13 @@ class _Masked(torch.autograd.Function):
                     drest = _times(dmixed * weight, form.mask(rows, None, weight.dim())).sum_to_size(rest.shape)
                 dweight = _times_(dmixed, mask) if need_weight else None
         return None, dx, dweight, dbias, drows, drest
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a block without autocast. Most callers are outside of any, and torch's block takes longer than a sum."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _times(weight: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic import fused_norm
 from tanglenas_engine.elastic.base import Dimension, Elastic
+from tanglenas_engine.elastic.masked import without_autocast
 from tanglenas_engine.superposition.size import Assignment, Axis
 
 
 def weighted_layer_norm(x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return the layer norm of x, `(*, width)`, with statistics weighted by `coverage`, `(width,)`."""
-    return _WeightedLayerNorm.apply(x.to(coverage.dtype), coverage, weight, bias, eps)  # type: ignore[no-any-return]
+    fused = fused_norm.fuses(x, coverage)
+    x = x if fused else x.to(coverage.dtype)
+    return _WeightedLayerNorm.apply(x, coverage, weight, bias, eps, fused)  # type: ignore[no-any-return]
 
 
 class _WeightedLayerNorm(torch.autograd.Function):
@@ -22,11 +26,15 @@ class _WeightedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, coverage: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fused: bool
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        ctx.eps, ctx.fused = eps, fused
+        if fused:
+            y, mean, scale = fused_norm.forward(x, coverage, weight, bias, eps)
+            ctx.save_for_backward(x, coverage, weight, mean, scale)
+            return y
+        with without_autocast(x.device.type):
             centred, mean, scale = _statistics(x, coverage, eps)
-        ctx.eps = eps
         ctx.save_for_backward(x, coverage, weight, mean, scale)
         y = centred.mul_(scale)
         if weight is not None and bias is not None:
@@ -46,8 +54,13 @@ class _WeightedLayerNorm(torch.autograd.Function):
         """
         (dy,) = gradients
         x, c, weight, mean, scale = ctx.saved_tensors
-        need_x, need_c, need_weight, need_bias, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        need_x, need_c, need_weight, need_bias, *_ = ctx.needs_input_grad
+        if ctx.fused and not torch.is_grad_enabled():
+            found = fused_norm.backward(dy, x, c, weight, mean, scale, ctx.eps)
+            needs = (need_x, need_c, need_weight, need_bias)
+            return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), None, None
+        with without_autocast(x.device.type):
+            x = x.to(c.dtype)
             if torch.is_grad_enabled():  # second derivatives need the statistics as functions of x and c
                 _, mean, scale = _statistics(x, c, ctx.eps)
             y = torch.addcmul(-mean * scale, x, scale)
@@ -61,7 +74,7 @@ class _WeightedLayerNorm(torch.autograd.Function):
                 rest = (t * (1 - ctx.eps * scale.square())).sum()  # var * scale^2 = 1 - eps * scale^2
                 dc = (rest / 2 - _over_positions(s, y) - _over_positions(t, y.square()) / 2) / n
             dweight = _sum_to(product, c) if need_weight else None
-            return dx, dc, dweight, _sum_to(dy, c) if need_bias else None, None
+            return dx, dc, dweight, _sum_to(dy, c) if need_bias else None, None, None
 
 
 def _statistics(x: Tensor, coverage: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

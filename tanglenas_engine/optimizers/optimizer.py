@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,16 @@ class Step:
     scale: Tensor | float = 1.0
 
 
+class Source(Protocol):
+    """A set of architectures to draw from: a space, or the part of it within a range of costs."""
+
+    def sample(self, generator: torch.Generator | None = None) -> Architecture: ...
+
+    def largest(self) -> Architecture: ...
+
+    def smallest(self) -> Architecture: ...
+
+
 class Optimizer(abc.ABC):
     """A search method. A subclass writes `sample`. The other methods have the usual first-order form as default.
 
@@ -59,6 +69,7 @@ class Optimizer(abc.ABC):
         alphas: The architecture parameters: for each K, one `(rows, K)` parameter for all rows of choices with K
             options.
         seed: The seed of all random draws.
+        source: What `draw` draws from: the space, or its architectures within the band of the search.
         learns_architecture: True if the method has architecture parameters. Methods that sample paths have none.
         derivation: The default method of the discretize stage.
         accumulates: True if alpha's gradient over a batch is the mean of its gradients over parts of the batch.
@@ -72,10 +83,12 @@ class Optimizer(abc.ABC):
     def __init__(self) -> None:
         self.alphas: dict[int, nn.Parameter] = {}
         self.seed = 0
+        self.source: Source
 
     def bind(self, space: SearchSpace, seed: int) -> None:
         """Bind the method to a space: create alpha as `1e-3 * randn`, on the space's device and with its data type."""
         self.space, self.seed = space, seed
+        self.draw_from(space)
         reference = next(space.parameters())
         if self.learns_architecture:
             generator = torch.Generator().manual_seed(self.derive_seed(-1, "alpha"))
@@ -92,6 +105,14 @@ class Optimizer(abc.ABC):
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the architecture optimizer: alpha, and other tensors that the method learns."""
         return list(self.alphas.values())
+
+    def draw_from(self, source: Source) -> None:
+        """Let `draw` return architectures of a part of the space only. The search calls this after `bind`."""
+        self.source = source
+
+    def draw(self, step: int, stream: str) -> Architecture:
+        """Return a random architecture of the source, uniform over the options of each decision."""
+        return self.source.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
 
     # Methods to override.
 

@@ -11,8 +11,8 @@ import gin
 from torch import nn
 
 from tanglenas_engine.data import Splits
-from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime import weights
+from tanglenas_engine.errors import TangleNASError, positive
+from tanglenas_engine.runtime import strict_json, weights
 
 if TYPE_CHECKING:
     from tanglenas_engine.spaces.space import SearchSpace
@@ -62,6 +62,21 @@ def read_mixture(space: SearchSpace, derivations: Mapping[str, Any]) -> tuple[Mi
     except (TangleNASError, RuntimeError, ValueError) as error:
         raise TangleNASError(
             f"{MIXTURE} is not what search writes for {space.name!r}: {error}. Run search again, or `dvc repro`"
+        ) from None
+
+
+def read_targets() -> dict[str, float]:
+    """Read the costs that a search aimed for, by name.
+
+    Raises:
+        TangleNASError: The mixture's file does not hold positive numbers by name.
+    """
+    try:
+        targets = strict_json.loads(weights.weights_metadata(MIXTURE).get("targets", "{}"))
+        return {name: positive(f"the target for {name}", value) for name, value in targets.items()}
+    except (TangleNASError, ValueError, AttributeError) as error:
+        raise TangleNASError(
+            f"{MIXTURE} has targets that search does not write: {error}. Run search again, or `dvc repro`"
         ) from None
 
 

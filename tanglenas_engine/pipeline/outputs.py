@@ -33,7 +33,11 @@ def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: Sea
         space.state_dict(),
         {"space": space.name, "optimizer": optimizer.name, "pipeline_id": stage.pipeline_id},
     )
-    save_weights(MIXTURE, result.mixture.tensors() if result.mixture else {}, {"derivation": optimizer.derivation})
+    save_weights(
+        MIXTURE,
+        result.mixture.tensors() if result.mixture else {},
+        {"derivation": optimizer.derivation, "targets": json.dumps(result.targets)},
+    )
     stage.table("history.csv", result.history)
     stage.table(
         "mixture.csv",

@@ -31,9 +31,11 @@ def device_of(name: str | None) -> torch.device:
 
 
 def to_device(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets on a device. The copy does not wait if the batch is in pinned memory."""
-    inputs, targets = batch
-    return channels_last(inputs.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
+    """Return inputs and targets on a device. A copy to a GPU does not wait for what the GPU computes."""
+    if device.type == "cuda":  # a copy from memory that is not pinned would wait
+        batch = [tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in batch]
+    inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    return channels_last(inputs), targets
 
 
 def channels_last(inputs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from tanglenas_engine.data import DataView
-from tanglenas_engine.derivation.budget import Budget, Projection
+from tanglenas_engine.derivation.budget import Budget, Projection, amount
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
@@ -123,6 +124,7 @@ def discretize(
     max_flops: int | None = None,
     objectives: Sequence[Objective] = (),
     limits: Mapping[str, float] | None = None,
+    targets: Mapping[str, float] | None = None,
     recalibration_batches: int = 8,
     batch_size: int = 256,
     seed: int = 0,
@@ -146,10 +148,12 @@ def discretize(
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "flops" or the name of an objective.
-        fill: The share of the tightest limit up to which candidates of "random" and "evolution" grow, where moves lead
+        fill: The share of the tightest limit that candidates of "random" and "evolution" use at least, where moves lead
             there; from 0 to 1.
         max_params, max_flops: Hard limits on parameters and multiply-accumulates. No candidate exceeds them.
         objectives, limits: Further costs, bound to the space, and further hard limits by the name of a cost.
+        targets: The costs that the search aimed for. They are limits where no other limit of that cost is given.
+            Infinity in `limits` lifts one.
         recalibration_batches: Batches that set the statistics of batch norms anew for each candidate, or 0.
         methods: The methods by name. Pass others to change their options.
         checkpoints: The folder for scores. A derivation that finds scores there continues from them.
@@ -160,9 +164,14 @@ def discretize(
     method = derivation if method == "auto" else method
     costs = [*METRICS, *(objective.name for objective in objectives)]
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
-    budget = Budget(space, limits_of(max_params, max_flops, limits), objectives)
-    budget.check()
     progress = progress or SilentProgress()
+    given = limits_of(max_params, max_flops, limits)
+    for name, most in (targets or {}).items():
+        if name in costs and given.get(name) is None:
+            given[name] = math.floor(most) if name in METRICS else most
+            progress.note(f"discretize: at most {amount(most)} {name}, the target of the search")
+    budget = Budget(space, given, objectives)
+    budget.check()
     _note_sources(progress, objectives)
     check_fit(space, data.validation)
     weights = space.mixture(mixture) if mixture else None

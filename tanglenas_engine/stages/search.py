@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
@@ -60,12 +62,15 @@ class SearchResult:
             current architecture with its cost. "mixture" holds the weights by choice. Each target adds its expected
             cost, its cost for the current architecture and, under `penalty_NAME`, its charge on the loss of alpha.
             "stopped" in the last record is the reason why the search ended early.
+        split_losses: The loss of one network on each split.
+        targets: The costs that the search aimed for, by name.
     """
 
     architecture: Architecture | None
     mixture: Mixture | None
     history: list[Record]
     split_losses: dict[str, float]
+    targets: dict[str, float]
 
 
 @flattened
@@ -82,6 +87,7 @@ def search(
     strategy: Strategy = "alternating",
     warmup_epochs: int = 0,
     targets: Sequence[Target] = (),
+    band: tuple[float, float] | None = (0.93, 1.0),
     stop: Stop | None = None,
     loss: Loss = cross_entropy,
     recalibration_batches: int = 8,
@@ -107,7 +113,10 @@ def search(
         strategy: "alternating" takes alpha's gradient from a new batch of the architecture split before each weight
             step (first-order DARTS). "simultaneous" uses one backward pass on the weights split for both.
         warmup_epochs: The number of epochs at the start in which only the weights learn.
-        targets: Costs to limit in expectation. The loss of alpha is charged for missing them.
+        targets: Costs to aim for. A method with architecture parameters limits them in expectation: the loss of alpha
+            is charged for missing them. A method that draws architectures draws within the band.
+        band: The least and the most that a drawn architecture costs, as shares of the tightest target. A supernet that
+            trains on such architectures alone ranks them best. None draws from the whole space.
         stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.
         loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
@@ -135,6 +144,7 @@ def search(
         scheduler=scheduler,
         warmup_epochs=warmup_epochs,
         targets=targets,
+        band=band,
         stop=stop,
         loss=loss,
         recalibration_batches=recalibration_batches,
@@ -164,6 +174,7 @@ class Search(Training):
         scheduler: SchedulerFactory | None,
         warmup_epochs: int,
         targets: Sequence[Target],
+        band: tuple[float, float] | None,
         stop: Stop | None,
         loss: Loss,
         recalibration_batches: int,
@@ -187,7 +198,10 @@ class Search(Training):
         space.to(self.device).train()
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
-        self.targets, self.active_targets = targets, _bind_targets(targets, space, optimizer)
+        self.targets, self.active_targets = targets, _bind_targets(targets, space)
+        if self.active_targets and not optimizer.learns_architecture:
+            optimizer.draw_from(_band(space, optimizer, self.active_targets, band))
+            self.active_targets = []
         for target in targets:
             if target.objective.source:
                 session.note(f"search: {target.name} in {target.objective.unit}, of {target.objective.source}")
@@ -229,7 +243,8 @@ class Search(Training):
             self.space.release()
             self.space.superposition.channel_divisor = 1  # partial channels end with the search
         mixture = self.optimizer.expected()
-        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses)
+        aims = {target.name: float(target.limit) for target in self.targets if target.limit is not None}
+        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses, aims)
 
     def _split_losses(self) -> dict[str, float]:
         """Return the loss of one network on each split, and warn if two splits are of different distributions.
@@ -281,8 +296,8 @@ class Search(Training):
 
     def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
         """Take an architecture step if `learns` is True, and then a weight step."""
+        self._zero_gradients()  # before the architecture step, which then has the memory of the weights' gradients
         measured = self.architecture_step(pieces) if learns else {}
-        self._zero_gradients()
         return {**measured, **self.weight_step(pieces)}
 
     def architecture_step(self, pieces: Sequence[Step]) -> dict[str, Tensor]:
@@ -453,21 +468,41 @@ def _check_options(
         )
 
 
-def _bind_targets(targets: Sequence[Target], space: SearchSpace, optimizer: Optimizer) -> list[Target]:
-    """Bind targets to the space, and return those that change alpha's loss.
+def _bind_targets(targets: Sequence[Target], space: SearchSpace) -> list[Target]:
+    """Bind targets to the space, and return those that are not only reported.
 
     Raises:
-        TangleNASError: Two targets have the same objective, a target cannot be met, or the optimizer has no alpha.
+        TangleNASError: Two targets have the same objective, or a target cannot be met.
     """
     names = [target.name for target in targets]
     if twice := [name for name in names if names.count(name) > 1]:
         raise TangleNASError(f"search.targets has two for {twice[0]!r}: give one for each objective")
-    active = [target for target in targets if target.active]
-    if active and not optimizer.learns_architecture:
-        raise TangleNASError(
-            f"search.targets: {optimizer.label} has no architecture parameters that a target for {active[0].name} "
-            "could draw. Leave it out, and give a hard budget to discretize"
-        )
     for target in targets:
         target.bind(space)
-    return active
+    return [target for target in targets if target.active]
+
+
+def _band(
+    space: SearchSpace, optimizer: Optimizer, targets: Sequence[Target], band: tuple[float, float] | None
+) -> Band:
+    """Return the band of costs from which an optimizer without architecture parameters draws.
+
+    Raises:
+        TangleNASError: There is no band, it is no range of shares, or it holds no architecture.
+    """
+    if band is None:
+        raise TangleNASError(
+            f"search.targets: {optimizer.label} has no architecture parameters that a target for {targets[0].name} "
+            "could draw, and search.band is None: leave the target out, or give the band a range such as (0.93, 1.0)"
+        )
+    try:
+        low, high = band
+        valid = 0 <= low < high <= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise TangleNASError(
+            f"search.band is {band!r}, expected two shares of the target, the smaller first, such as (0.93, 1.0)"
+        )
+    limits = {target.name: math.floor(high * target.limit) for target in targets if target.limit is not None}
+    return Band(Budget(space, limits, [target.objective for target in targets]), low / high)

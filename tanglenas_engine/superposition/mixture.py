@@ -12,6 +12,7 @@ options `e` are given, so `M = sum_e p(e) * outer(coverage given e, ...)`. This 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,14 @@ def expanded(mask: Tensor, bands: Sequence[int]) -> Tensor:
     """Return `mask` with row i repeated `bands[i]` times."""
     if len(bands) == 1:
         return mask.expand(bands[0], *mask.shape[1:])
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return mask.index_select(0, _band_of_rows(tuple(bands), mask.device))  # one operation in place of one per band
     return torch.cat([row.expand(n, *row.shape[1:]) for row, n in zip(torch.split(mask, 1), bands, strict=True)])
+
+
+@lru_cache(maxsize=1024)
+def _band_of_rows(bands: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.arange(len(bands)).repeat_interleave(torch.tensor(bands)).to(device)
 
 
 class Mixture(Mapping[str, Tensor]):
@@ -206,8 +214,8 @@ def _in_bands(table: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return table[..., starts], tuple(counts.tolist())
 
 
-_Place = tuple[tuple[int, ...], int, tuple[int, ...] | None, tuple[int, ...] | None]
-"""The positions of a cover's axes, the index of its mask, and the `bands` and `windows` of its `Factor`."""
+_Place = tuple[int, tuple[int, ...] | None, tuple[int, ...] | None, tuple[int, ...] | None]
+"""The index of a cover's mask, the shape of its `Factor` where it differs, and the factor's `bands` and `windows`."""
 
 
 class Superposition:
@@ -283,12 +291,9 @@ class Superposition:
         """Return the factors of the mask of `axes`."""
         _, covers = self._plan()
         factors = []
-        for positions, index, bands, windows in covers[axes]:
+        for index, shape, bands, windows in covers[axes]:
             mask = self._masks[index]
-            shape = [1] * len(axes)
-            for position, length in zip(positions, mask.shape, strict=True):
-                shape[position] = length
-            factors.append(Factor(mask.view(shape), bands, windows))
+            factors.append(Factor(mask if shape is None else mask.view(shape), bands, windows))
         return factors
 
     def _plan(self) -> tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]:
@@ -313,9 +318,17 @@ class Superposition:
             batches.setdefault(cover.signature, []).append(cover)
         index = {id(cover): i for i, cover in enumerate(c for batch in batches.values() for c in batch)}
         return [_Batch(batch) for batch in batches.values()], {
-            axes: [(group, index[id(cover)], cover.bands, cover.windows) for group, cover in pairs]
+            axes: [(index[id(cover)], _shape(axes, group, cover), cover.bands, cover.windows) for group, cover in pairs]
             for axes, pairs in covers.items()
         }
+
+
+def _shape(axes: Sequence[Axis], group: Sequence[int], cover: _Cover) -> tuple[int, ...] | None:
+    """Return the shape in which a mask broadcasts against a tensor of `axes`, or None if it has that shape."""
+    if len(group) == len(axes):
+        return None
+    lengths = dict(zip(group, (table.shape[-1] for table in cover.tables), strict=True))
+    return tuple(lengths.get(position, 1) for position in range(len(axes)))
 
 
 def superposition_of(row: Row) -> Superposition:

@@ -73,6 +73,7 @@ class Size:
     def __init__(self, rows: Iterable[Row], values: Iterable[Any]):
         self.rows = tuple(rows)
         self.values = tuple(values)
+        self._max: int | None = None
 
     @classmethod
     def of(cls, number: Size | Number) -> Size:
@@ -82,7 +83,9 @@ class Size:
     @property
     def max(self) -> int:
         """The largest value: the dimension of the supernet's weight."""
-        return int(max(self.values))
+        if self._max is None:  # every forward asks for it
+            self._max = int(max(self.values))
+        return self._max
 
     @property
     def min(self) -> int:

@@ -88,6 +88,9 @@ def _fuse(optimizer: Any) -> None:
         untold = group["fused"] is None and not group["foreach"] and not group["differentiable"]
         if untold and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]):
             group["fused"] = True
+    if all(group["fused"] for group in optimizer.param_groups):
+        # As torch sets it: a gradient scaler then tells the step what to skip, and does not wait to decide it.
+        optimizer._step_supports_amp_scaling = True
     optimizer.register_step_pre_hook(_align)
 
 

@@ -1,6 +1,10 @@
 """The benchmark measures what it says: the same numbers by pad-and-sum, every byte once, and one JSON object."""
 
+import importlib.metadata
 import json
+import os
+import sys
+import time
 
 import pytest
 import torch
@@ -9,11 +13,11 @@ from spaces import SPACES, inputs, make, random_mixture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import profile
+from benchmarks import device, profile
 from benchmarks.candidates import compared
 from benchmarks.options_figure import options
 from benchmarks.pad_and_sum import pad_and_sum
-from benchmarks.search_step import Bench, main, saved_bytes
+from benchmarks.search_step import Bench, computation, main, saved_bytes
 from tanglenas_engine import create_space, elastic
 from tanglenas_engine.testing import random_data
 
@@ -123,6 +127,64 @@ def test_the_command_prints_one_json_object():
     assert found["naive_over_search"] == pytest.approx(found["naive"] / (found["weight"] + found["arch"]))
     assert found["saved_over_plain"] == max(found["saved_weight"], found["saved_arch"]) / found["saved_plain"]
     assert found["options"] == {"image_size": 16} and found["batch"] == 2 and found["relaxation"] == "gated"
+
+
+def test_a_precision_is_that_of_the_stages():
+    bench = Bench(create_space("gpt_nano"), 2, sampled=False, computation=computation("bfloat16", False))
+    types = set()
+    bench.space.blocks[0].fc1.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    bench.plain.blocks[0].fc1.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    for step in bench.steps.values():
+        step(0)
+    assert types == {torch.bfloat16}
+    assert {p.dtype for p in bench.space.parameters()} == {torch.float32}
+    assert bench.space.execute is None
+
+
+def test_parts_of_the_figures_of_a_gpu_run_on_a_cpu():
+    names = [part.name for part in device.all_parts()]
+    assert len(set(names)) == len(names)
+    found = {}
+    for name in ("search/gpt/bfloat16", "host/gpt", "half"):
+        found[name] = json.loads(json.dumps(device.prepare(name, "tiny", "cpu")()))
+    search, host, half = found.values()
+    assert search["search_over_plain"] > 0 and search["naive_over_search"] > 0 and search["peak_memory_over_plain"] > 0
+    assert host["waits"] == host["reads"] == 0  # on a GPU, such a read would wait for the device
+    assert 0 < host["host_share"] <= 1 and host["by_function"] and host["by_operator"]
+    assert half["precision"] == "bfloat16" and half["largest_difference"] < 0.1
+
+
+def test_a_part_that_fails_or_overruns_leaves_the_others(tmp_path):
+    script = (
+        "import pathlib, sys, time; _, name, stem = sys.argv[-3:]; pathlib.Path(stem + '.ready').touch();"
+        "sys.stdin.readline(); sys.exit('no such card') if name == 'bad' else time.sleep(60 * (name == 'slow'));"
+        "pathlib.Path(stem + '.json').write_text('{\"plain\": 1}')"
+    )
+    parts = [
+        device.Part("good", 30, "first"),
+        device.Part("bad", 30, "first"),
+        device.Part("slow", 1, "first", clock=False),
+        device.Part("late", 30, "second"),
+    ]
+    deadline = time.monotonic() + device.GRACE + 5
+    ran = device.run_parts(parts, [sys.executable, "-c", script], dict(os.environ), deadline, tmp_path)
+    found = {}
+    for part, figures in ran:
+        found[part.name] = figures
+        if part.name == "slow":
+            time.sleep(max(0.0, deadline - device.GRACE - time.monotonic()))
+    assert found["good"]["status"] == "ok" and found["good"]["plain"] == 1
+    assert found["bad"]["status"] == "failed: 1" and found["bad"]["log"] == ["no such card"]
+    assert found["slow"]["status"] == "overran" and found["late"]["status"].startswith("skipped")
+
+
+def test_the_plugins_of_a_checkout_are_found_without_an_installation(tmp_path):
+    (info,) = device._metadata(tmp_path).iterdir()
+    distribution = importlib.metadata.PathDistribution(info)
+    ours = importlib.metadata.distribution("tanglenas")
+    assert (distribution.name, distribution.version) == (ours.name, ours.version)
+    one, other = ({e.name: e.value for e in d.entry_points if e.group == "tanglenas"} for d in (distribution, ours))
+    assert one == other
 
 
 def test_candidates_are_worth_what_the_networks_are_that_a_loop_builds():

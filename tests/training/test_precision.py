@@ -125,6 +125,7 @@ def test_a_precision_that_cannot_be():
         searched("drnas", precision="float16")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a GPU")
 @pytest.mark.parametrize("optimizer", ["drnas", "darts2", "gdas", "spos"])
 def test_a_search_in_float16(optimizer):

@@ -1,0 +1,274 @@
+"""Does a search find? Methods against a pool of random networks of equal cost, each trained by itself.
+
+    python -m benchmarks.finding run gpt_nano --out finding
+    python -m benchmarks.finding table finding/gpt_nano.jsonl
+
+`run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
+file, so a study that is cut off goes on where it was. All times are of the processor. Nothing is chosen by the test
+split: it only says in the end what a network is worth. `table` prints the comparison, with intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from tanglenas_engine import (
+    Architecture,
+    SearchSpace,
+    cosine,
+    create_dataset,
+    create_objective,
+    create_optimizer,
+    create_space,
+    discretize,
+    evaluate,
+    make_splits,
+    open_splits,
+    retrain,
+    search,
+)
+from tanglenas_engine.data import DataView
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.targets import Target
+
+FILLED = 0.95
+"""The share of the budget that every network of the pool uses at least."""
+NOISE = 5
+"""Networks of the pool that are trained with two more seeds."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A space with data and a budget, and how its networks are trained.
+
+    Attributes:
+        data: The options of the dataset, and `options` those of the space.
+        budget: The share of the largest network's multiply-accumulates.
+        images: The number of images to train and validate on; None for all samples.
+        epochs: The passes of a training over `training`, and of a search over `weights`.
+        pool: The number of random networks.
+    """
+
+    space: str
+    dataset: str
+    data: dict[str, Any]
+    options: dict[str, Any]
+    budget: float = 0.6
+    images: int | None = None
+    epochs: int = 12
+    pool: int = 24
+
+
+VIT = {"relative_position": True, "weight_init": "jax", "drop_path": 0.1}
+TASKS = {
+    "gpt_nano": Task(
+        "gpt_nano", "stdlib_text", {"characters": 400_000}, {"bias": True},
+        epochs=12,
+    ),
+    "gpt_nano_shakespeare": Task(
+        "gpt_nano", "text", {"path": "shared/data/tinyshakespeare.txt"}, {"bias": True},
+        epochs=5,
+    ),
+    "autoformer_nano": Task(
+        "autoformer_nano", "fashion_mnist", {"root": "/usr/share/datasets/fashion-mnist"}, VIT, images=6000, epochs=15,
+    ),
+    "mobilenetv3_nano": Task(
+        "mobilenetv3_nano", "fashion_mnist", {"root": "/usr/share/datasets/fashion-mnist"}, {"drop": 0.1}, images=6000,
+        epochs=12,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to find: an optimizer, what its search is drawn to, and how an architecture is derived."""
+
+    optimizer: str
+    band: bool = True
+    derive: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "spos band": Method("spos", derive={"method": "random", "candidates": 300}),
+    "spos whole space": Method("spos", band=False, derive={"method": "random", "candidates": 300}),
+    "sandwich band": Method("sandwich", derive={"method": "random", "candidates": 300}),
+    "drnas target, argmax": Method("drnas", derive={"method": "argmax"}),
+    "drnas target, judged": Method("drnas", derive={"method": "random", "candidates": 300}),
+    "gdas target, argmax": Method("gdas", derive={"method": "argmax"}),
+}
+
+
+class Study:
+    """A task in progress: its data, its budget, and the file of results."""
+
+    def __init__(self, name: str, path: Path, threads: int = 1):
+        torch.set_num_threads(threads)
+        self.task, self.path = TASKS[name], path
+        self.dataset = create_dataset(self.task.dataset, **self.task.data)
+        self.splits = make_splits(self.dataset, seed=0)
+        budget = self.task.budget * self.space().cost(self.space().largest()).flops
+        self.limits = {"flops": int(budget)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+
+    def space(self, seed: int = 0) -> SearchSpace:
+        torch.manual_seed(seed)
+        return create_space(self.task.space, **{**self.dataset.space_options(), **self.task.options})
+
+    def data(self, *names: str) -> DataView:
+        """Open splits; of images, as many as the task takes, and as many again for the test."""
+        images = self.task.images
+        if images is None:
+            return open_splits(self.dataset, self.splits, names, augment=False)
+        shares = {"weights": 0.45, "architecture": 0.45, "validation": 0.1, "test": 1.0}
+        chosen = {name: self.splits.indices(name)[: round(share * images)] for name, share in shares.items()}
+        chosen["training"] = torch.cat([chosen["weights"], chosen["architecture"]])
+        return DataView({name: self.dataset.subset(chosen[name], train=False) for name in names})
+
+    def once(self, key: str, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the result of a job, which is run if the file lacks it."""
+        if key not in self.done:
+            start = time.process_time()
+            row = {"key": key, **job()}
+            row["seconds"] = row.get("seconds", round(time.process_time() - start, 2))
+            self.done[key] = row
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            click.echo(f"{key}: {json.dumps({k: v for k, v in row.items() if k not in ('curve', 'key')})[:180]}")
+        return self.done[key]
+
+    def trained(self, architecture: Architecture, seed: int) -> dict[str, Any]:
+        """Train a network by itself, and measure it on validation and test."""
+        space = self.space()
+        start = time.process_time()
+        found = retrain(
+            space,
+            architecture,
+            self.data("training", "validation"),
+            epochs=self.task.epochs,
+            batch_size=64,
+            optimizer=partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05),
+            scheduler=cosine,
+            clip=5.0,
+            seed=seed,
+            device="cpu",
+        )
+        seconds = time.process_time() - start
+        tested = evaluate(space, architecture, found.network, self.data("test"), device="cpu")
+        return {
+            "architecture": dict(architecture.choices),
+            "digest": architecture.digest,
+            "seed": seed,
+            "params": tested.cost.params,
+            "macs": tested.cost.flops,
+            "validation_loss": found.history[-1]["validation_loss"],
+            "test_loss": tested.test_loss,
+            "test_accuracy": tested.test_accuracy,
+            "curve": [row["validation_loss"] for row in found.history],
+            "seconds": round(seconds, 2),
+        }
+
+    def pool(self) -> list[Architecture]:
+        """Return the architectures of the pool, all different."""
+        space, generator = self.space(), torch.Generator().manual_seed(12345)
+        band = Band(Budget(space, self.limits), FILLED)
+        found: dict[str, Architecture] = {}
+        while len(found) < self.task.pool:
+            one = band.sample(generator)
+            found.setdefault(one.digest, one)
+        return list(found.values())
+
+    def found_by(self, name: str, seed: int) -> dict[str, Any]:
+        """Search and derive with a method, and say how its supernet ranks the pool."""
+        method, space = METHODS[name], self.space(seed)
+        optimizer = create_optimizer(method.optimizer)
+        view = self.data("weights", "architecture", "validation")
+        target = Target(create_objective("flops"), value=self.limits["flops"])
+        start = time.process_time()
+        result = search(
+            space,
+            optimizer,
+            view,
+            epochs=self.task.epochs,
+            batch_size=32,
+            weight_optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05),
+            architecture_optimizer=partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.999)),
+            warmup_epochs=max(1, self.task.epochs // 5) if optimizer.learns_architecture else 0,
+            targets=[target] if method.band else [],
+            clip=5.0,
+            seed=seed,
+            device="cpu",
+        )
+        searched = time.process_time()
+        plain = self.data("weights", "architecture", "validation")
+        mixture = result.mixture.tensors() if result.mixture else None
+        derived = discretize(
+            space, plain, mixture, max_flops=self.limits["flops"], seed=seed, device="cpu", **method.derive
+        )
+        done = time.process_time()
+        return {
+            "architecture": dict(derived.architecture.choices),
+            "digest": derived.architecture.digest,
+            "macs": derived.cost.flops,
+            "params": derived.cost.params,
+            "supernet_loss": derived.validation_loss,
+            "search_seconds": round(searched - start, 2),
+            "derive_seconds": round(done - searched, 2),
+            "seconds": round(done - start, 2),
+            "entropy": result.history[-1].get("entropy"),
+            "split_losses": result.split_losses,
+            **self.ranked(space, seed),
+        }
+
+    def ranked(self, space: SearchSpace, seed: int) -> dict[str, Any]:
+        """Return the loss of each network of the pool with a supernet's weights, in the pool's order."""
+        view = self.data("weights", "architecture")
+        with Candidates(space, view.weights, view.architecture, limit=self.task.pool, seed=seed) as judged:
+            rows = judged.judge(self.pool(), race=False)
+        return {"pool_losses": [row["loss"] for row in rows]}
+
+
+@click.group()
+def main() -> None:
+    """Compare what searches find with a pool of random networks of equal cost."""
+
+
+@main.command()
+@click.argument("task", type=click.Choice(list(TASKS)))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("finding"), help="The folder of results.")
+@click.option("--methods", default=",".join(METHODS), help="Methods, with ; between them.")
+@click.option("--seeds", default=5)
+@click.option("--threads", default=1)
+def run(task: str, out: Path, methods: str, seeds: int, threads: int) -> None:
+    """Train the pool, then search, derive and train with each method and seed."""
+    study = Study(task, out / f"{task}.jsonl", threads)
+    pool = study.pool()
+    for number, architecture in enumerate(pool):
+        study.once(f"pool/{number}/0", partial(study.trained, architecture, 0))
+    for number, architecture in enumerate(pool[:NOISE]):
+        for seed in (1, 2):
+            study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
+    for name in methods.split(";"):
+        for seed in range(seeds):
+            found = study.once(f"found/{name}/{seed}", partial(study.found_by, name, seed))
+            architecture = Architecture(
+                pool[0].space, {k: tuple(v) if isinstance(v, list) else v for k, v in found["architecture"].items()}
+            )
+            for again in (0, 1):
+                study.once(f"trained/{architecture.digest}/{again}", partial(study.trained, architecture, again))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Bands: random architectures whose cost is within a range just below a limit.
+
+A supernet that trains on such architectures alone ranks them better than one that trains on the whole space. Few
+architectures of a large space cost nearly as much as a limit allows, so drawing until one does can take for ever.
+Instead, the ways to get there are counted. Decisions are taken in a fixed order. `counts[k][f][t]` is the number of
+ways to take the decisions from the k-th on at a cost of t, where f are the earlier ones that share a table with these:
+
+    counts[k][f][t] = sum_a counts[k + 1][f, a][t - cost_k(f, a)]
+
+A decision takes each alternative in proportion to the ways that are left to end in the band. Costs are counted in bins
+of 1/4096 of the limit, rounded down. What a bin lets through beyond the band is drawn again, so that a sample is one of
+the space under the condition that it is in the band, exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tanglenas_engine.derivation.budget import Budget, Limit, Picks, amount, decisions_of, tabulated
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import Size
+
+BINS = 4096
+"""Bins into which the cost of a limit is cut."""
+MAX_WAYS = 50_000
+"""Combinations of a decision with earlier ones that are counted at most; beyond, samples are grown into the band."""
+MAX_DRAWS = 1000
+"""Draws without one in the band after which a band counts as empty."""
+DRAWS_PER_BIN = 20
+"""Draws from a bin at the border of the band, after which the next bin follows."""
+
+
+class Band:
+    """A range of costs below the limits of a budget, and a source of random architectures in it.
+
+    An architecture is in the band if it keeps the budget and uses at least a share of one of its limits. `sample` draws
+    as `space.sample` does, under the condition of being in the band. Where a cost has no tables, or too many decisions
+    share one, a random architecture is brought into the band by random moves; `exact` is False then.
+
+    Args:
+        budget: The limits; at least one.
+        least: The share of a limit that an architecture uses at least, from 0 to 1.
+
+    Raises:
+        TangleNASError: No architecture is in the band.
+    """
+
+    def __init__(self, budget: Budget, least: float = 0.93):
+        self.space, self.budget, self.least = budget.space, budget, least
+        budget.check()
+        self._counters: list[_Counter] = []
+        self.exact = tabulated(self.space, budget.limits)
+        if self.exact:
+            for limit in budget.limits:
+                counter = _Counter.count(self.space, limit, least)
+                if counter is None:
+                    self.exact, self._counters = False, []
+                    break
+                self._counters.append(counter)
+        if self.exact and not any(counter.ways for counter in self._counters):
+            raise self._empty()
+        self.sample(torch.Generator().manual_seed(0))
+
+    def holds(self, architecture: Architecture) -> bool:
+        """Return whether an architecture is in the band."""
+        return bool(self._shares(self.space.assignment_of(architecture)))
+
+    def sample(self, generator: torch.Generator | None = None) -> Architecture:
+        """Return a random architecture in the band.
+
+        Raises:
+            TangleNASError: A thousand draws led to none.
+        """
+        for _ in range(MAX_DRAWS):
+            if not self.exact:
+                generator = generator or torch.default_generator
+                grown = self.budget.grow(self.space.sample(generator), generator, self.least)
+                if self.holds(grown):
+                    return grown
+                continue
+            number = _draw([counter.ways for counter in self._counters], generator)
+            picks = self._counters[number].draw(generator)
+            # Every limit whose share is used leads here, so each of them is taken in one of so many cases.
+            if (shares := self._shares(picks)) and _draw([1.0] * shares, generator) == 0:
+                return self.space.architecture_of(picks)
+        raise self._empty()
+
+    def largest(self) -> Architecture:
+        """Return an architecture of the band that uses most of a limit, up to 1/4096 of it."""
+        return self._largest
+
+    def smallest(self) -> Architecture:
+        """Return an architecture of the band that uses least of a limit, up to 1/4096 of it."""
+        return self._smallest
+
+    @cached_property
+    def _largest(self) -> Architecture:
+        return self._extreme(reverse=True)
+
+    @cached_property
+    def _smallest(self) -> Architecture:
+        return self._extreme()
+
+    def _extreme(self, reverse: bool = False) -> Architecture:
+        generator = torch.Generator().manual_seed(0)
+        if not self.exact:
+            drawn = [self.sample(generator) for _ in range(100)]
+            return sorted(drawn, key=lambda one: self._used(self.space.assignment_of(one)), reverse=reverse)[0]
+        found: list[Picks] = []
+        for counter in self._counters:
+            bins = range(counter.window.start, counter.window.stop)
+            for number in reversed(bins) if reverse else bins:
+                ending = replace(counter, window=slice(number, number + 1))
+                tried = (ending.draw(generator) for _ in range(DRAWS_PER_BIN) if ending.ways)
+                if inside := next((picks for picks in tried if self._shares(picks)), None):
+                    found.append(inside)
+                    break
+        found = found or [self.space.assignment_of(self.sample(generator))]
+        return self.space.architecture_of(sorted(found, key=self._used, reverse=reverse)[0])
+
+    def _used(self, picks: Mapping[Any, int]) -> float:
+        """Return the share that an assignment uses of the tightest limit."""
+        return max(limit.cost(picks) / limit.most for limit in self.budget.limits)
+
+    def _shares(self, picks: Mapping[Any, int]) -> int:
+        """Return the number of limits of which an assignment within the budget uses the share; 0 beyond it."""
+        costs = [(limit.cost(picks), limit) for limit in self.budget.limits]
+        if any(cost > limit.allowed for cost, limit in costs):
+            return 0
+        return sum(cost >= self.least * limit.most for cost, limit in costs)
+
+    def _empty(self) -> TangleNASError:
+        ranges = " or ".join(
+            f"{amount(self.least * limit.most)} to {limit.counted(limit.most)}" for limit in self.budget.limits
+        )
+        return TangleNASError(
+            f"the band of {ranges} holds no architecture of {self.space.label} that was found: widen it, or move the "
+            "limit"
+        )
+
+
+@dataclass
+class _Counter:
+    """The counts of the ways to end in the band of one limit.
+
+    Attributes:
+        order: The decisions' alternatives in the order of counting.
+        frontiers: For each decision, the numbers of the earlier ones that share a table with it or a later one.
+        costs: For each decision, its cost in bins, shape (alternatives of the frontier's decisions..., alternatives).
+        counts: For each decision and one past the last, the number of ways by cost in bins, shape (alternatives of the
+            frontier's decisions..., bins + 1).
+        window: The bins in which the band may end.
+    """
+
+    order: list[list[Picks]]
+    frontiers: list[tuple[int, ...]]
+    costs: list[NDArray[np.int64]]
+    counts: list[NDArray[np.float64]]
+    window: slice
+    ways: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ways = self._left(0, (), 0)
+
+    @classmethod
+    def count(cls, space: SearchSpace, limit: Limit, least: float) -> _Counter | None:
+        """Return the counts, or None if too many decisions share tables."""
+        decisions = [list(alternatives) for alternatives in space.decisions()]
+        home = {row: d for d, alternatives in enumerate(decisions) for row in alternatives[0]}
+        tables = [(Size(rows, values), decisions_of(rows, home)) for rows, values in (limit.tables or {}).items()]
+        constant = sum(min(size.values) for size, _ in tables)
+        width = max(limit.most - constant, 0) / BINS
+        places = _ordered(len(decisions), [scope for _, scope in tables])
+        order = [decisions[d] for d in places]
+        scopes: list[tuple[tuple[int, ...], NDArray[np.int64]]] = []
+        for size, scope in tables:
+            taken = sorted(places.index(d) for d in scope)
+            ways = itertools.product(*(order[k] for k in taken))
+            above = np.array([size.number(dict(ChainMap(*way))) - min(size.values) for way in ways], np.float64)
+            bins = np.floor(above / width) if width else np.where(above > 0, BINS + 1, 0)
+            shape = [len(order[k]) for k in taken]
+            scopes.append((tuple(taken), np.minimum(bins, BINS + 1).astype(np.int64).reshape(shape)))
+        frontiers = [
+            tuple(sorted({d for scope, _ in scopes if scope and scope[-1] >= k for d in scope if d < k}))
+            for k in range(len(order) + 1)
+        ]
+        sizes = [len(alternatives) for alternatives in order]
+        if any(math.prod(sizes[d] for d in (*f, k)) > MAX_WAYS for k, f in enumerate(frontiers[:-1])):
+            return None
+        costs = []
+        for k, frontier in enumerate(frontiers[:-1]):
+            axes_of = [*frontier, k]
+            total = np.zeros([sizes[d] for d in axes_of], np.int64)
+            for scope, bins in scopes:
+                if scope and scope[-1] == k:
+                    total += bins.reshape([sizes[d] if d in scope else 1 for d in axes_of])
+            costs.append(total)
+        # Each table's costs are rounded down, by less than a bin.
+        first = max(0, math.floor((least * limit.most - constant) / width) - len(scopes)) if width else 0
+        return cls(order, frontiers, costs, _counts(frontiers, costs), slice(min(first, BINS), BINS + 1))
+
+    def draw(self, generator: torch.Generator | None) -> Picks:
+        """Return an assignment whose cost in bins is in the window."""
+        taken: list[int] = []
+        spent = 0
+        for k, frontier in enumerate(self.frontiers[:-1]):
+            costs = self.costs[k][tuple(taken[d] for d in frontier)]
+            ways = [self._left(k + 1, (*taken, a), spent + int(cost)) for a, cost in enumerate(costs)]
+            taken.append(_draw(ways, generator))
+            spent += int(costs[taken[-1]])
+        return dict(ChainMap(*(alternatives[a] for alternatives, a in zip(self.order, taken, strict=True))))
+
+    def _left(self, k: int, taken: Sequence[int], spent: int) -> float:
+        """Return the number of ways to take the decisions from the k-th on, and to end in the window."""
+        counts = self.counts[k][tuple(taken[d] for d in self.frontiers[k])]
+        return float(counts[max(0, self.window.start - spent) : max(0, self.window.stop - spent)].sum())
+
+
+def _counts(frontiers: Sequence[tuple[int, ...]], costs: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+    """Return the counts of ways for each decision and one past the last."""
+    counts = np.zeros(BINS + 1)
+    counts[0] = 1.0
+    found = [counts]
+    for k in reversed(range(len(costs))):
+        axes = (*frontiers[k], k)
+        before = np.zeros((*costs[k].shape[:-1], BINS + 1))
+        after = [axes.index(d) for d in frontiers[k + 1]]
+        for picks in itertools.product(*map(range, costs[k].shape)):
+            shift = int(costs[k][picks])
+            if shift <= BINS:
+                before[picks[:-1]][shift:] += counts[tuple(picks[axis] for axis in after)][: BINS + 1 - shift]
+        counts = before
+        found.append(counts)
+    return found[::-1]
+
+
+def _ordered(count: int, scopes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return the decisions in an order in which few earlier ones share a scope with later ones."""
+    left, order = list(range(count)), list[int]()
+    neighbours = {d: {e for scope in scopes if d in scope for e in scope} - {d} for d in left}
+    # The decisions about many others come first. The others follow so that few stay open.
+    open_: set[int] = set()
+    left.sort(key=lambda d: (-len(neighbours[d]), d))
+    while left:
+        done = {*order}
+
+        def opened(d: int, done: set[int] = done) -> tuple[int, int]:
+            frontier = {e for e in {*done, d} if neighbours[e] - done - {d}}
+            return len(frontier), left.index(d)
+
+        linked = [d for d in left if neighbours[d] & open_] or left
+        best = min(linked, key=opened) if order else left[0]
+        left.remove(best)
+        order.append(best)
+        open_ = {e for e in order if neighbours[e] - {*order}}
+    return order
+
+
+def _draw(weights: Sequence[float], generator: torch.Generator | None) -> int:
+    """Return a random number in proportion to weights."""
+    point = float(torch.rand((), generator=generator, dtype=torch.float64)) * math.fsum(weights)
+    for number, total in enumerate(itertools.accumulate(weights)):
+        if point < total:
+            return number
+    return max(number for number, weight in enumerate(weights) if weight > 0)

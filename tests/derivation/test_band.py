@@ -1,0 +1,156 @@
+"""Bands: samples are those of the space under the condition that they are in the band."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from spaces import SPACES, vit
+from tiny import ALL, tiny
+
+from tanglenas_engine import Objective, create_objective, create_optimizer, search
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.cost import METRICS
+from tanglenas_engine.testing import random_data
+
+
+def assignments(space):
+    for picks in itertools.product(*space.decisions()):
+        yield {row: option for part in picks for row, option in part.items()}
+
+
+def limited(space, share, metrics=("flops",)):
+    """A limit on each metric, between the least and the most that the space costs."""
+    ends = space.cost(space.smallest()), space.cost(space.largest())
+    low, high = ({metric: getattr(cost, metric) for metric in metrics} for cost in ends)
+    return {metric: int(low[metric] + share * (high[metric] - low[metric])) for metric in metrics}
+
+
+def chances(space, limits, least):
+    """Return the chance of each architecture in the band, by going through all assignments."""
+    found = Counter()
+    for picks in assignments(space):
+        architecture = space.architecture_of(picks)
+        used = [getattr(space.cost(architecture), metric) / most for metric, most in limits.items()]
+        if max(used) <= 1 and max(used) >= least:
+            found[architecture.digest] += 1
+    return {digest: count / found.total() for digest, count in found.items()}
+
+
+@pytest.mark.parametrize("metrics", [("flops",), ("params",), METRICS], ids="+".join)
+@pytest.mark.parametrize("name", ["convolutional", "language", "stages", "deep vit"])
+def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics):
+    space = vit(depth=(1, 2, 3)) if name == "deep vit" else SPACES[name]()
+    limits = limited(space, 0.6, metrics)
+    right = chances(space, limits, 0.7)
+    assert len(right) > 3
+    band, generator, draws = Band(Budget(space, limits), 0.7), torch.Generator().manual_seed(0), 1000
+    assert band.exact
+    drawn = Counter(band.sample(generator).digest for _ in range(draws))
+    assert drawn.keys() <= right.keys()
+    # Pearson's statistic has a mean of k - 1 and a variance of 2 (k - 1), and nearly that of a normal distribution.
+    chi = sum((drawn[digest] - draws * p) ** 2 / (draws * p) for digest, p in right.items())
+    free = len(right) - 1
+    assert abs(chi - free) < 5 * (2 * free + sum(1 / p for p in right.values()) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("name", ALL)
+def test_every_space_has_bands(name, share):
+    space = tiny(name)
+    limits = limited(space, share)
+    band, generator = Band(Budget(space, limits), 0.8), torch.Generator().manual_seed(1)
+    drawn = [band.sample(generator) for _ in range(20)]
+    costs = [space.cost(one).flops for one in (*drawn, band.smallest(), band.largest())]
+    assert all(0.8 * limits["flops"] <= cost <= limits["flops"] for cost in costs)
+    assert all(band.holds(one) for one in drawn)
+    *drawn_costs, least, most = costs
+    bins = limits["flops"] / 1024
+    assert least <= min(drawn_costs) + bins and most >= max(drawn_costs) - bins
+
+
+def test_the_same_seed_draws_the_same():
+    space = vit()
+    band = Band(Budget(space, limited(space, 0.7)), 0.8)
+    one, two = ([band.sample(torch.Generator().manual_seed(s)) for s in range(20)] for _ in range(2))
+    assert one == two and len(set(one)) > 1
+
+
+def test_extremes_are_those_of_the_band():
+    space = SPACES["convolutional"]()
+    limits = limited(space, 0.6)
+    inside = [cost for p in assignments(space) if 0.8 <= (cost := space.terms("flops").cost(p)) / limits["flops"] <= 1]
+    band = Band(Budget(space, limits), 0.8)
+    assert space.cost(band.largest()).flops == pytest.approx(max(inside), abs=limits["flops"] / 2048)
+    assert space.cost(band.smallest()).flops == pytest.approx(min(inside), abs=limits["flops"] / 2048)
+
+
+class Opaque(Objective):
+    """Parameters, without tables."""
+
+    name, unit = "opaque", "parameters"
+
+    def measure(self, architecture):
+        return self.space.cost(architecture).params
+
+    def expectation(self, mixture):
+        return self.space.expected_cost(mixture).params
+
+
+def test_a_cost_without_tables_is_met_by_moves():
+    space = vit()
+    most = limited(space, 0.6, ("params",))["params"]
+    band = Band(Budget(space, {"opaque": most}, [Opaque().bind(space)]), 0.8)
+    assert not band.exact
+    costs = [space.cost(band.sample(torch.Generator().manual_seed(seed))).params for seed in range(10)]
+    assert all(0.8 * most <= cost <= most for cost in costs) and len(set(costs)) > 1
+    assert space.cost(band.smallest()).params <= min(costs) and space.cost(band.largest()).params >= max(costs)
+
+
+def test_an_empty_band_is_refused_with_its_range():
+    space = vit()
+    costs = sorted({space.terms("flops").cost(picks) for picks in assignments(space)})
+    gap, most = max((b / a, b) for a, b in itertools.pairwise(costs))
+    with pytest.raises(TangleNASError) as caught:
+        Band(Budget(space, {"flops": most - 1}), 1 - (gap - 1) / 4)
+    assert "holds no architecture of" in str(caught.value) and f"{most - 1:,} flops" in str(caught.value)
+    assert "widen it, or move the limit" in str(caught.value)
+    with pytest.raises(TangleNASError, match="the smallest has"):
+        Band(Budget(space, {"flops": costs[0] - 1}))
+
+
+def searched(optimizer, space, target, **options):
+    data = random_data(space, ("weights", "architecture", "validation"), samples=16)
+    return search(space, create_optimizer(optimizer), data, epochs=1, batch_size=8, targets=[target], **options)
+
+
+@pytest.mark.parametrize("optimizer", ["spos", "sandwich"])
+def test_a_sampled_search_with_a_target_draws_within_the_band(optimizer, monkeypatch):
+    space = vit(depth=(1, 2, 3))
+    entered = []
+    select = space.select
+    monkeypatch.setattr(space, "select", lambda architecture: (entered.append(architecture), select(architecture))[1])
+    limit = limited(space, 0.6)["flops"]
+    result = searched(optimizer, space, Target(create_objective("flops"), value=limit), band=(0.8, 0.9))
+    trained = [one for one in entered if isinstance(one, type(space.largest())) and one != space.largest()]
+    assert len(trained) > 1
+    assert all(0.8 * limit <= space.cost(one).flops <= 0.9 * limit for one in trained)
+    assert result.targets == {"flops": limit}
+
+
+@pytest.mark.parametrize(
+    "band, message",
+    [
+        (None, "spos has no architecture parameters that a target for flops could draw, and search.band is None"),
+        ((0.9, 0.8), r"search.band is \(0.9, 0.8\), expected two shares of the target, the smaller first"),
+        (0.9, "search.band is 0.9, expected two shares"),
+        ((0.5, 1.5), r"search.band is \(0.5, 1.5\), expected two shares"),
+        ((0.9, "1"), r"search.band is \(0.9, '1'\), expected two shares"),
+    ],
+)
+def test_a_band_is_two_shares(band, message):
+    with pytest.raises(TangleNASError, match=message):
+        searched("spos", vit(), Target(create_objective("flops"), share=0.6), band=band)
