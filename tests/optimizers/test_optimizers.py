@@ -78,7 +78,7 @@ def test_a_search_of_every_optimizer_and_of_every_space_resumes(optimizer, space
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["pc_drnas", "spos"])
 def test_a_large_space_is_searched_by_mixtures_and_by_samples(optimizer):
-    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny(LARGE))
+    check_stages(lambda: create_optimizer(optimizer), lambda: tiny(LARGE))
 
 
 @pytest.mark.parametrize("space", [space for space in ALL if space not in DISTINCT])

@@ -23,6 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 MACROS = ['SPACE = "toy_cell"', 'OPTIMIZER = "spos"', 'DATASET = "digits"', "SEED = 0", "create_space.channels = 2"]
 
+SMALL_EVOLUTION = (
+    "evolution.population = 6", "evolution.parents = 2", "evolution.crossovers = 2", "evolution.mutations = 2",
+)  # fmt: skip
+
 
 def run(stage, *bindings):
     """Run a stage; a derivation takes one batch for statistics, where most of its time would go."""
@@ -80,8 +84,7 @@ def refused(capsys, stage, *bindings):
 
 
 def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
-    run(discretize, 'discretize.method = "evolution"', "discretize.candidates = 16", "evolution.population = 6",
-        "evolution.parents = 2", "evolution.crossovers = 2", "evolution.mutations = 2")  # fmt: skip
+    run(discretize, 'discretize.method = "evolution"', "discretize.candidates = 16", *SMALL_EVOLUTION)
     generations = sorted(int(row["generation"]) for row in rows("out/discretize/candidates.csv"))
     assert generations == [0] * 6 + [1] * 6 + [2] * 4
     first = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
@@ -95,7 +98,7 @@ def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
 
 
 def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, monkeypatch, capsys):
-    bindings = ('discretize.method = "evolution"', "discretize.candidates = 12", "evolution.population = 6")
+    bindings = ('discretize.method = "evolution"', "discretize.candidates = 12", *SMALL_EVOLUTION)
     run(discretize, *bindings)
     whole = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
     measured, calls = Candidates.measured, []
