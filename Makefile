@@ -21,10 +21,10 @@ ui: $(READY)  ## Open MLflow on the runs so far
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 test: $(READY) check  ## Check style and types, and run all tests, one process for each core
-	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## Run the tests without processes of their own, on a few spaces and optimizers
-	pytest --numprocesses auto --maxprocesses 4 -m "not slow" --hypothesis-profile fast
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 -m "not slow" --hypothesis-profile fast
 
 KILLS ?= 100
 soak: $(READY)  ## Kill stages at KILLS random moments (100) and compare what they leave with undisturbed runs

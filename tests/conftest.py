@@ -21,6 +21,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("fast", settings.get_profile("tanglenas"), max_examples=5)
+# For people who look for more: `pytest --hypothesis-profile thorough tests/pipeline/test_fuzz.py` takes new examples.
+settings.register_profile("thorough", settings.get_profile("tanglenas"), max_examples=1000, derandomize=False)
 settings.load_profile("tanglenas")
 
 TESTS = Path(__file__).parent
@@ -53,6 +55,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     given = item.callspec.params.values() if hasattr(item, "callspec") else ()
     if path.startswith(SLOW) or OTHERS.intersection(value for value in given if isinstance(value, str)):
         item.add_marker("slow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that have a slow test, so that no worker is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

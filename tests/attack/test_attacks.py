@@ -35,17 +35,24 @@ from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory) -> Path:
+    """A project in order."""
+    folder = tmp_path_factory.mktemp("laid-out") / "project"
+    assert CliRunner().invoke(main, ["init", str(folder)]).exit_code == 0
+    (folder / ".git").mkdir()
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project in order; the current folder."""
+def project(laid_out, tmp_path, monkeypatch):
+    """A copy of `laid_out`; the current folder."""
     for name in [name for name in os.environ if name.startswith(("TANGLENAS_", "MLFLOW_", "DVC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(main, ["init", "project"]).exit_code == 0
-    (tmp_path / "project" / ".git").mkdir()
-    monkeypatch.chdir("project")
+    shutil.copytree(laid_out, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
 
 

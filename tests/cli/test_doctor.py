@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import gin
 import interruptions
 import pytest
 from click.testing import CliRunner
+from forked import Forked
 
 from tanglenas_engine.cli import doctor, main
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -21,10 +22,10 @@ from tanglenas_engine.runtime.files import exclusive
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 DIES = """
-import os, signal
+import os, signal, sys
 from tanglenas_engine.pipeline.tracking import MlflowTracker
 
-with MlflowTracker.open(stage="search", root=".") as tracker:
+with MlflowTracker.open(stage="search", root=sys.argv[1]) as tracker:
     tracker.log_metrics({"loss": 1.0}, 0)
     print(tracker.run_id, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -217,9 +218,8 @@ def test_a_checkpoint_of_a_stage_that_has_finished_since_is_told_apart(ask, cut_
 
 
 def test_a_run_whose_process_was_killed_is_found_and_marked(ask, project):
-    dead = subprocess.run([sys.executable, "-c", DIES], cwd=project, capture_output=True, text=True)
-    run_id = dead.stdout.strip()
-    assert len(run_id) == 32, dead.stderr
+    run_id = Forked(DIES, project).finished(-signal.SIGKILL).splitlines()[-1]
+    assert len(run_id) == 32
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")

@@ -1,9 +1,11 @@
 """`tanglenas export`: what is written computes what the network computes, and loads without this project."""
 
+import functools
 import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,25 +32,48 @@ sys.meta_path.insert(0, Block())
 """
 
 
+def written(name: str):
+    """Write a network of a space here, as retrain does, and return it with the space and the arguments to export it."""
+    space = tiny(name)
+    architecture = space.sample(torch.Generator().manual_seed(1))
+    network = space.extract(architecture).eval()
+    Path("architecture.json").write_text(architecture.to_json())
+    save_weights("model.safetensors", network.state_dict())
+    save_weights("supernet.safetensors", space.state_dict())
+    options = [word for key, value in TINY.get(name, {}).items() for word in ("-o", f"{key}={value!r}")]
+    arguments = ["export", "architecture.json", "--output", "exported", *options]
+    inputs = space.example_input(5)
+    torch.save({"inputs": inputs, "outputs": network(inputs).detach()}, "expected.pt")
+    return space, network, arguments
+
+
 @pytest.fixture
 def found(tmp_path, monkeypatch):
-    """A function that writes a network of a space, as retrain does, and returns it with the arguments to export it."""
+    """The function `written`, in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
+    return written
 
-    def make(name: str):
-        space = tiny(name)
-        architecture = space.sample(torch.Generator().manual_seed(1))
-        network = space.extract(architecture).eval()
-        Path("architecture.json").write_text(architecture.to_json())
-        save_weights("model.safetensors", network.state_dict())
-        save_weights("supernet.safetensors", space.state_dict())
-        options = [word for key, value in TINY.get(name, {}).items() for word in ("-o", f"{key}={value!r}")]
-        arguments = ["export", "architecture.json", "--output", "exported", *options]
-        inputs = space.example_input(5)
-        torch.save({"inputs": inputs, "outputs": network(inputs).detach()}, "expected.pt")
-        return space, network, arguments
 
-    return make
+@dataclass
+class Exported:
+    folder: Path
+    output: str  # what the command printed
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A function that exports a network of a space in a format, once."""
+
+    @functools.cache
+    def export_once(name: str, format_: str) -> Exported:
+        folder = tmp_path_factory.mktemp(f"{name}-{format_}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            torch.manual_seed(0)
+            _, _, arguments = written(name)
+            return Exported(folder, run(arguments, "--weights", "model.safetensors", "--format", format_))
+
+    return export_once
 
 
 def run(arguments: list[str], *more: str) -> str:
@@ -57,17 +82,29 @@ def run(arguments: list[str], *more: str) -> str:
     return result.stdout
 
 
-def load_elsewhere(code: str, blocked: str, call: str = "model(inputs)") -> None:
-    """Run the code that the command printed in a process of its own, and compare what the model gives."""
-    check = f"""
-import torch
+def load_elsewhere(exported: list[Exported], blocked: str) -> None:
+    """Run the code that the command printed for each in one process, and compare what the models give."""
+    check = """
 expected = torch.load("expected.pt", weights_only=True)
 inputs = expected["inputs"]
 with torch.no_grad():
-    outputs = {call}
+    outputs = model(inputs) if "model" in globals() else run_session(session, inputs)
 torch.testing.assert_close(outputs, expected["outputs"])
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{blocked}{code}{check}"], check=True)
+    code = f"""{blocked}
+import os
+import torch
+
+def run_session(session, inputs):
+    return torch.from_numpy(session.run(None, {{"input": inputs.numpy()}})[0])
+
+for folder, code in {[(str(it.folder), printed_code(it.output) + check) for it in exported]!r}:
+    os.chdir(folder)
+    exec(code, {{"torch": torch, "run_session": run_session}})
+    print(folder)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == [str(it.folder) for it in exported], done.stderr
 
 
 def printed_code(output: str) -> str:
@@ -75,42 +112,37 @@ def printed_code(output: str) -> str:
 
 
 @pytest.mark.parametrize("name", SPACES)
-@pytest.mark.parametrize("format_", ["torch", "torch-export", "timm"])
-def test_the_file_read_again_computes_what_the_network_computes(found, name, format_):
-    _, _, arguments = found(name)
-    arguments += ["--weights", "model.safetensors", "--format", format_]
-    if format_ == "timm" and name not in IN_TIMM:
-        result = CliRunner().invoke(main, arguments)
+@pytest.mark.parametrize("format_", ["torch", "torch-export"])
+def test_the_file_read_again_computes_what_the_network_computes(exports, name, format_):
+    assert "largest difference from the network: 0 " in exports(name, format_).output
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_only_networks_of_timm_are_exported_for_it(exports, found, name):
+    if name in IN_TIMM:
+        assert "largest difference from the network: 0 " in exports(name, "timm").output
+    else:
+        _, _, arguments = found(name)
+        result = CliRunner().invoke(main, [*arguments, "--weights", "model.safetensors", "--format", "timm"])
         assert result.exit_code == 2 and "has no form in timm" in result.stderr
         assert not Path("exported").exists()
-    else:
-        assert "largest difference from the network: 0 " in run(arguments)
 
 
-@pytest.mark.parametrize(
-    "name, format_, blocked",
-    [
-        ("autoformer_nano", "timm", ""),
-        ("autoformer_nano", "torch", ""),
-        ("autoformer_nano", "torch-export", BLOCKED),
-        ("gpt_nano", "torch-export", BLOCKED),
-    ],
-)
-def test_the_code_that_is_printed_loads_it_elsewhere(found, name, format_, blocked):
-    _, _, arguments = found(name)
-    output = run(arguments, "--weights", "model.safetensors", "--format", format_)
-    load_elsewhere(printed_code(output), blocked)
+def test_the_code_that_is_printed_loads_it_elsewhere(exports):
+    load_elsewhere([exports("autoformer_nano", format_) for format_ in ("timm", "torch")], "")
 
 
-@pytest.mark.parametrize("name", ["autoformer_nano", "nb201"])
-def test_onnxruntime_runs_the_exported_graph(found, name):
+def test_archives_load_where_neither_timm_nor_this_project_is(exports):
+    load_elsewhere([exports(name, "torch-export") for name in ("autoformer_nano", "gpt_nano")], BLOCKED)
+
+
+def test_onnxruntime_runs_the_exported_graphs(exports):
     for module in ("onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason=f"{module} comes with the extra 'onnx'")
-    _, _, arguments = found(name)
-    output = run(arguments, "--weights", "model.safetensors", "--format", "onnx")
-    run_it = 'torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])'
-    load_elsewhere(printed_code(output), BLOCKED, run_it)
-    assert bytes(ROOT) not in Path("exported/model.onnx").read_bytes()
+    graphs = [exports(name, "onnx") for name in ("autoformer_nano", "nb201")]
+    load_elsewhere(graphs, BLOCKED)
+    for graph in graphs:
+        assert bytes(ROOT) not in (graph.folder / "exported/model.onnx").read_bytes()
 
 
 def test_onnx_without_its_extra_says_what_to_install(found, monkeypatch):
@@ -120,10 +152,8 @@ def test_onnx_without_its_extra_says_what_to_install(found, monkeypatch):
     assert result.exit_code == 2 and "pip install 'tanglenas[onnx]'" in result.stderr
 
 
-def test_an_archive_holds_no_path_of_this_machine(found):
-    _, _, arguments = found("autoformer_nano")
-    run(arguments, "--weights", "model.safetensors", "--format", "torch-export")
-    with zipfile.ZipFile("exported/model.pt2") as archive:
+def test_an_archive_holds_no_path_of_this_machine(exports):
+    with zipfile.ZipFile(exports("autoformer_nano", "torch-export").folder / "exported/model.pt2") as archive:
         for name in archive.namelist():
             content = archive.read(name)
             assert bytes(ROOT) not in content and sys.prefix.encode() not in content, name

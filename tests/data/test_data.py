@@ -11,7 +11,7 @@ from types import FunctionType, MethodType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tanglenas_datasets.digits import Digits
@@ -73,7 +73,6 @@ def test_splits_are_disjoint_and_cover_the_pool(digits):
     assert splits.training.equal(torch.cat(parts[:2]).sort().values)
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     seed=st.integers(0, 2**32),
     counts=st.lists(st.integers(20, 60), min_size=2, max_size=5),

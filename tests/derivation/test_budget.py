@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from spaces import SPACES, vit
-from tiny import ALL, tiny
+from tiny import DISTINCT, tiny
 from torch import nn
 
 import tanglenas_engine.derivation.budget as budgets
@@ -256,7 +256,7 @@ def test_what_the_solver_lets_through_by_its_tolerance_is_excluded_and_the_rest_
     assert again > 0
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_space_meets_the_tightest_budgets_there_are(name):
     space = tiny(name)
     for metric in METRICS:

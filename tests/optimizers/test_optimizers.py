@@ -1,12 +1,12 @@
 """Every optimizer on every space, and each method against its definition."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 from scipy.stats import chisquare
-from spaces import REGISTERED, SPACES
-from tiny import ALL, tiny
+from tiny import ALL, DISTINCT, tiny
 from torch import nn
 
 from tanglenas_engine import Architecture, Optimizer, SearchSpace, elastic
@@ -38,19 +38,52 @@ def bound(optimizer: Optimizer, space: SearchSpace, seed: int = 0) -> Optimizer:
 
 SHARINGS = ("superposed", "entangled", "separate")
 CAN = {(space, sharing): sharing in type(tiny(space)).sharings for space in ALL for sharing in SHARINGS}
-# Presets of one class are the same network at this size: all optimizers take the first of them, one takes the others.
-FIRST = [*SPACES, *{type(tiny(space)): space for space in reversed(REGISTERED)}.values()]
+LARGE = "darts_nano"
+"""The space whose step takes ten times as long as any other's."""
 
 
-@pytest.mark.parametrize(("space", "sharing"), [pair for pair, can in CAN.items() if can and pair[0] in FIRST])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_runs_on_every_space_with_every_sharing(optimizer, space, sharing):
-    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing))
+def pairs(but=()):
+    """Every optimizer with every space. The sharings take turns, so that each meets every optimizer and every space."""
+    able = {space: [sharing for sharing in SHARINGS if CAN[space, sharing]] for space in DISTINCT if space not in but}
+    return [
+        (optimizer, space, sharings[number % len(sharings)])
+        for number, optimizer in enumerate(OPTIMIZERS)
+        for space, sharings in able.items()
+    ]
 
 
-@pytest.mark.parametrize("space", [space for space in ALL if space not in FIRST])
+@pytest.mark.parametrize(
+    ("optimizer", "space", "sharing"), sorted({*pairs(), *itertools.product(OPTIMIZERS, ["nb201_nano"], SHARINGS)})
+)
+def test_every_optimizer_samples_and_learns_on_every_space(optimizer, space, sharing):
+    given = lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing)
+    check_sampling(*given)
+    check_gradients(*given)
+
+
+@pytest.mark.parametrize(("optimizer", "space", "sharing"), pairs(but=[LARGE]))
+def test_every_optimizer_goes_through_all_stages_on_every_space(optimizer, space, sharing):
+    check_stages(lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing))
+
+
+# Resumption takes longest: each optimizer resumes on every second space, each space with every second optimizer.
+@pytest.mark.parametrize(
+    ("optimizer", "space", "sharing"),
+    [it for it in pairs(but=[LARGE]) if (OPTIMIZERS.index(it[0]) + DISTINCT.index(it[1])) % 2 == 0],
+)
+def test_a_search_of_every_optimizer_and_of_every_space_resumes(optimizer, space, sharing):
+    check_resume(lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["pc_drnas", "spos"])
+def test_a_large_space_is_searched_by_mixtures_and_by_samples(optimizer):
+    check_stages(lambda: create_optimizer(optimizer), lambda: tiny(LARGE))
+
+
+@pytest.mark.parametrize("space", [space for space in ALL if space not in DISTINCT])
 def test_every_preset_is_searched(space):
-    check_optimizer(lambda: create_optimizer("drnas"), lambda: tiny(space))
+    check_stages(lambda: create_optimizer("drnas"), lambda: tiny(space))
 
 
 @pytest.mark.parametrize(("space", "sharing"), [pair for pair, can in CAN.items() if not can])
@@ -71,12 +104,14 @@ FAMILIES = ("autoformer_nano", "gpt_nano", "mobilenetv3_nano", "toy_conv_macro_n
 @pytest.mark.parametrize("space", FAMILIES)
 @pytest.mark.parametrize("relaxation", [relaxation for relaxation in COVERED if relaxation != "exact"])
 def test_the_other_relaxations_are_searched_in_every_family_of_spaces(space, relaxation):
-    check_optimizer(lambda: create_optimizer("drnas"), lambda: tiny(space, relaxation=relaxation))
+    check_stages(lambda: create_optimizer("drnas"), lambda: tiny(space, relaxation=relaxation))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_choice_of_one_option_is_no_trouble(optimizer):
-    check_optimizer(lambda: create_optimizer(optimizer), lambda: tiny("vit", num_heads=(2,), depth=(2,)))
+    given = lambda: create_optimizer(optimizer), lambda: tiny("vit", num_heads=(2,), depth=(2,))
+    for check in (check_sampling, check_gradients, check_stages):
+        check(*given)
 
 
 # What the methods have in common

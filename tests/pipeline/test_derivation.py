@@ -23,9 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 MACROS = ['SPACE = "toy_cell"', 'OPTIMIZER = "spos"', 'DATASET = "digits"', "SEED = 0", "create_space.channels = 2"]
 
+SMALL_EVOLUTION = (
+    "evolution.population = 6", "evolution.parents = 2", "evolution.crossovers = 2", "evolution.mutations = 2",
+)  # fmt: skip
+
 
 def run(stage, *bindings):
-    stage.main([f"gin/stages/{stage.__name__.split('.')[-1]}.gin", *MACROS, *bindings])
+    """Run a stage; a derivation takes one batch for statistics, where most of its time would go."""
+    name = stage.__name__.split(".")[-1]
+    small = ["discretize.recalibration_batches = 1"] if name == "discretize" else []
+    stage.main([f"gin/stages/{name}.gin", *MACROS, *small, *bindings])
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +84,7 @@ def refused(capsys, stage, *bindings):
 
 
 def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
-    run(discretize, 'discretize.method = "evolution"', "discretize.candidates = 16", "evolution.population = 6",
-        "evolution.parents = 2", "evolution.crossovers = 2", "evolution.mutations = 2")  # fmt: skip
+    run(discretize, 'discretize.method = "evolution"', "discretize.candidates = 16", *SMALL_EVOLUTION)
     generations = sorted(int(row["generation"]) for row in rows("out/discretize/candidates.csv"))
     assert generations == [0] * 6 + [1] * 6 + [2] * 4
     first = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
@@ -92,14 +98,14 @@ def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
 
 
 def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, monkeypatch, capsys):
-    bindings = ('discretize.method = "evolution"', "discretize.candidates = 40")
+    bindings = ('discretize.method = "evolution"', "discretize.candidates = 12", *SMALL_EVOLUTION)
     run(discretize, *bindings)
     whole = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
     measured, calls = Candidates.measured, []
 
     def stopping(self, *given):
         calls.append(given)
-        if len(calls) == 30:
+        if len(calls) == 9:
             raise KeyboardInterrupt
         return measured(self, *given)
 
@@ -109,8 +115,8 @@ def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, 
     assert ending.value.code == 130 and not Path("out/discretize/architecture.json").exists()
     assert "Run the same command again to continue" in capsys.readouterr().err
     run(discretize, *bindings)
-    assert len(calls) == 30 + 40 - 29 + 1
-    assert "29 candidates were judged before" in capsys.readouterr().out
+    assert len(calls) == 9 + 12 - 8 + 1
+    assert "8 candidates were judged before" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()} == whole
 
 
@@ -173,11 +179,11 @@ def test_a_table_tells_how_well_the_supernet_ranks(project, capsys):
     table = 'benchmark.path = "toy.csv"'
     run(evaluate, table)
     assert "kendall_tau" not in json.loads(Path("metrics/evaluate.json").read_text())
-    run(evaluate, table, "rank_correlation.architectures = 30")
+    run(evaluate, table, "rank_correlation.architectures = 12")
     metrics = json.loads(Path("metrics/evaluate.json").read_text())
-    assert metrics["ranked_architectures"] == 30 and -1 <= metrics["kendall_tau"] <= 1 and "table_rank" in metrics
+    assert metrics["ranked_architectures"] == 12 and -1 <= metrics["kendall_tau"] <= 1 and "table_rank" in metrics
     found = rows("out/evaluate/rank_correlation.csv")
-    assert len({row["digest"] for row in found}) == 30
+    assert len({row["digest"] for row in found}) == 12
     for row in found:
         assert float(row["table_value"]) == 50 + 5 * row["architecture"].count("sep") + row["architecture"].count("5x5")
     assert Path("out/evaluate/rank_correlation.png").stat().st_size > 0

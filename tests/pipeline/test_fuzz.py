@@ -57,7 +57,7 @@ BYTES = [
 ]
 
 
-fuzzed = settings(max_examples=60)
+fuzzed = settings(max_examples=2 * settings().max_examples)
 
 
 @st.composite

@@ -94,24 +94,27 @@ def said(project: Path, case: Case, **options: object) -> str:
     return text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("size", [2_000, 60_000, 130_000])
-def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(theatre: Theatre, size: int) -> None:
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(theatre: Theatre) -> None:
     whole = theatre.undisturbed(GRADIENT)
     project = theatre.copy(whole.before)
-    message = said(project, GRADIENT, limit=(resource.RLIMIT_FSIZE, size))
-    assert "File too large" in message and re.search(r"(\.tanglenas|out|metrics)/\S+", message), message
+    for size in (2_000, 60_000, 130_000):
+        message = said(project, GRADIENT, limit=(resource.RLIMIT_FSIZE, size))
+        assert "File too large" in message and re.search(r"(\.tanglenas|out|metrics)/\S+", message), (size, message)
     assert play(project, GRADIENT) == 0
     assert contents(project) == whole.after
 
 
-@pytest.mark.parametrize("name", [".tanglenas", ".tanglenas/locks", ".tanglenas/resume", "out", "metrics"])
-def test_a_place_that_cannot_be_written_is_named(theatre: Theatre, name: str) -> None:
+def test_a_place_that_cannot_be_written_is_named(theatre: Theatre) -> None:
     whole = theatre.undisturbed(GRADIENT)
     project = theatre.copy(whole.before)
-    (project / name).parent.mkdir(exist_ok=True)
-    (project / name).write_text("a file where a folder should be: no user may write below it, not even root")
-    assert name in said(project, GRADIENT)
-    (project / name).unlink()
+    for name in (".tanglenas", ".tanglenas/locks", ".tanglenas/resume", "out", "metrics"):
+        place = project / name
+        place.parent.mkdir(exist_ok=True)
+        if place.is_dir():  # a refused run made it
+            shutil.rmtree(place)
+        place.write_text("a file where a folder should be: no user may write below it, not even root")
+        assert name in said(project, GRADIENT)
+        place.unlink()
     assert play(project, GRADIENT) == 0
     assert contents(project) == whole.after
 

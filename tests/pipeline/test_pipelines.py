@@ -190,7 +190,7 @@ BINDINGS = st.tuples(NAMES, ENDINGS, st.sampled_from([" = ", "=", " ", "\n= "]),
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.lists(BINDINGS, max_size=3))
 def test_whatever_is_bound_is_taken_or_refused_in_words(finished: Path, bindings: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -6,13 +6,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -20,16 +20,6 @@ from tanglenas_engine.runtime.files import exclusive, write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
-
-
-def python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture
@@ -258,8 +248,8 @@ with checkpoint.CheckpointFolder(folder, "mine") as checkpoints:
 
 @pytest.mark.parametrize("moment", ["fsync", "replace", "manifest"])
 def test_kill_in_the_middle_of_a_save_keeps_the_one_before(folder: Path, moment: str) -> None:
-    with python(SLOW_SAVE, folder, moment) as process:
-        assert process.stdout is not None and process.stdout.readline() == "saving\n"
+    with Forked(SLOW_SAVE, folder, moment) as process:
+        assert process.stdout.readline() == "saving\n"
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert list(folder.glob(".*.tmp"))
@@ -279,8 +269,8 @@ with exclusive(sys.argv[1]):
 
 
 def test_a_second_process_is_told_the_pid_of_the_first_until_that_is_killed(folder: Path) -> None:
-    with python(HOLD, folder) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with Forked(HOLD, folder) as process:
+        assert process.stdout.readline() == "held\n"
         with pytest.raises(TangleNASError, match=f"pid {process.pid} is still running this stage") as error:
             with CheckpointFolder(folder, "mine"):
                 pass
@@ -303,8 +293,8 @@ with exclusive(sys.argv[1]):
 
 
 def test_children_of_a_killed_process_hold_nothing(folder: Path) -> None:
-    with python(LEAVE, folder) as process:
-        assert process.stdout is not None and process.stdout.readline() == "forked\n"
+    with Forked(LEAVE, folder) as process:
+        assert process.stdout.readline() == "forked\n"
         process.wait()
         with exclusive(folder):
             pass
@@ -404,7 +394,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    said, _ = python(code, path).communicate()
+    said = Forked(code, path).finished()
     assert f"cannot write {path}: File too large" in said
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["out.json"]
@@ -433,8 +423,8 @@ from tanglenas_engine.runtime.weights import save_weights
 save_weights(sys.argv[1], {"w": torch.ones(3), "v": torch.zeros(2)}, {key: key for key in "abcdefgh"})
 """
     paths = [tmp_path / "first", tmp_path / "second"]
-    for process in [python(code, path) for path in paths]:
-        process.communicate()
+    save_weights(paths[0], {"v": torch.zeros(2), "w": torch.ones(3)}, {key: key for key in "hgfedcba"})
+    Forked(code, paths[1]).finished()  # with a hash seed of its own
     first, second = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     assert first == second
     assert list(load_weights(paths[0])) == ["v", "w"]

@@ -7,7 +7,8 @@ import pytest
 import ranked
 import ranks
 import torch
-from project import STAGES, execute, lay_out
+from forked import Forked
+from project import STAGES, environment, execute, lay_out
 
 from tanglenas_engine.data import Stream, TensorSamples
 from tanglenas_engine.errors import TangleNASError
@@ -224,8 +225,19 @@ def test_only_the_program_itself_starts_again(monkeypatch):
     distributed.relaunch("pipelines.search", [])  # this program is pytest: it would be gone
 
 
+ONE_STAGE = """
+import sys
+from stages import MAIN
+MAIN[sys.argv[1]](sys.argv[2:])
+"""
+
+
 @pytest.mark.slow
+# MLflow's own models, on SQLAlchemy 2.1.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_the_pipeline_in_two_processes(tmp_path):
+    from mlflow import MlflowClient
+
     project = lay_out(tmp_path / "project")
     options = {
         "search": ["OPTIMIZER = 'drnas'", "search.epochs = 1"],
@@ -237,18 +249,22 @@ def test_the_pipeline_in_two_processes(tmp_path):
     for name in STAGES:
         bindings = ["SPACE = 'autoformer_nano'", "DATASET = 'digits'", "SEED = 0", *options[name]]
         command = [sys.executable, "-m", f"pipelines.{name}", f"gin/stages/{name}.gin", *bindings]
-        said = execute(project, *command, TANGLENAS_NPROC="2")
+        if name == "search":
+            said = execute(project, *command, TANGLENAS_NPROC="2")
+        else:
+            together = [
+                Forked(ONE_STAGE, name, *command[3:], folder=project, environment={**environment(project), **told})
+                for told in ranks.environments(2)
+            ]
+            said = "".join(process.finished() for process in together)
         # One of them speaks, and writes.
         assert said.count(last.get(name, f"{name} 1/1")) == 1, said
         assert json.loads((project / "metrics" / f"{name}.json").read_text())
     judged = json.loads((project / "metrics" / "evaluate.json").read_text())
     assert judged["test_samples"] == 359 and 0 < judged["test_accuracy"] < 100
-    runs = execute(
-        project, sys.executable, "-c",
-        "import mlflow; c = mlflow.MlflowClient('sqlite:///mlflow.db');"
-        "print(sorted(r.info.status for r in c.search_runs([e.experiment_id for e in c.search_experiments()])))",
-    )  # fmt: skip
-    assert runs.splitlines()[-1] == str(["FINISHED"] * 4)  # one run for each stage, not for each process
+    client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4  # one run for each stage, not for each process
     typo = ["SPACE = 'autoformer_nana'", "OPTIMIZER = 'drnas'", "DATASET = 'digits'", "SEED = 0"]
     command = [sys.executable, "-m", "pipelines.search", "gin/stages/search.gin", *typo]
     said = execute(project, *command, status=2, TANGLENAS_NPROC="2")

@@ -163,7 +163,7 @@ def check(text, space):
         assert str(error)
 
 
-fuzzed = settings(max_examples=60)
+fuzzed = settings(max_examples=2 * settings().max_examples)
 
 
 @fuzzed

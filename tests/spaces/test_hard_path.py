@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import ALL, tiny
+from tiny import DISTINCT, tiny
 
 from tanglenas_engine.superposition.mixture import COVERED
 
 SIZES_ONLY = [
-    name for name in ALL if not any(isinstance(o, str) for c in tiny(name).choices.values() for o in c.options)
+    name for name in DISTINCT if not any(isinstance(o, str) for c in tiny(name).choices.values() for o in c.options)
 ]
 
 
@@ -24,7 +24,7 @@ def forward(space):
 
 
 @pytest.mark.parametrize("relaxation", COVERED)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_hard_path_of_a_mixture_computes_the_architecture(name, relaxation):
     space = tiny(name, relaxation=relaxation).double().eval()
     architecture = space.sample(torch.Generator().manual_seed(1))

@@ -33,7 +33,9 @@ def random_mixture(space: SearchSpace, scale: float = 1.0):
 
 
 def derive(space: SearchSpace, mixture=None, **options):
-    return discretize(space, random_data(space, SPLITS, samples=40), mixture, **options)
+    """Derive with one batch for statistics unless told otherwise: most of the time goes there."""
+    data = random_data(space, SPLITS, samples=40)
+    return discretize(space, data, mixture, **{"recalibration_batches": 1, **options})
 
 
 def costs(space: SearchSpace):

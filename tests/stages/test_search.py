@@ -60,8 +60,9 @@ def searched(space=noisy_vit, optimizer="drnas", data=None, **options):
 # Kill and resume (the table of all spaces is in test_optimizers)
 
 
-@pytest.mark.parametrize("every, cut", [(1, 4), (3, 4), (None, 3)])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy, every, cut", [("simultaneous", 1, 4), ("alternating", 3, 4), ("simultaneous", None, 3)]
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_search_that_is_killed_ends_like_one_that_is_not(optimizer, strategy, every, cut):
     check_resume(
@@ -370,15 +371,14 @@ def echoes(count: int, generator: torch.Generator) -> TensorSamples:
     return TensorSamples((noise + sign * noise.roll(4, 3)) / 2**0.5, labels)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer, seed):
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     space, searcher = Lines(), create_optimizer(optimizer)
     data = DataView({name: echoes(256, generator) for name in SPLITS})
     result = search(
-        space, searcher, data, epochs=20, batch_size=32, seed=seed,
+        space, searcher, data, epochs=20, batch_size=32, seed=0,
         weight_optimizer=partial(torch.optim.Adam, lr=0.02),
         architecture_optimizer=partial(torch.optim.Adam, lr=0.02),
     )  # fmt: skip

@@ -10,7 +10,6 @@ while after one, which is inside a write. The same command is run again until it
 import argparse
 import functools
 import itertools
-import multiprocessing
 import os
 import random
 import re
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import server
 from paths import ROOT
 from project import contents
 from stages import MAIN
@@ -145,16 +145,6 @@ def _writes(mode: str | None, flags: int) -> bool:
     return bool(set("wxa+") & set(mode)) if mode else bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
-@functools.cache
-def _server() -> multiprocessing.context.ForkServerContext:
-    """Forks processes that have everything imported."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    plugins = [path.name for path in (ROOT / "plugins").glob("tanglenas_*")]
-    context.set_forkserver_preload(["kills", "sklearn.datasets", "timm", "matplotlib.pyplot", *plugins])
-    return context
-
-
 def play(
     project: Path,
     case: Case,
@@ -173,7 +163,7 @@ def play(
         wait: Otherwise the process is returned, which still runs.
     """
     arguments = (str(project), case, kill, limit, dict(environment or {}), record and str(record))
-    process = _server().Process(target=_child, args=arguments)
+    process = server().Process(target=_child, args=arguments)
     process.start()
     if not wait:
         return process

@@ -12,23 +12,26 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
 
-
-def start(cases: list[str], folder: Path, world: int) -> list[subprocess.Popen]:
-    """Start `world` processes that run the cases one after the other."""
+def environments(world: int) -> list[dict[str, str]]:
+    """Return what torchrun, which takes seconds to start, would tell each of `world` processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     job = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def start(cases: list[str], folder: Path, world: int) -> list[subprocess.Popen]:
+    """Start `world` processes that run the cases one after the other."""
     return [
         subprocess.Popen(
             [sys.executable, __file__, ",".join(cases), str(folder)],
-            env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank), "TANGLENAS_DEVICE": "cpu"},
+            env={**os.environ, **told, "TANGLENAS_DEVICE": "cpu"},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(world)
+        for told in environments(world)
     ]
 
 

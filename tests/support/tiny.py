@@ -3,7 +3,7 @@
 from spaces import REGISTERED, SMALL, SPACES
 
 from tanglenas_engine import SearchSpace
-from tanglenas_engine.plugins import create_space
+from tanglenas_engine.plugins import create_space, manager
 
 TINY = {
     **{
@@ -44,3 +44,7 @@ def tiny(name: str, **options) -> SearchSpace:
 
 
 ALL = [*SPACES, *REGISTERED]
+
+_PRESETS = sorted(REGISTERED, key=lambda name: name.endswith("_nano"))
+DISTINCT = [*SPACES, *{manager().resolve("space", name).target: name for name in _PRESETS}.values()]
+"""One name for each class, the small preset where it has one: at this size, its presets hardly differ."""

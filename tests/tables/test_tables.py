@@ -461,7 +461,7 @@ plain = st.recursive(
 
 
 @given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
-@settings(max_examples=60)
+@settings(max_examples=2 * settings().max_examples)
 def test_plain_data_is_read_as_python_reads_it(content, protocol):
     assert read_pickle(pickle.dumps(content, protocol)) == content
 
@@ -615,7 +615,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 @given(st.binary(max_size=60) | mutated() | st.binary(max_size=60).map(b"\x80\x04".__add__))
-@settings(max_examples=100)
+@settings(max_examples=3 * settings().max_examples)
 def test_any_bytes_give_a_table_or_an_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.pkl"
     path.write_bytes(data)

@@ -5,12 +5,11 @@ import itertools
 import os
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from tokenizers import Tokenizer
 
 from tanglenas_datasets.digits import Digits
@@ -216,8 +215,7 @@ def test_byte_pairs_are_learned_from_the_text_and_know_every_other(tmp_path):
 def test_byte_pairs_are_the_same_in_every_process(tmp_path):
     path = written(tmp_path / "t.txt", SOURCE)
     code = f"from tanglenas_datasets.text import Text; print(Text({str(path)!r}, tokenizer='bpe').fingerprint)"
-    environment = {**os.environ, "RAYON_NUM_THREADS": "3"}
-    found = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    found = Forked(code, environment={**os.environ, "RAYON_NUM_THREADS": "3"}).finished()
     assert found.strip() == Text(path, tokenizer="bpe").fingerprint
 
 

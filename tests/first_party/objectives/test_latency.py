@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import ALL, tiny
+from tiny import DISTINCT, tiny
 
 from tanglenas_engine import create_objective
 from tanglenas_engine.derivation.targets import Target
@@ -26,7 +26,7 @@ def counted(monkeypatch):
     monkeypatch.setattr(measurement, "_timed", lambda module, calls, device, threads: lambda: parameters(module))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_blocks_add_up_to_the_network(name, counted):
     space = tiny(name)
     blocks = find_blocks(space)
@@ -44,7 +44,7 @@ def test_no_block_is_inside_another_and_none_has_too_many_combinations():
     space = tiny("autoformer_nano")
     names = [block.name for block in find_blocks(space)]
     assert "blocks.0" in names and "blocks.0.attn" not in names and "" not in names
-    for name in ALL:
+    for name in DISTINCT:
         blocks = find_blocks(tiny(name))
         assert all(
             torch.tensor([len(r.options) for r in b.rows]).prod() <= measurement.MOST_COMBINATIONS for b in blocks

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from spaces import Convolutional, random_mixture, vit
-from tiny import ALL, tiny
+from tiny import DISTINCT, tiny
 
 from tanglenas_engine import Objective, create_objective, create_optimizer
 from tanglenas_engine.derivation.targets import Target
@@ -60,7 +60,7 @@ def searched(optimizer="darts", space=None, samples=8, **options):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_counts_are_the_costs_of_the_space(name, metric):
     space = tiny(name)
     objective = create_objective(metric).bind(space)
