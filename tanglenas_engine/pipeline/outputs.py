@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, MIXTURE, OUT, SPLITS, STAGES, SUPERNET
 
+LARGEST_LOSS = 700
+"""The loss in nats from which a perplexity exceeds what a float holds."""
+
 
 def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: SearchResult) -> None:
     """Write the splits, the supernet, the mixture, and the history of the losses and of the mixture weights."""
@@ -76,8 +79,9 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
     return {
         "validation_accuracy": result.validation_accuracy,
         "validation_loss": result.validation_loss,
+        "candidates": len(result.candidates),
         "params": result.cost.params,
-        "flops": result.cost.flops,
+        "macs": result.cost.flops,
         **({} if result.exact is None else {"exact": result.exact}),
         "digest": result.architecture.digest,
     }
@@ -96,12 +100,19 @@ def evaluate_metrics(
         # JSON has no nan, which a coefficient is where all architectures have equal ranks.
         agreement = {name: value for name, value in found.items() if not math.isnan(value)}
         agreement["ranked_architectures"] = len(ranking.rows)
+    # Targets that follow from one another, such as the tokens of a text, have no confusion matrix.
+    has_perplexity = result.confusion is None and result.test_loss < LARGEST_LOSS
     return {
         "test_accuracy": result.test_accuracy,
         "test_loss": result.test_loss,
+        **({"test_perplexity": math.exp(result.test_loss)} if has_perplexity else {}),
         "test_samples": result.samples,
         "params": result.cost.params,
-        "flops": result.cost.flops,
+        "macs": result.cost.flops,
+        "largest_params": result.largest.params,
+        "largest_macs": result.largest.flops,
+        "smallest_params": result.smallest.params,
+        "smallest_macs": result.smallest.flops,
         "digest": architecture.digest,
         **found_in_table,
         **agreement,

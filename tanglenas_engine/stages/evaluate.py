@@ -31,11 +31,13 @@ MAX_ASSIGNMENTS = 10**6
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The test accuracy in %, the mean cross-entropy, the number of test samples, and the network's cost.
+    """The test accuracy in %, the mean cross-entropy in nats, the number of test samples, and the network's cost.
 
-    The cost is in parameters and in multiply-accumulates for one input.
+    Costs are in parameters and in multiply-accumulates for one input.
 
     Attributes:
+        cost: The cost of the network.
+        largest, smallest: The costs of the largest and of the smallest network of the space, to compare it with.
         confusion: The number of test samples for each class (row) and each output of the network (column); None for
             data without labels, such as text.
     """
@@ -44,6 +46,8 @@ class EvaluateResult:
     test_loss: float
     samples: int
     cost: Cost
+    largest: Cost
+    smallest: Cost
     confusion: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -80,7 +84,15 @@ def evaluate(
         if hook is not None:
             hook.remove()
     confusion = None if labels is None else _confusion(labels, predicted, max(widths))
-    return EvaluateResult(found.accuracy, found.loss, len(data.test), space.cost(architecture), confusion)
+    return EvaluateResult(
+        found.accuracy,
+        found.loss,
+        len(data.test),
+        cost=space.cost(architecture),
+        largest=space.cost(space.largest()),
+        smallest=space.cost(space.smallest()),
+        confusion=confusion,
+    )
 
 
 def _confusion(labels: Tensor, predicted: Sequence[Tensor], width: int) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,105 @@
+"""What a person wants to know of a run first: how good the network is, what it costs, and whether alpha decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DECIDED, UNDECIDED = 0.5, 0.9
+"""The entropies up to which alpha is decided, and from which it is undecided.
+
+Between two options, the heavier one has a weight of 0.89 at the first entropy, and of 0.68 at the second.
+"""
+LARGEST = 1e18
+"""The size from which a metric counts as none."""
+COSTS = {"params": "parameters", "macs": "multiply-accumulates (MACs) for one input"}
+"""The costs of the headline: the key of the metrics, and the unit."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact about a run, as text for a person.
+
+    Attributes:
+        name: The name of what is measured, such as "test accuracy".
+        value: The value with its unit, such as "97.22 %".
+        detail: What the value is to be compared with, or "".
+        share: The place of a cost between the smallest network of the space, 0, and the largest, 1. None for other
+            facts, and where all networks cost the same.
+    """
+
+    name: str
+    value: str
+    detail: str = ""
+    share: float | None = None
+
+
+def headline(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
+    """Return the facts about a run with which its report begins: quality, costs, and how alpha ended.
+
+    Metrics that are missing or no finite numbers give no fact.
+
+    Args:
+        metrics: The content of `metrics/STAGE.json` by stage, {} for a stage that has not run.
+    """
+    evaluated = metrics.get("evaluate", {})
+    return [*_quality(evaluated), *_costs(evaluated), *_decision(metrics)]
+
+
+def _quality(evaluated: Mapping[str, Any]) -> list[Fact]:
+    """Return the test metric that people compare: the perplexity of a text, or else the accuracy."""
+    accuracy, loss, perplexity = (_number(evaluated, f"test_{key}") for key in ("accuracy", "loss", "perplexity"))
+    samples = _number(evaluated, "test_samples")
+    about = [] if samples is None else [f"of {samples:,.0f} test {'samples' if perplexity is None else 'windows'}"]
+    mean = [] if loss is None else [f"mean cross-entropy {loss:.3f} nats"]
+    if perplexity is not None:
+        right = [] if accuracy is None else [f"{accuracy:.2f} % of the next tokens are right"]
+        return [Fact("test perplexity", f"{perplexity:,.3f}", ", ".join([*about, *mean, *right]))]
+    return [] if accuracy is None else [Fact("test accuracy", f"{accuracy:.2f} %", ", ".join([*about, *mean]))]
+
+
+def _costs(evaluated: Mapping[str, Any]) -> list[Fact]:
+    """Return the costs of the network, against the largest and the smallest network of the space."""
+    facts = []
+    for key, unit in COSTS.items():
+        cost, largest, smallest = (_number(evaluated, prefix + key) for prefix in ("", "largest_", "smallest_"))
+        if cost is None:
+            continue
+        detail, share = "", None
+        if largest and smallest is not None:
+            detail = (
+                f"{100 * cost / largest:.0f} % of the space's largest network ({largest:,.0f}); "
+                f"its smallest has {smallest:,.0f}"
+            )
+            share = (cost - smallest) / (largest - smallest) if largest > smallest else None
+        facts.append(Fact("MACs" if key == "macs" else unit, f"{cost:,.0f} {unit}", detail, share))
+    return facts
+
+
+def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
+    """Return whether alpha decided, and where the architecture comes from."""
+    entropy = _number(metrics.get("search", {}), "entropy")
+    derived, evaluated = metrics.get("discretize", {}), metrics.get("evaluate", {})
+    candidates = _number(derived, "candidates")
+    if candidates is None:
+        source = ""
+    elif derived.get("digest") != evaluated.get("digest", derived.get("digest")):
+        source = "the architecture was picked from the Pareto front"
+    elif candidates > 1:
+        source = f"the architecture comes from judging {candidates:,.0f} candidates"
+    else:
+        source = "the architecture has each choice's heaviest option"
+    if entropy is None:
+        return [Fact("alpha", "none", f"a sampled search: {source}")] if source else []
+    state = "undecided" if entropy > UNDECIDED else "decided" if entropy <= DECIDED else "partly decided"
+    if state == "undecided" and candidates == 1 and source.endswith("option"):
+        source += ", which weighs little more than the others"
+    return [Fact("alpha", f"{state} (entropy {entropy:.2f} of 1)", source)]
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> float | None:
+    """Return a metric, or None if it is missing or no finite number."""
+    value = metrics.get(key)
+    plausible = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    return value if plausible else None

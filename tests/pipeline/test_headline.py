@@ -1,0 +1,65 @@
+"""The facts with which a report begins: the test metric, costs in the range of the space, and whether alpha decided."""
+
+import math
+
+import pytest
+
+from tanglenas_engine.pipeline.headline import Fact, headline
+
+EVALUATED = {
+    "test_accuracy": 97.214, "test_loss": 0.12345, "test_samples": 359, "digest": "a",
+    "params": 52762, "largest_params": 154826, "smallest_params": 21322,
+    "macs": 1300000, "largest_macs": 2600000, "smallest_macs": 1300000,
+}  # fmt: skip
+
+
+def test_accuracy_comes_first_and_costs_are_placed_in_the_range_of_the_space():
+    found = headline({"evaluate": EVALUATED})
+    assert [fact.name for fact in found] == ["test accuracy", "parameters", "MACs"]
+    accuracy, params, macs = found
+    assert (accuracy.value, accuracy.detail) == ("97.21 %", "of 359 test samples, mean cross-entropy 0.123 nats")
+    assert params.value == "52,762 parameters"
+    assert params.detail == "34 % of the space's largest network (154,826); its smallest has 21,322"
+    assert params.share == pytest.approx((52762 - 21322) / (154826 - 21322))
+    assert macs.value == "1,300,000 multiply-accumulates (MACs) for one input" and macs.share == 0
+
+
+def test_a_text_has_a_perplexity():
+    (fact,) = headline(
+        {"evaluate": {"test_accuracy": 41.0, "test_loss": 2.0, "test_samples": 1200, "test_perplexity": math.exp(2)}}
+    )
+    assert fact == Fact(
+        "test perplexity",
+        "7.389",
+        "of 1,200 test windows, mean cross-entropy 2.000 nats, 41.00 % of the next tokens are right",
+    )
+
+
+@pytest.mark.parametrize(
+    ("entropy", "candidates", "value", "detail"),
+    [
+        (0.96, 100, "undecided (entropy 0.96 of 1)", "the architecture comes from judging 100 candidates"),
+        (0.96, 1, "undecided (entropy 0.96 of 1)",
+         "the architecture has each choice's heaviest option, which weighs little more than the others"),
+        (0.7, 1, "partly decided (entropy 0.70 of 1)", "the architecture has each choice's heaviest option"),
+        (0.1, 1, "decided (entropy 0.10 of 1)", "the architecture has each choice's heaviest option"),
+        (None, 1000, "none", "a sampled search: the architecture comes from judging 1,000 candidates"),
+    ],
+)  # fmt: skip
+def test_alpha_is_decided_or_not(entropy, candidates, value, detail):
+    searched = {} if entropy is None else {"entropy": entropy}
+    (fact,) = headline({"search": searched, "discretize": {"candidates": candidates}})
+    assert (fact.value, fact.detail) == (value, detail)
+
+
+def test_another_architecture_than_the_best_was_picked():
+    metrics = {"discretize": {"candidates": 100, "digest": "b"}, "evaluate": {"digest": "a"}}
+    assert headline(metrics)[0].detail.endswith("the architecture was picked from the Pareto front")
+
+
+@pytest.mark.parametrize("value", ["97", None, True, float("nan"), float("inf"), 10**400, [1], {}])
+def test_what_is_no_number_gives_no_fact(value):
+    forged = {stage: dict.fromkeys([*EVALUATED, "entropy", "candidates"], value) for stage in ("search", "evaluate")}
+    assert headline(forged) == []
+    (fact,) = headline({"evaluate": {"params": 5, "largest_params": value, "smallest_params": value}})
+    assert fact == Fact("parameters", "5 parameters")
