@@ -50,7 +50,7 @@ class Meter:
         if resource is not None:
             unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
             peaks["peak_memory_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             peaks["peak_gpu_memory_MiB"] = torch.cuda.max_memory_allocated() / MIB
         return total | {name: max(value, self._earlier.get(name, 0.0)) for name, value in peaks.items()}
 

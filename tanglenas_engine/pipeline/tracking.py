@@ -40,7 +40,16 @@ from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 
-__all__ = ["PIPELINE", "MlflowTracker", "lineage", "mark_killed", "project_root", "spooled_runs", "stale_runs", "upload_spool"]
+__all__ = [
+    "PIPELINE",
+    "MlflowTracker",
+    "lineage",
+    "mark_killed",
+    "project_root",
+    "spooled_runs",
+    "stale_runs",
+    "upload_spool",
+]
 
 P = ParamSpec("P")
 

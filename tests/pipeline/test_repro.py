@@ -39,12 +39,22 @@ def repository(folder: Path) -> Path:
 
 
 def runs(folder: Path) -> list:
-    """The MLflow runs of a repository, oldest first."""
+    """The MLflow runs of a repository's stages, oldest first."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return client.search_runs(experiments, order_by=["attributes.start_time"])
+    query = "tags.`tanglenas.stage` != 'pipeline'"
+    return client.search_runs(experiments, query, order_by=["attributes.start_time"])
+
+
+def pipelines(folder: Path) -> dict:
+    """The MLflow runs of a repository's pipelines by their ids."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return {run.info.run_id: run for run in client.search_runs(experiments, "tags.`tanglenas.stage` = 'pipeline'")}
 
 
 @dataclass
@@ -116,7 +126,7 @@ def test_the_four_stages_are_finished_runs_of_one_lineage(finished: Finished) ->
         assert run.data.tags["dvc.stage"] == run.data.tags["tanglenas.stage"]
         assert (run.data.params["SPACE"], run.data.params["SEED"]) == ("autoformer_nano", "0")
         record = json.loads((finished.folder / "out" / f"{run.data.tags['tanglenas.stage']}.run.json").read_text())
-        assert record == {"mlflow_run_id": run.info.run_id}
+        assert record["mlflow_run_id"] == run.info.run_id
     assert {run.data.tags["architecture.digest"] for run in found[1:]} == {digest}
     assert {"search/validation_accuracy", "search/entropy", "final/entropy"} < set(found[0].data.metrics)
     test_accuracy = json.loads((finished.folder / "metrics" / "evaluate.json").read_text())["test_accuracy"]
@@ -206,7 +216,7 @@ def test_a_search_that_was_killed_goes_on_in_the_same_run(disturbed: Disturbed) 
     (run,) = runs(disturbed.folder)
     assert (run.info.run_id, run.info.status) == (disturbed.run_id, "FINISHED")
     record = json.loads((disturbed.folder / "out" / "search.run.json").read_text())
-    assert record == {"mlflow_run_id": disturbed.run_id}
+    assert record["mlflow_run_id"] == disturbed.run_id
 
 
 def test_kills_and_tracking_and_place_change_no_byte(finished: Finished, disturbed: Disturbed) -> None:
