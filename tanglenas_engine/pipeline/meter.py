@@ -52,7 +52,8 @@ class Meter:
             peaks["peak_memory_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             peaks["peak_gpu_memory_MiB"] = torch.cuda.max_memory_allocated() / MIB
-        return total | {name: max(value, self._earlier.get(name, 0.0)) for name, value in peaks.items()}
+        total |= {name: max(value, self._earlier.get(name, 0.0)) for name, value in peaks.items()}
+        return {name: round(value, 1) for name, value in total.items()}
 
 
 def _processor_seconds() -> float:

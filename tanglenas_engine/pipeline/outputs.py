@@ -145,7 +145,7 @@ def pipeline_metrics(stage: str) -> dict[str, float]:
             seconds[f"{name}_seconds"] = used["seconds"]
             memory += [used["peak_memory_MiB"]] if _is_number(used.get("peak_memory_MiB")) else []
     peak = {"peak_memory_MiB": max(memory)} if memory else {}
-    return {**found, **seconds, **({"seconds": sum(seconds.values())} if seconds else {}), **peak}
+    return {**found, **seconds, **({"seconds": round(sum(seconds.values()), 1)} if seconds else {}), **peak}
 
 
 def _content(path: Path) -> dict[str, Any]:

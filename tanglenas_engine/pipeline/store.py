@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -39,6 +40,22 @@ UPLOAD_SECONDS = 300.0
 """The most seconds for a file or folder. A stage logs one, at its end."""
 OPENING = {True: 15.0, False: 150.0}
 """The most seconds for opening a store that a server has, or a database: a new one takes long to make."""
+
+
+_COLUMNS = [f"metrics.`{name}`" for name in ("test_accuracy", "macs", "params", "seconds")]
+VIEW = {
+    # MLflow's page reads a view of a list of runs from this tag, and names it `viewStateShareKey` in its address.
+    "mlflow.sharedViewState.tanglenas": json.dumps(
+        {
+            "selectedColumns": _COLUMNS,
+            "columnOrder": ["attributes.`Run Name`", "attributes.`Created`", *_COLUMNS, "attributes.`Duration`"],
+            "columnWidths": {"attributes.`Run Name`": 260},
+        }
+    ),
+    # Otherwise the page opens with menus for language models.
+    "mlflow.experimentKind": "custom_model_development",
+}
+"""The tags of an experiment with which its page opens on columns that compare pipelines."""
 
 
 def project_root() -> Path:
@@ -143,11 +160,14 @@ class Store:
                 check_place(found.artifact_location, self.root)
             if found.lifecycle_stage == "deleted":  # it takes no run, and no other experiment can have its name
                 client.restore_experiment(found.experiment_id)
+            for tag in VIEW.keys() - found.tags.keys():
+                with suppress(Exception):  # a server may let nobody change an experiment
+                    client.set_experiment_tag(found.experiment_id, tag, VIEW[tag])
             return str(found.experiment_id)
         # Without a location, the artifacts would go to the current folder for all later runs.
         location = None if self.served else (self.root / "mlartifacts").as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=VIEW))
         except Exception:
             if found := client.get_experiment_by_name(name):  # another process was faster
                 return str(found.experiment_id)

@@ -733,6 +733,18 @@ def test_the_stages_of_a_pipeline_are_nested_in_one_run_that_has_what_compares_i
     assert other.data.tags["tanglenas.pipeline_id"] == "another"
 
 
+def test_the_page_of_the_experiment_opens_on_columns_that_compare_pipelines(root: Path) -> None:
+    bare = client(root).create_experiment("tanglenas")
+    with staged(root, "search"):
+        pass
+    tags = client(root).get_experiment(bare).tags
+    with MlflowTracker.open(stage="search", root=root, experiment="another"):
+        pass
+    assert client(root).get_experiment_by_name("another").tags.items() >= store.VIEW.items() <= tags.items()
+    columns = json.loads(tags["mlflow.sharedViewState.tanglenas"])["selectedColumns"]
+    assert columns[0] == "metrics.`test_accuracy`"
+
+
 def test_a_stage_that_runs_again_finds_the_run_of_its_pipeline(root: Path) -> None:
     for _ in range(2):
         with staged(root, "retrain"):
