@@ -40,7 +40,7 @@ def blocks(space: SearchSpace, architecture: Architecture) -> list[Block]:
     Lists of modules are opened; what is in them is a block.
     """
     with torch.random.fork_rng(devices=[]):  # looking at a network changes no number of a run
-        network, example = space.standalone(architecture), space.example_input(1)
+        network, example = space.standalone(architecture).float(), space.example_input(1)
     numbers = _numbers(space)
     found: list[Block] = []
     counter = ProductCounter()

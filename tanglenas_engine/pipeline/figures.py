@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tanglenas_engine.errors import shown
 from tanglenas_engine.pipeline.blocks import Block, blocks
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.tracking import Record
@@ -168,13 +169,20 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
     layered = [choice for choice in space.choices.values() if choice.layered]
     grid = [layered[i : i + 4] for i in range(0, len(layered), 4)]
     layers = [max(len(choice) for choice in line) for line in grid]
-    table = blocks(space, architecture)
+    table: list[Block] = []
+    trouble = ""
+    try:
+        table = blocks(space, architecture)
+    except Exception as error:  # of a plugin's network without data; a figure ends no stage
+        trouble = _short(f"its blocks cannot be listed: {shown(error)}", 100)
     height = 0.65 + 0.3 * len(once) + 0.24 * sum(layers) + 0.5 * len(grid)
-    with _drawing(path, height + (0.45 + BLOCK * len(table) if table else 0)) as figure:
+    with _drawing(path, height + (0.45 + BLOCK * len(table) if table or trouble else 0)) as figure:
         _write(figure, 0.1, 0.15, f"{architecture.space}  {architecture.digest}", fontweight="bold")
         _write(figure, 0.1, 0.4, f"{cost.params:,} parameters, {cost.flops:,} multiply-accumulates")
         if table:
             _block_table(figure, height, table)
+        elif trouble:
+            _write(figure, 0.1, height + 0.2, trouble, fontsize=8, color=FAINT, parse_math=False)
         if layered:
             _write(figure, WIDTH - 0.1, 0.4, _numbering(layered), ha="right", color=FAINT)
         if once:
