@@ -33,11 +33,11 @@ import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
+from tanglenas_engine.pipeline.compared import pipeline_metrics
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
 from tanglenas_engine.pipeline.configurables import create, packages, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, read_splits
 from tanglenas_engine.pipeline.meter import Meter
-from tanglenas_engine.pipeline.outputs import pipeline_metrics
 from tanglenas_engine.pipeline.tracking import MlflowTracker, project_root
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json
