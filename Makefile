@@ -18,6 +18,7 @@ demo: $(READY)  ## Search, discretize, retrain and evaluate a vision transformer
 	@echo "Compare runs: make ui"
 
 ui: $(READY)  ## Open MLflow on the runs so far
+	@echo "Runs: http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=tanglenas&workflowType=machine_learning"
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 test: $(READY) check  ## Check style and types, and run all tests, one process for each core

@@ -12,7 +12,16 @@ from torchvision.transforms import v2
 
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
-from tanglenas_datasets.images import UNREADABLE, check_all, decode, opened, reason, unreadable, unreadable_later
+from tanglenas_datasets.images import (
+    UNREADABLE,
+    check_all,
+    decode,
+    opened,
+    reason,
+    twins,
+    unreadable,
+    unreadable_later,
+)
 from tanglenas_engine import Dataset, Progress, TangleNASError, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
@@ -199,7 +208,10 @@ class ImageFolder(Dataset):
 
     def verify(self, progress: Progress, folder: Path) -> None:
         if self._checked:
-            check_all(self._paths, folder, progress)
+            digests = check_all(self._paths, folder, progress)
+            test = set() if self.test_indices is None else set(self.test_indices.tolist())
+            if told := twins(self._paths, digests, test):
+                progress.note(told)
 
     def subset(self, indices: Tensor, *, train: bool) -> "ImageFiles":
         return ImageFiles(

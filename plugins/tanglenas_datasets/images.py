@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,8 +57,10 @@ def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
         return image.convert(mode)
 
 
-def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> None:
-    """Decode every file once, in as many threads as there are cores. Contents that were decoded before are not again.
+def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[str]:
+    """Decode every file once, in as many threads as there are cores, and return the digest of each.
+
+    Contents that were decoded before are not decoded again.
 
     Args:
         paths: The files.
@@ -72,7 +74,7 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> None:
     known = set(memory.read_text("ascii", "replace").split()) if memory.exists() else set()
     # Another version of Pillow may refuse what this one reads.
     key = f"Pillow {PIL.__version__}".encode()
-    decoded: set[str] = set()
+    digests: list[str] = []
     bad: dict[str, str] = {}
 
     def check(path: str) -> tuple[str, str, str]:
@@ -95,17 +97,46 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> None:
                     if why:
                         bad[path] = why
                     else:
-                        decoded.add(digest)
+                        digests.append(digest)
                 done = min(start + _AT_ONCE, len(paths))
                 line.epoch(done, len(paths), f"{len(bad):,} unreadable" if bad else "all readable")
     finally:
-        if not decoded <= known:
-            write_atomic(memory, "\n".join(sorted(known | decoded)) + "\n")
+        if not known.issuperset(digests):
+            write_atomic(memory, "\n".join(sorted(known.union(digests))) + "\n")
     if bad:
         every = folder / "unreadable-images.txt"
         if len(bad) > MOST_NAMED:
             write_atomic(every, "".join(f"{shown(path)}: {why}\n" for path, why in bad.items()))
         raise unreadable(bad, len(paths), f" (all of them: {every})" if len(bad) > MOST_NAMED else "")
+    return digests
+
+
+def twins(paths: Sequence[str], digests: Sequence[str], test: Collection[int]) -> str:
+    """Return a sentence about images that are there twice, with the same bytes in files of their own, or "".
+
+    Args:
+        paths: The files.
+        digests: The digest of each.
+        test: The numbers of the files of the test part; none where the test split is drawn from all files.
+    """
+    alike: dict[str, list[int]] = {}
+    for number, digest in enumerate(digests):
+        alike.setdefault(digest, []).append(number)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if not groups:
+        return ""
+    shared = [group for group in groups if 0 < sum(number in test for number in group) < len(group)]
+    told = shared or groups
+    pairs = listed((" = ".join(shown(paths[number]) for number in (group[0], group[-1])) for group in told), 3)
+    if shared:
+        count = sum(number in test for group in shared for number in group)
+        return (
+            f"image_folder: {count:,} of {len(test):,} test images are in the training data too, byte for byte, so "
+            f"that the test accuracy is too high: {pairs}. Remove one of each"
+        )
+    where = "" if test else ", and a copy may fall into the test split of an image that is trained on"
+    copies = sum(len(group) - 1 for group in groups)
+    return f"image_folder: {copies:,} images are copies of others, byte for byte{where}: {pairs}. Remove one of each"
 
 
 def unreadable(bad: Mapping[str, str], total: int, more: str = "") -> TangleNASError:

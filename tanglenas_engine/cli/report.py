@@ -10,14 +10,16 @@ import click
 def command(output: Path) -> None:
     """Write a page about the project in this folder: the last run in full, and all runs that MLflow knows, compared.
 
-    The page is one file; figures are inside, and nothing is loaded from elsewhere.
+    Where only queued experiments ran, the page compares them. It is one file; figures are inside, and nothing is loaded
+    from elsewhere.
     """
     from tanglenas_engine.runtime.files import write_atomic
 
     from ..pipeline.report import page
     from ..pipeline.store import project_root
+    from ._shipped import pipeline
 
-    html, runs, mixed = page(project_root())
+    html, runs, mixed = page(project_root(), pipeline() / "params.yaml")
     write_atomic(output, html)
     if mixed:
         click.secho(mixed, fg="yellow", err=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, closest, unknown
+from tanglenas_engine.runtime import strict_json
 
 from .dataset import Dataset, Samples
 
@@ -95,8 +96,8 @@ class Splits:
         """
         remake = "Make the splits again with make_splits(dataset, seed=...)."
         try:
-            fields: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            fields: Any = strict_json.loads(text)
+        except ValueError as error:
             raise TangleNASError(f"this is no splits file: {error}. {remake}") from error
         types = {"version": int, "dataset": str, "fingerprint": str, "seed": int, "assignment": str}
         if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:

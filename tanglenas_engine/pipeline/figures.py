@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tanglenas_engine.errors import shown
+from tanglenas_engine.pipeline.blocks import Block, blocks
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 WIDTH = 8.0  # inches: once the figure fills a README's column, 9 points are as large as the text around it
 LETTER = 0.085  # inches of a letter
+BLOCK = 0.17  # inches of the line of a block
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, told apart by the colour-blind
 INK, FAINT, PALE = "#333333", "#8a8a8a", "#e6e6e6"
 STYLE: dict[str, Any] = {
@@ -72,17 +75,24 @@ def alphas(history: Sequence[Record], choices: Mapping[str, Choice | Sequence[An
     tall = {name: min(max(0.16 * len(mixtures[0][name]), 0.7), 3.5) for name in layered}  # inches of a map
     lines = -(-len(once) // 3)
     bands = {name: -(-len(options[name]) // across[name]) * (tall[name] + 0.65) + 0.25 for name in layered}
+    # One scale for all panels of a kind, so that equal heights and equal colours mean the same.
+    top = max([0.0, *(max(_flat(mixture[name])) for mixture in mixtures for name in once)])
+    reach = max([0.05, *(_reach([mixture[name] for mixture in mixtures], len(options[name])) for name in layered)])
     with _drawing(path, 1.9 * lines + sum(bands.values())) as figure:
         for place, name in enumerate(once):
             room = LETTER * max(len(str(option)) for option in options[name])  # for names at the ends of the curves
             cell, y = WIDTH / columns, 1.9 * (place // columns)
             axes = _place(figure, cell * (place % columns) + 0.5, y + 0.3, cell - 0.85 - room, 1.15)
-            _weight_lines(axes, name, options[name], epochs, [mixture[name] for mixture in mixtures])
+            _weight_lines(axes, name, options[name], epochs, [mixture[name] for mixture in mixtures], top)
         y = 1.9 * lines
         for name in layered:
             weights = [mixture[name] for mixture in mixtures]
             labels, used = _layers(choices, name, mixtures[-1])
-            _weight_maps(figure, y, tall[name], across[name], name, options[name], epochs, weights, labels, used)
+            image = _weight_maps(
+                figure, y, tall[name], across[name], name, options[name], epochs, weights, labels, used, reach
+            )
+            if name == layered[0]:
+                _colour_scale(figure, image, y, tall[name], reach)
             y += bands[name]
 
 
@@ -108,6 +118,7 @@ def anytime(history: Sequence[Record], path: str | Path) -> None:
                 axes.plot(changes, [0.02] * len(changes), "^", color=ORANGE, markersize=5, transform=low,
                           label="architecture changed")  # fmt: skip
         _frame(axes, epochs, "accuracy (%)")
+        from_zero(axes)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
         if not found:
             return
@@ -119,6 +130,7 @@ def anytime(history: Sequence[Record], path: str | Path) -> None:
             _curve(axes, epochs, [value / scale for value in current], BLUE, "current", drawstyle="steps-post")
             _frame(axes, epochs, f"{title}{unit}")
             _widen(axes)
+            from_zero(axes)
         below[0].legend(loc="best", fontsize=8)
         _curve(below[2], epochs, [row["entropy"] for row in history], GREEN, None)
         _frame(below[2], epochs, "entropy (0: decided)")
@@ -134,12 +146,14 @@ def training(history: Sequence[Record], path: str | Path) -> None:
         left, right = _place(figure, 0.55, 0.3, 2.4, 2.0), _place(figure, 3.6, 0.3, 2.9, 2.0)
         _curve(left, epochs, [row["loss"] for row in history], FAINT, None)
         _frame(left, epochs, "training loss")
+        from_zero(left)
         ends = []
         for key, label, colour in (("accuracy", "training", FAINT), ("validation_accuracy", "validation", BLUE)):
             values = [row[key] for row in history]
             _curve(right, epochs, values, colour, None)
             ends.append((values[-1], f"{label} {values[-1]:.1f} %", colour))
         _frame(right, epochs, "accuracy (%)")
+        from_zero(right)
         _label_ends(right, ends)
 
 
@@ -155,9 +169,20 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
     layered = [choice for choice in space.choices.values() if choice.layered]
     grid = [layered[i : i + 4] for i in range(0, len(layered), 4)]
     layers = [max(len(choice) for choice in line) for line in grid]
-    with _drawing(path, 0.65 + 0.3 * len(once) + 0.24 * sum(layers) + 0.5 * len(grid)) as figure:
+    table: list[Block] = []
+    trouble = ""
+    try:
+        table = blocks(space, architecture)
+    except Exception as error:  # of a plugin's network without data; a figure ends no stage
+        trouble = _short(f"its blocks cannot be listed: {shown(error)}", 100)
+    height = 0.65 + 0.3 * len(once) + 0.24 * sum(layers) + 0.5 * len(grid)
+    with _drawing(path, height + (0.45 + BLOCK * len(table) if table or trouble else 0)) as figure:
         _write(figure, 0.1, 0.15, f"{architecture.space}  {architecture.digest}", fontweight="bold")
         _write(figure, 0.1, 0.4, f"{cost.params:,} parameters, {cost.macs:,} multiply-accumulates")
+        if table:
+            _block_table(figure, height, table)
+        elif trouble:
+            _write(figure, 0.1, height + 0.2, trouble, fontsize=8, color=FAINT, parse_math=False)
         if layered:
             _write(figure, WIDTH - 0.1, 0.4, _numbering(layered), ha="right", color=FAINT)
         if once:
@@ -196,6 +221,7 @@ def candidates(rows: Sequence[Record], path: str | Path) -> None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         if len(rows) == 1:
             _widen(axes)
+        from_zero(axes, both=True)
 
 
 def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str | Path) -> None:
@@ -222,6 +248,7 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         if len(rows) == 1:
             _widen(axes)
+        from_zero(axes, both=True)
 
 
 def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float, path: str | Path) -> None:
@@ -238,6 +265,7 @@ def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float
         axes.set_xlabel("loss with the supernet's weights (cross-entropy)")
         axes.margins(0.04)
         axes.ticklabel_format(useOffset=False)
+        from_zero(axes, both=True)
 
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: str | Path) -> None:
@@ -276,6 +304,7 @@ def predictions(predicted: Sequence[float], measured: Sequence[float], path: str
         axes.set_title(f"predicted latency of {len(measured)} networks (ms)")
         axes.set_xlabel("measured latency (ms)")
         axes.margins(0.04)
+        from_zero(axes, both=True)
 
 
 @contextmanager
@@ -314,7 +343,9 @@ def _note(text: str, path: str | Path) -> None:
         _write(figure, WIDTH / 2, 0.3, text, ha="center")
 
 
-def _weight_lines(axes: Axes, name: str, options: Sequence[Any], epochs: list[int], weights: list[list[float]]) -> None:
+def _weight_lines(
+    axes: Axes, name: str, options: Sequence[Any], epochs: list[int], weights: list[list[float]], top: float
+) -> None:
     from matplotlib import colormaps
 
     ends = []
@@ -323,8 +354,7 @@ def _weight_lines(axes: Axes, name: str, options: Sequence[Any], epochs: list[in
         values = [row[i] for row in weights]
         _curve(axes, epochs, values, colour, None)
         ends.append((values[-1], str(options[i]), colour))
-    low, high = _limits(weights, len(options))
-    axes.set_ylim(max(low - 0.02, -0.03), min(high + 0.02, 1.03))
+    axes.set_ylim(0, min(1.05 * top, 1.03))
     _frame(axes, epochs, name)
     axes.axhline(1 / len(options), color=PALE, linewidth=1, zorder=0)
     _label_ends(axes, ends)
@@ -341,16 +371,16 @@ def _weight_maps(
     weights: list[list[list[float]]],
     labels: list[str],
     used: list[bool],
-) -> None:
-    """Draw a map of layer by epoch for every option. A weight of 1 / options, which says nothing, is white.
+    reach: float,
+) -> Any:
+    """Draw a map of layer by epoch for every option, and return one of them. A weight of 1 / options is white.
 
     Layers beyond the depth that is the most probable in the end are not `used`, and have no dot.
     """
     from matplotlib.colors import CenteredNorm
 
     count, layers = len(options), len(weights[0])
-    low, high = _limits([layer for epoch in weights for layer in epoch], count)
-    norm = CenteredNorm(1 / count, max(high - 1 / count, 1 / count - low))
+    norm = CenteredNorm(0, reach)
     winners = [layer.index(max(layer)) for layer in weights[-1]]
     _write(figure, 0.1, top + 0.12, f"{name}: weight of each option (dot: the largest in the end)")
     cell = (WIDTH - 1.2) / columns
@@ -359,7 +389,7 @@ def _weight_maps(
         y = top + 0.4 + line * (height + 0.65)
         axes = _place(figure, 0.45 + cell * column, y, cell - 0.2, height)
         image = axes.imshow(
-            [[epoch[layer][i] for epoch in weights] for layer in range(layers)],
+            [[epoch[layer][i] - 1 / count for epoch in weights] for layer in range(layers)],
             norm=norm, aspect="auto", interpolation="nearest",
             extent=(epochs[0] - 0.5, epochs[-1] + 0.5, layers + 0.5, 0.5),
         )  # fmt: skip
@@ -374,9 +404,14 @@ def _weight_maps(
         if column == 0:
             axes.set_ylabel("layer")
         axes.set_xlabel("epoch", labelpad=1)
+    return image
+
+
+def _colour_scale(figure: Figure, image: Any, top: float, height: float, reach: float) -> None:
+    """Draw the scale of all maps in a figure, beside the first of them."""
+    _write(figure, WIDTH - 0.1, top + 0.12, "weight - 1 / options", ha="right", fontsize=8, color=FAINT)
     scale = _place(figure, WIDTH - 0.6, top + 0.4, 0.12, height)
-    bar = figure.colorbar(image, cax=scale, ticks=[low, 1 / count, high], format="%.2f")
-    bar.ax.set_ylim(low, high)
+    bar = figure.colorbar(image, cax=scale, ticks=[-reach, 0, reach], format="%+.2f")
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
 
@@ -405,11 +440,13 @@ def _layer_ticks(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks([i + 1 for i in shown], [labels[i] for i in shown])
 
 
-def _limits(weights: list[list[float]], count: int) -> tuple[float, float]:
-    """Return the range of weights to show around 1 / count: at least 0.05 to either side, so that noise looks small."""
-    flat = [weight for row in weights for weight in row]
-    reach = max(0.05, max(flat) - 1 / count, 1 / count - min(flat))
-    return max(0.0, 1 / count - reach), min(1.0, 1 / count + reach)
+def _reach(weights: Any, count: int) -> float:
+    """Return how far nested lists of weights go from 1 / count."""
+    return max(abs(weight - 1 / count) for weight in _flat(weights))
+
+
+def _flat(weights: Any) -> list[float]:
+    return [weight for row in weights for weight in _flat(row)] if isinstance(weights, list) else [weights]
 
 
 def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture) -> None:
@@ -425,6 +462,35 @@ def _option_table(axes: Axes, choices: list[Choice], architecture: Architecture)
                       color="white" if chosen else FAINT)  # fmt: skip
     axes.set(xlim=(0, WIDTH), ylim=(len(choices) - 0.5, -0.5))
     axes.set_axis_off()
+
+
+def _block_table(figure: Figure, top: float, table: Sequence[Block]) -> None:
+    """Draw a line per block: its shape, its stride where it has one, and a bar of its multiply-accumulates."""
+    total, largest = sum(block.macs for block in table), max(block.macs for block in table)
+    strided = any(block.stride for block in table)
+    left, length = (4.3, WIDTH - 6.2) if strided else (3.7, WIDTH - 5.6)
+    shape = (
+        "channels x H x W" if strided else "tokens x channels" if any(" x " in b.output for b in table) else "channels"
+    )
+    for x, text in ((0.1, "block"), (2.2, shape), (3.7, "stride" if strided else ""), (left, "MACs, share")):
+        _write(figure, x, top + 0.18, text, color=FAINT)
+    axes = _place(figure, left, top + 0.32, length + 1.8, BLOCK * len(table))
+    for y, block in enumerate(table):
+        middle = top + 0.32 + BLOCK * (y + 0.5)
+        _write(figure, 0.1, middle, _short(f"{block.name}  {block.kind}", 26), fontsize=8, parse_math=False)
+        _write(figure, 2.2, middle, _short(block.output, 18), fontsize=8)
+        if block.stride:
+            _write(figure, 3.7, middle, str(block.stride), fontsize=8,
+                   fontweight="bold" if block.stride > 1 else "normal")  # fmt: skip
+        bar = length * block.macs / largest
+        axes.barh(y, bar, 0.75, color=BLUE)
+        axes.text(bar + 0.06, y, f"{block.macs:,}  {100 * block.macs / total:.0f} %", va="center_baseline", fontsize=8)
+    axes.set(xlim=(0, length + 1.8), ylim=(len(table) - 0.5, -0.5))
+    axes.set_axis_off()
+
+
+def _short(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f"{text[: letters - 3]}..."
 
 
 def _layer_bars(axes: Axes, choice: Choice, assignment: Assignment) -> None:
@@ -496,6 +562,32 @@ def _widen(axes: Axes) -> None:
     low, high = axes.get_ylim()
     centre, reach = (low + high) / 2, max(high - low, 0.1 * high) / 2
     axes.set_ylim(centre - reach, centre + reach)
+
+
+def from_zero(axes: Axes, *, both: bool = False) -> None:
+    """Let the vertical axis, or both, begin at 0; mark one as broken where 0 would leave the values half of it."""
+    for vertical in (True, False) if both else (True,):
+        low, high = axes.get_ylim() if vertical else axes.get_xlim()
+        least = axes.dataLim.y0 if vertical else axes.dataLim.x0
+        if low > high / 2:
+            _break(axes, vertical)
+        elif least >= 0 and vertical:
+            axes.set_ylim(0, high)
+        elif least >= 0:
+            axes.set_xlim(0, high)
+
+
+def _break(axes: Axes, vertical: bool) -> None:
+    """Mark an axis as broken, by two strokes through its line: it does not begin at 0."""
+    along, across = axes.bbox.height, axes.bbox.width
+    if not vertical:
+        along, across = across, along
+    inch, wide = axes.figure.dpi / along, axes.figure.dpi / across
+    for place, colour, width in ((0.10, "white", 3.0), (0.08, FAINT, 0.8), (0.12, FAINT, 0.8)):
+        low, high = (place - 0.015) * inch, (place + 0.015) * inch
+        ends = [-0.05 * wide, 0.05 * wide], [low, high]
+        axes.plot(*(ends if vertical else ends[::-1]), transform=axes.transAxes, color=colour, linewidth=width,
+                  marker="", clip_on=False, zorder=5)  # fmt: skip
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]]) -> None:

@@ -66,6 +66,11 @@ def stage_arguments(
 
 def swept(params: Path) -> dict[str, Any]:
     """Return the values of params.yaml by the names that `dvc exp run -S` takes, such as `search.epochs`."""
+    return parsed(params.read_text("utf-8"))
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Return the values in the text of a params.yaml, as `swept` does."""
     from ruamel.yaml import YAML
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -74,7 +79,7 @@ def swept(params: Path) -> dict[str, Any]:
             found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
         return found
 
-    return flat(YAML(typ="safe").load(params.read_text("utf-8")) or {})
+    return flat(YAML(typ="safe").load(text) or {})
 
 
 def _keys(content: Any, prefix: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import required
 from tanglenas_engine.pipeline.configurables import create_dataset
-from tanglenas_engine.pipeline.store import Store
+from tanglenas_engine.pipeline.files import STAGES
+from tanglenas_engine.pipeline.store import PARENT, Store
 
 LARGEST = 1e18
 """The size from which a number of a run counts as none. An axis has no room for it."""
@@ -39,8 +41,9 @@ def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
 def evaluated(root: Path) -> list[dict[str, Any]]:
     """Return one row for each finished evaluation of a project, oldest first.
 
-    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs` and
-    `accuracy` in %, each None where the run lacks it.
+    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs`,
+    `accuracy` in % and, for a text, `perplexity`, each None where the run lacks it. `settings` has the parameters of
+    all stages of its pipeline but the seed.
 
     Raises:
         Exception: The store does not answer.
@@ -58,6 +61,11 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
         runs += found
         if not (page := found.token):
             break
+    # A stage that DVC skipped is nested in the pipeline that ran it, which had the same search.
+    siblings: dict[tuple[Any, str], Any] = {}
+    for run in runs:
+        for pipeline in (run.data.tags.get("tanglenas.pipeline_id"), run.data.tags.get(PARENT)):
+            siblings[pipeline, run.data.tags["tanglenas.stage"]] = run
     # The optimizer is a parameter of the search, not of the evaluation.
     optimizers = {
         run.data.tags.get("tanglenas.pipeline_id"): run.data.params.get("OPTIMIZER")
@@ -79,11 +87,24 @@ def evaluated(root: Path) -> list[dict[str, Any]]:
                     "digest": _told(tags.get("architecture.digest")),
                     "commit": _told(tags.get("git.sha")),
                     "params": _finite(metrics.get("final/params")),
-                    "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # runs of before
+                    "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # flops: an older run
                     "accuracy": _finite(metrics.get("final/test_accuracy")),
+                    "perplexity": _finite(metrics.get("final/test_perplexity")),
+                    "settings": _settings(run, siblings),
                 }
             )
     return rows
+
+
+def _settings(evaluation: Any, siblings: Mapping[tuple[Any, str], Any]) -> dict[str, str]:
+    """Return the parameters of the pipeline that led to an evaluation, without the seed."""
+    tags, found = evaluation.data.tags, {}
+    for stage in STAGES[:-1]:
+        nested = siblings.get((tags.get(PARENT, ""), stage))
+        if run := nested or siblings.get((tags.get("tanglenas.pipeline_id", ""), stage)):
+            found.update(run.data.params)
+    found.update(evaluation.data.params)
+    return {shown(name, 80): shown(value, 80) for name, value in found.items() if name != "SEED"}
 
 
 def _date(milliseconds: Any) -> datetime:

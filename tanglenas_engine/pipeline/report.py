@@ -5,19 +5,26 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shlex
+import statistics
+import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import records
-from tanglenas_engine.pipeline.figures import STYLE, WIDTH
+from tanglenas_engine.pipeline.figures import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
-from tanglenas_engine.pipeline.params import swept
+from tanglenas_engine.pipeline.headline import headline
+from tanglenas_engine.pipeline.params import parsed, swept
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
 
+MOST_NAMED = 3
+"""The most settings that the page names to tell groups of runs apart."""
 TEMPLATE = Path(__file__).with_name("report.html")
 FIGURES = {
     "Anytime curve": "search/anytime.png",
@@ -28,38 +35,71 @@ FIGURES = {
 }
 
 
-def page(root: Path) -> tuple[str, int, str]:
+@dataclass(frozen=True)
+class Group:
+    """Evaluated runs that differ in nothing but their seeds.
+
+    Attributes:
+        differs: The settings in which it differs from other groups of the same optimizer, space and dataset.
+        quality: The test metric of each seed, that of the latest run where a seed ran again.
+        unit: "%" for an accuracy, or "perplexity".
+        macs: The mean of the multiply-accumulates, or None.
+    """
+
+    label: str
+    differs: str
+    quality: tuple[float, ...]
+    unit: str
+    macs: float | None
+
+    @property
+    def told(self) -> str:
+        """The mean of the test metric over seeds, and its standard deviation."""
+        spread = f" ± {statistics.stdev(self.quality):,.2f}" if len(self.quality) > 1 else ""
+        mean = f"{statistics.fmean(self.quality):,.2f}{spread}"
+        return f"{mean} %" if self.unit == "%" else f"{self.unit} {mean}"
+
+
+def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
     """Return the page about the project in a folder as HTML, the number of runs that it compares, and a warning or "".
 
-    Figures are inside the page, and it loads nothing from elsewhere. A store in trouble costs the comparison alone.
+    Figures are inside the page, and it loads nothing from elsewhere. A store in trouble costs the comparison alone. A
+    project in which only queued experiments ran has no files of its own: then the page compares the runs.
+
+    Args:
+        defaults: The params.yaml of a new project. Commands leave out what it has already.
 
     Raises:
-        TangleNASError: The project has no architecture yet, or a file of a stage, or params.yaml, is damaged.
+        TangleNASError: Nothing ran yet, or a file of a stage, or params.yaml, is damaged.
     """
     metrics = {name: _json(root / METRICS / f"{name}.json") for name in STAGES}
     path = root / ARCHITECTURE
-    if not path.exists():
-        raise TangleNASError(f"{root} has no {ARCHITECTURE}: run `dvc repro` first")
-    architecture = Architecture.from_json(_text(path))
-    mixed = _mixed(root, metrics, architecture.digest)
+    architecture = Architecture.from_json(_text(path)) if path.exists() else None
     try:
         runs, trouble = records.evaluated(root), ""
     except Exception as error:
         runs, trouble = [], reason(error)
+    if architecture is None and not runs:
+        why = f", and the MLflow store could not be read ({trouble})" if trouble else ""
+        raise TangleNASError(f"{root} has no {ARCHITECTURE}{why}: run `dvc repro` first")
+    mixed = _mixed(root, metrics, architecture.digest) if architecture else ""
     params = _params(root / "params.yaml")
-    figures = {title: root / OUT / name for title, name in FIGURES.items()}
+    figures = {title: root / OUT / name for title, name in FIGURES.items()} if architecture else {}
+    count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     html = _render(
         mixed=mixed,
-        title=f"{params.get('optimizer')} on {params.get('space')}",
+        title=f"{params.get('optimizer')} on {params.get('space')}" if architecture else f"{count} of {root.name}",
         params=params,
+        facts=headline(metrics) if architecture else [],
         metrics=[(stage, key, _shown(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
         architecture=architecture,
         figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.is_file()],
-        sample=_text(root / OUT / "evaluate" / "sample.txt"),
+        sample=_text(root / OUT / "evaluate" / "sample.txt") if architecture else "",
+        groups=_groups(runs),
         runs=list(reversed(runs)),
         trouble=trouble,
         scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
-        commands=_commands(params, runs, architecture.digest),
+        commands=_commands(root, params, runs, architecture.digest, defaults) if architecture else [],
         environment=_versions(root / "environment.json"),
     )
     return html, len(runs), mixed
@@ -148,36 +188,98 @@ def _points(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in runs if run["params"] is not None and run["accuracy"] is not None]
 
 
+def _groups(runs: Sequence[dict[str, Any]]) -> list[Group]:
+    """Return the runs that have a test metric in groups, the best first among equal units."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["accuracy"] is not None or run["perplexity"] is not None:
+            kinds.setdefault((run["optimizer"], run["space"], run["dataset"]), []).append(run)
+    found = []
+    for kind, members in kinds.items():
+        alike: dict[str, list[dict[str, Any]]] = {}
+        for run in members:
+            alike.setdefault(json.dumps(run["settings"], sort_keys=True), []).append(run)
+        every = [group[0]["settings"] for group in alike.values()]
+        names = sorted({name for settings in every for name in settings})
+        open_names = [name for name in names if len({settings.get(name) for settings in every}) > 1]
+        for group in alike.values():
+            settings = group[0]["settings"]
+            told = [f"{name} = {settings[name]}" for name in open_names if name in settings]
+            more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
+            unit = "%" if group[-1]["perplexity"] is None else "perplexity"
+            key = "accuracy" if unit == "%" else "perplexity"
+            quality = {run["seed"]: run[key] for run in group if run[key] is not None}
+            macs = [run["macs"] for run in group if run["macs"] is not None]
+            found.append(
+                Group(
+                    " on ".join(str(name) for name in kind[:2]) + f", {kind[2]}",
+                    ", ".join(told[:MOST_NAMED]) + more,
+                    tuple(quality.values()),
+                    unit,
+                    statistics.fmean(macs) if macs else None,
+                )
+            )
+    return sorted(found, key=lambda group: -statistics.fmean(group.quality) * (1 if group.unit == "%" else -1))
+
+
 def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
     """Draw test accuracy in % against parameters, with a colour for each space and optimizer, as SVG."""
     from matplotlib import colormaps, style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in _points(runs):
         label = f"{run['space']}, {run['optimizer']}, {run['dataset']}"
         groups.setdefault(shown(label, 80).replace("$", r"\$"), []).append(run)  # between two dollars is mathematics
     with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
         axes = figure.subplots()
         for number, (label, members) in enumerate(sorted(groups.items())):
             axes.scatter([run["params"] for run in members], [run["accuracy"] for run in members], s=28,
                          color=colormaps["tab10"](number % 10), alpha=0.8, linewidths=0, label=label)  # fmt: skip
-        axes.set_title("accuracy on the test split (%)")
+        axes.set_title("test accuracy (%)")
         axes.set_xlabel("parameters")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.margins(0.08)
-        figure.legend(loc="outside lower left", ncols=2)
+        from_zero(axes, both=True)
+        figure.legend(loc="outside lower left")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
-def _commands(params: dict[str, Any], runs: Sequence[dict[str, Any]], digest: str) -> list[str]:
-    """Return the commands that repeat the last run, from its commit and every value of params.yaml."""
+def _commands(
+    root: Path, params: dict[str, Any], runs: Sequence[dict[str, Any]], digest: str, defaults: Path | None
+) -> list[str]:
+    """Return the commands that repeat the last run.
+
+    They set what differs from params.yaml in the commit of the run, or in a new project where no commit is known.
+    """
     commit = next((run["commit"] for run in reversed(runs) if run["commit"] and run["digest"] == digest), None)
-    settings = [f"-S {shlex.quote(f'{name}={_setting(value)}')}" for name, value in params.items()]
+    known = _committed(root, commit) if commit else None
+    if known is None:
+        commit, known = None, swept(defaults) if defaults else {}
+    settings = [
+        f"-S {shlex.quote(f'{name}={_setting(value)}')}"
+        for name, value in params.items()
+        if name not in known or known[name] != value
+    ]
     return [*([f"git checkout {commit}"] if commit else []), " ".join(["dvc exp run", *settings])]
+
+
+def _committed(root: Path, commit: str) -> dict[str, Any] | None:
+    """Return the values of params.yaml in a commit, or None if this repository lacks it."""
+    if not re.fullmatch("[0-9a-f]{7,64}", commit):
+        return None
+    try:
+        shown_file = subprocess.run(
+            ["git", "show", f"{commit}:./params.yaml"], cwd=root, capture_output=True, check=True, timeout=60
+        )
+        return parsed(shown_file.stdout.decode("utf-8"))
+    except Exception:  # of git, of the encoding and of the parser
+        return None
 
 
 def _setting(value: Any) -> Any:

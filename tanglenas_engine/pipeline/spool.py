@@ -22,12 +22,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.redaction import reason
-from tanglenas_engine.pipeline.store import Event, Refused, Run, Store, project_root, within
+from tanglenas_engine.pipeline.store import KEY, PARENT, Event, Refused, Run, Store, project_root, within
 from tanglenas_engine.runtime.files import exclusive, holder, read_note, write_atomic
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 UNSENT = "unsent-"
 FIELDS: dict[str, dict[str, Any]] = {
@@ -37,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "tags": {"time": int, "tags": dict},
     "artifact": {"time": int, "path": str, "folder": str | None},
     "text": {"time": int, "text": str, "name": str},
+    "pipeline": {"time": int, "params": dict, "metrics": dict, "tags": dict},
     "end": {"time": int, "status": str},
 }
 """The fields of each kind of record, with their types."""
@@ -61,6 +65,8 @@ class Spool:
             self.start, *self.events = records
         if start and start.get("run_id"):
             self.start["run_id"] = start["run_id"]
+        if start and start.get("parent"):  # a run that goes on may do so in another experiment of DVC
+            self.start["parent"] = start["parent"]
 
     def append(self, event: Event) -> None:
         if event["what"] == "artifact":
@@ -124,13 +130,23 @@ def _is_sound(folder: Path, record: Event) -> bool:
         return False
     if kind == "start":
         run_id = record.get("run_id")
-        return run_id is None or re.fullmatch(r"[\w-]+", run_id) is not None
+        return (run_id is None or re.fullmatch(r"[\w-]+", run_id) is not None) and _is_parent(record.get("parent"))
     if kind == "end":
         return record["status"] in ("FINISHED", "FAILED", "KILLED")
     place = record.get("path", "")
     return (
         "\0" not in place and not os.path.isabs(place) and (folder / place).resolve().is_relative_to(folder.resolve())
     )
+
+
+def _is_parent(parent: Any) -> bool:
+    """Return whether a value may be the `parent` of a start record, which older ones lack."""
+    if parent is None:
+        return True
+    if not isinstance(parent, dict) or not isinstance(parent.get("name"), str):
+        return False
+    tags = parent.get("tags")
+    return isinstance(tags, dict) and KEY in tags and all(isinstance(value, str) for value in tags.values())
 
 
 def send_all(store: Store, spool: Spool, until: float, send: Callable[[Run, Event], None]) -> Run:
@@ -270,10 +286,12 @@ def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
     for path in (store.root / ".tanglenas" / "resume").glob("*/run"):
         with suppress(OSError):
             resumable.add(read_note(path).decode(errors="replace"))
-    found = []
-    for run in _running(store, folders):
+    found, running = [], _running(store, folders)
+    busy = {run.data.tags.get(PARENT) for run in running}
+    for run in running:
         folder = folders.get(run.info.run_id)
-        if (folder is None and not own) or (folder is not None and holder(folder)):
+        # A pipeline's run has no process of its own: it ends with its stages.
+        if (folder is None and not own) or (folder is not None and holder(folder)) or run.info.run_id in busy:
             continue
         since = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
         names = {run.info.run_id, folder.name if folder else ""}
@@ -292,12 +310,19 @@ def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> None:
     for run_id in run_ids:
         try:
             client = store.connect()
-            within(15.0, client.set_terminated, run_id, "KILLED")
+            within(15.0, _kill, client, run_id)
         except Exception as error:
             raise TangleNASError(f"the MLflow store {store.name} did not end run {run_id} ({reason(error)})") from error
         if (folder := folders.get(run_id)) and not Spool(folder).events:
             with suppress(TangleNASError), exclusive(folder):
                 Spool(folder).discard()
+
+
+def _kill(client: MlflowClient, run_id: str) -> None:
+    """End a run in the store, and the pipeline's run in which it is nested."""
+    parent = client.get_run(run_id).data.tags.get(PARENT)
+    for ended in filter(None, (run_id, parent)):
+        client.set_terminated(ended, "KILLED")
 
 
 def _running(store: Store, known: Iterable[str | None]) -> list[Any]:

@@ -33,9 +33,11 @@ import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
+from tanglenas_engine.pipeline.compared import pipeline_metrics
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
 from tanglenas_engine.pipeline.configurables import create, packages, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, read_splits
+from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.tracking import MlflowTracker, project_root
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json
@@ -48,6 +50,8 @@ from tanglenas_engine.runtime.weights import weights_metadata
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 
+SHARED = ("OPTIMIZER", "SPACE", "DATASET", "SEED")
+"""The parameters that all stages of a pipeline have in common."""
 MADE_BY = "made-by.json"
 """A file beside a checkpoint, with the versions of the code that can go on with it."""
 
@@ -67,6 +71,7 @@ class Stage:
     tracker: Tracker
     checkpoints: CheckpointFolder | None
     progress: Progress = field(default_factory=ConsoleProgress)
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def folder(self) -> Path:
@@ -121,11 +126,17 @@ class Stage:
         write_atomic(METRICS / f"{self.name}.json", strict_json.dumps(metrics))
         self.write("operative.gin", operative_config())
         self.tracker.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}, step=0)
-        if architecture is not None:
-            self.tracker.set_tags({"architecture.digest": architecture.digest})
+        digest = {} if architecture is None else {"architecture.digest": architecture.digest}
+        self.tracker.set_tags(digest)
         self.tracker.log_artifact(self.folder)
-        # The id differs from run to run, so it stands apart from the outputs, and nothing depends on it.
-        write_atomic(OUT / f"{self.name}.run.json", json.dumps({"mlflow_run_id": self.tracker.run_id}) + "\n")
+        record: dict[str, Any] = {"mlflow_run_id": self.tracker.run_id}
+        if isinstance(self.tracker, MlflowTracker):
+            record["used"] = used = self.meter.read()
+            self.tracker.log_metrics({f"stage/{name}": value for name, value in used.items()}, step=0)
+        # These differ from run to run, so they stand apart from the outputs, and no output depends on them.
+        write_atomic(OUT / f"{self.name}.run.json", json.dumps(record) + "\n")
+        if isinstance(self.tracker, MlflowTracker):
+            self.tracker.log_pipeline(pipeline_metrics(self.name), tags=digest)
 
 
 @contextmanager
@@ -140,6 +151,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             which the search derives from its config.
     """
     print_anything()
+    meter = Meter()
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         raise SystemExit
@@ -179,13 +191,14 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
             return
         resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
-        checkpoints = stack.enter_context(_Checkpoints(resume, identity, code))
+        checkpoints = stack.enter_context(_Checkpoints(resume, identity, code, meter))
         record = resume / "run"  # has the id of the MLflow run that a resumed stage goes on with
         with MlflowTracker.open(
             stage=name,
             root=root,
             run_id=record.read_text("utf-8", errors="replace") if record.exists() else None,
             pipeline_id=pipeline_id,
+            pipeline=f"{optimizer} {space.name} s{seed}".strip(),
             tags={
                 "params.hash": fingerprint(config=config),
                 "space": space.name,
@@ -195,13 +208,18 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         ) as tracker:
             if tracker.run_id:
                 write_atomic(record, tracker.run_id)
-            tracker.log_params({"OPTIMIZER": optimizer, **bound_parameters()})
+            params = {"OPTIMIZER": optimizer, **bound_parameters()}
+            tracker.log_params(params)
+            if isinstance(tracker, MlflowTracker):
+                # The search's config is the same in all stages of a pipeline. Another stage may run again with others.
+                shared = params if name == "search" else {key: params[key] for key in SHARED if key in params}
+                tracker.log_pipeline(params=shared)
             shutil.rmtree(OUT / name, ignore_errors=True)
             for folder in (OUT / name, METRICS):
                 folder.mkdir(parents=True, exist_ok=True)
             sweep(METRICS, f"{name}.json")
             sweep(OUT, f"{name}.run.json")
-            yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints)
+            yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints, meter=meter)
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()
         record.unlink(missing_ok=True)
@@ -244,14 +262,15 @@ def _one_sentence(name: str) -> Iterator[None]:
 
 
 class _Checkpoints(CheckpointFolder):
-    """Checkpoints that also hold the values with which gin has called each function, and the versions of the code.
+    """Checkpoints that also hold gin's calls so far, the versions of the code, and what the stage has cost so far.
 
     A stage that goes on with few steps left calls fewer functions than one that took all steps, so its operative
     config would lack some. The versions tell `tanglenas doctor` which checkpoints no stage can go on with.
     """
 
-    def __init__(self, folder: Path, identity: str, code: Mapping[str, str]):
+    def __init__(self, folder: Path, identity: str, code: Mapping[str, str], meter: Meter):
         super().__init__(folder, identity)
+        self._meter = meter
         self._made_by = folder / MADE_BY
         self._code = {"code": code, "torch": torch.__version__}
 
@@ -260,7 +279,7 @@ class _Checkpoints(CheckpointFolder):
             key: {name: repr(value) for name, value in values.items() if gin.config._is_literally_representable(value)}
             for key, values in gin.config._OPERATIVE_CONFIG.items()
         }
-        super().save({**state, "called": called})
+        super().save({**state, "called": called, "used": self._meter.read()})
         if not self._made_by.exists():
             write_atomic(self._made_by, json.dumps(self._code, indent=2) + "\n")
 
@@ -275,6 +294,7 @@ class _Checkpoints(CheckpointFolder):
                 for key, values in state.pop("called").items():
                     known = gin.config._OPERATIVE_CONFIG.setdefault(key, {})
                     known.update({k: gin.config.parse_value(v) for k, v in values.items() if k not in known})
+                self._meter.go_on(state.pop("used"))
             except Exception as error:
                 raise TangleNASError(
                     f"the checkpoint in {self.folder} is not of this stage ({type(error).__name__}: {error}). "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -30,13 +31,31 @@ Event = dict[str, Any]
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # MLflow's limits
 KEY = "tanglenas.key"
-"""The tag by which a run is found again whose id was lost on the way."""
+"""The tag by which a run is found again: one whose id was lost on the way, or that of a pipeline."""
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag for the run in which another one is nested."""
 ANSWER_SECONDS = 5.0
 """The most seconds that a call to the store may cost a training."""
 UPLOAD_SECONDS = 300.0
 """The most seconds for a file or folder. A stage logs one, at its end."""
 OPENING = {True: 15.0, False: 150.0}
 """The most seconds for opening a store that a server has, or a database: a new one takes long to make."""
+
+
+_COLUMNS = [f"metrics.`{name}`" for name in ("test_accuracy", "macs", "params", "seconds")]
+VIEW = {
+    # MLflow's page reads a view of a list of runs from this tag, and names it `viewStateShareKey` in its address.
+    "mlflow.sharedViewState.tanglenas": json.dumps(
+        {
+            "selectedColumns": _COLUMNS,
+            "columnOrder": ["attributes.`Run Name`", "attributes.`Created`", *_COLUMNS, "attributes.`Duration`"],
+            "columnWidths": {"attributes.`Run Name`": 260},
+        }
+    ),
+    # Otherwise the page opens with menus for language models.
+    "mlflow.experimentKind": "custom_model_development",
+}
+"""The tags of an experiment with which its page opens on columns that compare pipelines."""
 
 
 def project_root() -> Path:
@@ -141,11 +160,14 @@ class Store:
                 check_place(found.artifact_location, self.root)
             if found.lifecycle_stage == "deleted":  # it takes no run, and no other experiment can have its name
                 client.restore_experiment(found.experiment_id)
+            for tag in VIEW.keys() - found.tags.keys():
+                with suppress(Exception):  # a server may let nobody change an experiment
+                    client.set_experiment_tag(found.experiment_id, tag, VIEW[tag])
             return str(found.experiment_id)
         # Without a location, the artifacts would go to the current folder for all later runs.
         location = None if self.served else (self.root / "mlartifacts").as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=VIEW))
         except Exception:
             if found := client.get_experiment_by_name(name):  # another process was faster
                 return str(found.experiment_id)
@@ -156,20 +178,27 @@ class Run:
     """A run in the store. It ignores a record that it has already.
 
     Args:
-        start: The record by which a new run is made. With "tried", a call before may have made it.
+        start: The record by which a new run is made. With "tried", a call before may have made it. A "parent" in it
+            is the run of the pipeline, in which this run is nested; it is made where the store lacks it.
         run_id: The id of an existing run that goes on.
 
     Raises:
         KeyError: The store has no such run.
+
+    Attributes:
+        parent: The id of the pipeline's run, or None.
     """
 
     def __init__(self, store: Store, client: MlflowClient, start: Event, run_id: str | None = None) -> None:
         self._client = client
+        self.parent: str | None = None
         if run_id is None:
             experiment = store.experiment(client, start["experiment"])
             run_id = _made_before(client, experiment, start["tags"].get(KEY)) if start.get("tried") else None
             if run_id is None:
-                made = client.create_run(experiment, start["time"], tags=start["tags"], run_name=start["name"])
+                self.parent = _pipeline_run(client, experiment, start)
+                tags = {**start["tags"], **({PARENT: self.parent} if self.parent else {})}
+                made = client.create_run(experiment, start["time"], tags=tags, run_name=start["name"])
                 run_id = made.info.run_id
             else:
                 _reopen(client, run_id)
@@ -177,6 +206,13 @@ class Run:
             _reopen(client, run_id)
         self.run_id = str(run_id)
         found = client.get_run(run_id)
+        if self.parent is None:
+            nested_in = found.data.tags.get(PARENT)
+            self.parent = _pipeline_run(client, found.info.experiment_id, start, nested_in)
+            if self.parent not in (None, nested_in):
+                client.set_tag(run_id, PARENT, self.parent)
+        if self.parent:
+            client.update_run(self.parent, status="RUNNING")
         if store.own:
             check_place(found.info.artifact_uri or "", store.root)
         run = found.data  # not empty when a run that was cut off goes on
@@ -239,6 +275,23 @@ class Run:
         for batch in _batches([RunTag(name, value) for name, value in event["tags"].items()], PARAMS_PER_CALL):
             self._client.log_batch(self.run_id, tags=batch)
 
+    def _pipeline(self, event: Event, folder: Path) -> None:
+        """Log numbers, parameters that it lacks, and tags to the run of the pipeline. The latest number counts."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        if self.parent is None:
+            return
+        known = self._client.get_run(self.parent).data.params
+        new = [Param(name, value) for name, value in event["params"].items() if name not in known]
+        for batch in _batches(new, PARAMS_PER_CALL):
+            self._client.log_batch(self.parent, params=batch)
+        finite = {name: value for name, value in event["metrics"].items() if math.isfinite(value)}
+        self._client.log_batch(
+            self.parent,
+            metrics=[Metric(name, value, event["time"], 0) for name, value in finite.items()],
+            tags=[RunTag(name, value) for name, value in event["tags"].items()],
+        )
+
     def _artifact(self, event: Event, folder: Path) -> None:
         path = folder / event["path"]
         if not path.exists():
@@ -254,14 +307,49 @@ class Run:
         self._client.log_text(self.run_id, event["text"], event["name"])
 
     def _end(self, event: Event, folder: Path) -> None:
-        self._client.set_terminated(self.run_id, event["status"], event["time"])
+        for run_id in filter(None, (self.run_id, self.parent)):
+            self._client.set_terminated(run_id, event["status"], event["time"])
+
+
+def _pipeline_run(client: MlflowClient, experiment: str, start: Event, nested_in: str | None = None) -> str | None:
+    """Return the run of the pipeline that a start record names, and make it if need be; None if it names none.
+
+    Args:
+        nested_in: The pipeline's run in which the run is nested so far. A run that was cut off and goes on as another
+            experiment of DVC takes it along: the stages after it find it by the new key.
+    """
+    if not (wanted := start.get("parent")):
+        return None
+    if nested_in and (found := _active(client, nested_in)):
+        if found.data.tags.get(KEY) != wanted["tags"][KEY]:
+            for name, value in wanted["tags"].items():
+                client.set_tag(nested_in, name, value)
+        return nested_in
+    if found_by_key := _made_before(client, experiment, wanted["tags"][KEY]):
+        return found_by_key
+    made = client.create_run(experiment, start["time"], tags=wanted["tags"], run_name=wanted["name"])
+    return str(made.info.run_id)
+
+
+def _active(client: MlflowClient, run_id: str) -> Any:
+    """Return a run, or None if the store has none of this id or someone deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return found if found.info.lifecycle_stage == "active" else None
 
 
 def _made_before(client: MlflowClient, experiment: str, key: str | None) -> str | None:
-    """Return the run that has a key, or None. It was made by a call whose answer was lost."""
+    """Return the run that has a key, the first if there are several, or None."""
     if not key or not re.fullmatch(r"\w+", key):
         return None
-    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1,
+                               order_by=["attributes.start_time"])  # fmt: skip
     return str(found[0].info.run_id) if found else None
 
 

@@ -1,4 +1,4 @@
-"""One MLflow run for each stage: parameters, metrics, artifacts, and the tags that tie the stages together.
+"""One MLflow run for each stage, nested in one for the pipeline: parameters, metrics, artifacts, and tags.
 
     with MlflowTracker.open(stage="search", pipeline_id=pipeline_id) as tracker:
         tracker.log_params(config)
@@ -37,12 +37,24 @@ from tanglenas_engine.pipeline.spool import (
 )
 from tanglenas_engine.pipeline.store import KEY, Event, Refused, Run, Store, allowed, flat, project_root
 from tanglenas_engine.runtime.files import exclusive
+from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 
-__all__ = ["MlflowTracker", "lineage", "mark_killed", "project_root", "spooled_runs", "stale_runs", "upload_spool"]
+__all__ = [
+    "PIPELINE",
+    "MlflowTracker",
+    "lineage",
+    "mark_killed",
+    "project_root",
+    "spooled_runs",
+    "stale_runs",
+    "upload_spool",
+]
 
 P = ParamSpec("P")
 
+PIPELINE = "pipeline"
+"""The tag `tanglenas.stage` of a pipeline's run."""
 RETRY_SECONDS = 60.0
 """Seconds in which nothing is sent after a failure. Every further failure doubles them."""
 DRAIN_SECONDS = 30.0
@@ -67,6 +79,21 @@ def lineage(stage: str, pipeline_id: str = "", architecture: str = "") -> dict[s
         **_git_state(),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def _parent(name: str, tags: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the record of the run in which the stages of a pipeline are nested, or None if it has no name or id.
+
+    Stages find it by a key: the id of the pipeline, and the experiment of DVC if there is one. Experiments may share a
+    search, and differ in what follows.
+    """
+    pipeline_id = tags.get("tanglenas.pipeline_id")
+    if not (name and pipeline_id):
+        return None
+    own = ("tanglenas.stage", "dvc.stage", "architecture.digest", "params.hash")  # these are of the stage
+    shared = {tag: value for tag, value in tags.items() if tag not in own}
+    key = fingerprint(pipeline=pipeline_id, experiment=tags.get("dvc.exp_name", ""))
+    return {"name": name, "tags": {**shared, "tanglenas.stage": PIPELINE, KEY: key}}
 
 
 def _git_state() -> dict[str, str]:
@@ -148,6 +175,7 @@ class MlflowTracker:
         run_id: str | None = None,
         pipeline_id: str = "",
         architecture: str = "",
+        pipeline: str = "",
         tags: Mapping[str, str] | None = None,
     ) -> Iterator[Tracker]:
         """Open a run. It is RUNNING inside the block, and then FINISHED, FAILED (an exception) or KILLED (Ctrl-C).
@@ -160,6 +188,7 @@ class MlflowTracker:
             root: The folder of the store, unless `$MLFLOW_TRACKING_URI` is set; by default `project_root()`.
             run_id: The `tracker.run_id` of a run that was cut off and now goes on.
             pipeline_id, architecture: See `lineage`.
+            pipeline: The name of the run in which all stages with this `pipeline_id` are nested, or "" for none.
             tags: Further tags.
         """
         if _switched_off():
@@ -171,6 +200,7 @@ class MlflowTracker:
             "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment,
             "name": " ".join(filter(None, (stage, known.get("optimizer"), known.get("architecture.digest", "")[:8]))),
             "tags": known,
+            "parent": _parent(pipeline, known),
             "time": _now(),
         }
         store = Store.of(Path(root).resolve() if root is not None else project_root())
@@ -223,6 +253,21 @@ class MlflowTracker:
     @_guarded
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._record("tags", tags={name: str(value) for name, value in tags.items()})
+
+    @_guarded
+    def log_pipeline(
+        self,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Log what compares pipelines to the run in which this one is nested. The latest number of a name counts."""
+        self._record(
+            "pipeline",
+            metrics={allowed(name): float(value) for name, value in (metrics or {}).items()},
+            params={allowed(name): str(value) for name, value in flat(params or {})},
+            tags={name: str(value) for name, value in (tags or {}).items()},
+        )
 
     @_guarded
     def _end(self, status: str) -> None:

@@ -16,6 +16,7 @@ from tanglenas_engine.pipeline import configurables, files
 from tanglenas_engine.pipeline.config import configure
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.spaces.fit import check_fit
+from tanglenas_objectives.latency_table import LatencyTable
 
 # Tokenizers.
 
@@ -83,6 +84,16 @@ def test_splits_with_an_empty_part_are_refused(tmp_path, monkeypatch, missing):
     write_atomic(files.SPLITS, Splits("digits", "f" * 64, 0, assignment).to_json())
     with pytest.raises(TangleNASError, match=f"the split '{missing}' has no sample"):
         files.read_splits()
+
+
+def test_splits_and_latency_tables_with_a_key_twice_are_refused(tmp_path):
+    text = Splits("digits", "f" * 64, 0, "wavt").to_json()
+    with pytest.raises(TangleNASError, match="this is no splits file: the key 'seed' is there twice"):
+        Splits.from_json(text.replace('"seed": 0', '"seed": 0, "seed": 1'))
+    path = tmp_path / "table.json"
+    path.write_text('{"format": 1, "unit": "milliseconds", "tables": {"a": [1.0], "a": [2.0]}}')
+    with pytest.raises(TangleNASError, match=r"is no latency table \(the key 'a' is there twice\): expected the JSON"):
+        LatencyTable.load(path)
 
 
 # Names that are not UTF-8.

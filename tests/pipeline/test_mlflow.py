@@ -675,3 +675,143 @@ def test_runs_of_later_stages_say_which_optimizer_they_go_back_to(tmp_path: Path
         run_id = tracker.run_id
     run = client(tmp_path).get_run(run_id)
     assert run.info.run_name == "evaluate gdas" and run.data.tags["optimizer"] == "gdas"
+
+
+# --- the run of a pipeline ------------------------------------------------------------------------------------
+
+
+def staged(root: Path, stage: str, pipeline_id: str = "p", **options):
+    return MlflowTracker.open(
+        stage=stage, root=root, pipeline_id=pipeline_id, pipeline="drnas nano s0", tags={"space": "nano"}, **options
+    )
+
+
+def pipelines(root: Path) -> dict[str, tuple[object, list[str]]]:
+    """The run of each pipeline by its id, with the names of the runs nested in it."""
+    experiments = [experiment.experiment_id for experiment in client(root).search_experiments()]
+    runs = client(root).search_runs(experiments, order_by=["attributes.start_time"])
+    parents = {run.info.run_id: (run, []) for run in runs if run.data.tags["tanglenas.stage"] == "pipeline"}
+    for run in runs:
+        if run.info.run_id not in parents:
+            parents[run.data.tags["mlflow.parentRunId"]][1].append(run.info.run_name)
+    return parents
+
+
+def test_the_stages_of_a_pipeline_are_nested_in_one_run_that_has_what_compares_it(root: Path) -> None:
+    with staged(root, "search") as tracker:
+        (parent, nested), *_ = pipelines(root).values()
+        assert (parent.info.status, nested) == ("RUNNING", ["search"])
+        tracker.log_pipeline({"seconds": 3}, {"search": {"epochs": 2}})
+    assert {run.info.status for run, _ in pipelines(root).values()} == {"FINISHED"}
+    with staged(root, "evaluate", architecture="0123456789abcdef") as tracker:
+        tracker.log_pipeline({"seconds": 5, "test_loss": math.inf}, {"search": {"epochs": 4}}, {"digest": "abc"})
+    with staged(root, "search", "another"):
+        pass
+    ((parent, nested), (other, _)) = pipelines(root).values()
+    assert nested == ["search", "evaluate 01234567"] and parent.info.run_name == "drnas nano s0"
+    assert parent.data.metrics == {"seconds": 5} and parent.data.params == {"search.epochs": "2"}
+    assert parent.data.tags["digest"] == "abc" and parent.data.tags["space"] == "nano"
+    assert not {"architecture.digest", "params.hash", "mlflow.parentRunId"} & parent.data.tags.keys()
+    assert other.data.tags["tanglenas.pipeline_id"] == "another"
+
+
+def test_the_page_of_the_experiment_opens_on_columns_that_compare_pipelines(root: Path) -> None:
+    bare = client(root).create_experiment("tanglenas")
+    with staged(root, "search"):
+        pass
+    tags = client(root).get_experiment(bare).tags
+    with MlflowTracker.open(stage="search", root=root, experiment="another"):
+        pass
+    assert client(root).get_experiment_by_name("another").tags.items() >= store.VIEW.items() <= tags.items()
+    columns = json.loads(tags["mlflow.sharedViewState.tanglenas"])["selectedColumns"]
+    assert columns[0] == "metrics.`test_accuracy`"
+
+
+def test_a_stage_that_runs_again_finds_the_run_of_its_pipeline(root: Path) -> None:
+    for _ in range(2):
+        with staged(root, "retrain"):
+            pass
+    with pytest.raises(RuntimeError), staged(root, "evaluate"):
+        raise RuntimeError
+    ((parent, nested),) = pipelines(root).values()
+    assert nested == ["retrain", "retrain", "evaluate"] and parent.info.status == "FAILED"
+
+
+def test_experiments_of_dvc_that_share_a_search_are_pipelines_of_their_own(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ritzy-waws", "itchy-thar"):
+        monkeypatch.setenv("DVC_EXP_NAME", name)
+        with staged(root, "retrain"):
+            pass
+    assert [run.data.tags["dvc.exp_name"] for run, _ in pipelines(root).values()] == ["ritzy-waws", "itchy-thar"]
+
+
+def test_a_stage_that_goes_on_as_another_experiment_takes_its_pipeline_along(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "first")
+    with staged(root, "search"):
+        pass
+    with pytest.raises(KeyboardInterrupt), staged(root, "retrain") as tracker:
+        raise KeyboardInterrupt
+    monkeypatch.setenv("DVC_EXP_NAME", "second")
+    with staged(root, "retrain", run_id=tracker.run_id):
+        pass
+    with staged(root, "evaluate"):
+        pass
+    ((parent, nested),) = pipelines(root).values()
+    assert nested == ["search", "retrain", "evaluate"] and parent.data.tags["dvc.exp_name"] == "second"
+
+
+def test_the_run_of_a_pipeline_whose_id_was_lost_on_the_way_is_made_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    create, made = MlflowClient.create_run, []
+
+    def lose(*args, **kwargs):
+        made.append(kwargs["run_name"])
+        create(*args, **kwargs)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(MlflowClient, "create_run", lose)
+    with pytest.warns(UserWarning, match="no answer"), staged(root, "search") as tracker:
+        tracker.log_pipeline({"seconds": 3})
+    assert all(upload.problem == "" for upload in [*upload_spool(root), *upload_spool(root)] if upload.run_id)
+    ((parent, nested),) = pipelines(root).values()
+    assert nested == ["search"] and parent.data.metrics == {"seconds": 3} and parent.info.status == "FINISHED"
+    assert made == ["drnas nano s0", "search"]
+
+
+def test_a_pipeline_whose_run_was_deleted_gets_another(root: Path) -> None:
+    with staged(root, "search"):
+        pass
+    ((first, _),) = pipelines(root).values()
+    client(root).delete_run(first.info.run_id)
+    with staged(root, "search") as tracker:
+        pass
+    (parent,) = (client(root).get_run(tracker.run_id).data.tags["mlflow.parentRunId"],)
+    assert parent != first.info.run_id and client(root).get_run(parent).info.lifecycle_stage == "active"
+
+
+def test_a_killed_stage_ends_the_run_of_its_pipeline_too(root: Path) -> None:
+    code = KILLED.replace('stage="search"', 'stage="search", pipeline_id="p", pipeline="drnas nano s0"')
+    run_id = Forked(code, root, "").finished(-signal.SIGKILL).splitlines()[-1]
+    assert [stale.run_id for stale in stale_runs(root)] == [run_id]
+    mark_killed([run_id], root)
+    ((parent, _),) = pipelines(root).values()
+    assert parent.info.status == "KILLED" and stale_runs(root) == []
+    client(root).update_run(parent.info.run_id, status="RUNNING")  # as if it was killed before its first stage began
+    assert [stale.run_id for stale in stale_runs(root)] == [parent.info.run_id]
+
+
+@pytest.mark.parametrize("parent", ["text", {"name": 3, "tags": {}}, {"name": "a", "tags": {}}, {"name": "a"},
+                                    {"name": "a", "tags": {"tanglenas.key": 1}}])  # fmt: skip
+def test_a_spool_with_a_damaged_pipeline_is_not_read(root: Path, parent: object) -> None:
+    folder = root / ".tanglenas" / "runs" / "unsent-1"
+    folder.mkdir(parents=True)
+    start = {"what": "start", "time": 1, "experiment": "e", "name": "n", "tags": {}, "run_id": None, "parent": parent}
+    (folder / "spool.jsonl").write_text(json.dumps(start) + "\n")
+    assert spooled_runs(root) == []

@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -34,7 +36,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.elements.append(tag)
         self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -65,15 +67,17 @@ def project(tmp_path, monkeypatch):
     figures.architecture(space, architecture, "out/evaluate/architecture.png")
     Path("out/evaluate/sample.txt").write_text("<script>alert('text')</script>")
     Path("metrics").mkdir()
-    Path("metrics/evaluate.json").write_text(json.dumps({"test_accuracy": 91.234, "params": 52762}))
+    found = {"test_accuracy": 91.234, "params": 52762, "smallest_params": 21322, "largest_params": 154826}
+    Path("metrics/evaluate.json").write_text(json.dumps(found))
     return tmp_path / "project"
 
 
-def track(stage: str, pipeline: str, status: str = "", **numbers: float) -> None:
+def track(stage: str, pipeline: str, status: str = "", seed: int = 7, settings=None, **numbers: float) -> None:
     """A run in the project's store."""
+    optimizer = {"OPTIMIZER": f"by-{pipeline.partition('-')[0]}"} if stage == "search" else {}
     try:
         with MlflowTracker.open(stage=stage, root=".", pipeline_id=pipeline, tags={"space": "autoformer_nano"}) as run:
-            run.log_params({"SEED": 7, **({"OPTIMIZER": f"by-{pipeline}"} if stage == "search" else {})})
+            run.log_params({"SEED": seed, **optimizer, **(settings or {})})
             run.log_metrics({f"final/{name}": value for name, value in numbers.items()}, 0)
             if status:
                 raise RuntimeError(status)
@@ -99,6 +103,16 @@ def test_the_page_tells_what_was_found_and_loads_nothing_from_elsewhere(project)
     assert "MLflow knows no evaluated run" in dict(page.text)["p"]
 
 
+def test_the_page_begins_with_the_test_accuracy_and_the_cost_in_the_range_of_the_space(project):
+    page, _ = report()
+    facts = [text for tag, text in page.text if tag in ("dt", "span", "dd")]
+    assert facts[:2] == ["test accuracy", "91.23"]
+    assert any("of the space's largest network (154,826)" in text for text in facts)
+    html = Path("report.html").read_text()
+    assert "width: 23.5%" in html and "prefers-color-scheme: dark" in html and "max-width: 40rem" in html
+    assert html.index("91.23") < html.index("<h2>")
+
+
 def test_all_finished_runs_are_compared_with_the_optimizer_that_led_to_them(project):
     for pipeline, accuracy in (("one", 90.5), ("two", 80.25)):
         track("search", pipeline)
@@ -107,10 +121,45 @@ def test_all_finished_runs_are_compared_with_the_optimizer_that_led_to_them(proj
     page, said = report()
     assert "2 evaluated runs" in said
     cells = page.cells()
-    rows = [cells[i : i + 4] for i, cell in enumerate(cells) if cell == "autoformer_nano"]
-    assert [row[1] for row in rows] == ["by-two", "by-one"]  # the newest first
+    assert [cells[i - 1] for i, cell in enumerate(cells) if cell == "autoformer_nano"] == ["by-two", "by-one"]
     assert {"90.50 %", "80.25 %"} <= set(cells) and "12.50 %" not in cells
     assert sum(address.startswith("data:image/svg") for address in page.loads) == 1
+
+
+def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_spread(project):
+    made = [("one-0", 0, 5, 90.0), ("one-1", 1, 5, 94.0), ("one-2", 0, 6, 60.0), ("two-0", 0, 5, 70.0)]
+    for pipeline, seed, budget, accuracy in [*made, ("one-1", 1, 5, 92.0)]:  # a seed that ran again counts once
+        track("search", pipeline, seed=seed)
+        track("discretize", pipeline, seed=seed, settings={"discretize.max_params": budget})
+        track("evaluate", pipeline, seed=seed, test_accuracy=accuracy, macs=1000)
+    page, _ = report()
+    told = [text for tag, text in page.text if tag == "td" and (" %" in text or text == "1,000")]
+    assert told[:6] == ["91.00 ± 1.41 %", "1,000", "70.00 %", "1,000", "60.00 %", "1,000"]
+    labels = [text for tag, text in page.text if tag == "span" and ("by-" in text or "max_params" in text)]
+    assert labels == [
+        "by-one on autoformer_nano, None", "discretize.max_params = 5", "by-two on autoformer_nano, None",
+        "by-one on autoformer_nano, None", "discretize.max_params = 6",
+    ]  # fmt: skip
+
+
+def test_a_text_is_compared_by_perplexity_the_lowest_first(project):
+    for pipeline, perplexity in (("one", 9.0), ("two", 7.5)):
+        track("search", pipeline)
+        track("evaluate", pipeline, test_accuracy=50.0, test_perplexity=perplexity)
+    page, _ = report()
+    cells = page.cells()
+    assert cells.index("perplexity 7.50") < cells.index("perplexity 9.00")
+
+
+def test_a_project_in_which_only_queued_experiments_ran_has_a_page(project):
+    shutil.rmtree("out")
+    shutil.rmtree("metrics")
+    track("search", "one")
+    track("evaluate", "one", params=1000, macs=2000, test_accuracy=90.5)
+    page, said = report()
+    assert "1 evaluated run," in said and ("h1", "1 run of project") in page.text
+    assert "90.50 %" in page.cells() and any("dvc exp apply NAME" in text for _, text in page.text)
+    assert not [text for tag, text in page.text if tag in ("h2", "pre") and text != "All runs"]
 
 
 def test_the_scatter_names_every_group_and_is_the_same_for_the_same_runs():
@@ -121,15 +170,31 @@ def test_the_scatter_names_every_group_and_is_the_same_for_the_same_runs():
     assert picture == _scatter([*runs, {**run, "optimizer": "untold", "accuracy": None}])
 
 
-def test_the_commands_set_every_value_of_the_run(project):
-    set_params(project, search={"epochs": 3}, discretize={"max_params": None})
+def commands() -> list[list[str]]:
     page, _ = report()
-    (line,) = [line for tag, text in page.text if tag == "pre" for line in text.splitlines() if "dvc exp run" in line]
-    words = shlex.split(line)
-    assert words[:3] == ["dvc", "exp", "run"] and set(words[3::2]) == {"-S"}
-    settings = dict(word.split("=", 1) for word in words[4::2])
-    assert settings["search.epochs"] == "3" and settings["discretize.max_params"] == "null"
-    assert settings["space"] == "autoformer_nano" and settings["seed"] == "0"
+    lines = [line for tag, text in page.text if tag == "pre" for line in text.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(("dvc", "git"))]
+
+
+def test_the_commands_set_what_differs_from_a_new_project(project):
+    assert commands() == [["dvc", "exp", "run"]]
+    set_params(project, seed=3, search={"epochs": 3}, discretize={"max_params": None})
+    assert commands() == [["dvc", "exp", "run", "-S", "seed=3", "-S", "search.epochs=3"]]
+
+
+def test_the_commands_set_what_differs_from_the_commit_of_the_run(project, monkeypatch):
+    for name, value in (("NAME", "Tester"), ("EMAIL", "tester@example.org")):
+        monkeypatch.setenv(f"GIT_AUTHOR_{name}", value)
+        monkeypatch.setenv(f"GIT_COMMITTER_{name}", value)
+    set_params(project, seed=3, search={"epochs": 3})
+    for command in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "seed 3"]):
+        subprocess.run(["git", *command], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    digest = json.loads(Path("out/discretize/architecture.json").read_text())["digest"]
+    with MlflowTracker.open(stage="evaluate", root=".", architecture=digest):
+        pass
+    set_params(project, seed=0)
+    assert commands() == [["git", "checkout", commit], ["dvc", "exp", "run", "-S", "seed=0"]]
 
 
 def test_a_store_that_is_down_costs_the_comparison_only(project, monkeypatch):

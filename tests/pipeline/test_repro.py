@@ -41,12 +41,22 @@ def repository(folder: Path) -> Path:
 
 
 def runs(folder: Path) -> list:
-    """The MLflow runs of a repository, oldest first."""
+    """The MLflow runs of a repository's stages, oldest first."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return client.search_runs(experiments, order_by=["attributes.start_time"])
+    query = "tags.`tanglenas.stage` != 'pipeline'"
+    return client.search_runs(experiments, query, order_by=["attributes.start_time"])
+
+
+def pipelines(folder: Path) -> dict:
+    """The MLflow runs of a repository's pipelines by their ids."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return {run.info.run_id: run for run in client.search_runs(experiments, "tags.`tanglenas.stage` = 'pipeline'")}
 
 
 @dataclass
@@ -128,11 +138,30 @@ def test_the_four_stages_are_finished_runs_of_one_lineage(finished: Finished) ->
         assert run.data.tags["dvc.stage"] == run.data.tags["tanglenas.stage"]
         assert (run.data.params["SPACE"], run.data.params["SEED"]) == ("autoformer_nano", "0")
         record = json.loads((finished.folder / "out" / f"{run.data.tags['tanglenas.stage']}.run.json").read_text())
-        assert record == {"mlflow_run_id": run.info.run_id}
+        assert record["mlflow_run_id"] == run.info.run_id
     assert {run.data.tags["architecture.digest"] for run in found[1:]} == {digest}
     assert {"search/validation_accuracy", "search/entropy", "final/entropy"} < set(found[0].data.metrics)
     test_accuracy = json.loads((finished.folder / "metrics" / "evaluate.json").read_text())["test_accuracy"]
     assert found[-1].data.metrics["final/test_accuracy"] == test_accuracy
+
+
+def test_the_stages_are_nested_in_a_run_of_the_pipeline_that_has_what_compares_it(finished: Finished) -> None:
+    ((parent, pipeline),) = pipelines(finished.folder).items()
+    found = runs(finished.folder)
+    assert {run.data.tags["mlflow.parentRunId"] for run in found} == {parent}
+    assert (pipeline.info.run_name, pipeline.info.status) == ("drnas autoformer_nano s0", "FINISHED")
+    evaluated = json.loads((finished.folder / "metrics" / "evaluate.json").read_text())
+    numbers = pipeline.data.metrics
+    assert {name: numbers[name] for name in ("test_accuracy", "test_loss", "params", "macs")} == {
+        name: evaluated[name] for name in ("test_accuracy", "test_loss", "params", "macs")
+    }
+    assert {"search_validation_accuracy", "search_validation_loss", "validation_accuracy"} < set(numbers)
+    used = [run.data.metrics for run in found]
+    assert all(0 < one["stage/processor_seconds"] and one["stage/peak_memory_MiB"] > 100 for one in used)
+    assert numbers["seconds"] == pytest.approx(sum(one["stage/seconds"] for one in used), abs=0.1)
+    assert numbers["peak_memory_MiB"] == max(one["stage/peak_memory_MiB"] for one in used)
+    assert (pipeline.data.params["OPTIMIZER"], pipeline.data.params["search.epochs"]) == ("drnas", "2")
+    assert pipeline.data.tags["architecture.digest"] == evaluated["digest"]
 
 
 def test_figures_and_config_are_files_and_artifacts(finished: Finished) -> None:
@@ -218,7 +247,9 @@ def test_a_search_that_was_killed_goes_on_in_the_same_run(disturbed: Disturbed) 
     (run,) = runs(disturbed.folder)
     assert (run.info.run_id, run.info.status) == (disturbed.run_id, "FINISHED")
     record = json.loads((disturbed.folder / "out" / "search.run.json").read_text())
-    assert record == {"mlflow_run_id": disturbed.run_id}
+    assert record["mlflow_run_id"] == disturbed.run_id and record["used"]["seconds"] > 0
+    (pipeline,) = pipelines(disturbed.folder).values()
+    assert run.data.tags["mlflow.parentRunId"] == pipeline.info.run_id and pipeline.info.status == "FINISHED"
 
 
 def test_kills_and_tracking_and_place_change_no_byte(finished: Finished, disturbed: Disturbed) -> None:
@@ -301,6 +332,11 @@ def test_a_queued_experiment_is_tracked_in_the_repository_and_not_in_its_tempora
     (run,) = runs(changed)
     assert (run.info.status, run.data.tags["dvc.stage"]) == ("FINISHED", "discretize")
     assert run.data.metrics["final/params"] <= 60000
+    # The search was skipped: the experiment is a pipeline of its own, and its numbers are complete all the same.
+    (pipeline,) = pipelines(changed).values()
+    assert run.data.tags["mlflow.parentRunId"] == pipeline.info.run_id
+    assert pipeline.data.tags["dvc.exp_name"] == run.data.tags["dvc.exp_name"]
+    assert {"search_validation_loss", "params"} < set(pipeline.data.metrics)
     assert run.info.artifact_uri.startswith((changed / "mlartifacts").as_uri())
     assert (changed / "mlartifacts" / run.info.run_id / "artifacts" / "architecture.json").exists()
 

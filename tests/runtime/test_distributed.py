@@ -264,7 +264,9 @@ def test_the_pipeline_in_two_processes(tmp_path):
     assert judged["test_samples"] == 359 and 0 < judged["test_accuracy"] < 100
     client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 4  # one run for each stage, not for each process
+    assert [run.info.status for run in runs] == [
+        "FINISHED"
+    ] * 5  # one for each stage, not for each process, and the pipeline's
     typo = ["SPACE = 'autoformer_nana'", "OPTIMIZER = 'drnas'", "DATASET = 'digits'", "SEED = 0"]
     command = [sys.executable, "-m", "pipelines.search", "gin/stages/search.gin", *typo]
     said = execute(project, *command, status=2, TANGLENAS_NPROC="2")

@@ -132,6 +132,39 @@ def test_a_damaged_memory_is_no_harm(pictures: Path, tmp_path: Path) -> None:
     ImageFolder(pictures).verify(SilentProgress(), state)
 
 
+class Noted(SilentProgress):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_images_that_are_in_training_and_test_are_named(pictures: Path, tmp_path: Path) -> None:
+    told = Noted()
+    ImageFolder(pictures).verify(told, tmp_path / "state")
+    assert told.notes == []
+    for i in (1, 2):
+        shutil.copy(pictures / "train" / "cat" / f"{i}.jpg", pictures / "test" / "cat" / f"copy{i}.jpg")
+    shutil.copy(pictures / "train" / "dog" / "1.jpg", pictures / "train" / "dog" / "copy.jpg")
+    ImageFolder(pictures).verify(told, tmp_path / "state")
+    (note,) = told.notes
+    assert "2 of 14 test images are in the training data too, byte for byte, so that the test accuracy" in note
+    assert f"{pictures}/train/cat/1.jpg = {pictures}/test/cat/copy1.jpg" in note and "dog" not in note
+
+
+def test_copies_are_named_where_the_test_split_is_drawn_from_all_images(pictures: Path, tmp_path: Path) -> None:
+    told, everything = Noted(), pictures / "train"
+    for i in (1, 2):
+        shutil.copy(everything / "cat" / "1.jpg", everything / "cat" / f"copy{i}.jpg")
+    ImageFolder(everything).verify(told, tmp_path / "state")
+    (note,) = told.notes
+    assert "2 images are copies of others, byte for byte, and a copy may fall into the test split" in note
+    assert f"{everything}/cat/1.jpg = {everything}/cat/copy2.jpg" in note
+
+
 def test_many_bad_files_are_listed_in_a_file(tmp_path: Path) -> None:
     pictures = write(tmp_path / "pictures", count=20)
     bad = sorted(pictures.rglob("*.jpg"))[:60]

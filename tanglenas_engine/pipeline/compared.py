@@ -1,0 +1,52 @@
+"""The numbers by which people compare pipelines, from what the stages have written so far."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES
+
+COMPARED = {
+    "search": {"validation_accuracy": "search_validation_accuracy", "validation_loss": "search_validation_loss"},
+    "discretize": {"params": "params", "macs": "macs"},
+    "retrain": {"validation_accuracy": "validation_accuracy"},
+    "evaluate": {
+        name: name for name in ("test_accuracy", "test_loss", "test_perplexity", "params", "macs", "table_regret")
+    },
+}
+"""The metrics of each stage that compare pipelines, and their names in the run of the pipeline."""
+
+
+def pipeline_metrics(stage: str) -> dict[str, float]:
+    """Return the numbers that compare pipelines, as far as `stage` and the stages before it have written them.
+
+    DVC may have skipped the stages before, or fetched their files from its cache.
+    """
+    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    memory: list[float] = []
+    for name in STAGES[: STAGES.index(stage) + 1]:
+        metrics, run = (_content(path) for path in (METRICS / f"{name}.json", OUT / f"{name}.run.json"))
+        found |= {shared: metrics[key] for key, shared in COMPARED[name].items() if _is_number(metrics.get(key))}
+        used = run.get("used")
+        if isinstance(used, dict) and _is_number(used.get("seconds")):
+            seconds[f"{name}_seconds"] = used["seconds"]
+            memory += [used["peak_memory_MiB"]] if _is_number(used.get("peak_memory_MiB")) else []
+    peak = {"peak_memory_MiB": max(memory)} if memory else {}
+    return {**found, **seconds, **({"seconds": round(sum(seconds.values()), 1)} if seconds else {}), **peak}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return what a stage wrote for people; nothing where it is missing or damaged, as no result depends on it."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

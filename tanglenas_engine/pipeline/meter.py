@@ -1,0 +1,60 @@
+"""Measures what a stage costs: seconds, seconds of processors, and memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows has no such module, and no peak of the memory is known there
+    resource = None  # type: ignore[assignment]
+
+MIB = 2**20
+
+
+class Meter:
+    """A meter that starts when it is made. A stage that was cut off goes on with the numbers of its last checkpoint."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._processor_start = _processor_seconds()
+        self._earlier: Mapping[str, float] = {}
+
+    def go_on(self, earlier: Mapping[str, float]) -> None:
+        """Count from the numbers that `read` gave before the stage was cut off.
+
+        Raises:
+            ValueError: A number is not finite, or negative.
+        """
+        if odd := [name for name, value in earlier.items() if not (math.isfinite(value) and value >= 0)]:
+            raise ValueError(f"{odd[0]} is {earlier[odd[0]]!r}")
+        self._earlier = earlier
+
+    def read(self) -> dict[str, float]:
+        """Return `seconds`, `processor_seconds` (this process and its ended children) and `peak_memory_MiB`.
+
+        `peak_gpu_memory_MiB` is what torch allocated at most on the GPU, where it used one.
+        """
+        now = {
+            "seconds": time.monotonic() - self._start,
+            "processor_seconds": _processor_seconds() - self._processor_start,
+        }
+        total = {name: value + self._earlier.get(name, 0.0) for name, value in now.items()}
+        peaks = {}
+        if resource is not None:
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+            peaks["peak_memory_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            peaks["peak_gpu_memory_MiB"] = torch.cuda.max_memory_allocated() / MIB
+        total |= {name: max(value, self._earlier.get(name, 0.0)) for name, value in peaks.items()}
+        return {name: round(value, 1) for name, value in total.items()}
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])

@@ -1,0 +1,21 @@
+"""What a stage costs, over all processes that it took."""
+
+import pytest
+
+from tanglenas_engine.pipeline.meter import Meter
+
+
+def test_a_stage_that_goes_on_adds_its_time_and_keeps_the_highest_peak():
+    meter = Meter()
+    first = meter.read()
+    assert 0 <= first["seconds"] < 60 and first["peak_memory_MiB"] > 10
+    meter.go_on({"seconds": 1000.0, "processor_seconds": 500.0, "peak_memory_MiB": 10.0**6})
+    again = meter.read()
+    assert 1000 <= again["seconds"] < 1060 and 500 <= again["processor_seconds"] < 560
+    assert again["peak_memory_MiB"] == 10**6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "3"])
+def test_numbers_that_no_meter_gave_are_refused(value):
+    with pytest.raises((ValueError, TypeError)):
+        Meter().go_on({"seconds": value})
