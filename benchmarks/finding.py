@@ -11,8 +11,9 @@ split: it only says in the end what a network is worth. `table` prints the compa
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,9 @@ def run(task: str, out: Path, methods: str, seeds: int, size: int, threads: int)
     for number, architecture in enumerate(pool[: 0 if size else NOISE]):
         for seed in (1, 2):
             study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
+    budget = Budget(study.space(), study.limits)
+    for cost in () if size else ("params", "macs"):
+        study.once(f"most {cost}", partial(study.trained, budget.dearest(cost), 0))
     for name in methods.split(";"):
         for seed in range(seeds):
             found = study.once(f"found/{name}/{seed}", partial(study.found_by, name, seed))
@@ -269,6 +273,58 @@ def run(task: str, out: Path, methods: str, seeds: int, size: int, threads: int)
             )
             for again in (0, 1):
                 study.once(f"trained/{architecture.digest}/{again}", partial(study.trained, architecture, again))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+def table(path: Path) -> None:
+    """Print what the results in the file PATH say, as far as they are there."""
+    rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    pool = [row for key, row in rows.items() if key.startswith("pool/") and key.endswith("/0")]
+    losses = np.array([row["test_loss"] for row in pool])
+    again: dict[str, list[float]] = {}
+    for row in rows.values():
+        if "test_loss" in row:
+            again.setdefault(row["digest"], []).append(row["test_loss"])
+    repeated = [np.var(values, ddof=1) for values in again.values() if len(values) > 1]
+    deviation = f"{np.mean(repeated) ** 0.5:.4f} ({len(repeated)} networks)" if repeated else "unknown"
+    click.echo(
+        f"pool of {len(pool)}: test loss {losses.min():.4f} best, {np.median(losses):.4f} median, {losses.max():.4f} "
+        f"worst, deviation {losses.std(ddof=1):.4f}; between seeds {deviation}; "
+        f"{np.mean([row['seconds'] for row in pool]):.0f} s a training"
+    )
+    click.echo("the validation loss ranks the test loss: " + _spearman([r["validation_loss"] for r in pool], losses))
+    click.echo(f"best of ten by validation loss: {_best_of(pool, 10):.4f} on average")
+    for cost in ("params", "macs"):
+        if f"most {cost}" in rows:
+            click.echo(f"most {cost}: {rows[f'most {cost}']['test_loss']:.4f}")
+    click.echo(
+        "| method, seed | test loss | worse in the pool, % | supernet ranks the pool | search, s | derivation, s |"
+    )
+    click.echo("| --- | --- | --- | --- | --- | --- |")
+    for key, row in rows.items():
+        kind, _, rest = key.partition("/")
+        if kind != "found":
+            continue
+        trained = again.get(row["digest"], [])
+        mean = float(np.mean(trained)) if trained else math.nan
+        ranks = _spearman([row["pool_losses"][int(one["key"].split("/")[1])] for one in pool], losses)
+        click.echo(
+            f"| {rest} | {mean:.4f} ({len(trained)}) | {100 * np.mean(losses > mean):.0f} | {ranks} "
+            f"| {row['search_seconds']:.0f} | {row['derive_seconds']:.0f} |"
+        )
+
+
+def _spearman(one: Sequence[float], other: Sequence[float] | np.ndarray[Any, Any]) -> str:
+    """Return Spearman's correlation with its standard error under independence."""
+    return f"{stats.spearmanr(one, other).statistic:.2f} +- {1 / math.sqrt(len(one) - 1):.2f}"
+
+
+def _best_of(pool: Sequence[dict[str, Any]], count: int) -> float:
+    """Return the mean test loss of the network of best validation loss among `count` of the pool."""
+    generator = np.random.default_rng(0)
+    chosen = (generator.choice(len(pool), min(count, len(pool)), replace=False) for _ in range(10_000))
+    return float(np.mean([pool[min(some, key=lambda i: pool[i]["validation_loss"])]["test_loss"] for some in chosen]))
 
 
 if __name__ == "__main__":

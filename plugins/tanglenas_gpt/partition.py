@@ -47,7 +47,7 @@ class PartitionedAttention(elastic.Elastic):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)  # (B, T, 3 * width)
-        pairs, dims = self.masks("pairs"), self.masks("dims")
+        pairs, dims = ([factor.whole() for factor in self.factors(name)] for name in ("pairs", "dims"))
         if self.assignment is not None:
             y = self._attention(qkv.unflatten(-1, (3, self.heads.value(self.assignment), -1)))
             y = math.prod([*pairs, *dims], start=y)

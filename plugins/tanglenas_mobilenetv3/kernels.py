@@ -32,14 +32,15 @@ class TransformedConv2d(elastic.Conv2d):
         return Size.of(0)  # only the supernet has the matrices
 
     def unmasked(self, name: str) -> tuple[Tensor | None, list[elastic.Factor]]:
-        probabilities = self.masks("kernels") if name == "weight" else []
-        if not probabilities:
+        kinds = self.factors("kernels") if name == "weight" else []
+        if not kinds:
             return super().unmasked(name)
+        probabilities = kinds[0].whole()
         if self.assignment is not None:
-            return self.sliced(name, self.assignment) * probabilities[0], self.factors("channels")
+            return self.sliced(name, self.assignment) * probabilities, self.factors("channels")
         kernels = reversed(self.kernels())  # from the smallest, like the probabilities
         largest = self.weight.shape[-1]
-        total = sum(p * _resized(kernel, largest) for p, kernel in zip(probabilities[0], kernels, strict=True))
+        total = sum(p * _resized(kernel, largest) for p, kernel in zip(probabilities, kernels, strict=True))
         return total, self.factors("channels")
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:

@@ -87,13 +87,9 @@ class Elastic(nn.Module):
 
     def covered(self, name: str, tensor: Tensor) -> Tensor:
         """Return `tensor` times the mask declared as `name`, or `tensor` itself if there is no mixture."""
-        for mask in self.masks(name):
-            tensor = tensor * mask
+        for factor in self.factors(name):
+            tensor = tensor * factor.whole()
         return tensor
-
-    def masks(self, name: str) -> list[Tensor]:
-        """Return the factors of the mask declared as `name` with all rows; an empty list if there is no mixture."""
-        return [factor.whole() for factor in self.factors(name)]
 
     def factors(self, name: str) -> list[Factor]:
         """Return the factors of the mask declared as `name`; an empty list if there is no mixture.

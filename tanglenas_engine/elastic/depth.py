@@ -30,8 +30,8 @@ class Depth(Elastic, nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         depth = len(self) if self.assignment is None else self.depth.value(self.assignment)
-        probabilities = self.masks("outputs")
-        shares = dict(zip(self._depths, probabilities[0], strict=True)) if probabilities else {}
+        probabilities = self.factors("outputs")
+        shares = dict(zip(self._depths, probabilities[0].whole(), strict=True)) if probabilities else {}
         total = x * shares[0] if 0 in shares else None
         for i, layer in enumerate(list(self)[:depth], start=1):
             x = layer(x)

@@ -117,9 +117,9 @@ class LayerNorm(Elastic, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.current("weight"), self.current("bias")
-        coverage = self.masks("statistics")
+        coverage = self.factors("statistics")
         if coverage:
-            x = weighted_layer_norm(x, coverage[0], weight, bias, self.eps)
+            x = weighted_layer_norm(x, coverage[0].whole(), weight, bias, self.eps)
         else:
             x = F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
         return x if self.elementwise_affine else self.covered("weight", x)

@@ -131,13 +131,15 @@ class MixedOperation(Elastic, nn.ModuleDict):
         for name, module in self.items():
             if kept is not None and not any(self.presence[name].values[option] for option in kept):
                 continue
-            masks = self.masks(name)
-            if not masks:  # a group of the relaxation "paper", or a network without a mixture
+            factors = self.factors(name)
+            if not factors:  # a group of the relaxation "paper", or a network without a mixture
                 yield module(x)
             elif name in self.members:
-                yield from self._one_by_one(module, x, self.members[name], masks[0][-len(self.members[name]) :])
+                yield from self._one_by_one(
+                    module, x, self.members[name], factors[0].whole()[-len(self.members[name]) :]
+                )
             else:
-                yield module(x) * masks[0][-1]
+                yield module(x) * factors[0].whole()[-1]
 
     def _one_by_one(
         self, module: nn.Module, x: Tensor, members: list[Assignment], probabilities: Tensor

@@ -29,7 +29,7 @@ def watched(space):
             return
         seen["outputs"].add(output.dtype)
         if module.axes and space.superposition.mixture is not None:
-            seen["masks"].update(mask.dtype for mask in module.masks("weight"))
+            seen["masks"].update(factor.whole().dtype for factor in module.factors("weight"))
 
     space.blocks[0].mlp.fc1.register_forward_hook(look)
     return space, seen
