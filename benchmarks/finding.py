@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from scipy import stats
 
 from tanglenas_engine import (
     Architecture,
