@@ -40,7 +40,7 @@ PROPOSALS_PER_CANDIDATE = 20
 """Proposals per new candidate after which a space counts as exhausted."""
 
 RUNG = 4
-"""Factor between the rungs of a race: a quarter of the candidates goes on, to four times as many samples."""
+"""Factor between the rungs of a race: a quarter of the candidates goes on, to about four times as many samples."""
 
 
 class Candidates:
@@ -55,8 +55,8 @@ class Candidates:
     does not depend on other candidates. Several ranks draw the same candidates and share the judging.
 
     Candidates are ranked by loss, which is finer than accuracy. They run a race (successive halving, Jamieson and
-    Talwalkar, 2016, arXiv:1502.07943): all are judged on a part of the samples, and the best quarter on four times as
-    many, up to all samples. The candidates of a generation see the same samples.
+    Talwalkar, 2016, arXiv:1502.07943): all are judged on a batch, and the best quarter on about four times as many
+    samples, up to all. The candidates of a generation see the same samples.
 
     Args:
         space: The supernet with its trained weights.
@@ -257,12 +257,17 @@ class Candidates:
         return measure_inherited(self.space, architecture, samples, self._statistics, self._batch_size)
 
     def _rungs(self, candidates: int) -> list[int]:
-        """Return the numbers of samples of a race: the last is all, the first at least a batch."""
-        rungs = [len(self._samples)]
-        while candidates > 1 and rungs[0] >= RUNG * self._batch_size:
-            rungs.insert(0, rungs[0] // RUNG)
-            candidates = math.ceil(candidates / RUNG)
-        return rungs
+        """Return the numbers of samples of a race: from a batch to all, in steps of a factor of 2 to 8, best 4.
+
+        Few candidates need few steps. Their first rung has more than a batch.
+        """
+        samples, needed = len(self._samples), 0
+        while candidates > 1:
+            candidates, needed = math.ceil(candidates / RUNG), needed + 1
+        batches = max(1.0, samples / self._batch_size)
+        steps = math.ceil(math.log(batches, RUNG) - 0.5)
+        taken = min(steps, needed)
+        return [round(samples * batches ** (-step / steps)) for step in range(taken, 0, -1)] + [samples]
 
     def _measure(self, architectures: Sequence[Architecture], count: int, keep: bool = False) -> None:
         """Write the scores of architectures on `count` samples into their records, or keep those that records have."""

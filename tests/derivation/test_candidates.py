@@ -253,13 +253,15 @@ def test_without_fill_candidates_are_drawn_and_brought_into_the_budget():
         (640, 10, 5, [40, 160, 640]),
         (640, 10, 2, [160, 640]),
         (640, 10, 1, [640]),
-        (639, 10, 10**6, [39, 159, 639]),
+        (639, 10, 10**6, [10, 40, 160, 639]),
+        (2250, 256, 300, [256, 759, 2250]),
         (40, 10, 100, [10, 40]),
-        (39, 10, 100, [39]),
+        (21, 10, 100, [10, 21]),
+        (19, 10, 100, [19]),
         (8, 256, 100, [8]),
     ],
 )
-def test_rungs_quarter_the_samples_while_there_are_candidates_and_a_batch(samples, batch_size, count, expected):
+def test_rungs_go_from_a_batch_to_all_samples_while_there_are_candidates(samples, batch_size, count, expected):
     space = vit()
     with Known(space, lambda _: 50.0, samples=samples, batch_size=batch_size) as tried:
         assert tried._rungs(count) == expected
@@ -325,7 +327,7 @@ def test_a_loss_that_is_no_number_is_last_and_in_the_record():
         assert broken not in [record["architecture"] for record in final_front(tried)]
 
 
-@pytest.mark.parametrize("cut, spared", [(17, 16), (36 + 13, 36 + 10)])
+@pytest.mark.parametrize("cut, spared", [(17, 15), (27 + 13, 27 + 10)])
 def test_a_race_that_was_interrupted_goes_on_where_it_was(tmp_path, cut, spared):
     torch.manual_seed(0)
     space = Normed()
@@ -339,7 +341,7 @@ def test_a_race_that_was_interrupted_goes_on_where_it_was(tmp_path, cut, spared)
 
     whole = run()
     forwards = space.forwards
-    assert forwards == 9 * (2 + 2) + 3 * (2 + 8)
+    assert forwards == 9 * (2 + 1) + 3 * (2 + 8)
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         with pytest.raises(KeyboardInterrupt):
             run(checkpoints, cut)
