@@ -79,7 +79,7 @@ def test_a_split_too_large_to_stay_is_fetched_for_every_candidate_with_the_same_
     for most in (module.HELD_BYTES, samples.batch(torch.arange(1))[0].nbytes):
         monkeypatch.setattr(module, "HELD_BYTES", most)
         samples.fetched = 0
-        with Candidates(space, samples, samples, batch_size=8, device=torch.device("cpu")) as tried:
+        with Candidates(space, samples, samples, batch_size=16, device=torch.device("cpu")) as tried:  # no race
             fetched = samples.fetched
             found.append(tried.judge(tried.fresh(3)))
     assert found[0] == found[1]
