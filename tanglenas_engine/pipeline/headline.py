@@ -13,8 +13,8 @@ Between two options, the heavier one has a weight of 0.89 at the first entropy, 
 """
 LARGEST = 1e18
 """The size from which a metric counts as none."""
-COSTS = {"params": "parameters", "macs": "multiply-accumulates (MACs) for one input"}
-"""The costs of the headline: the key of the metrics, and the unit."""
+COSTS = {"params": ("parameters", ""), "macs": ("MACs", "multiply-accumulates for one input")}
+"""The costs of the headline: the key of the metrics, the unit, and what the unit is."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ def _quality(evaluated: Mapping[str, Any]) -> list[Fact]:
 def _costs(evaluated: Mapping[str, Any]) -> list[Fact]:
     """Return the costs of the network, against the largest and the smallest network of the space."""
     facts = []
-    for key, unit in COSTS.items():
+    for key, (unit, meaning) in COSTS.items():
         cost, largest, smallest = (_number(evaluated, prefix + key) for prefix in ("", "largest_", "smallest_"))
         if cost is None:
             continue
-        detail, share = "", None
+        details, share = [meaning] if meaning else [], None
         if largest and smallest is not None:
-            detail = (
-                f"{100 * cost / largest:.0f} % of the space's largest network ({largest:,.0f}); "
-                f"its smallest has {smallest:,.0f}"
-            )
+            details += [
+                f"{100 * cost / largest:.0f} % of the space's largest network ({largest:,.0f})",
+                f"its smallest has {smallest:,.0f}",
+            ]
             share = (cost - smallest) / (largest - smallest) if largest > smallest else None
-        facts.append(Fact("MACs" if key == "macs" else unit, f"{cost:,.0f} {unit}", detail, share))
+        facts.append(Fact(unit, f"{cost:,.0f} {unit}", "; ".join(details), share))
     return facts
 
 
