@@ -72,6 +72,35 @@ def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable
     if any(_plain(sample) != _plain(weight[0]) for sample in weight):
         pairs = zip(weight, architecture, strict=True)
         assert any(_plain(w) != _plain(a) for w, a in pairs), "the streams 'weight' and 'architecture' draw the same"
+    if not learns and all(isinstance(sample, Architecture) for sample in first):
+        _check_source(_bound(make_optimizer, space), space)
+
+
+class _Single:
+    """A source of one architecture."""
+
+    def __init__(self, architecture: Architecture):
+        self._architecture = architecture
+
+    def sample(self, generator: torch.Generator | None = None) -> Architecture:
+        return self._architecture
+
+    def largest(self) -> Architecture:
+        return self._architecture
+
+    def smallest(self) -> Architecture:
+        return self._architecture
+
+
+def _check_source(optimizer: Optimizer, space: SearchSpace) -> None:
+    """Check that an optimizer without architecture parameters draws from the source that a search gives it."""
+    for architecture in (space.smallest(), space.largest()):
+        optimizer.draw_from(_Single(architecture))
+        samples = {optimizer.sample(step, "weight") for step in range(3)}
+        assert samples == {architecture}, (
+            "sample() gives architectures that draw_from() left out, so a search with a target is not within its band: "
+            "take them from self.draw(step, stream)"
+        )
 
 
 def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:

@@ -373,6 +373,13 @@ class Forgetful(SPOS):
         return super().sample(self.memory, stream)
 
 
+class Roaming(SPOS):
+    """Draws from the whole space, whatever the band is."""
+
+    def sample(self, step, stream):
+        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
+
+
 class Undecided(DARTS):
     """Has no mixture, and asks for argmax."""
 
@@ -391,6 +398,7 @@ class Undecided(DARTS):
         (check_sampling, OneStream, "draw the same"),
         (check_sampling, Sums, "not on the simplex"),
         (check_sampling, Constant, "does not depend on alpha"),
+        (check_sampling, Roaming, "that draw_from() left out"),
         (check_sampling, Undecided, "learns_architecture is True, but expected"),
         (check_gradients, Backward, "leaves a gradient"),
         (check_gradients, Nudging, "changes"),
