@@ -211,6 +211,7 @@ class Candidates:
             self._total = len(architectures) if total is None else total
             self._line = self._stack.enter_context(self._progress.stage(self._label, self._total, 0))
         new = list({one.digest: one for one in architectures if one.digest not in self._judged}.values())
+        self._drawn.update(one.digest for one in new)
         left = new
         for number, count in enumerate(self._rungs(len(new)) if race else [len(self._samples)]):
             if number:

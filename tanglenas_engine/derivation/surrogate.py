@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tanglenas_engine.derivation.budget import Tables
+from tanglenas_engine.derivation.budget import Tables, tabulated
 from tanglenas_engine.derivation.candidates import Candidates
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import at_least
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
@@ -34,19 +34,27 @@ Vector = NDArray[np.float64]
 def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int = 10) -> None:
     """Judge random candidates, then those that a regression on their losses finds best, one after another.
 
+    Where that one was judged before, a random candidate follows.
+
+    Without enough candidates to fit, or without tables to minimise over, all candidates are random, and a note says so.
+
     Args:
         proposals: The largest number of candidates that the regression proposes, out of all candidates.
-
-    Raises:
-        TangleNASError: There are too few candidates, or no cost tables or decisions to minimise over.
     """
     at_least("surrogate.proposals", proposals, 1)
     count = candidates.limit - proposals
+    trouble = ""
     if count < 2 * FOLDS:
-        raise TangleNASError(
-            f"discretize.method 'surrogate' fits {max(count, 0)} candidates ({candidates.limit} without the "
-            f"{proposals} of surrogate.proposals), expected {2 * FOLDS} or more: raise discretize.candidates"
+        trouble = (
+            f"{candidates.limit} candidates without {proposals} proposals are too few to fit, which takes {2 * FOLDS}: "
+            "raise discretize.candidates"
         )
+    elif not tabulated(candidates.space, candidates.budget.limits):
+        trouble = "a cost of the budget has no tables, or the space does not tell its decisions"
+    if trouble:
+        candidates.note(f"no regression, all candidates are random: {trouble}")
+        candidates.judge(candidates.first(candidates.limit))
+        return
     terms = Terms(candidates.space)
     drawn = candidates.first(count)
     candidates.judge(drawn, candidates.limit)
@@ -59,8 +67,11 @@ def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int
             said = "unknown" if math.isnan(correlation) else f"{correlation:.2f}"
             candidates.note(f"the regression predicts held-out candidates with a correlation of {said}")
         best = candidates.budget.minimum(terms.tables(weights))
-        if best in drawn:
-            return
+        if best in drawn:  # a random one teaches more
+            more = candidates.fresh(1)
+            if not more:
+                return
+            (best,) = more
         drawn.append(best)
         candidates.judge([best], candidates.limit)
 

@@ -116,7 +116,7 @@ def test_an_empty_band_is_refused_with_its_range():
     gap, most = max((b / a, b) for a, b in itertools.pairwise(costs))
     with pytest.raises(TangleNASError) as caught:
         Band(Budget(space, {"macs": most - 1}), 1 - (gap - 1) / 4)
-    assert "holds no architecture of" in str(caught.value) and f"{most - 1:,} macs" in str(caught.value)
+    assert "holds no architecture of" in str(caught.value) and f"{most - 1:,} MACs" in str(caught.value)
     assert "widen it, or move the limit" in str(caught.value)
     with pytest.raises(TangleNASError, match="the smallest has"):
         Band(Budget(space, {"macs": costs[0] - 1}))

@@ -12,9 +12,17 @@ from tiny import ALL, tiny
 
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.surrogate import Terms, fitted, surrogate
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.superposition.size import Size
+
+
+class Notes(SilentProgress):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
 
 
 def interacting(space, seed):
@@ -91,22 +99,25 @@ def test_losses_that_are_no_numbers_are_left_out():
         assert math.isfinite(candidates.best()[0]["loss"])
 
 
-def test_too_few_candidates_are_refused():
-    with Known(vit(), lambda one: 1.0, limit=12) as candidates, pytest.raises(TangleNASError) as caught:
+def test_too_few_candidates_are_all_random_and_that_is_said():
+    notes = Notes()
+    with Known(vit(), lambda one: 1.0, limit=12, progress=notes) as candidates:
         surrogate(candidates, None)
-    assert "fits 2 candidates (12 without the 10 of surrogate.proposals)" in str(caught.value)
-    assert "raise discretize.candidates" in str(caught.value)
+    assert len(candidates.records) == 12
+    (said,) = (line for line in notes.lines if "no regression" in line)
+    assert "12 candidates without 10 proposals are too few to fit" in said and "raise discretize.candidates" in said
 
 
-def test_a_space_that_does_not_tell_its_decisions_is_refused():
+def test_a_space_that_does_not_tell_its_decisions_has_random_candidates():
     class Silent(SPACES["convolutional"]):
         def moves(self, assignment):
             return super().moves(assignment)
 
-    space = Silent()
+    space, notes = Silent(), Notes()
     space.name = "silent"
-    with Known(space, lambda one: 1.0, limit=30) as candidates, pytest.raises(TangleNASError, match="does not tell"):
+    with Known(space, lambda one: 1.0, limit=30, progress=notes) as candidates:
         surrogate(candidates, None)
+    assert any("the space does not tell its decisions" in line for line in notes.lines)
 
 
 def test_a_mixture_is_not_needed_but_taken():

@@ -152,7 +152,7 @@ def test_images_that_are_in_training_and_test_are_named(pictures: Path, tmp_path
     ImageFolder(pictures).verify(told, tmp_path / "state")
     (note,) = told.notes
     assert "2 of 14 test images are in the training data too, byte for byte, so that the test accuracy" in note
-    assert f"{pictures}/train/cat/1.jpg = {pictures}/test/cat/copy1.jpg" in note and "dog" not in note
+    assert "/train/cat/1.jpg = " in note and "/test/cat/copy1.jpg" in note and "dog" not in note  # long folders are cut
 
 
 def test_copies_are_named_where_the_test_split_is_drawn_from_all_images(pictures: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_copies_are_named_where_the_test_split_is_drawn_from_all_images(pictures
     ImageFolder(everything).verify(told, tmp_path / "state")
     (note,) = told.notes
     assert "2 images are copies of others, byte for byte, and a copy may fall into the test split" in note
-    assert f"{everything}/cat/1.jpg = {everything}/cat/copy2.jpg" in note
+    assert "/cat/1.jpg = " in note and "/cat/copy2.jpg. Remove one of each" in note  # long folders are cut
 
 
 def test_many_bad_files_are_listed_in_a_file(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def test_rows_that_do_not_fit_are_refused(written):
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     path = tmp_path / "latency.json"
     path.write_text(text)
-    with pytest.raises(TangleNASError, match="is no latency table: expected the JSON that `tanglenas latency build`"):
+    with pytest.raises(
+        TangleNASError, match=r"is no latency table( .*)?: expected the JSON that `tanglenas latency build`"
+    ):
         LatencyTable.load(path)
     with pytest.raises(TangleNASError, match=r"No such file or directory\. Make one with `tanglenas latency build`"):
         LatencyTable.load(tmp_path / "none.json")
