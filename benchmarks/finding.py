@@ -1,7 +1,8 @@
 """Does a search find? Methods against a pool of random networks of equal cost, each trained by itself.
 
-    python -m benchmarks.finding run gpt_nano --out finding
-    python -m benchmarks.finding table finding/gpt_nano.jsonl
+    python -m benchmarks.finding run gpt_nano
+    python -m benchmarks.finding run autoformer_nano --data FOLDER_OF_FASHION_MNIST
+    python -m benchmarks.finding table benchmarks/results/gpt_nano.jsonl
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
 file, so a study that is cut off goes on where it was. All times are of the processor. Nothing is chosen by the test
@@ -45,6 +46,7 @@ from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.targets import Target
 
+RESULTS = Path(__file__).parent / "results"
 FILLED = 0.95
 """The share of the budget that every network of the pool uses at least."""
 NOISE = 5
@@ -57,6 +59,7 @@ class Task:
 
     Attributes:
         data: The options of the dataset, and `options` those of the space.
+        place: The option of the dataset that says where its files are, or None for data that need no files.
         budget: The share of the largest network's multiply-accumulates.
         images: The number of images to train and validate on; None for all samples.
         epochs: The passes of a training over `training`, and of a search over `weights`.
@@ -68,6 +71,7 @@ class Task:
     data: dict[str, Any]
     options: dict[str, Any]
     budget: float = 0.6
+    place: str | None = None
     images: int | None = None
     epochs: int = 12
     pool: int = 24
@@ -80,14 +84,14 @@ TASKS = {
         epochs=12,
     ),
     "gpt_nano_shakespeare": Task(
-        "gpt_nano", "text", {"path": "shared/data/tinyshakespeare.txt"}, {"bias": True},
+        "gpt_nano", "text", {}, {"bias": True}, place="path",
         epochs=5,
     ),
     "autoformer_nano": Task(
-        "autoformer_nano", "fashion_mnist", {"root": "/usr/share/datasets/fashion-mnist"}, VIT, images=6000, epochs=15,
+        "autoformer_nano", "fashion_mnist", {}, VIT, place="root", images=6000, epochs=15,
     ),
     "mobilenetv3_nano": Task(
-        "mobilenetv3_nano", "fashion_mnist", {"root": "/usr/share/datasets/fashion-mnist"}, {"drop": 0.1}, images=6000,
+        "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=6000,
         epochs=12,
     ),
 }  # fmt: skip
@@ -115,10 +119,11 @@ METHODS = {
 class Study:
     """A task in progress: its data, its budget, and the file of results."""
 
-    def __init__(self, name: str, path: Path, threads: int = 1):
+    def __init__(self, name: str, path: Path, data: str | None = None, threads: int = 1):
         torch.set_num_threads(threads)
         self.task, self.path = TASKS[name], path
-        self.dataset = create_dataset(self.task.dataset, **self.task.data)
+        place = {self.task.place: data} if self.task.place and data else {}
+        self.dataset = create_dataset(self.task.dataset, **self.task.data, **place)
         self.splits = make_splits(self.dataset, seed=0)
         budget = self.task.budget * self.space().cost(self.space().largest()).macs
         self.limits = {"macs": int(budget)}
@@ -250,14 +255,15 @@ def main() -> None:
 
 @main.command()
 @click.argument("task", type=click.Choice(list(TASKS)))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("finding"), help="The folder of results.")
+@click.option("--data", help="The file or folder of the data, where a task needs one.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
 @click.option("--methods", default=";".join(METHODS), help="Methods, with ; between them.")
 @click.option("--seeds", default=5, help="Searches with each method.")
 @click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
 @click.option("--threads", default=1)
-def run(task: str, out: Path, methods: str, seeds: int, size: int, threads: int) -> None:
+def run(task: str, data: str | None, out: Path, methods: str, seeds: int, size: int, threads: int) -> None:
     """Train the pool, then search, derive and train with each method and seed."""
-    study = Study(task, out / f"{task}.jsonl", threads)
+    study = Study(task, out / f"{task}.jsonl", data, threads)
     pool = study.pool()
     for number, architecture in enumerate(pool[: size or None]):
         study.once(f"pool/{number}/0", partial(study.trained, architecture, 0))

@@ -174,15 +174,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 dataset.verify(ConsoleProgress(), root / ".tanglenas")
         config = gin.config_str()
         code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
-        identity = fingerprint(
-            stage=name,
-            config=config,
-            data=dataset.fingerprint,
-            inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
-            code=code,
-            torch=torch.__version__,
-            tables=tables(),
-        )
+        identity = _identity(name, config, dataset, inputs, code)
         lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
         pipeline_id = lineage.get("pipeline_id", "")
         # People compare runs of later stages by the optimizer of their search.
@@ -223,6 +215,19 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()
         record.unlink(missing_ok=True)
+
+
+def _identity(name: str, config: str, dataset: Dataset, inputs: Sequence[Path], code: Mapping[str, str]) -> str:
+    """Return a fingerprint of all that a stage's result depends on. Its checkpoints are of this identity."""
+    return fingerprint(
+        stage=name,
+        config=config,
+        data=dataset.fingerprint,
+        inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
+        code=code,
+        torch=torch.__version__,
+        tables=tables(),
+    )
 
 
 @contextmanager

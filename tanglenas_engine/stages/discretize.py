@@ -186,10 +186,7 @@ def discretize(
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     progress = progress or SilentProgress()
     given = limits_of(max_params, max_macs, limits, max_flops)
-    for name, most in (targets or {}).items():
-        if name in costs and given.get(name) is None:
-            given[name] = math.floor(most) if name in METRICS else most
-            progress.note(f"discretize: at most {amount(most)} {name}, the target of the search")
+    given |= _targets_left({name: most for name, most in (targets or {}).items() if name in costs}, given, progress)
     budget = Budget(space, given, objectives)
     budget.check()
     _note_sources(progress, objectives)
@@ -209,6 +206,16 @@ def discretize(
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
     return DiscretizeResult(best, space.cost(best), measured.accuracy, measured.loss, records, front, cost, exact)
+
+
+def _targets_left(
+    targets: Mapping[str, float], given: Mapping[str, float | None], progress: Progress
+) -> dict[str, float]:
+    """Return the targets in costs that have no limit yet, and tell a person that they are limits."""
+    left = {name: most for name, most in targets.items() if given.get(name) is None}
+    for name, most in left.items():
+        progress.note(f"discretize: at most {amount(most)} {name}, the target of the search")
+    return {name: math.floor(most) if name in METRICS else most for name, most in left.items()}
 
 
 def _check_options(

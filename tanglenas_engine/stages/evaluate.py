@@ -196,21 +196,14 @@ def rank_correlation(
         checkpoints=checkpoints,
         progress=progress,
     ) as candidates:
-        if listed is not None:
-            compared = list(listed)
-        else:
-            compared = _all_architectures(space) if every else candidates.fresh(candidates.limit)
+        drawn = listed or (_all_architectures(space) if every else candidates.fresh(candidates.limit))
+        compared = list(drawn)
         known = [table(architecture) for architecture in compared]
         scored = candidates.judge(compared, race=False)
     rows = [
-        {
-            "digest": row["digest"],
-            "loss": row["loss"],
-            "accuracy": row["accuracy"],
-            "table_value": value["table_value"],
-            "table_rank": value["table_rank"],
-            "architecture": str(row["architecture"]),
-        }
+        {key: row[key] for key in ("digest", "loss", "accuracy")}
+        | {key: value[key] for key in ("table_value", "table_rank")}
+        | {"architecture": str(row["architecture"])}
         for row, value in zip(scored, known, strict=True)
     ]
     # Ranks are compared, as some of the tables' metrics are better high and others low. The lowest rank is the best.
