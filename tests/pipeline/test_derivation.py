@@ -98,7 +98,8 @@ def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
 
 
 def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, monkeypatch, capsys):
-    bindings = ('discretize.method = "evolution"', "discretize.candidates = 12", *SMALL_EVOLUTION)
+    no_race = "discretize.batch_size = 600"
+    bindings = ('discretize.method = "evolution"', "discretize.candidates = 12", no_race, *SMALL_EVOLUTION)
     run(discretize, *bindings)
     whole = {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()}
     measured, calls = Candidates.measured, []

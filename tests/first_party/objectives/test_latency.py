@@ -86,7 +86,8 @@ def bound(table, space) -> Latency:
 
 
 def test_real_times_tell_a_large_network_from_a_small_one():
-    space = tiny("toy_conv_macro", image_size=32)
+    wide = {"channels1": (2, 32), "channels2": (2, 32), "channels3": (2, 32), "channels4": (4, 64)}
+    space = tiny("toy_conv_macro", image_size=32, **wide)
     table = measure_latency(space, batch_size=8, threads=1, fitted=2, validated=2, repeats=1)
     objective = bound(table, space)
     assert 0 < objective.cost(space.smallest()) < objective.cost(space.largest())
