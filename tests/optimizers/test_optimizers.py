@@ -437,10 +437,10 @@ class TwoPaths(Optimizer):
     derivation = "random"
 
     def sample(self, step: int, stream: str) -> Architecture:
-        return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
+        return self.draw(step, stream)
 
     def weight_losses(self, step: Step):
-        for architecture in (step.space.largest(), self.sample(step.index, "weight")):
+        for architecture in (self.source.largest(), self.sample(step.index, "weight")):
             self.enter(architecture)
             yield step.loss(step.space(step.weight_batch[0]), step.weight_batch[1])
 
