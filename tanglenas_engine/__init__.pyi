@@ -11,10 +11,11 @@ from .plugins import create_objective as create_objective
 from .plugins import create_optimizer as create_optimizer
 from .plugins import create_space as create_space
 from .plugins.hookspecs import hookimpl as hookimpl
+from .runtime import strict_json as strict_json
+from .runtime.files import write_atomic as write_atomic
 
 # Authors of search spaces.
 from . import elastic as elastic
-from .runtime.files import write_atomic as write_atomic
 from .spaces import cells as cells
 from .spaces.architecture import Architecture as Architecture
 from .spaces.space import SearchSpace as SearchSpace

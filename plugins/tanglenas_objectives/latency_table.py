@@ -25,6 +25,7 @@ from tanglenas_engine import (
     TangleNASError,
     data_path,
     rank_correlations,
+    strict_json,
     write_atomic,
 )
 
@@ -102,13 +103,13 @@ class LatencyTable:
             TangleNASError: The file is missing, damaged, no latency table, or of another version.
         """
         try:
-            content = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_without_twins)
+            content = strict_json.loads(Path(path).read_text("utf-8"))
             version, _ = content.pop("format"), content.pop("unit")
         except OSError as error:
             raise TangleNASError(
                 f"latency table {path}: {error.strerror or error}. Make one with `tanglenas latency build`"
             ) from None
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             why = f" ({error})" if isinstance(error, ValueError) else ""
             raise TangleNASError(
                 f"{path} is no latency table{why}: expected the JSON that `tanglenas latency build` writes"
@@ -175,16 +176,6 @@ class Latency(Objective):
 
     def terms(self, space: SearchSpace) -> Additive:
         return self.table.terms(space)
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of a JSON text. Python's own module would take the last of two values of one key."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
-    return content
 
 
 def row_name(row: Row) -> str:

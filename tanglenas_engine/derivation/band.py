@@ -19,18 +19,16 @@ import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tanglenas_engine.derivation.budget import Budget, Limit, Picks, amount, decisions_of, tabulated
+from tanglenas_engine.derivation.budget import Budget, Limit, Picks, amount, scoped, scopes_of, tabulated
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.superposition.size import Size
 
 BINS = 4096
 """Bins into which the cost of a limit is cut."""
@@ -61,6 +59,7 @@ class Band:
         self.space, self.budget, self.least = budget.space, budget, least
         budget.check()
         self._counters: list[_Counter] = []
+        self._extremes: dict[bool, Architecture] = {}
         self.exact = tabulated(self.space, budget.limits)
         if self.exact:
             for limit in budget.limits:
@@ -99,21 +98,18 @@ class Band:
 
     def largest(self) -> Architecture:
         """Return an architecture of the band that uses most of a limit, up to 1/4096 of it."""
-        return self._largest
+        return self._extreme(True)
 
     def smallest(self) -> Architecture:
         """Return an architecture of the band that uses least of a limit, up to 1/4096 of it."""
-        return self._smallest
+        return self._extreme(False)
 
-    @cached_property
-    def _largest(self) -> Architecture:
-        return self._extreme(reverse=True)
+    def _extreme(self, reverse: bool) -> Architecture:
+        if reverse not in self._extremes:
+            self._extremes[reverse] = self._find_extreme(reverse)
+        return self._extremes[reverse]
 
-    @cached_property
-    def _smallest(self) -> Architecture:
-        return self._extreme()
-
-    def _extreme(self, reverse: bool = False) -> Architecture:
+    def _find_extreme(self, reverse: bool) -> Architecture:
         generator = torch.Generator().manual_seed(0)
         if not self.exact:
             drawn = [self.sample(generator) for _ in range(100)]
@@ -178,20 +174,14 @@ class _Counter:
     def count(cls, space: SearchSpace, limit: Limit, least: float) -> _Counter | None:
         """Return the counts, or None if too many decisions share tables."""
         decisions = [list(alternatives) for alternatives in space.decisions()]
-        home = {row: d for d, alternatives in enumerate(decisions) for row in alternatives[0]}
-        tables = [(Size(rows, values), decisions_of(rows, home)) for rows, values in (limit.tables or {}).items()]
-        constant = sum(min(size.values) for size, _ in tables)
+        tables = limit.tables or {}
+        order = [decisions[d] for d in _ordered(len(decisions), scopes_of(tables, decisions))]
+        constant = sum(min(values) for values in tables.values())
         width = max(limit.most - constant, 0) / BINS
-        places = _ordered(len(decisions), [scope for _, scope in tables])
-        order = [decisions[d] for d in places]
         scopes: list[tuple[tuple[int, ...], NDArray[np.int64]]] = []
-        for size, scope in tables:
-            taken = sorted(places.index(d) for d in scope)
-            ways = itertools.product(*(order[k] for k in taken))
-            above = np.array([size.number(dict(ChainMap(*way))) - min(size.values) for way in ways], np.float64)
+        for scope, above, _ in scoped(tables, order):
             bins = np.floor(above / width) if width else np.where(above > 0, BINS + 1, 0)
-            shape = [len(order[k]) for k in taken]
-            scopes.append((tuple(taken), np.minimum(bins, BINS + 1).astype(np.int64).reshape(shape)))
+            scopes.append((scope, np.minimum(bins, BINS + 1).astype(np.int64)))
         frontiers = [
             tuple(sorted({d for scope, _ in scopes if scope and scope[-1] >= k for d in scope if d < k}))
             for k in range(len(order) + 1)

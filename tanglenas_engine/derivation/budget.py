@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -346,9 +346,8 @@ def tabulated(space: SearchSpace, limits: Iterable[Limit]) -> bool:
 def _solve(space: SearchSpace, goal: Tables, limits: Sequence[Limit]) -> tuple[Picks | None, bool]:
     """Return the assignment within the limits of least `goal`, or None, and whether that is certain."""
     decisions = [list(alternatives) for alternatives in space.decisions()]
-    home = {row: d for d, alternatives in enumerate(decisions) for row in alternatives[0]}
     every = [goal, *(limit.tables or {} for limit in limits)]
-    shared = {scope for tables in every for rows in tables if len(scope := decisions_of(rows, home)) > 1}
+    shared = {scope for tables in every for scope in scopes_of(tables, decisions) if len(scope) > 1}
     # The variables of a scope are numbered by the alternatives of its decisions: those of x first, then those of y.
     picks: dict[tuple[int, ...], list[Picks]] = {}
     places: dict[tuple[int, ...], NDArray[np.int64]] = {}
@@ -365,12 +364,10 @@ def _solve(space: SearchSpace, goal: Tables, limits: Sequence[Limit]) -> tuple[P
     def linear(tables: Tables) -> tuple[Vector, float, float]:
         """Return coefficients from 0 to 1e6, the factor that makes them so, and a constant to add before it does."""
         coefficients, constant = np.zeros(count), 0.0
-        for rows, values in tables.items():
-            size, scope = Size(rows, values), decisions_of(rows, home)
-            constant += min(values)
+        for scope, above, least in scoped(tables, decisions):
+            constant += least
             if scope:
-                entries = [size.number(assignment) - min(values) for assignment in picks[scope]]
-                coefficients[places[scope].ravel()] += entries
+                coefficients[places[scope]] += above
         factor = 1e6 / (coefficients.max() or 1.0)
         return coefficients * factor, factor, constant
 
@@ -414,6 +411,23 @@ def _solve(space: SearchSpace, goal: Tables, limits: Sequence[Limit]) -> tuple[P
     return best, False
 
 
-def decisions_of(rows: Iterable[Row], home: Mapping[Row, int]) -> tuple[int, ...]:
-    """Return the decisions about rows, in order."""
-    return tuple(sorted({home[row] for row in rows}))
+def scopes_of(tables: Iterable[Sequence[Row]], decisions: Sequence[Sequence[Picks]]) -> list[tuple[int, ...]]:
+    """Return for each table the numbers of the decisions about its rows, in order."""
+    home = {row: d for d, alternatives in enumerate(decisions) for row in alternatives[0]}
+    return [tuple(sorted({home[row] for row in rows})) for rows in tables]
+
+
+def scoped(
+    tables: Tables, decisions: Sequence[Sequence[Picks]]
+) -> Iterator[tuple[tuple[int, ...], NDArray[np.float64], float]]:
+    """Yield tables over rows as tables over decisions.
+
+    Yields:
+        The scope, what each combination costs above the least, shape (alternatives of each decision of the scope...),
+        and the least.
+    """
+    for (rows, values), scope in zip(tables.items(), scopes_of(tables, decisions), strict=True):
+        size, least = Size(rows, values), min(values)
+        ways = itertools.product(*(decisions[d] for d in scope))
+        above = [size.number(dict(ChainMap(*way))) - least for way in ways]
+        yield scope, np.array(above, np.float64).reshape([len(decisions[d]) for d in scope]), least

@@ -14,7 +14,7 @@ def loads(text: str | bytes) -> Any:
     """Return what a JSON text holds.
 
     Raises:
-        ValueError: The text is not JSON, is nested too deeply, has a number that is none, or has a key twice.
+        ValueError: The text is not JSON, is nested too deeply, holds NaN or an infinity, or has a key twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_twins, parse_constant=_refused)

@@ -140,7 +140,7 @@ def test_a_table_of_another_space_is_refused(written, space, options, message):
     "values, message",
     [
         ({"format": 2}, "is a latency table of format 2, but this version reads 1"),
-        ({"tables": {"": [float("nan")]}}, "damaged latency table"),
+        ({"tables": {"": [float("nan")]}}, r"is no latency table \(NaN is no number in JSON\)"),
         ({"tables": {"": [-1.0]}}, "damaged latency table"),
         ({"tables": [1]}, "damaged latency table"),
         ({"machine": {}}, "damaged latency table"),
