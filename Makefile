@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo ui test test-fast soak docs check format clean
+.PHONY: help demo ui test test-all test-fast soak docs check format clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -21,11 +21,15 @@ ui: $(READY)  ## Open MLflow on the runs so far
 	@echo "Runs: http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=tanglenas&workflowType=machine_learning"
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
-test: $(READY) check  ## Check style and types, and run all tests, one process for each core
-	OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4
+test: $(READY) check  ## Check style and types, and run the tests, one process for each core
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not exhaustive"
+
+test-all: $(READY) check  ## Run every test, with all pairs of spaces and optimizers, before a release
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## Run the tests without processes of their own, on a few spaces and optimizers
-	OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 -m "not slow" --hypothesis-profile fast
+	$(PYTEST) -m "not slow and not exhaustive" --hypothesis-profile fast
 
 KILLS ?= 100
 soak: $(READY)  ## Kill stages at KILLS random moments (100) and compare what they leave with undisturbed runs

@@ -1,11 +1,11 @@
-"""Shared by all tests: one thread, a fixed seed, equal examples in every run, and what `make test-fast` leaves out."""
+"""Shared by all tests: one thread, a fixed seed, equal examples in every run, and what `make test` leaves out."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tiny import ALL
+from tiny import ALL, DISTINCT
 
 from tanglenas_engine.plugins import manager
 
@@ -46,15 +46,36 @@ SLOW = (
 FEW = {"vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 """The spaces of the tables of invariants, and an optimizer of each family, that `make test-fast` keeps."""
 
-OTHERS = {*ALL, *manager().names("optimizer")} - FEW
+OPTIMIZERS = sorted(manager().names("optimizer"))
+OTHERS = {*ALL, *OPTIMIZERS} - FEW
+
+REPEATED = {*ALL} - {*DISTINCT}
+"""Presets of a class that another preset stands for. `make test-all` has them, `make test` has one of each class."""
+TURNS = 4
+"""Of the pairs of a space and an optimizer, `make test` takes one of so many, each space and each optimizer in turn."""
+
+
+def is_exhaustive(given: set[str]) -> bool:
+    """Return whether the parameters of a test repeat what other parameters show."""
+    pairs = [(DISTINCT.index(s), OPTIMIZERS.index(o)) for s in given & {*DISTINCT} for o in given & {*OPTIMIZERS}]
+    return bool(given & REPEATED) or any((space + optimizer) % TURNS for space, optimizer in pairs)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the files that are slow as a whole out of a run without slow tests: importing them takes seconds."""
+    inside = collection_path.is_relative_to(TESTS) and collection_path.relative_to(TESTS).as_posix() + "/"
+    return True if "not slow" in config.option.markexpr and inside and inside.startswith(SLOW) else None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test as slow by its file, or by the space or optimizer that is its parameter."""
+    """Mark a test as slow or exhaustive by its file, or by the space or optimizer that is its parameter."""
     path = item.path.relative_to(TESTS).as_posix()
-    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    if path.startswith(SLOW) or OTHERS.intersection(value for value in given if isinstance(value, str)):
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    given = {value for value in values if isinstance(value, str)}
+    if path.startswith(SLOW) or OTHERS & given:
         item.add_marker("slow")
+    if is_exhaustive(given):
+        item.add_marker("exhaustive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -217,6 +217,7 @@ def test_a_checkpoint_of_a_stage_that_has_finished_since_is_told_apart(ask, cut_
     assert "can go on" in those(ask()[1], "note")[0]
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_process_was_killed_is_found_and_marked(ask, project):
     run_id = Forked(DIES, project).finished(-signal.SIGKILL).splitlines()[-1]
     assert len(run_id) == 32

@@ -132,6 +132,7 @@ def test_the_code_that_is_printed_loads_it_elsewhere(exports):
     load_elsewhere([exports("autoformer_nano", format_) for format_ in ("timm", "torch")], "")
 
 
+@pytest.mark.exhaustive
 def test_archives_load_where_neither_timm_nor_this_project_is(exports):
     load_elsewhere([exports(name, "torch-export") for name in ("autoformer_nano", "gpt_nano")], BLOCKED)
 

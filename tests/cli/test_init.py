@@ -238,6 +238,7 @@ def test_an_editable_installation_copies_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_project_of_an_installed_wheel_runs_outside_this_repository(tmp_path):
     pytest.importorskip("hatchling", reason="builds the wheel; it comes with the extra 'dev'")
     subprocess.run(

@@ -42,6 +42,7 @@ def nodes(architecture):
 # Networks.
 
 
+@pytest.mark.exhaustive
 def test_a_published_network_has_its_published_size():
     with torch.device("meta"):
         space = create_space("darts", layers=20, channels=36, affine=True, pool_norm=False)

@@ -375,6 +375,7 @@ def test_the_expectation_over_depths_is_made_for_each_stage():
 
 
 @pytest.mark.parametrize("optimizer", ["drnas", "spos"])
+@pytest.mark.exhaustive
 def test_it_is_searched_with_matrices(optimizer):
     check_optimizer(lambda: create_optimizer(optimizer), lambda: thumbnail(kernel_transform=True).float())
 

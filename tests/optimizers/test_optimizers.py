@@ -77,6 +77,7 @@ def test_a_search_of_every_optimizer_and_of_every_space_resumes(optimizer, space
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["pc_drnas", "spos"])
+@pytest.mark.exhaustive
 def test_a_large_space_is_searched_by_mixtures_and_by_samples(optimizer):
     check_stages(lambda: create_optimizer(optimizer), lambda: tiny(LARGE))
 

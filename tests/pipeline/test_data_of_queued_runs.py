@@ -98,6 +98,7 @@ def test_tables_of_benchmarks_and_latencies_are_found_in_the_project(copy: Path,
         create_objective("latency", table="tables/latency.json")
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_a_temporary_copy_searches_own_images(tmp_path: Path) -> None:
     project = lay_out(tmp_path / "project")
     (project / ".gitignore").write_text("/data/\n/.tanglenas/\n/mlflow.db*\n/mlartifacts/\n__pycache__/\n")

@@ -14,6 +14,7 @@ from kills import EMA, Case, Kill, Theatre, lay_out, play
 from PIL import Image
 from project import contents
 from stages import MAIN
+from tiers import one_of
 
 GRADIENT = Case("search", "autoformer_nano", "drnas")
 SAMPLED = Case("search", "nb201", "spos")
@@ -29,7 +30,7 @@ def theatre(tmp_path_factory: pytest.TempPathFactory) -> Theatre:
     return Theatre(tmp_path_factory.mktemp("theatre"))
 
 
-@pytest.mark.parametrize("case", [GRADIENT, SAMPLED, TEXT, RETRAIN, DISCRETIZE], ids=str)
+@pytest.mark.parametrize("case", one_of(5, [GRADIENT, SAMPLED, TEXT, RETRAIN, DISCRETIZE]), ids=str)
 def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undisturbed(
     theatre: Theatre, case: Case
 ) -> None:
@@ -38,7 +39,7 @@ def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undistu
     assert (outcome.status, outcome.different) == (0, []), f"{kill}:\n{outcome.log}"
 
 
-@pytest.mark.parametrize("moment", ["before", "within", "manifest", "second"])
+@pytest.mark.parametrize("moment", one_of(4, ["within", "before", "manifest", "second"]))
 def test_a_kill_inside_a_checkpoint_write_goes_on_from_the_one_before(theatre: Theatre, moment: str) -> None:
     # After the output folders are made, the first checkpoint is: state (open, rename), manifest (open, rename).
     whole = theatre.undisturbed(GRADIENT)
@@ -54,7 +55,7 @@ def test_a_kill_inside_a_checkpoint_write_goes_on_from_the_one_before(theatre: T
     assert (outcome.status, outcome.different) == (0, []), outcome.log
 
 
-@pytest.mark.parametrize("case", [GRADIENT, RETRAIN], ids=str)
+@pytest.mark.parametrize("case", one_of(2, [GRADIENT, RETRAIN]), ids=str)
 def test_a_stage_that_is_killed_after_its_last_step_takes_none_again(theatre: Theatre, case: Case) -> None:
     whole = theatre.undisturbed(case)
     metrics = next(n for n, what in enumerate(whole.operations, 1) if what.startswith("open metrics/"))
@@ -63,13 +64,14 @@ def test_a_stage_that_is_killed_after_its_last_step_takes_none_again(theatre: Th
     assert (outcome.status, outcome.different) == (0, []), outcome.log
 
 
+@pytest.mark.exhaustive
 def test_the_data_loaders_of_a_killed_search_do_not_keep_it_from_going_on(theatre: Theatre) -> None:
     opens = [n for n, what in enumerate(theatre.undisturbed(WORKERS).operations, 1) if ".state-" in what]
     outcome = theatre.killed(WORKERS, [Kill(opens[-1], 0)])
     assert (outcome.kills, outcome.resumes, outcome.status, outcome.different) == (1, 1, 0, []), outcome.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", one_of(2, [signal.SIGTERM, signal.SIGINT]))
 def test_a_stage_that_is_told_to_stop_says_so_and_goes_on_later(theatre: Theatre, number: signal.Signals) -> None:
     whole = theatre.undisturbed(GRADIENT)
     opens = [n for n, what in enumerate(whole.operations, 1) if re.search(r"open .*\.state-\d+\.pt", what)]

@@ -495,6 +495,7 @@ def killed(root: Path, run_id: str = "") -> str:
     return Forked(KILLED, root, run_id).finished(-signal.SIGKILL).splitlines()[-1]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_is_found_and_marked_and_may_go_on_after_all(root: Path) -> None:
     run_id = killed(root)
     with MlflowTracker.open(stage="retrain", root=root) as living:
@@ -599,6 +600,7 @@ with MlflowTracker.open(stage=sys.argv[2], root=sys.argv[1]) as tracker:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_start_at_once_on_a_store_that_does_not_exist(tmp_path: Path) -> None:
     root = tmp_path / "fresh"
     processes = [Forked(START, root, f"s{index}") for index in range(4)]

@@ -247,6 +247,7 @@ def test_a_recipe_of_the_paper_goes_through_all_stages(project: Path, prepared, 
     assert 0 <= metrics["test_accuracy"] <= 100 and metrics["params"] > 0
 
 
+@pytest.mark.exhaustive
 def test_the_darts_recipe_retrains_a_larger_network_than_it_searched(
     project: Path, prepared, capsys: pytest.CaptureFixture[str]
 ) -> None:

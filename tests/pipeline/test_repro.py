@@ -235,6 +235,7 @@ def test_nothing_is_left_that_git_should_not_see(finished: Finished) -> None:
 # --- equal parameters, equal bytes ----------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_second_stage_beside_the_first_is_told_its_pid(disturbed: Disturbed) -> None:
     assert re.search(
         rf"search: pid {disturbed.pid} is still running this stage .* `kill {disturbed.pid}`", disturbed.refusal
@@ -297,6 +298,7 @@ def test_a_second_repro_does_nothing_whatever_python_left_beside_the_code(change
     assert stages_that_ran(output) == [] and output.count("didn't change, skipping") == len(STAGES)
 
 
+@pytest.mark.exhaustive
 def test_an_upgrade_makes_every_stage_run_again_unless_its_results_are_committed(changed: Path) -> None:
     before = contents(changed / "out")
     module = changed / "tanglenas_engine" / "pipeline" / "files.py"
@@ -324,6 +326,7 @@ def test_a_changed_parameter_runs_what_it_touches_and_comes_back_from_the_cache(
     assert contents(changed / "out" / "retrain") == before
 
 
+@pytest.mark.exhaustive
 def test_a_queued_experiment_is_tracked_in_the_repository_and_not_in_its_temporary_copy(changed: Path) -> None:
     assert "Queued" in dvc(changed, "exp", "run", "--queue", "-S", "discretize.max_params=60000", "discretize")
     dvc(changed, "exp", "run", "--run-all", status=None)
@@ -341,6 +344,7 @@ def test_a_queued_experiment_is_tracked_in_the_repository_and_not_in_its_tempora
     assert (changed / "mlartifacts" / run.info.run_id / "artifacts" / "architecture.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_an_experiment_searches_with_another_optimizer(changed: Path) -> None:
     output = dvc(changed, "exp", "run", "-S", "optimizer=spos", "discretize")
     assert stages_that_ran(output) == ["search", "discretize"]

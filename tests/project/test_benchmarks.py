@@ -198,6 +198,7 @@ def test_candidates_are_worth_what_the_networks_are_that_a_loop_builds():
 
 
 @pytest.mark.parametrize("relaxation", ["exact", "gated"])
+@pytest.mark.exhaustive
 def test_a_profile_tells_the_products_of_a_step_apart(relaxation):
     before = elastic.Attention.forward
     small = {"layers": (1, 2), "embed_dim": (32, 64), "num_heads": (1, 2), "mlp_ratio": (1, 2), "block_size": 16}

@@ -58,6 +58,7 @@ def test_the_example_keeps_the_contract_and_can_be_searched(tmp_path):
     assert "space: example\noptimizer: example\n" in (tmp_path / "project" / "params.yaml").read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_new_plugin_passes_its_own_tests(new_plugin, tmp_path):
     assert new_plugin("my_ladder").exit_code == 0
     project = tmp_path / "tanglenas-my_ladder"

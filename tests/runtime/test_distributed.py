@@ -235,6 +235,7 @@ MAIN[sys.argv[1]](sys.argv[2:])
 @pytest.mark.slow
 # MLflow's own models, on SQLAlchemy 2.1.
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+@pytest.mark.exhaustive
 def test_the_pipeline_in_two_processes(tmp_path):
     from mlflow import MlflowClient
 

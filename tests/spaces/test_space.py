@@ -27,7 +27,7 @@ paths = pytest.mark.parametrize("path", ["hard", "exact", "gated"])
 def test_a_corner_is_the_extracted_network(name, path):
     space = make(name)
     saved = copy.deepcopy(space.state_dict())
-    for architecture in some_architectures(space, 12):
+    for architecture in some_architectures(space, 6):
         for training in (True, False):
             space.load_state_dict(saved)
             space.train(training)

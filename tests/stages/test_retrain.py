@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from spaces import REGISTERED, Convolutional, vit
+from tiers import one_of
 from timm.utils import ModelEmaV3
 from tiny import tiny
 from torch import nn
@@ -211,8 +212,7 @@ def test_modules_are_told_before_each_epoch_how_far_the_training_is(tmp_path, cu
     assert made[-1].fractions == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("average", [None, ema])
-@pytest.mark.parametrize("cut", [3, 4])
+@pytest.mark.parametrize("average, cut", one_of(4, [(ema, 3), (None, 3), (ema, 4), (None, 4)]))
 def test_drop_path_and_an_auxiliary_head_go_on_exactly(tmp_path, cut, average) -> None:
     whole = retrained(darts, **scaffolded, ema=average)
     assert not any("auxiliary" in name for name in whole["weights"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ranked import searched
 from spaces import vit
+from tiers import one_of
 from tiny import tiny
 from torch import nn
 from torch._dynamo.utils import counters
@@ -44,6 +45,7 @@ def near(one, other):
     assert one["architecture"] == other["architecture"]
 
 
+@pytest.mark.exhaustive
 def test_alpha_moves_through_20_steps_of_two_graphs():
     options = dict(space=partial(vit, depth=(1,)), architecture_optimizer=partial(torch.optim.Adam, lr=0.01))
     plain, compiled = (searched("drnas", compile=way, **options) for way in (False, TRACED))
@@ -74,7 +76,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("space", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("space", one_of(3, [*KINDS.values()]), ids=KINDS)
 def test_spaces_of_all_kinds_compile_without_a_break(space):
     options = dict(space=space, epochs=1)
     plain, compiled = (searched("drnas", compile=way, **options) for way in (False, TRACED))
@@ -126,6 +128,7 @@ def test_retraining_compiles_one_graph():
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.exhaustive
 def test_compiled_code_computes_the_same():
     options = dict(space=partial(tiny, "stages"), epochs=1)
     plain, compiled = (searched("drnas", compile=way, **options) for way in (False, True))

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from spaces import Convolutional, random_mixture, vit
+from tiers import one_of
 from tiny import DISTINCT, tiny
 
 from tanglenas_engine import Objective, create_objective, create_optimizer
@@ -87,7 +88,7 @@ def test_a_table_is_an_objective():
 # Drawing a search
 
 
-@pytest.mark.parametrize("penalty, share", [("log", 0.6), ("hinge", 0.35), ("log", 0.8)])
+@pytest.mark.parametrize("penalty, share", one_of(3, [("hinge", 0.35), ("log", 0.6), ("log", 0.8)]))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_search_lands_on_its_target(strategy, penalty, share):
     space = vit()
