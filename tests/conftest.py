@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, a fixed seed, equal examples in every run, and what `make test` leaves out."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,22 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("exhaustive")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with files that have a slow test, so that no worker is left with a long one at the end."""
+    """Mark what `part` leaves out as exhaustive, and begin with files that have a slow test.
+
+    No worker is left with a long file at the end.
+    """
+    seen: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("part"):
+            (every,) = marker.args
+            test = item.path, item.originalname
+            number = seen[test]
+            seen[test] += 1
+            # In turn, so that each value of every parameter is taken.
+            if (number + number // every) % every:
+                item.add_marker("exhaustive")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -15,7 +15,6 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
-from tiers import one_of
 
 from tanglenas_engine.cli import doctor as cli_doctor
 from tanglenas_engine.cli import main
@@ -443,6 +442,7 @@ CONTENTS = ["", "[]", "3", "[" * 10**5, "\xff\x1b[2J", '{"versions": 3}', '{"dig
 
 @pytest.mark.parametrize("text", CONTENTS, ids=lambda text: text[:12])
 @pytest.mark.parametrize("name", REPORTED)
+@pytest.mark.part(3)
 def test_the_report_survives_damaged_files(finished, name, text):
     (finished / name).write_text(text, encoding="latin-1")
     result = CliRunner().invoke(main, ["report"])
@@ -472,6 +472,7 @@ def test_another_point_of_the_front_is_no_other_run(finished):
 
 
 @pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
+@pytest.mark.part(2)
 def test_a_moved_project_writes_nothing_into_the_old_place_and_is_mended(project, tmp_path, monkeypatch, how):
     (project / "note.txt").write_text("1")
     with MlflowTracker.open(stage="search", root=project) as tracker:
@@ -608,7 +609,8 @@ signal.pause()
 """
 
 
-@pytest.mark.parametrize("rank", one_of(2, [0, 1]))
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.part(2)
 def test_the_launcher_says_what_to_do_after_a_process_was_killed(tmp_path, rank):
     (tmp_path / "dies.py").write_text(DIES)
     environment = {**os.environ, "TANGLENAS_NPROC": "2", "DYING": str(rank)}

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from spaces import vit
-from tiers import one_of
 from torch import nn
 
 from tanglenas_engine.data import DataView
@@ -214,7 +213,8 @@ FORGERIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("forge", one_of(3, FORGERIES))
+@pytest.mark.parametrize("forge", FORGERIES)
+@pytest.mark.part(3)
 def test_a_forged_state_ends_in_a_sentence(sound, tmp_path, forge):
     state = copy.deepcopy(sound)
     forge(state)

@@ -113,6 +113,7 @@ def printed_code(output: str) -> str:
 
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("format_", ["torch", "torch-export"])
+@pytest.mark.part(3)
 def test_the_file_read_again_computes_what_the_network_computes(exports, name, format_):
     assert "largest difference from the network: 0 " in exports(name, format_).output
 

@@ -121,6 +121,7 @@ def random_budget(possible, metrics):
 
 @pytest.mark.parametrize("metrics", [("params",), ("macs",), ("params", "macs")], ids="+".join)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.part(3)
 def test_the_projection_is_the_most_probable_architecture_that_fits(name, metrics):
     space = CASES[name]()
     possible = everything(space)
@@ -139,6 +140,7 @@ def test_the_projection_is_the_most_probable_architecture_that_fits(name, metric
 
 
 @pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.part(2)
 def test_costs_that_pull_apart_are_met_together_or_refused_together(kind):
     space = SPACES["convolutional"]()
     # Thirds of which sums depend on their order, or whole numbers.
@@ -176,6 +178,7 @@ def test_costs_that_pull_apart_are_met_together_or_refused_together(kind):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+@pytest.mark.part(3)
 def test_decisions_of_hundreds_of_alternatives_are_taken_together(share):
     """Of darts, too large to enumerate: decision by decision, what no other beats in score and cost is kept."""
     space = tiny("darts")

@@ -269,6 +269,7 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
         (lambda c: elastic.LayerNorm(c.E, elementwise_affine=False), (3, 4)),
     ],
 )
+@pytest.mark.part(3)
 def test_gradients_of_gradients(build, shape, learn):
     case = Case({"E": (2, 4), "F": (3, 1), "R": (1, 1.5), "K": (3, 1)})
     layer = build(case.symbols)

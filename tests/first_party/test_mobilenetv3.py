@@ -143,6 +143,7 @@ def test_a_timm_network_s_weights_are_the_largest_network():
 
 @transforms
 @pytest.mark.parametrize("path", ["hard", "exact", "gated"])
+@pytest.mark.part(3)
 def test_a_corner_is_the_extracted_network(path, kernel_transform):
     space = thumbnail(kernel_transform=kernel_transform)
     saved = copy.deepcopy(space.state_dict())

@@ -71,6 +71,7 @@ def test_a_stage_file_makes_optimizers_and_schedules_that_train(file: str) -> No
 
 
 @pytest.mark.parametrize("file", named("spaces"))
+@pytest.mark.part(2)
 def test_a_space_file_builds_its_space(file: str) -> None:
     configure([*BASE, f'SPACE = "{Path(file).stem}"'])
     with torch.device("meta"):  # shapes only: the paper's spaces are large

@@ -14,7 +14,6 @@ from kills import EMA, Case, Kill, Theatre, lay_out, play
 from PIL import Image
 from project import contents
 from stages import MAIN
-from tiers import one_of
 
 GRADIENT = Case("search", "autoformer_nano", "drnas")
 SAMPLED = Case("search", "nb201", "spos")
@@ -30,7 +29,8 @@ def theatre(tmp_path_factory: pytest.TempPathFactory) -> Theatre:
     return Theatre(tmp_path_factory.mktemp("theatre"))
 
 
-@pytest.mark.parametrize("case", one_of(5, [GRADIENT, SAMPLED, TEXT, RETRAIN, DISCRETIZE]), ids=str)
+@pytest.mark.parametrize("case", [GRADIENT, SAMPLED, TEXT, RETRAIN, DISCRETIZE], ids=str)
+@pytest.mark.part(5)
 def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undisturbed(
     theatre: Theatre, case: Case
 ) -> None:
@@ -39,7 +39,8 @@ def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undistu
     assert (outcome.status, outcome.different) == (0, []), f"{kill}:\n{outcome.log}"
 
 
-@pytest.mark.parametrize("moment", one_of(4, ["within", "before", "manifest", "second"]))
+@pytest.mark.parametrize("moment", ["within", "before", "manifest", "second"])
+@pytest.mark.part(4)
 def test_a_kill_inside_a_checkpoint_write_goes_on_from_the_one_before(theatre: Theatre, moment: str) -> None:
     # After the output folders are made, the first checkpoint is: state (open, rename), manifest (open, rename).
     whole = theatre.undisturbed(GRADIENT)
@@ -55,7 +56,8 @@ def test_a_kill_inside_a_checkpoint_write_goes_on_from_the_one_before(theatre: T
     assert (outcome.status, outcome.different) == (0, []), outcome.log
 
 
-@pytest.mark.parametrize("case", one_of(2, [GRADIENT, RETRAIN]), ids=str)
+@pytest.mark.parametrize("case", [GRADIENT, RETRAIN], ids=str)
+@pytest.mark.part(2)
 def test_a_stage_that_is_killed_after_its_last_step_takes_none_again(theatre: Theatre, case: Case) -> None:
     whole = theatre.undisturbed(case)
     metrics = next(n for n, what in enumerate(whole.operations, 1) if what.startswith("open metrics/"))
@@ -71,7 +73,8 @@ def test_the_data_loaders_of_a_killed_search_do_not_keep_it_from_going_on(theatr
     assert (outcome.kills, outcome.resumes, outcome.status, outcome.different) == (1, 1, 0, []), outcome.log
 
 
-@pytest.mark.parametrize("number", one_of(2, [signal.SIGTERM, signal.SIGINT]))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.part(2)
 def test_a_stage_that_is_told_to_stop_says_so_and_goes_on_later(theatre: Theatre, number: signal.Signals) -> None:
     whole = theatre.undisturbed(GRADIENT)
     opens = [n for n, what in enumerate(whole.operations, 1) if re.search(r"open .*\.state-\d+\.pt", what)]

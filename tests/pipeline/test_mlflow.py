@@ -361,6 +361,7 @@ def test_the_error_of_a_stage_without_server_comes_through_alone(root: Path, mon
 
 @pytest.mark.parametrize("trouble", ["dead", "read-only", "failing"])
 @pytest.mark.parametrize("recovers", [True, False])
+@pytest.mark.part(2)
 def test_a_server_in_trouble_midway_costs_one_warning_and_no_record(
     root: Path, server: Server, trouble: str, recovers: bool
 ) -> None:

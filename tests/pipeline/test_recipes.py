@@ -73,6 +73,7 @@ def test_the_paper_has_a_recipe_for_every_space_of_its_own() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.part(3)
 def test_a_recipe_configures_the_plugins_that_it_names(project: Path, recipe: str, stage: str) -> None:
     choose(recipe)
     configure(arguments(project, stage))
@@ -89,6 +90,7 @@ def test_a_recipe_configures_the_plugins_that_it_names(project: Path, recipe: st
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.part(3)
 def test_a_recipe_trains(project: Path, recipe: str, stage: str) -> None:
     choose(recipe)
     configure(arguments(project, stage))

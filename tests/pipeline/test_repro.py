@@ -314,6 +314,7 @@ def test_an_upgrade_makes_every_stage_run_again_unless_its_results_are_committed
     assert output.count("is cached - skipping run, checking out outputs") == len(STAGES)
 
 
+@pytest.mark.exhaustive
 def test_a_changed_parameter_runs_what_it_touches_and_comes_back_from_the_cache(changed: Path) -> None:
     before = contents(changed / "out" / "retrain")
     set_params(changed, retrain={"epochs": 2})

@@ -180,6 +180,7 @@ def test_a_search_that_passes_keeps_its_own_config_and_results(project):
 
 
 @pytest.mark.parametrize("change", [{"space": "autoformer_t"}, {"dataset": "fashion_mnist"}])
+@pytest.mark.part(2)
 def test_a_budget_for_another_space_or_dataset_is_no_matter(project, change):
     command = arguments(project, "search")
     set_params(project, discretize={"max_params": 1000}, **change)
@@ -335,6 +336,7 @@ def edit(path: Path) -> None:
         (("search.loss = @losses.loss",), "losses"),
     ],
 )
+@pytest.mark.part(3)
 def test_the_code_that_a_config_names_is_in_the_fingerprint_of_a_run(project, joules, bindings, module):
     plain, before = identity(), identity(*bindings)
     assert identity(*bindings) == before

@@ -49,6 +49,7 @@ def new_plugin(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(main, ["new-plugin", *arguments])
 
 
+@pytest.mark.exhaustive
 def test_the_example_keeps_the_contract_and_can_be_searched(tmp_path):
     environment = install(EXAMPLE, tmp_path / "site")
     report = run(environment, tmp_path, *tanglenas("plugins", "check", "tanglenas-example"))

@@ -25,6 +25,7 @@ def attention_in_plain_products():
 
 
 @pytest.mark.parametrize("name", [*SPACES, *REGISTERED])
+@pytest.mark.part(2)
 def test_the_cost_is_what_the_extracted_network_counts(name):
     space = make(name)
     for architecture in some_architectures(space, 8):

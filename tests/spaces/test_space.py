@@ -24,6 +24,7 @@ paths = pytest.mark.parametrize("path", ["hard", "exact", "gated"])
 
 @paths
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.part(3)
 def test_a_corner_is_the_extracted_network(name, path):
     space = make(name)
     saved = copy.deepcopy(space.state_dict())
@@ -62,6 +63,7 @@ def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(name, path)
 
 @pytest.mark.parametrize("relaxation", ["exact", "gated", "paper"])
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.part(3)
 def test_every_alpha_and_every_weight_gets_a_gradient(name, relaxation):
     space = make(name, relaxation=relaxation)
     alphas, mixture = random_mixture(space)

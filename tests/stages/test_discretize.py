@@ -281,6 +281,7 @@ def test_a_budget_that_binds_nothing_changes_nothing():
         ("nsga2", "uniform", "darts"),
     ],
 )
+@pytest.mark.part(2)
 def test_no_method_judges_an_architecture_beyond_the_budget(method, prior, name):
     space = tiny(name)
     low, high = space.cost(space.smallest()), space.cost(space.largest())

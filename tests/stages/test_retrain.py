@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from spaces import REGISTERED, Convolutional, vit
-from tiers import one_of
 from timm.utils import ModelEmaV3
 from tiny import tiny
 from torch import nn
@@ -118,6 +117,7 @@ def test_scratch_does_not_depend_on_the_supernet(name):
 @pytest.mark.parametrize("mode", ["scratch", "finetune"])
 @pytest.mark.parametrize("average", [None, ema])
 @pytest.mark.parametrize("make, every, cut", [(noisy_vit, 1, 4), (noisy_vit, None, 3), (Convolutional, 1, 2)])
+@pytest.mark.part(3)
 def test_a_retraining_that_is_killed_ends_like_one_that_is_not(tmp_path, make, every, cut, average, mode):
     options = {"mode": mode, "ema": average, "checkpoint_every": every}
     whole = retrained(make, **options)
@@ -212,7 +212,8 @@ def test_modules_are_told_before_each_epoch_how_far_the_training_is(tmp_path, cu
     assert made[-1].fractions == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("average, cut", one_of(4, [(ema, 3), (None, 3), (ema, 4), (None, 4)]))
+@pytest.mark.parametrize("average, cut", [(ema, 3), (None, 3), (ema, 4), (None, 4)])
+@pytest.mark.part(4)
 def test_drop_path_and_an_auxiliary_head_go_on_exactly(tmp_path, cut, average) -> None:
     whole = retrained(darts, **scaffolded, ema=average)
     assert not any("auxiliary" in name for name in whole["weights"])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from spaces import Convolutional, Language, vit
-from tiers import one_of
 from torch import nn
 
 from tanglenas_engine import Dataset, SearchSpace, elastic
@@ -62,9 +61,10 @@ def searched(space=noisy_vit, optimizer="drnas", data=None, **options):
 
 
 @pytest.mark.parametrize(
-    "strategy, every, cut", one_of(3, [("alternating", 3, 4), ("simultaneous", 1, 4), ("simultaneous", None, 3)])
+    "strategy, every, cut", [("alternating", 3, 4), ("simultaneous", 1, 4), ("simultaneous", None, 3)]
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.part(3)
 def test_a_search_that_is_killed_ends_like_one_that_is_not(optimizer, strategy, every, cut):
     check_resume(
         partial(create_optimizer, optimizer),
@@ -129,6 +129,7 @@ def test_a_search_that_is_resumed_amid_an_epoch_tells_the_optimizer_how_far_it_i
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.part(2)
 def test_equal_seeds_give_equal_bytes_whatever_the_global_generators(optimizer):
     first = searched(optimizer=optimizer, seed=3)
     torch.manual_seed(0)
@@ -162,6 +163,7 @@ def test_a_search_trains_a_space_that_was_left_in_eval_mode():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.part(3)
 def test_what_only_reports_changes_no_number(tmp_path, capsys, optimizer):
     class Tracker:
         run_id = None
@@ -373,6 +375,7 @@ def echoes(count: int, generator: torch.Generator) -> TensorSamples:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.part(3)
 def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -483,6 +486,7 @@ def test_a_look_at_the_data_changes_nothing():
 
 @pytest.mark.parametrize("every", [1, None])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.part(3)
 def test_divergence_is_told_with_its_step_and_the_checkpoint_before_it_stays(tmp_path, optimizer, every):
     class Steps(SilentProgress):
         done = 0

@@ -7,7 +7,6 @@ import pytest
 import torch
 from ranked import searched
 from spaces import vit
-from tiers import one_of
 from tiny import tiny
 from torch import nn
 from torch._dynamo.utils import counters
@@ -76,7 +75,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("space", one_of(3, [*KINDS.values()]), ids=KINDS)
+@pytest.mark.parametrize("space", KINDS.values(), ids=KINDS)
+@pytest.mark.part(3)
 def test_spaces_of_all_kinds_compile_without_a_break(space):
     options = dict(space=space, epochs=1)
     plain, compiled = (searched("drnas", compile=way, **options) for way in (False, TRACED))
@@ -104,6 +104,7 @@ def test_sampled_architectures_run_as_they_are(optimizer):
     same(plain, compiled, optimizer)
 
 
+@pytest.mark.exhaustive
 def test_low_precision_compiles():
     options = dict(space=partial(vit, depth=(1,)), epochs=1, precision="bfloat16")
     low, compiled = (searched("drnas", **options, compile=way) for way in (False, TRACED))

@@ -42,6 +42,7 @@ def drawn(dataset: ImageFolder, count: int = 200) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
+@pytest.mark.part(2)
 def test_small_images_are_shifted_a_little_and_never_cropped_or_mirrored(pictures: Path, size: int) -> None:
     found = drawn(ImageFolder(pictures, image_size=size))
     plain = ImageFolder(pictures, image_size=size).subset(torch.tensor([0]), train=False).batch(torch.arange(1))[0][0]
@@ -182,6 +183,7 @@ def test_classes_and_matrix_become_tables_and_a_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40, 100, 1000])
+@pytest.mark.part(3)
 def test_a_matrix_of_any_size_is_drawn(tmp_path: Path, classes: int) -> None:
     counts = torch.eye(classes, dtype=torch.long).mul(5).tolist()
     figures.confusion(counts, [f"class {'x' * 40} {i}" for i in range(classes)], tmp_path / "confusion.png")

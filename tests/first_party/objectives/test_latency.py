@@ -27,6 +27,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.part(3)
 def test_blocks_add_up_to_the_network(name, counted):
     space = tiny(name)
     blocks = find_blocks(space)

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from spaces import Convolutional, random_mixture, vit
-from tiers import one_of
 from tiny import DISTINCT, tiny
 
 from tanglenas_engine import Objective, create_objective, create_optimizer
@@ -62,6 +61,7 @@ def searched(optimizer="darts", space=None, samples=8, **options):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.part(2)
 def test_counts_are_the_costs_of_the_space(name, metric):
     space = tiny(name)
     objective = create_objective(metric).bind(space)
@@ -88,8 +88,9 @@ def test_a_table_is_an_objective():
 # Drawing a search
 
 
-@pytest.mark.parametrize("penalty, share", one_of(3, [("hinge", 0.35), ("log", 0.6), ("log", 0.8)]))
+@pytest.mark.parametrize("penalty, share", [("hinge", 0.35), ("log", 0.6), ("log", 0.8)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.part(3)
 def test_a_search_lands_on_its_target(strategy, penalty, share):
     space = vit()
     target = Target(create_objective("macs"), share=share, penalty=penalty)
@@ -109,6 +110,7 @@ def test_a_search_lands_on_its_target(strategy, penalty, share):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optimizer", LEARNING)
+@pytest.mark.part(2)
 def test_a_target_adds_the_gradient_of_its_penalty_for_every_optimizer(optimizer, strategy):
     """With plain gradient steps, two searches of one step differ by just that gradient."""
     ends = {}
