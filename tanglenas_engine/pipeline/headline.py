@@ -88,6 +88,8 @@ def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
         source = "the architecture was picked from the Pareto front"
     elif candidates > 1:
         source = f"the architecture comes from judging {candidates:,.0f} candidates"
+        if (raced := _number(derived, "race_networks")) is not None:
+            source += f", and from training {raced:,.0f} of them"
     else:
         source = "the architecture has each choice's heaviest option"
     if entropy is None:
