@@ -232,11 +232,13 @@ def test_a_training_that_is_lost_with_its_worker_runs_again(train, leaders, tmp_
     assert any("a worker was lost" in line and line.endswith("its trainings run again") for line in notes)
 
 
-@pytest.mark.slow
 def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
-    killing = dataclasses.replace(train, bad=tuple((digest, "die") for digest in leaders))
-    with pytest.raises(TangleNASError, match=r"the race lost workers 3 times in a row .* lower race.workers"):
-        raced(killing, workers=2)
+    losing = dataclasses.replace(train, bad=((leaders[2], "lose"),))
+    with pytest.raises(
+        TangleNASError, match=r"the race lost workers 3 times in a row \(A worker was terminated\). Memory .* lower"
+    ):
+        raced(losing)
+    assert train.calls() == sorted([(leaders[0], 3), (leaders[1], 3), *[(leaders[2], 3)] * 3])
 
 
 @pytest.mark.slow

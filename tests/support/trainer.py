@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Noted:
 
     Attributes:
         folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
-        bad: What comes instead of a loss, by digest: "nan", "raise", "stop" once, "kill" once, or "die" each time.
+        bad: What comes instead of a loss, by digest: "nan", "raise", "stop" once, "kill" once, or "lose", as if
+            the worker were lost each time.
     """
 
     folder: Path
@@ -42,8 +44,8 @@ class Noted:
                 raise KeyboardInterrupt
             case "kill" if before == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "die":
-                os.kill(os.getpid(), signal.SIGKILL)
+            case "lose":
+                raise BrokenProcessPool("A worker was terminated. Memory?")
         return Trained(loss_of(digest, epochs), 50.0, epochs)
 
     def calls(self) -> list[tuple[str, int]]:
