@@ -185,7 +185,7 @@ def work(rungs: Sequence[Rung]) -> int:
 def described(rungs: Sequence[Rung]) -> str:
     """Return a plan for a person."""
     first, *later = rungs
-    parts = [f"{first.networks} networks for {first.epochs} epochs"]
+    parts = [f"{first.networks} networks for {first.epochs} epoch{'s' * (first.epochs > 1)}"]
     parts += [f"the best {rung.networks} for {rung.epochs}" for rung in later]
     return ", ".join(parts)
 

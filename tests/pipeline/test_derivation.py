@@ -14,7 +14,7 @@ from pipelines import discretize, evaluate, retrain, search
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import front
-from tanglenas_engine.pipeline import trainings
+from tanglenas_engine.pipeline import trainings, write_environment
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
 from tanglenas_objectives.latency_measurement import measure_latency
@@ -128,7 +128,7 @@ def test_a_race_trains_by_the_recipe_of_retrain_and_says_how_it_went(project, ca
     Path("gin/demo/retrain.gin").write_text("\n".join(small))
     run(discretize, 'discretize.method = "race"', "discretize.candidates = 6", "race.entrants = 4", "race.eta = 2")
     said = capsys.readouterr().out
-    assert "a race of 4 networks for 1 epochs, the best 2 for 2: 4.0 trainings of 2 epochs" in said
+    assert "a race of 4 networks for 1 epoch, the best 2 for 2: 4.0 trainings of 2 epochs" in said
     found = rows("out/discretize/race.csv")
     assert [row["epochs"] for row in found] == ["2", "2", "1", "1"] and "seconds" not in found[0]
     assert [row["place"] for row in found] == ["1", "2", "3", "4"]
@@ -166,6 +166,20 @@ def test_a_race_that_was_stopped_goes_on_with_its_trainings(project, monkeypatch
     assert ending.value.code == 130 and not Path("out/discretize/architecture.json").exists()
     run(discretize, *bindings)
     assert len(calls) == 4 and "2 trainings were done before" in capsys.readouterr().out
+
+
+def test_dvc_is_told_when_the_recipe_of_a_race_changes(project):
+    def recipe(**changes):
+        set_params(project, **changes)
+        write_environment(["toy_cell", "spos", "digits"])
+        return json.loads(Path("out/recipe.json").read_text())
+
+    assert recipe(retrain={"epochs": 3}) == {}
+    first = recipe(discretize={"method": "race"})
+    assert first != recipe(retrain={"epochs": 4}) != recipe(retrain={"epochs": 4}, recipe="cpu")
+    assert first == recipe(retrain={"epochs": 3, "mode": "finetune", "pick": "12"}, recipe="demo")
+    Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
+    assert first != recipe()
 
 
 def test_a_race_needs_a_recipe(project, capsys):
