@@ -90,13 +90,20 @@ class Jobs:
             TangleNASError: Workers were lost time after time.
         """
         keys = [self._key(one.digest, epochs) for one in architectures]
+        names = dict(zip(keys, architectures, strict=True))
         self._asked.update(dict.fromkeys(keys, epochs))
         lost = 0
-        while missing := [one for one in architectures if self._key(one.digest, epochs) not in self.candidates.kept]:
+        while missing := {key: one for key, one in names.items() if key not in self.candidates.kept}:
             try:
-                for digest, result in self._finished(missing, epochs):
-                    self._keep(self._key(digest, epochs), result)
-                    lost = 0
+                for digest, result in self._finished([*missing.values()], epochs):
+                    key = self._key(digest, epochs)
+                    self.candidates.kept[key] = list(result)
+                    self.candidates.save()
+                    lost, done = 0, sum(one in self.candidates.kept for one in keys)
+                    self.candidates.note(
+                        f"{done} of {len(keys)} trained for {epochs} epoch{'s' * (epochs > 1)}: "
+                        f"validation loss {result.loss:.4f}, {result.seconds:.0f} s  {names[key]}"
+                    )
             except BrokenProcessPool as problem:
                 lost += 1
                 said = str(problem).split(". ")[0].split("\n")[0]
@@ -134,10 +141,6 @@ class Jobs:
 
     def _key(self, digest: str, epochs: int) -> str:
         return f"{self.train.identity}/{digest}/{epochs}"
-
-    def _keep(self, key: str, result: Trained) -> None:
-        self.candidates.kept[key] = list(result)
-        self.candidates.save()
 
     def _finished(self, architectures: Sequence[Architecture], epochs: int) -> Iterator[tuple[str, Trained]]:
         """Yield digests and results of trainings as they come."""

@@ -110,6 +110,9 @@ def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train,
     assert (winner["epochs"], winner["seconds"]) == (9, 3 + 9)
     assert "loss_9_epochs" not in last and (last["epochs"], last["seconds"]) == (3, 3)
     assert "discretize: a race of 8 networks for 3 epochs, the best 3 for 9: 5.7 trainings of 9 epochs" in notes
+    loss = loss_of(first[2], 9)
+    (said,) = (line for line in notes if line.startswith("discretize: 3 of 3 trained for 9 epochs"))
+    assert f"validation loss {loss:.4f}, 9 s  {result.records[2]['architecture']}" in said
     lead = loss_of(first[1], 9) - loss_of(first[0], 9)
     assert notes[-1] == (
         f"discretize: the race was won by a validation loss of {winner['loss']:.4f} after 9 epochs, {lead:.4f} less "
@@ -243,7 +246,7 @@ def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: pip install dask")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # of Dask's own, about the worker that ends
 def test_a_dask_cluster_of_two_workers_runs_the_race_and_one_may_be_lost(train, leaders):
     whole, _ = raced(train)
     for path in train.folder.iterdir():
