@@ -155,11 +155,15 @@ class Candidates:
             stacks[count] = stack / exponential.clamp_min(1e-30)  # exp(log p + Gumbel noise)
         return self.space.most_probable(self.space.mixture(stacks))
 
-    def first(self, count: int, fill: bool = True) -> list[Architecture]:
-        """Return the first new candidates. With a prior, its most probable one within the budget comes first."""
-        if self.prior is None:
+    def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
+        """Return the first new candidates.
+
+        The most probable architecture of the mixture, by default of the prior, comes first, brought into the budget.
+        """
+        mixture = self.prior if mixture is None else mixture
+        if mixture is None:
             return self.fresh(count, fill=fill)
-        likely = self.budget.project(self.prior).architecture
+        likely = self.budget.project(mixture).architecture
         if likely.digest not in self._drawn:
             self._drawn.add(likely.digest)
             return [likely, *self.fresh(count - 1, fill=fill)]

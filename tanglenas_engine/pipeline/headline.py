@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DECIDED, UNDECIDED = 0.5, 0.9
-"""The entropies up to which alpha is decided, and from which it is undecided.
+from tanglenas_engine.optimizers.optimizer import DECIDED, UNDECIDED
 
-Between two options, the heavier one has a weight of 0.89 at the first entropy, and of 0.68 at the second.
-"""
 LARGEST = 1e18
 """The size from which a metric counts as none."""
 COSTS = {"params": ("parameters", ""), "macs": ("MACs", "multiply-accumulates for one input")}

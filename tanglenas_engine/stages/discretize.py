@@ -17,6 +17,7 @@ from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.derivation.surrogate import surrogate
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
+from tanglenas_engine.optimizers.optimizer import UNDECIDED, normalized_entropy
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
@@ -61,9 +62,26 @@ def random(candidates: Candidates, mixture: Mixture | None) -> None:
     candidates.judge(candidates.first(candidates.limit))
 
 
+def both(candidates: Candidates, mixture: Mixture | None) -> None:
+    """Judge random candidates, and with them what argmax takes, unless alpha is undecided or there is none.
+
+    An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs of
+    the options rather than by their worth.
+    """
+    entropy = math.nan if mixture is None else normalized_entropy(mixture)
+    if entropy <= UNDECIDED:
+        candidates.note(f"alpha has an entropy of {entropy:.2f} of 1: what it prefers is judged with random candidates")
+        candidates.judge(candidates.first(candidates.limit, mixture=mixture))
+    else:
+        reason = "there is no alpha" if mixture is None else f"alpha is undecided (entropy {entropy:.2f} of 1)"
+        candidates.note(f"{reason}: random candidates are judged")
+        candidates.judge(candidates.first(candidates.limit))
+
+
 METHODS: Mapping[str, Method] = {
     "argmax": argmax,
     "random": random,
+    "both": both,
     "evolution": evolution,
     "surrogate": surrogate,
     "nsga2": nsga2,
@@ -167,10 +185,11 @@ def discretize(
             `validation` (to measure the result).
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
-            supernet's weights on the architecture split, and take that of smallest loss: "random", "evolution",
-            "surrogate", which proposes candidates by regression, and "nsga2", which looks for the whole front of loss
-            and cost. "race" trains the best of them, and takes that of smallest loss on the validation split; it has
-            to be in `methods`. "auto" stands for `derivation`, the optimizer's own method.
+            supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which adds
+            what argmax takes to the random ones unless alpha is undecided, "evolution", "surrogate", which proposes
+            candidates by regression, and "nsga2", which looks for the whole front of loss and cost. "race" trains the
+            best of them, and takes that of smallest loss on the validation split; it has to be in `methods`. "auto"
+            stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
