@@ -209,7 +209,8 @@ class Runner:
 
     def order(self) -> tuple[bool, int, float]:
         """Return a key that is smaller for a better network: failures last, longer trainings first, then losses."""
-        return bool(self.last.failure), -max(self.results), self.last.loss
+        loss = math.inf if self.last.failure else self.last.loss
+        return bool(self.last.failure), -max(self.results), loss
 
     def record(self, place: int) -> Record:
         """Return the record of this network."""

@@ -17,6 +17,7 @@ from tanglenas_engine.derivation.pareto import front
 from tanglenas_engine.pipeline import trainings, write_environment
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
+from tanglenas_engine.training.loop import Interrupted
 from tanglenas_objectives.latency_measurement import measure_latency
 
 # MLflow's own models, on SQLAlchemy 2.1.
@@ -157,13 +158,14 @@ def test_a_race_that_was_stopped_goes_on_with_its_trainings(project, monkeypatch
     def stopping(self, *given, **options):
         calls.append(given)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Interrupted("retrain stopped at step 1 of 9, but it had nowhere to save")
         return train(self, *given, **options)
 
     monkeypatch.setattr(trainings.Bench, "train", stopping)
     with pytest.raises(SystemExit) as ending:
         run(discretize, *bindings)
     assert ending.value.code == 130 and not Path("out/discretize/architecture.json").exists()
+    assert "discretize stopped. Run the same command again to continue" in capsys.readouterr().err
     run(discretize, *bindings)
     assert len(calls) == 4 and "2 trainings were done before" in capsys.readouterr().out
 
