@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Candidates:
     Attributes:
         records: One record per candidate, in the order of judging: digest, loss, accuracy in %, the number of samples
             that these are of, costs, generation and architecture.
+        kept: What a method wants to keep for a later run, beside the scores: lists of numbers and strings by name.
+            `save` commits it.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Candidates:
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
         self.records: list[Record] = []
+        self.kept: dict[str, list[Any]] = {}
         self._device = device_of(None) if device is None else device
         self._batch_size = batch_size
         self._samples = held(samples, batch_size, self._device)
@@ -123,6 +126,7 @@ class Candidates:
         state = distributed.broadcast(self._checkpoints.load() if self._checkpoints else None)
         if state is not None:
             self._scores = {key: (loss, accuracy) for key, (loss, accuracy) in state["scores"].items()}
+            self.kept = dict(state["kept"])
             known = len({key.partition("/")[0] for key in self._scores})
             self._progress.note(f"{self._label}: {known} candidates were judged before")
         self.space.to(self._device)
@@ -133,7 +137,7 @@ class Candidates:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._stack.close()
         if kind is not None and self._scores:
-            self._save()
+            self.save()
 
     # Drawing.
 
@@ -151,11 +155,15 @@ class Candidates:
             stacks[count] = stack / exponential.clamp_min(1e-30)  # exp(log p + Gumbel noise)
         return self.space.most_probable(self.space.mixture(stacks))
 
-    def first(self, count: int, fill: bool = True) -> list[Architecture]:
-        """Return the first new candidates. With a prior, its most probable one within the budget comes first."""
-        if self.prior is None:
+    def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
+        """Return the first new candidates.
+
+        The most probable architecture of the mixture, by default of the prior, comes first, brought into the budget.
+        """
+        mixture = self.prior if mixture is None else mixture
+        if mixture is None:
             return self.fresh(count, fill=fill)
-        likely = self.budget.project(self.prior).architecture
+        likely = self.budget.project(mixture).architecture
         if likely.digest not in self._drawn:
             self._drawn.add(likely.digest)
             return [likely, *self.fresh(count - 1, fill=fill)]
@@ -226,6 +234,13 @@ class Candidates:
         first = min(self._rungs_used)
         self._measure([one for one in architectures if f"{one.digest}/{first}" not in self._scores], first, keep=True)
         return [self._scores[f"{one.digest}/{first}"][0] for one in architectures]
+
+    def save(self) -> None:
+        """Write scores, and what a method keeps, into the folder for them, if there is one."""
+        if self._checkpoints:
+            scores = {key: list(score) for key, score in self._scores.items()}
+            self._checkpoints.save({"scores": scores, "kept": self.kept})
+        self._saved = time.monotonic()
 
     def note(self, sentence: str) -> None:
         """Tell a person a fact about the derivation."""
@@ -301,7 +316,7 @@ class Candidates:
             found = self.measured(architecture, samples)
             self._scores[key] = found.loss, found.accuracy
             if time.monotonic() - self._saved > SAVE_SECONDS:
-                self._save()
+                self.save()
         loss, accuracy = self._scores[key]
         if count == len(self._samples):
             self._best = min(self._best, loss)
@@ -312,11 +327,6 @@ class Candidates:
         said = f"best loss {self._best:.3f}" if math.isfinite(self._best) else f"loss {loss:.3f}"
         self._line.epoch(self._done, self._total, said)
         return loss, accuracy
-
-    def _save(self) -> None:
-        if self._checkpoints:
-            self._checkpoints.save({"scores": {key: list(score) for key, score in self._scores.items()}})
-        self._saved = time.monotonic()
 
 
 def _rank(record: Record) -> tuple[int, bool, float]:

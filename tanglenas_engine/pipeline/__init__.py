@@ -18,7 +18,7 @@ _HOME = {
     "discretize": "configurables",
     "evaluate": "configurables",
     "make_splits": "configurables",
-    "methods": "configurables",
+    "methods": "trainings",
     "objectives": "configurables",
     "open_stage": "stage",
     "rank_correlation": "configurables",

@@ -20,6 +20,7 @@ from tanglenas_engine import plugins
 from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.data import make_splits as engine_make_splits
 from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.race import race as engine_race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config import KINDS, bindings_of, configured, referred, register, required
@@ -51,8 +52,9 @@ discretize = register(engine_discretize)
 retrain = register(engine_retrain)
 evaluate = register(engine_evaluate)
 rank_correlation = register(engine_rank_correlation)
+race = register(engine_race)
 methods = {name: register(method) for name, method in METHODS.items()}
-"""Ways to derive an architecture. Their options are bound by their names: `evolution.population = 50`."""
+"""Ways to derive an architecture that train no network. `trainings.methods` has them all."""
 
 
 @register

@@ -1,9 +1,14 @@
-"""Writes environment.json, which tells DVC about the installed packages that results depend on.
+"""Writes two files for DVC: environment.json and out/recipe.json.
 
-It has versions, and a digest of the sources of the library and of each plugin in use: a package that is installed for
-editing keeps its version while its code changes. The library's digest covers the stages' code in this package.
+environment.json has the installed packages that results depend on: versions, and a digest of the sources of the library
+and of each plugin in use, as a package that is installed for editing keeps its version while its code changes. The
+library's digest covers the stages' code in this package.
+
+out/recipe.json tells which recipe of the retrain stage a race trains by. Other methods of discretize do not depend on
+that recipe, and have an empty one there, so that only a race runs again when the recipe changes.
 """
 
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -11,19 +16,26 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version
 
+RECIPE = Path("out", "recipe.json")
+UNUSED = ("retrain.mode", "read_architecture.")
+"""Bindings of the retrain stage that no race depends on, by their beginnings."""
 KINDS = ("space", "optimizer", "dataset")
 LIBRARIES = ("tanglenas", "timm", "torch")
 
 
 def write_environment(names: Sequence[str], path: Path = Path("environment.json")) -> None:
     """Write the versions and the sources for the plugins of these names: a space, an optimizer, a dataset.
+
+    Write the recipe of a race, too.
 
     gin files may name an objective anywhere, so all objectives that are installed count. A name that no plugin has
     ends the process with one sentence and the status 2.
@@ -46,6 +58,19 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
         "sources": {name: code_version(module) for name, module in sorted(modules.items())},
     }
     write_atomic(path, json.dumps(content, indent=2) + "\n")
+    write_atomic(RECIPE, json.dumps(_recipe(), indent=2) + "\n")
+
+
+def _recipe() -> dict[str, Any]:
+    """Return the arguments of the retrain stage and the digests of its gin files, if the method is a race."""
+    arguments = stage_arguments("retrain") or []
+    if 'discretize.method = "race"' not in (stage_arguments("discretize") or []):
+        return {}
+    files = [argument for argument in arguments if argument.endswith(".gin")]
+    return {
+        "arguments": [argument for argument in arguments if not argument.startswith(UNUSED)],
+        "files": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
+    }
 
 
 def _package(used: Registration) -> str:

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DECIDED, UNDECIDED = 0.5, 0.9
-"""The entropies up to which alpha is decided, and from which it is undecided.
+from tanglenas_engine.optimizers.optimizer import DECIDED, UNDECIDED
 
-Between two options, the heavier one has a weight of 0.89 at the first entropy, and of 0.68 at the second.
-"""
 LARGEST = 1e18
 """The size from which a metric counts as none."""
 COSTS = {"params": ("parameters", ""), "macs": ("MACs", "multiply-accumulates for one input")}
@@ -88,6 +85,8 @@ def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
         source = "the architecture was picked from the Pareto front"
     elif candidates > 1:
         source = f"the architecture comes from judging {candidates:,.0f} candidates"
+        if (raced := _number(derived, "race_networks")) is not None:
+            source += f", and from training {raced:,.0f} of them"
     else:
         source = "the architecture has each choice's heaviest option"
     if entropy is None:

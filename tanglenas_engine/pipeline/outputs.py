@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tanglenas_engine.data import Splits
+from tanglenas_engine.derivation.race import Raced, lead_of
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.weights import save_weights
 from tanglenas_engine.spaces.architecture import Architecture
@@ -66,9 +67,15 @@ def search_metrics(result: SearchResult) -> dict[str, Any]:
 
 
 def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, Any]]:
-    """Write the architecture found, the candidates, and the Pareto front of several; return the rows of the front."""
+    """Write the architecture found, the candidates, and the Pareto front of several; return the rows of the front.
+
+    The networks of a race have a table of their own, without their seconds, which differ from run to run.
+    """
     stage.write(ARCHITECTURE.name, result.architecture.to_json())
     stage.table("candidates.csv", result.candidates)
+    if result.raced is not None:
+        stage.table("race.csv", [{k: v for k, v in row.items() if k != "seconds"} for row in result.raced.records])
+        stage.times |= {f"race_seconds_{row['place']}": row["seconds"] for row in result.raced.records}
     if len(result.candidates) <= 1:
         return []
     rows = {row["digest"]: row for row in result.candidates}
@@ -88,7 +95,20 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
         "params": result.cost.params,
         "macs": result.cost.macs,
         **({} if result.exact is None else {"exact": result.exact}),
+        **({} if result.raced is None else race_metrics(result.raced)),
         "digest": result.architecture.digest,
+    }
+
+
+def race_metrics(raced: Raced) -> dict[str, Any]:
+    """Return what metrics/discretize.json has of a race; its losses are on the validation split."""
+    winner, lead = raced.records[0], lead_of(raced.records)
+    return {
+        "race_networks": len(raced.records),
+        "race_trainings": raced.trainings,
+        "race_loss": winner["loss"],
+        **({} if lead is None else {"race_lead": lead}),
+        "race_supernet_rank": winner["supernet_rank"],
     }
 
 
@@ -207,7 +227,7 @@ def _numbers(stage: str) -> dict[str, Any]:
 
 UNITS = {
     **{"accuracy": " %", "params": " parameters", "macs": " multiply-accumulates", "entropy": " of 1"},
-    **dict.fromkeys(("validation_loss", "test_loss", "split_loss"), " nats"),
+    **dict.fromkeys(("validation_loss", "test_loss", "split_loss", "race_loss", "race_lead"), " nats"),
 }
 """The units of metrics, by the end of their names. Losses of training have that of the loss that was configured."""
 

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gin
-import joblib  # type: ignore[import-untyped]
+import joblib
 import torch
 
-from tanglenas_engine.data import Dataset, Splits, open_splits
+from tanglenas_engine.data import Dataset, Splits
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives, retrain
+from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives
 from tanglenas_engine.pipeline.files import SPLITS
 from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.trainings import Recipe, project_arguments
 from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import fingerprint
@@ -108,33 +108,26 @@ class Job:
     """One training, in this process or another.
 
     Attributes:
-        arguments: The gin files and bindings of the retrain stage.
+        recipe: The recipe of the retrain stage.
         architecture: The architecture, as the space writes it.
-        splits: The text of the splits' file.
         threads: The threads of torch; None leaves them as they are.
     """
 
-    arguments: tuple[str, ...]
+    recipe: Recipe
     architecture: str
-    splits: str
     threads: int | None = None
 
     def run(self) -> tuple[str, Row | str]:
         """Train and test the network; return the architecture with its row, or with the message of an error."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        with configured(self.arguments):
-            seed, space, dataset = create()
-            splits, architecture = Splits.from_json(self.splits), space.from_string(self.architecture)
-            start = time.process_time()
+        with self.recipe.open() as bench:
+            architecture = bench.space.from_string(self.architecture)
             try:
-                found = retrain(
-                    space, architecture, open_splits(dataset, splits, ("training", "validation")), seed=seed
-                )
+                found, seconds = bench.train(architecture)
             except TangleNASError as error:
                 return self.architecture, str(error)
-            seconds = time.process_time() - start
-            tested = evaluate(space, architecture, found.network.eval(), open_splits(dataset, splits, ("test",)))
+            tested = evaluate(bench.space, architecture, found.network.eval(), bench.data("test"))
         row = {
             "test_loss": tested.test_loss,
             "test_acc": tested.test_accuracy,
@@ -176,12 +169,11 @@ def build(
         TangleNASError: This is no project, the file holds a pool of something else, or too few architectures fit.
     """
     at_least("--count", count, 2)
-    arguments = stage_arguments("retrain")
+    arguments = project_arguments(*bindings)
     if arguments is None:
         raise TangleNASError(
             "a pool is built in a project, by its recipe: run `tanglenas init` in an empty folder first"
         )
-    arguments = [*arguments, 'retrain.mode = "scratch"', *bindings]
     with configured(arguments):
         seed, space, dataset = create()
         splits = Splits.from_json(SPLITS.read_text("utf-8")) if SPLITS.exists() else make_splits(dataset, seed=seed)
@@ -199,7 +191,8 @@ def build(
         record.baselines = {name: space.to_string(budget.dearest(name)) for name in ("params", "macs")}
     wanted = [key for key in dict.fromkeys([*keys, *record.baselines.values()]) if key not in record.rows]
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs != 1 else None
-    tasks = [joblib.delayed(Job.run)(Job(tuple(arguments), key, splits.to_json(), threads)) for key in wanted]
+    recipe = Recipe(arguments, str(Path.cwd()), splits.to_json())
+    tasks = [joblib.delayed(Job.run)(Job(recipe, key, threads)) for key in wanted]
     progress.note(f"pool: {len(keys) + len(record.baselines)} trainings, {len(wanted)} of them to do, {jobs} at a time")
     results: Iterator[tuple[str, Any]] = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
     for number, (key, result) in enumerate(results, 1):

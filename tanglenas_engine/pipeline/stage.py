@@ -61,6 +61,9 @@ class Stage:
     """A run of a stage: its space and dataset, and the places where it reports and writes.
 
     Only the first of several processes reports and writes. The others have neither tracker nor checkpoints.
+
+    Attributes:
+        times: Seconds of parts of the stage, by name. They are recorded beside the outputs.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Stage:
     checkpoints: CheckpointFolder | None
     progress: Progress = field(default_factory=ConsoleProgress)
     meter: Meter = field(default_factory=Meter)
+    times: dict[str, float] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -129,10 +133,10 @@ class Stage:
         digest = {} if architecture is None else {"architecture.digest": architecture.digest}
         self.tracker.set_tags(digest)
         self.tracker.log_artifact(self.folder)
-        record: dict[str, Any] = {"mlflow_run_id": self.tracker.run_id}
+        record: dict[str, Any] = {"mlflow_run_id": self.tracker.run_id, **({"times": self.times} if self.times else {})}
         if isinstance(self.tracker, MlflowTracker):
             record["used"] = used = self.meter.read()
-            self.tracker.log_metrics({f"stage/{name}": value for name, value in used.items()}, step=0)
+            self.tracker.log_metrics({f"stage/{name}": value for name, value in {**used, **self.times}.items()}, step=0)
         # These differ from run to run, so they stand apart from the outputs, and no output depends on them.
         write_atomic(OUT / f"{self.name}.run.json", json.dumps(record) + "\n")
         if isinstance(self.tracker, MlflowTracker):

@@ -28,6 +28,8 @@ from tanglenas_engine.runtime.devices import own_device
 T = TypeVar("T")
 S = TypeVar("S")
 
+_apart = False  # inside the block of `apart`
+
 
 class LostError(TangleNASError):
     """The error on a rank after another rank failed or disappeared."""
@@ -55,6 +57,17 @@ def map_over_ranks(function: Callable[[T], S], items: Sequence[T]) -> list[S]:
     """
     shares = gather([function(item) for item in shard(items)])
     return [shares[number % world_size()][number // world_size()] for number in range(len(items))]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Act as a single process inside the block: no function here talks to other ranks."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 # --- starting and ending ---------------------------------------------------------------------------------------
@@ -257,7 +270,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _apart and dist.is_available() and dist.is_initialized()
 
 
 def _flattened(tensors: Iterable[Tensor | None]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -14,8 +14,10 @@ from tanglenas_engine.derivation.budget import Budget, Projection, amount
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
+from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.derivation.surrogate import surrogate
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
+from tanglenas_engine.optimizers.optimizer import UNDECIDED, normalized_entropy
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
@@ -27,12 +29,12 @@ from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 
-Method = Callable[..., Projection | None]
+Method = Callable[..., Projection | Raced | None]
 """A function that judges candidates.
 
 Its arguments are the `Candidates` to draw from, the mixture of the search or None, and options of its own. A method
-that only projects the mixture's most probable architecture into the budget returns the `Projection`; others return
-None.
+that only projects the mixture's most probable architecture into the budget returns the `Projection`, and one that
+trains candidates returns how that ended; others return None.
 """
 
 
@@ -60,14 +62,36 @@ def random(candidates: Candidates, mixture: Mixture | None) -> None:
     candidates.judge(candidates.first(candidates.limit))
 
 
+def both(candidates: Candidates, mixture: Mixture | None) -> None:
+    """Judge random candidates, and with them what argmax takes, unless alpha is undecided or there is none.
+
+    An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs of
+    the options rather than by their worth.
+    """
+    entropy = math.nan if mixture is None else normalized_entropy(mixture)
+    if entropy <= UNDECIDED:
+        candidates.note(f"alpha has an entropy of {entropy:.2f} of 1: what it prefers is judged with random candidates")
+        candidates.judge(candidates.first(candidates.limit, mixture=mixture))
+    else:
+        reason = "there is no alpha" if mixture is None else f"alpha is undecided (entropy {entropy:.2f} of 1)"
+        candidates.note(f"{reason}: random candidates are judged")
+        candidates.judge(candidates.first(candidates.limit))
+
+
 METHODS: Mapping[str, Method] = {
     "argmax": argmax,
     "random": random,
+    "both": both,
     "evolution": evolution,
     "surrogate": surrogate,
     "nsga2": nsga2,
 }
-"""The ways to derive an architecture, by name."""
+"""The ways to derive an architecture, by name.
+
+A race needs a function that trains, so `race` joins them where there is one:
+
+    methods={**METHODS, "race": partial(race, train=Recipe(space, data, epochs=50))}
+"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,7 @@ class DiscretizeResult:
         front_cost: The name of the cost of the front.
         exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
             search found it. None for the other methods.
+        raced: The end of the race, or None for the methods that train nothing.
     """
 
     architecture: Architecture
@@ -94,6 +119,7 @@ class DiscretizeResult:
     front: list[Architecture] = field(default_factory=list)
     front_cost: str = "params"
     exact: bool | None = None
+    raced: Raced | None = None
 
 
 def limits_of(
@@ -159,9 +185,11 @@ def discretize(
             `validation` (to measure the result).
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
-            supernet's weights on the architecture split, and take that of smallest loss: "random", "evolution",
-            "surrogate", which proposes candidates by regression, and "nsga2", which looks for the whole front of loss
-            and cost. "auto" stands for `derivation`, the optimizer's own method.
+            supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which adds
+            what argmax takes to the random ones unless alpha is undecided, "evolution", "surrogate", which proposes
+            candidates by regression, and "nsga2", which looks for the whole front of loss and cost. "race" trains the
+            best of them, and takes that of smallest loss on the validation split; it has to be in `methods`. "auto"
+            stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
@@ -197,15 +225,18 @@ def discretize(
         limit=candidates, prior=weights if prior == "mixture" else None, recalibration_batches=recalibration_batches,
         batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
     ) as tried:  # fmt: skip
-        projection = methods[method](tried, weights)
+        found = methods[method](tried, weights)
         front = [record["architecture"] for record in final_front(tried)]
-        best = tried.best()[0]["architecture"]
+        best = tried.best()[0]["architecture"] if found is None else found.architecture
         measured = tried.measured(best, data.validation)
     records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.records))]
-    exact = projection.exact if isinstance(projection, Projection) else None
+    exact = found.exact if isinstance(found, Projection) else None
+    raced = found if isinstance(found, Raced) else None
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
-    return DiscretizeResult(best, space.cost(best), measured.accuracy, measured.loss, records, front, cost, exact)
+    return DiscretizeResult(
+        best, space.cost(best), measured.accuracy, measured.loss, records, front, cost, exact, raced
+    )
 
 
 def _targets_left(

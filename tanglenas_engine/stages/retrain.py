@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch
 from tanglenas_engine.runtime import distributed
@@ -230,3 +232,37 @@ class Retraining(Training):
     def describe(self, record: Record) -> str:
         accuracy, validation = record["accuracy"], record["validation_accuracy"]
         return f"loss {record['loss']:.3f}  train {accuracy:.1f} %  valid {validation:.1f} %"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of `retrain`, for any architecture of a space: a function that a race trains by.
+
+    Args:
+        space: The space.
+        data: A view of `training` and `validation`.
+        epochs: The number of epochs of a complete training.
+        options: The other options of `retrain`. The mode is "scratch".
+        identity: A digest of all this, if results are kept in a folder that other recipes use too.
+    """
+
+    space: SearchSpace
+    data: DataView
+    epochs: int = 100
+    options: Mapping[str, Any] = field(default_factory=dict)
+    identity: str = ""
+
+    def __call__(self, architecture: Architecture, epochs: int) -> Trained:
+        """Train the network for so many epochs.
+
+        Raises:
+            TangleNASError: The training failed.
+        """
+        start = time.process_time()
+        found = retrain(self.space, architecture, self.data, **{**self.options, "mode": "scratch", "epochs": epochs})
+        return trained(found, time.process_time() - start)
+
+
+def trained(found: RetrainResult, seconds: float) -> Trained:
+    """Return what a race keeps of a training that took so many processor seconds."""
+    return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, seconds)

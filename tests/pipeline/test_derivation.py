@@ -14,8 +14,10 @@ from pipelines import discretize, evaluate, retrain, search
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import front
+from tanglenas_engine.pipeline import trainings, write_environment
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
+from tanglenas_engine.training.loop import Interrupted
 from tanglenas_objectives.latency_measurement import measure_latency
 
 # MLflow's own models, on SQLAlchemy 2.1.
@@ -121,6 +123,73 @@ def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, 
     assert {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()} == whole
 
 
+def test_a_race_trains_by_the_recipe_of_retrain_and_says_how_it_went(project, capsys):
+    set_params(project, retrain={"epochs": 2, "batch_size": 128})
+    small = ["create_space.channels = 2", "retrain.scheduler = None"]
+    Path("gin/demo/retrain.gin").write_text("\n".join(small))
+    run(discretize, 'discretize.method = "race"', "discretize.candidates = 6", "race.entrants = 4", "race.eta = 2")
+    said = capsys.readouterr().out
+    assert "a race of 4 networks for 1 epoch, the best 2 for 2: 4.0 trainings of 2 epochs" in said
+    found = rows("out/discretize/race.csv")
+    assert [row["epochs"] for row in found] == ["2", "2", "1", "1"] and "seconds" not in found[0]
+    assert [row["place"] for row in found] == ["1", "2", "3", "4"]
+    winner = json.loads(Path("out/discretize/architecture.json").read_text())["digest"]
+    assert winner == found[0]["digest"] and len(rows("out/discretize/candidates.csv")) == 6
+    metrics = json.loads(Path("metrics/discretize.json").read_text())
+    assert (
+        metrics["race_loss"] == float(found[0]["loss"]) == pytest.approx(float(found[1]["loss"]) - metrics["race_lead"])
+    )
+    assert (metrics["race_networks"], metrics["race_trainings"]) == (4, 4.0)
+    times = json.loads(Path("out/discretize.run.json").read_text())["times"]
+    assert [*times] == [f"race_seconds_{place}" for place in range(1, 5)] and all(0 < one for one in times.values())
+    assert "race.entrants = 4" in Path("out/discretize/operative.gin").read_text()
+
+    run(retrain, *small, "retrain.epochs = 2", "retrain.batch_size = 128")
+    last = rows("out/retrain/history.csv")[-1]
+    assert (last["validation_loss"], last["validation_accuracy"]) == (found[0]["loss"], found[0]["accuracy"])
+
+
+def test_a_race_that_was_stopped_goes_on_with_its_trainings(project, monkeypatch, capsys):
+    set_params(project, retrain={"epochs": 1, "batch_size": 128})
+    Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
+    bindings = ('discretize.method = "race"', "discretize.candidates = 4", "race.entrants = 3")
+    train, calls = trainings.Bench.train, []
+
+    def stopping(self, *given, **options):
+        calls.append(given)
+        if len(calls) == 3:
+            raise Interrupted("retrain stopped at step 1 of 9, but it had nowhere to save")
+        return train(self, *given, **options)
+
+    monkeypatch.setattr(trainings.Bench, "train", stopping)
+    with pytest.raises(SystemExit) as ending:
+        run(discretize, *bindings)
+    assert ending.value.code == 130 and not Path("out/discretize/architecture.json").exists()
+    assert "discretize stopped. Run the same command again to continue" in capsys.readouterr().err
+    run(discretize, *bindings)
+    assert len(calls) == 4 and "2 trainings were done before" in capsys.readouterr().out
+
+
+def test_dvc_is_told_when_the_recipe_of_a_race_changes(project):
+    def recipe(**changes):
+        set_params(project, **changes)
+        write_environment(["toy_cell", "spos", "digits"])
+        return json.loads(Path("out/recipe.json").read_text())
+
+    assert recipe(retrain={"epochs": 3}) == {}
+    first = recipe(discretize={"method": "race"})
+    assert first != recipe(retrain={"epochs": 4}) != recipe(retrain={"epochs": 4}, recipe="cpu")
+    assert first == recipe(retrain={"epochs": 3, "mode": "finetune", "pick": "12"}, recipe="demo")
+    Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
+    assert first != recipe()
+
+
+def test_a_race_needs_a_recipe(project, capsys):
+    Path("dvc.yaml").unlink()
+    message = refused(capsys, discretize, 'discretize.method = "race"', "discretize.candidates = 2")
+    assert "'race' trains by the recipe of the retrain stage, and this folder has none" in message
+
+
 def test_any_point_of_the_front_can_be_retrained(project, capsys):
     run(discretize, 'discretize.method = "nsga2"', "discretize.candidates = 24", "nsga2.population = 8")
     candidates, points = numbers("out/discretize/candidates.csv"), numbers("out/discretize/pareto.csv")
@@ -165,6 +234,8 @@ def test_one_candidate_has_no_front_to_pick_from(project, capsys):
         (["discretize.limits = 3"], "discretize.limits is 3, expected numbers by name"),
         (["discretize.limits = {'macs': 3}"], "no architecture of 'toy_cell' has at most 3 MACs"),
         (['discretize.prior = "mixture"'], "needs the mixture of a gradient search"),
+        (['discretize.method = "race"', "race.trainings = 0.5"], "race.trainings is 0.5, expected at least 1"),
+        (["race.train = 3"], "race.train is what the stage itself sets"),
         (['discretize.prior = "alphas"'], "discretize.prior is 'alphas', expected 'uniform' or 'mixture'"),
     ],
 )

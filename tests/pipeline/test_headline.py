@@ -59,6 +59,11 @@ def test_alpha_is_decided_or_not(entropy, candidates, value, detail):
     assert (fact.value, fact.detail) == (value, detail)
 
 
+def test_a_race_is_told():
+    (fact,) = headline({"discretize": {"candidates": 100, "race_networks": 8}})
+    assert fact.detail.endswith("the architecture comes from judging 100 candidates, and from training 8 of them")
+
+
 def test_another_architecture_than_the_best_was_picked():
     metrics = {"discretize": {"candidates": 100, "digest": "b"}, "evaluate": {"digest": "a"}}
     assert headline(metrics)[0].detail.endswith("the architecture was picked from the Pareto front")

@@ -19,8 +19,9 @@ from tanglenas_engine.training.options import Computation
 
 SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
 CASES = [
-    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "raced", "walked",
-    "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged", "after_the_first", "apart",
+    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "raced", "trained",
+    "walked", "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged",
+    "after_the_first", "apart",
 ]  # fmt: skip
 
 
@@ -114,6 +115,12 @@ def test_two_processes_share_a_race_and_judge_as_one_does(two):
     alone, both = ranked.raced(), two("raced")
     assert both[0] == both[1] == alone
     assert {record["samples"] for record in alone[0]} == {5, 40} and len(alone[0]) == 9
+
+
+def test_two_processes_share_the_trainings_of_a_race_and_each_trains_as_one_does(two):
+    alone, (first, second) = ranked.trained(), two("trained")
+    assert first["records"] == second["records"] == alone["records"] and len(alone["records"]) == 5
+    assert (alone["kept"], first["kept"], second["kept"]) == (5 + 2, 5 + 2, None)
 
 
 def test_every_rank_draws_noise_of_its_own_and_rank_0_that_of_one_process(two):

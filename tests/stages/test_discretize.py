@@ -118,7 +118,7 @@ def test_every_method_that_judges_takes_the_best_of_as_many_as_it_may(method):
     assert losses == sorted(losses)
     assert result.architecture.digest == result.candidates[0]["digest"]
     generations = sorted(row["generation"] for row in result.candidates)
-    expected = {"random": [0] * 45, "surrogate": [0] * 35 + [*range(1, 11)]}
+    expected = {"random": [0] * 45, "both": [0] * 45, "surrogate": [0] * 35 + [*range(1, 11)]}
     assert generations == expected.get(method, [0] * 20 + [1] * 20 + [2] * 5)
 
 
@@ -147,6 +147,27 @@ def test_a_prior_begins_with_what_argmax_takes(method):
         result = derive(space, mixture, method=method, candidates=20, prior="mixture", max_params=limit)
         assert likely.architecture.digest in {row["digest"] for row in result.candidates if row["generation"] == 0}
         assert result.candidates[0]["loss"] <= likely.candidates[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "trust, said", [(0.95, "entropy of 0."), (0.01, "is undecided (entropy 1.00 of 1)"), (None, "no alpha")]
+)
+def test_both_asks_alpha_where_it_has_decided(trust, said, capsys):
+    space = vit(depth=(1, 2, 3))
+    limit = int(0.6 * space.cost(space.largest()).macs)
+    chosen, mixture = space.sample(torch.Generator().manual_seed(3)), None
+    if trust is not None:
+        even = {name: torch.full_like(one, 1 / one.shape[-1]) for name, one in space.one_hot(chosen).items()}
+        mixture = {name: trust * one + (1 - trust) * even[name] for name, one in space.one_hot(chosen).items()}
+    result = derive(space, mixture, method="both", candidates=12, max_macs=limit, progress=ConsoleProgress(every=0))
+    drawn = derive(space, mixture, method="random", candidates=12, max_macs=limit)
+    assert said in capsys.readouterr().out and len(result.candidates) == 12
+    if trust == 0.95:
+        likely = derive(space, mixture, method="argmax", max_macs=limit).architecture.digest
+        digests, others = ({row["digest"] for row in found.candidates} for found in (result, drawn))
+        assert likely in digests and likely not in others and len(digests & others) > 1
+    else:
+        assert result.candidates == drawn.candidates
 
 
 def test_a_prior_of_one_architecture_keeps_to_it():

@@ -16,12 +16,13 @@ from tanglenas_engine import create_optimizer, create_space
 from tanglenas_engine.data import SPLITS, make_splits, open_splits
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import final_front
+from tanglenas_engine.derivation.race import race
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import create_dataset
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages.evaluate import evaluate
-from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.stages.retrain import Recipe, retrain
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
@@ -143,6 +144,19 @@ def raced():
         front = final_front(candidates)
     return [[{**record, "architecture": str(record["architecture"])} for record in found]
             for found in (candidates.records, front)]  # fmt: skip
+
+
+def trained():
+    """A race of real trainings, which the ranks deal out, and the number of results that rank 0 keeps."""
+    torch.manual_seed(0)
+    space = vit()
+    data = random_data(space, ("weights", "architecture", "training", "validation"), samples=24)
+    recipe = Recipe(space, data, 3, {"batch_size": 12, "seed": 3, "optimizer": SGD})
+    with shared_checkpoints() as checkpoints:
+        with Candidates(space, data.weights, data.architecture, limit=8, checkpoints=checkpoints) as candidates:
+            found = race(candidates, None, recipe, entrants=5)
+        kept = len(checkpoints.load()["kept"]) if checkpoints else None
+    return {"records": [{**record, "seconds": 0.0} for record in found.records], "kept": kept}
 
 
 class Noise(nn.Module):

@@ -1,0 +1,220 @@
+"""Trainings as jobs: run by joblib in this process, in others, or on a cluster; each result is kept, none counts twice.
+
+A result depends on the architecture, the recipe, the seed and the number of epochs. It depends neither on the order of
+the jobs nor on the worker, but for the rounding of sums where workers have other numbers of threads or other machines.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, Protocol
+
+import joblib
+import torch
+
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.training.loop import Interrupted
+
+LOST = 3
+"""Losses of workers in a row, without a finished training between them, after which the race gives up."""
+
+_one_at_a_time = threading.Lock()
+"""A lock for the global random generators and gin's config, as workers of a cluster may be threads."""
+
+
+class Trained(NamedTuple):
+    """The result of one training.
+
+    Attributes:
+        loss: The network's mean cross-entropy on the validation split; NaN for a training that failed.
+        accuracy: Its accuracy there, in %.
+        seconds: The processor seconds of the training.
+        failure: The reason why the training failed, or an empty string.
+    """
+
+    loss: float
+    accuracy: float
+    seconds: float
+    failure: str = ""
+
+
+class Train(Protocol):
+    """A function that trains the network of an architecture from scratch. Workers get a pickled copy of it."""
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs of a complete training."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that a result depends on, beside the architecture and the number of epochs."""
+
+    def __call__(self, architecture: Architecture, epochs: int) -> Trained:
+        """Train on the training data, and measure on the validation split.
+
+        Raises:
+            TangleNASError: The training failed.
+        """
+
+
+class Jobs:
+    """The trainings of a race. A result is kept as soon as it is there, and no training runs twice.
+
+    Attributes:
+        epochs: The number of epochs of all results that were asked for.
+    """
+
+    def __init__(self, candidates: Candidates, train: Train, workers: int, backend: str | None):
+        self.candidates, self.train, self.workers, self.backend = candidates, train, workers, backend
+        self._asked: dict[str, int] = {}
+        if known := [key for key in candidates.kept if key.startswith(f"{train.identity}/")]:
+            candidates.note(f"{len(known)} trainings were done before")
+
+    @property
+    def epochs(self) -> int:
+        return sum(self._asked.values())
+
+    def results(self, architectures: Sequence[Architecture], epochs: int) -> list[Trained]:
+        """Return the results of trainings of equal length, in order. Those that are not known run now.
+
+        Raises:
+            TangleNASError: Workers were lost time after time.
+        """
+        keys = [self._key(one.digest, epochs) for one in architectures]
+        names = dict(zip(keys, architectures, strict=True))
+        self._asked.update(dict.fromkeys(keys, epochs))
+        lost = 0
+        while missing := {key: one for key, one in names.items() if key not in self.candidates.kept}:
+            try:
+                for digest, result in self._finished([*missing.values()], epochs):
+                    key = self._key(digest, epochs)
+                    self.candidates.kept[key] = list(result)
+                    self.candidates.save()
+                    lost, done = 0, sum(one in self.candidates.kept for one in keys)
+                    self.candidates.note(
+                        f"{done} of {len(keys)} trained for {epochs} epoch{'s' * (epochs > 1)}: "
+                        f"validation loss {result.loss:.4f}, {result.seconds:.0f} s  {names[key]}"
+                    )
+            except BrokenProcessPool as problem:
+                lost += 1
+                said = str(problem).split(". ")[0].split("\n")[0]
+                if lost == LOST:
+                    raise TangleNASError(
+                        f"the race lost workers {LOST} times in a row ({said}). Memory may be short: lower "
+                        "race.workers. Finished trainings are kept: run the same command again to go on"
+                    ) from None
+                self.candidates.note(f"a worker was lost ({said}); its trainings run again")
+        return [Trained(*self.candidates.kept[key]) for key in keys]
+
+    def afforded(self, architectures: Sequence[Architecture], seconds: float) -> float:
+        """Return how many complete trainings so many processor seconds allow, by a training of one epoch.
+
+        The dearest architecture is trained, so that the others take no longer.
+
+        Raises:
+            TangleNASError: The time is shorter than one training, or every training failed.
+        """
+        dear = sorted(architectures, key=lambda one: -self.candidates.space.cost(one).macs)
+        for architecture in dear:
+            (result,) = self.results([architecture], 1)
+            if not result.failure:
+                break
+        else:
+            raise TangleNASError(f"every training of the race failed. The last one: {result.failure}")
+        full = result.seconds * self.train.epochs
+        if seconds < full:
+            raise TangleNASError(
+                f"race.seconds is {seconds:g}, but one training of {self.train.epochs} epochs takes about {full:.1f} "
+                "processor seconds: give more seconds, or shorten the trainings (retrain.epochs)"
+            )
+        self.candidates.note(f"a training takes about {full:.1f} processor seconds; race.seconds is {seconds:g}")
+        return (seconds - result.seconds) / full
+
+    def _key(self, digest: str, epochs: int) -> str:
+        return f"{self.train.identity}/{digest}/{epochs}"
+
+    def _finished(self, architectures: Sequence[Architecture], epochs: int) -> Iterator[tuple[str, Trained]]:
+        """Yield digests and results of trainings as they come."""
+        ranks = distributed.world_size()
+        if ranks > 1:  # a training for each rank at a time, so that what is finished is kept
+            for start in range(0, len(architectures), ranks):
+                wave = architectures[start : start + ranks]
+                for digest, result in distributed.map_over_ranks(lambda one: run(self.train, one, epochs), wave):
+                    yield digest, Trained(*result)
+            return
+        threads = max(1, torch.get_num_threads() // self.workers)
+        tasks = [joblib.delayed(run)(self.train, one, epochs, threads) for one in architectures]
+        with _running_on(self.backend, self.workers):
+            parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator_unordered", batch_size=1)
+            for digest, result in parallel(tasks):
+                yield digest, Trained(*result)
+
+
+def run(
+    train: Train, architecture: Architecture, epochs: int, threads: int | None = None
+) -> tuple[str, tuple[float, float, float, str]]:
+    """Train one network, in this process or another; return the digest and the result, that of a failure included.
+
+    Args:
+        threads: The number of torch's threads; None leaves it.
+    """
+    with _one_at_a_time, distributed.apart(), seeded(0):
+        before, start = torch.get_num_threads(), time.process_time()
+        torch.set_num_threads(threads or before)
+        try:
+            result = train(architecture, epochs)
+        except TangleNASError as error:
+            result = Trained(math.nan, math.nan, time.process_time() - start, str(error))
+        except Interrupted:  # the message of a training is about checkpoints that it does not have here
+            raise KeyboardInterrupt from None
+        finally:
+            torch.set_num_threads(before)
+    if math.isnan(result.loss) and not result.failure:
+        result = result._replace(failure="the validation loss is not a number")
+    return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure)
+
+
+@contextmanager
+def _running_on(backend: str | None, workers: int) -> Iterator[None]:
+    """Let joblib run jobs by a backend inside the block; None leaves it as it is.
+
+    Raises:
+        TangleNASError: joblib has no such backend, or its package is not installed.
+    """
+    with ExitStack() as stack:
+        if backend == "dask":
+            stack.enter_context(_dask(workers))
+        if backend is not None:
+            try:
+                stack.enter_context(joblib.parallel_config(backend=backend))
+            except (ValueError, ImportError) as error:
+                said = str(error).splitlines()[0]
+                raise TangleNASError(
+                    f"race.backend is {backend!r}, expected a backend of joblib such as 'loky' or 'dask' ({said})"
+                ) from None
+        yield
+
+
+@contextmanager
+def _dask(workers: int) -> Iterator[None]:
+    """Connect to the cluster of Dask's settings inside the block, or to a new one here, unless the caller has."""
+    try:
+        from distributed import Client, get_client
+    except ImportError:
+        raise TangleNASError("race.backend 'dask' needs Dask: pip install 'tanglenas[dask]'") from None
+    try:
+        get_client()
+    except ValueError:
+        with Client(n_workers=workers, threads_per_worker=1, dashboard_address=None):
+            yield
+    else:
+        yield

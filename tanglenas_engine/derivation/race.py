@@ -1,0 +1,275 @@
+"""A race of real trainings: candidates that the supernet ranks best are trained, and their own losses decide.
+
+The race is successive halving (Jamieson and Talwalkar, 2016, arXiv:1502.07943; Hyperband, arXiv:1603.06560, has 3 as
+the factor between rungs). All entrants get a short training, the best third of them a longer one, until a few have had
+a complete one. Each training is a job of its own (`jobs.py`).
+
+It differs from the paper in that no rung goes on from the weights of the one before: every training is from scratch,
+with a complete schedule of its length. A training that is cut off in the middle of its schedule ranks networks by how
+fast they begin, because its learning rate has not fallen. The weights of a rung would save a third of the work. Without
+them a result depends on architecture, recipe, seed and epochs alone, so jobs run anywhere, in any order, and twice if a
+worker is lost, and the last rung is what the retrain stage does.
+
+Short trainings rank worse than the supernet does: on gpt_nano, those of a sixth of the length correlate with the truth
+by 0.18, those of half the length by 0.52. So a small budget admits fewer networks rather than shorter trainings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.jobs import Jobs, Train, Trained
+from tanglenas_engine.errors import TangleNASError, at_least, positive
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.tracking import Record
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.superposition.mixture import Mixture
+
+ROUNDING = 1e-9
+"""The part of a training by which a plan may exceed its budget: sums of fractions are rounded."""
+
+
+class Rung(NamedTuple):
+    """A part of a race: the number of networks that are trained, and for how many epochs each."""
+
+    networks: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Raced:
+    """The end of a race.
+
+    Attributes:
+        architecture: The architecture of the winner.
+        records: One record per network that was trained, the winner first: its place, digest, rank and loss by the
+            supernet, the validation loss after each number of epochs, the last of these losses with its accuracy in %
+            and its epochs, costs, processor seconds, the reason of a failure, and the architecture.
+        trainings: The work of the race, in complete trainings.
+    """
+
+    architecture: Architecture
+    records: list[Record]
+    trainings: float
+
+
+def race(
+    candidates: Candidates,
+    mixture: Mixture | None,
+    train: Train,
+    *,
+    entrants: int = 8,
+    eta: int = 3,
+    trainings: float | None = None,
+    seconds: float | None = None,
+    workers: int = 1,
+    backend: str | None = None,
+) -> Raced | None:
+    """Judge candidates as `random` does, train the best of them by rungs, and return the end of the race.
+
+    All networks are trained with one seed and judged on the validation split. A training that fails is last. Where only
+    one candidate was judged, nothing is trained, and the result is None.
+
+    Args:
+        train: The function that trains.
+        entrants: The largest number of networks that are trained.
+        eta: The factor between rungs: this part of the networks goes on, to about so many times the epochs.
+        trainings: The budget in complete trainings. None trains all entrants; 8 of them take 5.7 trainings at the
+            default `eta`.
+        seconds: The budget in processor seconds. A first training of one epoch tells how long a training takes, so
+            another machine may plan another race.
+        workers: The number of processes that train. Each takes an equal part of torch's threads.
+        backend: A backend of joblib that runs the jobs, such as "dask"; None takes processes of this machine, or what
+            `joblib.parallel_config` says. "dask" takes the cluster at `$DASK_SCHEDULER_ADDRESS`, or makes one of
+            `workers` processes here.
+
+    Raises:
+        TangleNASError: An option is out of its range, the budget is shorter than one training, every training failed,
+            or workers are lost time after time.
+    """
+    _check_options(entrants, eta, trainings, seconds, workers, backend)
+    candidates.judge(candidates.first(candidates.limit))
+    leaders = candidates.best(entrants)
+    if len(leaders) < 2:
+        candidates.note("no race, as there is one candidate only")
+        return None
+    jobs = Jobs(candidates, train, workers, backend)
+    if seconds is not None:
+        afforded = jobs.afforded([record["architecture"] for record in leaders], seconds)
+        trainings = afforded if trainings is None else min(trainings, afforded)
+    rungs = plan(len(leaders), train.epochs, eta, trainings)
+    planned = work(rungs) / train.epochs
+    left = 0.0 if trainings is None else trainings - planned
+    candidates.note(
+        f"a race of {described(rungs)}: {planned:.1f} trainings of {train.epochs} epochs"
+        + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if left >= 1 else "")
+    )
+    runners = [Runner(record, rank) for rank, record in enumerate(leaders[: rungs[0].networks], 1)]
+    running = runners
+    for rung in rungs:
+        running = _trained(running[: rung.networks], rung.epochs, jobs)
+    ranked = sorted(runners, key=Runner.order)
+    records = [runner.record(place) for place, runner in enumerate(ranked, 1)]
+    for sentence in (*map(line, records), reason(records, len(candidates.records))):
+        candidates.note(sentence)
+    return Raced(ranked[0].architecture, records, jobs.epochs / train.epochs)
+
+
+def _check_options(
+    entrants: int, eta: int, trainings: float | None, seconds: float | None, workers: int, backend: str | None
+) -> None:
+    at_least("race.entrants", entrants, 2)
+    at_least("race.eta", eta, 2)
+    at_least("race.workers", workers, 1)
+    if seconds is not None:
+        positive("race.seconds", seconds)
+    if trainings is not None and positive("race.trainings", trainings) < 1:
+        raise TangleNASError(
+            f"race.trainings is {trainings}, expected at least 1: no race is shorter than one training"
+        )
+    if distributed.world_size() > 1 and (workers > 1 or backend is not None):
+        raise TangleNASError(
+            f"race.workers is {workers} and race.backend is {backend!r}, but the stage runs in "
+            f"{distributed.world_size()} processes, each of which trains: leave race.workers at 1 and race.backend out"
+        )
+
+
+def plan(entrants: int, epochs: int, eta: int = 3, trainings: float | None = None) -> list[Rung]:
+    """Return the rungs of the largest race within a budget.
+
+    The last rung has complete trainings of up to `eta` networks, so that these are compared by what they are worth.
+    Where the budget is shorter than two trainings, two networks share it.
+
+    Args:
+        entrants: The largest number of networks.
+        epochs: The number of epochs of a complete training.
+        eta: The factor between rungs.
+        trainings: The budget in complete trainings; None has no limit.
+
+    Raises:
+        TangleNASError: The budget is shorter than a race of two networks for one epoch each.
+    """
+    for count in range(entrants, 1, -1):
+        rungs = ladder(count, epochs, eta)
+        if trainings is None or work(rungs) <= trainings * epochs + ROUNDING:
+            return rungs
+    share = int((trainings or 0) * epochs / 2 + ROUNDING)
+    if share < 1:
+        raise TangleNASError(
+            f"the race has a budget of {trainings:.2f} trainings of {epochs} epochs, and two networks take "
+            f"{2 / epochs:.2f} for one epoch each: raise race.trainings or race.seconds"
+        )
+    return [Rung(2, share)]
+
+
+def ladder(entrants: int, epochs: int, eta: int) -> list[Rung]:
+    """Return the rungs of a race that ends with complete trainings. Rungs of equally many epochs are one."""
+    counts = [entrants]
+    while counts[-1] > eta:
+        counts.append(math.ceil(counts[-1] / eta))
+    rungs: dict[int, int] = {}
+    for number, count in enumerate(counts, 1):
+        rungs.setdefault(max(1, round(epochs / eta ** (len(counts) - number))), count)
+    return [Rung(count, length) for length, count in rungs.items()]
+
+
+def work(rungs: Sequence[Rung]) -> int:
+    """Return the number of epochs of all trainings of a race."""
+    return sum(rung.networks * rung.epochs for rung in rungs)
+
+
+def described(rungs: Sequence[Rung]) -> str:
+    """Return a plan for a person."""
+    first, *later = rungs
+    parts = [f"{first.networks} networks for {first.epochs} epoch{'s' * (first.epochs > 1)}"]
+    parts += [f"the best {rung.networks} for {rung.epochs}" for rung in later]
+    return ", ".join(parts)
+
+
+class Runner:
+    """A candidate in the race.
+
+    Attributes:
+        results: The results of its trainings by the number of epochs.
+    """
+
+    def __init__(self, judged: Record, rank: int):
+        self.judged, self.rank = judged, rank
+        self.architecture: Architecture = judged["architecture"]
+        self.results: dict[int, Trained] = {}
+
+    @property
+    def last(self) -> Trained:
+        """The result of the longest training."""
+        return self.results[max(self.results)]
+
+    def order(self) -> tuple[bool, int, float]:
+        """Return a key that is smaller for a better network: failures last, longer trainings first, then losses."""
+        loss = math.inf if self.last.failure else self.last.loss
+        return bool(self.last.failure), -max(self.results), loss
+
+    def record(self, place: int) -> Record:
+        """Return the record of this network."""
+        return {
+            "place": place,
+            "digest": self.architecture.digest,
+            "supernet_rank": self.rank,
+            "supernet_loss": self.judged["loss"],
+            **{f"loss_{epochs}_epochs": result.loss for epochs, result in self.results.items()},
+            "loss": self.last.loss,
+            "accuracy": self.last.accuracy,
+            "epochs": max(self.results),
+            "params": self.judged["params"],
+            "macs": self.judged["macs"],
+            "seconds": sum(result.seconds for result in self.results.values()),
+            "failure": self.last.failure,
+            "architecture": str(self.architecture),
+        }
+
+
+def _trained(running: Sequence[Runner], epochs: int, jobs: Jobs) -> list[Runner]:
+    """Train networks for so many epochs, and return those that did not fail, best first.
+
+    Raises:
+        TangleNASError: Every training failed.
+    """
+    for runner, result in zip(running, jobs.results([one.architecture for one in running], epochs), strict=True):
+        runner.results[epochs] = result
+        if result.failure:
+            jobs.candidates.note(f"{runner.architecture} is out of the race: {result.failure}")
+    left = [runner for runner in running if not runner.last.failure]
+    if not left:
+        raise TangleNASError(f"every training of {epochs} epochs failed. The first one: {running[0].last.failure}")
+    return sorted(left, key=lambda runner: runner.last.loss)
+
+
+def line(record: Record) -> str:
+    """Return the record of a network as a line for a person."""
+    losses = ", ".join(
+        f"{loss:.4f} after {name.split('_')[1]}" for name, loss in record.items() if name.startswith("loss_")
+    )
+    return (
+        f"{record['place']}. validation loss {losses} epochs, {record['seconds']:.0f} s; supernet rank "
+        f"{record['supernet_rank']}, loss {record['supernet_loss']:.4f}  {record['architecture']}"
+    )
+
+
+def reason(records: Sequence[Record], judged: int) -> str:
+    """Return why the first one of the records won."""
+    winner, lead = records[0], lead_of(records)
+    return (
+        f"the race was won by a validation loss of {winner['loss']:.4f} after {winner['epochs']} epochs"
+        + (f", {lead:.4f} less than the next" if lead is not None else "")
+        + f"; the supernet ranked this network {winner['supernet_rank']} of {judged}"
+    )
+
+
+def lead_of(records: Sequence[Record]) -> float | None:
+    """Return by how much the winner's loss is below the next; None if none other was trained as long."""
+    winner, *others = records
+    losses = [one["loss"] for one in others if one["epochs"] == winner["epochs"] and not one["failure"]]
+    return min(losses) - winner["loss"] if losses else None

@@ -1,0 +1,139 @@
+"""Trainings of single networks by the project's own recipe, in any process: those of pools and of races."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gin
+
+import tanglenas_engine
+from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
+from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.jobs import Trained
+from tanglenas_engine.derivation.race import Raced
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import configurables
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.configurables import create, packages, race, retrain
+from tanglenas_engine.pipeline.files import SPLITS
+from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.stages.retrain import RetrainResult, trained
+from tanglenas_engine.superposition.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The recipe of the retrain stage, which a worker gets as text.
+
+    Attributes:
+        arguments: The gin files and bindings of the stage.
+        folder: The root of the project, to which paths are relative.
+        splits: The text of the splits' file.
+    """
+
+    arguments: tuple[str, ...]
+    folder: str
+    splits: str
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Bench]:
+        """Configure gin by the recipe until the block ends, and make what trainings need."""
+        with contextlib.chdir(self.folder), configured(self.arguments):
+            seed, space, dataset = create()
+            yield Bench(seed, space, dataset, Splits.from_json(self.splits))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A place to train networks, under the config of the retrain stage."""
+
+    seed: int
+    space: SearchSpace
+    dataset: Dataset
+    splits: Splits
+
+    def data(self, *names: str) -> DataView:
+        """Open splits of the dataset."""
+        return open_splits(self.dataset, self.splits, names)
+
+    def train(self, architecture: Architecture, **options: Any) -> tuple[RetrainResult, float]:
+        """Train a network as the retrain stage does, and return the result with the processor seconds.
+
+        Raises:
+            TangleNASError: The training failed.
+        """
+        start = time.process_time()
+        device = os.environ.get("TANGLENAS_DEVICE") or None
+        found = retrain(
+            self.space, architecture, self.data("training", "validation"), seed=self.seed, device=device, **options
+        )
+        return found, time.process_time() - start
+
+
+def project_arguments(*bindings: str) -> tuple[str, ...] | None:
+    """Return the arguments of the project's retrain stage, from scratch; None if this folder is no project."""
+    arguments = stage_arguments("retrain")
+    return None if arguments is None else (*arguments, 'retrain.mode = "scratch"', *bindings)
+
+
+@dataclass(frozen=True)
+class ProjectTraining:
+    """A function that a race trains by: the recipe, the epochs of a complete training, and a digest of both."""
+
+    recipe: Recipe
+    epochs: int
+    identity: str
+
+    @classmethod
+    def here(cls) -> ProjectTraining:
+        """Return the training of this project's retrain stage, for the space, dataset and seed of this stage.
+
+        Raises:
+            TangleNASError: This folder is no project.
+        """
+        macros = [f"{name} = {macro_value(name)!r}" for name in ("SPACE", "DATASET", "SEED")]
+        arguments = project_arguments(*macros)
+        if arguments is None:
+            raise TangleNASError(
+                "discretize.method 'race' trains by the recipe of the retrain stage, and this folder has none: it "
+                "lacks params.yaml, dvc.yaml with a stage 'retrain', or a gin file of that stage. Use another method"
+            )
+        splits = SPLITS.read_text("utf-8", errors="replace")
+        with configured(arguments):
+            default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
+            epochs = gin.get_bindings("retrain").get("epochs", default)
+            code = {package.__name__: code_version(package) for package in packages()}
+            identity = fingerprint(config=gin.config_str(), splits=splits, code=code)
+        return cls(Recipe(arguments, str(Path.cwd()), splits), epochs, identity)
+
+    def __call__(self, architecture: Architecture, epochs: int) -> Trained:
+        """Train the network of an architecture for so many epochs.
+
+        Raises:
+            TangleNASError: The training failed.
+        """
+        with self.recipe.open() as bench:
+            # The network of the recipe may be larger than that of the search.
+            own = bench.space.architecture_of(bench.space.assignment_of(architecture))
+            return trained(*bench.train(own, epochs=epochs))
+
+
+def _race(candidates: Candidates, mixture: Mixture | None) -> Raced | None:
+    """Run a race by the project's own recipe."""
+    raced: Raced | None = race(candidates, mixture, ProjectTraining.here())
+    return raced
+
+
+methods = {**configurables.methods, "race": _race}
+"""Ways to derive an architecture. Their options are bound by their names: `evolution.population = 50`."""

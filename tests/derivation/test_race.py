@@ -1,0 +1,306 @@
+"""The race: its plan within a budget, who goes on, and that neither workers nor interruptions change how it ends."""
+
+import dataclasses
+import importlib.util
+import math
+
+import joblib
+import pytest
+import torch
+from known import Known, additive
+from spaces import vit
+from trainer import Noted, loss_of
+
+from tanglenas_engine.derivation.race import Rung, ladder, plan, race, work
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.stages.discretize import METHODS, discretize
+from tanglenas_engine.stages.retrain import Recipe, retrain
+from tanglenas_engine.testing import random_data
+
+
+class Notes(SilentProgress):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def train(tmp_path):
+    (tmp_path / "calls").mkdir()
+    return Noted(tmp_path / "calls")
+
+
+def raced(train, checkpoints=None, limit=20, **options):
+    """The end of a race among 20 candidates, and what it said."""
+    space, notes = vit(depth=(1, 2, 3)), Notes()
+    with Known(space, additive(space, 0), limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
+        return race(candidates, None, train, **options), notes.lines
+
+
+@pytest.fixture(scope="module")
+def leaders():
+    """The digests of the candidates, the best by the supernet first."""
+    space = vit(depth=(1, 2, 3))
+    with Known(space, additive(space, 0), limit=20) as candidates:
+        candidates.judge(candidates.first(20))
+        return [record["digest"] for record in candidates.best(20)]
+
+
+def told(raced):
+    """What may not differ between two runs of a race."""
+    return raced.architecture, [{**record, "seconds": 0} for record in raced.records], raced.trainings
+
+
+# The plan
+
+
+@pytest.mark.parametrize(
+    "entrants, epochs, eta, rungs",
+    [
+        (8, 9, 3, [(8, 3), (3, 9)]),
+        (8, 50, 3, [(8, 17), (3, 50)]),
+        (8, 8, 2, [(8, 2), (4, 4), (2, 8)]),
+        (27, 9, 3, [(27, 1), (9, 3), (3, 9)]),
+        (3, 9, 3, [(3, 9)]),
+        (2, 9, 3, [(2, 9)]),
+        (5, 9, 2, [(5, 2), (3, 4), (2, 9)]),
+        (8, 2, 2, [(8, 1), (2, 2)]),  # two rungs of one epoch are one
+        (8, 1, 3, [(8, 1)]),
+    ],
+)
+def test_rungs_grow_by_a_factor_and_end_with_complete_trainings(entrants, epochs, eta, rungs):
+    assert ladder(entrants, epochs, eta) == plan(entrants, epochs, eta) == [Rung(*rung) for rung in rungs]
+
+
+@pytest.mark.parametrize("eta", [2, 3, 4])
+@pytest.mark.parametrize("epochs", [1, 2, 7, 9, 50])
+@pytest.mark.parametrize("trainings", [1, 1.5, 2, 3, 4.5, 7, 12])
+def test_a_plan_keeps_its_budget(trainings, epochs, eta):
+    if trainings * epochs < 2:
+        with pytest.raises(TangleNASError, match=r"two networks take .* for one epoch each"):
+            plan(12, epochs, eta, trainings)
+        return
+    rungs = plan(12, epochs, eta, trainings)
+    assert work(rungs) <= trainings * epochs + 1e-6
+    assert rungs[0].networks >= 2
+    assert rungs[-1].epochs == (epochs if trainings >= 2 else int(trainings * epochs / 2))
+    larger = [ladder(count, epochs, eta) for count in range(rungs[0].networks + 1, 13)]
+    assert all(work(other) > trainings * epochs for other in larger)
+
+
+# The race
+
+
+def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train, leaders):
+    result, notes = raced(train)
+    entrants = leaders[:8]
+    first = sorted(entrants, key=lambda digest: loss_of(digest, 3))
+    assert train.calls() == sorted([*((one, 3) for one in entrants), *((one, 9) for one in first[:3])])
+    assert [record["digest"] for record in result.records] == first
+    assert [record["place"] for record in result.records] == [*range(1, 9)]
+    assert result.architecture.digest == first[0]
+    assert result.trainings == (8 * 3 + 3 * 9) / 9
+    winner, last = result.records[0], result.records[-1]
+    assert winner["supernet_rank"] == leaders.index(first[0]) + 1
+    assert (winner["loss_3_epochs"], winner["loss"]) == (loss_of(first[0], 3), loss_of(first[0], 9))
+    assert (winner["epochs"], winner["seconds"]) == (9, 3 + 9)
+    assert "loss_9_epochs" not in last and (last["epochs"], last["seconds"]) == (3, 3)
+    assert "discretize: a race of 8 networks for 3 epochs, the best 3 for 9: 5.7 trainings of 9 epochs" in notes
+    loss = loss_of(first[2], 9)
+    (said,) = (line for line in notes if line.startswith("discretize: 3 of 3 trained for 9 epochs"))
+    assert f"validation loss {loss:.4f}, 9 s  {result.records[2]['architecture']}" in said
+    lead = loss_of(first[1], 9) - loss_of(first[0], 9)
+    assert notes[-1] == (
+        f"discretize: the race was won by a validation loss of {winner['loss']:.4f} after 9 epochs, {lead:.4f} less "
+        f"than the next; the supernet ranked this network {winner['supernet_rank']} of 20"
+    )
+    assert any(line.startswith("discretize: 1. validation loss") and str(result.architecture) in line for line in notes)
+
+
+def test_fewer_candidates_than_entrants_all_take_part(train):
+    result, _ = raced(train, limit=2)
+    assert len(result.records) == 2 and {epochs for _, epochs in train.calls()} == {9}
+
+
+def test_one_candidate_has_no_race(train):
+    result, notes = raced(train, limit=1)
+    assert result is None and train.calls() == [] and any("no race" in line for line in notes)
+
+
+@pytest.mark.parametrize("bad", ["nan", "raise"])
+def test_a_training_that_fails_is_last_and_named(train, leaders, bad):
+    healthy, _ = raced(train)
+    loser = healthy.records[0]["digest"]
+    result, notes = raced(dataclasses.replace(train, bad=((loser, bad),)))
+    assert result.architecture.digest == healthy.records[1]["digest"]
+    last = result.records[-1]
+    assert last["digest"] == loser and math.isnan(last["loss"])
+    assert last["failure"] == {"nan": "the validation loss is not a number", "raise": "training diverged"}[bad]
+    assert f"discretize: {last['architecture']} is out of the race: {last['failure']}" in notes
+
+
+def test_trainings_that_all_fail_end_the_race(train, leaders):
+    broken = dataclasses.replace(train, bad=tuple((digest, "raise") for digest in leaders))
+    with pytest.raises(TangleNASError, match=r"every training of 3 epochs failed. The first one: training diverged"):
+        raced(broken)
+
+
+# Budgets
+
+
+def test_a_small_budget_admits_fewer_networks(train, leaders):
+    result, _ = raced(train, trainings=4)
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 9) / 9
+
+
+def test_a_budget_that_is_not_used_up_is_told(train):
+    _, notes = raced(train, trainings=8)
+    assert any("2.3 trainings of the budget are left: raise race.entrants" in line for line in notes)
+
+
+def test_seconds_are_a_budget_by_a_training_of_one_epoch(train):
+    result, notes = raced(train, seconds=37)  # an epoch takes a second, and a training 9
+    assert len(result.records) == 6 and result.trainings == (1 + 6 * 3 + 2 * 9) / 9
+    assert "discretize: a training takes about 9.0 processor seconds; race.seconds is 37" in notes
+    assert sorted(epochs for _, epochs in train.calls()) == [1, *[3] * 6, 9, 9]
+
+
+def test_the_smaller_of_two_budgets_counts(train):
+    assert len(raced(train, seconds=1000, trainings=2)[0].records) == 2
+    assert len(raced(train, seconds=20, trainings=9)[0].records) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"trainings": 0.5}, "race.trainings is 0.5, expected at least 1: no race is shorter than one training"),
+        ({"trainings": -1}, "race.trainings is -1, expected a positive number"),
+        ({"seconds": 0}, "race.seconds is 0, expected a positive number"),
+        (
+            {"seconds": 8.5},
+            r"race.seconds is 8.5, but one training of 9 epochs takes about 9.0 processor seconds: give more seconds",
+        ),
+        ({"entrants": 1}, "race.entrants is 1, expected a whole number of at least 2"),
+        ({"eta": 1}, "race.eta is 1, expected a whole number of at least 2"),
+        ({"workers": 0}, "race.workers is 0, expected a whole number of at least 1"),
+        ({"backend": "slurm"}, "race.backend is 'slurm', expected a backend of joblib such as 'loky' or 'dask'"),
+    ],
+)
+def test_options_that_make_no_race_are_refused(train, options, message):
+    with pytest.raises(TangleNASError, match=message):
+        raced(train, **options)
+
+
+# Workers and interruptions
+
+
+def test_an_interrupted_race_ends_as_if_it_had_not_been(train, leaders, tmp_path):
+    whole, _ = raced(train)
+    done = train.calls()
+    for path in train.folder.iterdir():
+        path.unlink()
+    stopping = dataclasses.replace(train, bad=((leaders[5], "stop"),))
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        with pytest.raises(KeyboardInterrupt):
+            raced(stopping, checkpoints)
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        result, notes = raced(stopping, checkpoints)
+    assert result == whole
+    assert train.calls() == sorted([*done, (leaders[5], 3)])
+    assert "discretize: 5 trainings were done before" in notes
+
+
+def test_results_of_another_recipe_are_not_used(train, tmp_path):
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        raced(train, checkpoints)
+        count = len(train.calls())
+        raced(dataclasses.replace(train, identity="another"), checkpoints)
+    assert len(train.calls()) == 2 * count
+
+
+@pytest.mark.slow
+def test_a_training_that_is_lost_with_its_worker_runs_again(train, leaders, tmp_path):
+    whole, _ = raced(train)
+    for path in train.folder.iterdir():
+        path.unlink()
+    killing = dataclasses.replace(train, bad=((leaders[3], "kill"),))
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        result, notes = raced(killing, checkpoints, workers=2)
+    assert told(result) == told(whole)
+    assert train.calls().count((leaders[3], 3)) == 2
+    assert any("a worker was lost" in line and line.endswith("its trainings run again") for line in notes)
+
+
+def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
+    losing = dataclasses.replace(train, bad=((leaders[2], "lose"),))
+    with pytest.raises(
+        TangleNASError, match=r"the race lost workers 3 times in a row \(A worker was terminated\). Memory .* lower"
+    ):
+        raced(losing)
+    assert train.calls() == sorted([(leaders[0], 3), (leaders[1], 3), *[(leaders[2], 3)] * 3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: pip install dask")
+@pytest.mark.filterwarnings("ignore")  # of Dask's own, about the worker that ends
+def test_a_dask_cluster_of_two_workers_runs_the_race_and_one_may_be_lost(train, leaders):
+    whole, _ = raced(train)
+    for path in train.folder.iterdir():
+        path.unlink()
+    result, _ = raced(dataclasses.replace(train, bad=((leaders[3], "kill"),)), workers=2, backend="dask")
+    assert told(result) == told(whole)
+    assert train.calls().count((leaders[3], 3)) == 2
+
+
+# Real trainings
+
+
+def real(space, **options):
+    data = random_data(space, ("weights", "architecture", "training", "validation"), samples=24)
+    recipe = Recipe(space, data, 3, {"batch_size": 8, "seed": 3})
+    methods = {**METHODS, "race": lambda candidates, mixture: race(candidates, mixture, recipe, **options)}
+    return data, discretize(space, data, None, method="race", methods=methods, candidates=6, recalibration_batches=1)
+
+
+def by_hand(space, data, result):
+    """The validation losses of the entrants, each trained with `retrain` for as long as it was in the race."""
+    architectures = {record["architecture"]: record["epochs"] for record in result.raced.records}
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    while len(found) < len(architectures):
+        one = space.sample(generator)
+        if (epochs := architectures.get(str(one))) and str(one) not in found:
+            history = retrain(space, one, data, epochs=epochs, batch_size=8, seed=3).history
+            found[str(one)] = history[-1]["validation_loss"], history[-1]["validation_accuracy"]
+    return found
+
+
+def test_a_race_is_training_by_hand_and_its_winner_is_what_discretize_derives():
+    space = vit()
+    data, result = real(space, entrants=4)
+    records = result.raced.records
+    assert [(record["epochs"], len(record["digest"]) > 0) for record in records] == [(3, True)] * 2 + [(1, True)] * 2
+    losses = by_hand(space, data, result)
+    assert {r["architecture"]: (r["loss"], r["accuracy"]) for r in records} == losses
+    assert str(result.architecture) == min((losses[r["architecture"]], r["architecture"]) for r in records[:2])[1]
+    assert result.architecture.digest == records[0]["digest"] and len(result.candidates) == 6
+    assert all(record["seconds"] > 0 for record in records)
+
+
+def test_threads_of_one_process_train_one_at_a_time():
+    space = vit()
+    _, alone = real(space, entrants=3)
+    with joblib.parallel_config(backend="threading"):
+        _, threads = real(space, entrants=3, workers=3)
+    assert told(threads.raced) == told(alone.raced)
+
+
+def test_random_numbers_of_a_race_are_its_own():
+    space = vit()
+    before = torch.get_rng_state()
+    real(space, entrants=2)
+    assert before.equal(torch.get_rng_state())

@@ -1,0 +1,54 @@
+"""A training that a race runs in any process: its losses follow from digests, and it notes every call in a folder."""
+
+import math
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from tanglenas_engine.derivation.jobs import Trained
+from tanglenas_engine.errors import TangleNASError
+
+
+def loss_of(digest: str, epochs: int) -> float:
+    """Return the loss of a network after a training."""
+    return int(digest[:8], 16) / 2**32 + 1 / epochs
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A training that takes `epochs` processor seconds, as it says.
+
+    Attributes:
+        folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
+        bad: What comes instead of a loss, by digest: "nan", "raise", "stop" once, "kill" once, or "lose", as if
+            the worker were lost each time.
+    """
+
+    folder: Path
+    epochs: int = 9
+    identity: str = "recipe"
+    bad: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, architecture, epochs):
+        digest = architecture.digest
+        before = len(list(self.folder.glob(f"{digest}-{epochs}-*")))
+        (self.folder / f"{digest}-{epochs}-{before}").touch()
+        match dict(self.bad).get(digest):
+            case "nan":
+                return Trained(math.nan, 0.0, epochs)
+            case "raise":
+                raise TangleNASError("training diverged")
+            case "stop" if before == 0:
+                raise KeyboardInterrupt
+            case "kill" if before == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "lose":
+                raise BrokenProcessPool("A worker was terminated. Memory?")
+        return Trained(loss_of(digest, epochs), 50.0, epochs)
+
+    def calls(self) -> list[tuple[str, int]]:
+        """Return the digests and epochs of all calls."""
+        parts = (path.name.split("-") for path in self.folder.iterdir())
+        return sorted((digest, int(epochs)) for digest, epochs, _ in parts)
