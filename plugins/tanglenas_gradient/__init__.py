@@ -23,3 +23,8 @@ def tanglenas_register_optimizers(register):
         "tanglenas_gradient.partial:PartialDrNAS",
         summary="drnas on a part of the channels, with fewer options in each stage (Chen et al., 2021)",
     )
+    register(
+        "tunas",
+        "tanglenas_gradient.tunas:TuNAS",
+        summary="REINFORCE on hard samples, compared within a step (Bender et al., 2020)",
+    )

@@ -7,9 +7,11 @@ ways to take the decisions from the k-th on at a cost of t, where f are the earl
 
     counts[k][f][t] = sum_a counts[k + 1][f, a][t - cost_k(f, a)]
 
-A decision takes each alternative in proportion to the ways that are left to end in the band. Costs are counted in bins
-of 1/4096 of the limit, rounded down. What a bin lets through beyond the band is drawn again, so that a sample is one of
-the space under the condition that it is in the band, exactly.
+A decision takes each alternative in proportion to the ways that are left to end in the band. Under probabilities of
+options, a way counts with its probability: each term of the sum is multiplied by that of the alternative a.
+
+Costs are counted in bins of 1/4096 of the limit, rounded down. What a bin lets through beyond the band is drawn again,
+so that a sample is one of the space under the condition that it is in the band, exactly.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from numpy.typing import NDArray
 from tanglenas_engine.derivation.budget import Budget, Limit, Picks, amount, scoped, scopes_of, tabulated
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.architectures import draw, weights_of
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import Row
 
 BINS = 4096
 """Bins into which the cost of a limit is cut."""
@@ -60,6 +64,8 @@ class Band:
         budget.check()
         self._counters: list[_Counter] = []
         self._extremes: dict[bool, Architecture] = {}
+        self._scores: Mapping[Row, Sequence[float]] | None = None
+        self._under_scores: list[_Counter] = []
         self.exact = tabulated(self.space, budget.limits)
         if self.exact:
             for limit in budget.limits:
@@ -76,25 +82,41 @@ class Band:
         """Return whether an architecture is in the band."""
         return bool(self._shares(self.space.assignment_of(architecture)))
 
-    def sample(self, generator: torch.Generator | None = None) -> Architecture:
+    def sample(
+        self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
+    ) -> Architecture:
         """Return a random architecture in the band.
+
+        Args:
+            scores: Log-probabilities of every row's options, as `space.sample` takes them. They are counted anew when
+                they change. If a thousand draws under them lead to no architecture in the band, they are left out.
 
         Raises:
             TangleNASError: A thousand draws led to none.
         """
+        counters = self._counters if scores is None else self._weighted(scores)
         for _ in range(MAX_DRAWS):
             if not self.exact:
                 generator = generator or torch.default_generator
-                grown = self.budget.grow(self.space.sample(generator), generator, self.least)
+                grown = self.budget.grow(self.space.sample(generator, scores), generator, self.least)
                 if self.holds(grown):
                     return grown
                 continue
-            number = _draw([counter.ways for counter in self._counters], generator)
-            picks = self._counters[number].draw(generator)
+            number = draw([counter.ways for counter in counters], generator)
+            picks = counters[number].draw(generator)
             # Every limit whose share is used leads here, so each of them is taken in one of so many cases.
-            if (shares := self._shares(picks)) and _draw([1.0] * shares, generator) == 0:
+            if (shares := self._shares(picks)) and draw([1.0] * shares, generator) == 0:
                 return self.space.architecture_of(picks)
+        if scores is not None:
+            return self.sample(generator)
         raise self._empty()
+
+    def _weighted(self, scores: Mapping[Row, Sequence[float]]) -> list[_Counter]:
+        """Return the counters under log-probabilities of options. The last ones are kept for the next sample."""
+        if scores != self._scores:
+            self._scores = scores
+            self._under_scores = [counter.under(scores) for counter in self._counters]
+        return self._under_scores
 
     def largest(self) -> Architecture:
         """Return an architecture of the band that uses most of a limit, up to 1/4096 of it."""
@@ -158,6 +180,7 @@ class _Counter:
         counts: For each decision and one past the last, the number of ways by cost in bins, shape (alternatives of the
             frontier's decisions..., bins + 1).
         window: The bins in which the band may end.
+        weights: For each decision, the weights of its alternatives.
     """
 
     order: list[list[Picks]]
@@ -165,6 +188,7 @@ class _Counter:
     costs: list[NDArray[np.int64]]
     counts: list[NDArray[np.float64]]
     window: slice
+    weights: list[list[float]]
     ways: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,7 +223,14 @@ class _Counter:
             costs.append(total)
         # Each table's costs are rounded down, by less than a bin.
         first = max(0, math.floor((least * limit.most - constant) / width) - len(scopes)) if width else 0
-        return cls(order, frontiers, costs, _counts(frontiers, costs), slice(min(first, BINS), BINS + 1))
+        weights = [[1.0] * size for size in sizes]
+        counts = _counts(frontiers, costs, weights)
+        return cls(order, frontiers, costs, counts, slice(min(first, BINS), BINS + 1), weights)
+
+    def under(self, scores: Mapping[Row, Sequence[float]]) -> _Counter:
+        """Return the counts of ways under log-probabilities of options."""
+        weights = [weights_of(alternatives, scores) for alternatives in self.order]
+        return replace(self, weights=weights, counts=_counts(self.frontiers, self.costs, weights))
 
     def draw(self, generator: torch.Generator | None) -> Picks:
         """Return an assignment whose cost in bins is in the window."""
@@ -207,8 +238,10 @@ class _Counter:
         spent = 0
         for k, frontier in enumerate(self.frontiers[:-1]):
             costs = self.costs[k][tuple(taken[d] for d in frontier)]
-            ways = [self._left(k + 1, (*taken, a), spent + int(cost)) for a, cost in enumerate(costs)]
-            taken.append(_draw(ways, generator))
+            ways = [
+                self.weights[k][a] * self._left(k + 1, (*taken, a), spent + int(cost)) for a, cost in enumerate(costs)
+            ]
+            taken.append(draw(ways, generator))
             spent += int(costs[taken[-1]])
         return dict(ChainMap(*(alternatives[a] for alternatives, a in zip(self.order, taken, strict=True))))
 
@@ -218,8 +251,10 @@ class _Counter:
         return float(counts[max(0, self.window.start - spent) : max(0, self.window.stop - spent)].sum())
 
 
-def _counts(frontiers: Sequence[tuple[int, ...]], costs: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
-    """Return the counts of ways for each decision and one past the last."""
+def _counts(
+    frontiers: Sequence[tuple[int, ...]], costs: Sequence[NDArray[np.int64]], weights: Sequence[Sequence[float]]
+) -> list[NDArray[np.float64]]:
+    """Return the counts of ways for each decision and one past the last. A way counts as the product of its weights."""
     counts = np.zeros(BINS + 1)
     counts[0] = 1.0
     found = [counts]
@@ -230,7 +265,8 @@ def _counts(frontiers: Sequence[tuple[int, ...]], costs: Sequence[NDArray[np.int
         for picks in itertools.product(*map(range, costs[k].shape)):
             shift = int(costs[k][picks])
             if shift <= BINS:
-                before[picks[:-1]][shift:] += counts[tuple(picks[axis] for axis in after)][: BINS + 1 - shift]
+                left = counts[tuple(picks[axis] for axis in after)][: BINS + 1 - shift]
+                before[picks[:-1]][shift:] += weights[k][picks[-1]] * left
         counts = before
         found.append(counts)
     return found[::-1]
@@ -256,12 +292,3 @@ def _ordered(count: int, scopes: Sequence[tuple[int, ...]]) -> list[int]:
         order.append(best)
         open_ = {e for e in order if neighbours[e] - {*order}}
     return order
-
-
-def _draw(weights: Sequence[float], generator: torch.Generator | None) -> int:
-    """Return a random number in proportion to weights."""
-    point = float(torch.rand((), generator=generator, dtype=torch.float64)) * math.fsum(weights)
-    for number, total in enumerate(itertools.accumulate(weights)):
-        if point < total:
-            return number
-    return max(number for number, weight in enumerate(weights) if weight > 0)

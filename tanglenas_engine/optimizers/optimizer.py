@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.superposition.size import Row
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -54,7 +55,9 @@ class Step:
 class Source(Protocol):
     """A set of architectures to draw from: a space, or the part of it within a range of costs."""
 
-    def sample(self, generator: torch.Generator | None = None) -> Architecture: ...
+    def sample(
+        self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
+    ) -> Architecture: ...
 
     def largest(self) -> Architecture: ...
 
@@ -72,12 +75,15 @@ class Optimizer(abc.ABC):
         source: What `draw` draws from: the space, or its architectures within the band of the search.
         learns_architecture: True if the method has architecture parameters. Methods that sample paths have none.
         derivation: The default method of the discretize stage.
+        draws_in_band: True if a method with architecture parameters draws from `source` too. In a search with a target,
+            its samples are then within the band, and no expected cost is charged.
         accumulates: True if alpha's gradient over a batch is the mean of its gradients over parts of the batch.
     """
 
     name: str = ""
     learns_architecture: ClassVar[bool] = True
     derivation: ClassVar[str] = "argmax"
+    draws_in_band: ClassVar[bool] = False
     accumulates: ClassVar[bool] = True
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -95,11 +96,21 @@ class Architectures:
         """Return the architecture with the highest score under a mixture."""
         return self.best(self.scores(mixture))
 
-    def sample(self, generator: torch.Generator | None = None) -> Architecture:
-        """Return a random architecture. Each decision is uniform over its alternatives."""
+    def sample(
+        self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
+    ) -> Architecture:
+        """Return a random architecture.
+
+        Args:
+            scores: Log-probabilities of every row's options. The probability of an alternative of a decision is in
+                proportion to the product over its rows. None makes each decision uniform over its alternatives.
+        """
         picks: dict[Row, int] = {}
         for alternatives in self.decisions():
-            picks |= alternatives[int(torch.randint(len(alternatives), (), generator=generator))]
+            if scores is None:
+                picks |= alternatives[int(torch.randint(len(alternatives), (), generator=generator))]
+            else:
+                picks |= alternatives[draw(weights_of(alternatives, scores), generator)]
         return self.architecture_of(picks)
 
     def largest(self) -> Architecture:
@@ -227,3 +238,19 @@ class Architectures:
     def _key(self) -> str:
         """The space's name in architectures and files."""
         return self.name or type(self).__name__
+
+
+def weights_of(alternatives: Sequence[Mapping[Row, int]], scores: Mapping[Row, Sequence[float]]) -> list[float]:
+    """Return the weights of a decision's alternatives under log-probabilities of the rows' options, the largest 1."""
+    totals = [sum(scores[row][option] for row, option in one.items()) for one in alternatives]
+    most = max(totals)
+    return [math.exp(total - most) for total in totals]
+
+
+def draw(weights: Sequence[float], generator: torch.Generator | None) -> int:
+    """Return a random number in proportion to weights."""
+    point = float(torch.rand((), generator=generator, dtype=torch.float64)) * math.fsum(weights)
+    for number, total in enumerate(itertools.accumulate(weights)):
+        if point < total:
+            return number
+    return max(number for number, weight in enumerate(weights) if weight > 0)

@@ -199,7 +199,7 @@ class Search(Training):
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
         self.targets, self.active_targets = targets, _bind_targets(targets, space)
-        if self.active_targets and not optimizer.learns_architecture:
+        if self.active_targets and (not optimizer.learns_architecture or (optimizer.draws_in_band and band)):
             optimizer.draw_from(_band(space, optimizer, self.active_targets, band))
             self.active_targets = []
         for target in targets:

@@ -20,6 +20,7 @@ from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.evaluate import evaluate
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.superposition.size import Row
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import parameter_groups
 
@@ -82,7 +83,9 @@ class _Single:
     def __init__(self, architecture: Architecture):
         self._architecture = architecture
 
-    def sample(self, generator: torch.Generator | None = None) -> Architecture:
+    def sample(
+        self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
+    ) -> Architecture:
         return self._architecture
 
     def largest(self) -> Architecture:

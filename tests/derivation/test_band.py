@@ -1,6 +1,7 @@
 """Bands: samples are those of the space under the condition that they are in the band."""
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -29,28 +30,37 @@ def limited(space, share, metrics=("macs",)):
     return {metric: int(low[metric] + share * (high[metric] - low[metric])) for metric in metrics}
 
 
-def chances(space, limits, least):
+def chances(space, limits, least, scores=None):
     """Return the chance of each architecture in the band, by going through all assignments."""
     found = Counter()
     for picks in assignments(space):
+        weight = 1.0 if scores is None else math.exp(sum(scores[row][option] for row, option in picks.items()))
         architecture = space.architecture_of(picks)
         used = [getattr(space.cost(architecture), metric) / most for metric, most in limits.items()]
         if max(used) <= 1 and max(used) >= least:
-            found[architecture.digest] += 1
+            found[architecture.digest] += weight
     return {digest: count / found.total() for digest, count in found.items()}
 
 
+def random_scores(space):
+    """Return log-probabilities of every row's options."""
+    generator = torch.Generator().manual_seed(2)
+    return {row: torch.randn(len(row.options), generator=generator).log_softmax(0).tolist() for row in space.rows}
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["uniform", "scored"])
 @pytest.mark.parametrize("metrics", [("macs",), ("params",), METRICS], ids="+".join)
 @pytest.mark.parametrize("name", ["convolutional", "language", "stages", "deep vit"])
 @pytest.mark.part(2)
-def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics):
+def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics, scored):
     space = vit(depth=(1, 2, 3)) if name == "deep vit" else SPACES[name]()
     limits = limited(space, 0.6, metrics)
-    right = chances(space, limits, 0.7)
+    scores = random_scores(space) if scored else None
+    right = chances(space, limits, 0.7, scores)
     assert len(right) > 3
     band, generator, draws = Band(Budget(space, limits), 0.7), torch.Generator().manual_seed(0), 1000
     assert band.exact
-    drawn = Counter(band.sample(generator).digest for _ in range(draws))
+    drawn = Counter(band.sample(generator, scores).digest for _ in range(draws))
     assert drawn.keys() <= right.keys()
     # Pearson's statistic has a mean of k - 1 and a variance of 2 (k - 1), and nearly that of a normal distribution.
     chi = sum((drawn[digest] - draws * p) ** 2 / (draws * p) for digest, p in right.items())
@@ -72,6 +82,14 @@ def test_every_space_has_bands(name, share):
     *drawn_costs, least, most = costs
     bins = limits["macs"] / 1024
     assert least <= min(drawn_costs) + bins and most >= max(drawn_costs) - bins
+
+
+def test_scores_that_rule_the_band_out_are_left_out():
+    space = vit()
+    band = Band(Budget(space, limited(space, 0.7)), 0.8)
+    largest = space.assignment_of(space.largest())
+    scores = {row: [0.0 if i == largest[row] else -1e3 for i in range(len(row.options))] for row in space.rows}
+    assert band.holds(band.sample(torch.Generator().manual_seed(0), scores))
 
 
 def test_the_same_seed_draws_the_same():
