@@ -19,6 +19,9 @@ class GDAS(Annealed):
     BatchNorm, and its alpha gets no gradient. The smallest of nested options gives larger ones no gradient until one of
     them is sampled.
 
+    In a search with a target, samples are drawn from `softmax(alpha)` under the condition that they are in its band.
+    The noise is then that of the Gumbel distribution under the condition that the sample is what it is.
+
     Args:
         temperature: Temperature of the samples at the start of the search. The mixture that alpha stands for has no
             temperature.
@@ -26,13 +29,22 @@ class GDAS(Annealed):
         weight_decay: See `darts`.
     """
 
+    draws_in_band = True
+
     def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 1e-3):
         super().__init__(temperature, final_temperature)
         self.weight_decay = weight_decay
 
     def sample(self, step: int, stream: str) -> Mixture:
         generator = torch.Generator().manual_seed(self.derive_seed(step, stream))
-        return self.space.mixture({count: self._hard(alpha, generator) for count, alpha in self.alphas.items()})
+        if self.source is self.space:
+            noise = {count: _gumbel(alpha, generator) for count, alpha in self.alphas.items()}
+            return self.space.mixture({count: self._hard(alpha, noise[count]) for count, alpha in self.alphas.items()})
+        corner = self.space.one_hot(self.source.sample(generator, self.space.scores(self.expected()))).stacks
+        noise = {count: gumbel_given(alpha, corner[count], generator) for count, alpha in self.alphas.items()}
+        return self.space.mixture({
+            count: self._hard(alpha, noise[count], corner[count]) for count, alpha in self.alphas.items()
+        })  # fmt: skip
 
     def enter(self, sampled: Mixture) -> None:
         self.space.select(sampled)
@@ -43,9 +55,32 @@ class GDAS(Annealed):
     def regularizer(self) -> Tensor:
         return self.weight_decay * l2(self.parameters())
 
-    def _hard(self, alpha: Tensor, generator: torch.Generator) -> Tensor:
-        """Return one-hot rows with the gradient of the soft sample."""
-        noise = -torch.empty(alpha.shape, dtype=alpha.dtype).exponential_(generator=generator).log().to(alpha.device)
+    def _hard(self, alpha: Tensor, noise: Tensor, hard: Tensor | None = None) -> Tensor:
+        """Return one-hot rows with the gradient of the soft sample; by default, those of its argmax."""
         soft = ((alpha.log_softmax(1) + noise) / self.temperature).softmax(1)
-        hard = torch.nn.functional.one_hot(soft.argmax(1), alpha.shape[1]).to(soft)
+        if hard is None:
+            hard = torch.nn.functional.one_hot(soft.argmax(1), alpha.shape[1]).to(soft)
         return hard + (soft - soft.detach())
+
+
+def _exponential(alpha: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.empty(alpha.shape, dtype=alpha.dtype).exponential_(generator=generator)
+
+
+def _gumbel(alpha: Tensor, generator: torch.Generator) -> Tensor:
+    return -_exponential(alpha, generator).log().to(alpha.device)
+
+
+def gumbel_given(alpha: Tensor, hard: Tensor, generator: torch.Generator) -> Tensor:
+    """Return Gumbel noise `(rows, K)` under the condition that it samples given options.
+
+    With probabilities p and exponential variables E, the largest sum of log-probability and noise is `-log E_a`, of the
+    option a that was sampled. Each other sum is less by construction, `-log(E_k / p_k + E_a)`.
+
+    Args:
+        alpha: The architecture parameters, `(rows, K)`.
+        hard: The sampled options, one-hot, `(rows, K)`.
+    """
+    exponential, chances = _exponential(alpha, generator).to(alpha.device), alpha.detach().softmax(1)
+    top = (exponential * hard).sum(1, keepdim=True)
+    return -torch.where(hard > 0, top, exponential / chances + top).log() - chances.log()

@@ -47,9 +47,7 @@ class TuNAS(Optimizer):
         super().__init__()
         self.samples = at_least("samples", samples, 2)
         if isinstance(warmup, bool) or not isinstance(warmup, int | float) or not 0 <= warmup < 1:
-            raise TangleNASError(
-                f"the warmup of tunas is {warmup!r}, expected a share of the search from 0 to below 1"
-            )
+            raise TangleNASError(f"the warmup of tunas is {warmup!r}, expected a share of the search from 0 to below 1")
         self.warmup = warmup
         self._fraction = 0.0
 

@@ -113,8 +113,9 @@ def search(
         strategy: "alternating" takes alpha's gradient from a new batch of the architecture split before each weight
             step (first-order DARTS). "simultaneous" uses one backward pass on the weights split for both.
         warmup_epochs: The number of epochs at the start in which only the weights learn.
-        targets: Costs to aim for. A method with architecture parameters limits them in expectation: the loss of alpha
-            is charged for missing them. A method that draws architectures draws within the band.
+        targets: Costs to aim for. A method that draws architectures draws within the band. The others, or all with
+            architecture parameters if the band is None, limit the costs in expectation: the loss of alpha is charged
+            for missing them.
         band: The least and the most that a drawn architecture costs, as shares of the tightest target. A supernet that
             trains on such architectures alone ranks them best. None draws from the whole space.
         stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.

@@ -256,7 +256,7 @@ class Truth:
         summary: What is planted, in a clause.
         make_space: Makes the search space.
         make_data: Makes inputs and targets, of a number of samples and a generator.
-        best: The best option of each choice that matters, or the set of those that are equally good.
+        best: The best option of each choice that matters, in every layer.
         budget: The most multiply-accumulates of an architecture, or None.
         samples: The number of samples of each split.
         epochs: The number of epochs of a search.
@@ -278,18 +278,21 @@ class Truth:
             name: TensorSamples(*self.make_data(count, generator)) for name, count in self.samples.items()
         })  # fmt: skip
 
-    def told(self, architecture: Architecture) -> bool:
+    def fits(self, space: SearchSpace, architecture: Architecture) -> bool:
+        """Return whether an architecture is within the budget."""
+        return self.budget is None or space.cost(architecture).macs <= self.budget
+
+    def is_best(self, architecture: Architecture) -> bool:
         """Return whether an architecture has the best option of every choice that matters."""
-        for name, best in self.best.items():
-            chosen = architecture.choices[name]
-            for one in chosen if isinstance(chosen, tuple) else (chosen,):
-                if one not in (best if isinstance(best, Collection) and not isinstance(best, str) else (best,)):
-                    return False
-        return True
+        chosen = {name: architecture.choices[name] for name in self.best}
+        return all(
+            set(chosen[name] if isinstance(chosen[name], tuple) else (chosen[name],)) == {best}
+            for name, best in self.best.items()
+        )
 
 
 FEW = {"weights": 96, "architecture": 256, "validation": 64}
-"""Fewer samples to learn from than the largest networks have inputs, so that what is noise there costs."""
+"""So few samples to learn from that noise costs: larger networks learn it by heart."""
 
 TRUTHS: Mapping[str, Truth] = {
     "kernel_small": Truth(
@@ -378,7 +381,7 @@ def find(optimizer: Optimizer, truth: Truth | str, seed: int = 0, **options: Any
     found = discretize(
         space, data, result.mixture, method=method, candidates=space.size, limits=budget, seed=seed
     ).architecture
-    return Finding(found, truth.told(found), method, entropy)
+    return Finding(found, truth.is_best(found), method, entropy)
 
 
 def check_finds(

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest, logistic
 from tiny import tiny
 
 from tanglenas_engine import create_optimizer, create_space
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.training.losses import cross_entropy
-from tanglenas_gradient.gdas import GDAS
+from tanglenas_gradient.gdas import GDAS, gumbel_given
 
 
 def bound(space, seed=0, **options):
@@ -45,6 +47,32 @@ def test_the_gradient_is_that_of_the_soft_sample():
     (wanted,) = torch.autograd.grad((weights * soft).sum(), alpha)
     torch.testing.assert_close(found, wanted)
     assert wanted.abs().max() > 1e-3
+
+
+def test_noise_given_a_sample_is_the_noise_that_draws_it():
+    alpha = torch.tensor([[1.0, -0.5, 0.2]], dtype=torch.float64).expand(4000, 3)
+    chances, generator = alpha.softmax(1), torch.Generator().manual_seed(0)
+    picks = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    hard = torch.nn.functional.one_hot(picks, 3).double()
+    sums = chances.log() + gumbel_given(alpha, hard, generator)
+    assert sums.argmax(1).equal(picks)
+    # Over all samples, noise is unconditional. The difference of two Gumbel variables has a logistic distribution.
+    for k, j in ((0, 1), (1, 2), (0, 2)):
+        shift = float((chances[0, k] / chances[0, j]).log())
+        assert kstest((sums[:, k] - sums[:, j]).numpy(), logistic(loc=shift).cdf).pvalue > 0.01
+
+
+def test_samples_of_a_search_with_a_target_are_in_its_band():
+    space = tiny("vit")
+    most = int(0.7 * space.cost(space.largest()).macs)
+    band = Band(Budget(space, {"macs": most}), 0.5)
+    optimizer = bound(space)
+    optimizer.draw_from(band)
+    for step in range(50):
+        sampled = optimizer.sample(step, "architecture")
+        assert band.holds(space.most_probable(sampled))
+        (gradient,) = torch.autograd.grad(sampled.stacks[2][:, 0].sum(), optimizer.alphas[2])
+        assert gradient.any()
 
 
 def test_it_computes_with_real_slices_in_both_steps():
