@@ -10,9 +10,27 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.testing import TRUTHS, check_finds, check_space, find
 from tanglenas_engine.training.measure import estimate_loss
-from tanglenas_sampling.spos import SPOS
+from tanglenas_gradient.darts import DARTS
 
-NOT_PROMISED = {}
+SOFT = "the weights learned under mixtures, so that they rank single architectures badly"
+SIGN = "alpha moves before the weights know the sign of the product"
+SLOPE = "a larger option has no gradient while a smaller one is sampled, and the slope of its mask says less"
+TEACHER = "all learn from the largest network, which sees noise"
+NOT_PROMISED = {  # found in so many of 5 seeds, the numbers of docs/own-optimizer.md
+    **{
+        optimizer: {
+            "bottleneck_in_budget": SOFT,  # 3
+            "together_small": SIGN,  # 4
+            "together_large": SIGN,  # 4
+        }
+        for optimizer in ("darts", "darts2", "pc_darts")
+    },
+    "drnas": {"bottleneck_in_budget": SOFT},  # 4
+    "pc_drnas": {"together_small": SIGN, "together_large": SIGN},  # 4, 4
+    "gdas": {"kernel_large": SLOPE, "width_large": SLOPE},  # 4, 4; by alpha alone 4 of 8 and 1 of 8
+    "sandwich": {"depth_small": TEACHER, "noise": TEACHER, "together_small": TEACHER},  # 4, 4, 4
+}
+"""What an optimizer finds in some seeds only, with the reason."""
 
 
 def alone(truth, architecture, seed):
@@ -51,26 +69,34 @@ def test_the_spaces_keep_the_contract(name):
     check_space(TRUTHS[name].make_space)
 
 
-@pytest.mark.parametrize("optimizer", manager().names("optimizer"))
+# These find what darts finds, at more cost.
+SAME = {"darts2", "pc_darts"}
+OPTIMIZERS = [
+    pytest.param(name, marks=pytest.mark.exhaustive if name in SAME else ()) for name in manager().names("optimizer")
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_finds_what_it_promises(optimizer):
     promised = [name for name in TRUTHS if name not in NOT_PROMISED.get(optimizer, ())]
     check_finds(lambda: create_optimizer(optimizer), promised)
 
 
-class Stubborn(SPOS):
-    """Trains the smallest architecture in every step."""
+class Stubborn(DARTS):
+    """Stands for the smallest architecture, whatever alpha is."""
 
-    def sample(self, step, stream):
-        return self.source.smallest()
+    def expected(self):
+        corner = self.space.one_hot(self.space.smallest()).stacks
+        return self.space.mixture({count: corner[count] + 0 * alpha for count, alpha in self.alphas.items()})
 
 
 def test_an_optimizer_that_does_not_find_is_told_what_it_missed():
     with pytest.raises(AssertionError) as caught:
         check_finds(Stubborn, ["depth_small", "depth_large"])
     assert "1 of 2 planted truths were not found: depth_large (the signal arrives after" in str(caught.value)
-    assert "best is {'depth': 3}, random took depth=" in str(caught.value)
+    assert "best is {'depth': 3}, argmax took depth=1" in str(caught.value)
 
 
 def test_a_truth_that_is_unknown_is_refused():
     with pytest.raises(TangleNASError, match="unknown planted truth 'kernel_larg'"):
-        find(SPOS(), "kernel_larg")
+        find(DARTS(), "kernel_larg")
