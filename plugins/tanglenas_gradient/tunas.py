@@ -64,10 +64,6 @@ class TuNAS(Optimizer):
         return max(0.0, 1 - self._fraction / self.warmup) if self.warmup else 0.0
 
     def sample(self, step: int, stream: str) -> Architecture:
-        if stream == "weight" and self._widest:
-            generator = torch.Generator().manual_seed(self.derive_seed(step, "warm-up"))
-            if float(torch.rand((), generator=generator)) < self._widest:
-                return self._wide(self.draw(step, stream))
         return self._draw(step, f"{stream}/0")
 
     def expected(self) -> Mixture:
@@ -75,7 +71,8 @@ class TuNAS(Optimizer):
 
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
         if step.architecture_batch is not None:
-            yield from super().weight_losses(step)
+            self.enter(self.trained(step.index))
+            yield self._loss(step, step.weight_batch)
             return
         # In a simultaneous search, the weights learn from all samples, and alpha from the same forwards.
         drawn, losses = self._samples(step), []
@@ -99,6 +96,13 @@ class TuNAS(Optimizer):
         for alpha, gradient in zip(parameters, gradients, strict=True):
             alpha.grad = gradient
         return torch.stack(losses).mean()
+
+    def trained(self, step: int) -> Architecture:
+        """Return the architecture that a weight step trains."""
+        generator = torch.Generator().manual_seed(self.derive_seed(step, "warm-up"))
+        if float(torch.rand((), generator=generator)) < self._widest:
+            return self._wide(self.draw(step, "weight"))
+        return self.sample(step, "weight")
 
     def _samples(self, step: Step) -> list[Architecture]:
         return [self._draw(step.index, f"architecture/{i}") for i in range(self.samples)]

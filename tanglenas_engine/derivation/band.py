@@ -89,12 +89,15 @@ class Band:
 
         Args:
             scores: Log-probabilities of every row's options, as `space.sample` takes them. They are counted anew when
-                they change. If a thousand draws under them lead to no architecture in the band, they are left out.
+                they change. They are left out if they give the band no chance: the numbers underflow, or a thousand
+                draws lead to no architecture in it.
 
         Raises:
             TangleNASError: A thousand draws led to none.
         """
         counters = self._counters if scores is None else self._weighted(scores)
+        if scores is not None and self.exact and not any(counter.ways for counter in counters):
+            return self.sample(generator)
         for _ in range(MAX_DRAWS):
             if not self.exact:
                 generator = generator or torch.default_generator

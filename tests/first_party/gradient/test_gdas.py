@@ -50,8 +50,8 @@ def test_the_gradient_is_that_of_the_soft_sample():
 
 
 def test_noise_given_a_sample_is_the_noise_that_draws_it():
-    alpha = torch.tensor([[1.0, -0.5, 0.2]], dtype=torch.float64).expand(4000, 3)
-    chances, generator = alpha.softmax(1), torch.Generator().manual_seed(0)
+    alpha = torch.tensor([[1.0, -0.5, 0.2]], dtype=torch.float64).expand(40_000, 3)
+    chances, generator = alpha.softmax(1), torch.Generator().manual_seed(1)
     picks = torch.multinomial(chances, 1, generator=generator)[:, 0]
     hard = torch.nn.functional.one_hot(picks, 3).double()
     sums = chances.log() + gumbel_given(alpha, hard, generator)

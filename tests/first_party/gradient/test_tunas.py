@@ -91,7 +91,7 @@ def test_the_weights_warm_up_in_the_widest_architectures():
     shares = []
     for fraction in (0.0, 0.25, 0.5, 0.75):
         optimizer.set_progress(fraction)
-        drawn = [optimizer.sample(step, "weight") for step in range(200)]
+        drawn = [optimizer.trained(step) for step in range(200)]
         shares.append(sum(one == space.largest() for one in drawn) / len(drawn))
     assert shares[0] == 1 and 0.35 < shares[1] < 0.7 and shares[2] < 0.2 and shares[3] < 0.2
     optimizer.set_progress(0.0)
@@ -102,7 +102,7 @@ def test_the_weights_warm_up_in_the_widest_architectures():
 def test_random_operations_warm_up_too():
     space = tiny("toy_cell_nano")
     optimizer = bound(space)
-    drawn = {optimizer.sample(step, "weight") for step in range(20)}
+    drawn = {optimizer.trained(step) for step in range(20)}
     assert len(drawn) > 10
 
 
