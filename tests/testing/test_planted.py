@@ -15,7 +15,7 @@ from tanglenas_gradient.darts import DARTS
 SOFT = "the weights learned under mixtures, so that they rank single architectures badly"
 SIGN = "alpha moves before the weights know the sign of the product"
 SLOPE = "a larger option has no gradient while a smaller one is sampled, and the slope of its mask says less"
-TEACHER = "all learn from the largest network, which sees noise"
+TEACHER = "all learn from the largest network, which cannot read the signal"
 NOT_PROMISED = {  # found in so many of 5 seeds, the numbers of docs/own-optimizer.md
     **{
         optimizer: {
