@@ -117,7 +117,7 @@ def test_a_target_adds_the_gradient_of_its_penalty_for_every_optimizer(optimizer
     for weight in (None, 2.0, 6.0):
         target = [Target(create_objective("params"), share=0.3, weight=weight)] if weight else []
         _, searcher = searched(
-            optimizer, epochs=1, batch_size=8, strategy=strategy, targets=target,
+            optimizer, epochs=1, batch_size=8, strategy=strategy, targets=target, band=None,
             architecture_optimizer=partial(torch.optim.SGD, lr=0.5),
         )  # fmt: skip
         ends[weight] = {count: alpha.detach().clone() for count, alpha in searcher.alphas.items()}
