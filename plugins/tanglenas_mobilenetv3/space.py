@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible
@@ -66,6 +68,8 @@ class MobileNetV3(SearchSpace):
         drop: Dropout before the classifier; 0.1 in Once-for-All.
     """
 
+    output_layer = "classifier"
+
     def __init__(
         self,
         depth: Sequence[int] = (2, 3, 4),
@@ -117,6 +121,17 @@ class MobileNetV3(SearchSpace):
 
     def standalone(self, architecture: Architecture) -> TimmMobileNetV3:
         return mobilenetv3(**self._arguments(architecture))
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Build timm's network of a folder with timm's config.json."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if "architecture" not in config:
+            return None
+        classes = self.settings["num_classes"]
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
+        if config.get("num_classes") != classes:
+            network.get_classifier().load_state_dict(self.classifier.state_dict())
+        return network
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
