@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,64 +51,16 @@ class Block(nn.Module):
         return x + y if self.has_skip else y
 
 
-class MobileNetV3(SearchSpace):
-    """A space of MobileNetV3 networks: the depth of every stage, the kernel size and the expansion of every block.
+class TimmSpace(SearchSpace):
+    """A space of timm's `MobileNetV3`, whose parameter names it has.
 
-    Parameter names and largest shapes are those of timm's `MobileNetV3`. The first block of a stage changes width
-    and resolution, so a stage is never empty. Lists of an architecture have one entry for each block in use.
-    `architecture()` also takes Once-for-All's own lists, with entries for all blocks.
-
-    Args:
-        stages: Stride, width, activation and squeeze-excite of each searched stage, in timm's grammar
-            (`s2_c40_nre_se0.25`; `nhs` is hard-swish, the default).
-        stem_width: Channels of the stem and of the first block, which is fixed.
-        head_widths: Channels of the last convolution and of the features behind the pooling.
-        width_mult: Factor of all widths, rounded to multiples of 8.
-        kernel_transform: Use Once-for-All's learned matrices between kernel sizes, in place of nested windows.
-        drop: Dropout before the classifier; 0.1 in Once-for-All.
+    A subclass makes the choices and takes timm's modules over with `_take_over`. `_arguments` describes an
+    architecture.
     """
 
     output_layer = "classifier"
-
-    def __init__(
-        self,
-        depth: Sequence[int] = (2, 3, 4),
-        kernel_size: Sequence[int] = (3, 5, 7),
-        expand_ratio: Sequence[float] = (3, 4, 6),
-        stages: Sequence[str] = (
-            "s2_c24_nre", "s2_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25",
-        ),
-        num_classes: int = 1000,
-        image_size: int = 224,
-        in_channels: int = 3,
-        stem_width: int = 16,
-        head_widths: Sequence[int] = (960, 1280),
-        width_mult: float = 1.0,
-        kernel_transform: bool = False,
-        drop: float = 0.0,
-        **options: Any,
-    ):  # fmt: skip
-        super().__init__(**options)
-        strides, squeezes = zip(*map(_stride_and_squeeze, stages), strict=True)
-        self.image_size, self.stages = image_size, tuple(stages)
-        last, features = head_widths
-        self.ends = [f"ds_r1_k3_s1_e1_c{stem_width}_nre"], [f"cn_r1_k1_s1_c{last}"]
-        self.settings = dict(
-            num_classes=num_classes, in_chans=in_channels, stem_size=stem_width, num_features=features,
-            width_mult=width_mult, drop_rate=drop,
-        )  # fmt: skip
-        D = self.choice("depth", depth, per=len(stages))
-        K = self.choice("kernel_size", kernel_size, per=D)
-        E = self.choice("expand_ratio", expand_ratio, per=D)
-        _check(image_size, 2 * math.prod(strides), K.options, width_mult)
-        conv = TransformedConv2d if kernel_transform else elastic.Conv2d
-        network = self.standalone(self.largest())
-        for s, squeeze in enumerate(squeezes):
-            blocks = (Block(like, K[s, b], E[s, b], squeeze, conv) for b, like in enumerate(network.blocks[s + 1]))
-            network.blocks[s + 1] = elastic.Depth(D[s], blocks)
-        for name, child in network.named_children():
-            self.add_module(name, child)
-        efficientnet_init_weights(self)
+    image_size: int
+    settings: dict[str, Any]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
@@ -156,6 +108,77 @@ class MobileNetV3(SearchSpace):
         }
         save_for_hf(network, folder, model_args=self._arguments(architecture), safe_serialization=True)
 
+    def _take_over(self, network: TimmMobileNetV3, stages: Iterable[nn.Module]) -> None:
+        """Take over the modules of the largest network, with elastic stages in place of those behind the first."""
+        for number, stage in enumerate(stages, 1):
+            network.blocks[number] = stage
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        efficientnet_init_weights(self)
+
+    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
+        """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
+        raise NotImplementedError
+
+
+class MobileNetV3(TimmSpace):
+    """A space of MobileNetV3 networks: the depth of every stage, the kernel size and the expansion of every block.
+
+    Parameter names and largest shapes are those of timm's `MobileNetV3`. The first block of a stage changes width
+    and resolution, so a stage is never empty. Lists of an architecture have one entry for each block in use.
+    `architecture()` also takes Once-for-All's own lists, with entries for all blocks.
+
+    Args:
+        stages: Stride, width, activation and squeeze-excite of each searched stage, in timm's grammar
+            (`s2_c40_nre_se0.25`; `nhs` is hard-swish, the default).
+        stem_width: Channels of the stem and of the first block, which is fixed.
+        head_widths: Channels of the last convolution and of the features behind the pooling.
+        width_mult: Factor of all widths, rounded to multiples of 8.
+        kernel_transform: Use Once-for-All's learned matrices between kernel sizes, in place of nested windows.
+        drop: Dropout before the classifier; 0.1 in Once-for-All.
+    """
+
+    def __init__(
+        self,
+        depth: Sequence[int] = (2, 3, 4),
+        kernel_size: Sequence[int] = (3, 5, 7),
+        expand_ratio: Sequence[float] = (3, 4, 6),
+        stages: Sequence[str] = (
+            "s2_c24_nre", "s2_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25",
+        ),
+        num_classes: int = 1000,
+        image_size: int = 224,
+        in_channels: int = 3,
+        stem_width: int = 16,
+        head_widths: Sequence[int] = (960, 1280),
+        width_mult: float = 1.0,
+        kernel_transform: bool = False,
+        drop: float = 0.0,
+        **options: Any,
+    ):  # fmt: skip
+        super().__init__(**options)
+        strides, squeezes = zip(*map(_stride_and_squeeze, stages), strict=True)
+        self.image_size, self.stages = image_size, tuple(stages)
+        last, features = head_widths
+        self.ends = [f"ds_r1_k3_s1_e1_c{stem_width}_nre"], [f"cn_r1_k1_s1_c{last}"]
+        self.settings = dict(
+            num_classes=num_classes, in_chans=in_channels, stem_size=stem_width, num_features=features,
+            width_mult=width_mult, drop_rate=drop,
+        )  # fmt: skip
+        D = self.choice("depth", depth, per=len(stages))
+        K = self.choice("kernel_size", kernel_size, per=D)
+        E = self.choice("expand_ratio", expand_ratio, per=D)
+        check_sizes(image_size, 2 * math.prod(strides), K.options, width_mult)
+        conv = TransformedConv2d if kernel_transform else elastic.Conv2d
+        network = self.standalone(self.largest())
+        self._take_over(
+            network,
+            (
+                elastic.Depth(D[s], [Block(like, K[s, b], E[s, b], squeeze, conv) for b, like in enumerate(stage)])
+                for s, (squeeze, stage) in enumerate(zip(squeezes, list(network.blocks)[1:], strict=False))
+            ),
+        )
+
     def _arguments(self, architecture: Architecture) -> dict[str, Any]:
         """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
         self.assignment_of(architecture)
@@ -175,7 +198,7 @@ def _stride_and_squeeze(stage: str) -> tuple[int, float]:
     return int(match[1]), float(match[2] or 0)
 
 
-def _check(image_size: int, stride: int, kernels: Sequence[float], width_mult: float) -> None:
+def check_sizes(image_size: int, stride: int, kernels: Sequence[float], width_mult: float = 1.0) -> None:
     """Refuse options that make no network, and images on which two kernel sizes are the same network."""
     if not 0 < width_mult < math.inf:
         raise TangleNASError(f"width_mult is {width_mult}, expected a positive number, such as 1.0")
