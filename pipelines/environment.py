@@ -1,6 +1,6 @@
 """Environment: write down what DVC cannot see, the code and the installed packages that the results depend on.
 
-python -m pipelines.environment SPACE OPTIMIZER DATASET
+python -m pipelines.environment SPACE OPTIMIZER DATASET [WEIGHTS]
 """
 
 import sys

@@ -60,6 +60,7 @@ from .tables.table import rank_correlations as rank_correlations
 from .data.splits import make_splits as make_splits
 from .data.splits import open_splits as open_splits
 from .optimizers.stopping import EarlyStopping as EarlyStopping
+from .spaces.pretrained import load_pretrained as load_pretrained
 from .stages.discretize import discretize as discretize
 from .stages.evaluate import evaluate as evaluate
 from .stages.retrain import retrain as retrain

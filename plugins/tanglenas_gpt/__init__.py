@@ -18,6 +18,19 @@ def tanglenas_register_spaces(register):
         block_size=224,
     )
     register(
+        "gpt2",
+        gpt,
+        summary="Inside the published GPT-2 of 124 million parameters: 384 to 768 channels, 6 to 12 layers",
+        layers=(6, 8, 10, 12),
+        embed_dim=(384, 512, 640, 768),
+        num_heads=(3, 6, 9, 12),
+        mlp_ratio=(1, 2, 3, 4),
+        vocab_size=50257,
+        block_size=1024,
+        bias=True,
+        gelu="tanh",
+    )
+    register(
         "gpt_char",
         gpt,
         summary="GPTs for text by characters, 96 to 384 channels, 4 to 6 layers",

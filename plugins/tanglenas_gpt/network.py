@@ -22,7 +22,8 @@ from torch import Tensor, nn
 class Config:
     """The shape of a GPT, with a number of heads and an MLP ratio for each layer.
 
-    A head has `head_dim` dimensions. Where that is None, the heads of a layer partition `embed_dim`.
+    A head has `head_dim` dimensions. Where that is None, the heads of a layer partition `embed_dim`. `gelu` is "none"
+    for the exact activation, or "tanh" for its approximation in the published GPT-2.
     """
 
     vocab_size: int
@@ -33,6 +34,7 @@ class Config:
     head_dim: int | None = None
     dropout: float = 0.0
     bias: bool = False
+    gelu: str = "none"
 
     def hidden(self, layer: int) -> int:
         """Return the width of the MLP of one layer."""
@@ -67,11 +69,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim, bias=config.bias)
         self.fc1 = nn.Linear(config.embed_dim, config.hidden(layer), config.bias)
         self.fc2 = nn.Linear(config.hidden(layer), config.embed_dim, config.bias)
+        self.act = nn.GELU(config.gelu)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + self.drop(self.fc2(self.act(self.fc1(self.norm2(x)))))
 
 
 class GPT(nn.Module):
@@ -216,8 +219,29 @@ def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[s
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     arguments = dict(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=width, n_layer=layers,
-        n_head=config.num_heads[0], n_inner=hidden.pop(), activation_function="gelu", tie_word_embeddings=True,
+        n_head=config.num_heads[0], n_inner=hidden.pop(), tie_word_embeddings=True,
+        activation_function={"none": "gelu", "tanh": "gelu_new"}[config.gelu],
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return weights, arguments
+
+
+def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of transformers' `GPT2LMHeadModel` or `GPT2Model` under this module's names.
+
+    Other weights stay as they are. Files of the first versions also hold causal masks, which are left out.
+    """
+    if not any(name.endswith("attn.c_attn.weight") for name in state):
+        return dict(state)
+    parts = sorted(((theirs, ours) for ours, theirs in _GPT2.items()), key=lambda pair: -len(pair[0]))
+    weights = {}
+    for key, tensor in state.items():
+        if key.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        name = f".{key.removeprefix('transformer.')}"
+        transposed = ".c_" in name and name.endswith(".weight")  # transformers' Conv1D holds (inputs, outputs)
+        for theirs, ours in parts:
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        weights[name[1:]] = tensor.T.contiguous() if transposed else tensor
+    return weights

@@ -34,8 +34,9 @@ class PartitionedAttention(elastic.Elastic):
         self.width, self.heads = Size.of(width), Size.of(num_heads)
         head_dim = self.width.map(_divided, self.heads)
         self.num_heads, self.dropout = self.heads.max, dropout
-        self.qkv = elastic.Linear(width, stacked(width, 3), bias)
-        self.proj = elastic.Linear(Axis(self.width, role="unit"), width, bias)
+        # Which entries form a head depends on their place, so they never move.
+        self.qkv = elastic.Linear(width, stacked(width, 3, unit=None), bias)
+        self.proj = elastic.Linear(Axis(self.width, role="unit", unit=None), width, bias)
         self.proj_drop = nn.Dropout(dropout)
         self._widths: dict[int, int] = {}  # the largest width for each head dimension
         for picks in combinations(head_dim.rows):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Described, SearchSpace, Size, elastic, unknown
@@ -20,18 +19,19 @@ from tanglenas_gpt.partition import PartitionedAttention
 class Block(nn.Module):
     """A layer of attention and MLP, each behind a LayerNorm and with a residual: `(B, T, C) -> (B, T, C)`."""
 
-    def __init__(self, width: Size, attention: nn.Module, mlp_ratio: Size, bias: bool, dropout: float):
+    def __init__(self, width: Size, attention: nn.Module, mlp_ratio: Size, bias: bool, dropout: float, gelu: str):
         super().__init__()
         self.norm1 = elastic.LayerNorm(width, bias=bias)
         self.attn = attention
         self.norm2 = elastic.LayerNorm(width, bias=bias)
         self.fc1 = elastic.Linear(width, width * mlp_ratio, bias)
         self.fc2 = elastic.Linear(width * mlp_ratio, width, bias)
+        self.act = nn.GELU(gelu)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + self.drop(self.fc2(self.act(self.fc1(self.norm2(x)))))
 
 
 class GPT(SearchSpace):
@@ -45,6 +45,7 @@ class GPT(SearchSpace):
         head_dim: Dimension of a head under "slices"; by default the largest network is a GPT-2.
         dropout: Dropout of embeddings, attention and residuals.
         bias: Give linear layers and norms a bias.
+        gelu: "none" for the exact activation, or "tanh" for its approximation in the published GPT-2.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class GPT(SearchSpace):
         head_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = False,
+        gelu: str = "none",
         **options: Any,
     ):
         super().__init__(**options)
@@ -67,8 +69,10 @@ class GPT(SearchSpace):
         head_dim = {"slices": head_dim or E.max // max(H.values), "partition": None}.get(heads, 0)
         if head_dim == 0:
             raise unknown("heads", heads, ("slices", "partition"))
+        if gelu not in ("none", "tanh"):
+            raise unknown("gelu", gelu, ("none", "tanh"))
         self.settings = dict(
-            vocab_size=vocab_size, block_size=block_size, head_dim=head_dim, dropout=dropout, bias=bias
+            vocab_size=vocab_size, block_size=block_size, head_dim=head_dim, dropout=dropout, bias=bias, gelu=gelu
         )
 
         self.dynamic_axes = {1: ("length", block_size)}
@@ -81,7 +85,7 @@ class GPT(SearchSpace):
         self.wte = elastic.Embedding(vocab_size, E)
         self.wpe = elastic.Embedding(block_size, E)
         self.drop = nn.Dropout(dropout)
-        self.blocks = elastic.Depth(L, [Block(E, attention(H[i]), R[i], bias, dropout) for i in range(L.max)])
+        self.blocks = elastic.Depth(L, [Block(E, attention(H[i]), R[i], bias, dropout, gelu) for i in range(L.max)])
         self.norm = elastic.LayerNorm(E, bias=bias)
         self.lm_head = elastic.Linear(E, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
@@ -98,6 +102,22 @@ class GPT(SearchSpace):
     def standalone(self, architecture: Architecture) -> network.GPT:
         choices = {name: value for name, value in architecture.choices.items() if name != "layers"}
         return network.GPT(network.Config(**self.settings, **choices))
+
+    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the names of transformers' GPT-2, and the first positions of a longer context."""
+        state = network.from_hugging_face(state)
+        if "wpe.weight" in state:
+            state["wpe.weight"] = state["wpe.weight"][: self.settings["block_size"]]
+        return state
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Load the GPT of a folder that `export` wrote, or transformers' GPT-2."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if config.get("model_type") == "gpt2":
+            from transformers import GPT2LMHeadModel
+
+            return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+        return network.GPT.load(folder) if "embed_dim" in config else None
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None

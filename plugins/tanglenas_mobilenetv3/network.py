@@ -27,19 +27,24 @@ squeeze_excite = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_lay
 
 
 def mobilenetv3(
-    arch_def: Sequence[Sequence[str]], width_mult: float = 1.0, num_features: int = 1280, **options: Any
+    arch_def: Sequence[Sequence[str]],
+    width_mult: float = 1.0,
+    num_features: int = 1280,
+    head_bias: bool = False,
+    **options: Any,
 ) -> MobileNetV3:
-    """Build timm's `MobileNetV3` with Once-for-All's activations, squeeze-excite and head without bias.
+    """Build timm's `MobileNetV3` with the activations and the squeeze-excite of the published networks.
 
     Args:
         arch_def: Every block in timm's grammar, with the widths before `width_mult`.
+        head_bias: Give the head's convolution a bias, as in the published networks. Once-for-All's has none.
     """
     # timm's builder empties the lists, so each model gets a copy.
     blocks = decode_arch_def([list(stage) for stage in arch_def])
     return MobileNetV3(
         blocks,
         num_features=round_channels(num_features, width_mult),
-        head_bias=False,
+        head_bias=head_bias,
         act_layer=get_act_layer("hard_swish"),
         se_layer=squeeze_excite,
         round_chs_fn=partial(round_channels, multiplier=width_mult),

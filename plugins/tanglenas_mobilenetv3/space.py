@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible
@@ -49,7 +51,77 @@ class Block(nn.Module):
         return x + y if self.has_skip else y
 
 
-class MobileNetV3(SearchSpace):
+class TimmSpace(SearchSpace):
+    """A space of timm's `MobileNetV3`, whose parameter names it has.
+
+    A subclass makes the choices and takes timm's modules over with `_take_over`. `_arguments` describes an
+    architecture.
+    """
+
+    output_layer = "classifier"
+    image_size: int
+    settings: dict[str, Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
+        x = self.blocks(self.bn1(self.conv_stem(x)))
+        x = self.act2(self.conv_head(self.global_pool(x)))
+        return self.classifier(F.dropout(x.flatten(1), self.settings["drop_rate"], self.training))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.settings["in_chans"], self.image_size, self.image_size)
+
+    def standalone(self, architecture: Architecture) -> TimmMobileNetV3:
+        return mobilenetv3(**self._arguments(architecture))
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Build timm's network of a folder with timm's config.json."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if "architecture" not in config:
+            return None
+        classes = self.settings["num_classes"]
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
+        if config.get("num_classes") != classes:
+            network.get_classifier().load_state_dict(self.classifier.state_dict())
+        return network
+
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
+    ) -> None:
+        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
+        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
+        """
+        channels = self.settings["in_chans"]
+        network.pretrained_cfg = {
+            "input_size": (channels, self.image_size, self.image_size),
+            "mean": (0.5,) * channels,
+            "std": (0.5,) * channels,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            **(dataset.input_config() if dataset else {}),
+            "architecture": "tanglenas_mobilenetv3",
+            "num_classes": self.settings["num_classes"],
+            "first_conv": "conv_stem",
+            "classifier": "classifier",
+        }
+        save_for_hf(network, folder, model_args=self._arguments(architecture), safe_serialization=True)
+
+    def _take_over(self, network: TimmMobileNetV3, stages: Iterable[nn.Module]) -> None:
+        """Take over the modules of the largest network, with elastic stages in place of those behind the first."""
+        for number, stage in enumerate(stages, 1):
+            network.blocks[number] = stage
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        efficientnet_init_weights(self)
+
+    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
+        """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
+        raise NotImplementedError
+
+
+class MobileNetV3(TimmSpace):
     """A space of MobileNetV3 networks: the depth of every stage, the kernel size and the expansion of every block.
 
     Parameter names and largest shapes are those of timm's `MobileNetV3`. The first block of a stage changes width
@@ -96,50 +168,16 @@ class MobileNetV3(SearchSpace):
         D = self.choice("depth", depth, per=len(stages))
         K = self.choice("kernel_size", kernel_size, per=D)
         E = self.choice("expand_ratio", expand_ratio, per=D)
-        _check(image_size, 2 * math.prod(strides), K.options, width_mult)
+        check_sizes(image_size, 2 * math.prod(strides), K.options, width_mult)
         conv = TransformedConv2d if kernel_transform else elastic.Conv2d
         network = self.standalone(self.largest())
-        for s, squeeze in enumerate(squeezes):
-            blocks = (Block(like, K[s, b], E[s, b], squeeze, conv) for b, like in enumerate(network.blocks[s + 1]))
-            network.blocks[s + 1] = elastic.Depth(D[s], blocks)
-        for name, child in network.named_children():
-            self.add_module(name, child)
-        efficientnet_init_weights(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
-        x = self.blocks(self.bn1(self.conv_stem(x)))
-        x = self.act2(self.conv_head(self.global_pool(x)))
-        return self.classifier(F.dropout(x.flatten(1), self.settings["drop_rate"], self.training))
-
-    def example_input(self, batch: int) -> Tensor:
-        return torch.randn(batch, self.settings["in_chans"], self.image_size, self.image_size)
-
-    def standalone(self, architecture: Architecture) -> TimmMobileNetV3:
-        return mobilenetv3(**self._arguments(architecture))
-
-    def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
-    ) -> None:
-        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
-
-        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
-        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
-        """
-        channels = self.settings["in_chans"]
-        network.pretrained_cfg = {
-            "input_size": (channels, self.image_size, self.image_size),
-            "mean": (0.5,) * channels,
-            "std": (0.5,) * channels,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            **(dataset.input_config() if dataset else {}),
-            "architecture": "tanglenas_mobilenetv3",
-            "num_classes": self.settings["num_classes"],
-            "first_conv": "conv_stem",
-            "classifier": "classifier",
-        }
-        save_for_hf(network, folder, model_args=self._arguments(architecture), safe_serialization=True)
+        self._take_over(
+            network,
+            (
+                elastic.Depth(D[s], [Block(like, K[s, b], E[s, b], squeeze, conv) for b, like in enumerate(stage)])
+                for s, (squeeze, stage) in enumerate(zip(squeezes, list(network.blocks)[1:], strict=False))
+            ),
+        )
 
     def _arguments(self, architecture: Architecture) -> dict[str, Any]:
         """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
@@ -160,7 +198,7 @@ def _stride_and_squeeze(stage: str) -> tuple[int, float]:
     return int(match[1]), float(match[2] or 0)
 
 
-def _check(image_size: int, stride: int, kernels: Sequence[float], width_mult: float) -> None:
+def check_sizes(image_size: int, stride: int, kernels: Sequence[float], width_mult: float = 1.0) -> None:
     """Refuse options that make no network, and images on which two kernel sizes are the same network."""
     if not 0 < width_mult < math.inf:
         raise TangleNASError(f"width_mult is {width_mult}, expected a positive number, such as 1.0")

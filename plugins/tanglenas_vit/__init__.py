@@ -46,3 +46,28 @@ def tanglenas_register_spaces(register):
         num_heads=(9, 10),
         mlp_ratio=(3, 3.5, 4),
     )
+    published = dict(patch_size=16, global_pool="token", depth=(6, 8, 10, 12), mlp_ratio=(1, 2, 3, 4))
+    register(
+        "vit_tiny",
+        autoformer,
+        summary="Inside timm's deit_tiny_patch16_224: 96 to 192 channels, 6 to 12 layers",
+        embed_dim=(96, 128, 160, 192),
+        num_heads=(1, 2, 3),
+        **published,
+    )
+    register(
+        "vit_small",
+        autoformer,
+        summary="Inside timm's deit_small_patch16_224: 192 to 384 channels, 6 to 12 layers",
+        embed_dim=(192, 256, 320, 384),
+        num_heads=(2, 3, 4, 5, 6),
+        **published,
+    )
+    register(
+        "vit_base",
+        autoformer,
+        summary="Inside timm's deit_base_patch16_224: 384 to 768 channels, 6 to 12 layers",
+        embed_dim=(384, 512, 640, 768),
+        num_heads=(3, 6, 9, 12),
+        **published,
+    )

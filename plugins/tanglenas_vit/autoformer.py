@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, global_pool_nlc, trunc_normal_
+from timm.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    global_pool_nlc,
+    resample_abs_pos_embed,
+    trunc_normal_,
+)
 from timm.models import named_apply, save_for_hf
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
@@ -48,6 +59,8 @@ class AutoFormer(SearchSpace):
             with the width, which narrow networks need.
         relative_position: Use AutoFormer's 2D relative positions. The paper always has them, timm's ViT never.
     """
+
+    output_layer = "head"
 
     def __init__(
         self,
@@ -118,6 +131,27 @@ class AutoFormer(SearchSpace):
 
     def standalone(self, architecture: Architecture) -> VisionTransformer:
         return vision_transformer(**self._arguments(architecture))
+
+    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resample the position embedding to this space's grid of patches, as timm does."""
+        positions = state.get("pos_embed")
+        grid = self.patch_embed.grid_size
+        if positions is None or positions.dim() != 3 or positions.shape[1] == math.prod(grid) + 1:
+            return state
+        if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:  # not a class token and a square
+            return state
+        return {**state, "pos_embed": resample_abs_pos_embed(positions, new_size=list(grid), num_prefix_tokens=1)}
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Build timm's network of a folder with timm's config.json, for images of this space's size."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if "architecture" not in config:
+            return None
+        options = {name: self.settings[name] for name in ("num_classes", "img_size")}
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+        if config.get("num_classes") != options["num_classes"]:
+            network.get_classifier().load_state_dict(self.head.state_dict())
+        return network
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None

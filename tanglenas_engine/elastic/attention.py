@@ -51,7 +51,7 @@ class Attention(Elastic):
         super().__init__()
         heads = Size.of(num_heads)
         self.head_dim, self.causal, self.attn_drop = head_dim, causal, attn_drop
-        self.qkv = Linear(width, stacked(heads * head_dim, 3), qkv_bias)
+        self.qkv = Linear(width, stacked(heads * head_dim, 3, unit=head_dim), qkv_bias)
         self.proj = Linear(heads * head_dim, width, proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position = relative_position

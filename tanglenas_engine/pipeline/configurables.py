@@ -26,6 +26,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config import KINDS, bindings_of, configured, referred, register, required
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
 from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrained
 from tanglenas_engine.pipeline.values import check_types, macro_value
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.architecture import Architecture
@@ -47,6 +48,7 @@ create_optimizer = register(plugins.create_optimizer)
 create_dataset = register(plugins.create_dataset)
 create_objective = register(plugins.create_objective)
 make_splits = register(engine_make_splits)
+pretrained = register(pipeline_pretrained)
 search = register(engine_search)
 discretize = register(engine_discretize)
 retrain = register(engine_retrain)

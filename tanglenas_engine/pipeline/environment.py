@@ -2,7 +2,8 @@
 
 environment.json has the installed packages that results depend on: versions, and a digest of the sources of the library
 and of each plugin in use, as a package that is installed for editing keeps its version while its code changes. The
-library's digest covers the stages' code in this package.
+library's digest covers the stages' code in this package. Weights that a search starts from have a digest too, if they
+are on this machine, because they are no dependency in dvc.yaml.
 
 out/recipe.json tells which recipe of the retrain stage a race trains by. Other methods of discretize do not depend on
 that recipe, and have an empty one there, so that only a race runs again when the recipe changes.
@@ -21,6 +22,7 @@ from typing import Any
 import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.pretrained import local_digest
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version
@@ -35,15 +37,16 @@ LIBRARIES = ("tanglenas", "timm", "torch")
 def write_environment(names: Sequence[str], path: Path = Path("environment.json")) -> None:
     """Write the versions and the sources for the plugins of these names: a space, an optimizer, a dataset.
 
-    Write the recipe of a race, too.
+    A fourth name is the source of the weights that the search starts from. Write the recipe of a race, too.
 
     gin files may name an objective anywhere, so all objectives that are installed count. A name that no plugin has
     ends the process with one sentence and the status 2.
     """
     try:
-        if len(names) != len(KINDS):
+        if len(names) not in (len(KINDS), len(KINDS) + 1):
             raise TangleNASError(f"got the arguments {list(names)}, expected the names of {', '.join(KINDS)}")
-        used = [manager().resolve(*named) for named in zip(KINDS, names, strict=True)]
+        used = [manager().resolve(*named) for named in zip(KINDS, names, strict=False)]
+        digests = {source: digest for source in names[len(KINDS) :] if (digest := local_digest(source))}
     except TangleNASError as problem:
         print(f"environment: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -56,6 +59,7 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
         "python": ".".join(platform.python_version_tuple()[:2]),
         "versions": dict(sorted(versions.items())),
         "sources": {name: code_version(module) for name, module in sorted(modules.items())},
+        **({"weights": digests} if digests else {}),
     }
     write_atomic(path, json.dumps(content, indent=2) + "\n")
     write_atomic(RECIPE, json.dumps(_recipe(), indent=2) + "\n")

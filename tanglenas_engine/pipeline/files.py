@@ -97,16 +97,19 @@ def load_into(
 
 
 def load_inherited(space: SearchSpace) -> None:
-    """Load the weights of the search into the space, unless `retrain.mode` is to start from scratch.
+    """Load the weights of the search into the space, unless retrain starts from scratch and has no teacher.
 
     Raises:
         TangleNASError: The space was created otherwise than in the search.
     """
-    mode = gin.get_bindings("retrain").get("mode", "scratch")
-    if mode != "scratch":
+    bound = gin.get_bindings("retrain")
+    mode = bound.get("mode", "scratch")
+    if mode != "scratch" or bound.get("teacher") is not None:
         load_into(
             space,
             SUPERNET,
             f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', "
-            "which may build a larger network",
+            "which may build a larger network"
+            if mode != "scratch"
+            else "retrain.teacher takes the weights of the search: create the space as there, or use no teacher",
         )

@@ -36,7 +36,12 @@ def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: Sea
     save_weights(
         SUPERNET,
         space.state_dict(),
-        {"space": space.name, "optimizer": optimizer.name, "pipeline_id": stage.pipeline_id},
+        {
+            "space": space.name,
+            "optimizer": optimizer.name,
+            "pipeline_id": stage.pipeline_id,
+            **({"weights_sha256": stage.weights} if stage.weights else {}),
+        },
     )
     save_weights(
         MIXTURE,

@@ -35,7 +35,7 @@ from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.compared import pipeline_metrics
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
-from tanglenas_engine.pipeline.configurables import create, packages, tables
+from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, read_splits
 from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.tracking import MlflowTracker, project_root
@@ -63,6 +63,7 @@ class Stage:
     Only the first of several processes reports and writes. The others have neither tracker nor checkpoints.
 
     Attributes:
+        weights: The SHA-256 of the weights that a search starts from, or "" for newly initialised ones.
         times: Seconds of parts of the stage, by name. They are recorded beside the outputs.
     """
 
@@ -73,6 +74,7 @@ class Stage:
     pipeline_id: str
     tracker: Tracker
     checkpoints: CheckpointFolder | None
+    weights: str = ""
     progress: Progress = field(default_factory=ConsoleProgress)
     meter: Meter = field(default_factory=Meter)
     times: dict[str, float] = field(default_factory=dict)
@@ -176,15 +178,16 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             seed, space, dataset = create()
             if name == "search" and distributed.rank() == 0:
                 dataset.verify(ConsoleProgress(), root / ".tanglenas")
+            weights = pretrained(space) if name == "search" else ""
         config = gin.config_str()
         code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
-        identity = _identity(name, config, dataset, inputs, code)
+        identity = _identity(name, config, dataset, inputs, code, weights)
         lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
         pipeline_id = lineage.get("pipeline_id", "")
         # People compare runs of later stages by the optimizer of their search.
         optimizer = lineage.get("optimizer") or macro_value("OPTIMIZER") or ""
         if distributed.rank() > 0:
-            yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, SilentProgress())
+            yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, weights, SilentProgress())
             return
         resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
         checkpoints = stack.enter_context(_Checkpoints(resume, identity, code, meter))
@@ -200,6 +203,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 "space": space.name,
                 "dataset": dataset.name,
                 "optimizer": optimizer,
+                **({"weights.sha256": weights} if weights else {}),
             },
         ) as tracker:
             if tracker.run_id:
@@ -215,13 +219,15 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 folder.mkdir(parents=True, exist_ok=True)
             sweep(METRICS, f"{name}.json")
             sweep(OUT, f"{name}.run.json")
-            yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints, meter=meter)
+            yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints, weights, meter=meter)
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()
         record.unlink(missing_ok=True)
 
 
-def _identity(name: str, config: str, dataset: Dataset, inputs: Sequence[Path], code: Mapping[str, str]) -> str:
+def _identity(
+    name: str, config: str, dataset: Dataset, inputs: Sequence[Path], code: Mapping[str, str], weights: str
+) -> str:
     """Return a fingerprint of all that a stage's result depends on. Its checkpoints are of this identity."""
     return fingerprint(
         stage=name,
@@ -231,6 +237,7 @@ def _identity(name: str, config: str, dataset: Dataset, inputs: Sequence[Path], 
         code=code,
         torch=torch.__version__,
         tables=tables(),
+        **({"weights": weights} if weights else {}),
     )
 
 

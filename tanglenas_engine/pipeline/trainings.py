@@ -82,9 +82,13 @@ class Bench:
 
 
 def project_arguments(*bindings: str) -> tuple[str, ...] | None:
-    """Return the arguments of the project's retrain stage, from scratch; None if this folder is no project."""
+    """Return the arguments of the project's retrain stage, from scratch and without a teacher.
+
+    They are None if this folder is no project.
+    """
     arguments = stage_arguments("retrain")
-    return None if arguments is None else (*arguments, 'retrain.mode = "scratch"', *bindings)
+    alone = ('retrain.mode = "scratch"', "retrain.teacher = None")
+    return None if arguments is None else (*arguments, *alone, *bindings)
 
 
 @dataclass(frozen=True)

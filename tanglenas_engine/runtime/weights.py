@@ -1,5 +1,6 @@
 """Weights as safetensors files. Equal input gives equal bytes."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +20,11 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The types of weights that a network takes. Integers and 8-bit floats are quantised, and need scales to be read."""
+CONVERT = (
+    "Convert it where you trust it: "
+    "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+)
+"""Advice about a pickled file of weights."""
 
 
 class OtherWeightsError(TangleNASError):
@@ -75,12 +81,28 @@ def load_into(network: nn.Module, path: str | Path) -> str:
         TangleNASError: The file is missing or damaged, or a tensor is quantised, complex or not finite.
     """
     own = network.state_dict()
-    state, prefix = _without_prefix(load_weights(path), own)
+    state, prefix = without_prefix(load_weights(path), own)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[-1].split())
         raise OtherWeightsError(f"{path} holds the weights of another network ({reason[:500]})") from None
+    check_values(path, state, own, prefix)
+    return prefix
+
+
+def check_values(path: str | Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse values that no network can have.
+
+    Args:
+        path: The file or folder that the error names.
+        state: The tensors, without the prefix of their names in the file.
+        own: The network's own tensors. Only names in both are checked.
+        prefix: The prefix that was cut.
+
+    Raises:
+        TangleNASError: A tensor is quantised, complex or not finite.
+    """
     for name in (name for name in own if name in state):
         tensor, target = state[name], own[name].dtype
         if (tensor.dtype not in FLOATS) if target.is_floating_point else (tensor.dtype != target):
@@ -94,14 +116,84 @@ def load_into(network: nn.Module, path: str | Path) -> str:
                 f"{path}: {prefix}{name} has {wrong:,} of {tensor.numel():,} values that are not finite in "
                 f"{_type(target)}: the training diverged, or the file is damaged. Train again, or copy the file again"
             )
-    return prefix
+
+
+INDEX = "model.safetensors.index.json"
+"""The file of a folder that says which of several safetensors files has which tensor."""
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """Return the safetensors files of a path: the file itself, or those of a folder that a library wrote.
+
+    A folder has `model.safetensors`, or several files and their index, as Hugging Face's libraries write them.
+
+    Raises:
+        TangleNASError: There are no such weights, a file that the index names is missing, or the weights are pickled.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise TangleNASError(f"no weights at {path}: expected a safetensors file, or a folder with one")
+        return [path]
+    if (path / INDEX).is_file():
+        names = sorted(set(_index(path).values()))
+        if missing := [name for name in names if not (path / name).is_file()]:
+            raise TangleNASError(
+                f"{path} lacks {len(missing)} of the {len(names)} files that {INDEX} names, such as {missing[0]}: "
+                "copy or download the folder again, with all of its files"
+            )
+        return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    pickles = sorted(file for file in path.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".ckpt"))
+    raise TangleNASError(
+        f"{path} has no model.safetensors"
+        + (f", only {pickles[0].name}, which may run code when it is read. {CONVERT}" if pickles else "")
+        + ("" if pickles else ": expected a folder that `tanglenas export`, timm or transformers wrote")
+    )
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file or of a folder (see `weight_files`), on the CPU.
+
+    Raises:
+        TangleNASError: A file is missing or damaged, or lacks a tensor that the index says it has.
+    """
+    state: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        state.update(load_weights(file))
+    if Path(path, INDEX).is_file() and (lost := [name for name in _index(Path(path)) if name not in state]):
+        raise TangleNASError(
+            f"{path}: {INDEX} names {lost[0]!r}, which no file has: download the folder again, with all of its files"
+        )
+    return state
+
+
+def weights_digest(path: str | Path) -> str:
+    """Return the SHA-256 of the weights of a file, or of a folder's files one after the other."""
+    digest = hashlib.sha256()
+    for name in weight_files(path):
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor of a folder with several files."""
+    try:
+        index = strict_json.loads((folder / INDEX).read_text("utf-8", errors="replace"))["weight_map"]
+        if index and all(isinstance(name, str) and Path(name).name == name for name in index.values()):
+            return dict(index)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise TangleNASError(f"{folder / INDEX} has no weight_map of tensors to files beside it: download the folder again")
 
 
 def _type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Cut the prefixes of wrappers that all names have, where no name is one of the network's as it is."""
     prefix = ""
     while state and not any(name in own for name in state):
@@ -140,10 +232,7 @@ def _advice(path: Path) -> str:
     """Return what to do about a file that is no safetensors file."""
     with suppress(OSError), open(path, "rb") as file:
         if file.read(2) in (b"PK", b"\x80\x02"):
-            return (
-                "It is a file of torch.save. Convert it where you trust it: "
-                "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-            )
+            return f"It is a file of torch.save. {CONVERT}"
     return (
         "It is truncated or was never one. Run the stage that writes it again, or copy it again if no stage of this "
         "project wrote it"

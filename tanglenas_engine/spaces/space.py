@@ -62,6 +62,8 @@ class SearchSpace(Architectures, Elastic):
 
     `example_input` has the largest lengths.
     """
+    output_layer: ClassVar[str] = ""
+    """The name of the module whose outputs are the classes. Weights to start from may have another one."""
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
         super().__init__()
@@ -136,6 +138,22 @@ class SearchSpace(Architectures, Elastic):
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, text in (dataset.files() if dataset else {}).items():
             write_atomic(folder / name, text)
+
+    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of another library's network under this space's names, and in its shapes.
+
+        A space overrides this to rename and transpose tensors, or to resample position embeddings. By default the
+        weights stay as they are.
+        """
+        return state
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Return the network of a folder with weights to start from, as its own library builds it, or None.
+
+        Its outputs are compared with those of the largest network. If it has another number of classes, it gets this
+        space's head.
+        """
+        return None
 
     def show(self, network: nn.Module, dataset: Dataset) -> str | None:
         """Return text that shows a trained network to a person, such as text that it generates, or None."""

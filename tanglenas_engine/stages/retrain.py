@@ -22,6 +22,7 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.training.distillation import Distillation
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
@@ -68,6 +69,9 @@ def retrain(
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     ema: Callable[[nn.Module], EMA] | None = None,
     loss: Callable[[Any, Tensor], Tensor] = cross_entropy,
+    teacher: Literal["largest"] | None = None,
+    teacher_weight: float = 0.5,
+    temperature: float = 1.0,
     recalibration_batches: int = 8,
     seed: int = 0,
     computation: Computation = Computation(),
@@ -94,8 +98,12 @@ def retrain(
         ema: A function from the network to a moving average of its weights. The average is then validated and returned.
         loss: A function of outputs and targets. The outputs are those of train mode: a tensor, or several with the
             logits first.
-        recalibration_batches: The number of batches that set the statistics of batch norms for "inherit". 0 keeps the
-            supernet's statistics.
+        teacher: "largest" lets the network also learn from the logits of the space's largest network, with the
+            supernet's weights. None leaves the teacher out.
+        teacher_weight: The share of the teacher in the loss, from 0 to 1 (see `training.distillation`).
+        temperature: The divisor of both networks' logits before they are compared.
+        recalibration_batches: The number of batches that set the statistics of batch norms for "inherit" and for the
+            teacher. 0 keeps the supernet's statistics.
         seed: The seed of all random numbers.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
@@ -106,6 +114,10 @@ def retrain(
     """
     if mode not in MODES:
         raise TangleNASError(f"retrain.mode is {mode!r}, expected one of: {', '.join(MODES)}")
+    if teacher not in (None, "largest"):
+        raise TangleNASError(f"retrain.teacher is {teacher!r}, expected 'largest' or None")
+    if teacher and mode == "inherit":
+        raise TangleNASError("retrain.mode 'inherit' trains nothing that a teacher could teach: use 'finetune'")
     at_least("retrain.epochs", epochs, 1)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
@@ -121,9 +133,17 @@ def retrain(
             if recalibration_batches:
                 recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, device))
             return RetrainResult(network.eval(), measure(network, data.validation, together=True).accuracy, [])
+        distillation = None
+        if teacher:
+            largest = space.extract(space.largest()).to(device)
+            distributed.synchronize([*largest.parameters(), *largest.buffers()])
+            if recalibration_batches:
+                recalibrate(largest, random_inputs(data.training, batch_size, recalibration_batches, seed, device))
+            distillation = Distillation(largest, teacher_weight, temperature)
         return Retraining(
             network,
             data,
+            distillation=distillation,
             epochs=epochs,
             batch_size=batch_size,
             optimizer=optimizer,
@@ -138,7 +158,7 @@ def retrain(
 
 
 class Retraining(Training):
-    """A training of a standalone network. The arguments are those of `retrain`."""
+    """A training of a standalone network. The arguments are those of `retrain`, with the teacher's as one."""
 
     def __init__(
         self,
@@ -152,12 +172,14 @@ class Retraining(Training):
         wrap: Callable[[nn.Module], nn.Module] | None,
         ema: Callable[[nn.Module], EMA] | None,
         loss: Callable[[Any, Tensor], Tensor],
+        distillation: Distillation | None,
         seed: int,
         computation: Computation,
         session: Session,
     ):
         self.network, self.validation, self.computation = network, data.validation, computation
         self.device, self.loss = session.find_device(), checked_loss(loss)
+        self.distillation = distillation
         precision = computation.precise(self.device)
         self.autocast, self.scaler = precision.autocast, precision.scaler
         share = computation.share("retrain", batch_size)
@@ -207,6 +229,8 @@ class Retraining(Training):
             with self.autocast:
                 outputs = self._forward(inputs)
                 value = self.loss(outputs, targets)
+                if self.distillation is not None:
+                    value = self.distillation(value, all_outputs(outputs)[0], inputs)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
             accuracies.append(batch_accuracy(all_outputs(outputs)[0], targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import TangleNASError, at_least, unknown
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
@@ -25,6 +26,7 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Training
@@ -47,6 +49,10 @@ SPLIT_TOLERANCE = 0.05
 
 Strategy = Literal["alternating", "simultaneous"]
 """The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
+Order = Literal["magnitude", "taylor"]
+"""The importance by which the units of a trained network are put in order: of its weights, or of its loss."""
+ORDER_BATCHES = 8
+"""Batches that the importance by the loss is measured on."""
 Table = Callable[[Architecture], Mapping[str, float]]
 """A function that returns a benchmark's values of an architecture."""
 
@@ -88,6 +94,7 @@ def search(
     warmup_epochs: int = 0,
     targets: Sequence[Target] = (),
     band: tuple[float, float] | None = (0.93, 1.0),
+    order: Order | None = None,
     stop: Stop | None = None,
     loss: Loss = cross_entropy,
     recalibration_batches: int = 8,
@@ -118,6 +125,9 @@ def search(
             for missing them.
         band: The least and the most that a drawn architecture costs, as shares of the tightest target. A supernet that
             trains on such architectures alone ranks them best. None draws from the whole space.
+        order: The importance by which the units of every size are put in order before the search, if the space starts
+            from a trained network: architectures keep the first ones. "magnitude" takes the weights, "taylor" the
+            first-order change of the loss on a few batches. The largest network's outputs stay the same.
         stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.
         loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
@@ -146,6 +156,7 @@ def search(
         warmup_epochs=warmup_epochs,
         targets=targets,
         band=band,
+        order=order,
         stop=stop,
         loss=loss,
         recalibration_batches=recalibration_batches,
@@ -176,6 +187,7 @@ class Search(Training):
         warmup_epochs: int,
         targets: Sequence[Target],
         band: tuple[float, float] | None,
+        order: Order | None,
         stop: Stop | None,
         loss: Loss,
         recalibration_batches: int,
@@ -197,6 +209,9 @@ class Search(Training):
         share = computation.share("search", batch_size)
         self._data, count = data, at_least("search.recalibration_batches", recalibration_batches, 0)
         space.to(self.device).train()
+        if order is not None:
+            for sentence in order_units(space, self._importance(order, batch_size)):
+                session.note(f"search: {sentence}")
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
         self.targets, self.active_targets = targets, _bind_targets(targets, space)
@@ -232,6 +247,20 @@ class Search(Training):
     def takes_architecture_batches(self) -> bool:
         """True if alpha learns from batches of the architecture split."""
         return self.optimizer.learns_architecture
+
+    def _importance(self, order: Order, batch_size: int) -> Importance:
+        """Return the function that says which units matter most.
+
+        Raises:
+            TangleNASError: The order is unknown, or there are fewer samples than a batch.
+        """
+        if order == "magnitude":
+            return magnitude
+        if order != "taylor":
+            raise unknown("search.order", order, ("magnitude", "taylor"))
+        batches = Stream(self._data.plain("weights"), batch_size, seed=self.seed).start()
+        taken = [to_device(batch, self.device) for batch in itertools.islice(batches, ORDER_BATCHES)]
+        return taylor(self.space, self.loss, [(inputs, targets) for inputs, targets in taken])
 
     def result(self) -> SearchResult:
         """Run the search and return its result."""

@@ -163,12 +163,15 @@ class Axis:
     kernels), and "value" is entry j for the j-th distinct value of the size (depths).
     `blocks` repeats the prefix: q, k and v, stacked in one projection, have three.
     `role` is the use of the dimension. `mixture.COVERED` lists the roles that a mixture covers.
+    `unit` is the number of consecutive entries that move as one if units are put in another order, such as the
+    dimensions of a head. None stands for entries whose place has a meaning, which never move.
     """
 
     size: Size
     layout: str = "prefix"
     blocks: int = 1
     role: str = "read"
+    unit: int | None = 1
 
     def __post_init__(self) -> None:
         self.size.number(dict.fromkeys(self.size.rows, 0))  # raises for a choice made per layer, which needs an index
@@ -207,6 +210,9 @@ class Axis:
         return self.size.value(assignment) * self.blocks
 
 
-def stacked(size: Size | Number, blocks: int) -> Axis:
-    """Return a dimension of `blocks` equal blocks, each `size` long, of units that do not mix (heads in q, k, v)."""
-    return Axis(Size.of(size), blocks=blocks, role="unit")
+def stacked(size: Size | Number, blocks: int, unit: int | None = 1) -> Axis:
+    """Return a dimension of `blocks` equal blocks, each `size` long, of units that do not mix (heads in q, k, v).
+
+    A unit has `unit` consecutive entries (see `Axis`).
+    """
+    return Axis(Size.of(size), blocks=blocks, role="unit", unit=unit)

@@ -461,16 +461,22 @@ def gpt2(w, settings, ids):
         q, k, v = conv1d(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(width, 2)
         x = x + conv1d(attended(q, k, v, number), f"{at}.attn.c_proj")
         hidden = conv1d(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
-        assert hidden.shape[-1] == settings["n_inner"] and settings["activation_function"] == "gelu"
-        x = x + conv1d(hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)), f"{at}.mlp.c_proj")
+        assert hidden.shape[-1] == settings["n_inner"]
+        if settings["activation_function"] == "gelu":
+            share = torch.erf(hidden / 2**0.5)
+        else:
+            assert settings["activation_function"] == "gelu_new"
+            share = torch.tanh((2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden**3))
+        x = x + conv1d(hidden * 0.5 * (1 + share), f"{at}.mlp.c_proj")
     return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
 
 
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 @modes
-def test_an_extracted_network_is_a_gpt_2(heads_are, bias):
+def test_an_extracted_network_is_a_gpt_2(heads_are, bias, gelu):
     options = {"num_heads": (2,), "embed_dim": (16,), "mlp_ratio": (1.5,)} if heads_are == "slices" else {}
-    space = gpt(heads=heads_are, bias=bias, **options).eval()
+    space = gpt(heads=heads_are, bias=bias, gelu=gelu, **options).eval()
     chosen = {"layers": 2, "embed_dim": 16, "num_heads": [2, 2], "mlp_ratio": [1.5, 1.5]}
     found, ids = space.extract(space.architecture(**chosen)), torch.randint(7, (3, 6))
     weights, settings = to_hugging_face(found.state_dict(), found.config)

@@ -418,6 +418,7 @@ def test_the_mixture_of_something_else_is_refused(done: Path, refused, tensors, 
     [
         ("discretize", "out/search/supernet.safetensors", []),
         ("retrain", "out/search/supernet.safetensors", ["retrain.mode = 'finetune'"]),
+        ("retrain", "out/search/supernet.safetensors", ["retrain.teacher = 'largest'"]),
         ("evaluate", "out/retrain/model/model.safetensors", []),
     ],
 )

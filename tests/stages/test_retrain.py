@@ -21,6 +21,7 @@ from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
+from tanglenas_engine.training.distillation import Distillation
 from tanglenas_engine.training.losses import auxiliary, cross_entropy
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
@@ -324,3 +325,69 @@ def test_a_loss_that_is_not_one_number(reduction, given):
 
     with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
         retrained(vit, loss=loss)
+
+
+# A teacher
+
+
+def test_the_loss_with_a_teacher_is_the_published_one():
+    teacher, logits = nn.Linear(3, 4), torch.randn(5, 4)
+    x = torch.randn(5, 3)
+    ours, theirs = (logits / 2).softmax(-1), (teacher(x) / 2).softmax(-1)
+    expected = 0.7 * 1.5 + 0.3 * 4 * (theirs * (theirs / ours).log()).sum(-1).mean()
+    found = Distillation(teacher, 0.3, 2.0)(torch.tensor(1.5), logits, x)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad and not teacher.training
+
+
+def test_with_the_whole_weight_on_the_teacher_labels_do_not_matter():
+    def with_labels(number):
+        options = dict(mode="finetune", teacher="largest", teacher_weight=1.0)
+        loss = lambda outputs, targets: cross_entropy(outputs, torch.full_like(targets, number))  # noqa: E731
+        return retrained(vit, loss=loss, **options)["weights"]
+
+    same(with_labels(0), with_labels(1), "the labels")
+
+
+def test_a_retraining_with_a_teacher_that_is_killed_ends_like_one_that_is_not(tmp_path):
+    options = {"mode": "scratch", "teacher": "largest", "temperature": 2.0, "checkpoint_every": 1}
+    whole = retrained(Convolutional, **options)
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+        retrained(Convolutional, **options, checkpoints=checkpoints, progress=CutAfter(2))
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        same(retrained(Convolutional, **options, checkpoints=checkpoints), whole, "the resumed retraining")
+
+
+def test_a_network_with_a_teacher_comes_nearer_to_it():
+    torch.manual_seed(0)
+    space = Convolutional()
+    x = space.example_input(64)
+    data = random_data(space, SPLITS)
+    adam = partial(torch.optim.Adam, lr=0.01)
+    options = dict(mode="finetune", epochs=8, batch_size=4, optimizer=adam, teacher="largest", recalibration_batches=0)
+    teacher = space.extract(space.largest()).eval()(x)
+
+    def distance(weight):
+        network = retrain(space, chosen(space), data, teacher_weight=weight, **options).network
+        return float((network.eval()(x) - teacher).square().mean().detach())
+
+    assert distance(1.0) < distance(0.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"teacher": "smallest"}, "retrain.teacher is 'smallest', expected 'largest' or None"),
+        ({"teacher": "largest", "mode": "inherit"}, "trains nothing that a teacher could teach"),
+        ({"teacher": "largest", "teacher_weight": 1.5}, "retrain.teacher_weight is 1.5, expected a share from 0 to 1"),
+        ({"teacher": "largest", "temperature": 0.0}, "retrain.temperature is 0.0, expected a positive number"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(options, message):
+    with pytest.raises(TangleNASError, match=message):
+        retrained(vit, **options)
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    with pytest.raises(TangleNASError, match=r"\(5, 4\), the network's \(5, 2\): a teacher needs the same classes"):
+        Distillation(nn.Linear(3, 4), 0.5, 1.0)(torch.tensor(0.0), torch.randn(5, 2), torch.randn(5, 3))

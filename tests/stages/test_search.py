@@ -616,3 +616,26 @@ def test_a_loss_that_is_not_one_number(reduction, given):
 
     with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
         searched(noisy_vit, loss=loss)
+
+
+@pytest.mark.parametrize("order", ["magnitude", "taylor"])
+def test_a_search_orders_the_units_of_a_trained_network_first(order):
+    """The rate of learning is 0, so the largest network at the end is the one of the start."""
+    torch.manual_seed(1)
+    space = vit()
+    x = space.example_input(2)
+    with torch.no_grad():
+        for parameter in space.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    before, weight = space.eval()(x), space.norm.weight.clone()
+    still = partial(torch.optim.SGD, lr=0.0)
+    found = searched(space, order=order, weight_optimizer=still)
+    torch.testing.assert_close(space.eval()(x), before, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(space.norm.weight, weight)
+    assert torch.equal(space.norm.weight.sort().values, weight.sort().values)
+    assert found["architecture"]
+
+
+def test_an_order_that_is_none_is_refused():
+    with pytest.raises(TangleNASError, match=r"unknown search\.order 'size'"):
+        searched(vit, order="size")

@@ -148,6 +148,17 @@ SMALL = {
     name: {"image_size": 32, "depth": (2, 1), "num_classes": 10}
     for name in ("autoformer_t", "autoformer_s", "autoformer_b")
 }
+SMALL |= {
+    name: {"image_size": 32, "embed_dim": (24, 32), "num_heads": (1, 2), "depth": (2, 1), "num_classes": 10}
+    for name in ("vit_tiny", "vit_small", "vit_base")
+}
+SMALL["mobilenetv3_large"] = SMALL["mobilenetv3_small"] = {
+    "image_size": 32, "num_classes": 10, "num_features": 24, "expand_share": (0.5, 1),
+    "blocks": (
+        "ds_r1_k3_s1_e1_c8_nre", "ir_r1_k3_s2_e4_c8_nre ir_r1_k3_s1_e2.5_c8_nre", "ir_r2_k5_s2_e3_c16_se0.25",
+        "cn_r1_k1_s1_c16",
+    ),
+}  # fmt: skip
 SMALL["mobilenetv3"] = {
     "image_size": 32, "depth": (2, 1), "width_mult": 0.25, "num_classes": 10,
     "stages": ("s1_c24_nre", "s1_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25"),
@@ -155,6 +166,7 @@ SMALL["mobilenetv3"] = {
 SMALL["toy_conv_macro"] = {"image_size": 16}
 SMALL["nb201"] = {"channels": 4, "cells": 1, "image_size": 8}
 SMALL["darts"] = {"channels": 2, "layers": 3, "image_size": 8}
+SMALL["gpt2"] = {"layers": (2, 1), "embed_dim": (24, 48), "num_heads": (1, 3), "vocab_size": 13, "block_size": 6}
 SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_size": 6}
 """Options that make the large ones fit a test; their widths stay."""
 

@@ -11,8 +11,25 @@ TINY = {
         for name in ("autoformer_t", "autoformer_s", "autoformer_b")
     },
     **{
+        name: {
+            "image_size": 32, "embed_dim": (24, 32), "num_heads": (1, 2), "head_dim": 8, "depth": (2, 3),
+            "num_classes": 10,
+        }
+        for name in ("vit_tiny", "vit_small", "vit_base")
+    },
+    **{
+        name: {
+            "image_size": 32, "in_channels": 1, "num_classes": 10, "num_features": 24, "expand_share": (0.5, 1),
+            "blocks": (
+                "ds_r1_k3_s1_e1_c8_nre", "ir_r1_k3_s2_e4_c8_nre ir_r1_k3_s1_e2.5_c8_nre",
+                "ir_r2_k5_s2_e3_c16_se0.25", "cn_r1_k1_s1_c16",
+            ),
+        }
+        for name in ("mobilenetv3_large", "mobilenetv3_small")
+    },
+    **{
         name: {"layers": (2, 1), "embed_dim": (24, 12), "num_heads": (2, 3), "vocab_size": 13, "block_size": 6}
-        for name in ("gpt", "gpt_char", "gpt_nano")
+        for name in ("gpt", "gpt2", "gpt_char", "gpt_nano")
     },
     **{
         name: {

@@ -1,0 +1,94 @@
+"""The weights that a search starts from: where they are, how they are downloaded, and what identifies them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tanglenas_engine.data import data_path
+from tanglenas_engine.errors import TangleNASError, closest, describe
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.weights import weights_digest
+from tanglenas_engine.spaces.pretrained import load_pretrained
+from tanglenas_engine.spaces.space import SearchSpace
+
+SCRATCH = "scratch"
+"""The source of a search whose weights are newly initialised."""
+HUBS = ("timm", "hf")
+
+
+def pretrained(space: SearchSpace, weights: str = SCRATCH) -> str:
+    """Load the weights that a search starts from, and return their SHA-256, or "" for a search from scratch.
+
+    Bind `pretrained.weights` to a safetensors file, to a folder with config.json and model.safetensors, to `timm:NAME`
+    for a network of timm, or to `hf:OWNER/NAME` for a repository of the Hugging Face hub.
+
+    Raises:
+        TangleNASError: The weights cannot be found or downloaded, or are not those of the space's largest network.
+    """
+    if weights == SCRATCH:
+        return ""
+    path = located(weights)
+    for note in load_pretrained(space, path):
+        if distributed.rank() == 0:
+            print(f"{weights}: {note}", file=sys.stderr)
+    return weights_digest(path)
+
+
+def located(weights: str) -> Path:
+    """Return the file or folder of a source of weights. Those of a hub are downloaded, unless they were before.
+
+    Raises:
+        TangleNASError: timm has no such weights, or they cannot be downloaded.
+    """
+    hub, colon, name = weights.partition(":")
+    if not colon or hub not in HUBS:
+        return data_path(weights)
+    return _downloaded(weights, _repository_of_timm(name) if hub == "timm" else name)
+
+
+def local_digest(weights: str) -> str:
+    """Return the SHA-256 of weights on this machine, or "" where they are a hub's, or missing."""
+    if weights == SCRATCH or weights.partition(":")[0] in HUBS:
+        return ""
+    path = data_path(weights)
+    return weights_digest(path) if path.exists() else ""
+
+
+def _repository_of_timm(name: str) -> str:
+    """Return the repository on the Hugging Face hub with the weights of one of timm's networks."""
+    import timm
+
+    model = name.partition(".")[0]
+    if not timm.is_model(model):
+        raise TangleNASError(f"timm has no network {model!r}.{closest(model, timm.list_models())}")
+    tags = timm.list_pretrained(f"{model}.*")
+    config = timm.get_pretrained_cfg(name) if "." not in name or name in tags else None
+    repository = config and config.hf_hub_id
+    if not repository:
+        listed = ", ".join(tags) or "none on the Hugging Face hub"
+        raise TangleNASError(f"timm has no weights {name!r} to download: those of {model!r} are {listed}")
+    return str(repository)
+
+
+def _downloaded(weights: str, repository: str) -> Path:
+    """Download a repository's config and safetensors files, or find them in the cache of huggingface_hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise TangleNASError(
+            f"cannot download {weights} (the repository {repository} of the Hugging Face hub): {describe(error)}. "
+            "Check the name and the network. Without a network, download it elsewhere "
+            f"(`hf download {repository} --local-dir FOLDER`), copy the folder here, and give its path in place of the "
+            "name"
+        ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise TangleNASError(
+            f"{weights}: the repository {repository} has no safetensors file, only weights that may run code when they "
+            "are read. Choose a repository with model.safetensors, or convert them where you trust them"
+        )
+    return folder

@@ -1,0 +1,120 @@
+"""The weights that a search starts from: by a path or by a name on a hub, and in the lineage of what was found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gin
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from project import set_params
+from spaces import vit
+from stages import arguments, forget_settings
+
+from pipelines import search
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import write_environment
+from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline.configurables import create
+from tanglenas_engine.pipeline.files import SUPERNET
+from tanglenas_engine.pipeline.pretrained import located, pretrained
+from tanglenas_engine.runtime.weights import save_weights, weights_digest, weights_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+"""MLflow's own models, on SQLAlchemy 2.1."""
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch):
+    forget_settings(monkeypatch)
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The repositories that are asked for; a folder of the hub's cache stands for each."""
+    found = []
+
+    def snapshot_download(repository, allow_patterns):
+        found.append(repository)
+        space = vit()
+        space.export(space.extract(space.largest()), space.largest(), tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return found
+
+
+@pytest.mark.parametrize(
+    "weights, repository",
+    [
+        ("timm:deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k"),
+        ("timm:mobilenetv3_large_100.ra_in1k", "timm/mobilenetv3_large_100.ra_in1k"),
+        ("hf:someone/their-vit", "someone/their-vit"),
+    ],
+)
+def test_a_name_on_a_hub_is_a_folder_in_the_cache(asked, weights, repository, tmp_path, capsys):
+    assert located(weights) == tmp_path / "cache" and asked == [repository]
+    space = vit()
+    assert pretrained(space, weights) == weights_digest(tmp_path / "cache")
+    assert f"{weights}: the largest network's outputs equal" in capsys.readouterr().err
+
+
+def test_a_repository_without_safetensors_is_refused(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(TangleNASError, match="only weights that may run code"):
+        located("hf:someone/pickled")
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ("timm:deit_tinny_patch16_224", "timm has no network 'deit_tinny_patch16_224'. Did you mean 'deit_tiny_patch"),
+        ("timm:deit_tiny_patch16_224.mine", "timm has no weights 'deit_tiny_patch16_224.mine' to download: .*fb_in1k"),
+        ("hf:not a name", "cannot download hf:not a name"),
+        ("elsewhere/model.safetensors", "no weights at elsewhere/model.safetensors"),
+    ],
+)
+def test_a_source_that_is_none_is_one_sentence(weights, message):
+    with pytest.raises(TangleNASError, match=message):
+        pretrained(vit(), weights)
+
+
+def test_without_a_network_it_is_said_how_to_bring_the_weights(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        TangleNASError, match=r"hf download timm/deit_tiny_patch16_224\.fb_in1k --local-dir FOLDER"
+    ) as it:
+        located("timm:deit_tiny_patch16_224")
+    assert LocalEntryNotFoundError.__name__ in str(it.value) and "\n" not in str(it.value)
+
+
+def test_a_search_starts_from_weights_and_its_lineage_has_their_digest(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    project = shutil.copytree(template, tmp_path / "project")
+    monkeypatch.chdir(project)
+    configure(arguments(project, "search"))
+    _, space, _ = create()
+    for parameter in space.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    space.export(space.extract(space.largest()), space.largest(), Path("start"))
+    set_params(project, search={"weights": "start", "epochs": 1, "warmup_epochs": 0})
+
+    search.main(arguments(project, "search"))
+    told = capsys.readouterr().err
+    assert "start: the largest network's outputs equal" in told
+    assert weights_metadata(SUPERNET)["weights_sha256"] == weights_digest("start")
+
+    names = ["autoformer_nano", "drnas", "digits"]
+    write_environment([*names, "start"])
+    first = Path("environment.json").read_text()
+    save_weights("start/model.safetensors", space.standalone(space.largest()).state_dict())
+    write_environment([*names, "start"])
+    assert Path("environment.json").read_text() != first
+    for source in ([], ["scratch"], ["timm:deit_tiny_patch16_224"]):
+        write_environment([*names, *source])
+        assert "weights" not in json.loads(Path("environment.json").read_text())

@@ -1,0 +1,175 @@
+"""A space starts from a trained network: its largest network then computes what that network computes."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from spaces import vit
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from tiny import tiny
+
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.weights import INDEX, OtherWeightsError, save_weights
+from tanglenas_engine.spaces.pretrained import load_pretrained
+
+SHAPE = dict(embed_dim=(8, 16), depth=(1, 3), num_heads=(2, 4), mlp_ratio=(4, 2), head_dim=4, image_size=8)
+MODEL = dict(
+    img_size=8, patch_size=2, in_chans=1, num_classes=3, embed_dim=16, depth=3, num_heads=4, mlp_ratio=4,
+    global_pool="token",
+)  # fmt: skip
+
+
+def folder_of_timm(folder, **changes):
+    """A folder as timm writes it, of one of timm's own networks with random weights."""
+    options = {**MODEL, **changes}
+    classes, pool = options.pop("num_classes"), options.pop("global_pool")
+    torch.manual_seed(1)
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=classes, global_pool=pool, **options)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_for_hf(network, folder, model_args=options, safe_serialization=True)
+    return network.eval()
+
+
+def space(**options):
+    return vit(**{**SHAPE, "global_pool": "token", **options})
+
+
+def test_the_largest_network_is_the_one_of_a_folder_that_timm_wrote(tmp_path):
+    network, found = folder_of_timm(tmp_path), space()
+    (note,) = load_pretrained(found, tmp_path)
+    assert "outputs equal those of the network" in note
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(found.eval()(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pooling_that_differs_is_named_after_the_outputs_differed(tmp_path):
+    folder_of_timm(tmp_path)
+    with pytest.raises(OtherWeightsError, match=r"outputs .* differ .* global_pool is 'token' there and 'avg' here"):
+        load_pretrained(space(global_pool="avg"), tmp_path)
+
+
+def test_a_head_of_other_classes_is_left_out_and_the_rest_is_compared(tmp_path):
+    network, found = folder_of_timm(tmp_path, num_classes=7), space()
+    head = found.head.weight.clone()
+    first, second = load_pretrained(found, tmp_path)
+    assert "head.weight" in first and "another number of classes" in first and "equal" in second
+    assert torch.equal(found.head.weight, head)
+    assert torch.equal(found.norm.weight, network.norm.weight)
+
+
+def test_positions_of_another_grid_are_resampled(tmp_path):
+    folder_of_timm(tmp_path, img_size=12)
+    found = space()
+    assert "equal those" in load_pretrained(found, tmp_path)[-1]
+    assert found.pos_embed.shape == (1, 17, 16)
+
+
+def test_a_folder_that_was_exported_starts_a_search_again(tmp_path):
+    found = space()
+    found.export(found.extract(found.largest()), found.largest(), tmp_path)
+    assert "equal those" in load_pretrained(space(), tmp_path)[-1]
+    gpt = tiny("gpt_nano")
+    gpt.export(gpt.extract(gpt.largest()), gpt.largest(), tmp_path / "gpt")
+    assert "equal those" in load_pretrained(tiny("gpt_nano"), tmp_path / "gpt")[-1]
+
+
+@pytest.mark.parametrize("name", ["toy_conv_macro", "gpt_nano", "mobilenetv3_nano", "nb201_nano"])
+def test_a_supernet_starts_from_another_s_file(tmp_path, name):
+    there, here = tiny(name), tiny(name)
+    save_weights(tmp_path / "supernet.safetensors", {f"module.{k}": v for k, v in there.state_dict().items()})
+    prefix, alone = load_pretrained(here, tmp_path / "supernet.safetensors")
+    assert "'module.'" in prefix and "a file alone" in alone
+    assert all(torch.equal(a, b) for a, b in zip(there.state_dict().values(), here.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_converted_and_it_is_said(tmp_path, dtype):
+    folder_of_timm(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    found = space()
+    first, second = load_pretrained(found, tmp_path)
+    assert f"weights in {str(dtype)[6:]} were converted to float32" in first and "equal" in second
+    assert found.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"depth": 2}, r"lacks blocks\.2\.norm1\.weight and \d+ more\. The largest options .* depth 3"),
+        ({"depth": 4}, r"the space has no blocks\.3\.\S+ and \d+ more"),
+        ({"embed_dim": 24}, r"cls_token is \(1, 1, 24\) there and \(1, 1, 16\) here and \d+ more"),
+        ({"in_chans": 3}, r"proj\.weight is \(16, 3, 2, 2\) there and \(16, 1, 2, 2\) here\."),
+    ],
+)
+def test_another_network_is_refused_with_what_would_fit(tmp_path, changes, message):
+    folder_of_timm(tmp_path, **changes)
+    with pytest.raises(OtherWeightsError, match=message + r".*create_space\.OPTION"):
+        load_pretrained(space(), tmp_path)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    save_weights(tmp_path / "w.safetensors", tiny("toy_conv_macro").state_dict())
+    with pytest.raises(OtherWeightsError, match=r"lacks cls_token and \d+ more; the space has no conv1\.\w+"):
+        load_pretrained(space(), tmp_path / "w.safetensors")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder with weights in two files."""
+    folder_of_timm(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
+    for file in set(names.values()):
+        save_file({name: state[name] for name in state if names[name] == file}, tmp_path / file)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
+    return tmp_path
+
+
+def test_a_folder_of_several_files(shards):
+    found = space()
+    load_pretrained(found, shards)
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(TangleNASError, match=r"lacks 1 of the 2 files .* model-00002-of-00002\.safetensors"):
+        load_pretrained(found, shards)
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": "../../w.safetensors"}}', "[]", "{}", "nothing"])
+def test_an_index_that_is_none_is_refused(shards, text):
+    (shards / INDEX).write_text(text)
+    with pytest.raises(TangleNASError, match="no weight_map of tensors to files beside it"):
+        load_pretrained(space(), shards)
+
+
+def test_a_tensor_that_no_file_has_is_refused(shards):
+    index = json.loads((shards / INDEX).read_text())
+    index["weight_map"]["lost"] = "model-00001-of-00002.safetensors"
+    (shards / INDEX).write_text(json.dumps(index))
+    with pytest.raises(TangleNASError, match="names 'lost', which no file has"):
+        load_pretrained(space(), shards)
+
+
+def test_pickles_are_refused_with_how_to_convert_them(tmp_path):
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(TangleNASError, match=r"safetensors\.torch\.save_file\(torch\.load"):
+            load_pretrained(space(), path)
+    with pytest.raises(TangleNASError, match=re.escape(f"no weights at {tmp_path / 'missing'}")):
+        load_pretrained(space(), tmp_path / "missing")
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    folder_of_timm(tmp_path)
+    found = space()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_pretrained(found, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert isinstance(found.standalone(found.largest()), VisionTransformer)
