@@ -76,7 +76,7 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
     path = root / ARCHITECTURE
     architecture = Architecture.from_json(_text(path)) if path.exists() else None
     try:
-        runs, trouble = records.evaluated(root), ""
+        runs, trouble = records.read(root).evaluated, ""
     except Exception as error:
         runs, trouble = [], reason(error)
     if architecture is None and not runs:
