@@ -174,20 +174,23 @@ def _metrics(parts: Mapping[str, Any]) -> dict[str, float]:
     return {name: math.nan if _finite(value) is None else value for name, value in found.items()}
 
 
-def histories(root: Path, run_id: str, names: Sequence[str]) -> dict[str, dict[int, float]]:
-    """Return metrics of a run by step; one that the run lacks is empty.
+def histories(root: Path, run_ids: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
+    """Return metrics of runs by step. A metric that a run lacks is empty, and numbers that are not finite are left out.
 
     Raises:
         Exception: The store does not answer.
     """
     client = Store.of(root).connect()
     return {
-        name: {
-            metric.step: metric.value
-            for metric in client.get_metric_history(run_id, name)
-            if _finite(metric.value) is not None
+        run_id: {
+            name: {
+                metric.step: metric.value
+                for metric in client.get_metric_history(run_id, name)
+                if _finite(metric.value) is not None
+            }
+            for name in names
         }
-        for name in names
+        for run_id in run_ids
     }
 
 
