@@ -105,6 +105,7 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
         if curve.band is not None:
             axes.fill_between(curve.seconds / seconds, *curve.band, step="post", color=look["color"], alpha=0.18,
                               linewidth=0)  # fmt: skip
+    axes.set_title(f"the search so far: mean, {100 * LEVEL:.0f} % interval over seeds")
     axes.set_xlim(left=0)
     axes.set_xlabel(f"processor time of the search ({unit})")
     axes.set_ylabel(VALUES[drawn.value])

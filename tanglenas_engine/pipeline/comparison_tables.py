@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from tanglenas_engine.pipeline.comparison import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Table, metric_of
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
+WORDS = ("metric", "group", "minus")
+"""The columns of tables that hold no numbers."""
 MEANING = (
     f"Intervals are {100 * LEVEL:.0f} % percentile bootstraps of the mean over seeds. For few seeds they are too "
     "short: for normal values, 3 seeds cover the true mean in 76 %, 5 in 83 % and 10 in 90 % of cases."
 )
 DIFFERENCES = (
-    "A difference is the mean over common seeds of the group minus the other. Seeds for a claim: the least n with which "
-    f"a two-sided paired t-test at {100 * (1 - LEVEL):.0f} % shows a mean difference d of standard deviation s with "
-    f"probability {POWER} (noncentral t, n - 1 degrees of freedom, noncentrality d sqrt(n) / s; about 7.85 (s / d)^2 + "
-    "2). It assumes independent normal differences, and takes the measured d and s for the true ones, which few seeds "
-    "know only roughly. Where nothing differs, one comparison in twenty still shows a difference at 5 %: name the "
-    "metric of your claim before you look."
+    "A difference is the mean over common seeds of the group minus the other. Seeds for a claim: the least n with "
+    f"which a two-sided paired t-test at {100 * (1 - LEVEL):.0f} % shows a mean difference d of standard deviation s "
+    f"with probability {POWER} (noncentral t, n - 1 degrees of freedom, noncentrality d sqrt(n) / s; about "
+    "7.85 (s / d)^2 + 2). It assumes independent normal differences, and takes the measured d and s for the true ones, "
+    "which few seeds know only roughly. Where nothing differs, one comparison in twenty still shows a difference at "
+    "5 %: name the metric of your claim before you look."
 )
 
 
@@ -150,7 +152,7 @@ def _lines(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as a Markdown table with columns of equal width. Numbers are at the right."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = [name not in ("metric", "group", "minus") for name in rows[0]]
+    right = [name not in WORDS for name in rows[0]]
 
     def line(cells: Sequence[str]) -> str:
         placed = zip(cells, widths, right, strict=True)

@@ -201,6 +201,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 "dataset": dataset.name,
                 "optimizer": optimizer,
             },
+            clock=lambda: {f"{name}/{key}": meter.read()[key] for key in ("seconds", "processor_seconds")},
         ) as tracker:
             if tracker.run_id:
                 write_atomic(record, tracker.run_id)
