@@ -200,7 +200,8 @@ def names_of_params(root: Path) -> dict[str, str]:
         text = (root / "dvc.yaml").read_text("utf-8")
     except (OSError, ValueError):
         text = ""
-    return {"OPTIMIZER": "optimizer", "SPACE": "space", "DATASET": "dataset", **dict(BINDING.findall(text))}
+    macros = {name: name.lower() for name in ("OPTIMIZER", "SPACE", "DATASET", "RECIPE")}
+    return {**macros, **dict(BINDING.findall(text))}
 
 
 def _name(run: Any) -> str:
