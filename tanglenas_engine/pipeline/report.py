@@ -168,14 +168,14 @@ def _points(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compared(found: records.Records, root: Path) -> list[tuple[str, list[list[list[str]]], list[str]]]:
-    """Return the title, the tables of text and the notes of each part of a comparison of all runs."""
+    """Return the title, the tables of text and the notes of each part of a comparison of all runs, its notes first."""
     try:
         comparison = compare_rows(found, records.names_of_params(root))
     except TangleNASError:  # there is no run to compare
         return []
     shown_metrics = [name for name in comparison.metrics if name in COMPARED]
     comparison = replace(comparison, metrics=shown_metrics)
-    parts = []
+    parts: list[tuple[str, list[list[list[str]]], list[str]]] = [("", [], list(comparison.notes))]
     for table in comparison.tables:
         differences = [one for one in table.differences if one.metric in shown_metrics]
         pairs = [difference_rows(replace(table, differences=differences))] * bool(differences)
