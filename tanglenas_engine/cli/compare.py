@@ -37,5 +37,11 @@ def command(by: str, against: str | None, metrics: tuple[str, ...], out: Path | 
         write_atomic(out / "compare.md", text)
         write_atomic(out / "compare.csv", table_csv(comparison))
         write_atomic(out / "compare.tex", latex(comparison))
-        write_atomic(out / "compare.png", draw(comparison, read_curves(root, comparison)))
+        curves = read_curves(root, comparison)
+        write_atomic(out / "compare.png", draw(comparison, curves))
+        if spread := sorted({curve.label for each in curves for curve in each.curves if curve.spread}):
+            click.echo(
+                f"\nSearches of {', '.join(spread)} logged no time by epoch: the figure spreads their time evenly.",
+                err=True,
+            )
         click.echo(f"\n{out}: compare.md, compare.csv, compare.tex and compare.png", err=True)

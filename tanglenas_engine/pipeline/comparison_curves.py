@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,9 @@ Vector = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean of a group's searches over seeds, at moments that all of them reached.
+    """The mean of a group's searches over seeds, from the moment on at which all of them had a value.
+
+    A search that has ended keeps its last value.
 
     Attributes:
         label: The group.
@@ -85,7 +88,7 @@ def _curves(table: Table, found: Mapping[str, Mapping[str, Mapping[int, float]]]
 
 
 def _curve(group: Group, value: str, found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Curve | None:
-    """Return the curve of a group, or None where its searches left no records, or share no moment."""
+    """Return the curve of a group, or None where its searches left no records."""
     paths, derived, spread = [], True, False
     for run in group.runs.values():
         history = found.get(run["search_id"], {})
@@ -94,7 +97,7 @@ def _curve(group: Group, value: str, found: Mapping[str, Mapping[str, Mapping[in
             continue
         last, total = max(values), run["metrics"].get(f"search_{TIME}")
         if not set(values) <= set(clock):
-            if total is None:
+            if total is None or not math.isfinite(total):
                 continue
             clock, spread = {epoch: total * epoch / last for epoch in values}, True
         epochs = sorted(values)
@@ -102,9 +105,7 @@ def _curve(group: Group, value: str, found: Mapping[str, Mapping[str, Mapping[in
         derived = derived and bool(history.get("search/entropy"))
     if not paths:
         return None
-    first, end = max(times[0] for times, _ in paths), min(times[-1] for times, _ in paths)
-    if not np.isfinite(end) or end < first:
-        return None
+    first, end = max(times[0] for times, _ in paths), max(times[-1] for times, _ in paths)
     seconds = np.linspace(first, end, POINTS)
     # At each moment a search has the value of its last finished epoch.
     each = np.stack([values[np.searchsorted(times, seconds, side="right") - 1] for times, values in paths])

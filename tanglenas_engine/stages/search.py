@@ -142,27 +142,11 @@ def search(
     if strategy not in kinds:
         raise TangleNASError(f"search.strategy is {strategy!r}, expected 'alternating' or 'simultaneous'")
     return kinds[strategy](
-        space,
-        optimizer,
-        data,
-        epochs=epochs,
-        seconds=seconds,
-        clock=clock,
-        batch_size=batch_size,
-        weight_optimizer=weight_optimizer,
-        architecture_optimizer=architecture_optimizer,
-        scheduler=scheduler,
-        warmup_epochs=warmup_epochs,
-        targets=targets,
-        band=band,
-        stop=stop,
-        loss=loss,
-        recalibration_batches=recalibration_batches,
-        seed=seed,
-        table=table,
-        computation=computation,
-        session=session,
-    ).result()
+        space, optimizer, data, epochs=epochs, seconds=seconds, clock=clock, batch_size=batch_size,
+        weight_optimizer=weight_optimizer, architecture_optimizer=architecture_optimizer, scheduler=scheduler,
+        warmup_epochs=warmup_epochs, targets=targets, band=band, stop=stop, loss=loss,
+        recalibration_batches=recalibration_batches, seed=seed, table=table, computation=computation, session=session,
+    ).result()  # fmt: skip
 
 
 class Search(Training):

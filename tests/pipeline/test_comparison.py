@@ -202,6 +202,7 @@ def test_the_command_reads_the_store_of_the_project(tmp_path, monkeypatch):
     assert found.exit_code == 0, found.output
     assert "gdas toy_cell s0" in found.stdout and "(evaluate: failed)" in found.stdout
     assert Path("result/compare.md").read_text() == found.stdout
+    assert "Searches of spos logged no time by epoch" in found.stderr
     assert {path.name for path in Path("result").iterdir()} == {f"compare.{end}" for end in ("md", "csv", "tex", "png")}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.stdout.splitlines()]
     assert ["search, processor time (s)", "drnas", "2", "40.0", "0.0", "40.0 to 40.0"] in lines
