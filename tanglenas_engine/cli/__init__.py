@@ -20,6 +20,7 @@ COMMANDS = (
     "latency",
     "tables",
     "pool",
+    "compare",
     "report",
     "doctor",
 )

@@ -26,17 +26,19 @@ def pipeline_metrics(stage: str) -> dict[str, float]:
     DVC may have skipped the stages before, or fetched their files from its cache.
     """
     found: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-    memory: list[float] = []
+    used: dict[str, dict[str, float]] = {}
     for name in STAGES[: STAGES.index(stage) + 1]:
         metrics, run = (_content(path) for path in (METRICS / f"{name}.json", OUT / f"{name}.run.json"))
         found |= {shared: metrics[key] for key, shared in COMPARED[name].items() if _is_number(metrics.get(key))}
-        used = run.get("used")
-        if isinstance(used, dict) and _is_number(used.get("seconds")):
-            seconds[f"{name}_seconds"] = used["seconds"]
-            memory += [used["peak_memory_MiB"]] if _is_number(used.get("peak_memory_MiB")) else []
-    peak = {"peak_memory_MiB": max(memory)} if memory else {}
-    return {**found, **seconds, **({"seconds": round(sum(seconds.values()), 1)} if seconds else {}), **peak}
+        costs = run.get("used")
+        used[name] = (
+            {key: value for key, value in costs.items() if _is_number(value)} if isinstance(costs, dict) else {}
+        )
+    for key in ("seconds", "processor_seconds"):
+        by_stage = {f"{name}_{key}": costs[key] for name, costs in used.items() if key in costs}
+        found |= {**by_stage, **({key: round(sum(by_stage.values()), 1)} if by_stage else {})}
+    memory = [costs["peak_memory_MiB"] for costs in used.values() if "peak_memory_MiB" in costs]
+    return {**found, **({"peak_memory_MiB": max(memory)} if memory else {})}
 
 
 def _content(path: Path) -> dict[str, Any]:

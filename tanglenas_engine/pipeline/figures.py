@@ -311,16 +311,23 @@ def predictions(predicted: Sequence[float], measured: Sequence[float], path: str
 def _drawing(path: str | Path, height: float) -> Iterator[Figure]:
     """Open a figure `height` inches high, and write it to `path` when the block ends."""
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]):  # not the user's matplotlibrc: equal input gives equal bytes
         figure = Figure(figsize=(WIDTH, height))
         yield figure
-        buffer = io.BytesIO()
-        # The file would name matplotlib's release otherwise.
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
-    write_atomic(path, buffer.getvalue())
+        content = png(figure)
+    write_atomic(path, content)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG, byte-equal for an equal figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # The file would name matplotlib's release otherwise.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
 
 
 def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

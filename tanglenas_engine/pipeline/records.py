@@ -1,11 +1,14 @@
-"""Reads what finished stages left, for the commands `tanglenas show`, `export` and `report`."""
+"""Reads what finished stages left, for the commands `tanglenas show`, `export`, `report` and `compare`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gin
 
@@ -16,8 +19,32 @@ from tanglenas_engine.pipeline.configurables import create_dataset
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.store import PARENT, Store
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 LARGEST = 1e18
 """The size from which a number of a run counts as none. An axis has no room for it."""
+STAGE, PIPELINE_ID = "tanglenas.stage", "tanglenas.pipeline_id"
+BINDING = re.compile(r"""'([\w./]+) = "?\$\{([\w.]+)\}"?'""")
+"""A binding in dvc.yaml whose value is one of params.yaml, such as `'target.share = ${search.target_share}'`."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The evaluations of a project, and its runs that did not get there.
+
+    Attributes:
+        evaluated: One row for each finished evaluation, oldest first. A row has `run_id`, `search_id` (the run of its
+            search), `name`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs`,
+            `accuracy` in % and, for a text, `perplexity`, each None where the run lacks it. `settings` has the
+            parameters of all stages of its pipeline but the seed. `metrics` has the numbers of the evaluation, and
+            what the stages cost: `search_seconds`, `search_processor_seconds`, `seconds`, `processor_seconds` and
+            `peak_memory_MiB`. A number that is not finite is NaN.
+        unfinished: The names of pipelines without a finished evaluation, with the stage and the status of each.
+    """
+
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
 
 
 def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
@@ -38,73 +65,155 @@ def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
     return {**dataset.space_options(), **bound}, dataset
 
 
-def evaluated(root: Path) -> list[dict[str, Any]]:
-    """Return one row for each finished evaluation of a project, oldest first.
-
-    A row has `run_id`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs`,
-    `accuracy` in % and, for a text, `perplexity`, each None where the run lacks it. `settings` has the parameters of
-    all stages of its pipeline but the seed.
+def read(root: Path) -> Records:
+    """Return the runs of a project's MLflow store.
 
     Raises:
         Exception: The store does not answer.
     """
     store = Store.of(root)
     if store.own and not (root / "mlflow.db").exists():
-        return []
-    client = store.connect()
+        return Records()
+    found = _runs(store.connect())
+    pipelines = {run.info.run_id: run for run in found if run.data.tags[STAGE] == "pipeline"}
+    stages = [run for run in found if run.data.tags[STAGE] in STAGES]
+    # A stage that DVC skipped is nested in the pipeline that ran it, which had the same search.
+    siblings: dict[tuple[str | None, str], list[Any]] = {}
+    for run in stages:
+        if run.info.status == "FINISHED":
+            for pipeline in {run.data.tags.get(PIPELINE_ID), run.data.tags.get(PARENT)}:
+                siblings.setdefault((pipeline, run.data.tags[STAGE]), []).append(run)
+    rows = []
+    for run in stages:
+        if run.data.tags[STAGE] == "evaluate" and run.info.status == "FINISHED":
+            parts = {name: part for name in STAGES[:-1] if (part := _before(run, name, siblings))} | {"evaluate": run}
+            rows.append(_row(parts, pipelines.get(run.data.tags.get(PARENT))))
+    done = {run.data.tags.get(PARENT) for (_, stage), runs in siblings.items() if stage == "evaluate" for run in runs}
+    unfinished = [
+        f"{_name(pipeline)} ({_last(stages, run_id)})" for run_id, pipeline in pipelines.items() if run_id not in done
+    ]
+    return Records(rows, unfinished)
+
+
+def _runs(client: MlflowClient) -> list[Any]:
+    """Return all runs of pipelines and of stages, the oldest first."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs: list[Any] = []
+    found: list[Any] = []
     page = None
     while True:
-        query = "attributes.status = 'FINISHED' AND tags.`tanglenas.stage` != ''"
-        found = client.search_runs(experiments, query, order_by=["attributes.start_time"], page_token=page)
-        runs += found
-        if not (page := found.token):
-            break
-    # A stage that DVC skipped is nested in the pipeline that ran it, which had the same search.
-    siblings: dict[tuple[Any, str], Any] = {}
-    for run in runs:
-        for pipeline in (run.data.tags.get("tanglenas.pipeline_id"), run.data.tags.get(PARENT)):
-            siblings[pipeline, run.data.tags["tanglenas.stage"]] = run
+        query = f"tags.`{STAGE}` != ''"
+        batch = client.search_runs(experiments, query, order_by=["attributes.start_time"], page_token=page)
+        found += batch
+        if not (page := batch.token):
+            return found
+
+
+def _before(evaluation: Any, stage: str, siblings: Mapping[tuple[str | None, str], Sequence[Any]]) -> Any:
+    """Return the run of a stage that an evaluation followed: the last one before it, or else the first; or None."""
+    tags = evaluation.data.tags
+    runs = siblings.get((tags.get(PARENT, ""), stage)) or siblings.get((tags.get(PIPELINE_ID, ""), stage)) or []
+    earlier = [run for run in runs if run.info.start_time <= evaluation.info.start_time]
+    return earlier[-1] if earlier else next(iter(runs), None)
+
+
+def _row(parts: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
+    """Return the row of an evaluation.
+
+    Args:
+        parts: The run of each stage of its pipeline that is known.
+        pipeline: The run in which it is nested, or None.
+    """
+    run, search = parts["evaluate"], parts.get("search")
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
     # The optimizer is a parameter of the search, not of the evaluation.
-    optimizers = {
-        run.data.tags.get("tanglenas.pipeline_id"): run.data.params.get("OPTIMIZER")
-        for run in runs
-        if run.data.tags["tanglenas.stage"] == "search"
+    optimizer = search.data.params.get("OPTIMIZER") if search else None
+    return {
+        "run_id": run.info.run_id,
+        "search_id": search.info.run_id if search else None,
+        "name": _name(pipeline or run),
+        "date": _date(run.info.start_time),
+        "space": _told(tags.get("space")),
+        "dataset": _told(tags.get("dataset")),
+        "optimizer": _told(optimizer),
+        "seed": _told(params.get("SEED")),
+        "digest": _told(tags.get("architecture.digest")),
+        "commit": _told(tags.get("git.sha")),
+        "params": _finite(metrics.get("final/params")),
+        "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # flops: an older run
+        "accuracy": _finite(metrics.get("final/test_accuracy")),
+        "perplexity": _finite(metrics.get("final/test_perplexity")),
+        "settings": {
+            shown(name, 80): shown(value, 80)
+            for part in parts.values()
+            for name, value in part.data.params.items()
+            if name != "SEED"
+        },
+        "metrics": _metrics(parts),
     }
-    rows = []
-    for run in runs:
-        tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
-        if tags["tanglenas.stage"] == "evaluate":
-            rows.append(
-                {
-                    "run_id": run.info.run_id,
-                    "date": _date(run.info.start_time),
-                    "space": _told(tags.get("space")),
-                    "dataset": _told(tags.get("dataset")),
-                    "optimizer": _told(optimizers.get(tags.get("tanglenas.pipeline_id"))),
-                    "seed": _told(params.get("SEED")),
-                    "digest": _told(tags.get("architecture.digest")),
-                    "commit": _told(tags.get("git.sha")),
-                    "params": _finite(metrics.get("final/params")),
-                    "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # flops: an older run
-                    "accuracy": _finite(metrics.get("final/test_accuracy")),
-                    "perplexity": _finite(metrics.get("final/test_perplexity")),
-                    "settings": _settings(run, siblings),
-                }
-            )
-    return rows
 
 
-def _settings(evaluation: Any, siblings: Mapping[tuple[Any, str], Any]) -> dict[str, str]:
-    """Return the parameters of the pipeline that led to an evaluation, without the seed."""
-    tags, found = evaluation.data.tags, {}
-    for stage in STAGES[:-1]:
-        nested = siblings.get((tags.get(PARENT, ""), stage))
-        if run := nested or siblings.get((tags.get("tanglenas.pipeline_id", ""), stage)):
-            found.update(run.data.params)
-    found.update(evaluation.data.params)
-    return {shown(name, 80): shown(value, 80) for name, value in found.items() if name != "SEED"}
+def _metrics(parts: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of an evaluation and the costs of its stages. One that is not finite is NaN."""
+    found = {
+        shown(name.removeprefix("final/"), 80): value
+        for name, value in parts["evaluate"].data.metrics.items()
+        if name.startswith("final/")
+    }
+    used = {
+        stage: {name.removeprefix("stage/"): value for name, value in run.data.metrics.items()}
+        for stage, run in parts.items()
+    }
+    for name in ("seconds", "processor_seconds"):
+        if name in used.get("search", {}):
+            found[f"search_{name}"] = used["search"][name]
+        if all(name in used.get(stage, {}) for stage in STAGES):
+            found[name] = sum(numbers[name] for numbers in used.values())
+    for name in ("peak_memory_MiB", "peak_gpu_memory_MiB"):
+        if peaks := [numbers[name] for numbers in used.values() if name in numbers]:
+            found[name] = max(peaks)
+    return {name: math.nan if _finite(value) is None else value for name, value in found.items()}
+
+
+def histories(root: Path, run_ids: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
+    """Return metrics of runs by step. A metric that a run lacks is empty, and numbers that are not finite are left out.
+
+    Raises:
+        Exception: The store does not answer.
+    """
+    client = Store.of(root).connect()
+    return {
+        run_id: {
+            name: {
+                metric.step: metric.value
+                for metric in client.get_metric_history(run_id, name)
+                if _finite(metric.value) is not None
+            }
+            for name in names
+        }
+        for run_id in run_ids
+    }
+
+
+def names_of_params(root: Path) -> dict[str, str]:
+    """Return the names in params.yaml of bindings, such as `search.target` for `target.value`, as dvc.yaml says."""
+    try:
+        text = (root / "dvc.yaml").read_text("utf-8")
+    except (OSError, ValueError):
+        text = ""
+    macros = {name: name.lower() for name in ("OPTIMIZER", "SPACE", "DATASET", "RECIPE")}
+    return {**macros, **dict(BINDING.findall(text))}
+
+
+def _name(run: Any) -> str:
+    """Return the name of a run, with that of its DVC experiment where there is one, or else the start of its id."""
+    told = run.data.tags.get("dvc.exp_name") or run.info.run_id[:8]
+    return f"{shown(run.info.run_name, 80)} [{shown(told, 80)}]"
+
+
+def _last(stages: Sequence[Any], pipeline: str) -> str:
+    """Return the last stage of a pipeline and its status."""
+    runs = [run for run in stages if run.data.tags.get(PARENT) == pipeline]
+    return f"{runs[-1].data.tags[STAGE]}: {runs[-1].info.status.lower()}" if runs else "no stage"
 
 
 def _date(milliseconds: Any) -> datetime:

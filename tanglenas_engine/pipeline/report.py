@@ -7,15 +7,16 @@ import io
 import json
 import re
 import shlex
-import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline.comparison import compare_rows
+from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.figures import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
 from tanglenas_engine.pipeline.headline import headline
@@ -23,8 +24,8 @@ from tanglenas_engine.pipeline.params import parsed, swept
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
 
-MOST_NAMED = 3
-"""The most settings that the page names to tell groups of runs apart."""
+COMPARED = ("test_accuracy", "test_loss", "test_perplexity", "macs", "search_processor_seconds")
+"""The metrics by which the page compares runs. `tanglenas compare` has more."""
 TEMPLATE = Path(__file__).with_name("report.html")
 FIGURES = {
     "Anytime curve": "search/anytime.png",
@@ -33,31 +34,6 @@ FIGURES = {
     "Architecture": "evaluate/architecture.png",
     "Training of the final network": "retrain/training.png",
 }
-
-
-@dataclass(frozen=True)
-class Group:
-    """Evaluated runs that differ in nothing but their seeds.
-
-    Attributes:
-        differs: The settings in which it differs from other groups of the same optimizer, space and dataset.
-        quality: The test metric of each seed, that of the latest run where a seed ran again.
-        unit: "%" for an accuracy, or "perplexity".
-        macs: The mean of the multiply-accumulates, or None.
-    """
-
-    label: str
-    differs: str
-    quality: tuple[float, ...]
-    unit: str
-    macs: float | None
-
-    @property
-    def told(self) -> str:
-        """The mean of the test metric over seeds, and its standard deviation."""
-        spread = f" ± {statistics.stdev(self.quality):,.2f}" if len(self.quality) > 1 else ""
-        mean = f"{statistics.fmean(self.quality):,.2f}{spread}"
-        return f"{mean} %" if self.unit == "%" else f"{self.unit} {mean}"
 
 
 def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
@@ -76,9 +52,10 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
     path = root / ARCHITECTURE
     architecture = Architecture.from_json(_text(path)) if path.exists() else None
     try:
-        runs, trouble = records.evaluated(root), ""
+        found, trouble = records.read(root), ""
     except Exception as error:
-        runs, trouble = [], reason(error)
+        found, trouble = records.Records(), reason(error)
+    runs = found.evaluated
     if architecture is None and not runs:
         why = f", and the MLflow store could not be read ({trouble})" if trouble else ""
         raise TangleNASError(f"{root} has no {ARCHITECTURE}{why}: run `dvc repro` first")
@@ -95,7 +72,9 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         architecture=architecture,
         figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.is_file()],
         sample=_text(root / OUT / "evaluate" / "sample.txt") if architecture else "",
-        groups=_groups(runs),
+        compared=_compared(found, root),
+        words=WORDS,
+        meaning=MEANING,
         runs=list(reversed(runs)),
         trouble=trouble,
         scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
@@ -188,38 +167,20 @@ def _points(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in runs if run["params"] is not None and run["accuracy"] is not None]
 
 
-def _groups(runs: Sequence[dict[str, Any]]) -> list[Group]:
-    """Return the runs that have a test metric in groups, the best first among equal units."""
-    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["accuracy"] is not None or run["perplexity"] is not None:
-            kinds.setdefault((run["optimizer"], run["space"], run["dataset"]), []).append(run)
-    found = []
-    for kind, members in kinds.items():
-        alike: dict[str, list[dict[str, Any]]] = {}
-        for run in members:
-            alike.setdefault(json.dumps(run["settings"], sort_keys=True), []).append(run)
-        every = [group[0]["settings"] for group in alike.values()]
-        names = sorted({name for settings in every for name in settings})
-        open_names = [name for name in names if len({settings.get(name) for settings in every}) > 1]
-        for group in alike.values():
-            settings = group[0]["settings"]
-            told = [f"{name} = {settings[name]}" for name in open_names if name in settings]
-            more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
-            unit = "%" if group[-1]["perplexity"] is None else "perplexity"
-            key = "accuracy" if unit == "%" else "perplexity"
-            quality = {run["seed"]: run[key] for run in group if run[key] is not None}
-            macs = [run["macs"] for run in group if run["macs"] is not None]
-            found.append(
-                Group(
-                    " on ".join(str(name) for name in kind[:2]) + f", {kind[2]}",
-                    ", ".join(told[:MOST_NAMED]) + more,
-                    tuple(quality.values()),
-                    unit,
-                    statistics.fmean(macs) if macs else None,
-                )
-            )
-    return sorted(found, key=lambda group: -statistics.fmean(group.quality) * (1 if group.unit == "%" else -1))
+def _compared(found: records.Records, root: Path) -> list[tuple[str, list[list[list[str]]], list[str]]]:
+    """Return the title, the tables of text and the notes of each part of a comparison of all runs, its notes first."""
+    try:
+        comparison = compare_rows(found, records.names_of_params(root))
+    except TangleNASError:  # there is no run to compare
+        return []
+    shown_metrics = [name for name in comparison.metrics if name in COMPARED]
+    comparison = replace(comparison, metrics=shown_metrics)
+    parts: list[tuple[str, list[list[list[str]]], list[str]]] = [("", [], list(comparison.notes))]
+    for table in comparison.tables:
+        differences = [one for one in table.differences if one.metric in shown_metrics]
+        pairs = [difference_rows(replace(table, differences=differences))] * bool(differences)
+        parts.append((table.title, [estimate_rows(comparison, table), *pairs], list(table.notes)))
+    return parts
 
 
 def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:

@@ -205,10 +205,11 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 "optimizer": optimizer,
                 **({"weights.sha256": weights} if weights else {}),
             },
+            clock=lambda: {f"{name}/{key}": meter.read()[key] for key in ("seconds", "processor_seconds")},
         ) as tracker:
             if tracker.run_id:
                 write_atomic(record, tracker.run_id)
-            params = {"OPTIMIZER": optimizer, **bound_parameters()}
+            params = {"OPTIMIZER": optimizer, **_recipe(arguments), **bound_parameters()}
             tracker.log_params(params)
             if isinstance(tracker, MlflowTracker):
                 # The search's config is the same in all stages of a pipeline. Another stage may run again with others.
@@ -223,6 +224,13 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()
         record.unlink(missing_ok=True)
+
+
+def _recipe(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the folder of gin/ that holds the recipe, as a parameter by which people compare runs; {} without one."""
+    files = [Path(argument) for argument in arguments if argument.endswith(".gin") and "=" not in argument]
+    recipes = [file.parent.relative_to("gin").as_posix() for file in files[1:2] if file.is_relative_to("gin")]
+    return {"RECIPE": recipes[0]} if recipes else {}
 
 
 def _identity(

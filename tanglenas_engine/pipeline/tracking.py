@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 P = ParamSpec("P")
+Clock = Callable[[], Mapping[str, float]]
 
 PIPELINE = "pipeline"
 """The tag `tanglenas.stage` of a pipeline's run."""
@@ -138,6 +139,7 @@ class MlflowTracker:
         self._run: Run | None = None
         self._warned = False
         self._wait, self._retry_at = RETRY_SECONDS, 0.0
+        self._clock: Clock | None = None
         if run_id and not re.fullmatch(r"[\w-]+", run_id):  # the id names a folder
             run_id = None
         waiting = Spool(store.runs / run_id).start if run_id else {}
@@ -177,6 +179,7 @@ class MlflowTracker:
         architecture: str = "",
         pipeline: str = "",
         tags: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
     ) -> Iterator[Tracker]:
         """Open a run. It is RUNNING inside the block, and then FINISHED, FAILED (an exception) or KILLED (Ctrl-C).
 
@@ -190,6 +193,8 @@ class MlflowTracker:
             pipeline_id, architecture: See `lineage`.
             pipeline: The name of the run in which all stages with this `pipeline_id` are nested, or "" for none.
             tags: Further tags.
+            clock: A function that returns the time used so far, as metrics that are logged with those of every step
+                above 0.
         """
         if _switched_off():
             yield NullTracker()
@@ -213,6 +218,7 @@ class MlflowTracker:
             if tracker is None:
                 yield NullTracker()
                 return
+            tracker._clock = clock
             status = "FAILED"
             try:
                 yield tracker
@@ -240,7 +246,9 @@ class MlflowTracker:
 
         Steps go up. Steps that the run has are skipped: a stage that goes on from a checkpoint repeats a few.
         """
-        self._record("metrics", metrics={allowed(name): float(value) for name, value in metrics.items()}, step=step)
+        used = self._clock() if self._clock and step > 0 else {}
+        known = {**metrics, **used}
+        self._record("metrics", metrics={allowed(name): float(value) for name, value in known.items()}, step=step)
 
     @_guarded
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:

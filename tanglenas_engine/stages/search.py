@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
+from tanglenas_engine.stages.pace import Clock, Pace, taken_back
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import (
+    Measured,
     estimate_loss,
     inherited,
     measure_inherited,
@@ -86,6 +88,8 @@ def search(
     data: DataView,
     *,
     epochs: int = 50,
+    seconds: float | None = None,
+    clock: Clock = "processor",
     batch_size: int = 64,
     weight_optimizer: OptimizerFactory = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
     architecture_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999)),
@@ -112,6 +116,10 @@ def search(
         optimizer: The search method.
         data: A view of the splits `weights`, `architecture` and `validation`.
         epochs: The number of passes over the weights split.
+        seconds: The time that the search may take, instead of `epochs`. A trial of a few steps says how many epochs
+            fit; the schedule is complete at the end of the last. None counts epochs.
+        clock: The clock for `seconds`: "processor" adds up the seconds of all threads and ranks, which other programs
+            on the machine change little; "wall" is right for a GPU.
         batch_size: The number of samples per batch, over all ranks.
         weight_optimizer: A function from parameter groups to the optimizer of the supernet's weights.
         architecture_optimizer: A function from parameters to the optimizer of alpha.
@@ -149,6 +157,8 @@ def search(
         optimizer,
         data,
         epochs=epochs,
+        seconds=seconds,
+        clock=clock,
         batch_size=batch_size,
         weight_optimizer=weight_optimizer,
         architecture_optimizer=architecture_optimizer,
@@ -180,6 +190,8 @@ class Search(Training):
         data: DataView,
         *,
         epochs: int,
+        seconds: float | None,
+        clock: Clock,
         batch_size: int,
         weight_optimizer: OptimizerFactory,
         architecture_optimizer: OptimizerFactory,
@@ -196,7 +208,7 @@ class Search(Training):
         computation: Computation,
         session: Session,
     ):
-        _check_options(space, optimizer, epochs, warmup_epochs, computation)
+        _check_options(space, optimizer, epochs if seconds is None else None, warmup_epochs, computation)
         if stop is not None:
             stop.check(space, optimizer)
         check_fit(space, data.weights)
@@ -204,6 +216,7 @@ class Search(Training):
         self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.device = session.find_device()
+        self.pace = None if seconds is None else Pace(seconds, clock, self.device)
         self.precision, self.backend = computation.precise(self.device), computation.backend
         self.scaler = self.precision.scaler
         share = computation.share("search", batch_size)
@@ -236,12 +249,19 @@ class Search(Training):
             if optimizer.learns_architecture
             else None
         )
-        self.scheduler = (
-            call_factory("search.scheduler", scheduler, self.weight_optimizer, self.steps) if scheduler else None
-        )
+        self._scheduler_factory = scheduler
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        if self.pace is None:
+            self._make_scheduler()
         self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device, batch_size)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
+
+    def _make_scheduler(self) -> None:
+        if self._scheduler_factory is not None:
+            self.scheduler = call_factory(
+                "search.scheduler", self._scheduler_factory, self.weight_optimizer, self.steps
+            )
 
     @property
     def takes_architecture_batches(self) -> bool:
@@ -300,8 +320,40 @@ class Search(Training):
             )
         return {name: loss.mean for name, loss in found.items()}
 
+    def prepare(self, saved: Mapping[str, Any] | None) -> None:
+        """Fix the number of epochs of a search by seconds: that of the checkpoint, or what a trial says."""
+        if self.pace is None:
+            return
+        if saved is None:
+            with taken_back({name: part for name, part in self._parts().items() if part is not self.pace}):
+                self._try_steps(self.pace)
+            self._iterators.clear()  # the trial took batches from them
+            self.session.note(
+                f"search: {self.pace.seconds:g} {self.pace.clock} seconds are {self.pace.epochs} epochs of "
+                f"{self.steps_per_epoch} steps. search.epochs = {self.pace.epochs} gives the same result again"
+            )
+        else:
+            self.pace.load_state_dict(saved.get("pace"))
+        self.epochs = self.pace.epochs
+        self._make_scheduler()
+
+    def _try_steps(self, pace: Pace) -> None:
+        """Take steps of the warm-up and after it, validate once, and let the pace say how many epochs fit."""
+        warmup = self.warmup_epochs if self.architecture_optimizer is not None else 0
+
+        def step_time(first: int) -> float:
+            self._iterators.clear()
+            return pace.measure(lambda number: self.step(first + number))
+
+        after = step_time(warmup * self.steps_per_epoch)
+        before = step_time(0) if warmup else after
+        validation = pace.measure(lambda _: self._measure_current(), untimed=0, timed=1)
+        before, after = (self.steps_per_epoch * one + validation for one in (before, after))
+        pace.fit(before, after, warmup)
+
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {
+            "pace": self.pace,
             "space": self.space,
             "optimizer": self.optimizer,
             "weight_optimizer": self.weight_optimizer,
@@ -416,10 +468,7 @@ class Search(Training):
     # The end of an epoch.
 
     def end_epoch(self, epoch: int, means: Record) -> Record:
-        current = self.optimizer.current()
-        # The current architecture is measured as discretize measures it. Without one, the largest network is measured.
-        shown = current or self.space.largest()
-        found = measure_inherited(self.space, shown, self.validation, self._statistics, together=True)
+        current, found = self._measure_current()
         record: Record = {
             **means,
             "validation_accuracy": found.accuracy,
@@ -434,6 +483,12 @@ class Search(Training):
             record["stopped"] = reason
             self.session.note(f"search: stopped after epoch {epoch} of {self.epochs}: {reason}")
         return record
+
+    def _measure_current(self) -> tuple[Architecture | None, Measured]:
+        """Measure the current architecture as discretize does. Without one, the largest network is measured."""
+        current = self.optimizer.current()
+        network = current or self.space.largest()
+        return current, measure_inherited(self.space, network, self.validation, self._statistics, together=True)
 
     def record_like(self) -> Record:
         like: Record = {"weight_loss": 0.0, "validation_accuracy": 0.0, "validation_loss": 0.0}
@@ -483,11 +538,11 @@ class SimultaneousSearch(Search):
 
 
 def _check_options(
-    space: SearchSpace, optimizer: Optimizer, epochs: int, warmup_epochs: int, computation: Computation
+    space: SearchSpace, optimizer: Optimizer, epochs: int | None, warmup_epochs: int, computation: Computation
 ) -> None:
-    at_least("search.epochs", epochs, 1)
+    """Check options against each other. A search by seconds has no number of epochs yet."""
     at_least("search.warmup_epochs", warmup_epochs, 0)
-    if warmup_epochs >= epochs and optimizer.learns_architecture:
+    if epochs is not None and warmup_epochs >= at_least("search.epochs", epochs, 1) and optimizer.learns_architecture:
         raise TangleNASError(f"{warmup_epochs} warm-up epochs leave no epoch of {epochs} in which alpha learns")
     if not space.rows:
         raise TangleNASError(f"the space {space.label} has no choices: there is nothing to search")

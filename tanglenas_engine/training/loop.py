@@ -86,6 +86,13 @@ class Training(abc.ABC):
         """
         return None
 
+    def prepare(self, saved: Mapping[str, Any] | None) -> None:  # noqa: B027  # most trainings know their steps
+        """Get ready for the first step, or for a saved state, of which nothing is loaded yet. Called on all ranks.
+
+        Args:
+            saved: The state of the checkpoint, unchecked, or None if there is none.
+        """
+
     @property
     def steps(self) -> int:
         """The number of steps of all epochs."""
@@ -181,9 +188,11 @@ class Training(abc.ABC):
         self._saves = distributed.any_rank(checkpoints is not None)
         state = distributed.broadcast(checkpoints.load() if checkpoints else None)
         if state is None:
+            self.prepare(None)
             distributed.seed_ranks_apart()
             return
         with _refusals(self.name, checkpoints):
+            self.prepare(state)
             parts = self._parts()
             self._check(state, parts)
             for key, part in parts.items():

@@ -20,7 +20,7 @@ from tanglenas_engine.training.options import Computation
 SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
 CASES = [
     *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "raced", "trained",
-    "walked", "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged",
+    "walked", "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged", "paced",
     "after_the_first", "apart",
 ]  # fmt: skip
 
@@ -132,6 +132,12 @@ def test_every_rank_draws_noise_of_its_own_and_rank_0_that_of_one_process(two):
     for run in (first, second):
         assert [row["loss"] for row in run["history"]] == pytest.approx(expected)
         assert [row["rank"] for row in run["history"]] == [0, 0]  # rows are decided on rank 0
+
+
+def test_ranks_agree_how_many_epochs_fit_into_the_seconds(two):
+    first, second = two("paced")
+    assert len(first["history"]) > 1
+    same(first, second, "the search of the other rank")
 
 
 def test_ranks_resume_to_the_same_bits(two):

@@ -81,6 +81,11 @@ def bfloat16():
     return searched("drnas", precision="bfloat16")
 
 
+def paced():
+    """A search of few seconds, whose number of epochs both ranks measure."""
+    return searched("drnas", seconds=6.0, warmup_epochs=1)
+
+
 def batch_norm():
     return searched("drnas", space=Convolutional)
 

@@ -1,0 +1,124 @@
+"""The figure of a comparison, at the width of a column of a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Table, metric_of
+from tanglenas_engine.pipeline.comparison_curves import VALUES, Curves
+from tanglenas_engine.pipeline.figures import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 3.4  # inches: a column of most conferences
+ROW = 0.24  # inches of a group whose label is beside its line
+LONG = 0.36  # inches of one whose label is above
+BESIDE = 14  # letters of the longest label beside a line
+CURVES = 1.9  # inches of the anytime curves
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
+"""Okabe and Ito's colours, without yellow, which is pale on white. Dashes tell apart those that come again."""
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
+COLUMN: dict[str, Any] = {
+    **STYLE,
+    "axes.titlesize": 8,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.dpi": 300,
+    "font.size": 8,
+    "lines.linewidth": 1.3,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+}
+UNITS = ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s"))
+"""Units of time: the seconds from which one is used, its own seconds, and its sign."""
+
+
+def draw(comparison: Comparison, curves: Sequence[Curves]) -> bytes:
+    """Draw the first metric of each group with its interval, and the anytime curves below, as PNG.
+
+    Args:
+        comparison: The comparison.
+        curves: The curves of each of its tables.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    labels = dict.fromkeys(group.label for table in comparison.tables for group in table.groups)
+    colours = {
+        label: {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+        for number, label in enumerate(labels)
+    }
+    heights = []
+    for table, drawn in zip(comparison.tables, curves, strict=True):
+        heights += [(ROW if _short(table) else LONG) * len(table.groups) + 0.1] + [CURVES] * bool(drawn.curves)
+    with style.context(["default", COLUMN]):
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.7 * len(heights)), layout="constrained")
+        panels = iter(figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0])
+        for table, drawn in zip(comparison.tables, curves, strict=True):
+            axes = next(panels)
+            if table.title:
+                axes.set_title(_plain(table.title), fontweight="bold")
+            _means(axes, table, comparison.metrics[0], colours)
+            if drawn.curves:
+                _anytime(next(panels), drawn, colours)
+        return png(figure)
+
+
+def _means(axes: Axes, table: Table, metric: str, colours: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw a line for each group: a ring for each seed, the mean as a dot, and its interval."""
+    shown = metric_of(metric)
+    beside = _short(table)
+    for number, group in enumerate(table.groups):
+        colour = colours[group.label]["color"]
+        if not beside:
+            at_left = axes.get_yaxis_transform()
+            axes.text(0.01, number - 0.38, _plain(group.label), color=colour, va="center", transform=at_left)
+        values = [value / shown.scale for value in group.values(metric).values()]
+        axes.plot(values, [number] * len(values), "o", markersize=4, markerfacecolor="white", color=colour, zorder=3)
+        if (estimate := table.estimates.get((metric, group.label))) is None:
+            continue
+        axes.plot(estimate.mean / shown.scale, number, "o", markersize=5, color=colour, zorder=4)
+        if estimate.interval is not None:
+            axes.plot([end / shown.scale for end in estimate.interval], [number] * 2, linewidth=1.8, color=colour)
+    axes.set_ylim(len(table.groups) - 0.5, -0.5 if beside else -0.7)
+    axes.set_yticks(range(len(table.groups)) if beside else [])
+    if beside:
+        axes.set_yticklabels([_plain(group.label) for group in table.groups], fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        for text, group in zip(axes.get_yticklabels(), table.groups, strict=True):
+            text.set_color(colours[group.label]["color"])
+    axes.margins(x=0.06)
+    axes.spines["left"].set_visible(False)
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.set_xlabel(f"{shown.heading}: seeds, mean, {100 * LEVEL:.0f} % interval")
+
+
+def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw a line for each group, and a band where it has several seeds."""
+    longest = max(float(curve.seconds[-1]) for curve in drawn.curves)
+    seconds, unit = next((own, sign) for least, own, sign in UNITS if longest >= least)
+    for curve in drawn.curves:
+        look = colours[curve.label]
+        label = curve.label if curve.derived else f"{curve.label} (largest network)"
+        axes.plot(curve.seconds / seconds, curve.mean, label=_plain(label), drawstyle="steps-post", **look)
+        if curve.band is not None:
+            axes.fill_between(curve.seconds / seconds, *curve.band, step="post", color=look["color"], alpha=0.18,
+                              linewidth=0)  # fmt: skip
+    axes.set_title(f"the search so far: mean, {100 * LEVEL:.0f} % interval over seeds")
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"processor time of the search ({unit})")
+    axes.set_ylabel(VALUES[drawn.value])
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.5)
+    axes.legend(loc="best", fontsize=7)
+
+
+def _short(table: Table) -> bool:
+    """Return whether the labels of a table's groups have room beside their lines."""
+    return all(len(group.label) <= BESIDE for group in table.groups)
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib takes for no formula."""
+    return (text if len(text) <= 60 else f"{text[:57]}...").replace("$", r"\$")

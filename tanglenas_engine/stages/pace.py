@@ -1,0 +1,120 @@
+"""The number of epochs that a search of given seconds takes, measured before its first step.
+
+A learning-rate schedule must know its length when it starts. A rate that followed the clock would end on time, but
+another load of the machine would give other rates, and a run that was cut off could not go on as if it had not been.
+So a search tries a few steps of each kind and one validation, takes back what they changed, and fixes the number of
+epochs. The checkpoint holds this number. The search then is one of so many epochs, bit by bit: its steps count, not
+its seconds, which differ from those asked for as far as the trial was unlike the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+
+from tanglenas_engine.errors import TangleNASError, positive, quoted, shown
+from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
+from tanglenas_engine.training.state import Stateful, UnfitError
+
+Clock = Literal["processor", "wall"]
+"""Seconds of processors, added up over threads and ranks, or seconds on the wall."""
+UNTIMED, TIMED = 2, 20
+"""The steps of a trial: those before the clock starts, as the first ones allocate memory, and those that it counts."""
+
+
+class Pace:
+    """A number of seconds for a search, and the number of epochs that fit. It starts the clock when it is made.
+
+    Args:
+        seconds: The seconds for all epochs, the trial included.
+        clock: The clock.
+        device: The device of the search. Its queue is emptied before the clock is read.
+
+    Attributes:
+        epochs: The number of epochs; 0 before it is known.
+
+    Raises:
+        TangleNASError: `seconds` is not positive, or there is no such clock.
+    """
+
+    def __init__(self, seconds: float, clock: Clock, device: torch.device):
+        self.seconds, self.clock, self.device = positive("search.seconds", seconds), clock, device
+        if seconds == math.inf:
+            raise TangleNASError("search.seconds is inf, expected a finite number, or None to count epochs")
+        if clock not in get_args(Clock):
+            raise TangleNASError(f"search.clock is {quoted(clock)}, expected 'processor' or 'wall'")
+        self.epochs = 0
+        self._start = self._now()
+
+    def measure(self, step: Callable[[int], object], untimed: int = UNTIMED, timed: int = TIMED) -> float:
+        """Return the seconds of a step, of all ranks together. `step` is called with the number of each step."""
+        for number in range(untimed):
+            step(number)
+        start = self._now()
+        for number in range(untimed, untimed + timed):
+            step(number)
+        return self._agreed(self._now() - start) / timed
+
+    def fit(self, before: float, after: float, warmup_epochs: int) -> int:
+        """Set and return the number of epochs that fit into the seconds that are left.
+
+        Args:
+            before: The seconds of an epoch of the warm-up.
+            after: The seconds of an epoch after it.
+            warmup_epochs: The number of epochs of the warm-up.
+
+        Raises:
+            TangleNASError: No epoch after the warm-up fits.
+        """
+        used = self._agreed(self._now() - self._start)
+        least = used + warmup_epochs * before + after
+        if least > self.seconds:
+            raise TangleNASError(
+                f"search.seconds is {self.seconds:g}, but {warmup_epochs} warm-up epochs and one more need "
+                f"{least:.1f} {self.clock} seconds: give more seconds, fewer search.warmup_epochs or fewer data"
+            )
+        self.epochs = warmup_epochs + math.floor((self.seconds - used - warmup_epochs * before) / after)
+        return self.epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take the number of epochs of a checkpoint.
+
+        Raises:
+            UnfitError: The state has no such number.
+        """
+        epochs = state.get("epochs") if isinstance(state, Mapping) else None
+        if type(epochs) is not int or not 1 <= epochs <= 10**9:
+            raise UnfitError(f"its plan is {shown(state, 60)}, expected a number of epochs")
+        self.epochs = epochs
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if self.clock == "processor" else time.monotonic()
+
+    def _agreed(self, seconds: float) -> float:
+        """Return one number for all ranks: the sum of their processor seconds, or the longest wall time."""
+        each = distributed.gather(seconds)
+        return float(sum(each) if self.clock == "processor" else max(each))
+
+
+@contextmanager
+def taken_back(parts: Mapping[str, Stateful]) -> Iterator[None]:
+    """Set objects and the global random generators back to their state before the block when it ends."""
+    states, generators = copy.deepcopy({name: part.state_dict() for name, part in parts.items()}), rng_state()
+    try:
+        yield
+    finally:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+        restore_rng_state(generators)

@@ -1,0 +1,209 @@
+"""`tanglenas compare`: what is comparable, and what seeds say about it."""
+
+import csv
+import io
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from paths import ROOT
+from scipy import stats
+from stores import add_pipeline
+
+from tanglenas_engine.cli import main
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.comparison import Comparison, Estimate, compare_rows, seeds_needed
+from tanglenas_engine.pipeline.comparison_curves import Curve, Curves
+from tanglenas_engine.pipeline.comparison_figure import draw
+from tanglenas_engine.pipeline.comparison_tables import latex, markdown, table_csv
+from tanglenas_engine.pipeline.records import Records, names_of_params
+
+# MLflow's own models, on SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+NAMES = names_of_params(ROOT)
+
+
+def row(optimizer: str, seed: int | None, accuracy: float, space: str = "toy_cell", **settings: object) -> dict:
+    """The record of an evaluation."""
+    return {
+        "name": f"{optimizer} s{seed}", "search_id": f"{optimizer}{seed}", "optimizer": optimizer, "space": space,
+        "dataset": "digits", "seed": None if seed is None else str(seed),
+        "settings": {name: str(value) for name, value in settings.items()},
+        "metrics": {"test_accuracy": accuracy, "macs": 2e6},
+    }  # fmt: skip
+
+
+def compared(*rows: dict, unfinished: tuple[str, ...] = (), **options: object) -> Comparison:
+    return compare_rows(Records(list(rows), list(unfinished)), NAMES, **options)
+
+
+THREE = {"drnas": (90.0, 92.0, 94.0), "spos": (89.0, 90.0, 93.0)}
+RUNS = [row(name, seed, value) for name, values in THREE.items() for seed, value in enumerate(values)]
+
+
+def test_names_of_bindings_are_those_of_params_yaml():
+    assert NAMES["target.share"] == "search.target_share"
+    assert NAMES["OPTIMIZER"] == "optimizer" and NAMES["create_space.relaxation"] == "search.relaxation"
+
+
+def test_a_group_has_mean_deviation_and_the_bootstrap_interval_of_its_seeds():
+    (table,) = compared(*RUNS).tables
+    found = table.estimates["test_accuracy", "spos"]
+    low, high = stats.bootstrap(
+        (THREE["spos"],), np.mean, method="percentile", n_resamples=9999, random_state=np.random.default_rng(0)
+    ).confidence_interval
+    assert (found.count, found.mean) == (3, statistics.fmean(THREE["spos"]))
+    assert found.deviation == statistics.stdev(THREE["spos"]) and found.interval == pytest.approx((low, high))
+
+
+def test_differences_are_paired_by_seed():
+    table = compared(*RUNS, row("drnas", 7, 10.0), against="drnas", metrics=["test_accuracy"]).tables[0]
+    (found,) = table.differences
+    assert (found.group, found.against, found.estimate.count) == ("spos", "drnas", 3)
+    assert found.estimate == Estimate.of([-1.0, -2.0, -1.0])
+    swapped = compared(*RUNS, against="spos", metrics=["test_accuracy"]).tables[0].differences[0]
+    assert swapped.estimate.mean == -found.estimate.mean
+
+
+@pytest.mark.parametrize("effect, needed", [(0.5, 34), (1.0, 10)])  # as G*Power has them
+def test_the_seeds_of_a_claim_are_those_of_a_paired_t_test(effect, needed):
+    assert seeds_needed(effect, 1.0) == needed == seeds_needed(-10 * effect, 10.0)
+    assert seeds_needed(0.0, 1.0) is None and seeds_needed(1.0, 0.0) is None
+    assert seeds_needed(1e-6, 1.0) == 10000 and seeds_needed(1e6, 1.0) == 2
+
+
+def test_one_seed_has_no_interval_and_the_table_says_so():
+    comparison = compared(row("drnas", 0, 90.0), row("spos", 0, 91.0))
+    assert comparison.tables[0].estimates["test_accuracy", "drnas"] == Estimate(1, 90.0)
+    text = markdown(comparison)
+    assert "One seed gives no interval, and shows nothing of chance: drnas, spos." in text and "one seed" in text
+
+
+def test_by_default_groups_are_told_apart_by_the_fewest_settings():
+    tuned = [row("drnas", seed, 95.0, **{"drnas.x": 1, "create_space.relaxation": "gated"}) for seed in range(2)]
+    plain = [row(name, s, 90.0, **{f"{name}.x": 1, "create_space.relaxation": "exact"})
+             for name in ("drnas", "spos") for s in range(2)]  # fmt: skip
+    comparison = compared(*tuned, *plain)
+    assert comparison.by == ["optimizer", "search.relaxation"]
+    assert [group.label for group in comparison.tables[0].groups] == [
+        "drnas, search.relaxation=exact", "drnas, search.relaxation=gated", "spos, search.relaxation=exact",
+    ]  # fmt: skip
+
+
+def test_other_spaces_and_budgets_have_tables_of_their_own_unless_asked_for():
+    rows = [*RUNS, row("drnas", 0, 60.0, space="gpt_nano"), row("spos", 1, 50.0, **{"search.epochs": 3})]
+    comparison = compared(*rows)
+    assert [table.title for table in comparison.tables] == [
+        "gpt_nano, search.epochs=none", "toy_cell, search.epochs=3", "toy_cell, search.epochs=none",
+    ]  # fmt: skip
+    assert comparison.notes[0].startswith("The runs differ in space, search.epochs: there is a table for each")
+    assert "the only group here" in comparison.tables[0].notes[-1]
+    asked = compared(*RUNS, row("spos", 1, 50.0, **{"search.epochs": 3}), by=["search.epochs", "optimizer"])
+    assert asked.tables[0].groups[0].label == "search.epochs=3, spos"
+
+
+def test_a_setting_that_is_none_is_one_that_an_older_run_lacks():
+    comparison = compared(row("spos", 0, 90.0), row("spos", 1, 91.0, **{"search.seconds": None}))
+    assert [len(group.runs) for group in comparison.tables[0].groups] == [2]
+
+
+def test_a_seed_that_ran_again_counts_once_and_mixed_settings_are_told():
+    rows = [*RUNS, row("spos", 2, 99.0, **{"search.batch_size": 8})]
+    comparison = compared(*rows, by=["optimizer"])
+    assert comparison.tables[0].groups[1].values("test_accuracy") == {"0": 89.0, "1": 90.0, "2": 99.0}
+    assert "spos mixes runs that differ in search.batch_size" in comparison.tables[0].notes[0]
+
+
+def test_damaged_and_unfinished_runs_are_named_and_left_out():
+    comparison = compared(
+        *RUNS, row("gdas", 0, math.nan), row("darts", None, 90.0), unfinished=("drnas toy s4 [ab] (search: failed)",)
+    )
+    assert [group.label for group in comparison.tables[0].groups] == ["drnas", "spos"]
+    text = markdown(comparison)
+    assert "1 run left out, because they did not reach the end of evaluate: drnas toy s4 [ab] (search: failed)." in text
+    assert "no finite test metric: gdas s0." in text and "seed is unknown: darts sNone." in text
+
+
+def test_a_metric_that_is_not_finite_in_some_runs_is_told():
+    rows = [
+        {**one, "metrics": {**one["metrics"], "test_loss": math.nan if one["seed"] == "1" else 0.5}} for one in RUNS
+    ]
+    (table,) = compared(*rows).tables
+    assert table.estimates["test_loss", "spos"].count == 2
+    assert "2 runs without a finite test_loss: drnas s1, spos s1." in table.notes
+
+
+def test_groups_without_a_common_seed_have_no_difference():
+    (table,) = compared(row("drnas", 0, 90.0), row("spos", 1, 91.0)).tables
+    assert not table.differences
+    assert any("spos (seeds 1) and drnas (seeds 0) have no seed in common" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([], {}, "there is no finished run to compare: run `dvc repro`"),
+        ([row("a", 0, math.nan)], {}, "no finite test metric: a s0"),
+        (RUNS, {"by": ["optimiser"]}, "no run has a parameter 'optimiser'. Did you mean 'optimizer'?"),
+        (RUNS, {"by": ["seed"]}, "a group is what differs by seed alone"),
+        (RUNS, {"metrics": ["test_acuracy"]}, "no run has a finite 'test_acuracy'. Did you mean 'test_accuracy'?"),
+        (RUNS, {"against": "drna"}, "unknown group 'drna'. Did you mean 'drnas'?"),
+        (RUNS[:3], {"against": "all runs"}, "it is the only group"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(rows, options, message):
+    with pytest.raises(TangleNASError) as refusal:
+        compared(*rows, **options)
+    assert message in str(refusal.value)
+
+
+def test_the_csv_has_every_number_in_its_own_unit():
+    rows = list(csv.DictReader(io.StringIO(table_csv(compared(*RUNS)))))
+    macs = next(one for one in rows if (one["metric"], one["group"], one["minus"]) == ("macs", "spos", ""))
+    assert (macs["mean"], macs["standard_deviation"], macs["seeds"]) == ("2000000.0", "0.0", "3")
+    assert [one["seeds_for_a_claim"] for one in rows if one["minus"]] == ["4", ""]
+
+
+def test_latex_escapes_what_people_call_their_runs():
+    text = latex(compared(row("a_b%&", 0, 1234.0), row("a_b%&", 1, 1235.0), row("c", 0, 3.0)))
+    assert r"a\_b\%\& & 2 & $1{,}234.50 \pm 0.71$" in text and text.count(r"\begin{tabular}") == 2
+    assert text.count("{") == text.count("}")
+
+
+def test_the_figure_is_the_same_for_the_same_runs():
+    comparison = compared(*RUNS, row("a very long name of $ome method", 0, 91.0))
+    moments = np.linspace(1.0, 400.0, 200)
+    curve = Curve("spos", moments, moments / 4, (moments / 5, moments / 3), derived=False, spread=False)
+    curves = [Curves("validation_accuracy", [curve])]
+    assert draw(comparison, curves) == draw(comparison, curves)
+    assert draw(comparison, [Curves("validation_accuracy", [])]).startswith(b"\x89PNG")
+
+
+def test_the_command_reads_the_store_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    nothing = CliRunner().invoke(main, ["compare"])
+    assert nothing.exit_code == 2 and "no finished run to compare" in nothing.output
+    for name, offset in (("drnas", 0.0), ("spos", 1.0)):
+        for seed in range(2):
+            curve = {"validation_accuracy": [50.0, 60.0 + seed], "processor_seconds": [10.0, 20.0 + offset]}
+            if name == "spos":
+                del curve["processor_seconds"]  # a run of an earlier release
+            add_pipeline(tmp_path, name, seed, curve=curve, settings={"target.value": 5e5}, test_accuracy=90 + offset)
+    add_pipeline(tmp_path, "gdas", 0, status="FAILED", test_accuracy=1.0)
+    found = CliRunner().invoke(main, ["compare", "--out", "result", "--against", "spos"])
+    assert found.exit_code == 0, found.output
+    assert "gdas toy_cell s0" in found.stdout and "(evaluate: failed)" in found.stdout
+    assert Path("result/compare.md").read_text() == found.stdout
+    assert "Searches of spos logged no time by epoch" in found.stderr
+    assert {path.name for path in Path("result").iterdir()} == {f"compare.{end}" for end in ("md", "csv", "tex", "png")}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.stdout.splitlines()]
+    assert ["search, processor time (s)", "drnas", "2", "40.0", "0.0", "40.0 to 40.0"] in lines
+    assert ["test accuracy (%)", "drnas", "spos", "2", "-1.00", "0.00", "-1.00 to -1.00", "-"] in lines
