@@ -248,9 +248,12 @@ def weights_of(alternatives: Sequence[Mapping[Row, int]], scores: Mapping[Row, S
 
 
 def draw(weights: Sequence[float], generator: torch.Generator | None) -> int:
-    """Return a random number in proportion to weights."""
+    """Return a random number in proportion to weights; 0 where they are not numbers, as after a divergence.
+
+    The step in which a search diverges says so at its end.
+    """
     point = float(torch.rand((), generator=generator, dtype=torch.float64)) * math.fsum(weights)
     for number, total in enumerate(itertools.accumulate(weights)):
         if point < total:
             return number
-    return max(number for number, weight in enumerate(weights) if weight > 0)
+    return max((number for number, weight in enumerate(weights) if weight > 0), default=0)
