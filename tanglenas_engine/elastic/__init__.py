@@ -9,12 +9,13 @@ from tanglenas_engine.elastic.base import Elastic, copied, plain
 from tanglenas_engine.elastic.conv import Conv2d
 from tanglenas_engine.elastic.depth import Depth, walk
 from tanglenas_engine.elastic.linear import Embedding, Linear
-from tanglenas_engine.elastic.norm import BatchNorm2d, LayerNorm
+from tanglenas_engine.elastic.norm import BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm, LayerNorm2d, RMSNorm
 from tanglenas_engine.elastic.operations import Family, MixedOperation
 from tanglenas_engine.superposition.mixture import Factor
 
 __all__ = [
     "Attention",
+    "BatchNorm1d",
     "BatchNorm2d",
     "Conv2d",
     "Depth",
@@ -22,9 +23,12 @@ __all__ = [
     "Embedding",
     "Factor",
     "Family",
+    "GroupNorm",
     "LayerNorm",
+    "LayerNorm2d",
     "Linear",
     "MixedOperation",
+    "RMSNorm",
     "copied",
     "plain",
     "walk",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tanglenas_engine.elastic.base import Elastic
 from tanglenas_engine.elastic.masked import ConvolutionProduct, masked
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.superposition.size import Assignment, Axis, Size
+from tanglenas_engine.superposition.size import Assignment, Axis, Size, divided
 
 
 class Conv2d(Elastic, nn.Conv2d):
@@ -54,8 +54,8 @@ class Conv2d(Elastic, nn.Conv2d):
             )
         per_group = inputs
         if groups.max > 1 or groups.rows:
-            per_group = inputs.map(_divided, groups)
-            if len(set(per_group.values) | {0}) > 2 or len(set(outputs.map(_divided, groups).values)) > 1:
+            per_group = divided(inputs, groups)
+            if len(set(per_group.values) | {0}) > 2 or len(set(divided(outputs, groups).values)) > 1:
                 raise TangleNASError(
                     f"a grouped convolution keeps the channels of one group fixed, but {inputs!r} to {outputs!r} in "
                     f"groups of {groups!r} does not: let the number of groups grow with the channels"
@@ -101,10 +101,3 @@ class Conv2d(Elastic, nn.Conv2d):
         kernel = self.axes["weight"][2].size
         crop = self.dilation[0] * (kernel.max - kernel.value(assignment)) // 2
         return padding - crop, self._groups.value(assignment)
-
-
-def _divided(channels: float, groups: float) -> int:
-    channels, groups = int(channels), int(groups)
-    if channels % groups:
-        raise TangleNASError(f"{channels} channels do not divide into {groups} groups")
-    return channels // groups

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import OPTIONS, Case, dimensions, masked, relaxations
-from oracle import Dimension, Oracle, Used, heads, layer_norm
+from oracle import Dimension, Oracle, Used, heads, layer_norm, rms_norm
 from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
@@ -96,45 +96,112 @@ def test_grouped_and_depthwise_conv2d(relaxation, options, groups, read, written
 
 
 @relaxations
-@given(OPTIONS, dimensions, *[st.booleans()] * 3, st.sampled_from([0.1, None]))
-def test_batch_norm(relaxation, options, channels, affine, training, tracked, momentum):
-    case = Case(options, relaxation)
-    layer = elastic.BatchNorm2d(case.size(channels), 1e-3, momentum, affine, tracked)
+@given(
+    OPTIONS,
+    dimensions,
+    *[st.booleans()] * 3,
+    st.sampled_from([0.1, None]),
+    st.sampled_from([(elastic.BatchNorm1d, ()), (elastic.BatchNorm1d, (2,)), (elastic.BatchNorm2d, (2, 2))]),
+)
+def test_batch_norm(relaxation, options, channels, affine, training, tracked, momentum, form):
+    case, (kind, positions) = Case(options, relaxation), form
+    layer = kind(case.size(channels), 1e-3, momentum, affine, tracked)
     case.prepare(layer).train(training)
-    plain = nn.BatchNorm2d(layer.num_features, 1e-3, momentum, False, tracked).double().train(training)
+    plain = kind.plain_class(layer.num_features, 1e-3, momentum, False, tracked).double().train(training)
     if tracked:
         layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
         plain.load_state_dict({k: v.clone() for k, v in layer.named_buffers()})
 
     def expected(oracle):
-        covered = sides(relaxation, [(0,)], [])
-        y = plain(x)
-        if affine:
-            gain, bias = (masked(oracle, p, [Used(channels)], covered) for p in (layer.weight, layer.bias))
-            return y * gain[:, None, None] + bias[:, None, None]
-        return masked(oracle, y, [None, Used(channels), None, None], [(1,)] if relaxation != "gated" else [])
+        return channelwise(oracle, layer, plain(x), channels, relaxation)
 
-    x = randn(3, layer.num_features, 2, 2)
+    x = randn(3, layer.num_features, *positions)
     case.compare(layer, expected, x)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(getattr(layer, name), buffer)
 
 
+def channelwise(oracle, layer, y, channels, relaxation):
+    """`y`, `(B, C, *)`, with the gain and bias of a norm over channels, or covered itself."""
+    covered = sides(relaxation, [(0,)], [])
+    around = [1] * (y.dim() - 2)
+    if layer.affine:
+        gain, bias = (masked(oracle, p, [Used(channels)], covered) for p in (layer.weight, layer.bias))
+        return y * gain.view(-1, *around) + bias.view(-1, *around)
+    ones = torch.ones(y.shape[1], dtype=torch.float64)
+    return y * masked(oracle, ones, [Used(channels)], covered).view(-1, *around)
+
+
 @relaxations
-@given(OPTIONS, dimensions, st.sampled_from([(True, True), (True, False), (False, False)]))
-def test_layer_norm(relaxation, options, width, affine):
+@given(OPTIONS, dimensions, st.sampled_from([2, 3]), st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
+def test_group_norm(relaxation, options, groups, per_group, affine, positions):
+    case = Case(options, relaxation)
+    channels = Dimension(groups.names, lambda v: int(groups.of(v)) * per_group)
+    count = case.size(groups)
+    whole = count if isinstance(count, int) else count.map(int)
+    layer = case.prepare(elastic.GroupNorm(whole, whole * per_group, 1e-3, affine))
+
+    def expected(oracle):
+        # Each group by itself: x of any coverage, which cancels.
+        y = F.group_norm(x, layer.num_groups, eps=1e-3)
+        return channelwise(oracle, layer, y, channels, relaxation)
+
+    x = randn(2, layer.num_channels, *positions)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
+def test_group_norm_of_a_single_group(relaxation, options, channels, affine, positions):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.GroupNorm(1, case.size(channels), 1e-3, affine))
+
+    def expected(oracle):
+        counted = oracle.coverage(channels)
+        counted = torch.ones_like(counted) if relaxation == "paper" else counted
+        everywhere = counted.repeat_interleave(x[0, 0].numel())
+        y = layer_norm(x.flatten(1), everywhere, 1e-3).view_as(x)
+        return channelwise(oracle, layer, y, channels, relaxation)
+
+    x = randn(2, layer.num_channels, *positions)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.sampled_from([(True, True), (True, False), (False, False)]), st.booleans())
+def test_layer_norm(relaxation, options, width, affine, of_images):
     case = Case(options, relaxation)
     elementwise, with_bias = affine
-    layer = case.prepare(elastic.LayerNorm(case.size(width), 1e-3, elementwise, with_bias))
+    kind = elastic.LayerNorm2d if of_images else elastic.LayerNorm
+    layer = case.prepare(kind(case.size(width), 1e-3, elementwise, with_bias))
 
     def expected(oracle):
         counted = oracle.coverage(width)
-        y = layer_norm(x, torch.ones_like(counted) if relaxation == "paper" else counted, 1e-3)
+        last = x.movedim(1, -1) if of_images else x
+        y = layer_norm(last, torch.ones_like(counted) if relaxation == "paper" else counted, 1e-3)
         covered = sides(relaxation, [(0,)], [])
-        if not elementwise:
-            return y * masked(oracle, torch.ones_like(counted), [Used(width)], covered)
-        y = y * masked(oracle, layer.weight, [Used(width)], covered)
-        return y + masked(oracle, layer.bias, [Used(width)], covered) if with_bias else y
+        gain = layer.weight if elementwise else torch.ones_like(counted)
+        y = y * masked(oracle, gain, [Used(width)], covered)
+        if with_bias:
+            y = y + masked(oracle, layer.bias, [Used(width)], covered)
+        return y.movedim(-1, 1) if of_images else y
+
+    (length,) = layer.normalized_shape
+    x = randn(2, length, 1, 3) if of_images else randn(2, 3, length)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.booleans(), st.sampled_from([1e-3, None]))
+def test_rms_norm(relaxation, options, width, elementwise, eps):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.RMSNorm(case.size(width), eps, elementwise))
+
+    def expected(oracle):
+        counted = oracle.coverage(width)
+        y = rms_norm(x, torch.ones_like(counted) if relaxation == "paper" else counted, eps or 2**-52)
+        gain = layer.weight if elementwise else torch.ones_like(counted)
+        return y * masked(oracle, gain, [Used(width)], sides(relaxation, [(0,)], []))
 
     x = randn(2, 3, layer.normalized_shape[0])
     case.compare(layer, expected, x)
@@ -267,6 +334,8 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
         (lambda c: elastic.Conv2d(c.E, c.E, c.K, groups=c.E, dilation=2), (1, 4, 3, 4)),
         (lambda c: elastic.LayerNorm(c.E), (3, 4)),
         (lambda c: elastic.LayerNorm(c.E, elementwise_affine=False), (3, 4)),
+        (lambda c: elastic.RMSNorm(c.E), (3, 4)),
+        (lambda c: elastic.GroupNorm(c.E // 2, c.E), (2, 4, 3)),
     ],
 )
 @pytest.mark.part(3)
@@ -396,6 +465,8 @@ def test_a_depth_needs_as_many_layers_as_its_largest_option():
         lambda h: elastic.Linear(h * 2, 4),
         lambda h: elastic.Conv2d(h, 4, 1),
         lambda h: elastic.LayerNorm(h),
+        lambda h: elastic.RMSNorm(h),
+        lambda h: elastic.GroupNorm(1, h),
         lambda h: elastic.BatchNorm2d(h),
         lambda h: elastic.Embedding(3, h),
         lambda h: elastic.Attention(4, h, 2),
@@ -420,7 +491,27 @@ def test_a_layer_mixes_choices_of_one_space_only():
         elastic.Linear(here, there)
 
 
-def test_batch_norm_wants_images():
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        (elastic.BatchNorm2d, (3, 2), r"\(B, C, H, W\)"),
+        (elastic.BatchNorm1d, (3, 2, 1, 1), r"\(B, C\) or \(B, C, L\)"),
+    ],
+)
+def test_a_batch_norm_wants_the_dimensions_of_its_name(kind, shape, expected):
     _, (width,) = one(width=(1, 2))
-    with pytest.raises(ValueError, match=r"expected a \(B, C, H, W\) input, got \(3, 2\)"):
-        elastic.BatchNorm2d(width)(torch.randn(3, 2))
+    with pytest.raises(ValueError, match=rf"expected a {expected} input, got \({', '.join(map(str, shape))}\)"):
+        kind(width)(torch.randn(*shape))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda c: 2, "keeps the channels of one group fixed, but .*let the number of groups grow with the channels"),
+        (lambda c: 3, "4 channels do not divide into 3 groups"),
+    ],
+)
+def test_groups_of_a_norm_are_whole(groups, message):
+    _, (channels,) = one(channels=(4, 8))
+    with pytest.raises(TangleNASError, match=message):
+        elastic.GroupNorm(groups(channels), channels)

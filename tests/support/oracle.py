@@ -113,6 +113,12 @@ def layer_norm(x: Tensor, coverage: Tensor, eps: float) -> Tensor:
     return torch.stack(rows).reshape(x.shape)
 
 
+def rms_norm(x: Tensor, coverage: Tensor, eps: float) -> Tensor:
+    """Divided by a root mean square in which entry i counts `coverage[i]` times, one position at a time."""
+    rows = [row / torch.sqrt(torch.dot(row**2, coverage) / coverage.sum() + eps) for row in x.reshape(-1, x.shape[-1])]
+    return torch.stack(rows).reshape(x.shape)
+
+
 def heads(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Scaled dot-product attention of `(B, H, N, D)`, with the softmax written out."""
     logits = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
