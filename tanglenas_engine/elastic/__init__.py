@@ -6,18 +6,21 @@ network. To write your own elastic layer, subclass `Elastic`.
 
 from tanglenas_engine.elastic.attention import Attention
 from tanglenas_engine.elastic.base import Elastic, copied, plain
-from tanglenas_engine.elastic.conv import Conv2d
+from tanglenas_engine.elastic.conv import Conv1d, Conv2d, ConvTranspose2d
 from tanglenas_engine.elastic.depth import Depth, walk
 from tanglenas_engine.elastic.linear import Embedding, Linear
 from tanglenas_engine.elastic.norm import BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm, LayerNorm2d, RMSNorm
 from tanglenas_engine.elastic.operations import Family, MixedOperation
+from tanglenas_engine.elastic.parameter import Parameter
 from tanglenas_engine.superposition.mixture import Factor
 
 __all__ = [
     "Attention",
     "BatchNorm1d",
     "BatchNorm2d",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "Depth",
     "Elastic",
     "Embedding",
@@ -28,6 +31,7 @@ __all__ = [
     "LayerNorm2d",
     "Linear",
     "MixedOperation",
+    "Parameter",
     "RMSNorm",
     "copied",
     "plain",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic import fused_norm
-from tanglenas_engine.elastic.base import Dimension, Elastic
+from tanglenas_engine.elastic.base import Dimension, Elastic, copied
 from tanglenas_engine.elastic.masked import without_autocast
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.size import Assignment, Axis, Size, divided
@@ -182,8 +182,10 @@ class LayerNorm2d(LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, H, W, C) inside
 
-    def plain(self, assignment: Assignment) -> LayerNorm2d:
-        return LayerNorm2d(self.width(assignment), self.eps, self.elementwise_affine, self.bias is not None)
+    def plain(self, assignment: Assignment) -> nn.LayerNorm:
+        layer = copied(self, assignment)
+        layer.normalized_shape = (self.width(assignment),)  # type: ignore[assignment]
+        return layer  # type: ignore[return-value]
 
 
 class RMSNorm(_WidthNorm, nn.RMSNorm):

@@ -45,53 +45,69 @@ def test_linear(relaxation, options, inputs, outputs, bias):
     case.compare(layer, expected, x)
 
 
+FORMS = {  # the layer, its function, and positions of an input
+    "Conv1d": (elastic.Conv1d, F.conv1d, (7,)),
+    "Conv2d": (elastic.Conv2d, F.conv2d, (7, 6)),
+    "ConvTranspose2d": (elastic.ConvTranspose2d, F.conv_transpose2d, (6, 5)),
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
 @relaxations
+@forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.booleans(), st.booleans())
-def test_conv2d(relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
-    case = Case(options, relaxation)
+def test_convolution(form, relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
+    case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     padding = dilation * (max(options["K"]) - 1) // 2
     layer = case.prepare(
-        elastic.Conv2d(
+        kind(
             case.size(inputs),
             case.size(outputs),
             case.size(K),
             stride,
             padding + 2 if pad_more else None,
-            dilation,
+            dilation=dilation,
             bias=bias,
         )
     )
 
     def expected(oracle):
-        used = [Used(outputs), Used(inputs), Used(K, window=True), Used(K, window=True)]
-        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 1, 2, 3)], [(1,), (2, 3)]))
+        sizes = [Used(inputs), Used(outputs)] if layer.transposed else [Used(outputs), Used(inputs)]
+        window = tuple(range(2, 2 + len(positions)))
+        used = [*sizes, *[Used(K, window=True) for _ in positions]]
+        read = 0 if layer.transposed else 1
+        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 1, *window)], [(read,), window]))
         b = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], [])) if bias else None
-        return F.conv2d(x, weight, b, stride, padding + 2 * pad_more, dilation)
+        return convolve(x, weight, b, stride, padding + 2 * pad_more, dilation=dilation)
 
-    x = randn(2, layer.in_channels, 7, 6)
+    x = randn(2, layer.in_channels, *positions)
     case.compare(layer, expected, x)
 
 
 @relaxations
+@forms
 @given(OPTIONS, dimensions, *[st.integers(1, 2)] * 4)
-def test_grouped_and_depthwise_conv2d(relaxation, options, groups, read, written, stride, dilation):
-    case = Case(options, relaxation)
+def test_grouped_and_depthwise_convolution(form, relaxation, options, groups, read, written, stride, dilation):
+    case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     # A group is `read` channels wide on one side and `written` on the other; 1 and 1 is depthwise.
-    outputs = Dimension(groups.names, lambda v: int(groups.of(v)) * written)
+    inputs, outputs = (
+        Dimension(groups.names, lambda v, width=width: int(groups.of(v)) * width) for width in (read, written)
+    )
     count = case.size(groups)
     whole = count if isinstance(count, int) else count.map(int)
     layer = case.prepare(
-        elastic.Conv2d(whole * read, whole * written, case.size(K), stride, dilation=dilation, groups=count, bias=True)
+        kind(whole * read, whole * written, case.size(K), stride, dilation=dilation, groups=count, bias=True)
     )
 
     def expected(oracle):
-        used = [Used(outputs), None, Used(K, window=True), Used(K, window=True)]
-        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 2, 3)], [(2, 3)]))
+        window = tuple(range(2, 2 + len(positions)))
+        used = [Used(inputs if layer.transposed else outputs), None, *[Used(K, window=True) for _ in positions]]
+        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, *window)], [window]))
         bias = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], []))
         padding = dilation * (max(options["K"]) - 1) // 2
-        return F.conv2d(x, weight, bias, stride, padding, dilation, max(oracle.numbers(groups)))
+        return convolve(x, weight, bias, stride, padding, dilation=dilation, groups=max(oracle.numbers(groups)))
 
-    x = randn(2, layer.in_channels, 7, 6)
+    x = randn(2, layer.in_channels, *positions)
     case.compare(layer, expected, x)
 
 
@@ -221,7 +237,7 @@ def test_embedding(relaxation, options, width):
     case.compare(layer, expected, indices)
 
 
-class Tokens(elastic.Elastic):
+class Declared(elastic.Elastic):
     """A class token and positions, as a space declares them for itself."""
 
     def __init__(self, width, length):
@@ -234,22 +250,45 @@ class Tokens(elastic.Elastic):
         return tokens * self.current("positions")
 
 
+class Called(nn.Module):
+    """The same of modules."""
+
+    def __init__(self, width, length):
+        super().__init__()
+        self.token, self.positions = (elastic.Parameter(1, n, width) for n in (1, 4))
+
+    def forward(self, x):
+        return torch.cat([self.token().expand(len(x), -1, -1), x], 1) * self.positions()
+
+
 @relaxations
+@pytest.mark.parametrize("kind", [Declared, Called])
 @given(OPTIONS, dimensions)
-def test_declared_parameters(relaxation, options, width):
+def test_parameters(kind, relaxation, options, width):
     case = Case(options, relaxation)
     length = max(Oracle(options, case.probabilities()).numbers(width))
-    layer = case.prepare(Tokens(case.size(width), length))
+    layer = case.prepare(kind(case.size(width), length))
 
     def expected(oracle):
         token, positions = (
-            masked(oracle, p, [None, None, Used(width)], sides(relaxation, [(2,)], []))
-            for p in (layer.token, layer.positions)
+            masked(oracle, p, [None, None, Used(width)], sides(relaxation, [(2,)], [])) for p in layer.parameters()
         )
         return torch.cat([token.expand(2, -1, -1), x], 1) * positions
 
     x = randn(2, 3, length)
     case.compare(layer, expected, x)
+
+
+@pytest.mark.parametrize(
+    ("init", "is_so"),
+    [(None, lambda t: 0.01 < t.std() < 0.03), (1e-5, lambda t: t.eq(1e-5).all()), (nn.init.ones_, torch.all)],
+)
+def test_a_parameter_starts_as_it_is_told(init, is_so):
+    space, (width,) = one(width=(64, 32))
+    layer = space.layer = elastic.Parameter(8, width, init=init)
+    plain = layer.plain(space.assignment_of(space.smallest()))
+    assert is_so(layer.weight) and is_so(plain.weight)
+    assert plain().shape == (8, 32)
 
 
 @relaxations
@@ -332,6 +371,7 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
         (lambda c: elastic.Linear(c.F, c.E), (3, 3)),
         (lambda c: elastic.Conv2d(c.F, c.E, c.K), (2, 3, 4, 3)),
         (lambda c: elastic.Conv2d(c.E, c.E, c.K, groups=c.E, dilation=2), (1, 4, 3, 4)),
+        (lambda c: elastic.ConvTranspose2d(c.F, c.E, c.K, 2), (1, 3, 2, 3)),
         (lambda c: elastic.LayerNorm(c.E), (3, 4)),
         (lambda c: elastic.LayerNorm(c.E, elementwise_affine=False), (3, 4)),
         (lambda c: elastic.RMSNorm(c.E), (3, 4)),
@@ -376,20 +416,22 @@ def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkey
 # The hard path: real slices.
 
 
+@forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.integers(0, 10**6))
-def test_a_selected_convolution_is_a_plain_one_of_the_slice(options, inputs, outputs, stride, dilation, seed):
-    case = Case(options)
+def test_a_selected_convolution_is_a_plain_one_of_the_slice(form, options, inputs, outputs, stride, dilation, seed):
+    case, (kind, convolve, positions) = Case(options), FORMS[form]
     case.space.name = "case"
-    layer = case.prepare(elastic.Conv2d(case.size(inputs), case.size(outputs), case.size(K), stride, dilation=dilation))
+    layer = case.prepare(kind(case.size(inputs), case.size(outputs), case.size(K), stride, dilation=dilation))
     architecture = case.space.sample(torch.Generator().manual_seed(seed))
     chosen = SimpleNamespace(make_divisible=make_divisible_number, **architecture.choices)
     i, o, k = int(inputs.of(chosen)), int(outputs.of(chosen)), chosen.K
     cut = slice((layer.weight.shape[2] - k) // 2, (layer.weight.shape[2] - k) // 2 + k)
-    x = randn(2, layer.in_channels, 7, 6)
+    channels = (slice(i), slice(o)) if layer.transposed else (slice(o), slice(i))
+    x = randn(2, layer.in_channels, *positions)
 
     padding = (dilation * (max(options["K"]) - 1) // 2) - dilation * (max(options["K"]) - k) // 2
-    slice_of_it = layer.weight[:o, :i, cut, cut], layer.bias[:o]
-    expected = F.conv2d(x[:, :i], *slice_of_it, stride, padding, dilation)
+    slice_of_it = layer.weight[(*channels, *[cut] * len(positions))], layer.bias[:o]
+    expected = convolve(x[:, :i], *slice_of_it, stride, padding, dilation=dilation)
     case.space.select(architecture)
     torch.testing.assert_close(layer(x[:, :i]), expected)
     case.space.relax(case.space.one_hot(architecture))
