@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
 from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.elastic.forms import check_foreign, explained
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.architectures import Architectures
@@ -38,7 +39,21 @@ SHARINGS = {
 """
 
 
-class SearchSpace(Architectures, Elastic):
+class _Constructor(type):
+    """The constructor of spaces: an error that a foreign layer raises because of a Size becomes a sentence."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            space = super().__call__(*args, **kwargs)
+        except (TypeError, TangleNASError) as error:
+            if (refusal := explained(error)) is None:
+                raise
+            raise refusal from error
+        check_foreign(space)
+        return space
+
+
+class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     """A supernet: a module of elastic layers whose dimensions are declared with `self.choice(...)`.
 
     A subclass makes its choices and layers in `__init__` and writes an ordinary `forward`. Three methods decide what

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import OPTIONS, Case, dimensions, masked, relaxations
-from oracle import Dimension, Oracle, Used, heads, layer_norm, rms_norm
+from oracle import Dimension, Oracle, Used, heads, layer_norm, rms_norm, turned
 from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
@@ -360,6 +360,90 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
     case.compare(layer, expected, x)
 
 
+@relaxations
+@given(OPTIONS, dimensions, dimensions, st.booleans(), st.sampled_from([F.silu, F.gelu, torch.sigmoid]))
+def test_gated_mlp(relaxation, options, width, hidden, bias, activation):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.GatedMLP(case.size(width), case.size(hidden), None, activation, bias))
+    gate, up, down = layer.fc1_g, layer.fc1_x, layer.fc2
+
+    def expected(oracle):
+        units = [Used(hidden), Used(width)] if relaxation == "paper" else [None, Used(width)]
+        g, u = (
+            F.linear(
+                x,
+                oracle.superposed(one.weight, *units),
+                oracle.superposed(one.bias, units[0]) if bias else None,
+            )
+            for one in (gate, up)
+        )
+        return projected(oracle, activation(g) * u, down, width, hidden, relaxation)
+
+    x = randn(2, 3, gate.in_features)
+    case.compare(layer, expected, x)
+
+
+def projected(oracle, x, down, width, hidden, relaxation):
+    """`down` of x, `(*, hidden)`, superposed over its output and its input."""
+    weight = masked(oracle, down.weight, [Used(width), Used(hidden)], sides(relaxation, [(0, 1)], [(1,)]))
+    bias = down.bias
+    return F.linear(
+        x, weight, None if bias is None else masked(oracle, bias, [Used(width)], sides(relaxation, [(0,)], []))
+    )
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.sampled_from([(2, 1), (1, 1), (2, 0)]), *[st.booleans()] * 4)
+def test_grouped_attention(relaxation, options, width, counts, causal, bias, rotary, across):
+    case, D = Case(options, relaxation), 2
+    group, grown = counts  # `grown` 0: one head of keys for all
+    query = Dimension("H", lambda v: v.H * group * D)
+    key = Dimension("H", lambda v: v.H * D) if grown else Dimension("", lambda v: D)
+    source = Dimension("F", lambda v: v.F) if across else width
+    layer = case.prepare(
+        elastic.GroupedAttention(
+            case.size(width),
+            case.symbols.H * group,
+            case.symbols.H if grown else 1,
+            D,
+            case.size(source) if across else None,
+            bias,
+            causal=causal,
+            rotary=elastic.Rotary(100.0) if rotary else None,
+        )
+    )
+    context = randn(2, 3, layer.k_proj.in_features) if across else None
+
+    def expected(oracle):
+        def split(x, projection, units, read):
+            used = Used(units) if relaxation == "paper" else None
+            weight = oracle.superposed(projection.weight, used, Used(read))
+            shift = oracle.superposed(projection.bias, used) if bias else None
+            return F.linear(x, weight, shift).unflatten(-1, (-1, D)).transpose(1, 2)
+
+        others = context if across else x
+        q = split(x, layer.q_proj, query, width)
+        k, v = (split(others, one, key, source) for one in (layer.k_proj, layer.v_proj))
+        if rotary:
+            q, k = turned(q, 100.0), turned(k, 100.0)
+        readers = [i * k.shape[1] // q.shape[1] for i in range(q.shape[1])]
+        merged = heads(q, k[:, readers], v[:, readers], causal).transpose(1, 2).flatten(2)
+        return projected(oracle, merged, layer.o_proj, width, query, relaxation)
+
+    class Bound(nn.Module):
+        """The layer with its context, so that it has one input."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return layer(x, context)
+
+    x = randn(2, 3, layer.q_proj.in_features)
+    case.compare(Bound(), expected, x)
+
+
 # Second derivatives, which darts2 takes.
 
 
@@ -492,6 +576,14 @@ def test_groups_must_grow_with_the_channels(inputs, outputs, groups, message):
     _, (channels,) = one(channels=(4, 8))
     with pytest.raises(TangleNASError, match=message):
         elastic.Conv2d(inputs(channels), outputs(channels), 1, groups=groups(channels))
+
+
+def test_query_heads_share_keys_in_groups_of_one_size():
+    _, (heads,) = one(heads=(4, 8))
+    with pytest.raises(TangleNASError, match="the query heads of one head of keys are fixed in number, but"):
+        elastic.GroupedAttention(8, heads, 2, 4)
+    with pytest.raises(TangleNASError, match="4 channels do not divide into 3 groups"):
+        elastic.GroupedAttention(8, heads, 3, 4)
 
 
 def test_a_depth_needs_as_many_layers_as_its_largest_option():

@@ -126,3 +126,14 @@ def heads(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         later = torch.arange(q.shape[2])[None, :] > torch.arange(q.shape[2])[:, None]
         logits = logits.masked_fill(later, -torch.inf)
     return torch.einsum("bhij,bhjd->bhid", F.softmax(logits, -1), v)
+
+
+def turned(x: Tensor, base: float) -> Tensor:
+    """Rotary positions of `(B, H, N, D)` as products of complex numbers: entries i and i + D/2 are one."""
+    half = x.shape[-1] // 2
+    numbers = torch.complex(x[..., :half], x[..., half:])
+    for position in range(x.shape[2]):
+        for i in range(half):
+            angle = torch.tensor(position / base ** (i / half), dtype=torch.float64)
+            numbers[:, :, position, i] = numbers[:, :, position, i] * torch.exp(1j * angle)
+    return torch.cat([numbers.real, numbers.imag], -1)

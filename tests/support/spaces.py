@@ -189,7 +189,36 @@ class Images(SearchSpace):
         return torch.randn(batch, 2, 4, 6)
 
 
-LAYERS = {"signal": Signal, "images": Images}
+class Llama(SearchSpace):
+    """A decoder as language models have it, and a block that reads a context."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        width = self.choice("width", (8, 5))
+        keys = self.choice("keys", (2, 1))
+        hidden = self.choice("hidden", (6, 3, 4))
+        self.tokens = elastic.Embedding(7, width)
+        self.norm1 = elastic.RMSNorm(width, elementwise_affine=False)
+        self.attention = elastic.GroupedAttention(
+            width, keys * 2, keys, 4, bias=True, causal=True, rotary=elastic.Rotary()
+        )
+        self.norm2 = elastic.RMSNorm(width, eps=1e-6)
+        self.mlp = elastic.GatedMLP(width, hidden, bias=False)
+        self.context = elastic.Parameter(1, 3, hidden, init=nn.init.normal_)
+        self.cross = elastic.GroupedAttention(width, keys, 1, 4, context_width=hidden)
+        self.head = elastic.Linear(width, 7)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = self.tokens(indices)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return self.head(x + self.cross(x, self.context().repeat(len(x), 1, 1)))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randint(7, (batch, 5))
+
+
+LAYERS = {"signal": Signal, "images": Images, "llama": Llama}
 """Spaces of layers that no other has, for the tables about layers: corners, gradients and costs."""
 
 SPACES = {
