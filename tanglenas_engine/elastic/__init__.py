@@ -11,6 +11,7 @@ from tanglenas_engine.elastic.depth import Depth, walk
 from tanglenas_engine.elastic.grouped_attention import GroupedAttention, Rotary
 from tanglenas_engine.elastic.linear import Embedding, Linear
 from tanglenas_engine.elastic.mlp import GatedMLP
+from tanglenas_engine.elastic.multihead_attention import MultiheadAttention
 from tanglenas_engine.elastic.norm import BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm, LayerNorm2d, RMSNorm
 from tanglenas_engine.elastic.operations import Family, MixedOperation
 from tanglenas_engine.elastic.parameter import Parameter
@@ -35,6 +36,7 @@ __all__ = [
     "LayerNorm2d",
     "Linear",
     "MixedOperation",
+    "MultiheadAttention",
     "Parameter",
     "RMSNorm",
     "Rotary",

@@ -430,18 +430,47 @@ def test_grouped_attention(relaxation, options, width, counts, causal, bias, rot
         merged = heads(q, k[:, readers], v[:, readers], causal).transpose(1, 2).flatten(2)
         return projected(oracle, merged, layer.o_proj, width, query, relaxation)
 
-    class Bound(nn.Module):
-        """The layer with its context, so that it has one input."""
-
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return layer(x, context)
-
     x = randn(2, 3, layer.q_proj.in_features)
-    case.compare(Bound(), expected, x)
+    case.compare(Bound(layer, lambda layer, x: layer(x, context)), expected, x)
+
+
+class Bound(nn.Module):
+    """A layer as a function of one input."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, x):
+        return self.function(self.layer, x)
+
+
+@relaxations
+@given(OPTIONS, *[st.booleans()] * 2, st.sampled_from([None, True, False]))
+def test_multihead_attention(relaxation, options, bias, batch_first, across):
+    case, D = Case(options, relaxation), 2
+    width = Dimension("H", lambda v: v.H * D)
+    heads_of = case.symbols.H
+    layer = case.prepare(elastic.MultiheadAttention(heads_of * D, heads_of, 0.0, bias, batch_first))
+    packed, proj = Used(width, parts=3), layer.out_proj
+
+    def expected(oracle):
+        rows = packed if relaxation == "paper" else None
+        weight = oracle.superposed(layer.in_proj_weight, rows, Used(width))
+        shift = oracle.superposed(layer.in_proj_bias, rows) if bias else None
+        first = x if batch_first else x.transpose(0, 1)
+        q, k, v = F.linear(first, weight, shift).unflatten(-1, (3, -1, D)).permute(2, 0, 3, 1, 4)
+        if across:  # keys and values of the first two tokens
+            k, v = k[:, :, :2], v[:, :, :2]
+        y = projected(oracle, heads(q, k, v, False).transpose(1, 2).flatten(2), proj, width, width, relaxation)
+        return y if batch_first else y.transpose(0, 1)
+
+    def attend(layer, x):
+        keys = (x[:, :2] if batch_first else x[:2]) if across else x
+        return layer(x, keys, keys, need_weights=across is None)[0]
+
+    x = randn(2, 3, layer.embed_dim)
+    case.compare(Bound(layer, attend), expected, x)
 
 
 # Second derivatives, which darts2 takes.
@@ -584,6 +613,12 @@ def test_query_heads_share_keys_in_groups_of_one_size():
         elastic.GroupedAttention(8, heads, 2, 4)
     with pytest.raises(TangleNASError, match="4 channels do not divide into 3 groups"):
         elastic.GroupedAttention(8, heads, 3, 4)
+
+
+def test_heads_of_torch_have_one_dimension():
+    _, (width,) = one(width=(4, 8))
+    with pytest.raises(TangleNASError, match=r"the dimension of a head is fixed, .* grow with the width"):
+        elastic.MultiheadAttention(width, 2)
 
 
 def test_a_depth_needs_as_many_layers_as_its_largest_option():

@@ -204,6 +204,9 @@ class Llama(SearchSpace):
         )
         self.norm2 = elastic.RMSNorm(width, eps=1e-6)
         self.mlp = elastic.GatedMLP(width, hidden, bias=False)
+        self.wide = elastic.Linear(width, keys * 4)
+        self.multihead = elastic.MultiheadAttention(keys * 4, keys, batch_first=True)
+        self.narrow = elastic.Linear(keys * 4, width)
         self.context = elastic.Parameter(1, 3, hidden, init=nn.init.normal_)
         self.cross = elastic.GroupedAttention(width, keys, 1, 4, context_width=hidden)
         self.head = elastic.Linear(width, 7)
@@ -212,6 +215,8 @@ class Llama(SearchSpace):
         x = self.tokens(indices)
         x = x + self.attention(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
+        y = torch.tanh(self.wide(x))
+        x = x + self.narrow(self.multihead(y, y[:, :3] * 0.5, y[:, 1:4])[0])
         return self.head(x + self.cross(x, self.context().repeat(len(x), 1, 1)))
 
     def example_input(self, batch: int) -> Tensor:
