@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +52,12 @@ class _Constructor(type):
             raise refusal from error
         check_foreign(space)
         return space
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The options of a space are those of its `__init__`, not of the method above."""
+        _, *options = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        return inspect.Signature(options)
 
 
 class SearchSpace(Architectures, Elastic, metaclass=_Constructor):

@@ -1,5 +1,7 @@
 """A size handed to a layer of torch or timm ends in a sentence that says what to write in its place."""
 
+import inspect
+
 import pytest
 import timm.layers
 import torch
@@ -73,6 +75,14 @@ def test_other_errors_of_a_constructor_stay_as_they_are():
         Space("4")
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         Space()
+
+
+def test_the_options_of_a_space_can_be_read_from_its_class():
+    class Space(SearchSpace):
+        def __init__(self, width=(4, 8), *, classes: int = 3, **options):
+            super().__init__(**options)
+
+    assert list(inspect.signature(Space).parameters) == ["width", "classes", "options"]
 
 
 def test_a_foreign_block_may_have_elastic_layers():
