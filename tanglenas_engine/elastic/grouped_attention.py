@@ -79,12 +79,15 @@ class GroupedAttention(Elastic):
                 "both grow together, as in num_heads=kv * 4, or use one head of keys"
             )
         source = width if context_width is None else context_width
-        queries, keys = (Axis(count * head_dim, role="unit") for count in (heads, kv_heads))
+        # A query head may change places with another one that reads the same keys, or if it takes its keys along.
+        free = set(kv_heads.values) == {1} or (heads.rows, heads.values) == (kv_heads.rows, kv_heads.values)
+        unit = head_dim if free else None
+        queries, keys = (Axis(count * head_dim, role="unit", unit=unit) for count in (heads, kv_heads))
         self.heads, self.head_dim, self.dropout, self.causal = heads, head_dim, dropout, causal
         self.q_proj = Linear(width, queries, bias)
         self.k_proj = Linear(source, keys, bias)
         self.v_proj = Linear(source, keys, bias)
-        self.o_proj = Linear(heads * head_dim, width, bias)
+        self.o_proj = Linear(Axis(heads * head_dim, unit=unit), width, bias)
         self.rotary = rotary
         self._keys = 0  # the number of tokens that `macs` counts
 

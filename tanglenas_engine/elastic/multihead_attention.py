@@ -49,7 +49,8 @@ class MultiheadAttention(Elastic, nn.MultiheadAttention):
         self.out_proj = Linear(width, width, bias)  # type: ignore[assignment]
         self._reset_parameters()
         self.heads = heads
-        self.declare(in_proj_weight=(stacked(width, 3), Axis.of(width, "read")), in_proj_bias=(stacked(width, 3),))
+        packed = stacked(width, 3, unit=self.head_dim)
+        self.declare(in_proj_weight=(packed, Axis.of(width, "read")), in_proj_bias=(packed,))
         self._counted = (0, 0, 0)  # the numbers of queries, of keys and of pairs that `macs` counts
 
     def forward(

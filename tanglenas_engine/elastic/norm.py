@@ -239,7 +239,8 @@ class GroupNorm(Elastic, nn.GroupNorm):
             )
         nn.GroupNorm.__init__(self, groups.max, channels.max, eps, affine)
         self._groups = groups
-        self.declare(weight=(channels,), bias=(channels,))
+        axis = Axis(channels, role="write", unit=1 if single else per_group.max)
+        self.declare(weight=(axis,), bias=(axis,))
         self.declare(role="statistics" if single else "buffer", statistics=(channels,))
 
     def forward(self, x: Tensor) -> Tensor:
