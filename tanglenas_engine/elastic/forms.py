@@ -78,12 +78,14 @@ def _refusal(name: str, library: str, given: dict[str, Any]) -> TangleNASError:
 
 
 def _forms() -> dict[str, str]:
-    """Return the elastic layers by name in lower case, those of authors included."""
+    """Return the elastic layers by name in lower case. The engine's own come before an author's of the same name."""
     found: dict[str, str] = {}
     kinds: list[type[Elastic]] = [Elastic]
     while kinds:
-        kinds.extend(kinds.pop().__subclasses__())
-        for kind in kinds:
-            own = kind.__module__.startswith("tanglenas_engine.")
-            found.setdefault(kind.__name__.lower(), f"elastic.{kind.__name__}" if own else kind.__name__)
+        kind = kinds.pop()
+        kinds.extend(kind.__subclasses__())
+        if kind.__module__.startswith("tanglenas_engine.elastic."):
+            found[kind.__name__.lower()] = f"elastic.{kind.__name__}"
+        else:
+            found.setdefault(kind.__name__.lower(), kind.__name__)
     return found

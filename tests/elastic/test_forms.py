@@ -1,5 +1,6 @@
 """A size handed to a layer of torch or timm ends in a sentence that says what to write in its place."""
 
+import gc
 import inspect
 
 import pytest
@@ -63,6 +64,19 @@ def built(make):
 )
 def test_a_size_in_a_foreign_layer_ends_in_a_sentence(make, said):
     assert said in built(make)
+
+
+def test_an_elastic_layer_of_an_author_is_named_too():
+    class Bilinear(elastic.Elastic, nn.Bilinear):
+        pass
+
+    class Linear(elastic.Elastic, nn.Linear):
+        pass
+
+    assert built(lambda c, s: nn.Bilinear(s, 3, 4)).endswith("Use Bilinear, whose dimensions may be choices")
+    assert "Use elastic.Linear" in built(lambda c, s: nn.Linear(s, 3))
+    del Bilinear, Linear
+    gc.collect()  # other tests ask for the forms too
 
 
 def test_other_errors_of_a_constructor_stay_as_they_are():
