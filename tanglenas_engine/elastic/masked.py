@@ -38,6 +38,8 @@ MIN_ROWS_PER_BAND_ON_GPU = 1024
 class Product(Protocol):
     """A product of an input and a weight, linear in both. `channels` is the channel dimension of input and output.
 
+    The weight is `(out, in, ...)`, or `(in, out, ...)` if the product is transposed.
+
     The methods have names, because torch's tracer up to 2.11 cannot call an instance of a frozen dataclass.
     """
 
@@ -46,6 +48,9 @@ class Product(Protocol):
 
     @property
     def groups(self) -> int: ...
+
+    @property
+    def transposed(self) -> bool: ...
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -60,6 +65,7 @@ class LinearProduct:
 
     channels: int = -1
     groups: int = 1
+    transposed: bool = False
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -73,16 +79,22 @@ class LinearProduct:
 
 @dataclass(frozen=True)
 class ConvolutionProduct:
-    """The product of `F.conv2d`."""
+    """The product of `F.conv1d`, `F.conv2d` or `F.conv_transpose2d`."""
 
     stride: tuple[int, ...]
     padding: int
     dilation: tuple[int, ...]
     groups: int
     channels: int = -3
+    transposed: bool = False
+    output_padding: tuple[int, ...] = (0, 0)
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.transposed:
+            more = (self.output_padding, self.groups, self.dilation)
+            return F.conv_transpose2d(x, weight, bias, self.stride, self.padding, *more)
+        convolution = F.conv2d if self.channels == -3 else F.conv1d
+        return convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
         return self._gradients(x, weight, dy, 0)
@@ -95,9 +107,10 @@ class ConvolutionProduct:
         return replace(self, padding=self.padding - margin * self.dilation[0])
 
     def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, wanted: int) -> Tensor:
-        geometry = (self.stride, [self.padding] * 2, self.dilation, False, [0, 0], self.groups)
+        padding = [self.padding] * len(self.stride)
+        geometry = (self.stride, padding, self.dilation, self.transposed, self.output_padding, self.groups)
         # A single image (C, H, W) becomes a batch of one.
-        x, dy, single = (x, dy, False) if x.dim() == 4 else (x[None], dy[None], wanted == 0)
+        x, dy, single = (x, dy, False) if x.dim() == weight.dim() else (x[None], dy[None], wanted == 0)
         gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [wanted == i for i in range(3)])
         return gradients[wanted][0] if single else gradients[wanted]  # type: ignore[no-any-return]
 
@@ -108,19 +121,19 @@ def masked(op: Product, x: Tensor, weight: Tensor, bias: Tensor | None, factors:
     Args:
         op: The product.
         x: The input.
-        weight: The unmasked weight, `(out, in, ...)`.
+        weight: The unmasked weight, `(out, in, ...)`; `(in, out, ...)` for a transposed product.
         bias: The bias `(out,)`, or None.
         factors: The factors of the mask, as `Elastic.unmasked` returns them.
     """
     if not factors:
         return op.output(x, weight, bias)
-    depthwise = 1 < op.groups == len(weight) == x.shape[op.channels]
+    depthwise = 1 < op.groups == len(weight) == x.shape[op.channels] and not op.transposed
     bands: tuple[int, ...] = (len(weight),)
     rows = rest = windows = None
     for factor in factors:
         mask = factor.mask
         in_rows = mask.numel() == mask.shape[0] * mask.shape[1] and (factor.bands or len(mask) == 1)
-        if in_rows and (op.groups == 1 or depthwise) and not factor.windows:
+        if in_rows and (op.groups == 1 or depthwise) and not factor.windows and not op.transposed:
             if factor.bands:  # at most one factor covers the first dimension
                 bands = factor.bands
             rows = mask.flatten(1) if rows is None else rows * mask.flatten(1)
@@ -249,24 +262,26 @@ def _by_windows(
     A ring is the part that a window adds to the next smaller one. On a CPU the gradient of a depthwise weight takes
     some ten times as long as that of the input.
     """
-    op, largest = form.op, weight.shape[-1]
+    op, largest, positions = form.op, weight.shape[-1], weight.dim() - 2
     channel = None if rows is None else expanded(rows, form.bands)[:, 0]
     total, by_channel = None, torch.zeros((), dtype=weight.dtype, device=weight.device)
     drest = None if rest is None else torch.zeros_like(rest)
     inner = 0
     for window in form.windows or (largest,):
         low, hole = (largest - window) // 2, (window - inner) // 2
-        ring = weight[..., low : low + window, low : low + window]
+        ring = weight
+        for dim in range(2, weight.dim()):
+            ring = ring.narrow(dim, low, window)
         if inner:
-            ring = ring * F.pad(ring.new_zeros(inner, inner), [hole] * 4, value=1.0)
+            ring = ring * F.pad(ring.new_zeros([inner] * positions), [hole] * 2 * positions, value=1.0)
         g = op.cropped(low).input_gradient(x, ring.to(x.dtype), dy)  # type: ignore[attr-defined]
         sums = _sum_but(x * g, op.channels).to(weight.dtype)
         share = None
         if rest is not None and drest is not None:
             # The mask is constant on the ring, so one entry gives its value.
-            share = rest[0, 0, low, low]
+            share = rest[(0, 0, *[low] * positions)]
             ringed = (sums if channel is None else sums * channel).sum()
-            drest = drest + F.pad(ringed.view(1, 1, 1, 1), [low, largest - 1 - low] * 2)
+            drest = drest + F.pad(ringed.view([1] * rest.dim()), [low, largest - 1 - low] * positions)
         by_channel = by_channel + _times(sums, share)
         g = _times_(g, None if share is None else share.to(g.dtype))
         total = g if total is None else total + g

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
 from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.elastic.forms import check_foreign, explained
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.architectures import Architectures
@@ -38,7 +40,27 @@ SHARINGS = {
 """
 
 
-class SearchSpace(Architectures, Elastic):
+class _Constructor(type):
+    """The constructor of spaces: an error that a foreign layer raises because of a Size becomes a sentence."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            space = super().__call__(*args, **kwargs)
+        except (TypeError, TangleNASError) as error:
+            if (refusal := explained(error)) is None:
+                raise
+            raise refusal from error
+        check_foreign(space)
+        return space
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The options of a space are those of its `__init__`, not of the method above."""
+        _, *options = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        return inspect.Signature(options)
+
+
+class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     """A supernet: a module of elastic layers whose dimensions are declared with `self.choice(...)`.
 
     A subclass makes its choices and layers in `__init__` and writes an ordinary `forward`. Three methods decide what

@@ -155,6 +155,22 @@ def make_divisible(size: Size | Number, divisor: int = 8, min_value: int | None 
     return Size.of(size).map(nearest)
 
 
+def divided(channels: Size | Number, groups: Size | Number) -> Size:
+    """Return the number of channels of one group.
+
+    Raises:
+        TangleNASError: Some numbers of channels do not divide into their groups.
+    """
+
+    def per_group(channels: Number, groups: Number) -> int:
+        channels, groups = int(channels), int(groups)
+        if channels % groups:
+            raise TangleNASError(f"{channels} channels do not divide into {groups} groups")
+        return channels // groups
+
+    return Size.of(channels).map(per_group, groups)
+
+
 @dataclass(frozen=True, eq=False)
 class Axis:
     """A dimension of a parameter, with the entries of it that an architecture uses.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import OPTIONS, Case, dimensions, masked, relaxations
-from oracle import Dimension, Oracle, Used, heads, layer_norm
+from oracle import Dimension, Oracle, Used, heads, layer_norm, rms_norm, turned
 from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
@@ -45,96 +45,179 @@ def test_linear(relaxation, options, inputs, outputs, bias):
     case.compare(layer, expected, x)
 
 
+FORMS = {  # the layer, its function, and positions of an input
+    "Conv1d": (elastic.Conv1d, F.conv1d, (7,)),
+    "Conv2d": (elastic.Conv2d, F.conv2d, (7, 6)),
+    "ConvTranspose2d": (elastic.ConvTranspose2d, F.conv_transpose2d, (6, 5)),
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
 @relaxations
+@forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.booleans(), st.booleans())
-def test_conv2d(relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
-    case = Case(options, relaxation)
+def test_convolution(form, relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
+    case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     padding = dilation * (max(options["K"]) - 1) // 2
     layer = case.prepare(
-        elastic.Conv2d(
+        kind(
             case.size(inputs),
             case.size(outputs),
             case.size(K),
             stride,
             padding + 2 if pad_more else None,
-            dilation,
+            dilation=dilation,
             bias=bias,
         )
     )
 
     def expected(oracle):
-        used = [Used(outputs), Used(inputs), Used(K, window=True), Used(K, window=True)]
-        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 1, 2, 3)], [(1,), (2, 3)]))
+        sizes = [Used(inputs), Used(outputs)] if layer.transposed else [Used(outputs), Used(inputs)]
+        window = tuple(range(2, 2 + len(positions)))
+        used = [*sizes, *[Used(K, window=True) for _ in positions]]
+        read = 0 if layer.transposed else 1
+        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 1, *window)], [(read,), window]))
         b = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], [])) if bias else None
-        return F.conv2d(x, weight, b, stride, padding + 2 * pad_more, dilation)
+        return convolve(x, weight, b, stride, padding + 2 * pad_more, dilation=dilation)
 
-    x = randn(2, layer.in_channels, 7, 6)
+    x = randn(2, layer.in_channels, *positions)
     case.compare(layer, expected, x)
 
 
 @relaxations
+@forms
 @given(OPTIONS, dimensions, *[st.integers(1, 2)] * 4)
-def test_grouped_and_depthwise_conv2d(relaxation, options, groups, read, written, stride, dilation):
-    case = Case(options, relaxation)
+def test_grouped_and_depthwise_convolution(form, relaxation, options, groups, read, written, stride, dilation):
+    case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     # A group is `read` channels wide on one side and `written` on the other; 1 and 1 is depthwise.
-    outputs = Dimension(groups.names, lambda v: int(groups.of(v)) * written)
+    inputs, outputs = (
+        Dimension(groups.names, lambda v, width=width: int(groups.of(v)) * width) for width in (read, written)
+    )
     count = case.size(groups)
     whole = count if isinstance(count, int) else count.map(int)
     layer = case.prepare(
-        elastic.Conv2d(whole * read, whole * written, case.size(K), stride, dilation=dilation, groups=count, bias=True)
+        kind(whole * read, whole * written, case.size(K), stride, dilation=dilation, groups=count, bias=True)
     )
 
     def expected(oracle):
-        used = [Used(outputs), None, Used(K, window=True), Used(K, window=True)]
-        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, 2, 3)], [(2, 3)]))
+        window = tuple(range(2, 2 + len(positions)))
+        used = [Used(inputs if layer.transposed else outputs), None, *[Used(K, window=True) for _ in positions]]
+        weight = masked(oracle, layer.weight, used, sides(relaxation, [(0, *window)], [window]))
         bias = masked(oracle, layer.bias, [Used(outputs)], sides(relaxation, [(0,)], []))
         padding = dilation * (max(options["K"]) - 1) // 2
-        return F.conv2d(x, weight, bias, stride, padding, dilation, max(oracle.numbers(groups)))
+        return convolve(x, weight, bias, stride, padding, dilation=dilation, groups=max(oracle.numbers(groups)))
 
-    x = randn(2, layer.in_channels, 7, 6)
+    x = randn(2, layer.in_channels, *positions)
     case.compare(layer, expected, x)
 
 
 @relaxations
-@given(OPTIONS, dimensions, *[st.booleans()] * 3, st.sampled_from([0.1, None]))
-def test_batch_norm(relaxation, options, channels, affine, training, tracked, momentum):
-    case = Case(options, relaxation)
-    layer = elastic.BatchNorm2d(case.size(channels), 1e-3, momentum, affine, tracked)
+@given(
+    OPTIONS,
+    dimensions,
+    *[st.booleans()] * 3,
+    st.sampled_from([0.1, None]),
+    st.sampled_from([(elastic.BatchNorm1d, ()), (elastic.BatchNorm1d, (2,)), (elastic.BatchNorm2d, (2, 2))]),
+)
+def test_batch_norm(relaxation, options, channels, affine, training, tracked, momentum, form):
+    case, (kind, positions) = Case(options, relaxation), form
+    layer = kind(case.size(channels), 1e-3, momentum, affine, tracked)
     case.prepare(layer).train(training)
-    plain = nn.BatchNorm2d(layer.num_features, 1e-3, momentum, False, tracked).double().train(training)
+    plain = kind.plain_class(layer.num_features, 1e-3, momentum, False, tracked).double().train(training)
     if tracked:
         layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
         plain.load_state_dict({k: v.clone() for k, v in layer.named_buffers()})
 
     def expected(oracle):
-        covered = sides(relaxation, [(0,)], [])
-        y = plain(x)
-        if affine:
-            gain, bias = (masked(oracle, p, [Used(channels)], covered) for p in (layer.weight, layer.bias))
-            return y * gain[:, None, None] + bias[:, None, None]
-        return masked(oracle, y, [None, Used(channels), None, None], [(1,)] if relaxation != "gated" else [])
+        return channelwise(oracle, layer, plain(x), channels, relaxation)
 
-    x = randn(3, layer.num_features, 2, 2)
+    x = randn(3, layer.num_features, *positions)
     case.compare(layer, expected, x)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(getattr(layer, name), buffer)
 
 
+def channelwise(oracle, layer, y, channels, relaxation):
+    """`y`, `(B, C, *)`, with the gain and bias of a norm over channels, or covered itself."""
+    covered = sides(relaxation, [(0,)], [])
+    around = [1] * (y.dim() - 2)
+    if layer.affine:
+        gain, bias = (masked(oracle, p, [Used(channels)], covered) for p in (layer.weight, layer.bias))
+        return y * gain.view(-1, *around) + bias.view(-1, *around)
+    ones = torch.ones(y.shape[1], dtype=torch.float64)
+    return y * masked(oracle, ones, [Used(channels)], covered).view(-1, *around)
+
+
 @relaxations
-@given(OPTIONS, dimensions, st.sampled_from([(True, True), (True, False), (False, False)]))
-def test_layer_norm(relaxation, options, width, affine):
+@given(OPTIONS, dimensions, st.sampled_from([2, 3]), st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
+def test_group_norm(relaxation, options, groups, per_group, affine, positions):
+    case = Case(options, relaxation)
+    channels = Dimension(groups.names, lambda v: int(groups.of(v)) * per_group)
+    count = case.size(groups)
+    whole = count if isinstance(count, int) else count.map(int)
+    layer = case.prepare(elastic.GroupNorm(whole, whole * per_group, 1e-3, affine))
+
+    def expected(oracle):
+        # Each group by itself: x of any coverage, which cancels.
+        y = F.group_norm(x, layer.num_groups, eps=1e-3)
+        return channelwise(oracle, layer, y, channels, relaxation)
+
+    x = randn(2, layer.num_channels, *positions)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
+def test_group_norm_of_a_single_group(relaxation, options, channels, affine, positions):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.GroupNorm(1, case.size(channels), 1e-3, affine))
+
+    def expected(oracle):
+        counted = oracle.coverage(channels)
+        counted = torch.ones_like(counted) if relaxation == "paper" else counted
+        everywhere = counted.repeat_interleave(x[0, 0].numel())
+        y = layer_norm(x.flatten(1), everywhere, 1e-3).view_as(x)
+        return channelwise(oracle, layer, y, channels, relaxation)
+
+    x = randn(2, layer.num_channels, *positions)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.sampled_from([(True, True), (True, False), (False, False)]), st.booleans())
+def test_layer_norm(relaxation, options, width, affine, of_images):
     case = Case(options, relaxation)
     elementwise, with_bias = affine
-    layer = case.prepare(elastic.LayerNorm(case.size(width), 1e-3, elementwise, with_bias))
+    kind = elastic.LayerNorm2d if of_images else elastic.LayerNorm
+    layer = case.prepare(kind(case.size(width), 1e-3, elementwise, with_bias))
 
     def expected(oracle):
         counted = oracle.coverage(width)
-        y = layer_norm(x, torch.ones_like(counted) if relaxation == "paper" else counted, 1e-3)
+        last = x.movedim(1, -1) if of_images else x
+        y = layer_norm(last, torch.ones_like(counted) if relaxation == "paper" else counted, 1e-3)
         covered = sides(relaxation, [(0,)], [])
-        if not elementwise:
-            return y * masked(oracle, torch.ones_like(counted), [Used(width)], covered)
-        y = y * masked(oracle, layer.weight, [Used(width)], covered)
-        return y + masked(oracle, layer.bias, [Used(width)], covered) if with_bias else y
+        gain = layer.weight if elementwise else torch.ones_like(counted)
+        y = y * masked(oracle, gain, [Used(width)], covered)
+        if with_bias:
+            y = y + masked(oracle, layer.bias, [Used(width)], covered)
+        return y.movedim(-1, 1) if of_images else y
+
+    (length,) = layer.normalized_shape
+    x = randn(2, length, 1, 3) if of_images else randn(2, 3, length)
+    case.compare(layer, expected, x)
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.booleans(), st.sampled_from([1e-3, None]))
+def test_rms_norm(relaxation, options, width, elementwise, eps):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.RMSNorm(case.size(width), eps, elementwise))
+
+    def expected(oracle):
+        counted = oracle.coverage(width)
+        y = rms_norm(x, torch.ones_like(counted) if relaxation == "paper" else counted, eps or 2**-52)
+        gain = layer.weight if elementwise else torch.ones_like(counted)
+        return y * masked(oracle, gain, [Used(width)], sides(relaxation, [(0,)], []))
 
     x = randn(2, 3, layer.normalized_shape[0])
     case.compare(layer, expected, x)
@@ -154,7 +237,7 @@ def test_embedding(relaxation, options, width):
     case.compare(layer, expected, indices)
 
 
-class Tokens(elastic.Elastic):
+class Declared(elastic.Elastic):
     """A class token and positions, as a space declares them for itself."""
 
     def __init__(self, width, length):
@@ -167,22 +250,45 @@ class Tokens(elastic.Elastic):
         return tokens * self.current("positions")
 
 
+class Called(nn.Module):
+    """The same of modules."""
+
+    def __init__(self, width, length):
+        super().__init__()
+        self.token, self.positions = (elastic.Parameter(1, n, width) for n in (1, 4))
+
+    def forward(self, x):
+        return torch.cat([self.token().expand(len(x), -1, -1), x], 1) * self.positions()
+
+
 @relaxations
+@pytest.mark.parametrize("kind", [Declared, Called])
 @given(OPTIONS, dimensions)
-def test_declared_parameters(relaxation, options, width):
+def test_parameters(kind, relaxation, options, width):
     case = Case(options, relaxation)
     length = max(Oracle(options, case.probabilities()).numbers(width))
-    layer = case.prepare(Tokens(case.size(width), length))
+    layer = case.prepare(kind(case.size(width), length))
 
     def expected(oracle):
         token, positions = (
-            masked(oracle, p, [None, None, Used(width)], sides(relaxation, [(2,)], []))
-            for p in (layer.token, layer.positions)
+            masked(oracle, p, [None, None, Used(width)], sides(relaxation, [(2,)], [])) for p in layer.parameters()
         )
         return torch.cat([token.expand(2, -1, -1), x], 1) * positions
 
     x = randn(2, 3, length)
     case.compare(layer, expected, x)
+
+
+@pytest.mark.parametrize(
+    ("init", "is_so"),
+    [(None, lambda t: 0.01 < t.std() < 0.03), (1e-5, lambda t: t.eq(1e-5).all()), (nn.init.ones_, torch.all)],
+)
+def test_a_parameter_starts_as_it_is_told(init, is_so):
+    space, (width,) = one(width=(64, 32))
+    layer = space.layer = elastic.Parameter(8, width, init=init)
+    plain = layer.plain(space.assignment_of(space.smallest()))
+    assert is_so(layer.weight) and is_so(plain.weight)
+    assert plain().shape == (8, 32)
 
 
 @relaxations
@@ -254,6 +360,119 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
     case.compare(layer, expected, x)
 
 
+@relaxations
+@given(OPTIONS, dimensions, dimensions, st.booleans(), st.sampled_from([F.silu, F.gelu, torch.sigmoid]))
+def test_gated_mlp(relaxation, options, width, hidden, bias, activation):
+    case = Case(options, relaxation)
+    layer = case.prepare(elastic.GatedMLP(case.size(width), case.size(hidden), None, activation, bias))
+    gate, up, down = layer.fc1_g, layer.fc1_x, layer.fc2
+
+    def expected(oracle):
+        units = [Used(hidden), Used(width)] if relaxation == "paper" else [None, Used(width)]
+        g, u = (
+            F.linear(
+                x,
+                oracle.superposed(one.weight, *units),
+                oracle.superposed(one.bias, units[0]) if bias else None,
+            )
+            for one in (gate, up)
+        )
+        return projected(oracle, activation(g) * u, down, width, hidden, relaxation)
+
+    x = randn(2, 3, gate.in_features)
+    case.compare(layer, expected, x)
+
+
+def projected(oracle, x, down, width, hidden, relaxation):
+    """`down` of x, `(*, hidden)`, superposed over its output and its input."""
+    weight = masked(oracle, down.weight, [Used(width), Used(hidden)], sides(relaxation, [(0, 1)], [(1,)]))
+    bias = down.bias
+    return F.linear(
+        x, weight, None if bias is None else masked(oracle, bias, [Used(width)], sides(relaxation, [(0,)], []))
+    )
+
+
+@relaxations
+@given(OPTIONS, dimensions, st.sampled_from([(2, 1), (1, 1), (2, 0)]), *[st.booleans()] * 4)
+def test_grouped_attention(relaxation, options, width, counts, causal, bias, rotary, across):
+    case, D = Case(options, relaxation), 2
+    group, grown = counts  # `grown` 0: one head of keys for all
+    query = Dimension("H", lambda v: v.H * group * D)
+    key = Dimension("H", lambda v: v.H * D) if grown else Dimension("", lambda v: D)
+    source = Dimension("F", lambda v: v.F) if across else width
+    layer = case.prepare(
+        elastic.GroupedAttention(
+            case.size(width),
+            case.symbols.H * group,
+            case.symbols.H if grown else 1,
+            D,
+            case.size(source) if across else None,
+            bias,
+            causal=causal,
+            rotary=elastic.Rotary(100.0) if rotary else None,
+        )
+    )
+    context = randn(2, 3, layer.k_proj.in_features) if across else None
+
+    def expected(oracle):
+        def split(x, projection, units, read):
+            used = Used(units) if relaxation == "paper" else None
+            weight = oracle.superposed(projection.weight, used, Used(read))
+            shift = oracle.superposed(projection.bias, used) if bias else None
+            return F.linear(x, weight, shift).unflatten(-1, (-1, D)).transpose(1, 2)
+
+        others = context if across else x
+        q = split(x, layer.q_proj, query, width)
+        k, v = (split(others, one, key, source) for one in (layer.k_proj, layer.v_proj))
+        if rotary:
+            q, k = turned(q, 100.0), turned(k, 100.0)
+        readers = [i * k.shape[1] // q.shape[1] for i in range(q.shape[1])]
+        merged = heads(q, k[:, readers], v[:, readers], causal).transpose(1, 2).flatten(2)
+        return projected(oracle, merged, layer.o_proj, width, query, relaxation)
+
+    x = randn(2, 3, layer.q_proj.in_features)
+    case.compare(Bound(layer, lambda layer, x: layer(x, context)), expected, x)
+
+
+class Bound(nn.Module):
+    """A layer as a function of one input."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, x):
+        return self.function(self.layer, x)
+
+
+@relaxations
+@given(OPTIONS, *[st.booleans()] * 2, st.sampled_from([None, True, False]))
+def test_multihead_attention(relaxation, options, bias, batch_first, across):
+    case, D = Case(options, relaxation), 2
+    width = Dimension("H", lambda v: v.H * D)
+    heads_of = case.symbols.H
+    layer = case.prepare(elastic.MultiheadAttention(heads_of * D, heads_of, 0.0, bias, batch_first))
+    packed, proj = Used(width, parts=3), layer.out_proj
+
+    def expected(oracle):
+        rows = packed if relaxation == "paper" else None
+        weight = oracle.superposed(layer.in_proj_weight, rows, Used(width))
+        shift = oracle.superposed(layer.in_proj_bias, rows) if bias else None
+        first = x if batch_first else x.transpose(0, 1)
+        q, k, v = F.linear(first, weight, shift).unflatten(-1, (3, -1, D)).permute(2, 0, 3, 1, 4)
+        if across:  # keys and values of the first two tokens
+            k, v = k[:, :, :2], v[:, :, :2]
+        y = projected(oracle, heads(q, k, v, False).transpose(1, 2).flatten(2), proj, width, width, relaxation)
+        return y if batch_first else y.transpose(0, 1)
+
+    def attend(layer, x):
+        keys = (x[:, :2] if batch_first else x[:2]) if across else x
+        return layer(x, keys, keys, need_weights=across is None)[0]
+
+    x = randn(2, 3, layer.embed_dim)
+    case.compare(Bound(layer, attend), expected, x)
+
+
 # Second derivatives, which darts2 takes.
 
 
@@ -265,8 +484,11 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
         (lambda c: elastic.Linear(c.F, c.E), (3, 3)),
         (lambda c: elastic.Conv2d(c.F, c.E, c.K), (2, 3, 4, 3)),
         (lambda c: elastic.Conv2d(c.E, c.E, c.K, groups=c.E, dilation=2), (1, 4, 3, 4)),
+        (lambda c: elastic.ConvTranspose2d(c.F, c.E, c.K, 2), (1, 3, 2, 3)),
         (lambda c: elastic.LayerNorm(c.E), (3, 4)),
         (lambda c: elastic.LayerNorm(c.E, elementwise_affine=False), (3, 4)),
+        (lambda c: elastic.RMSNorm(c.E), (3, 4)),
+        (lambda c: elastic.GroupNorm(c.E // 2, c.E), (2, 4, 3)),
     ],
 )
 @pytest.mark.part(3)
@@ -307,20 +529,22 @@ def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkey
 # The hard path: real slices.
 
 
+@forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.integers(0, 10**6))
-def test_a_selected_convolution_is_a_plain_one_of_the_slice(options, inputs, outputs, stride, dilation, seed):
-    case = Case(options)
+def test_a_selected_convolution_is_a_plain_one_of_the_slice(form, options, inputs, outputs, stride, dilation, seed):
+    case, (kind, convolve, positions) = Case(options), FORMS[form]
     case.space.name = "case"
-    layer = case.prepare(elastic.Conv2d(case.size(inputs), case.size(outputs), case.size(K), stride, dilation=dilation))
+    layer = case.prepare(kind(case.size(inputs), case.size(outputs), case.size(K), stride, dilation=dilation))
     architecture = case.space.sample(torch.Generator().manual_seed(seed))
     chosen = SimpleNamespace(make_divisible=make_divisible_number, **architecture.choices)
     i, o, k = int(inputs.of(chosen)), int(outputs.of(chosen)), chosen.K
     cut = slice((layer.weight.shape[2] - k) // 2, (layer.weight.shape[2] - k) // 2 + k)
-    x = randn(2, layer.in_channels, 7, 6)
+    channels = (slice(i), slice(o)) if layer.transposed else (slice(o), slice(i))
+    x = randn(2, layer.in_channels, *positions)
 
     padding = (dilation * (max(options["K"]) - 1) // 2) - dilation * (max(options["K"]) - k) // 2
-    slice_of_it = layer.weight[:o, :i, cut, cut], layer.bias[:o]
-    expected = F.conv2d(x[:, :i], *slice_of_it, stride, padding, dilation)
+    slice_of_it = layer.weight[(*channels, *[cut] * len(positions))], layer.bias[:o]
+    expected = convolve(x[:, :i], *slice_of_it, stride, padding, dilation=dilation)
     case.space.select(architecture)
     torch.testing.assert_close(layer(x[:, :i]), expected)
     case.space.relax(case.space.one_hot(architecture))
@@ -383,6 +607,20 @@ def test_groups_must_grow_with_the_channels(inputs, outputs, groups, message):
         elastic.Conv2d(inputs(channels), outputs(channels), 1, groups=groups(channels))
 
 
+def test_query_heads_share_keys_in_groups_of_one_size():
+    _, (heads,) = one(heads=(4, 8))
+    with pytest.raises(TangleNASError, match="the query heads of one head of keys are fixed in number, but"):
+        elastic.GroupedAttention(8, heads, 2, 4)
+    with pytest.raises(TangleNASError, match="4 channels do not divide into 3 groups"):
+        elastic.GroupedAttention(8, heads, 3, 4)
+
+
+def test_heads_of_torch_have_one_dimension():
+    _, (width,) = one(width=(4, 8))
+    with pytest.raises(TangleNASError, match=r"the dimension of a head is fixed, .* grow with the width"):
+        elastic.MultiheadAttention(width, 2)
+
+
 def test_a_depth_needs_as_many_layers_as_its_largest_option():
     _, (depth,) = one(depth=(1, 3))
     with pytest.raises(TangleNASError, match="the depth can be 3, but 2 layers are given"):
@@ -396,6 +634,8 @@ def test_a_depth_needs_as_many_layers_as_its_largest_option():
         lambda h: elastic.Linear(h * 2, 4),
         lambda h: elastic.Conv2d(h, 4, 1),
         lambda h: elastic.LayerNorm(h),
+        lambda h: elastic.RMSNorm(h),
+        lambda h: elastic.GroupNorm(1, h),
         lambda h: elastic.BatchNorm2d(h),
         lambda h: elastic.Embedding(3, h),
         lambda h: elastic.Attention(4, h, 2),
@@ -420,7 +660,27 @@ def test_a_layer_mixes_choices_of_one_space_only():
         elastic.Linear(here, there)
 
 
-def test_batch_norm_wants_images():
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        (elastic.BatchNorm2d, (3, 2), r"\(B, C, H, W\)"),
+        (elastic.BatchNorm1d, (3, 2, 1, 1), r"\(B, C\) or \(B, C, L\)"),
+    ],
+)
+def test_a_batch_norm_wants_the_dimensions_of_its_name(kind, shape, expected):
     _, (width,) = one(width=(1, 2))
-    with pytest.raises(ValueError, match=r"expected a \(B, C, H, W\) input, got \(3, 2\)"):
-        elastic.BatchNorm2d(width)(torch.randn(3, 2))
+    with pytest.raises(ValueError, match=rf"expected a {expected} input, got \({', '.join(map(str, shape))}\)"):
+        kind(width)(torch.randn(*shape))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda c: 2, "keeps the channels of one group fixed, but .*let the number of groups grow with the channels"),
+        (lambda c: 3, "4 channels do not divide into 3 groups"),
+    ],
+)
+def test_groups_of_a_norm_are_whole(groups, message):
+    _, (channels,) = one(channels=(4, 8))
+    with pytest.raises(TangleNASError, match=message):
+        elastic.GroupNorm(groups(channels), channels)

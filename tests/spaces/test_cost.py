@@ -7,7 +7,7 @@ import pytest
 import timm.layers
 import torch
 from architectures import counted, every_assignment, some_architectures
-from spaces import REGISTERED, SPACES, inputs, make, random_mixture
+from spaces import LAYERS, REGISTERED, SPACES, inputs, make, random_mixture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tanglenas_engine import create_space
@@ -24,7 +24,7 @@ def attention_in_plain_products():
     timm.layers.set_fused_attn(bool(fused))
 
 
-@pytest.mark.parametrize("name", [*SPACES, *REGISTERED])
+@pytest.mark.parametrize("name", [*SPACES, *LAYERS, *REGISTERED])
 @pytest.mark.part(2)
 def test_the_cost_is_what_the_extracted_network_counts(name):
     space = make(name)

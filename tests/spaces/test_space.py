@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import pytest
 import torch
 from architectures import every_assignment, put, some_architectures
-from spaces import REGISTERED, SPACES, Language, inputs, make, random_mixture
+from spaces import LAYERS, REGISTERED, SPACES, Language, inputs, make, random_mixture
 from torch import nn
 
 from tanglenas_engine import SearchSpace, create_space, elastic
@@ -15,7 +15,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.mixture import Superposition
 from tanglenas_engine.superposition.size import Size
 
-EVERY = [*SPACES, *REGISTERED]
+EVERY = [*SPACES, *LAYERS, *REGISTERED]
 OWN_STANDALONE = [name for name in SPACES if not name.startswith("vit")]
 
 
@@ -43,7 +43,7 @@ def test_a_corner_is_the_extracted_network(name, path):
 
 
 @paths
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", [*SPACES, *LAYERS])
 def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(name, path):
     for architecture in some_architectures(make(name), 4):
         space = make(name)

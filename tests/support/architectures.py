@@ -6,6 +6,8 @@ import torch
 from spaces import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
+from tanglenas_engine.spaces.products import in_plain_products
+
 
 def some_architectures(space, count):
     """The smallest and random ones; the largest too where that is small."""
@@ -35,6 +37,6 @@ def every_assignment(space):
 
 
 def counted(network, x):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with in_plain_products(), FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(x)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2

@@ -113,6 +113,12 @@ def layer_norm(x: Tensor, coverage: Tensor, eps: float) -> Tensor:
     return torch.stack(rows).reshape(x.shape)
 
 
+def rms_norm(x: Tensor, coverage: Tensor, eps: float) -> Tensor:
+    """Divided by a root mean square in which entry i counts `coverage[i]` times, one position at a time."""
+    rows = [row / torch.sqrt(torch.dot(row**2, coverage) / coverage.sum() + eps) for row in x.reshape(-1, x.shape[-1])]
+    return torch.stack(rows).reshape(x.shape)
+
+
 def heads(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Scaled dot-product attention of `(B, H, N, D)`, with the softmax written out."""
     logits = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
@@ -120,3 +126,14 @@ def heads(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         later = torch.arange(q.shape[2])[None, :] > torch.arange(q.shape[2])[:, None]
         logits = logits.masked_fill(later, -torch.inf)
     return torch.einsum("bhij,bhjd->bhid", F.softmax(logits, -1), v)
+
+
+def turned(x: Tensor, base: float) -> Tensor:
+    """Rotary positions of `(B, H, N, D)` as products of complex numbers: entries i and i + D/2 are one."""
+    half = x.shape[-1] // 2
+    numbers = torch.complex(x[..., :half], x[..., half:])
+    for position in range(x.shape[2]):
+        for i in range(half):
+            angle = torch.tensor(position / base ** (i / half), dtype=torch.float64)
+            numbers[:, :, position, i] = numbers[:, :, position, i] * torch.exp(1j * angle)
+    return torch.cat([numbers.real, numbers.imag], -1)

@@ -1,6 +1,6 @@
 """Small search spaces: together they have every elastic layer, and Sizes of every form.
 
-`SPACES` are those made here, `REGISTERED` the names of those that the installed plugins bring.
+`SPACES` and `LAYERS` are those made here, `REGISTERED` the names of those that the installed plugins bring.
 """
 
 import torch
@@ -134,6 +134,98 @@ def vit(**options) -> AutoFormer:
     return AutoFormer(**{**defaults, **options})
 
 
+class Signal(SearchSpace):
+    """A sequence of samples, for convolutions and norms in one dimension."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        width = self.choice("width", (8, 4))
+        kernel = self.choice("kernel", (3, 1, 5))
+        groups = width // 2
+        self.stem = elastic.Conv1d(2, width, kernel)
+        self.norm = elastic.BatchNorm1d(width)
+        self.grouped = elastic.Conv1d(width, width * 2, kernel, stride=2, groups=groups, bias=False)
+        self.by_group = elastic.GroupNorm(groups, width * 2)
+        self.depthwise = elastic.Conv1d(width * 2, width * 2, 3, groups=width * 2)
+        self.together = elastic.GroupNorm(1, width * 2)
+        self.bare = elastic.GroupNorm(groups, width * 2, affine=False)
+        self.rms = elastic.RMSNorm(width * 2)
+        self.head = nn.Sequential(
+            elastic.Linear(width * 2, width), elastic.BatchNorm1d(width, affine=False), elastic.Linear(width, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.by_group(self.grouped(F.relu(self.norm(self.stem(x)))))
+        x = self.bare(torch.tanh(self.together(self.depthwise(x))))
+        return self.head(self.rms(x.square().mean(2) + x[..., 0]))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, 2, 8)
+
+
+class Images(SearchSpace):
+    """An encoder and a decoder of images."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        width = self.choice("width", (6, 4))
+        kernel = self.choice("kernel", (4, 2))
+        ratio = self.choice("ratio", (1, 1.5))
+        self.stem = elastic.Conv2d(2, width, 2, stride=2)
+        self.norm = elastic.LayerNorm2d(width)
+        self.scale = elastic.Parameter(width, 1, 1, init=0.5)
+        self.mix = elastic.Conv2d(width, width, 1)
+        self.up = elastic.ConvTranspose2d(width, width * ratio, kernel, stride=2)
+        self.apart = elastic.ConvTranspose2d(width, width, 3, stride=2, output_padding=1, groups=width // 2, bias=False)
+        self.head = elastic.Conv2d(width * ratio, 1, 1)
+        self.other = elastic.Conv2d(width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.scale() * self.mix(self.norm(x))
+        return (self.head(torch.tanh(self.up(x))) + self.other(torch.tanh(self.apart(x)))).flatten(1)
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, 2, 4, 6)
+
+
+class Llama(SearchSpace):
+    """A decoder as language models have it, and a block that reads a context."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        width = self.choice("width", (8, 5))
+        keys = self.choice("keys", (2, 1))
+        hidden = self.choice("hidden", (6, 3, 4))
+        self.tokens = elastic.Embedding(7, width)
+        self.norm1 = elastic.RMSNorm(width, elementwise_affine=False)
+        self.attention = elastic.GroupedAttention(
+            width, keys * 2, keys, 4, bias=True, causal=True, rotary=elastic.Rotary()
+        )
+        self.norm2 = elastic.RMSNorm(width, eps=1e-6)
+        self.mlp = elastic.GatedMLP(width, hidden, bias=False)
+        self.wide = elastic.Linear(width, keys * 4)
+        self.multihead = elastic.MultiheadAttention(keys * 4, keys, batch_first=True)
+        self.narrow = elastic.Linear(keys * 4, width)
+        self.context = elastic.Parameter(1, 3, hidden, init=nn.init.normal_)
+        self.cross = elastic.GroupedAttention(width, keys, 1, 4, context_width=hidden)
+        self.head = elastic.Linear(width, 7)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = self.tokens(indices)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        y = torch.tanh(self.wide(x))
+        x = x + self.narrow(self.multihead(y, y[:, :3] * 0.5, y[:, 1:4])[0])
+        return self.head(x + self.cross(x, self.context().repeat(len(x), 1, 1)))
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randint(7, (batch, 5))
+
+
+LAYERS = {"signal": Signal, "images": Images, "llama": Llama}
+"""Spaces of layers that no other has, for the tables about layers: corners, gradients and costs."""
+
 SPACES = {
     "convolutional": Convolutional,
     "language": Language,
@@ -173,8 +265,8 @@ SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_s
 
 def make(name: str, **options) -> SearchSpace:
     """A space of `SPACES` or `REGISTERED` in float64, with parameters that are all far from 0."""
-    if name in SPACES:
-        space = SPACES[name](**options)
+    if name in SPACES or name in LAYERS:
+        space = {**SPACES, **LAYERS}[name](**options)
         space.name = name
     else:
         space = create_space(name, **{**SMALL.get(name, {}), **options})
