@@ -300,7 +300,16 @@ def table(path: Path) -> None:
         f"worst, deviation {losses.std(ddof=1):.4f}; between seeds {deviation}; "
         f"{np.mean([row['seconds'] for row in pool]):.0f} s a training"
     )
-    click.echo("the validation loss ranks the test loss: " + _spearman([r["validation_loss"] for r in pool], losses))
+    click.echo(
+        "the validation loss ranks the test loss: "
+        + _spearman([r["validation_loss"] for r in pool], [r["test_loss"] for r in pool])
+    )
+    seconds = ((row, rows.get(_repeated(key))) for key, row in rows.items())
+    twice = [(row["test_loss"], other["test_loss"]) for row, other in seconds if other]
+    if len(twice) > 2:
+        click.echo(
+            f"a second training ranks {len(twice)} networks as the first: " + _spearman(*zip(*twice, strict=True))
+        )
     click.echo(f"best of ten by validation loss: {_best_of(pool, 10):.4f} on average")
     for cost in ("params", "macs"):
         if f"most {cost}" in rows:
@@ -320,6 +329,11 @@ def table(path: Path) -> None:
             f"| {rest} | {mean:.4f} ({len(trained)}) | {100 * np.mean(losses > mean):.0f} | {ranks} "
             f"| {row['search_seconds']:.0f} | {row['derive_seconds']:.0f} |"
         )
+
+
+def _repeated(key: str) -> str:
+    """Return the key of the second training of a network of the pool; "" for other keys."""
+    return key.removesuffix("/0") + "/1" if key.startswith("pool/") and key.endswith("/0") else ""
 
 
 def _spearman(one: Sequence[float], other: Sequence[float] | np.ndarray[Any, Any]) -> str:
