@@ -190,7 +190,7 @@ def test_what_a_person_sees_is_the_result_and_no_noise(finished: Finished) -> No
     accuracy = json.loads((finished.folder / "metrics" / "evaluate.json").read_text())["test_accuracy"]
     assert f"test accuracy {accuracy:.2f} %" in finished.output
     assert re.search(r"discretize │ embed_dim=\d+ +│ out/discretize", finished.output)
-    assert not re.search("warning|pretrained|deprecat", finished.output, re.IGNORECASE)
+    assert not re.search("warning|loading pretrained|deprecat", finished.output, re.IGNORECASE)
 
 
 def test_the_exported_folder_is_the_network_that_was_judged(

@@ -28,7 +28,8 @@ def at(name, fraction, **options):
 
 
 def test_every_optimizer_of_ours_that_learns_can_be_annealed():
-    assert {"darts", "drnas", "gdas"} <= set(ANNEALED) == set(OPTIMIZERS)
+    # A policy of tunas is not a mixture: its samples are drawn in proportion to its probabilities.
+    assert {"darts", "drnas", "gdas"} <= set(ANNEALED) == set(OPTIMIZERS) - {"tunas"}
 
 
 @pytest.mark.parametrize("name", MIXED)
