@@ -151,13 +151,22 @@ class _Names:
         self.macros: set[str] = set(MACROS)
         self.scopes: set[str] = set()
         self._files: set[str] = set()
+        self._open: list[str] = []
         self._scan(text)
 
     def read(self, file: str) -> None:
-        """Scan a file and the files that it includes."""
-        if file in self._files:
+        """Scan a file and the files that it includes.
+
+        Raises:
+            TangleNASError: A file cannot be read, or includes itself.
+        """
+        place = os.path.normpath(file)
+        if place in self._open:
+            way = " -> ".join([*self._open[self._open.index(place) :], place])
+            raise TangleNASError(f"configuration file {place!r} includes itself ({way}): remove one of these includes")
+        if place in self._files:
             return
-        self._files.add(file)
+        self._files.add(place)
         try:
             text = _text(file)
         except (OSError, ValueError) as error:
@@ -167,7 +176,9 @@ class _Names:
                 f"configuration file {file!r} cannot be read{reason}.{closest(file, known)} "
                 "Paths are relative to the root of the project, where stages run"
             ) from None
+        self._open.append(place)
         self._scan(text)
+        self._open.pop()
 
     def _scan(self, text: str) -> None:
         for match in self.TOKEN.finditer(text):
