@@ -1,6 +1,5 @@
 """Shared by all tests: one thread, a fixed seed, equal examples in every run, and what `make test` leaves out."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,14 +51,6 @@ OTHERS = {*ALL, *OPTIMIZERS} - FEW
 
 REPEATED = {*ALL} - {*DISTINCT}
 """Presets of a class that another preset stands for. `make test-all` has them, `make test` has one of each class."""
-TURNS = 4
-"""Of the pairs of a space and an optimizer, `make test` takes one of so many, each space and each optimizer in turn."""
-
-
-def is_exhaustive(given: set[str]) -> bool:
-    """Return whether the parameters of a test repeat what other parameters show."""
-    pairs = [(DISTINCT.index(s), OPTIMIZERS.index(o)) for s in given & {*DISTINCT} for o in given & {*OPTIMIZERS}]
-    return bool(given & REPEATED) or any((space + optimizer) % TURNS for space, optimizer in pairs)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -75,28 +66,63 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     given = {value for value in values if isinstance(value, str)}
     if path.startswith(SLOW) or OTHERS & given:
         item.add_marker("slow")
-    if is_exhaustive(given):
-        item.add_marker("exhaustive")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `part` leaves out as exhaustive, and begin with files that have a slow test.
+    """Mark what `make test` leaves out of each table as exhaustive, and begin with files that have a slow test.
 
     No worker is left with a long file at the end.
     """
-    seen: Counter[tuple[Path, str]] = Counter()
+    tables: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        if marker := item.get_closest_marker("part"):
-            (every,) = marker.args
-            test = item.path, item.originalname
-            number = seen[test]
-            seen[test] += 1
-            # In turn, so that each value of every parameter is taken.
-            if (number + number // every) % every:
+        if hasattr(item, "callspec"):
+            tables.setdefault((item.path, item.originalname), []).append(item)
+    for table in tables.values():
+        for rule in (_out_of_turn, _repeated, _pairs_of_known):
+            for item in rule(table):
                 item.add_marker("exhaustive")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _out_of_turn(table: list[pytest.Item]) -> list[pytest.Item]:
+    """Return what `part(n)` leaves out: all but one entry of n, in turn over each parameter."""
+    marker = table[0].get_closest_marker("part")
+    every = marker.args[0] if marker else 1
+    return [item for number, item in enumerate(table) if (number + number // every) % every]
+
+
+def _columns(table: list[pytest.Item], values: set[str]) -> list[str]:
+    """Return the parameters of a table all of whose values are among these."""
+    names = table[0].callspec.params
+    return [name for name in names if all(_in(item.callspec.params.get(name), values) for item in table)]
+
+
+def _in(value: object, values: set[str]) -> bool:
+    return isinstance(value, str) and value in values
+
+
+def _repeated(table: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the entries of presets of a class that another preset stands for, where that is in the table too."""
+    spaces = {*_columns(table, {*ALL})} - {*_columns(table, {*OPTIMIZERS})}  # an optimizer and a space are called darts
+    return [item for item in table if any(item.callspec.params[name] in REPEATED for name in spaces)]
+
+
+def _pairs_of_known(table: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the pairs of a space and an optimizer that are not needed for each to be in one pair at least."""
+    names = [*_columns(table, {*ALL})[:1], *_columns(table, {*OPTIMIZERS})[:1]]
+    if len({*names}) < 2:
+        return []
+    pairs = {item: {(name, item.callspec.params[name]) for name in names} for item in table}
+    seen: set[tuple[str, str]] = set()
+    needed = set()
+    for new in (2, 1):  # pairs in which both are new come first: fewer do
+        for item, pair in pairs.items():
+            if len(pair - seen) >= new and not item.get_closest_marker("exhaustive"):
+                seen |= pair
+                needed.add(item)
+    return [item for item in pairs if item not in needed]
 
 
 @pytest.fixture(autouse=True)

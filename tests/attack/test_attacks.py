@@ -81,6 +81,7 @@ CLAIMS = [
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=range(len(CLAIMS)))
+@pytest.mark.part(4)
 def test_nobody_is_told_to_end_a_stranger(project, claim):
     folder = project / ".tanglenas" / "locks" / "search-0123456789ab"
     with exclusive(folder):
@@ -165,6 +166,7 @@ def pipe(kept, private):
 
 
 @pytest.mark.parametrize("forge", [link_file, link_folder, link_itself, link_above, pipe])
+@pytest.mark.part(5)
 def test_fix_follows_no_link_out_of_what_waits(project, waiting, tmp_path, forge):
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "key.txt").write_text("secret")
@@ -373,6 +375,7 @@ def _late(path: Path) -> None:
         ".tanglenas/locks/search-0/lock", ".tanglenas/locks", ".tanglenas/runs", "out/search.run.json", "params.yaml",
     ],
 )  # fmt: skip
+@pytest.mark.part(3)
 def test_doctor_survives_damaged_state(project, migrated, place, damage):
     path = project / place
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -610,7 +613,7 @@ signal.pause()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.part(2)
+@pytest.mark.exhaustive
 def test_the_launcher_says_what_to_do_after_a_process_was_killed(tmp_path, rank):
     (tmp_path / "dies.py").write_text(DIES)
     environment = {**os.environ, "TANGLENAS_NPROC": "2", "DYING": str(rank)}

@@ -129,6 +129,7 @@ def test_only_networks_of_timm_are_exported_for_it(exports, found, name):
         assert not Path("exported").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_code_that_is_printed_loads_it_elsewhere(exports):
     load_elsewhere([exports("autoformer_nano", format_) for format_ in ("timm", "torch")], "")
 
@@ -138,6 +139,7 @@ def test_archives_load_where_neither_timm_nor_this_project_is(exports):
     load_elsewhere([exports(name, "torch-export") for name in ("autoformer_nano", "gpt_nano")], BLOCKED)
 
 
+@pytest.mark.exhaustive
 def test_onnxruntime_runs_the_exported_graphs(exports):
     for module in ("onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason=f"{module} comes with the extra 'onnx'")

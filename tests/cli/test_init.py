@@ -202,6 +202,7 @@ def plugin(tmp_path, monkeypatch):
     return written
 
 
+@pytest.mark.exhaustive
 def test_the_environment_changes_with_the_code_of_a_plugin_in_use_only(plugin, tmp_path):
     before = plugin()
     assert before["versions"]["tanglenas-theirs"] == "0.3"

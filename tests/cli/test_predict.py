@@ -107,6 +107,7 @@ def test_what_is_known_is_the_dataset_s_in_every_format(images):
     assert json.loads(files["config.json"]) == expected
 
 
+@pytest.mark.exhaustive
 def test_a_text_goes_on_alike_in_every_format(texts):
     how = ["--tokens", "30", "--seed", "1"]
     said = run("predict", texts / "out", texts / "start.txt", *how)

@@ -51,7 +51,7 @@ def random_scores(space):
 @pytest.mark.parametrize("scored", [False, True], ids=["uniform", "scored"])
 @pytest.mark.parametrize("metrics", [("macs",), ("params",), METRICS], ids="+".join)
 @pytest.mark.parametrize("name", ["convolutional", "language", "stages", "deep vit"])
-@pytest.mark.part(2)
+@pytest.mark.part(4)
 def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics, scored):
     space = vit(depth=(1, 2, 3)) if name == "deep vit" else SPACES[name]()
     limits = limited(space, 0.6, metrics)
@@ -70,7 +70,7 @@ def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics,
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.part(2)
+@pytest.mark.part(4)
 def test_every_space_has_bands(name, share):
     space = tiny(name)
     limits = limited(space, share)

@@ -260,6 +260,7 @@ def test_what_the_solver_lets_through_by_its_tolerance_is_excluded_and_the_rest_
 
 
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.part(3)
 def test_every_space_meets_the_tightest_budgets_there_are(name):
     space = tiny(name)
     for metric in METRICS:
@@ -387,6 +388,7 @@ def neighbours(space, architecture):
 
 @pytest.mark.parametrize("metrics", [("params",), ("params", "macs")], ids="+".join)
 @pytest.mark.parametrize("name", [*CASES, "darts_nano"])
+@pytest.mark.part(3)
 def test_random_architectures_shrink_and_grow_to_the_limits(name, metrics):
     space = CASES[name]() if name in CASES else tiny(name)
     generator = torch.Generator().manual_seed(0)

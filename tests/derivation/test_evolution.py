@@ -107,6 +107,7 @@ def test_a_small_space_is_searched_through_and_no_further():
 
 
 @pytest.mark.parametrize("name", ["autoformer_nano", "mobilenetv3_nano"])
+@pytest.mark.exhaustive
 def test_it_finds_better_architectures_than_as_many_random_ones(name):
     space = tiny(name)
     better = 0

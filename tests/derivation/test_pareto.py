@@ -44,6 +44,7 @@ def test_only_records_of_the_most_samples_are_on_a_front_and_only_numbers():
     assert front(parts) == parts and front([]) == [] == front(whole[:1])
 
 
+@pytest.mark.exhaustive
 def test_after_a_race_the_whole_front_is_judged_on_all_samples():
     space = tiny("autoformer_nano")
     luck, high = additive(space, 1), space.cost(space.largest()).params
@@ -78,6 +79,7 @@ def volume(rows, cost, space):
 
 
 @pytest.mark.parametrize("name, cost", [("autoformer_nano", "params"), ("mobilenetv3_nano", "macs")])
+@pytest.mark.exhaustive
 def test_it_finds_a_better_front_than_as_many_random_candidates(name, cost):
     space = tiny(name)
     better = 0

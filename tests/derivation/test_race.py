@@ -223,6 +223,7 @@ def test_results_of_another_recipe_are_not_used(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_training_that_is_lost_with_its_worker_runs_again(train, leaders, tmp_path):
     whole, _ = raced(train)
     for path in train.folder.iterdir():
@@ -247,6 +248,7 @@ def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: pip install dask")
 @pytest.mark.filterwarnings("ignore")  # of Dask's own, about the worker that ends
+@pytest.mark.exhaustive
 def test_a_dask_cluster_of_two_workers_runs_the_race_and_one_may_be_lost(train, leaders):
     whole, _ = raced(train)
     for path in train.folder.iterdir():

@@ -56,6 +56,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 @relaxations
 @forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.booleans(), st.booleans())
+@pytest.mark.part(3)
 def test_convolution(form, relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
     case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     padding = dilation * (max(options["K"]) - 1) // 2
@@ -87,6 +88,7 @@ def test_convolution(form, relaxation, options, inputs, outputs, stride, dilatio
 @relaxations
 @forms
 @given(OPTIONS, dimensions, *[st.integers(1, 2)] * 4)
+@pytest.mark.part(3)
 def test_grouped_and_depthwise_convolution(form, relaxation, options, groups, read, written, stride, dilation):
     case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     # A group is `read` channels wide on one side and `written` on the other; 1 and 1 is depthwise.
@@ -362,6 +364,7 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
 
 @relaxations
 @given(OPTIONS, dimensions, dimensions, st.booleans(), st.sampled_from([F.silu, F.gelu, torch.sigmoid]))
+@pytest.mark.part(3)
 def test_gated_mlp(relaxation, options, width, hidden, bias, activation):
     case = Case(options, relaxation)
     layer = case.prepare(elastic.GatedMLP(case.size(width), case.size(hidden), None, activation, bias))
@@ -394,6 +397,7 @@ def projected(oracle, x, down, width, hidden, relaxation):
 
 @relaxations
 @given(OPTIONS, dimensions, st.sampled_from([(2, 1), (1, 1), (2, 0)]), *[st.booleans()] * 4)
+@pytest.mark.part(3)
 def test_grouped_attention(relaxation, options, width, counts, causal, bias, rotary, across):
     case, D = Case(options, relaxation), 2
     group, grown = counts  # `grown` 0: one head of keys for all
@@ -447,6 +451,7 @@ class Bound(nn.Module):
 
 @relaxations
 @given(OPTIONS, *[st.booleans()] * 2, st.sampled_from([None, True, False]))
+@pytest.mark.part(3)
 def test_multihead_attention(relaxation, options, bias, batch_first, across):
     case, D = Case(options, relaxation), 2
     width = Dimension("H", lambda v: v.H * D)
@@ -491,7 +496,7 @@ def test_multihead_attention(relaxation, options, bias, batch_first, across):
         (lambda c: elastic.GroupNorm(c.E // 2, c.E), (2, 4, 3)),
     ],
 )
-@pytest.mark.part(3)
+@pytest.mark.part(6)
 def test_gradients_of_gradients(build, shape, learn):
     case = Case({"E": (2, 4), "F": (3, 1), "R": (1, 1.5), "K": (3, 1)})
     layer = build(case.symbols)

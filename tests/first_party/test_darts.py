@@ -118,6 +118,7 @@ def test_drop_path_takes_an_edge_from_single_images_but_never_the_identity():
     assert 60 < there.sum() < 140 and not kept[~there].any()
 
 
+@pytest.mark.exhaustive
 def test_the_auxiliary_head_is_that_of_the_paper():
     with torch.device("meta"):
         space = create_space("darts", layers=20, channels=36, affine=True, pool_norm=False)
@@ -162,6 +163,7 @@ def test_images_that_cannot_be_halved_twice_are_refused():
 # Architectures.
 
 
+@pytest.mark.exhaustive
 def test_samples_are_uniform_genotypes():
     space = small()
     drawn = [nodes(space.sample(torch.Generator().manual_seed(seed))) for seed in range(1500)]
@@ -190,6 +192,7 @@ def test_the_most_probable_architecture_has_the_two_strongest_edges_without_none
     assert space.most_probable(space.one_hot(architecture)) == architecture
 
 
+@pytest.mark.exhaustive
 def test_largest_and_smallest_are_genotypes_at_the_ends():
     space = small()
     largest, smallest = space.cost(space.largest()), space.cost(space.smallest())
@@ -215,6 +218,7 @@ def test_moves_are_the_genotypes_that_differ_in_one_edge():
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7])
+@pytest.mark.part(3)
 def test_a_budget_is_met_by_the_best_genotype_that_no_move_improves(share):
     torch.manual_seed(int(100 * share))
     space = small()

@@ -65,6 +65,7 @@ def test_a_corner_is_the_extracted_network(heads_are, bias, path):
 
 @pytest.mark.parametrize("path", ["hard", "exact", "gated"])
 @modes
+@pytest.mark.part(3)
 def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(heads_are, path):
     ids = torch.randint(7, (3, 6))
     for architecture in architectures(gpt(heads=heads_are), 3):

@@ -160,6 +160,7 @@ def test_a_corner_is_the_extracted_network(path, kernel_transform):
 
 
 @pytest.mark.parametrize("path", ["hard", "exact", "gated"])
+@pytest.mark.part(3)
 def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(path):
     for architecture in samples(thumbnail(), 4):
         space = thumbnail()

@@ -28,6 +28,7 @@ def test_architectures_have_the_official_counts(text, parameters, macs):
     assert macs is None or cost.flops == macs
 
 
+@pytest.mark.exhaustive
 def test_every_architecture_of_the_table_has_its_parameters_and_its_notation():
     path = shared("nb201.csv.gz")
     with torch.device("meta"):

@@ -71,7 +71,6 @@ def test_every_optimizer_goes_through_all_stages_on_every_space(optimizer, space
     ("optimizer", "space", "sharing"),
     [it for it in pairs(but=[LARGE]) if (OPTIMIZERS.index(it[0]) + DISTINCT.index(it[1])) % 2 == 0],
 )
-@pytest.mark.part(2)
 def test_a_search_of_every_optimizer_and_of_every_space_resumes(optimizer, space, sharing):
     check_resume(lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing))
 
@@ -105,6 +104,7 @@ FAMILIES = ("autoformer_nano", "gpt_nano", "mobilenetv3_nano", "toy_conv_macro_n
 
 @pytest.mark.parametrize("space", FAMILIES)
 @pytest.mark.parametrize("relaxation", [relaxation for relaxation in COVERED if relaxation != "exact"])
+@pytest.mark.part(3)
 def test_the_other_relaxations_are_searched_in_every_family_of_spaces(space, relaxation):
     check_stages(lambda: create_optimizer("drnas"), lambda: tiny(space, relaxation=relaxation))
 

@@ -11,6 +11,7 @@ from tanglenas_engine.pipeline.blocks import blocks
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.part(3)
 def test_the_costs_of_all_blocks_are_the_cost_of_the_network(name):
     space = tiny(name)
     state = torch.get_rng_state()

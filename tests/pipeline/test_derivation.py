@@ -190,6 +190,7 @@ def test_a_race_needs_a_recipe(project, capsys):
     assert "'race' trains by the recipe of the retrain stage, and this folder has none" in message
 
 
+@pytest.mark.exhaustive
 def test_any_point_of_the_front_can_be_retrained(project, capsys):
     run(discretize, 'discretize.method = "nsga2"', "discretize.candidates = 24", "nsga2.population = 8")
     candidates, points = numbers("out/discretize/candidates.csv"), numbers("out/discretize/pareto.csv")

@@ -57,7 +57,7 @@ def test_a_kill_inside_a_checkpoint_write_goes_on_from_the_one_before(theatre: T
 
 
 @pytest.mark.parametrize("case", [GRADIENT, RETRAIN], ids=str)
-@pytest.mark.part(2)
+@pytest.mark.exhaustive
 def test_a_stage_that_is_killed_after_its_last_step_takes_none_again(theatre: Theatre, case: Case) -> None:
     whole = theatre.undisturbed(case)
     metrics = next(n for n, what in enumerate(whole.operations, 1) if what.startswith("open metrics/"))
@@ -74,7 +74,7 @@ def test_the_data_loaders_of_a_killed_search_do_not_keep_it_from_going_on(theatr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.part(2)
+@pytest.mark.exhaustive
 def test_a_stage_that_is_told_to_stop_says_so_and_goes_on_later(theatre: Theatre, number: signal.Signals) -> None:
     whole = theatre.undisturbed(GRADIENT)
     opens = [n for n, what in enumerate(whole.operations, 1) if re.search(r"open .*\.state-\d+\.pt", what)]
@@ -99,6 +99,7 @@ def said(project: Path, case: Case, **options: object) -> str:
     return text.splitlines()[-1]
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(theatre: Theatre) -> None:
     whole = theatre.undisturbed(GRADIENT)
     project = theatre.copy(whole.before)
@@ -109,6 +110,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(theatre: Th
     assert contents(project) == whole.after
 
 
+@pytest.mark.exhaustive
 def test_a_place_that_cannot_be_written_is_named(theatre: Theatre) -> None:
     whole = theatre.undisturbed(GRADIENT)
     project = theatre.copy(whole.before)
@@ -124,6 +126,7 @@ def test_a_place_that_cannot_be_written_is_named(theatre: Theatre) -> None:
     assert contents(project) == whole.after
 
 
+@pytest.mark.exhaustive
 def test_data_that_vanish_are_named_and_the_run_goes_on_once_they_are_back(theatre: Theatre, tmp_path: Path) -> None:
     project = lay_out(tmp_path / "project")
     generator = torch.Generator().manual_seed(0)

@@ -243,6 +243,7 @@ def test_a_second_stage_beside_the_first_is_told_its_pid(disturbed: Disturbed) -
     assert "Traceback" not in disturbed.refusal
 
 
+@pytest.mark.exhaustive
 def test_a_search_that_was_killed_goes_on_in_the_same_run(disturbed: Disturbed) -> None:
     assert "search: resuming at step 10 of 20" in disturbed.resumed
     (run,) = runs(disturbed.folder)

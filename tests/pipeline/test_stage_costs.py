@@ -241,6 +241,7 @@ def test_a_table_that_is_not_given_or_not_there(project, refused):
     assert "latency table none.json: No such file or directory. Make one with `tanglenas latency build`" in missing
 
 
+@pytest.mark.exhaustive
 def test_the_machine_that_a_table_is_from_is_told(project, capsys):
     table = "create_objective.table = 'table.json'"
     discretize.main([*arguments(project, "discretize"), 'discretize.limits = {"latency": 6}', table])

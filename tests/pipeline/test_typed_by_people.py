@@ -50,6 +50,7 @@ def test_a_gin_file_of_another_encoding_is_one_sentence():
         configure(["search.gin"])
 
 
+@pytest.mark.exhaustive
 def test_a_gin_file_is_read_alike_under_every_locale():
     Path("search.gin").write_text("# größer 大\nsearch.epochs = 1\n", "utf-8")
     code = """

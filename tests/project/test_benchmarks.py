@@ -154,6 +154,7 @@ def test_parts_of_the_figures_of_a_gpu_run_on_a_cpu():
     assert half["precision"] == "bfloat16" and half["largest_difference"] < 0.1
 
 
+@pytest.mark.exhaustive
 def test_a_part_that_fails_or_overruns_leaves_the_others(tmp_path):
     script = (
         "import pathlib, sys, time; _, name, stem = sys.argv[-3:]; pathlib.Path(stem + '.ready').touch();"

@@ -188,6 +188,7 @@ def test_ranks_that_hold_different_weights_are_told(two):
     assert ranked.apart() is None
 
 
+@pytest.mark.exhaustive
 def test_a_dead_rank_ends_the_job_and_leaves_a_checkpoint_for_any_number_of_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", str(tmp_path))
     alive, dead = ranks.start(["killed"], tmp_path, 2)

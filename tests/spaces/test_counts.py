@@ -150,6 +150,7 @@ def test_a_module_of_torch_is_counted(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.part(3)
 def test_the_conformance_kit_agrees_with_the_counter_of_torch(name):
     make, shape, _ = MODULES[name]
     check_costs(lambda: Around(make, shape))

@@ -25,6 +25,7 @@ def forward(space):
 
 @pytest.mark.parametrize("relaxation", COVERED)
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.part(3)
 def test_the_hard_path_of_a_mixture_computes_the_architecture(name, relaxation):
     space = tiny(name, relaxation=relaxation).double().eval()
     architecture = space.sample(torch.Generator().manual_seed(1))

@@ -124,6 +124,7 @@ def test_every_method_that_judges_takes_the_best_of_as_many_as_it_may(method):
 
 @pytest.mark.parametrize("cost", ["params", "macs"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.part(4)
 def test_the_front_is_what_no_other_candidate_dominates(method, cost):
     space = Convolutional()
     result = derive(space, random_mixture(space), method=method, candidates=45, cost=cost)
@@ -138,6 +139,7 @@ def test_the_front_is_what_no_other_candidate_dominates(method, cost):
 
 
 @pytest.mark.parametrize("method", JUDGING)
+@pytest.mark.part(3)
 def test_a_prior_begins_with_what_argmax_takes(method):
     space = vit()
     largest = space.cost(space.largest())
@@ -179,6 +181,7 @@ def test_a_prior_of_one_architecture_keeps_to_it():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.part(3)
 def test_the_test_split_is_never_read(method):
     class Forbidden(TensorSamples):
         def batch(self, indices):

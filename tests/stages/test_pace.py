@@ -47,6 +47,7 @@ def searched(optimizer: str = "drnas", **options):
 
 
 @pytest.mark.parametrize("optimizer", manager().names("optimizer"))
+@pytest.mark.part(4)
 def test_a_search_by_seconds_is_that_of_as_many_epochs(optimizer, monkeypatch):
     Clock(monkeypatch)
     # Each measurement takes one second: an epoch of two of 20 steps and a validation takes 1.1.
@@ -57,6 +58,7 @@ def test_a_search_by_seconds_is_that_of_as_many_epochs(optimizer, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [2, 3, 5])
+@pytest.mark.part(3)
 def test_a_search_by_seconds_goes_on_with_its_number_of_epochs(tmp_path, monkeypatch, cut):
     Clock(monkeypatch)
     with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:

@@ -100,6 +100,7 @@ def name_of_head(state):
 
 
 @pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.part(3)
 def test_scratch_does_not_depend_on_the_supernet(name):
     spaces = []
     for seed in (1, 2):
@@ -214,7 +215,7 @@ def test_modules_are_told_before_each_epoch_how_far_the_training_is(tmp_path, cu
 
 
 @pytest.mark.parametrize("average, cut", [(ema, 3), (None, 3), (ema, 4), (None, 4)])
-@pytest.mark.part(4)
+@pytest.mark.exhaustive
 def test_drop_path_and_an_auxiliary_head_go_on_exactly(tmp_path, cut, average) -> None:
     whole = retrained(darts, **scaffolded, ema=average)
     assert not any("auxiliary" in name for name in whole["weights"])

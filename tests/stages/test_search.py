@@ -575,6 +575,7 @@ def test_a_search_stops_when_alpha_has_decided(capsys):
 
 
 @pytest.mark.parametrize("cuts", [(3,), (2, 4)])
+@pytest.mark.part(2)
 def test_a_search_that_stops_early_resumes_like_any_other(cuts):
     options = {"architecture_optimizer": partial(torch.optim.SGD, lr=1.0), "epochs": 6}
     space = partial(create_space, "nb201", channels=2, cells=1, image_size=8, num_classes=3)

@@ -48,6 +48,7 @@ def alone(truth, architecture, seed):
 
 
 @pytest.mark.parametrize("name", TRUTHS)
+@pytest.mark.part(3)
 def test_what_is_planted_is_best(name):
     truth = TRUTHS[name]
     space = truth.make_space()
@@ -77,6 +78,7 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.part(3)
 def test_every_optimizer_finds_what_it_promises(optimizer):
     promised = [name for name in TRUTHS if name not in NOT_PROMISED.get(optimizer, ())]
     check_finds(lambda: create_optimizer(optimizer), promised)

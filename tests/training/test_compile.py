@@ -84,6 +84,7 @@ def test_spaces_of_all_kinds_compile_without_a_break(space):
     near(plain, compiled)
 
 
+@pytest.mark.exhaustive
 def test_second_order_steps_compile_too():
     space = partial(tiny, "stages")
     plain, compiled = (searched("darts2", space, epochs=1, compile=way) for way in (False, TRACED))

@@ -212,6 +212,7 @@ def test_byte_pairs_are_learned_from_the_text_and_know_every_other(tmp_path):
     assert len(dataset.encode("<|endoftext|>")) == 1
 
 
+@pytest.mark.exhaustive
 def test_byte_pairs_are_the_same_in_every_process(tmp_path):
     path = written(tmp_path / "t.txt", SOURCE)
     code = f"from tanglenas_datasets.text import Text; print(Text({str(path)!r}, tokenizer='bpe').fingerprint)"

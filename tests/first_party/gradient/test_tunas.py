@@ -50,6 +50,7 @@ def exact_gradient(optimizer, holds):
 
 @pytest.mark.parametrize("name", ["stages", "convolutional"])
 @pytest.mark.parametrize("banded", [False, True])
+@pytest.mark.part(4)
 def test_the_gradient_is_that_of_the_expected_loss(name, banded):
     space = tiny(name).double()
     optimizer, holds = bound(space), lambda architecture: True

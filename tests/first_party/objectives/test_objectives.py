@@ -90,7 +90,7 @@ def test_a_table_is_an_objective():
 
 @pytest.mark.parametrize("penalty, share", [("hinge", 0.35), ("log", 0.6), ("log", 0.8)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.part(3)
+@pytest.mark.part(6)
 def test_a_search_lands_on_its_target(strategy, penalty, share):
     space = vit()
     target = Target(create_objective("macs"), share=share, penalty=penalty)

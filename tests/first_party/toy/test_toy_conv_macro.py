@@ -90,6 +90,7 @@ def test_a_mixture_is_the_sum_of_padded_slices(relaxation):
 
 
 @pytest.mark.parametrize("path", ["hard", "exact", "gated", "paper"])
+@pytest.mark.part(3)
 def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(path):
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
