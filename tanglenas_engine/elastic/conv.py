@@ -35,10 +35,11 @@ class _Convolution(Elastic):
         in_channels: Size | int,
         out_channels: Size | int,
         kernel_size: Size | int,
-        stride: int,
-        padding: int | None,
-        dilation: int,
-        groups: Size | int,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: Size | int = 1,
+        bias: bool = True,
         **options: Any,
     ):
         kernel, inputs, outputs, groups = map(Size.of, (kernel_size, in_channels, out_channels, groups))
@@ -69,6 +70,7 @@ class _Convolution(Elastic):
             padding=padding,
             dilation=dilation,
             groups=groups.max,
+            bias=bias,
             **options,
         )
         self._groups = groups
@@ -159,19 +161,6 @@ class Conv2d(_Convolution, nn.Conv2d):
 
     plain_class = nn.Conv2d
 
-    def __init__(
-        self,
-        in_channels: Size | int,
-        out_channels: Size | int,
-        kernel_size: Size | int,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
-        groups: Size | int = 1,
-        bias: bool = True,
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
-
 
 class Conv1d(_Convolution, nn.Conv1d):
     """`nn.Conv1d` with elastic channels, groups and a nested centred kernel: `(B, C, L) -> (B, C', L')`.
@@ -180,19 +169,6 @@ class Conv1d(_Convolution, nn.Conv1d):
     """
 
     plain_class = nn.Conv1d
-
-    def __init__(
-        self,
-        in_channels: Size | int,
-        out_channels: Size | int,
-        kernel_size: Size | int,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
-        groups: Size | int = 1,
-        bias: bool = True,
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
 
 
 class ConvTranspose2d(_Convolution, nn.ConvTranspose2d):  # type: ignore[misc]
