@@ -26,7 +26,7 @@ test: $(READY) check  ## Check style and types, and run the tests, one process f
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not exhaustive"
 
 test-all: $(READY) check  ## Run every test, with all pairs of spaces and optimizers, before a release
-	$(PYTEST) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --hypothesis-profile all
 
 test-fast: $(READY)  ## Run the tests without processes of their own, on a few spaces and optimizers
 	$(PYTEST) -m "not slow and not exhaustive" --hypothesis-profile fast

@@ -17,10 +17,11 @@ settings.register_profile(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=30,
+    max_examples=10,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("fast", settings.get_profile("tanglenas"), max_examples=5)
+settings.register_profile("all", settings.get_profile("tanglenas"), max_examples=30)
 # For people who look for more: `pytest --hypothesis-profile thorough tests/pipeline/test_fuzz.py` takes new examples.
 settings.register_profile("thorough", settings.get_profile("tanglenas"), max_examples=1000, derandomize=False)
 settings.load_profile("tanglenas")
@@ -45,6 +46,9 @@ SLOW = (
 
 FEW = {"vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 """The spaces of the tables of invariants, and an optimizer of each family, that `make test-fast` keeps."""
+
+FIRST = 3
+"""The entries of a table that `make test-fast` takes."""
 
 OPTIMIZERS = sorted(manager().names("optimizer"))
 OTHERS = {*ALL, *OPTIMIZERS} - FEW
@@ -84,6 +88,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("exhaustive")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    for table in tables.values():
+        quick = [item for item in table if not {"slow", "exhaustive"} & {marker.name for marker in item.iter_markers()}]
+        for item in quick[FIRST:]:
+            item.add_marker("slow")
 
 
 def _out_of_turn(table: list[pytest.Item]) -> list[pytest.Item]:

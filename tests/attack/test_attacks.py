@@ -166,7 +166,7 @@ def pipe(kept, private):
 
 
 @pytest.mark.parametrize("forge", [link_file, link_folder, link_itself, link_above, pipe])
-@pytest.mark.part(5)
+@pytest.mark.exhaustive
 def test_fix_follows_no_link_out_of_what_waits(project, waiting, tmp_path, forge):
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "key.txt").write_text("secret")

@@ -70,6 +70,7 @@ def texts(tmp_path_factory) -> Path:
     return found(folder, create_space("gpt_nano", **dataset.space_options(), **sizes), dataset, FORMATS[1:])
 
 
+@pytest.mark.slow
 def test_an_image_has_the_same_classes_in_every_format(images):
     files = [str(images / f"{number}.png") for number in range(5)]
     said = run("predict", images / "out", *files, "--top", "2")
@@ -126,6 +127,7 @@ def test_a_text_goes_on_alike_in_every_format(texts):
     run("predict", texts / "out", texts / "start.txt", "--temperature", "1e-300", "--tokens", "3")
 
 
+@pytest.mark.slow
 def test_a_language_model_is_exported_for_any_length_up_to_the_block(texts):
     import onnxruntime
 

@@ -145,6 +145,7 @@ def test_a_prior_draws_every_option_as_often_as_the_mixture_says():
             assert share == pytest.approx(probability, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_prior_draws_architectures_only_where_not_every_assignment_is_one():
     space = tiny("darts")
     mixture = space.mixture({count: torch.randn(n, count).softmax(1) for count, n in space.stacks.items()})

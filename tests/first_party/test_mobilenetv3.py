@@ -144,6 +144,7 @@ def test_a_timm_network_s_weights_are_the_largest_network():
 @transforms
 @pytest.mark.parametrize("path", ["hard", "exact", "gated"])
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_a_corner_is_the_extracted_network(path, kernel_transform):
     space = thumbnail(kernel_transform=kernel_transform)
     saved = copy.deepcopy(space.state_dict())
@@ -382,6 +383,7 @@ def test_it_is_searched_with_matrices(optimizer):
     check_optimizer(lambda: create_optimizer(optimizer), lambda: thumbnail(kernel_transform=True).float())
 
 
+@pytest.mark.slow
 def test_the_small_space_learns_under_a_mixture():
     space = create_space("mobilenetv3_nano")
     x, y = torch.randn(16, 1, 28, 28), torch.arange(16) % 10

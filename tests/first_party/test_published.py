@@ -25,6 +25,7 @@ def randomised(network):
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.slow
 def test_a_vit_is_timm_s_deit(size):
     """At reduced depth and image size, which change neither names nor widths."""
     theirs = randomised(timm.create_model(f"deit_{size}_patch16_224", depth=2, img_size=32, num_classes=7))

@@ -53,6 +53,7 @@ def test_the_pipeline_imports_no_command_and_no_script(path):
     assert not [name for name in imported(path) if name.startswith(("tanglenas_engine.cli", "pipelines"))]
 
 
+@pytest.mark.slow
 def test_the_engine_loads_without_the_tools():
     code = """
 import importlib, pkgutil, sys, tanglenas_engine

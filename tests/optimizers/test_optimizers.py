@@ -468,6 +468,7 @@ def test_an_optimizer_may_have_several_losses_and_no_outputs():
     assert "weight_accuracy" not in row and "train" not in lines[0] and "(largest network)" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_space_may_be_its_own_smallest_example():
     class Two(SearchSpace):
         def __init__(self):

@@ -178,6 +178,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_settings_of_matplotlib(tmp_p
     assert first == second
 
 
+@pytest.mark.exhaustive
 def test_no_pyplot_and_no_matplotlib_before_it_is_needed(tmp_path):
     code = f"""
 import sys

@@ -40,7 +40,7 @@ def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undistu
 
 
 @pytest.mark.parametrize("moment", ["within", "before", "manifest", "second"])
-@pytest.mark.part(4)
+@pytest.mark.exhaustive
 def test_a_kill_inside_a_checkpoint_write_goes_on_from_the_one_before(theatre: Theatre, moment: str) -> None:
     # After the output folders are made, the first checkpoint is: state (open, rename), manifest (open, rename).
     whole = theatre.undisturbed(GRADIENT)

@@ -517,6 +517,7 @@ def test_a_killed_run_is_found_and_marked_and_may_go_on_after_all(root: Path) ->
     assert not stale_runs(root) and not kept(root)
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_before_it_held_its_folder_is_found_in_the_own_store(root: Path) -> None:
     run_id = killed(root)
     shutil.rmtree(root / ".tanglenas" / "runs")

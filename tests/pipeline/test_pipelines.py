@@ -481,6 +481,7 @@ def tracked(project: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch):
 INTERRUPTIBLE = "search.loss = @interruptions.loss"
 
 
+@pytest.mark.exhaustive
 def test_sigterm_saves_the_search_and_the_same_command_finishes_it(
     project: Path, tracked, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

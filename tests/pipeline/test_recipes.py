@@ -73,7 +73,7 @@ def test_the_paper_has_a_recipe_for_every_space_of_its_own() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.part(3)
+@pytest.mark.part(4)
 def test_a_recipe_configures_the_plugins_that_it_names(project: Path, recipe: str, stage: str) -> None:
     choose(recipe)
     configure(arguments(project, stage))
@@ -90,7 +90,7 @@ def test_a_recipe_configures_the_plugins_that_it_names(project: Path, recipe: st
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.part(3)
+@pytest.mark.part(6)
 def test_a_recipe_trains(project: Path, recipe: str, stage: str) -> None:
     choose(recipe)
     configure(arguments(project, stage))
@@ -242,6 +242,7 @@ def prepared(project: Path) -> Callable[[str], list[str]]:
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name != "darts"])
+@pytest.mark.part(6)
 def test_a_recipe_of_the_paper_goes_through_all_stages(project: Path, prepared, name: str) -> None:
     small = prepared(name)
     for stage in STAGES:

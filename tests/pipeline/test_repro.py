@@ -254,6 +254,7 @@ def test_a_search_that_was_killed_goes_on_in_the_same_run(disturbed: Disturbed) 
     assert run.data.tags["mlflow.parentRunId"] == pipeline.info.run_id and pipeline.info.status == "FINISHED"
 
 
+@pytest.mark.exhaustive
 def test_kills_and_tracking_and_place_change_no_byte(finished: Finished, disturbed: Disturbed) -> None:
     for folder in (*(f"out/{stage}" for stage in STAGES), "metrics"):
         assert contents(disturbed.folder / folder) == contents(finished.folder / folder), folder

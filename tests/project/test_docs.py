@@ -231,6 +231,7 @@ def test_code_that_is_shown_runs(page, part):
     exec(python(page, part), {})
 
 
+@pytest.mark.exhaustive
 def test_answers_are_commands_that_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     space = create_space("autoformer_nano")

@@ -18,20 +18,16 @@ from tanglenas_engine.testing import same
 from tanglenas_engine.training.options import Computation
 
 SEARCHES = ["drnas", "darts2", "gdas", "spos", "simultaneous", "accumulated"]
-CASES = [
-    *SEARCHES, "bfloat16", "darts2_autograd", "batch_norm", "digits", "dropped", "retrained", "raced", "trained",
-    "walked", "resumed", "resumed_search", "resumed_batch_norm", "interrupted", "exchanged", "paced",
-    "after_the_first", "apart",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def two(request, tmp_path_factory):
-    """What each case gives on two ranks: all are run by one pair of processes, whose start takes longest."""
+    """What a case gives on two ranks: one pair of processes, whose start takes longest, runs the cases of all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    tables = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = {given.get("case") for given in tables}
-    processes = ranks.start([case for case in CASES if case in wanted or case not in SEARCHES], folder, 2)
+    tests = [item for item in request.session.items if item.path == request.path]
+    named = [case for item in tests for marker in item.iter_markers("cases") for case in marker.args]
+    given = [item.callspec.params["case"] for item in tests if "two" in item.fixturenames and hasattr(item, "callspec")]
+    processes = ranks.start(list(dict.fromkeys([*given, *named])), folder, 2)
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -64,6 +60,8 @@ def test_a_search_moves_what_is_compared():
     assert apart(start["weights"], end["weights"]) > 1e-2
 
 
+@pytest.mark.cases("digits", "dropped")
+@pytest.mark.exhaustive
 def test_noise_alone_lets_the_number_of_processes_decide(two):
     alone, (first, second) = ranked.digits(), two("digits")
     same(first, second, "the ranks")
@@ -75,6 +73,7 @@ def test_noise_alone_lets_the_number_of_processes_decide(two):
     assert apart(alone["alphas"], first["alphas"]) > 1e-3
 
 
+@pytest.mark.cases("bfloat16")
 def test_ranks_agree_in_low_precision_too(two):
     both = two("bfloat16")
     same(both[0], both[1], "the ranks")
@@ -87,6 +86,7 @@ def test_accumulated_batches_are_one_batch():
     assert apart(whole["weights"], parts["weights"]) < 1e-5
 
 
+@pytest.mark.cases("darts2_autograd")
 def test_the_exact_hypergradient_is_that_of_the_whole_batch(two):
     alone, both = ranked.darts2_autograd(), two("darts2_autograd")
     for one, first, second in zip(alone, *both, strict=True):
@@ -94,6 +94,7 @@ def test_the_exact_hypergradient_is_that_of_the_whole_batch(two):
         torch.testing.assert_close(one, first, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.cases("batch_norm")
 def test_batch_norms_see_the_ranks_part_but_keep_equal_statistics(two):
     both = two("batch_norm")
     same(both[0], both[1], "the ranks")
@@ -102,6 +103,7 @@ def test_batch_norms_see_the_ranks_part_but_keep_equal_statistics(two):
     assert apart(alone["weights"], both[0]["weights"]) > 1e-5
 
 
+@pytest.mark.cases("retrained")
 def test_two_processes_retrain_and_evaluate_as_one_does(two):
     alone, both = ranked.retrained(), two("retrained")
     same(both[0], both[1], "the ranks")
@@ -111,18 +113,21 @@ def test_two_processes_retrain_and_evaluate_as_one_does(two):
     assert alone["history"][-1]["accuracy"] == pytest.approx(both[0]["history"][-1]["accuracy"])
 
 
+@pytest.mark.cases("raced")
 def test_two_processes_share_a_race_and_judge_as_one_does(two):
     alone, both = ranked.raced(), two("raced")
     assert both[0] == both[1] == alone
     assert {record["samples"] for record in alone[0]} == {5, 40} and len(alone[0]) == 9
 
 
+@pytest.mark.cases("trained")
 def test_two_processes_share_the_trainings_of_a_race_and_each_trains_as_one_does(two):
     alone, (first, second) = ranked.trained(), two("trained")
     assert first["records"] == second["records"] == alone["records"] and len(alone["records"]) == 5
     assert (alone["kept"], first["kept"], second["kept"]) == (5 + 2, 5 + 2, None)
 
 
+@pytest.mark.cases("walked")
 def test_every_rank_draws_noise_of_its_own_and_rank_0_that_of_one_process(two):
     alone, (first, second) = ranked.walked(), two("walked")
     assert alone["drawn"] == first["drawn"]
@@ -134,12 +139,15 @@ def test_every_rank_draws_noise_of_its_own_and_rank_0_that_of_one_process(two):
         assert [row["rank"] for row in run["history"]] == [0, 0]  # rows are decided on rank 0
 
 
+@pytest.mark.cases("paced")
+@pytest.mark.exhaustive
 def test_ranks_agree_how_many_epochs_fit_into_the_seconds(two):
     first, second = two("paced")
     assert len(first["history"]) > 1
     same(first, second, "the search of the other rank")
 
 
+@pytest.mark.cases("resumed_search", "resumed_batch_norm", "resumed")
 def test_ranks_resume_to_the_same_bits(two):
     for rank in two("resumed_search") + two("resumed_batch_norm"):
         same(rank["whole"], rank["resumed"], "the search that was resumed")
@@ -149,12 +157,14 @@ def test_ranks_resume_to_the_same_bits(two):
         assert rank["whole"]["drawn"][5:] == rank["resumed"]["drawn"]
 
 
+@pytest.mark.cases("interrupted")
 def test_a_request_to_stop_that_one_rank_gets_stops_all_at_the_same_step(two):
     first, second = two("interrupted")
     assert first["position"] == 6
     assert "stopped at step 6 of 20" in first["message"] and "stopped at step 6 of 20" in second["message"]
 
 
+@pytest.mark.cases("exchanged")
 def test_what_is_exchanged(two):
     alone, (first, second) = ranked.exchanged(), two("exchanged")
     for got in (first, second):
@@ -176,6 +186,7 @@ def test_what_is_exchanged(two):
     assert (alone["total"], alone["anywhere"], alone["average"][1]) == ([0, 1.0], [True, False], None)
 
 
+@pytest.mark.cases("after_the_first")
 def test_rank_0_goes_first_and_says_why_it_failed(two):
     first, second = two("after_the_first")
     assert (first["found"], second["found"]) == (False, True)
@@ -183,6 +194,7 @@ def test_rank_0_goes_first_and_says_why_it_failed(two):
     assert second == {"found": True, "error": "no disk", "kind": "LostError"}
 
 
+@pytest.mark.cases("apart")
 def test_ranks_that_hold_different_weights_are_told(two):
     assert all("2 processes no longer hold the same weights" in message for message in two("apart"))
     assert ranked.apart() is None

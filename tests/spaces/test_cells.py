@@ -51,6 +51,7 @@ def test_the_supernet_has_the_papers_size(name, options, architectures, paramete
 
 @each
 @in_each_sharing
+@pytest.mark.part(3)
 def test_corners_are_exact(label, sharing):
     space = make(label, sharing=sharing)
     images = space.example_input(3).double()
@@ -73,6 +74,7 @@ def test_corners_are_exact(label, sharing):
 
 @each
 @in_each_sharing
+@pytest.mark.part(3)
 def test_the_cost_is_what_the_network_counts(label, sharing):
     space = make(label, sharing=sharing)
     generator = torch.Generator().manual_seed(2)

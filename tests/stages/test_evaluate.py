@@ -119,6 +119,7 @@ def judged():
     return space, data, scores(space, data, every.values())
 
 
+@pytest.mark.slow
 def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
     space, data, worth = judged
     before = {name: tensor.clone() for name, tensor in space.state_dict().items()}
@@ -132,6 +133,7 @@ def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
     assert len(reverse.rows) == space.size
 
 
+@pytest.mark.slow
 def test_a_sample_is_of_distinct_architectures_and_follows_from_the_seed(judged):
     space, data, worth = judged
     noise, spread = torch.Generator().manual_seed(1), statistics.pstdev(worth.values())

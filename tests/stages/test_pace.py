@@ -59,6 +59,7 @@ def test_a_search_by_seconds_is_that_of_as_many_epochs(optimizer, monkeypatch):
 
 @pytest.mark.parametrize("cut", [2, 3, 5])
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_a_search_by_seconds_goes_on_with_its_number_of_epochs(tmp_path, monkeypatch, cut):
     Clock(monkeypatch)
     with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
@@ -80,6 +81,7 @@ def test_the_trial_counts_and_no_epoch_begins_that_does_not_fit(monkeypatch):
     assert timer.fit(before=2.0, after=10.0, warmup_epochs=3) == 3 + math.floor((100 - used - 3 * 2) / 10)
 
 
+@pytest.mark.slow
 def test_seconds_that_leave_no_epoch_are_refused(monkeypatch):
     Clock(monkeypatch)
     with pytest.raises(

@@ -77,6 +77,7 @@ def test_a_search_that_is_killed_ends_like_one_that_is_not(optimizer, strategy, 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow
 def test_batch_norms_schedules_and_other_optimizers_resume_too(strategy):
     options = {
         "strategy": strategy,
@@ -116,6 +117,7 @@ class Annealed(DARTS):
         return self.space.mixture({k: (alpha / self.temperature).softmax(1) for k, alpha in self.alphas.items()})
 
 
+@pytest.mark.slow
 def test_a_search_that_is_resumed_amid_an_epoch_tells_the_optimizer_how_far_it_is():
     check_resume(Annealed, vit, (4,), architecture_optimizer=partial(torch.optim.Adam, lr=0.5))
     told = []
@@ -318,6 +320,7 @@ class Pool(Dataset):
         return TensorSamples(self.images[indices], self.labels[indices])
 
 
+@pytest.mark.slow
 def test_what_is_in_the_test_data_changes_no_byte():
     splits = make_splits(Pool(), seed=0)
 
@@ -542,6 +545,7 @@ def leaning(optimizer=None, **options):
     return searched(space, optimizer or Leaning(1), architecture_optimizer=rate, **{"epochs": 6, **options})
 
 
+@pytest.mark.exhaustive
 def test_a_search_stops_when_a_cell_has_too_many_skip_connections():
     def skips(history):
         return [row["architecture"].count("skip_connect") for row in history]
@@ -560,6 +564,7 @@ def test_a_search_stops_when_a_cell_has_too_many_skip_connections():
     assert len(late) == 4 and late[-1]["stopped"].startswith("operation has 6 of avg_pool_3x3, none, nor_conv_1x1, ")
 
 
+@pytest.mark.slow
 def test_a_search_stops_when_alpha_has_decided(capsys):
     fast = partial(Leaning, 1, 20.0)
     entropies = [row["entropy"] for row in leaning(fast())["history"]]
@@ -576,12 +581,14 @@ def test_a_search_stops_when_alpha_has_decided(capsys):
 
 @pytest.mark.parametrize("cuts", [(3,), (2, 4)])
 @pytest.mark.part(2)
+@pytest.mark.slow
 def test_a_search_that_stops_early_resumes_like_any_other(cuts):
     options = {"architecture_optimizer": partial(torch.optim.SGD, lr=1.0), "epochs": 6}
     space = partial(create_space, "nb201", channels=2, cells=1, image_size=8, num_classes=3)
     check_resume(partial(Leaning, 1, 20.0), space, cuts, stop=EarlyStopping(min_entropy=0.75), **options)
 
 
+@pytest.mark.slow
 def test_a_search_that_stopped_early_is_not_taken_up_again(tmp_path):
     with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
         first = leaning(Leaning(1, 20.0), stop=EarlyStopping(min_entropy=0.75), checkpoints=checkpoints)

@@ -310,6 +310,7 @@ def test_a_small_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
 OPERATIONS = ("avg_pool_3x3", "nor_conv_1x1", "nor_conv_3x3", "none", "skip_connect")
 
 
+@pytest.mark.slow
 def test_a_table_of_the_size_of_nas_bench_201_is_light(tmp_path):
     path = tmp_path / "large.csv.gz"
     generator = random.Random(0)

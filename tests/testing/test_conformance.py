@@ -344,12 +344,14 @@ def test_an_objective_is_checked_on_the_space_that_is_named(check, name, status,
     assert result.stdout.count("\n  ok  ") == passed and result.stdout.count("(right)") == 3
 
 
+@pytest.mark.slow
 def test_an_objective_is_checked_where_it_fits(check, tmp_path):
     measure_latency(create_space("toy_cell"), threads=1, fitted=0, validated=0, repeats=1).save(tmp_path / "table.json")
     result = check("latency", "-o", f"table={tmp_path / 'table.json'}")
     assert result.stdout.count("(toy_cell)") == 3 and "(autoformer_nano)" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_plugin_is_checked_whole_and_each_fault_is_in_the_report(check):
     result = check("Tanglenas_Theirs")
     assert result.exit_code == 1

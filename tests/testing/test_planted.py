@@ -49,6 +49,7 @@ def alone(truth, architecture, seed):
 
 @pytest.mark.parametrize("name", TRUTHS)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_what_is_planted_is_best(name):
     truth = TRUTHS[name]
     space = truth.make_space()
@@ -79,6 +80,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_every_optimizer_finds_what_it_promises(optimizer):
     promised = [name for name in TRUTHS if name not in NOT_PROMISED.get(optimizer, ())]
     check_finds(lambda: create_optimizer(optimizer), promised)
@@ -92,6 +94,7 @@ class Stubborn(DARTS):
         return self.space.mixture({count: corner[count] + 0 * alpha for count, alpha in self.alphas.items()})
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_does_not_find_is_told_what_it_missed():
     with pytest.raises(AssertionError) as caught:
         check_finds(Stubborn, ["depth_small", "depth_large"])

@@ -78,6 +78,7 @@ def steps(name, device, graphed, precision="float32", count=3):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gpt_nano", "autoformer_nano", "mobilenetv3_nano", "toy_cell"])
 @pytest.mark.part(2)
+@pytest.mark.slow
 def test_replayed_steps_are_the_same(name, precision, device):
     exact = device.type == "cpu"
     ours, theirs = (steps(name, device, graphed, precision) for graphed in (True, False))

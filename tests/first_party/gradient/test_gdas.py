@@ -124,6 +124,7 @@ def mean_gradient(**options) -> float:
     return float(torch.stack(gradients).mean())
 
 
+@pytest.mark.slow
 def test_alpha_learns_behind_a_batch_norm():
     separate, superposed = mean_gradient(sharing="separate"), mean_gradient()
     assert 1 / 3 < superposed / separate < 3

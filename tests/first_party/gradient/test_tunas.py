@@ -107,6 +107,7 @@ def test_random_operations_warm_up_too():
     assert len(drawn) > 10
 
 
+@pytest.mark.slow
 def test_a_search_with_a_target_stays_in_the_band_and_resumes():
     def target():
         return Target(create_objective("macs"), share=0.7)

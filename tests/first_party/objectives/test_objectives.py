@@ -273,6 +273,7 @@ def test_an_objective_that_breaks_amid_a_search_is_named_with_the_step(tmp_path)
 # Other people's
 
 
+@pytest.mark.exhaustive
 def test_an_optimizer_needs_nothing_for_targets_but_its_expected_mixture():
     class Mine(Optimizer):
         def sample(self, step, stream):
