@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,10 @@ from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.jobs import Trained
+from tanglenas_engine.derivation.race import plan, race
 from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.stages.discretize import METHODS as DERIVATION_METHODS
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 0.95
@@ -99,21 +102,34 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A way to find: an optimizer, what its search is drawn to, and how an architecture is derived."""
+    """A search, and the ways in which an architecture is derived from it.
+
+    Attributes:
+        band: Whether a target is set: samples are then drawn within the band, and mixtures are drawn to it.
+        derivations: Names of `DERIVATIONS`.
+    """
 
     optimizer: str
+    derivations: tuple[str, ...]
     band: bool = True
-    derive: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS = {
-    "spos band": Method("spos", derive={"method": "random", "candidates": 300}),
-    "spos whole space": Method("spos", band=False, derive={"method": "random", "candidates": 300}),
-    "sandwich band": Method("sandwich", derive={"method": "random", "candidates": 300}),
-    "drnas target, argmax": Method("drnas", derive={"method": "argmax"}),
-    "drnas target, judged": Method("drnas", derive={"method": "random", "candidates": 300}),
-    "gdas target, argmax": Method("gdas", derive={"method": "argmax"}),
+    "spos band": Method("spos", ("random", "race")),
+    "drnas target": Method("drnas", ("argmax", "both")),
+    "tunas band": Method("tunas", ("argmax", "both")),
+    "gdas target": Method("gdas", ("argmax", "both")),
+    "spos whole space": Method("spos", ("random",), band=False),
+    "sandwich band": Method("sandwich", ("random",)),
 }
+DERIVATIONS: dict[str, dict[str, Any]] = {
+    "argmax": {"method": "argmax"},
+    "random": {"method": "random", "candidates": 300},
+    "both": {"method": "both", "candidates": 300},
+    "race": {"method": "race", "candidates": 300},
+}
+RACE = 3
+"""The trainings of a race, all of them complete: shorter ones rank worse than the supernet does."""
 
 
 class Study:
@@ -157,7 +173,7 @@ class Study:
             click.echo(f"{key}: {json.dumps({k: v for k, v in row.items() if k not in ('curve', 'key')})[:180]}")
         return self.done[key]
 
-    def trained(self, architecture: Architecture, seed: int) -> dict[str, Any]:
+    def trained(self, architecture: Architecture, seed: int, epochs: int | None = None) -> dict[str, Any]:
         """Train a network by itself, and measure it on validation and test."""
         space = self.space()
         start = time.process_time()
@@ -165,7 +181,7 @@ class Study:
             space,
             architecture,
             self.data("training", "validation"),
-            epochs=self.task.epochs,
+            epochs=epochs or self.task.epochs,
             batch_size=64,
             optimizer=partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05),
             scheduler=partial(cosine, warmup=0.2),  # With 5 %, seeds differ as much as networks do.
@@ -198,17 +214,19 @@ class Study:
             found.setdefault(one.digest, one)
         return list(found.values())
 
-    def found_by(self, name: str, seed: int) -> dict[str, Any]:
-        """Search and derive with a method, and say how its supernet ranks the pool."""
-        method, space = METHODS[name], self.space(seed)
-        optimizer = create_optimizer(method.optimizer)
-        view = self.data("weights", "architecture", "validation")
+    def search(self, name: str, seed: int) -> None:
+        """Search with a method and derive by each of its derivations, unless the file has it all."""
+        method = METHODS[name]
+        keys = {derivation: f"found/{name}, {derivation}/{seed}" for derivation in method.derivations}
+        if all(key in self.done for key in keys.values()):
+            return
+        space, optimizer = self.space(seed), create_optimizer(method.optimizer)
         target = Target(create_objective("macs"), value=self.limits["macs"])
         start = time.process_time()
         result = search(
             space,
             optimizer,
-            view,
+            self.data("weights", "architecture", "validation"),
             epochs=self.task.epochs,
             batch_size=32,
             weight_optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05),
@@ -219,25 +237,65 @@ class Study:
             seed=seed,
             device="cpu",
         )
-        searched = time.process_time()
-        plain = self.data("weights", "architecture", "validation")
-        mixture = result.mixture.tensors() if result.mixture else None
-        derived = discretize(
-            space, plain, mixture, max_macs=self.limits["macs"], seed=seed, device="cpu", **method.derive
-        )
-        done = time.process_time()
-        return {
-            "architecture": dict(derived.architecture.choices),
-            "digest": derived.architecture.digest,
-            "macs": derived.cost.macs,
-            "params": derived.cost.params,
-            "supernet_loss": derived.validation_loss,
-            "search_seconds": round(searched - start, 2),
-            "derive_seconds": round(done - searched, 2),
-            "seconds": round(done - start, 2),
+        searched = {
+            "search_seconds": round(time.process_time() - start, 2),
             "entropy": result.history[-1].get("entropy"),
             "split_losses": result.split_losses,
             **self.ranked(space, seed),
+        }
+        mixture = result.mixture.tensors() if result.mixture else None
+        for derivation, key in keys.items():
+            self.once(key, partial(self.derived, space, mixture, derivation, seed, searched))
+
+    def derived(
+        self,
+        space: SearchSpace,
+        mixture: dict[str, torch.Tensor] | None,
+        derivation: str,
+        seed: int,
+        searched: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Derive an architecture from a supernet. The trainings of a race are results of their own."""
+        training = Training(self)
+        start = time.process_time()
+        found = discretize(
+            space,
+            self.data("weights", "architecture", "validation"),
+            mixture,
+            **DERIVATIONS[derivation],
+            max_macs=self.limits["macs"],
+            seed=seed,
+            device="cpu",
+            methods={**DERIVATION_METHODS, "race": partial(race, train=training, entrants=RACE, trainings=RACE)},
+        )
+        return {
+            "architecture": dict(found.architecture.choices),
+            "digest": found.architecture.digest,
+            "macs": found.cost.macs,
+            "params": found.cost.params,
+            "supernet_loss": found.validation_loss,
+            "derive_seconds": round(time.process_time() - start - training.now + training.seconds, 2),
+            "trainings": training.seconds,
+            **searched,
+        }
+
+    def halved(self, seed: int, trainings: float) -> dict[str, Any]:
+        """Return the winner of random networks by successive halving: what a person would do without a search."""
+        space, generator = self.space(), torch.Generator().manual_seed(777 + seed)
+        band = Band(Budget(space, self.limits), FILLED)
+        rungs = plan(16, self.task.epochs, trainings=trainings)
+        running = [band.sample(generator) for _ in range(rungs[0].networks)]
+        training = Training(self)
+        for rung in rungs:
+            results = [training(one, rung.epochs).loss for one in running[: rung.networks]]
+            running = [one for _loss, one in sorted(zip(results, running, strict=False), key=lambda pair: pair[0])]
+        return {
+            "architecture": dict(running[0].choices),
+            "digest": running[0].digest,
+            "macs": space.cost(running[0]).macs,
+            "params": space.cost(running[0]).params,
+            "search_seconds": 0.0,
+            "derive_seconds": training.seconds,
         }
 
     def ranked(self, space: SearchSpace, seed: int) -> dict[str, Any]:
@@ -246,6 +304,31 @@ class Study:
         with Candidates(space, view.weights, view.architecture, limit=self.task.pool, seed=seed) as judged:
             rows = judged.judge(self.pool(), race=False)
         return {"pool_losses": [row["loss"] for row in rows]}
+
+
+class Training:
+    """A function that a race trains by, with the results of the study.
+
+    Attributes:
+        epochs: The number of epochs of a complete training.
+        seconds: The processor seconds of all trainings that were asked for, whether they ran now or before.
+        now: The processor seconds of those that ran now.
+    """
+
+    identity = "study"
+
+    def __init__(self, study: Study):
+        self.study, self.epochs, self.seconds, self.now = study, study.task.epochs, 0.0, 0.0
+
+    def __call__(self, architecture: Architecture, epochs: int) -> Trained:
+        length = "" if epochs == self.epochs else f"/{epochs} epochs"
+        start = time.process_time()
+        row = self.study.once(
+            f"trained/{architecture.digest}/0{length}", lambda: self.study.trained(architecture, 0, epochs)
+        )
+        self.now += time.process_time() - start
+        self.seconds += row["seconds"]
+        return Trained(row["validation_loss"], math.nan, row["seconds"])
 
 
 @click.group()
@@ -260,8 +343,11 @@ def main() -> None:
 @click.option("--methods", default=";".join(METHODS), help="Methods, with ; between them.")
 @click.option("--seeds", default=5, help="Searches with each method.")
 @click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
+@click.option("--halving", default=4.0, help="The budget of successive halving of random networks, in trainings.")
 @click.option("--threads", default=1)
-def run(task: str, data: str | None, out: Path, methods: str, seeds: int, size: int, threads: int) -> None:
+def run(
+    task: str, data: str | None, out: Path, methods: str, seeds: int, size: int, halving: float, threads: int
+) -> None:
     """Train the pool, then search, derive and train with each method and seed."""
     study = Study(task, out / f"{task}.jsonl", data, threads)
     pool = study.pool()
@@ -270,14 +356,18 @@ def run(task: str, data: str | None, out: Path, methods: str, seeds: int, size: 
             study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
     budget = Budget(study.space(), study.limits)
     for cost in () if size else ("params", "macs"):
-        study.once(f"most {cost}", partial(study.trained, budget.dearest(cost), 0))
-    for name in methods.split(";"):
-        for seed in range(seeds):
-            found = study.once(f"found/{name}/{seed}", partial(study.found_by, name, seed))
+        for again in range(SEEDS):
+            study.once(f"most {cost}/{again}", partial(study.trained, budget.dearest(cost), again))
+    for seed in range(seeds):
+        for name in filter(None, methods.split(";")):
+            study.search(name, seed)
+        study.once(f"found/random, successive halving/{seed}", partial(study.halved, seed, halving))
+        for key in [key for key in study.done if key.startswith("found/") and key.endswith(f"/{seed}")]:
+            found = study.done[key]
             architecture = Architecture(
                 pool[0].space, {k: tuple(v) if isinstance(v, list) else v for k, v in found["architecture"].items()}
             )
-            for again in (0, 1):
+            for again in range(SEEDS):
                 study.once(f"trained/{architecture.digest}/{again}", partial(study.trained, architecture, again))
 
 
@@ -292,7 +382,8 @@ def table(path: Path) -> None:
         if "test_loss" in row:
             again.setdefault(row["digest"], []).append(row["test_loss"])
     # A network is worth what it is over its seeds: one training of many goes wrong.
-    losses = np.array([np.mean(again[row["digest"]]) for row in pool])
+    worth = {digest: float(np.mean(values)) for digest, values in again.items()}
+    losses = np.array([worth[row["digest"]] for row in pool])
     repeated = [np.var(values, ddof=1) for values in again.values() if len(values) > 1]
     deviation = f"{np.mean(repeated) ** 0.5:.4f} ({len(repeated)} networks)" if repeated else "unknown"
     click.echo(
@@ -310,24 +401,33 @@ def table(path: Path) -> None:
         click.echo(
             f"a second training ranks {len(twice)} networks as the first: " + _spearman(*zip(*twice, strict=True))
         )
-    click.echo(f"best of ten by validation loss: {_best_of(pool, 10):.4f} on average")
-    for cost in ("params", "macs"):
-        if f"most {cost}" in rows:
-            click.echo(f"most {cost}: {rows[f'most {cost}']['test_loss']:.4f}")
-    click.echo(
-        "| method, seed | test loss | worse in the pool, % | supernet ranks the pool | search, s | derivation, s |"
-    )
+    click.echo("| method | test loss, 95 % interval | each seed | worse in the pool, % | ranks the pool | seconds |")
     click.echo("| --- | --- | --- | --- | --- | --- |")
+    click.echo(f"| one random network | {losses.mean():.4f} | | 50 | | {np.mean([r['seconds'] for r in pool]):.0f} |")
+    for count in (3, 10):
+        cost = count * np.mean([row["seconds"] for row in pool])
+        click.echo(f"| best of {count} by validation loss | {_best_of(pool, worth, count):.4f} | | | | {cost:.0f} |")
+    for cost in ("params", "macs"):
+        if f"most {cost}/0" in rows:
+            loss = worth[rows[f"most {cost}/0"]["digest"]]
+            click.echo(f"| most {cost} | {loss:.4f} | | {100 * np.mean(losses > loss):.0f} | | 0 |")
+    found: dict[str, list[dict[str, Any]]] = {}
     for key, row in rows.items():
-        kind, _, rest = key.partition("/")
-        if kind != "found":
-            continue
-        trained = again.get(row["digest"], [])
-        mean = float(np.mean(trained)) if trained else math.nan
-        ranks = _spearman([row["pool_losses"][int(one["key"].split("/")[1])] for one in pool], losses)
+        if key.startswith("found/") and row["digest"] in worth:
+            found.setdefault(key.split("/")[1], []).append(row)
+    for name, results in found.items():
+        values = np.array([worth[row["digest"]] for row in results])
+        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
+        numbers = [int(row["key"].split("/")[1]) for row in pool]
+        ranks = [
+            stats.spearmanr([row["pool_losses"][i] for i in numbers], losses).statistic
+            for row in results
+            if "pool_losses" in row
+        ]
         click.echo(
-            f"| {rest} | {mean:.4f} ({len(trained)}) | {100 * np.mean(losses > mean):.0f} | {ranks} "
-            f"| {row['search_seconds']:.0f} | {row['derive_seconds']:.0f} |"
+            f"| {name} | {values.mean():.4f} +- {half:.4f} | {', '.join(f'{value:.3f}' for value in values)} "
+            f"| {100 * np.mean(losses[None] > values[:, None]):.0f} | {', '.join(f'{rank:.2f}' for rank in ranks)} "
+            f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
         )
 
 
@@ -341,11 +441,12 @@ def _spearman(one: Sequence[float], other: Sequence[float] | np.ndarray[Any, Any
     return f"{stats.spearmanr(one, other).statistic:.2f} +- {1 / math.sqrt(len(one) - 1):.2f}"
 
 
-def _best_of(pool: Sequence[dict[str, Any]], count: int) -> float:
-    """Return the mean test loss of the network of best validation loss among `count` of the pool."""
+def _best_of(pool: Sequence[dict[str, Any]], worth: dict[str, float], count: int) -> float:
+    """Return the mean worth of the network of best validation loss among `count` of the pool."""
     generator = np.random.default_rng(0)
     chosen = (generator.choice(len(pool), min(count, len(pool)), replace=False) for _ in range(10_000))
-    return float(np.mean([pool[min(some, key=lambda i: pool[i]["validation_loss"])]["test_loss"] for some in chosen]))
+    best = (min(some, key=lambda i: pool[i]["validation_loss"]) for some in chosen)
+    return float(np.mean([worth[pool[i]["digest"]] for i in best]))
 
 
 if __name__ == "__main__":
