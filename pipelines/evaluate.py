@@ -47,8 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         if result.confusion is not None:
             figures.confusion(result.confusion, stage.dataset.class_names, stage.folder / "confusion.png")
         sample = outputs.write_sample(stage, network)
-        measured = {"test_accuracy": result.test_accuracy, "test_loss": result.test_loss}
-        looked_up = table.judged(architecture, **measured) if table else {}
+        looked_up = outputs.looked_up(stage, table, architecture, result)
         stage.finish(outputs.evaluate_metrics(result, architecture, looked_up, ranking), architecture)
     outputs.print_summary(architecture, f"{stage.space.name} on {stage.dataset.name}", sample)
 

@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import gin
 from torch import nn
 
-from tanglenas_engine.data import Splits
+from tanglenas_engine.data import Splits, data_path
 from tanglenas_engine.derivation.race import Raced, lead_of
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.weights import save_weights
@@ -21,9 +22,21 @@ if TYPE_CHECKING:
     from tanglenas_engine.stages.discretize import DiscretizeResult
     from tanglenas_engine.stages.evaluate import EvaluateResult, RankCorrelation
     from tanglenas_engine.stages.search import SearchResult
+    from tanglenas_engine.tables import Benchmark
 
-from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, MIXTURE, OUT, SPLITS, STAGES, SUPERNET
+from tanglenas_engine.pipeline.files import (
+    ARCHITECTURE,
+    FRONT,
+    METRICS,
+    MIXTURE,
+    OUT,
+    SPLITS,
+    STAGES,
+    SUPERNET,
+    read_splits,
+)
 from tanglenas_engine.pipeline.headline import headline
+from tanglenas_engine.pipeline.pools import incomparable
 
 LARGEST_LOSS = 700
 """The loss in nats from which a perplexity exceeds what a float holds."""
@@ -115,6 +128,23 @@ def race_metrics(raced: Raced) -> dict[str, Any]:
         **({} if lead is None else {"race_lead": lead}),
         "race_supernet_rank": winner["supernet_rank"],
     }
+
+
+def looked_up(
+    stage: Stage, table: Benchmark | None, architecture: Architecture, result: EvaluateResult
+) -> dict[str, float]:
+    """Return what a benchmark table says of the network found: its values, or its percentile in a pool.
+
+    A pool of other data, of another recipe or of smaller networks says nothing, and a person is told.
+    """
+    if table is None:
+        return {}
+    if table.listed is not None:
+        path = data_path(gin.query_parameter("benchmark.path"))
+        if reason := incomparable(path, stage.space, stage.dataset, read_splits(), result.cost.macs):
+            stage.progress.note(f"evaluate: no percentile in a pool: {reason}")
+            return {}
+    return table.judged(architecture, test_accuracy=result.test_accuracy, test_loss=result.test_loss)
 
 
 def evaluate_metrics(

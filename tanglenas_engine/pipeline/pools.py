@@ -8,6 +8,7 @@ result is written as soon as it is there, so a pool that is cut off goes on, and
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,24 +46,43 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Identity:
-    """What networks of a pool have in common, and a network that is compared with them must have too."""
+    """What the networks of a pool have in common.
+
+    A network that is compared with them has the same dataset, test split and recipe. Its seed and its other splits may
+    differ.
+
+    Attributes:
+        test: A digest of the test split.
+        recipe: A digest of the config of the retrain stage, but for the seed.
+    """
 
     space: str
     dataset: str
     splits: str
+    test: str
     recipe: str
+    seed: int
     limits: dict[str, float]
 
     @classmethod
-    def here(cls, space: SearchSpace, dataset: Dataset, splits: Splits, limits: Mapping[str, float]) -> Identity:
-        """Return the identity of a pool under the config of the retrain stage."""
-        bound = [gin.config_str(), space.name, space.to_string(space.largest()), space.to_string(space.smallest())]
-        return cls(space.name, dataset.fingerprint, fingerprint(splits=splits.assignment), fingerprint(bound=bound),
-                   dict(limits))  # fmt: skip
+    def here(
+        cls, arguments: Sequence[str], space: SearchSpace, dataset: Dataset, splits: Splits, limits: Mapping[str, float]
+    ) -> Identity:
+        """Return the identity of a pool by a recipe, which is given as arguments of the retrain stage."""
+        with configured((*arguments, "SEED = 0")):
+            bound = [gin.config_str(), space.name, space.to_string(space.largest()), space.to_string(space.smallest())]
+        return cls(
+            space.name, dataset.fingerprint, fingerprint(splits=splits.assignment),
+            fingerprint(test=splits.test.tolist()), fingerprint(bound=bound), splits.seed, dict(limits),
+        )  # fmt: skip
 
-    def difference(self, other: Identity) -> str:
-        """Return the name of a part that differs, or an empty string."""
-        return next((name for name in vars(self) if getattr(self, name) != getattr(other, name)), "")
+    def difference(self, other: Identity, names: Sequence[str] = ()) -> str:
+        """Return the name of a part that differs, or an empty string.
+
+        Args:
+            names: The parts to compare; none of them means all.
+        """
+        return next((name for name in names or vars(self) if getattr(self, name) != getattr(other, name)), "")
 
 
 @dataclass
@@ -179,7 +199,7 @@ def build(
         splits = Splits.from_json(SPLITS.read_text("utf-8")) if SPLITS.exists() else make_splits(dataset, seed=seed)
         splits.check(dataset)
         limits = _limits(space, share)
-        identity = Identity.here(space, dataset, splits, limits)
+    identity = Identity.here(arguments, space, dataset, splits, limits)
     record = Record.read(record_of(path)) if record_of(path).exists() else Record(identity)
     if other := identity.difference(record.identity):
         raise TangleNASError(
@@ -206,6 +226,37 @@ def build(
         record.write(path, keys)
     record.write(path, keys)
     return record
+
+
+def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Splits, macs: int) -> str:
+    """Return why a network of the project is not compared with a pool, or an empty string.
+
+    A pool without a record beside it is one that a person measured elsewhere. It is taken as it is.
+
+    Args:
+        path: The pool's table.
+        macs: The multiply-accumulates of the network.
+
+    Raises:
+        TangleNASError: The record is damaged.
+    """
+    arguments = project_arguments()
+    if arguments is None or not record_of(path).exists():
+        return ""
+    pool = Record.read(record_of(path)).identity
+    here = Identity.here(arguments, space, dataset, splits, {})
+    if other := here.difference(pool, ("space", "dataset", "test", "recipe")):
+        named = "test split, which the seed decides for this dataset" if other == "test" else other
+        return f"{path} is a pool of another {named}"
+    with configured(stage_arguments("retrain") or ()):
+        bound = gin.get_bindings("retrain")
+    if (mode := bound.get("mode", "scratch")) != "scratch":
+        return f"the networks of {path} were trained from scratch, and retrain.mode is {mode!r}"
+    if bound.get("teacher"):
+        return f"the networks of {path} had no teacher, and retrain.teacher is {bound['teacher']!r}"
+    if macs > pool.limits.get("macs", math.inf):
+        return f"the network takes {macs:,} MACs, and those of {path} at most {pool.limits['macs']:,}"
+    return ""
 
 
 def _limits(space: SearchSpace, share: float | None) -> dict[str, float]:

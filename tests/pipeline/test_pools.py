@@ -1,6 +1,7 @@
 """Pools: what is trained, what goes on after an interruption, and what is refused."""
 
 import json
+from pathlib import Path
 
 import gin
 import pytest
@@ -10,7 +11,9 @@ from stages import forget_settings
 
 from tanglenas_engine import create_space
 from tanglenas_engine.cli import main
-from tanglenas_engine.pipeline import pools
+from tanglenas_engine.pipeline import pools, trainings
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.configurables import create, make_splits
 from tanglenas_engine.tables import load_table
 
 
@@ -94,6 +97,43 @@ def test_a_pool_of_something_else_is_refused(project, change, part):
     set_params(project, **change)
     result = build("--count", "2")
     assert result.exit_code == 2 and f"pool.csv is a pool of another {part}: give another file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "macs", "reason"),
+    [
+        ({}, 1, ""),
+        ({"seed": 1}, 1, "pool.csv is a pool of another test split, which the seed decides for this dataset"),
+        ({}, 10**9, "the network takes 1,000,000,000 MACs, and those of pool.csv at most"),
+        ({"retrain": {"epochs": 2}}, 1, "pool.csv is a pool of another recipe"),
+        ({"retrain": {"mode": "finetune"}}, 1, "were trained from scratch, and retrain.mode is 'finetune'"),
+    ],
+)
+def test_a_network_is_compared_with_a_pool_of_its_own_recipe_and_data(project, change, macs, reason):
+    set_params(project, **change)
+    with configured(trainings.project_arguments()):
+        seed, space, dataset = create()
+        splits = make_splits(dataset, seed=seed)
+    assert reason in pools.incomparable(Path("pool.csv"), space, dataset, splits, macs)
+    assert reason or not pools.incomparable(Path("pool.csv"), space, dataset, splits, macs)
+
+
+def test_a_network_is_not_compared_with_a_pool_of_other_data(project):
+    with configured(trainings.project_arguments()):
+        seed, space, dataset = create()
+        splits = make_splits(dataset, seed=seed)
+    record = json.loads((project / "pool.json").read_text())
+    record["identity"]["dataset"] = "of another day"
+    (project / "pool.json").write_text(json.dumps(record))
+    assert pools.incomparable(Path("pool.csv"), space, dataset, splits, 1) == "pool.csv is a pool of another dataset"
+
+
+def test_a_pool_that_was_measured_elsewhere_is_taken_as_it_is(project):
+    with configured(trainings.project_arguments()):
+        seed, space, dataset = create()
+        splits = make_splits(dataset, seed=seed)
+    (project / "pool.json").unlink()
+    assert not pools.incomparable(Path("pool.csv"), space, dataset, splits, 10**9)
 
 
 def test_a_pool_of_another_budget_is_refused(project):
