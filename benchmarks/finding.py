@@ -53,7 +53,9 @@ RESULTS = Path(__file__).parent / "results"
 FILLED = 0.95
 """The share of the budget that every network of the pool uses at least."""
 SEEDS = 2
-"""Trainings of each network of the pool: one may go wrong, as that of seed 0 of network 9 of gpt_nano did by 0.16."""
+"""Trainings of each network that was found, and of those that cost most."""
+REPEATED, REPEATS = 5, 3
+"""The networks of the pool, and their seeds, that say how far trainings of one network differ."""
 
 
 @dataclass(frozen=True)
@@ -351,8 +353,8 @@ def run(
     """Train the pool, then search, derive and train with each method and seed."""
     study = Study(task, out / f"{task}.jsonl", data, threads)
     pool = study.pool()
-    for seed in range(SEEDS):
-        for number, architecture in enumerate(pool[: size or None]):
+    for seed in range(REPEATS):
+        for number, architecture in enumerate(pool[: REPEATED if seed else size or None]):
             study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
     budget = Budget(study.space(), study.limits)
     for cost in () if size else ("params", "macs"):
