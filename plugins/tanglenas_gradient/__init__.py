@@ -28,3 +28,8 @@ def tanglenas_register_optimizers(register):
         "tanglenas_gradient.tunas:TuNAS",
         summary="REINFORCE on hard samples, compared within a step (Bender et al., 2020)",
     )
+    register(
+        "hard_concrete",
+        "tanglenas_gradient.hard_concrete:HardConcrete",
+        summary="gates at 0 and 1, for trained networks (Louizos et al., 2018)",
+    )

@@ -17,8 +17,12 @@ from tanglenas_engine.superposition.mixture import Mixture
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda ratio: (ratio - 1).clamp_min(0),
     "log": lambda ratio: ratio.log().abs(),
+    "multiplier": lambda ratio: ratio - 1,
 }
-"""Penalties by name, as functions of expected cost / target: "hinge" charges an excess only, "log" any distance."""
+"""Penalties by name, as functions of expected cost / target.
+
+"hinge" charges an excess only, "log" any distance, and "multiplier" credits what is left, too.
+"""
 
 
 class Target:
@@ -34,7 +38,12 @@ class Target:
         weight: The weight of the penalty, relative to the loss of the task. The slope of a penalty does not vanish at
             the target. So from some weight on, an optimum meets the target instead of a compromise.
         penalty: "hinge", `max(0, ratio - 1)`, charges costs above the target; "log", `|log(ratio)|`, charges costs on
-            both sides.
+            both sides. "multiplier", `ratio - 1`, has a weight of its own, a Lagrange multiplier, which starts at
+            `weight`: it grows while the cost is above the target, and falls, down to 0, while it is below.
+        rate: The change of the multiplier in a step, per `ratio - 1`.
+
+    Attributes:
+        multiplier: The weight of the penalty "multiplier", a scalar; None for the others.
 
     Raises:
         TangleNASError: Both `value` and `share` are given, a number is not positive, the share is above 1, or the
@@ -47,7 +56,8 @@ class Target:
         value: float | None = None,
         share: float | None = None,
         weight: float = 1.0,
-        penalty: Literal["hinge", "log"] = "hinge",
+        penalty: Literal["hinge", "log", "multiplier"] = "hinge",
+        rate: float = 0.1,
     ):
         self.objective, self.name = objective, objective.name or type(objective).__name__
         if value is not None and share is not None:
@@ -65,6 +75,8 @@ class Target:
             raise unknown(f"penalty of the target for {self.name}", penalty, PENALTIES)
         self.value, self.share, self.penalty = value, share, penalty
         self.weight = positive(f"the weight of the target for {self.name}", weight)
+        self.rate = positive(f"the rate of the target for {self.name}", rate)
+        self.multiplier: Tensor | None = None
         self.limit: float | None = None
 
     @property
@@ -105,9 +117,24 @@ class Target:
                 f"{float(expected.detach())}{'' if expected.requires_grad else ', without a gradient'}"
             )
         self.limit = limit
+        self.multiplier = torch.tensor(self.weight, dtype=torch.float64) if self.penalty == "multiplier" else None
         return self
 
     def charge(self, mixture: Mixture) -> Tensor:
-        """Return the term that a mixture adds to alpha's loss."""
+        """Return the term that a mixture adds to alpha's loss, and move the multiplier, if there is one."""
         assert self.limit is not None
-        return self.weight * PENALTIES[self.penalty](self.objective.expected(mixture) / self.limit)
+        ratio = self.objective.expected(mixture) / self.limit
+        penalty = PENALTIES[self.penalty](ratio)
+        if self.multiplier is None:
+            return self.weight * penalty
+        weight = self.multiplier.to(penalty.device)
+        self.multiplier = (weight + self.rate * penalty.detach()).clamp_min(0)
+        return weight * penalty
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed search needs of a target with a multiplier."""
+        assert self.multiplier is not None
+        return {"multiplier": self.multiplier}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.multiplier = state["multiplier"]

@@ -65,13 +65,14 @@ def target(
     value: float | None = None,
     share: float | None = None,
     weight: float = 1.0,
-    penalty: Literal["hinge", "log"] = "hinge",
+    penalty: Literal["hinge", "log", "multiplier"] = "hinge",
+    rate: float = 0.1,
 ) -> Target:
     """Make a target for `search.targets`: a cost that the search is drawn to (see `objective.Target`).
 
     The options of a plugin's objective are bound as `create_objective.OPTION`.
     """
-    return Target(_objective(objective), value, share, weight, penalty)
+    return Target(_objective(objective), value, share, weight, penalty, rate)
 
 
 @register

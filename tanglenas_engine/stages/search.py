@@ -360,6 +360,7 @@ class Search(Training):
             "architecture_optimizer": self.architecture_optimizer,
             "scheduler": self.scheduler,
             "scaler": self.scaler if self.scaler.is_enabled() else None,
+            **{f"target_{one.name}": one for one in self.active_targets if one.multiplier is not None},
         }
 
     # One iteration.
@@ -431,12 +432,15 @@ class Search(Training):
         mixture = self.optimizer.expected()
         assert mixture is not None
         charges = {f"penalty_{target.name}": target.charge(mixture) for target in self.active_targets}
+        multipliers = {
+            f"multiplier_{one.name}": one.multiplier for one in self.active_targets if one.multiplier is not None
+        }
         total = torch.stack(list(charges.values())).sum()
         gradients = torch.autograd.grad(total, self.alphas, allow_unused=True)
         for alpha, gradient in zip(self.alphas, gradients, strict=True):
             if gradient is not None:
                 alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
-        return charges
+        return {**charges, **multipliers}
 
     def _zero_gradients(self) -> None:
         self.weight_optimizer.zero_grad()

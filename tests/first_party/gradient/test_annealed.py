@@ -14,7 +14,8 @@ from tanglenas_gradient.annealed import Annealed
 
 OPTIMIZERS = [name for name in manager().names("optimizer") if create_optimizer(name).learns_architecture]
 ANNEALED = [name for name in OPTIMIZERS if isinstance(create_optimizer(name), Annealed)]
-MIXED = [name for name in ANNEALED if name != "gdas"]  # its samples have a temperature, what alpha stands for has none
+# Samples of these have a temperature, what alpha stands for has none.
+MIXED = [name for name in ANNEALED if name not in ("gdas", "hard_concrete")]
 LOGITS = [2.0, 0.5, -1.0]
 
 

@@ -88,12 +88,13 @@ def test_a_table_is_an_objective():
 # Drawing a search
 
 
-@pytest.mark.parametrize("penalty, share", [("hinge", 0.35), ("log", 0.6), ("log", 0.8)])
+@pytest.mark.parametrize("penalty, share", [("hinge", 0.35), ("log", 0.6), ("log", 0.8), ("multiplier", 0.35)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.part(6)
 def test_a_search_lands_on_its_target(strategy, penalty, share):
     space = vit()
-    target = Target(create_objective("macs"), share=share, penalty=penalty)
+    weight = 0.1 if penalty == "multiplier" else 1.0
+    target = Target(create_objective("macs"), share=share, penalty=penalty, weight=weight)
     rate = partial(torch.optim.Adam, lr=0.02, betas=(0.5, 0.999))
     result, _ = searched(
         "darts", space, 40, epochs=25, targets=[target], strategy=strategy, architecture_optimizer=rate
@@ -104,8 +105,29 @@ def test_a_search_lands_on_its_target(strategy, penalty, share):
     before, after = (float(space.expected_cost(m).flops) / wanted for m in (uniform, result.mixture))
     assert abs(before - 1) > 0.1
     # One penalty holds it there, the other one lets it go on to cheaper ones.
-    assert 0.97 < after < 1.03 if penalty == "log" else before > 1 and 0.8 < after < 1.01
+    assert 0.97 < after < 1.03 if penalty != "hinge" else before > 1 and 0.8 < after < 1.01
     assert result.history[-1]["expected_macs"] == float(space.expected_cost(result.mixture).flops)
+
+
+def test_a_multiplier_grows_above_the_target_and_falls_below_it_down_to_0():
+    space = vit()
+    limit = space.cost(space.largest()).macs / 2
+    target = Target(create_objective("macs"), value=limit, penalty="multiplier", weight=0.5, rate=0.25).bind(space)
+    large, small = (space.one_hot(one) for one in (space.largest(), space.smallest()))
+    assert float(target.charge(large)) == 0.5 and float(target.multiplier) == 0.75
+    assert float(target.charge(large)) == 0.75 and float(target.multiplier) == 1.0
+    below = space.cost(space.smallest()).macs / limit - 1
+    assert float(target.charge(small)) == pytest.approx(below)
+    assert float(target.multiplier) == pytest.approx(1 + 0.25 * below)
+    for _ in range(20):
+        target.charge(small)
+    assert float(target.multiplier) == 0
+    assert float(target.bind(space).multiplier) == 0.5  # another search starts anew
+
+
+def test_a_search_with_a_multiplier_resumes_exactly():
+    target = Target(create_objective("macs"), share=0.35, penalty="multiplier")
+    check_resume(partial(create_optimizer, "darts"), vit, targets=[target], warmup_epochs=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
