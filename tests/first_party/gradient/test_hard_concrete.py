@@ -31,7 +31,7 @@ def test_samples_are_mixtures_and_often_at_a_corner():
     even = bound()
     even.alphas[3].data.copy_(torch.tensor([0.0, 0.0, -30.0]).expand_as(even.alphas[3]))  # the first gate alone is open
     assert float((rows(even).amax(1) == 1).float().mean()) == pytest.approx(0.336, abs=0.02)
-    assert float((rows(bound(temperature=0.1)).amax(1) == 1).float().mean()) > 0.9
+    assert float((rows(bound(temperature=0.1)).amax(1) == 1).float().mean()) > 0.8
 
 
 def test_cold_samples_have_the_frequencies_of_the_mixture_that_alpha_stands_for():
