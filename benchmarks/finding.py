@@ -2,6 +2,7 @@
 
     python -m benchmarks.finding run gpt_nano
     python -m benchmarks.finding run autoformer_nano --data FOLDER_OF_FASHION_MNIST
+    python -m benchmarks.finding run toy_cell --data FOLDER_OF_FASHION_MNIST --table TABLE
     python -m benchmarks.finding table benchmarks/results/gpt_nano.jsonl
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
@@ -15,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.derivation.race import plan, race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.stages.discretize import METHODS as DERIVATION_METHODS
+from tanglenas_engine.tables import load_table
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 0.95
@@ -69,17 +71,21 @@ class Task:
         images: The number of images to train and validate on; None for all samples.
         epochs: The passes of a training over `training`, and of a search over `weights`.
         pool: The number of random networks.
+        metric: An accuracy of a table that stands for all trainings; None trains.
+        search: Options of the search that differ from those of the study.
     """
 
     space: str
     dataset: str
     data: dict[str, Any]
     options: dict[str, Any]
-    budget: float = 0.6
+    budget: float | None = 0.6
     place: str | None = None
     images: int | None = None
     epochs: int = 12
     pool: int = 24
+    metric: str | None = None
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 VIT = {"relative_position": True, "weight_init": "jax", "drop_path": 0.1}
@@ -98,6 +104,11 @@ TASKS = {
     "mobilenetv3_nano": Task(
         "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=6000,
         epochs=12,
+    ),
+    "toy_cell": Task(
+        "toy_cell", "fashion_mnist", {}, {"channels": 16, "dropout": 0.2}, budget=None, place="root", images=6000,
+        epochs=12, pool=60, metric="test_acc",
+        search={"weight_optimizer": partial(torch.optim.SGD, lr=0.025, momentum=0.9, nesterov=True, weight_decay=5e-4)},
     ),
 }  # fmt: skip
 
@@ -138,14 +149,19 @@ RACE = 3
 class Study:
     """A task in progress: its data, its budget, and the file of results."""
 
-    def __init__(self, name: str, path: Path, data: str | None = None, threads: int = 1):
+    def __init__(self, name: str, path: Path, data: str | None = None, threads: int = 1, table: str | None = None):
         torch.set_num_threads(threads)
         self.task, self.path = TASKS[name], path
         place = {self.task.place: data} if self.task.place and data else {}
         self.dataset = create_dataset(self.task.dataset, **self.task.data, **place)
         self.splits = make_splits(self.dataset, seed=0)
-        budget = self.task.budget * self.space().cost(self.space().largest()).macs
-        self.limits = {"macs": int(budget)}
+        space = self.space()
+        self.limits: dict[str, float] = {}
+        if self.task.budget is not None:
+            self.limits = {"macs": int(self.task.budget * space.cost(space.largest()).macs)}
+        self.table = load_table(table, space) if table else None
+        if self.task.metric is not None and self.table is None:
+            raise click.UsageError(f"{name} needs --table: its networks are not trained")
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
@@ -177,8 +193,18 @@ class Study:
         return self.done[key]
 
     def trained(self, architecture: Architecture, seed: int, epochs: int | None = None) -> dict[str, Any]:
-        """Train a network by itself, and measure it on validation and test."""
+        """Train a network by itself, and measure it on validation and test; or look up its error in a table, in %."""
         space = self.space()
+        if self.table is not None and self.task.metric is not None:
+            error = 100 - self.table.value(architecture, self.task.metric)
+            return {
+                "architecture": dict(architecture.choices),
+                "digest": architecture.digest,
+                "rank": self.table.rank(architecture, self.task.metric),
+                "validation_loss": error,
+                "test_loss": error,
+                "seconds": 0.0,
+            }
         start = time.process_time()
         found = retrain(
             space,
@@ -210,10 +236,10 @@ class Study:
     def pool(self) -> list[Architecture]:
         """Return the architectures of the pool, all different."""
         space, generator = self.space(), torch.Generator().manual_seed(12345)
-        band = Band(Budget(space, self.limits), FILLED)
+        source = Band(Budget(space, self.limits), FILLED) if self.limits else space
         found: dict[str, Architecture] = {}
         while len(found) < self.task.pool:
-            one = band.sample(generator)
+            one = source.sample(generator)
             found.setdefault(one.digest, one)
         return list(found.values())
 
@@ -224,22 +250,20 @@ class Study:
         if all(key in self.done for key in keys.values()):
             return
         space, optimizer = self.space(seed), create_optimizer(method.optimizer)
-        target = Target(create_objective("macs"), value=self.limits["macs"])
-        start = time.process_time()
-        result = search(
-            space,
-            optimizer,
-            self.data("weights", "architecture", "validation"),
+        recipe: dict[str, Any] = dict(
             epochs=self.task.epochs,
             batch_size=32,
             weight_optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05),
             architecture_optimizer=partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.999)),
             warmup_epochs=max(1, self.task.epochs // 5) if optimizer.learns_architecture else 0,
-            targets=[target] if method.band else [],
+            targets=[Target(create_objective("macs"), value=most) for most in self.limits.values() if method.band],
             clip=5.0,
             seed=seed,
             device="cpu",
         )
+        start = time.process_time()
+        view = self.data("weights", "architecture", "validation")
+        result = search(space, optimizer, view, **{**recipe, **self.task.search})
         searched = {
             "search_seconds": round(time.process_time() - start, 2),
             "entropy": result.history[-1].get("entropy"),
@@ -266,7 +290,7 @@ class Study:
             self.data("weights", "architecture", "validation"),
             mixture,
             **DERIVATIONS[derivation],
-            max_macs=self.limits["macs"],
+            limits=self.limits,
             seed=seed,
             device="cpu",
             methods={**DERIVATION_METHODS, "race": partial(race, train=training, entrants=RACE, trainings=RACE)},
@@ -285,9 +309,9 @@ class Study:
     def halved(self, seed: int, trainings: float) -> dict[str, Any]:
         """Return the winner of random networks by successive halving: what a person would do without a search."""
         space, generator = self.space(), torch.Generator().manual_seed(777 + seed)
-        band = Band(Budget(space, self.limits), FILLED)
+        source = Band(Budget(space, self.limits), FILLED) if self.limits else space
         rungs = plan(16, self.task.epochs, trainings=trainings)
-        running = [band.sample(generator) for _ in range(rungs[0].networks)]
+        running = [source.sample(generator) for _ in range(rungs[0].networks)]
         training = Training(self)
         for rung in rungs:
             results = [training(one, rung.epochs).loss for one in running[: rung.networks]]
@@ -347,30 +371,40 @@ def main() -> None:
 @click.option("--seeds", default=5, help="Searches with each method.")
 @click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
 @click.option("--halving", default=4.0, help="The budget of successive halving of random networks, in trainings.")
+@click.option("--table", help="The table of a task that trains nothing.")
 @click.option("--threads", default=1)
 def run(
-    task: str, data: str | None, out: Path, methods: str, seeds: int, size: int, halving: float, threads: int
+    task: str,
+    data: str | None,
+    out: Path,
+    methods: str,
+    seeds: int,
+    size: int,
+    halving: float,
+    table: str | None,
+    threads: int,
 ) -> None:
     """Train the pool, then search, derive and train with each method and seed."""
-    study = Study(task, out / f"{task}.jsonl", data, threads)
+    study = Study(task, out / f"{task}.jsonl", data, threads, table)
     pool = study.pool()
-    for seed in range(REPEATS):
+    for seed in range(1 if study.table else REPEATS):
         for number, architecture in enumerate(pool[: REPEATED if seed else size or None]):
             study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
     budget = Budget(study.space(), study.limits)
-    for cost in () if size else ("params", "macs"):
+    for cost in ("params", "macs") if study.limits and not size else ():
         for again in range(SEEDS):
             study.once(f"most {cost}/{again}", partial(study.trained, budget.dearest(cost), again))
     for seed in range(seeds):
         for name in filter(None, methods.split(";")):
             study.search(name, seed)
-        study.once(f"found/random, successive halving/{seed}", partial(study.halved, seed, halving))
+        if study.table is None:
+            study.once(f"found/random, successive halving/{seed}", partial(study.halved, seed, halving))
         for key in [key for key in study.done if key.startswith("found/") and key.endswith(f"/{seed}")]:
             found = study.done[key]
             architecture = Architecture(
                 pool[0].space, {k: tuple(v) if isinstance(v, list) else v for k, v in found["architecture"].items()}
             )
-            for again in range(SEEDS):
+            for again in range(1 if study.table else SEEDS):
                 study.once(f"trained/{architecture.digest}/{again}", partial(study.trained, architecture, again))
 
 
@@ -414,6 +448,7 @@ def table(path: Path) -> None:
         if f"most {cost}/0" in rows:
             loss = worth[rows[f"most {cost}/0"]["digest"]]
             click.echo(f"| most {cost} | {loss:.4f} | | {100 * np.mean(losses > loss):.0f} | | 0 |")
+    listed = {row["digest"]: row["rank"] for row in rows.values() if "rank" in row}
     found: dict[str, list[dict[str, Any]]] = {}
     for key, row in rows.items():
         if key.startswith("found/") and row["digest"] in worth:
@@ -431,6 +466,7 @@ def table(path: Path) -> None:
             f"| {name} | {values.mean():.4f} +- {half:.4f} | {', '.join(f'{value:.3f}' for value in values)} "
             f"| {100 * np.mean(losses[None] > values[:, None]):.0f} | {', '.join(f'{rank:.2f}' for rank in ranks)} "
             f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
+            + (f" ranks {[listed[row['digest']] for row in results]}" if listed else "")
         )
 
 
