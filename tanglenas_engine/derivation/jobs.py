@@ -206,15 +206,28 @@ def _running_on(backend: str | None, workers: int) -> Iterator[None]:
 
 @contextmanager
 def _dask(workers: int) -> Iterator[None]:
-    """Connect to the cluster of Dask's settings inside the block, or to a new one here, unless the caller has."""
+    """Connect to the cluster of Dask's settings inside the block, or to a new one here, unless the caller has.
+
+    Raises:
+        TangleNASError: Dask is not installed, or no scheduler answers at the address of its settings.
+    """
     try:
+        import dask
         from distributed import Client, get_client
     except ImportError:
         raise TangleNASError("race.backend 'dask' needs Dask: pip install 'tanglenas[dask]'") from None
-    try:
-        get_client()
-    except ValueError:
-        with Client(n_workers=workers, threads_per_worker=1, dashboard_address=None):
-            yield
-    else:
+    with ExitStack() as stack:
+        try:
+            get_client()
+        except ValueError:
+            address = dask.config.get("scheduler-address", None)
+            own = {} if address else {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+            try:
+                client = Client(**own)
+            except OSError as error:
+                raise TangleNASError(
+                    f"race.backend is 'dask', but no scheduler answers at {address} ({str(error).splitlines()[0]}): "
+                    "start one there, or unset DASK_SCHEDULER_ADDRESS to make a cluster of this machine"
+                ) from None
+            stack.enter_context(client)
         yield

@@ -258,6 +258,38 @@ def test_a_dask_cluster_of_two_workers_runs_the_race_and_one_may_be_lost(train, 
     assert train.calls().count((leaders[3], 3)) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: pip install dask")
+def test_a_scheduler_that_does_not_answer_is_named(train):
+    import dask
+
+    gone = {"scheduler-address": "tcp://127.0.0.1:9", "distributed.comm.timeouts.connect": "100ms"}
+    with (
+        dask.config.set(gone),
+        pytest.raises(TangleNASError, match=r"no scheduler answers at tcp://127.0.0.1:9 .*start"),
+    ):
+        raced(train, workers=2, backend="dask")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: pip install dask")
+@pytest.mark.filterwarnings("ignore")  # of Dask's own, about the end of the cluster
+@pytest.mark.exhaustive
+def test_a_race_runs_on_the_cluster_of_the_settings(train):
+    import dask
+    from distributed import LocalCluster
+
+    whole, _ = raced(train)
+    for path in train.folder.iterdir():
+        path.unlink()
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        dask.config.set({"scheduler-address": cluster.scheduler_address}),
+    ):
+        result, _ = raced(train, workers=1, backend="dask")
+    assert told(result) == told(whole)
+
+
 # Real trainings
 
 
