@@ -387,9 +387,8 @@ def run(
     """Train the pool, then search, derive and train with each method and seed."""
     study = Study(task, out / f"{task}.jsonl", data, threads, table)
     pool = study.pool()
-    for seed in range(1 if study.table else REPEATS):
-        for number, architecture in enumerate(pool[: REPEATED if seed else size or None]):
-            study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
+    for number, architecture in enumerate(pool[: size or None]):
+        study.once(f"pool/{number}/0", partial(study.trained, architecture, 0))
     budget = Budget(study.space(), study.limits)
     for cost in ("params", "macs") if study.limits and not size else ():
         for again in range(SEEDS):
@@ -406,6 +405,9 @@ def run(
             )
             for again in range(1 if study.table else SEEDS):
                 study.once(f"trained/{architecture.digest}/{again}", partial(study.trained, architecture, again))
+    for seed in () if study.table else range(1, REPEATS):
+        for number, architecture in enumerate(pool[:REPEATED]):
+            study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
 
 
 @main.command()

@@ -19,8 +19,17 @@ def command() -> None:
               "limits of discretize in params.yaml.")  # fmt: skip
 @click.option("--least", default=0.95, show_default=True, help="Share of the budget that each network uses at least.")
 @click.option("--jobs", default=1, show_default=True, help="Trainings at a time.")
+@click.option("--backend", help="Backend of joblib that runs the trainings: dask or ray, for a cluster.")
 @click.option("--bind", "bindings", multiple=True, metavar="BINDING", help="Such as 'retrain.epochs = 5'; repeatable.")
-def build(table: Path, count: int, share: float | None, least: float, jobs: int, bindings: tuple[str, ...]) -> None:
+def build(
+    table: Path,
+    count: int,
+    share: float | None,
+    least: float,
+    jobs: int,
+    backend: str | None,
+    bindings: tuple[str, ...],
+) -> None:
     """Train random architectures of this project's space, each by itself, and write TABLE, a .csv or .csv.gz.
 
     Space, data, recipe and splits are those of the project. Run the command again after an interruption, or with a
@@ -32,8 +41,9 @@ def build(table: Path, count: int, share: float | None, least: float, jobs: int,
     from tanglenas_engine.tables import load_table
 
     record = build_pool(
-        table, count=count, share=share, least=least, jobs=jobs, bindings=bindings, progress=ConsoleProgress()
-    )
+        table, count=count, share=share, least=least, jobs=jobs, backend=backend, bindings=bindings,
+        progress=ConsoleProgress(),
+    )  # fmt: skip
     built = load_table(table)
     rows = []
     for metric in ("test_loss", "test_acc"):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import joblib
 import torch
@@ -153,9 +153,8 @@ class Jobs:
             return
         threads = max(1, torch.get_num_threads() // self.workers)
         tasks = [joblib.delayed(run)(self.train, one, epochs, threads) for one in architectures]
-        with _running_on(self.backend, self.workers):
-            parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator_unordered", batch_size=1)
-            for digest, result in parallel(tasks):
+        with running_on(self.backend, self.workers):
+            for digest, result in as_they_come(tasks, self.workers):
                 yield digest, Trained(*result)
 
 
@@ -183,29 +182,61 @@ def run(
     return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure)
 
 
+def as_they_come(tasks: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Yield the results of joblib's tasks as they are ready, in any order.
+
+    A backend that returns all results at once, such as Ray's, gets as many tasks at a time as there are workers, so
+    that what is finished can be kept.
+    """
+    backend, _ = joblib.parallel.get_active_backend()
+    if backend.supports_return_generator:
+        yield from joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks)
+        return
+    for start in range(0, len(tasks), workers):
+        yield from joblib.Parallel(n_jobs=workers, batch_size=1)(tasks[start : start + workers])
+
+
 @contextmanager
-def _running_on(backend: str | None, workers: int) -> Iterator[None]:
+def running_on(backend: str | None, workers: int, option: str = "race.backend") -> Iterator[None]:
     """Let joblib run jobs by a backend inside the block; None leaves it as it is.
 
+    "dask" takes the cluster of Dask's settings, such as `$DASK_SCHEDULER_ADDRESS`, and "ray" that at `$RAY_ADDRESS`.
+    Without an address, both make one of this machine.
+
+    Args:
+        workers: The number of processes of a new cluster of Dask.
+        option: The name of the option for the backend, for messages.
+
     Raises:
-        TangleNASError: joblib has no such backend, or its package is not installed.
+        TangleNASError: joblib has no such backend, its package is not installed, or its cluster does not answer.
     """
     with ExitStack() as stack:
         if backend == "dask":
-            stack.enter_context(_dask(workers))
+            stack.enter_context(_dask(workers, option))
+        if backend == "ray":
+            _register_ray(option)
         if backend is not None:
             try:
                 stack.enter_context(joblib.parallel_config(backend=backend))
             except (ValueError, ImportError) as error:
                 said = str(error).splitlines()[0]
                 raise TangleNASError(
-                    f"race.backend is {backend!r}, expected a backend of joblib such as 'loky' or 'dask' ({said})"
+                    f"{option} is {backend!r}, expected a backend of joblib such as 'loky', 'dask' or 'ray' ({said})"
                 ) from None
         yield
 
 
+def _register_ray(option: str) -> None:
+    """Make Ray a backend of joblib."""
+    try:
+        from ray.util.joblib import register_ray
+    except ImportError:
+        raise TangleNASError(f"{option} 'ray' needs Ray: pip install ray") from None
+    register_ray()
+
+
 @contextmanager
-def _dask(workers: int) -> Iterator[None]:
+def _dask(workers: int, option: str) -> Iterator[None]:
     """Connect to the cluster of Dask's settings inside the block, or to a new one here, unless the caller has.
 
     Raises:
@@ -215,7 +246,7 @@ def _dask(workers: int) -> Iterator[None]:
         import dask
         from distributed import Client, get_client
     except ImportError:
-        raise TangleNASError("race.backend 'dask' needs Dask: pip install 'tanglenas[dask]'") from None
+        raise TangleNASError(f"{option} 'dask' needs Dask: pip install 'tanglenas[dask]'") from None
     with ExitStack() as stack:
         try:
             get_client()
@@ -226,7 +257,7 @@ def _dask(workers: int) -> Iterator[None]:
                 client = Client(**own)
             except OSError as error:
                 raise TangleNASError(
-                    f"race.backend is 'dask', but no scheduler answers at {address} ({str(error).splitlines()[0]}): "
+                    f"{option} is 'dask', but no scheduler answers at {address} ({str(error).splitlines()[0]}): "
                     "start one there, or unset DASK_SCHEDULER_ADDRESS to make a cluster of this machine"
                 ) from None
             stack.enter_context(client)

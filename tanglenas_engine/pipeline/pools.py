@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gin
 import joblib
@@ -22,6 +21,7 @@ import torch
 from tanglenas_engine.data import Dataset, Splits
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.jobs import as_they_come, running_on
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives
@@ -172,6 +172,7 @@ def build(
     share: float | None = None,
     least: float = 0.95,
     jobs: int = 1,
+    backend: str | None = None,
     bindings: Sequence[str] = (),
     progress: Progress,
 ) -> Record:
@@ -182,7 +183,8 @@ def build(
         count: The number of random architectures.
         share: The budget as a share of the largest network's MACs; None takes the limits of discretize, if any.
         least: The share of the budget that every architecture uses at least.
-        jobs: The number of trainings at a time. joblib's context managers run them elsewhere.
+        jobs: The number of trainings at a time.
+        backend: A backend of joblib that runs the trainings, such as "dask"; None takes processes of this machine.
         bindings: gin bindings beyond those of the retrain stage.
 
     Raises:
@@ -214,16 +216,16 @@ def build(
     recipe = Recipe(arguments, str(Path.cwd()), splits.to_json())
     tasks = [joblib.delayed(Job.run)(Job(recipe, key, threads)) for key in wanted]
     progress.note(f"pool: {len(keys) + len(record.baselines)} trainings, {len(wanted)} of them to do, {jobs} at a time")
-    results: Iterator[tuple[str, Any]] = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
-    for number, (key, result) in enumerate(results, 1):
-        if isinstance(result, str):
-            record.failed[key] = result
-            progress.note(f"pool: {key} failed and is left out: {result}")
-        else:
-            record.failed.pop(key, None)
-            record.rows[key] = result
-            progress.note(f"pool: {number} of {len(wanted)}: test loss {result['test_loss']:.4f}  {key}")
-        record.write(path, keys)
+    with running_on(backend, jobs, "--backend"):
+        for number, (key, result) in enumerate(as_they_come(tasks, jobs), 1):
+            if isinstance(result, str):
+                record.failed[key] = result
+                progress.note(f"pool: {key} failed and is left out: {result}")
+            else:
+                record.failed.pop(key, None)
+                record.rows[key] = result
+                progress.note(f"pool: {number} of {len(wanted)}: test loss {result['test_loss']:.4f}  {key}")
+            record.write(path, keys)
     record.write(path, keys)
     return record
 
