@@ -70,7 +70,8 @@ class Candidates:
         cost: The cost of a front: one of `cost.METRICS`, or the name of an objective.
         limit: The largest number of candidates.
         prior: The mixture to draw from; None draws all options of a row with equal probability.
-        recalibration_batches: The number of batches for the statistics; 0 keeps the supernet's.
+        recalibration_batches: The number of batches for the statistics; 0 keeps the supernet's. A rung of fewer batches
+            takes no more for its statistics.
         checkpoints: The folder for scores. Those of an earlier run there are used.
 
     Attributes:
@@ -269,8 +270,14 @@ class Candidates:
         return sorted((record for record in self.records if record["generation"] >= since), key=_rank)[:count]
 
     def measured(self, architecture: Architecture, samples: Samples) -> Measured:
-        """Return loss and accuracy on samples, with the supernet's weights and statistics of this architecture."""
-        return measure_inherited(self.space, architecture, samples, self._statistics, self._batch_size)
+        """Return loss and accuracy on samples, with the supernet's weights and statistics of this architecture.
+
+        The statistics come from no more batches than a rung has, as all of them would take most of a first rung's time.
+        """
+        statistics = self._statistics
+        if isinstance(samples, Part):
+            statistics = statistics[: math.ceil(len(samples) / self._batch_size)]
+        return measure_inherited(self.space, architecture, samples, statistics, self._batch_size)
 
     def _rungs(self, candidates: int) -> list[int]:
         """Return the numbers of samples of a race: from a batch to all, in steps of a factor of 2 to 8, best 4.
