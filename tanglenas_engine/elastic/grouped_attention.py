@@ -25,14 +25,15 @@ class Rotary(nn.Module):
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, half = x.shape[-2], x.shape[-1] // 2
+        tokens, width = x.shape[-2:]
         precision = x.dtype if x.dtype == torch.float64 else torch.float32  # angles of long texts need it
-        index = torch.arange(half, dtype=precision, device=x.device)
+        index = torch.arange(0, width, 2, dtype=precision, device=x.device)
         positions = torch.arange(tokens, dtype=precision, device=x.device)
-        angles = positions[:, None] * self.base ** (-index / half)  # (N, D / 2)
+        # The order of operations is that of `transformers`, for equal bits.
+        angles = positions[:, None] * (1.0 / self.base ** (index / width))  # (N, D / 2)
         cos, sin = angles.cos(), angles.sin()
         x, given = x.to(precision), x.dtype
-        first, second = x[..., :half], x[..., half:]
+        first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(given)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import tied
-from tanglenas_engine.errors import describe
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.weights import (
     FLOATS,
@@ -41,7 +41,8 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
 
     Raises:
         OtherWeightsError: Names or shapes are not those of the largest network, or it computes something else.
-        TangleNASError: A file is missing or damaged, or a tensor is quantised, complex or not finite.
+        TangleNASError: A file is missing or damaged, a tensor is quantised, complex or not finite, or the space refuses
+            the folder.
     """
     own = space.state_dict()
     state, prefix = without_prefix(read_weights(path), own)
@@ -129,6 +130,8 @@ def _compare(space: SearchSpace, path: Path) -> str:
     try:
         with seeded(0, accelerators=False):  # building a network draws random numbers
             source = space.source(path)
+    except TangleNASError:
+        raise
     except (ImportError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         return unknown.format(f"it cannot be built, {describe(error)}")
     if source is None:

@@ -161,6 +161,16 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         for name, text in (dataset.files() if dataset else {}).items():
             write_atomic(folder / name, text)
 
+    def to_transformers(self, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]] | None:
+        """Return a standalone network in the form of transformers, or None for a space that has none there.
+
+        Returns:
+            The weights by transformers' names, the content of its `config.json`, and the text of further files by name.
+            Those are modules that `trust_remote_code=True` runs, for a network that transformers' own classes cannot
+            hold.
+        """
+        return None
+
     def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of another library's network under this space's names, and in its shapes.
 
@@ -173,7 +183,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         """Return the network of a folder with weights to start from, as its own library builds it, or None.
 
         Its outputs are compared with those of the largest network. If it has another number of classes, it gets this
-        space's head.
+        space's head. A space that sees that the outputs would differ raises a TangleNASError, which refuses the folder.
         """
         return None
 

@@ -259,6 +259,10 @@ SMALL["toy_conv_macro"] = {"image_size": 16}
 SMALL["nb201"] = {"channels": 4, "cells": 1, "image_size": 8}
 SMALL["darts"] = {"channels": 2, "layers": 3, "image_size": 8}
 SMALL["gpt2"] = {"layers": (2, 1), "embed_dim": (24, 48), "num_heads": (1, 3), "vocab_size": 13, "block_size": 6}
+SMALL["smollm_135m"] = {
+    "layers": (2, 1), "embed_dim": (24, 48), "num_kv_heads": (1, 2), "mlp_width": (32, 64), "vocab_size": 13,
+    "block_size": 6,
+}  # fmt: skip
 SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_size": 6}
 """Options that make the large ones fit a test; their widths stay."""
 

@@ -33,6 +33,13 @@ TINY = {
     },
     **{
         name: {
+            "layers": (2, 1), "embed_dim": (24, 12), "num_kv_heads": (2, 1), "group": 2, "mlp_width": (16, 8, 24),
+            "head_dim": 4, "vocab_size": 13, "block_size": 6,
+        }
+        for name in ("llama_nano", "smollm_135m")
+    },
+    **{
+        name: {
             "image_size": 28, "in_channels": 1, "num_classes": 10, "depth": (1, 2), "stem_width": 8,
             "head_widths": (16, 24), "stages": ("s2_c8_nre", "s2_c16_nhs_se0.25"),
         }
