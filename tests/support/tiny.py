@@ -45,6 +45,20 @@ TINY = {
         }
         for name in ("mobilenetv3", "mobilenetv3_nano")
     },
+    **{
+        name: {
+            "image_size": 24, "in_channels": 1, "num_classes": 10, "channels": (8, 8, 12, 16), "width_share": (0.5, 1),
+            "depth": ((1, 2), (1,), (1,), (1, 2)), "hidden_share": (0.5, 1),
+        }
+        for name in ("resnet_nano", "resnet18", "resnet50")
+    },
+    **{
+        name: {
+            "image_size": 24, "in_channels": 1, "num_classes": 10, "channels": (8, 8, 12, 16), "width_share": (0.5, 1),
+            "depth": ((1, 2), (1,), (1,), (1, 2)), "hidden_share": (0.5, 1), "patch_size": 1, "kernel_size": (3, 5),
+        }
+        for name in ("convnext_nano", "convnext_tiny")
+    },
     "toy_cell": {"channels": 4, "image_size": 12},
     "toy_cell_nano": {"channels": 4},
     "nb201": {"channels": 4, "cells": 1, "image_size": 8, "num_classes": 3},
