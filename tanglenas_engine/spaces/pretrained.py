@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import tied
+from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.weights import (
@@ -47,7 +48,9 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
     own = space.state_dict()
     state, prefix = without_prefix(read_weights(path), own)
     notes = [f"all names begin with {prefix!r}, which was left out"] if prefix else []
-    state = space.converted(state)
+    # The order of a supernet's layers is found anew.
+    orders = {f"{name}.order" for name, module in space.named_modules() if isinstance(module, Depth)}
+    state = space.converted({name: tensor for name, tensor in state.items() if name not in orders})
     if left_out := _without_head(space, state, own):
         notes.append(
             f"the head ({', '.join(left_out)}) has another number of classes, so it was left out and starts untrained"
