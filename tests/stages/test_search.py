@@ -662,6 +662,18 @@ def test_a_search_orders_the_layers_of_a_trained_network_first(tmp_path):
     assert torch.equal(network.blocks[0].attn.qkv.weight, kept.attn.qkv.weight)
 
 
+@pytest.mark.parametrize("optimizer", ["drnas", "spos"])
+def test_a_search_with_an_order_of_layers_that_is_killed_ends_like_one_that_is_not(tmp_path, optimizer):
+    options = dict(order="taylor", order_layers=True, checkpoint_every=1)
+    whole = searched(partial(vit, depth=(1, 3)), optimizer, **options)
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints, pytest.raises(CutOff):
+        searched(partial(vit, depth=(1, 3)), optimizer, **options, checkpoints=checkpoints, progress=CutAfter(2))
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+        resumed = searched(partial(vit, depth=(1, 3)), optimizer, **options, checkpoints=checkpoints)
+    assert "blocks.order" in whole["weights"]
+    same(resumed, whole, "the resumed search")
+
+
 def test_an_order_that_is_none_is_refused():
     with pytest.raises(TangleNASError, match=r"unknown search\.order 'size'"):
         searched(vit, order="size")
