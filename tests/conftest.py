@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from spaces import LAYERS
 from tiny import ALL, DISTINCT
 
 from tanglenas_engine.plugins import manager
@@ -113,7 +114,8 @@ def _in(value: object, values: set[str]) -> bool:
 
 def _repeated(table: list[pytest.Item]) -> list[pytest.Item]:
     """Return the entries of presets of a class that another preset stands for, where that is in the table too."""
-    spaces = {*_columns(table, {*ALL})} - {*_columns(table, {*OPTIMIZERS})}  # an optimizer and a space are called darts
+    # An optimizer and a space are called darts.
+    spaces = {*_columns(table, {*ALL, *LAYERS})} - {*_columns(table, {*OPTIMIZERS})}
     return [item for item in table if any(item.callspec.params[name] in REPEATED for name in spaces)]
 
 

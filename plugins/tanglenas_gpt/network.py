@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+CODE = "modeling_tanglenas_gpt"
+"""The module beside this one with the class of networks that GPT-2 cannot hold. A folder brings it to transformers."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -189,26 +192,21 @@ _GPT2 = {
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the `state_dict` of transformers' `GPT2LMHeadModel`, and the arguments of its `GPT2Config`.
+    """Return the weights and the content of `config.json` of the network in transformers.
 
-    Biases that the network lacks become zeros.
-
-    Raises:
-        ValueError: The layers differ, or the heads do not partition the width; GPT-2 allows neither.
+    GPT-2 has layers that are all alike, and heads that partition the width. Other networks get the type
+    `tanglenas_gpt`, which the module `CODE` defines, and an entry `layer_sizes` with the sizes of every layer. Biases
+    that the network lacks become zeros. The head is the embedding, and is left out.
     """
-    width, layers = config.embed_dim, len(config.num_heads)
-    hidden = {config.hidden(layer) for layer in range(layers)}
-    partition = config.head_dim is None or config.head_dim * config.num_heads[0] == width
-    if len(set(config.num_heads)) > 1 or len(hidden) > 1 or not partition:
-        raise ValueError(
-            f"GPT-2 has layers that are all alike and heads that partition the width, but this network has heads "
-            f"{config.num_heads} of dimension {config.head_dim or 'width / heads'}, MLP ratios {config.mlp_ratio} and "
-            f"width {width}: keep it as it is, or search with one choice for all layers and heads='partition'"
-        )
+    width, layers = config.embed_dim, range(len(config.num_heads))
+    sizes = {
+        "n_head": list(config.num_heads),
+        "head_dim": [config.head_dim or width // heads for heads in config.num_heads],
+        "n_inner": [config.hidden(layer) for layer in layers],
+    }
     weights = {}
     for key, tensor in state.items():
         if key == "lm_head.weight":
-            weights[key] = tensor
             continue
         module, kind = key.rsplit(".", 1)
         name = "transformer." + ".".join(_GPT2.get(part, part) for part in module.split("."))
@@ -216,15 +214,23 @@ def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[s
         weights[f"{name}.{kind}"] = tensor.T.contiguous() if kind == "weight" and ".c_" in name else tensor
         if kind == "weight" and not name.endswith(("wte", "wpe")) and f"{module}.bias" not in state:
             weights[f"{name}.bias"] = tensor.new_zeros(len(tensor))
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    arguments = dict(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=width, n_layer=layers,
-        n_head=config.num_heads[0], n_inner=hidden.pop(), tie_word_embeddings=True,
+    settings: dict[str, Any] = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=config.vocab_size,
+        n_positions=config.block_size, n_embd=width, n_layer=len(layers), n_head=max(sizes["n_head"]),
+        n_inner=max(sizes["n_inner"]), tie_word_embeddings=True,
         activation_function={"none": "gelu", "tanh": "gelu_new"}[config.gelu],
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
-        bos_token_id=None, eos_token_id=None,
+        bos_token_id=None, eos_token_id=None, dtype="float32",
     )  # fmt: skip
-    return weights, arguments
+    alike = all(len(set(values)) == 1 for values in sizes.values())
+    if alike and config.num_heads[0] * sizes["head_dim"][0] == width:
+        return weights, settings
+    classes = {"AutoConfig": "TangleNASGPTConfig", "AutoModelForCausalLM": "TangleNASGPTForCausalLM"}
+    own = dict(
+        model_type="tanglenas_gpt", architectures=[classes["AutoModelForCausalLM"]],
+        auto_map={auto: f"{CODE}.{name}" for auto, name in classes.items()}, layer_sizes=sizes,
+    )  # fmt: skip
+    return weights, {**settings, **own}
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

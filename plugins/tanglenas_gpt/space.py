@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Described, SearchSpace, Size, elastic, unknown
 from tanglenas_gpt import network
-from tanglenas_gpt.network import generate
+from tanglenas_gpt.network import CODE, generate, to_hugging_face
 from tanglenas_gpt.partition import PartitionedAttention
 
 
@@ -43,6 +43,8 @@ class GPT(SearchSpace):
         heads: "slices" gives each head `head_dim` dimensions, so that more heads make attention wider. "partition"
             divides the embedding dimension among the heads of a layer, as in the paper and in GPT-2.
         head_dim: Dimension of a head under "slices"; by default the largest network is a GPT-2.
+        per_layer: Choose heads and MLP ratio for each layer. False chooses once for all layers. With heads that
+            partition the embedding, transformers' own GPT-2 holds such a network.
         dropout: Dropout of embeddings, attention and residuals.
         bias: Give linear layers and norms a bias.
         gelu: "none" for the exact activation, or "tanh" for its approximation in the published GPT-2.
@@ -58,6 +60,7 @@ class GPT(SearchSpace):
         block_size: int = 224,
         heads: str = "slices",
         head_dim: int | None = None,
+        per_layer: bool = True,
         dropout: float = 0.0,
         bias: bool = False,
         gelu: str = "none",
@@ -65,7 +68,8 @@ class GPT(SearchSpace):
     ):
         super().__init__(**options)
         L, E = self.choice("layers", layers), self.choice("embed_dim", embed_dim)
-        H, R = self.choice("num_heads", num_heads, per=L), self.choice("mlp_ratio", mlp_ratio, per=L)
+        per = L if per_layer else None
+        H, R = self.choice("num_heads", num_heads, per), self.choice("mlp_ratio", mlp_ratio, per)
         head_dim = {"slices": head_dim or E.max // max(H.values), "partition": None}.get(heads, 0)
         if head_dim == 0:
             raise unknown("heads", heads, ("slices", "partition"))
@@ -82,10 +86,14 @@ class GPT(SearchSpace):
                 return PartitionedAttention(E, num_heads, bias, dropout)
             return elastic.Attention(E, num_heads, head_dim, bias, bias, dropout, dropout, causal=True)
 
+        def block(i: int) -> Block:
+            heads, ratio = (H[i], R[i]) if per_layer else (H, R)
+            return Block(E, attention(heads), ratio, bias, dropout, gelu)
+
         self.wte = elastic.Embedding(vocab_size, E)
         self.wpe = elastic.Embedding(block_size, E)
         self.drop = nn.Dropout(dropout)
-        self.blocks = elastic.Depth(L, [Block(E, attention(H[i]), R[i], bias, dropout, gelu) for i in range(L.max)])
+        self.blocks = elastic.Depth(L, [block(i) for i in range(L.max)])
         self.norm = elastic.LayerNorm(E, bias=bias)
         self.lm_head = elastic.Linear(E, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
@@ -100,12 +108,27 @@ class GPT(SearchSpace):
         return torch.randint(self.settings["vocab_size"], (batch, self.settings["block_size"]))
 
     def standalone(self, architecture: Architecture) -> network.GPT:
-        choices = {name: value for name, value in architecture.choices.items() if name != "layers"}
+        choices = dict(architecture.choices)
+        layers = choices.pop("layers")
+        for name in ("num_heads", "mlp_ratio"):
+            if not isinstance(choices[name], tuple):
+                choices[name] = (choices[name],) * layers
         return network.GPT(network.Config(**self.settings, **choices))
 
+    def to_transformers(self, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+        """Return the network as transformers' GPT-2, or with a class of its own where its layers differ."""
+        weights, config = to_hugging_face(network.state_dict(), network.config)
+        code = Path(__file__).with_name(f"{CODE}.py")
+        return weights, config, {code.name: code.read_text("utf-8")} if "auto_map" in config else {}
+
     def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the names of transformers' GPT-2, and the first positions of a longer context."""
+        """Take the names of transformers' GPT-2, and the first positions of a longer context.
+
+        A space without biases leaves out those of a file that are all 0, as `to_transformers` writes them.
+        """
         state = network.from_hugging_face(state)
+        if not self.settings["bias"]:
+            state = {name: tensor for name, tensor in state.items() if name[-5:] != ".bias" or bool(tensor.any())}
         if "wpe.weight" in state:
             state["wpe.weight"] = state["wpe.weight"][: self.settings["block_size"]]
         return state
@@ -114,6 +137,7 @@ class GPT(SearchSpace):
         """Load the GPT of a folder that `export` wrote, or transformers' GPT-2."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         if config.get("model_type") == "gpt2":
+            # An extra, and slow to import.
             from transformers import GPT2LMHeadModel
 
             return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,9 +94,11 @@ def open_model(path: Path) -> Model:
 
 
 def _folder(path: Path) -> Model:
-    """Open the folder in which a file lies: timm's form, or that of a space."""
+    """Open the folder in which a file lies: timm's form, that of a space, or that of transformers alone."""
     folder = path.parent
     config = _json(folder / CONFIG)
+    if "model_type" in config and "options" not in config:
+        return _transformers(folder, config)
     if not (folder / "model.safetensors").is_file():
         raise TangleNASError(f"{folder} has no model.safetensors: export the network again, or run `dvc repro`")
     return _timm(folder, config) if "architecture" in config else _space(folder, config)
@@ -144,8 +147,45 @@ def _space(folder: Path, config: Mapping[str, Any]) -> Model:
             f"{folder / CONFIG}: the space {architecture.space!r} cannot be made with its options: {describe(error)}. "
             "Export the network again"
         ) from None
-    load_into(network, folder / "model.safetensors")
+    load_into(network, folder / "model.safetensors", space.converted)  # names may be transformers'
     return Model(folder, network, Known(_mapping(config.get("pretrained_cfg")), _tokenizer(folder)))
+
+
+def _transformers(folder: Path, config: Mapping[str, Any]) -> Model:
+    """Open a language model of transformers. Code that lies in the folder does not run."""
+    import torch
+
+    AutoModelForCausalLM = transformers_model()
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise TangleNASError(
+            f"transformers cannot open {folder} as a language model: {describe(error)}. Download or export it again"
+        ) from None
+
+    def forward(inputs: Tensor) -> Tensor:
+        logits: Tensor = network(inputs).logits
+        return logits
+
+    block = config.get("max_position_embeddings", config.get("n_positions"))
+    known = {"vocab_size": config.get("vocab_size"), "block_size": block}
+    return Model(folder, forward, Known(known, _tokenizer(folder)))
+
+
+def transformers_model() -> Any:
+    """Return transformers' `AutoModelForCausalLM`, with its bars of progress off.
+
+    Raises:
+        TangleNASError: transformers is not installed.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")  # slow to import
+    except ImportError as error:
+        raise TangleNASError(
+            f"networks of transformers need more than is installed ({error}): pip install 'tanglenas[hf]'"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM
 
 
 def _torch_export(path: Path) -> Model:

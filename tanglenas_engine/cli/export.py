@@ -17,7 +17,7 @@ import click
 
 from tanglenas_engine.errors import TangleNASError
 
-from ._model import CONFIG, known_beside
+from ._model import CONFIG, TOKENIZER, known_beside, transformers_model
 from ._space import read, space_options
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ Format = Callable[[Export], tuple[Forward, str]]
 @click.argument("file", metavar="ARCH", type=click.Path(path_type=Path))
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), required=True,
               help="The network's model.safetensors, or the supernet's supernet.safetensors.")  # fmt: skip
-@click.option("--format", "name", type=click.Choice(["timm", "torch", "onnx", "torch-export"]), required=True)
+@click.option(
+    "--format", "name", type=click.Choice(["timm", "transformers", "torch", "onnx", "torch-export"]), required=True
+)
 @click.option("--output", metavar="DIR", type=click.Path(path_type=Path), required=True)
 @space_options
 def command(file: Path, weights: Path, name: str, output: Path, options: tuple[str, ...]) -> None:
@@ -62,6 +64,7 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
     \b
     timm          a folder for timm.create_model("local-dir:DIR")
+    transformers  a folder for AutoModelForCausalLM.from_pretrained("DIR"); needs the extra: pip install 'tanglenas[hf]'
     torch         architecture.json, config.json and model.safetensors, for this project
     onnx          model.onnx, for any runtime; needs the extra: pip install 'tanglenas[onnx]'
     torch-export  model.pt2, for torch alone
@@ -138,6 +141,40 @@ def _timm(export: Export) -> tuple[Forward, str]:
     registered = "" if home.startswith("timm.") else f"import {home}  # tells timm about {architecture}\n"
     code = f'import timm\n{registered}\nmodel = timm.create_model("local-dir:DIR", pretrained=True).eval()'
     return timm.create_model(f"local-dir:{export.folder}", pretrained=True).eval(), code
+
+
+def _transformers(export: Export) -> tuple[Forward, str]:
+    from safetensors.torch import save_file
+
+    from tanglenas_engine.spaces.space import SearchSpace
+
+    form = export.space.to_transformers(export.network)
+    if form is None:
+        raise TangleNASError(
+            f"the space {export.space.name!r} has no form in transformers. Choose torch-export, onnx or torch"
+        )
+    AutoModelForCausalLM = transformers_model()
+    weights, config, code = form
+    SearchSpace.export(export.space, export.network, export.architecture, export.folder, export.known)
+    path = export.folder / CONFIG
+    path.write_text(json.dumps({**config, **json.loads(path.read_text("utf-8"))}, indent=2) + "\n", "utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()},
+              export.folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    for name, text in code.items():
+        (export.folder / name).write_text(text, encoding="utf-8")
+    if (export.folder / TOKENIZER).is_file():
+        # Without this, transformers builds the tokenizer of the type of the model, and ignores parts of the file.
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": _known(export).get("block_size")}
+        (export.folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    trust = ", trust_remote_code=True" if code else ""
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(export.folder, trust_remote_code=bool(code)).eval()
+    needs = f"  # layers differ, so {', '.join(code)} in DIR runs" if code else ""
+    text = f"""\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIR"{trust}).eval(){needs}"""
+    return lambda inputs: model(inputs).logits, text
 
 
 def _torch(export: Export) -> tuple[Forward, str]:
@@ -253,4 +290,10 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-FORMATS: dict[str, Format] = {"timm": _timm, "torch": _torch, "onnx": _onnx, "torch-export": _torch_export}
+FORMATS: dict[str, Format] = {
+    "timm": _timm,
+    "transformers": _transformers,
+    "torch": _torch,
+    "onnx": _onnx,
+    "torch-export": _torch_export,
+}

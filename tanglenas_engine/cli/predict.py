@@ -26,7 +26,8 @@ MAX_PIXELS = 89_478_485
 
 @click.command(short_help="Name the classes of images, or continue texts.")
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
-@click.argument("files", metavar="FILE...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", type=click.Path(path_type=Path), nargs=-1)
+@click.option("--prompt", metavar="TEXT", help="Texts: a text to continue, in place of files.")
 @click.option("--top", metavar="N", type=click.IntRange(1), help="Images: classes to print.  [default: 5]")
 @click.option("--tokens", metavar="N", type=click.IntRange(1), help="Texts: tokens to add.  [default: 200]")
 @click.option("--temperature", metavar="X", type=click.FloatRange(0), help="Texts: below 1 for likely tokens, above 1 "
@@ -35,6 +36,7 @@ MAX_PIXELS = 89_478_485
 def command(
     model: Path,
     files: tuple[Path, ...],
+    prompt: str | None,
     top: int | None,
     tokens: int | None,
     temperature: float | None,
@@ -43,20 +45,26 @@ def command(
     """Print the most probable classes of each image FILE, or continue each text FILE, with the network MODEL.
 
     MODEL is what `tanglenas export` wrote, a folder or a file, or the output of a run: a project, its folder out/ or
-    out/retrain/. How inputs are made, the names of classes and the tokenizer are those that lie in or beside it.
+    out/retrain/. A folder with a language model of transformers will do, too. How inputs are made, the names of classes
+    and the tokenizer are those that lie in or beside it.
     """
     import torch
 
+    if prompt is None and not files:
+        raise click.UsageError("Missing argument 'FILE...'.")
+    if prompt is not None and files:
+        raise click.UsageError("give files or --prompt, not both")
     opened = open_model(model)
-    given = {"--top": top, "--tokens": tokens, "--temperature": temperature, "--seed": seed}
+    given = {"--prompt": prompt, "--top": top, "--tokens": tokens, "--temperature": temperature, "--seed": seed}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, about the files of this one
         if "block_size" in opened.known.config:
             _refuse(opened, "continues texts", given, ("--top",))
-            for line in _texts(opened, files, tokens or 200, 0.8 if temperature is None else temperature, seed or 0):
+            heat = 0.8 if temperature is None else temperature
+            for line in _texts(opened, files, prompt, tokens or 200, heat, seed or 0):
                 click.echo(line)
         else:
-            _refuse(opened, "takes images", given, ("--tokens", "--temperature", "--seed"))
+            _refuse(opened, "takes images", given, ("--prompt", "--tokens", "--temperature", "--seed"))
             for line in _images(opened, files, top or 5):
                 click.echo(line)
 
@@ -160,8 +168,10 @@ def _numbers(value: Any) -> tuple[float, ...]:
 # Texts.
 
 
-def _texts(model: Model, files: Sequence[Path], tokens: int, temperature: float, seed: int) -> list[str]:
-    """Return each text with its continuation."""
+def _texts(
+    model: Model, files: Sequence[Path], prompt: str | None, tokens: int, temperature: float, seed: int
+) -> list[str]:
+    """Return each text with its continuation: that of each file, or the prompt."""
     from tokenizers import Tokenizer
 
     block = model.known.config["block_size"]
@@ -179,13 +189,14 @@ def _texts(model: Model, files: Sequence[Path], tokens: int, temperature: float,
     except BaseException as error:  # the library's panics are no Exception
         raise TangleNASError(f"the tokenizer.json of {model.path} is none: {describe(error)}. Copy it again") from None
     lines = []
-    for path in files:
-        text = read_text(path, f"a text in UTF-8, which {model.path} continues")
+    what = f"a text in UTF-8, which {model.path} continues"
+    texts = [("the prompt", prompt)] if prompt is not None else [(shown(path), read_text(path, what)) for path in files]
+    for name, text in texts:
         start = tokenizer.encode(text, add_special_tokens=False).ids
         if not start:
-            raise TangleNASError(f"{shown(path)} is empty: give a text of at least one token, which is continued")
+            raise TangleNASError(f"{name} is empty: give a text of at least one token, which is continued")
         added = _continued(model, start, block, tokens, temperature, seed)
-        lines += [f"==> {shown(path)} <=="] * (len(files) > 1)
+        lines += [f"==> {name} <=="] * (len(texts) > 1)
         lines.append(_printable(text + tokenizer.decode(added, skip_special_tokens=False)))
     return lines
 

@@ -1,8 +1,9 @@
-"""Elastic depth: a stack of layers. An architecture uses the first few of them."""
+"""Elastic depth: a stack of layers. An architecture uses the first few of them, or the most important ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from tanglenas_engine.superposition.size import Assignment, Axis, Size
 class Depth(Elastic, nn.ModuleList):
     """The first `depth` of `layers` in sequence; under a mixture, `sum_d p(d) x_d` over the outputs after d layers.
 
+    After `put_in_order`, a depth keeps the layers of the lowest ranks, in their sequence. Under a mixture, a layer then
+    counts by the probability that it is kept, `x + P(depth > rank) (layer(x) - x)`. This is exact at the corners. In
+    between, it is not the expectation over depths, which would need a pass for every depth. The order is an entry
+    `order` of the `state_dict`.
+
     Raises:
         TangleNASError: The largest depth differs from the number of layers.
     """
@@ -28,7 +34,32 @@ class Depth(Elastic, nn.ModuleList):
         self._depths = sorted({int(value) for value in self.depth.values})
         self.declare(outputs=(Axis(self.depth, layout="value", role="value"),))
 
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """The numbers of the layers from the one that is kept longest to the one that goes first; None for 0, 1, ..."""
+        if self._superposition is None or not self._superposition.ranks:
+            return None
+        ranks = self._superposition.ranks.get((self.depth.rows[0], self.depth.values))
+        return ranks and tuple(sorted(range(len(ranks)), key=ranks.__getitem__))
+
+    def put_in_order(self, order: Sequence[int]) -> None:
+        """Keep layers in this order of their numbers, the one that is kept longest first. Equal depths follow it, too.
+
+        Raises:
+            TangleNASError: The depth is fixed, or the order is not one of all layers.
+        """
+        if self._superposition is None or sorted(order) != list(range(len(self))):
+            raise TangleNASError(f"{list(order)} is no order of the {len(self)} layers of a depth that is chosen")
+        ranks = tuple(order.index(layer) for layer in range(len(self)))
+        self._superposition.ranks[self.depth.rows[0], self.depth.values] = ranks
+
+    def kept(self, assignment: Assignment) -> list[nn.Module]:
+        """Return the layers of an architecture, in sequence."""
+        return [layer for name, layer in self.named_children() if self.gate(name).value(assignment)]
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            return self._ordered(x)
         depth = len(self) if self.assignment is None else self.depth.value(self.assignment)
         probabilities = self.factors("outputs")
         shares = dict(zip(self._depths, probabilities[0].whole(), strict=True)) if probabilities else {}
@@ -39,6 +70,34 @@ class Depth(Elastic, nn.ModuleList):
                 total = x * shares[i] if total is None else torch.addcmul(total, x, shares[i])
         return x if total is None else total
 
+    def _ordered(self, x: Tensor) -> Tensor:
+        assignment, probabilities = self.assignment, self.factors("outputs")
+        shares = list(probabilities[0].whole()) if probabilities else []
+        for name, layer in self.named_children():
+            gate = self.gate(name)
+            if assignment is not None and not gate.value(assignment):
+                continue
+            y = layer(x)
+            if shares and not gate.min:
+                rank = self._rank(name)
+                use = sum(p for d, p in zip(self._depths, shares, strict=True) if d > rank)
+                y = torch.addcmul(x * (1 - use), y, use)
+            x = y
+        return x
+
+    def _rank(self, child: str) -> int:
+        return int(child) if self._superposition is None else self._superposition.rank(self.depth, int(child))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order is not None:
+            destination[f"{prefix}order"] = torch.tensor(self.order)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if (order := state_dict.pop(f"{prefix}order", None)) is not None:
+            self.put_in_order(order.tolist())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def factors(self, name: str) -> list[Factor]:
         """Return the probabilities of all depths, on the hard path too.
 
@@ -48,11 +107,12 @@ class Depth(Elastic, nn.ModuleList):
         return [] if state is None or state.mixture is None else state.factors(self.axes[name])
 
     def gate(self, child: str) -> Size:
-        """Return a Size that is 1 if the depth exceeds the layer's number, counted from 0, else 0."""
-        return self.depth.map(lambda depth: int(int(depth) > int(child)))
+        """Return a Size that is 1 if the depth exceeds the layer's rank, by default its number from 0, else 0."""
+        rank = self._rank(child)
+        return self.depth.map(lambda depth: int(int(depth) > rank))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
-        return nn.Sequential(*(plain(layer, assignment) for layer in list(self)[: self.depth.value(assignment)]))
+        return nn.Sequential(*(plain(layer, assignment) for layer in self.kept(assignment)))
 
 
 def walk(

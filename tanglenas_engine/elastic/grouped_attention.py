@@ -25,14 +25,15 @@ class Rotary(nn.Module):
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, half = x.shape[-2], x.shape[-1] // 2
+        tokens, width = x.shape[-2:]
         precision = x.dtype if x.dtype == torch.float64 else torch.float32  # angles of long texts need it
-        index = torch.arange(half, dtype=precision, device=x.device)
+        index = torch.arange(0, width, 2, dtype=precision, device=x.device)
         positions = torch.arange(tokens, dtype=precision, device=x.device)
-        angles = positions[:, None] * self.base ** (-index / half)  # (N, D / 2)
+        # The order of operations is that of `transformers`, for equal bits.
+        angles = positions[:, None] * (1.0 / self.base ** (index / width))  # (N, D / 2)
         cos, sin = angles.cos(), angles.sin()
         x, given = x.to(precision), x.dtype
-        first, second = x[..., :half], x[..., half:]
+        first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(given)
 
 
@@ -79,10 +80,10 @@ class GroupedAttention(Elastic):
                 "both grow together, as in num_heads=kv * 4, or use one head of keys"
             )
         source = width if context_width is None else context_width
-        # A query head may change places with another one that reads the same keys, or if it takes its keys along.
-        free = set(kv_heads.values) == {1} or (heads.rows, heads.values) == (kv_heads.rows, kv_heads.values)
-        unit = head_dim if free else None
-        queries, keys = (Axis(count * head_dim, role="unit", unit=unit) for count in (heads, kv_heads))
+        # Query heads may change places among those that read the same keys, or together with their keys.
+        unit = head_dim if set(kv_heads.values) == {1} else head_dim * divided(heads, kv_heads).max
+        queries = Axis(heads * head_dim, role="unit", unit=unit)
+        keys = Axis(kv_heads * head_dim, role="unit", unit=head_dim)
         self.heads, self.head_dim, self.dropout, self.causal = heads, head_dim, dropout, causal
         self.q_proj = Linear(width, queries, bias)
         self.k_proj = Linear(source, keys, bias)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,8 +73,15 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
 
 
-def load_into(network: nn.Module, path: str | Path) -> str:
+def load_into(
+    network: nn.Module, path: str | Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> str:
     """Load the weights of a file into a network, and return the prefix that was cut from all names, mostly "".
+
+    Args:
+        network: The network.
+        path: The file.
+        convert: A function that gives tensors the network's names and shapes.
 
     Raises:
         OtherWeightsError: Names or shapes are not those of the network.
@@ -82,6 +89,7 @@ def load_into(network: nn.Module, path: str | Path) -> str:
     """
     own = network.state_dict()
     state, prefix = without_prefix(load_weights(path), own)
+    state = convert(state) if convert else state
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import tied
-from tanglenas_engine.errors import describe
+from tanglenas_engine.elastic.depth import Depth
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.weights import (
     FLOATS,
@@ -41,12 +42,15 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
 
     Raises:
         OtherWeightsError: Names or shapes are not those of the largest network, or it computes something else.
-        TangleNASError: A file is missing or damaged, or a tensor is quantised, complex or not finite.
+        TangleNASError: A file is missing or damaged, a tensor is quantised, complex or not finite, or the space refuses
+            the folder.
     """
     own = space.state_dict()
     state, prefix = without_prefix(read_weights(path), own)
     notes = [f"all names begin with {prefix!r}, which was left out"] if prefix else []
-    state = space.converted(state)
+    # The order of a supernet's layers is found anew.
+    orders = {f"{name}.order" for name, module in space.named_modules() if isinstance(module, Depth)}
+    state = space.converted({name: tensor for name, tensor in state.items() if name not in orders})
     if left_out := _without_head(space, state, own):
         notes.append(
             f"the head ({', '.join(left_out)}) has another number of classes, so it was left out and starts untrained"
@@ -129,6 +133,8 @@ def _compare(space: SearchSpace, path: Path) -> str:
     try:
         with seeded(0, accelerators=False):  # building a network draws random numbers
             source = space.source(path)
+    except TangleNASError:
+        raise
     except (ImportError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         return unknown.format(f"it cannot be built, {describe(error)}")
     if source is None:

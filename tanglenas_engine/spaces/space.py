@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
-from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.elastic.depth import Depth, walk
 from tanglenas_engine.elastic.forms import check_foreign, explained
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
@@ -78,6 +78,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     execute: Callable[..., Tensor] | None = None
     """A function that runs a forward on its inputs. Searches set it for low precision or compilation."""
     created_with: Mapping[str, Any] | None = None
+    _costs: tuple[dict[Any, Any], CostModel] | None = None
     """The options with which `create_space` made the space; None for a space that was made in another way."""
     dynamic_axes: Mapping[int, tuple[str, int]] = MappingProxyType({})
     """The axes of the input, beside the batch's axis 0, whose length may vary: the name and the largest length.
@@ -161,6 +162,16 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         for name, text in (dataset.files() if dataset else {}).items():
             write_atomic(folder / name, text)
 
+    def to_transformers(self, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]] | None:
+        """Return a standalone network in the form of transformers, or None for a space that has none there.
+
+        Returns:
+            The weights by transformers' names, the content of its `config.json`, and the text of further files by name.
+            Those are modules that `trust_remote_code=True` runs, for a network that transformers' own classes cannot
+            hold.
+        """
+        return None
+
     def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of another library's network under this space's names, and in its shapes.
 
@@ -173,7 +184,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         """Return the network of a folder with weights to start from, as its own library builds it, or None.
 
         Its outputs are compared with those of the largest network. If it has another number of classes, it gets this
-        space's head.
+        space's head. A space that sees that the outputs would differ raises a TangleNASError, which refuses the folder.
         """
         return None
 
@@ -325,19 +336,29 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         """Return the slices of the supernet's weights for an architecture, as its standalone network's `state_dict`."""
         assignment = self.assignment_of(architecture)
         state: dict[str, Tensor] = {}
+        renamed: dict[str, str] = {}  # layers of a network are numbered without those that it lacks
         for name, module, gates in walk(self):
-            if all(gate.value(assignment) for gate in gates):
-                for key, value in sliced_state(module, assignment).items():
-                    if key not in module._non_persistent_buffers_set:
-                        state[f"{name}.{key}" if name else key] = value
+            if not all(gate.value(assignment) for gate in gates):
+                continue
+            parent, _, key = name.rpartition(".")
+            renamed[name] = _joined(renamed.get(parent, ""), renamed.get(name, key))
+            if isinstance(module, Depth):
+                kept = {id(layer): str(number) for number, layer in enumerate(module.kept(assignment))}
+                renamed |= {_joined(name, k): kept[id(m)] for k, m in module.named_children() if id(m) in kept}
+            for key, value in sliced_state(module, assignment).items():
+                if key not in module._non_persistent_buffers_set:
+                    state[_joined(renamed[name], key)] = value
         return state
 
     # Cost.
 
-    @cached_property
+    @property
     def cost_model(self) -> CostModel:
-        """The tables from which costs are computed."""
-        return CostModel(self, self.superposition, self.example_input)
+        """The tables from which costs are computed. They are computed anew after layers were put in order."""
+        if self._costs is None or self._costs[0] != self.superposition.ranks:
+            model = CostModel(self, self.superposition, self.example_input)
+            self._costs = dict(self.superposition.ranks), model
+        return self._costs[1]
 
     def cost(self, architecture: Architecture) -> Cost:
         """Return the exact cost of an architecture as ints: parameters, and multiply-accumulates for one input."""
@@ -366,7 +387,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
             own.update({k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")})
         network = copied(self, assignment)
-        for attribute in ("superposition", "choices", "cost_model", "stacks", "execute", "created_with"):
+        for attribute in ("superposition", "choices", "_costs", "stacks", "execute", "created_with"):
             network.__dict__.pop(attribute, None)
         network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
         there = dict(network.named_parameters())  # copying unties weights, so they are tied again below
@@ -376,3 +397,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
                 owner, _, key = name.rpartition(".")
                 setattr(network.get_submodule(owner), key, there[present[0]])
         return network
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

@@ -6,7 +6,8 @@ them all changes no output of the largest network. No layer needs a rule of its 
 
 - Dimensions of equal Sizes (the same choices, the same values) are permuted together, as all that touch a residual.
 - `Axis.unit` is the number of consecutive entries that move as one (the dimensions of a head), or None for entries
-  whose place has a meaning.
+  whose place has a meaning. Sizes that always have equally many units move together: a head of keys takes along the
+  heads of queries that read it.
 - Not every use of a unit is declared. A reshape may read it, or a grouped convolution may tie it to its neighbours. So
   the outputs of the largest network are compared, and a size whose units cannot move keeps their order.
 """
@@ -25,7 +26,7 @@ from tanglenas_engine.elastic.base import Elastic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.superposition.size import Axis, Size
+from tanglenas_engine.superposition.size import Axis, Row, Size
 
 TOLERANCE = 1e-8
 """The largest difference between outputs in float64 that rounding explains, as a share of the largest output."""
@@ -49,15 +50,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one size: `count` of them, each of `entries` consecutive entries in all `places`."""
+    """The units of one size, or of several with equally many units: `count` of them in all `places`."""
 
     size: Size
-    entries: int
+    count: int
     places: tuple[Place, ...]
-
-    @property
-    def count(self) -> int:
-        return self.size.max // self.entries
 
     @property
     def parameters(self) -> list[Place]:
@@ -70,10 +67,11 @@ class Units:
 
     def move(self, order: Tensor) -> None:
         """Put unit `order[i]` into place i, everywhere."""
-        inside = torch.arange(self.entries, device=order.device)
-        within = (order[:, None] * self.entries + inside).flatten()
         for place in self.places:
-            index = torch.cat([within + block * self.size.max for block in range(place.axis.blocks)])
+            length = place.axis.size.max
+            entries = length // self.count
+            within = (order[:, None] * entries + torch.arange(entries, device=order.device)).flatten()
+            index = torch.cat([within + block * length for block in range(place.axis.blocks)])
             with torch.no_grad():
                 place.tensor.copy_(place.tensor.index_select(place.dim, index.to(place.tensor.device)))
 
@@ -102,13 +100,14 @@ def units_of(space: SearchSpace) -> list[Units]:
                 seen.add((id(tensor), dim))
                 place = Place(f"{label}.{name}" if label else name, module, name, dim, axis)
                 found.setdefault((size.rows, tuple(map(int, size.values))), []).append(place)
-    groups = []
+    groups: dict[tuple[tuple[Row, ...], tuple[int, ...]], list[Place]] = {}
     for places in found.values():
         entries = math.lcm(*(place.axis.unit or 1 for place in places))
         size = places[0].axis.size
         if all(int(value) % entries == 0 for value in size.values):
-            groups.append(Units(size, entries, tuple(places)))
-    return groups
+            counts = tuple(int(value) // entries for value in size.values)
+            groups.setdefault((size.rows, counts), []).extend(places)
+    return [Units(places[0].axis.size, max(counts), tuple(places)) for (_, counts), places in groups.items()]
 
 
 def magnitude(groups: Sequence[Units]) -> list[Tensor]:

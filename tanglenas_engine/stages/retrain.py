@@ -22,7 +22,7 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.distillation import Distillation
+from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
@@ -72,6 +72,7 @@ def retrain(
     teacher: Literal["largest"] | None = None,
     teacher_weight: float = 0.5,
     temperature: float = 1.0,
+    teacher_hidden: float = 0.0,
     recalibration_batches: int = 8,
     seed: int = 0,
     computation: Computation = Computation(),
@@ -102,6 +103,8 @@ def retrain(
             supernet's weights. None leaves the teacher out.
         teacher_weight: The share of the teacher in the loss, from 0 to 1 (see `training.distillation`).
         temperature: The divisor of both networks' logits before they are compared.
+        teacher_hidden: The weight of the teacher's hidden states, whose first channels the outputs of the network's
+            layers approach. 0 leaves them out.
         recalibration_batches: The number of batches that set the statistics of batch norms for "inherit" and for the
             teacher. 0 keeps the supernet's statistics.
         seed: The seed of all random numbers.
@@ -139,7 +142,8 @@ def retrain(
             distributed.synchronize([*largest.parameters(), *largest.buffers()])
             if recalibration_batches:
                 recalibrate(largest, random_inputs(data.training, batch_size, recalibration_batches, seed, device))
-            distillation = Distillation(largest, teacher_weight, temperature)
+            pairs = hidden_pairs(space, architecture, network) if teacher_hidden else ()
+            distillation = Distillation(largest, teacher_weight, temperature, teacher_hidden, pairs)
         return Retraining(
             network,
             data,
@@ -192,6 +196,11 @@ class Retraining(Training):
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
         self._hooks = [h for m in self.trained.modules() if callable(h := getattr(m, "set_progress", None))]
         backend = computation.backend
+        if backend is not None and distillation is not None and distillation.pairs:
+            raise TangleNASError(
+                "retrain.teacher_hidden reads the outputs of layers, which a compiled network does not show: set it to "
+                "0, or leave out retrain.compile"
+            )
         self._forward = self.trained if backend is None else torch.compile(self.trained, dynamic=False, backend=backend)
         self._iterator: Iterator[Batch] | None = None
         self.trained.train()
@@ -227,10 +236,12 @@ class Retraining(Training):
         self.optimizer.zero_grad()
         for inputs, targets in zip(*pieces, strict=True):
             with self.autocast:
-                outputs = self._forward(inputs)
+                watched = [] if self.distillation is None else self.distillation.watched
+                with recorded(self.network, watched) as states:
+                    outputs = self._forward(inputs)
                 value = self.loss(outputs, targets)
                 if self.distillation is not None:
-                    value = self.distillation(value, all_outputs(outputs)[0], inputs)
+                    value = self.distillation(value, all_outputs(outputs)[0], inputs, states)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
             accuracies.append(batch_accuracy(all_outputs(outputs)[0], targets))

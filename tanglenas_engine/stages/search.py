@@ -25,6 +25,7 @@ from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
+from tanglenas_engine.spaces.layers import order_layers as layers_in_order
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
 from tanglenas_engine.stages.pace import Clock, Pace, taken_back
@@ -99,6 +100,7 @@ def search(
     targets: Sequence[Target] = (),
     band: tuple[float, float] | None = (0.93, 1.0),
     order: Order | None = None,
+    order_layers: bool = False,
     stop: Stop | None = None,
     loss: Loss = cross_entropy,
     recalibration_batches: int = 8,
@@ -136,6 +138,8 @@ def search(
         order: The importance by which the units of every size are put in order before the search, if the space starts
             from a trained network: architectures keep the first ones. "magnitude" takes the weights, "taylor" the
             first-order change of the loss on a few batches. The largest network's outputs stay the same.
+        order_layers: True lets a smaller depth drop the layers without which the largest network's loss rises least, on
+            the same batches. False drops the last ones.
         stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.
         loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
@@ -167,6 +171,7 @@ def search(
         targets=targets,
         band=band,
         order=order,
+        order_layers=order_layers,
         stop=stop,
         loss=loss,
         recalibration_batches=recalibration_batches,
@@ -200,6 +205,7 @@ class Search(Training):
         targets: Sequence[Target],
         band: tuple[float, float] | None,
         order: Order | None,
+        order_layers: bool,
         stop: Stop | None,
         loss: Loss,
         recalibration_batches: int,
@@ -222,9 +228,11 @@ class Search(Training):
         share = computation.share("search", batch_size)
         self._data, count = data, at_least("search.recalibration_batches", recalibration_batches, 0)
         space.to(self.device).train()
-        if order is not None:
-            for sentence in order_units(space, self._importance(order, batch_size)):
-                session.note(f"search: {sentence}")
+        ordered = order_units(space, self._importance(order, batch_size)) if order is not None else []
+        if order_layers:
+            ordered += layers_in_order(space, self.loss, self._few_batches(batch_size))
+        for sentence in ordered:
+            session.note(f"search: {sentence}")
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
         self.targets, self.active_targets = targets, _bind_targets(targets, space)
@@ -278,9 +286,13 @@ class Search(Training):
             return magnitude
         if order != "taylor":
             raise unknown("search.order", order, ("magnitude", "taylor"))
+        return taylor(self.space, self.loss, self._few_batches(batch_size))
+
+    def _few_batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return inputs and targets of the weights split, by which units and layers are put in order."""
         batches = Stream(self._data.plain("weights"), batch_size, seed=self.seed).start()
         taken = [to_device(batch, self.device) for batch in itertools.islice(batches, ORDER_BATCHES)]
-        return taylor(self.space, self.loss, [(inputs, targets) for inputs, targets in taken])
+        return [(inputs, targets) for inputs, targets in taken]
 
     def result(self) -> SearchResult:
         """Run the search and return its result."""

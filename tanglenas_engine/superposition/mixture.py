@@ -237,6 +237,8 @@ class Superposition:
         assignment: The architecture of the hard path, or None.
         channel_divisor: A `PartialSize` of C channels uses `C // channel_divisor` of them.
         deferred: True leaves the masks of a mixture to `cover`, for a caller that computes them elsewhere.
+        ranks: The rank of each layer, by the row and the values of its depth, where layers were put in order. A depth
+            keeps the layers of the lowest ranks.
     """
 
     def __init__(self) -> None:
@@ -246,6 +248,7 @@ class Superposition:
         self.assignment: Assignment | None = None
         self.channel_divisor = 1
         self.deferred = False
+        self.ranks: dict[tuple[Row, tuple[Any, ...]], tuple[int, ...]] = {}
         self._axes: dict[tuple[Axis, ...], None] = {}
         # The batches of covers and the places of each tuple of axes, by relaxation.
         self._plans: dict[str, tuple[list[_Batch], dict[tuple[Axis, ...], list[_Place]]]] = {}
@@ -267,6 +270,11 @@ class Superposition:
         slot = sum(len(row.options) == len(options) for row in self.rows)
         self.rows.append(Row(choice, layer, options, slot, self, gate))
         return self.rows[-1]
+
+    def rank(self, depth: Size, layer: int) -> int:
+        """Return the number of layers that a depth keeps before this one: by default the layer's own number."""
+        ranks = self.ranks.get((depth.rows[0], depth.values)) if self.ranks and depth.rows else None
+        return layer if ranks is None else ranks[layer]
 
     def register(self, axes: tuple[Axis, ...]) -> None:
         """Announce that a layer will ask for the mask of `axes`."""

@@ -22,13 +22,16 @@ class SharedState(Protocol):
 
     rows: list[Row]
 
+    def rank(self, depth: Size, layer: int) -> int:
+        """Return the number of layers that a depth keeps before this one: by default the layer's own number."""
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
     """A categorical variable: a choice, or one layer of a choice that is made per layer.
 
     Rows with equally many options are stacked, and `slot` is the row's place in its stack. `gate`, if any, is a pair
-    (depth, layer). The row matters if its depth matters and exceeds the layer.
+    (depth, layer). The row matters if its depth matters and exceeds the layer's rank.
     """
 
     choice: str
@@ -53,7 +56,8 @@ class Row:
         if self.gate is None:
             return True
         depth, layer = self.gate
-        return all(row.active(assignment) for row in depth.rows) and depth.value(assignment) > layer
+        rank = self.superposition.rank(depth, layer)
+        return all(row.active(assignment) for row in depth.rows) and depth.value(assignment) > rank
 
 
 Assignment = Mapping[Row, int]

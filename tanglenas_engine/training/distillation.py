@@ -1,47 +1,80 @@
-"""Distillation: a network also learns from the outputs of a larger one (Hinton et al. 2015, arXiv:1503.02531)."""
+"""Distillation: a network also learns from a larger one, from its outputs (Hinton et al. 2015, arXiv:1503.02531).
+
+Hidden states can be learned, too. A network has the first channels of the largest one, and some of its layers. So no
+projection between the two is needed.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.errors import TangleNASError, positive
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
 
 
 class Distillation:
     """A loss that draws the logits of a network to a teacher's.
 
     It is `(1 - weight) * loss + weight * T^2 * KL(teacher || network)`, with both distributions at temperature T. The
-    factor T^2 keeps the size of the gradient.
+    factor T^2 keeps the size of the gradient. Hidden states add `hidden * mean(|x - t|^2 / |t|^2)` over the pairs of
+    layers, with the network's outputs x and the first channels t of the teacher's.
 
     Args:
         teacher: The teacher, which is put into eval mode and never trained.
         weight: The share of the teacher, from 0 to 1.
         temperature: The divisor of both networks' logits.
+        hidden: The weight of the hidden states.
+        pairs: The names of the layers that are compared: the network's and the teacher's.
 
     Raises:
-        TangleNASError: The weight is not from 0 to 1, or the temperature is not positive.
+        TangleNASError: The weight is not from 0 to 1, the temperature is not positive, or `hidden` is negative.
     """
 
-    def __init__(self, teacher: nn.Module, weight: float, temperature: float):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        weight: float,
+        temperature: float,
+        hidden: float = 0.0,
+        pairs: Sequence[tuple[str, str]] = (),
+    ):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
             raise TangleNASError(f"retrain.teacher_weight is {weight!r}, expected a share from 0 to 1")
         self.weight, self.temperature = weight, positive("retrain.temperature", temperature)
+        if isinstance(hidden, bool) or not isinstance(hidden, int | float) or not 0 <= hidden < float("inf"):
+            raise TangleNASError(f"retrain.teacher_hidden is {hidden!r}, expected a number of at least 0")
+        self.hidden, self.pairs = hidden, list(pairs)
         self.teacher = teacher.eval().requires_grad_(False)
 
-    def __call__(self, loss: Tensor, logits: Tensor, inputs: Tensor) -> Tensor:
+    @property
+    def watched(self) -> list[str]:
+        """The names of the network's layers whose outputs are compared."""
+        return [ours for ours, _ in self.pairs]
+
+    def __call__(
+        self, loss: Tensor, logits: Tensor, inputs: Tensor, states: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
         """Return the mixed loss of a batch.
 
         Args:
             loss: The loss of the targets.
             logits: The network's logits, `(B, classes)` or `(B, T, tokens)`.
             inputs: The batch.
+            states: The outputs of the network's layers in `watched`, by name.
 
         Raises:
             TangleNASError: The teacher has another number of classes.
         """
-        with torch.no_grad():
+        with torch.no_grad(), recorded(self.teacher, [theirs for _, theirs in self.pairs]) as shown:
             taught = self.teacher(inputs)
         if taught.shape != logits.shape:
             raise TangleNASError(
@@ -50,4 +83,53 @@ class Distillation:
             )
         ours, theirs = ((it.float() / self.temperature).flatten(0, -2).log_softmax(-1) for it in (logits, taught))
         divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+        mixed = (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+        if not self.pairs:
+            return mixed
+        errors = [_relative_error(states[ours], shown[theirs]) for ours, theirs in self.pairs]
+        return mixed + self.hidden * torch.stack(errors).mean()
+
+
+def _relative_error(x: Tensor, whole: Tensor) -> Tensor:
+    t = whole[tuple(slice(size) for size in x.shape)].float()
+    return (x.float() - t).square().mean() / t.square().mean().clamp_min(1e-12)
+
+
+def hidden_pairs(space: SearchSpace, architecture: Architecture, network: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of the layers to compare: those of an architecture's network, and of the largest network.
+
+    The output of a layer stands for what the next layer of the architecture gets in the largest network, and that of
+    the last layer for the output of all layers.
+
+    Raises:
+        TangleNASError: The network has no layers by the names of the space's depths.
+    """
+    assignment = space.assignment_of(architecture)
+    pairs: list[tuple[str, str]] = []
+    for name, module in space.named_modules():
+        if isinstance(module, Depth):
+            kept = [int(key) for key, _ in module.named_children() if module.gate(key).value(assignment)]
+            ends = [layer - 1 for layer in [*kept[1:], len(module)]] if kept else []
+            pairs += [(f"{name}.{place}", f"{name}.{end}") for place, end in enumerate(ends)]
+    if not pairs or not {ours for ours, _ in pairs} <= dict(network.named_modules()).keys():
+        raise TangleNASError(
+            f"retrain.teacher_hidden compares the outputs of layers, but the networks of {space.label} have none by "
+            "the names of its depths: set it to 0"
+        )
+    return pairs
+
+
+@contextmanager
+def recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield a mapping that gets the outputs of these modules by name, in a forward inside the block."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        found[name] = output
+
+    handles = [network.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

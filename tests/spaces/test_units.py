@@ -61,6 +61,21 @@ def test_what_has_no_order_of_units_is_said_and_every_first_party_space_has_all_
             assert not kept, (name, kept)
 
 
+@pytest.mark.parametrize("kv_heads", [(2, 3), (3,)])
+def test_a_head_of_keys_takes_its_queries_along(kv_heads):
+    """Where the number of heads is chosen: the last head of keys, with its two heads of queries, comes first."""
+    space = random_weights(tiny("llama_nano", layers=(1,), num_kv_heads=kv_heads, embed_dim=(24,), mlp_width=(16,)))
+    attention = space.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.o_proj.weight[:, 16:] *= 10
+    queries, keys = (layer.weight.detach().clone() for layer in (attention.q_proj, attention.k_proj))
+    kept = order_units(space)
+    moved = len(kv_heads) > 1
+    assert moved or "nothing to order" in kept[0]
+    assert torch.equal(attention.q_proj.weight[:8], queries[16:] if moved else queries[:8])
+    assert torch.equal(attention.k_proj.weight[:4], keys[8:] if moved else keys[:4])
+
+
 def test_heads_move_as_blocks_and_q_k_and_v_with_them():
     space = random_weights(vit(num_heads=(1, 3), head_dim=4))
     attention = space.blocks[0].attn

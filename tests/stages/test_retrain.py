@@ -21,7 +21,7 @@ from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
-from tanglenas_engine.training.distillation import Distillation
+from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
 from tanglenas_engine.training.losses import auxiliary, cross_entropy
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 
@@ -373,6 +373,69 @@ def test_a_network_with_a_teacher_comes_nearer_to_it():
         return float((network.eval()(x) - teacher).square().mean().detach())
 
     assert distance(1.0) < distance(0.0)
+
+
+def test_hidden_states_are_those_before_the_next_layer_that_is_kept():
+    space = vit(depth=(1, 2, 3))
+    sizes = dict(embed_dim=8, num_heads=[1, 3], mlp_ratio=[2, 2], depth=2)
+    architecture = space.architecture(**sizes)
+    assert hidden_pairs(space, architecture, space.extract(architecture)) == [
+        ("blocks.0", "blocks.0"),
+        ("blocks.1", "blocks.2"),
+    ]
+    space.blocks.put_in_order([0, 2, 1])
+    assert hidden_pairs(space, architecture, space.extract(architecture)) == [
+        ("blocks.0", "blocks.1"),
+        ("blocks.1", "blocks.2"),
+    ]
+
+    pairs = hidden_pairs(space, architecture, space.extract(architecture))
+    teacher, network = space.extract(space.largest()).eval(), space.extract(architecture).eval()
+    x, distillation = space.example_input(3), Distillation(teacher, 0.0, 1.0, 2.0, pairs)
+    with recorded(network, distillation.watched) as states:
+        logits = network(x)
+    shown = []
+    for block in (teacher.blocks[1], teacher.blocks[2]):
+        block.register_forward_hook(lambda _, __, output: shown.append(output[..., :8]))
+    teacher(x)
+    errors = [(s - t).square().sum() / t.square().sum() for s, t in zip(states.values(), shown, strict=True)]
+    found = distillation(torch.tensor(1.5), logits, x, states)
+    torch.testing.assert_close(found, 1.5 + 2 * (errors[0] + errors[1]) / 2)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt_nano", "llama_nano", "resnet_nano", "convnext_nano", "mobilenetv3_nano"])
+def test_hidden_states_come_nearer_to_the_teacher_s(name):
+    torch.manual_seed(0)
+    space = tiny(name)
+    data = random_data(space, SPLITS)
+    adam = partial(torch.optim.Adam, lr=0.003)
+    options = dict(mode="finetune", epochs=4, batch_size=4, optimizer=adam, scheduler=None, teacher="largest",
+                   teacher_weight=0.0, recalibration_batches=0)  # fmt: skip
+    smallest, x = space.smallest(), space.example_input(8)
+    pairs = hidden_pairs(space, smallest, space.extract(smallest))
+
+    def distance(weight):
+        network = retrain(space, smallest, data, teacher_hidden=weight, **options).network.eval()
+        distillation = Distillation(space.extract(space.largest()), 0.0, 1.0, 1.0, pairs)
+        with torch.no_grad(), recorded(network, distillation.watched) as states:
+            logits = network(x)
+        return float(distillation(torch.tensor(0.0), logits, x, states))
+
+    assert distance(10.0) < distance(0.0)
+
+
+@pytest.mark.parametrize(
+    "space, options, message",
+    [
+        (vit, {"teacher_hidden": -1.0}, "retrain.teacher_hidden is -1.0, expected a number of at least 0"),
+        (vit, {"teacher_hidden": 1.0, "compile": True}, "which a compiled network does not show"),
+        (partial(tiny, "nb201_nano"), {"teacher_hidden": 1.0}, "'nb201_nano' have none by the names of its depths"),
+    ],
+)
+def test_hidden_states_that_cannot_be_learned_are_refused(space, options, message):
+    with pytest.raises(TangleNASError, match=message):
+        retrained(space, teacher="largest", **options)
 
 
 @pytest.mark.parametrize(

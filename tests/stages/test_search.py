@@ -20,6 +20,7 @@ from tanglenas_engine.optimizers.stopping import EarlyStopping
 from tanglenas_engine.plugins import create_optimizer, create_space, manager
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
+from tanglenas_engine.runtime.weights import load_into, save_weights
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.search import search
@@ -642,6 +643,35 @@ def test_a_search_orders_the_units_of_a_trained_network_first(order):
     assert not torch.equal(space.norm.weight, weight)
     assert torch.equal(space.norm.weight.sort().values, weight.sort().values)
     assert found["architecture"]
+
+
+def test_a_search_orders_the_layers_of_a_trained_network_first(tmp_path):
+    """The supernet's file says so to the stages that follow."""
+    torch.manual_seed(3)
+    space = vit(depth=(1, 3))
+    before = space.eval()(x := space.example_input(2))
+    searched(space, order_layers=True, weight_optimizer=partial(torch.optim.SGD, lr=0.0))
+    assert sorted(space.blocks.order) == [0, 1, 2] and space.blocks.order != (0, 1, 2)
+    torch.testing.assert_close(space.eval()(x), before, rtol=0, atol=0)
+    save_weights(tmp_path / "supernet.safetensors", space.state_dict())
+    other = vit(depth=(1, 3))
+    load_into(other, tmp_path / "supernet.safetensors")
+    network = other.extract(other.architecture(embed_dim=12, depth=1, num_heads=[3], mlp_ratio=[2]))
+    kept = space.blocks[space.blocks.order[0]]
+    assert torch.equal(network.blocks[0].norm1.weight, kept.norm1.weight)
+    assert torch.equal(network.blocks[0].attn.qkv.weight, kept.attn.qkv.weight)
+
+
+@pytest.mark.parametrize("optimizer", ["drnas", "spos"])
+def test_a_search_with_an_order_of_layers_that_is_killed_ends_like_one_that_is_not(tmp_path, optimizer):
+    options = dict(order="taylor", order_layers=True, checkpoint_every=1)
+    whole = searched(partial(vit, depth=(1, 3)), optimizer, **options)
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints, pytest.raises(CutOff):
+        searched(partial(vit, depth=(1, 3)), optimizer, **options, checkpoints=checkpoints, progress=CutAfter(2))
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+        resumed = searched(partial(vit, depth=(1, 3)), optimizer, **options, checkpoints=checkpoints)
+    assert "blocks.order" in whole["weights"]
+    same(resumed, whole, "the resumed search")
 
 
 def test_an_order_that_is_none_is_refused():

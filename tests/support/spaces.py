@@ -251,6 +251,12 @@ SMALL["mobilenetv3_large"] = SMALL["mobilenetv3_small"] = {
         "cn_r1_k1_s1_c16",
     ),
 }  # fmt: skip
+for resnet in ("resnet_nano", "resnet18", "resnet50"):
+    SMALL[resnet] = {
+        "image_size": 24, "num_classes": 10, "channels": (8, 4, 12, 8), "depth": ((1, 2), (1,), (1,), (1, 2)),
+    }  # fmt: skip
+for convnext in ("convnext_nano", "convnext_tiny"):
+    SMALL[convnext] = {**SMALL["resnet_nano"], "patch_size": 1, "kernel_size": (3, 5)}
 SMALL["mobilenetv3"] = {
     "image_size": 32, "depth": (2, 1), "width_mult": 0.25, "num_classes": 10,
     "stages": ("s1_c24_nre", "s1_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25"),
@@ -259,6 +265,10 @@ SMALL["toy_conv_macro"] = {"image_size": 16}
 SMALL["nb201"] = {"channels": 4, "cells": 1, "image_size": 8}
 SMALL["darts"] = {"channels": 2, "layers": 3, "image_size": 8}
 SMALL["gpt2"] = {"layers": (2, 1), "embed_dim": (24, 48), "num_heads": (1, 3), "vocab_size": 13, "block_size": 6}
+SMALL["smollm_135m"] = {
+    "layers": (2, 1), "embed_dim": (24, 48), "num_kv_heads": (1, 2), "mlp_width": (32, 64), "vocab_size": 13,
+    "block_size": 6,
+}  # fmt: skip
 SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_size": 6}
 """Options that make the large ones fit a test; their widths stay."""
 

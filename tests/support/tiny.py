@@ -33,10 +33,31 @@ TINY = {
     },
     **{
         name: {
+            "layers": (2, 1), "embed_dim": (24, 12), "num_kv_heads": (2, 1), "group": 2, "mlp_width": (16, 8, 24),
+            "head_dim": 4, "vocab_size": 13, "block_size": 6,
+        }
+        for name in ("llama_nano", "smollm_135m")
+    },
+    **{
+        name: {
             "image_size": 28, "in_channels": 1, "num_classes": 10, "depth": (1, 2), "stem_width": 8,
             "head_widths": (16, 24), "stages": ("s2_c8_nre", "s2_c16_nhs_se0.25"),
         }
         for name in ("mobilenetv3", "mobilenetv3_nano")
+    },
+    **{
+        name: {
+            "image_size": 24, "in_channels": 1, "num_classes": 10, "channels": (8, 8, 12, 16), "width_share": (0.5, 1),
+            "depth": ((1, 2), (1,), (1,), (1, 2)), "hidden_share": (0.5, 1),
+        }
+        for name in ("resnet_nano", "resnet18", "resnet50")
+    },
+    **{
+        name: {
+            "image_size": 24, "in_channels": 1, "num_classes": 10, "channels": (8, 8, 12, 16), "width_share": (0.5, 1),
+            "depth": ((1, 2), (1,), (1,), (1, 2)), "hidden_share": (0.5, 1), "patch_size": 1, "kernel_size": (3, 5),
+        }
+        for name in ("convnext_nano", "convnext_tiny")
     },
     "toy_cell": {"channels": 4, "image_size": 12},
     "toy_cell_nano": {"channels": 4},

@@ -1,0 +1,115 @@
+"""What the spaces inside a convolutional network of timm have in common: choices by stage and block, and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from tanglenas_engine import Architecture, Choice, Described, SearchSpace, Size, TangleNASError
+
+
+class PublishedConvNet(SearchSpace):
+    """A space of timm's convolutional networks with four stages, whose parameter names it has.
+
+    Every stage has a choice of its depth, `depth_1` to `depth_4`. Shares choose what is kept of the channels of each
+    stage, and of the hidden channels of each block.
+    """
+
+    model: str
+    """The name under which timm knows standalone networks."""
+    first_conv: str
+    settings: dict[str, Any]
+
+    def choose(
+        self,
+        depth: Sequence[Sequence[int]],
+        channels: Sequence[int],
+        expansion: int,
+        inside: int,
+        width_share: Sequence[float],
+        hidden_share: Sequence[float],
+    ) -> tuple[list[Choice], list[Size], list[list[Size]]]:
+        """Declare the choices, and return the depths, the channels of each stage, and the hidden ones of each block.
+
+        A stage has `expansion`, and its blocks have `inside`, times as many as `channels` says.
+        """
+        if len(depth) != len(channels) or len(channels) != 4:
+            raise TangleNASError(f"depth has {len(depth)} stages and channels {len(channels)}: expected 4 of each")
+        for name, shares in (("width_share", width_share), ("hidden_share", hidden_share)):
+            if max(shares) != 1:
+                raise TangleNASError(f"{name} has the options {tuple(shares)}: 1, the network itself, is the largest")
+        self.channels, self.expansion, self.inside = tuple(channels), expansion, inside
+        D = [self.choice(f"depth_{number}", options) for number, options in enumerate(depth, 1)]
+        W = self.choice("width_share", width_share, per=4)
+        H = self.choice("hidden_share", hidden_share, per=D)
+        widths = [(W[s] * (expansion * count)).map(round) for s, count in enumerate(channels)]
+        hidden = [
+            [(H[s, b] * (inside * count)).map(round) for b in range(D[s].max)] for s, count in enumerate(channels)
+        ]
+        return D, widths, hidden
+
+    def chosen(self, architecture: Architecture) -> dict[str, list[int]]:
+        """Return the depths, widths and hidden channels of an architecture, as JSON can hold them."""
+        self.assignment_of(architecture)
+        choices = architecture.choices
+        depths = [choices[f"depth_{number}"] for number in range(1, 5)]
+        by_block = [count for count, depth in zip(self.channels, depths, strict=True) for _ in range(depth)]
+        return {
+            "depths": depths,
+            "widths": [
+                round(share * self.expansion * count)
+                for share, count in zip(choices["width_share"], self.channels, strict=True)
+            ],
+            "hidden": [
+                round(share * self.inside * count)
+                for share, count in zip(choices["hidden_share"], by_block, strict=True)
+            ],
+        }
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.settings["in_chans"], *[self.image_size] * 2)
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Build timm's network of a folder with timm's config.json."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if "architecture" not in config:
+            return None
+        classes = self.settings["num_classes"]
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
+        if config.get("num_classes") != classes:
+            network.get_classifier().load_state_dict(self.get_submodule(self.output_layer).state_dict())
+        return network
+
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
+    ) -> None:
+        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
+        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
+        """
+        channels = self.settings["in_chans"]
+        network.pretrained_cfg = {
+            "input_size": (channels, self.image_size, self.image_size),
+            "mean": (0.5,) * channels,
+            "std": (0.5,) * channels,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            **(dataset.input_config() if dataset else {}),
+            "architecture": self.model,
+            "num_classes": self.settings["num_classes"],
+            "first_conv": self.first_conv,
+            "classifier": self.output_layer,
+        }
+        save_for_hf(network, folder, model_args=self.arguments(architecture), safe_serialization=True)
+
+    def arguments(self, architecture: Architecture) -> dict[str, Any]:
+        """Return the arguments of the standalone network for an architecture, as JSON can hold them."""
+        raise NotImplementedError

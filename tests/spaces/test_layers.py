@@ -1,0 +1,164 @@
+"""Layers in order: a smaller depth drops the ones that matter least, and all forms of an architecture agree on it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import counted, put
+from spaces import inputs, make, random_mixture
+from tiny import tiny
+from torch import nn
+
+from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine.elastic.depth import Depth
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.weights import save_weights
+from tanglenas_engine.spaces.layers import order_layers
+from tanglenas_engine.spaces.pretrained import load_pretrained
+
+NAMES = ["vit", "vit_relative", "stages", "language", "gpt_nano", "llama_nano", "resnet_nano", "convnext_nano"]
+
+
+def depths(space):
+    return [module for module in space.modules() if isinstance(module, Depth) and module.depth.min < module.depth.max]
+
+
+def shuffled(name):
+    """A space in float64 whose depths keep their last layers first. A layer that changes the shape goes first."""
+    space = make(name).eval()
+    for depth in depths(space):
+        first = [0] if name == "resnet_nano" else []
+        depth.put_in_order([*first, *(i for i in reversed(range(len(depth))) if i not in first)])
+    return space
+
+
+def architectures(space, count=6):
+    generator = torch.Generator().manual_seed(1)
+    return [space.smallest(), space.largest(), *(space.sample(generator) for _ in range(count))]
+
+
+@pytest.mark.parametrize("path", ["hard", "exact", "gated"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.part(3)
+def test_a_corner_is_the_extracted_network(name, path):
+    space = shuffled(name)
+    for architecture in architectures(space):
+        network, x = space.extract(architecture), inputs(space, 2)
+        torch.testing.assert_close(put(space, path, architecture)(x), network(x), rtol=1e-9, atol=1e-10)
+        assert space.architecture_of(space.assignment_of(architecture)) == architecture
+
+
+@pytest.mark.parametrize("name", ["vit", "llama_nano", "resnet_nano"])
+def test_costs_are_those_of_the_extracted_network(name):
+    space = shuffled(name)
+    for architecture in architectures(space, 3):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            found = counted(space.extract(architecture), inputs(space, 1))
+        cost = space.cost(architecture)
+        assert (cost.params, cost.macs) == found
+        assert space.expected_cost(space.one_hot(architecture)).params.item() == cost.params
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt_nano", "resnet_nano"])
+def test_every_alpha_and_every_weight_gets_a_gradient(name):
+    space = shuffled(name)
+    alphas, mixture = random_mixture(space)
+    space.relax(mixture)(inputs(space, 4)).square().sum().backward()
+    for alpha in (alpha for alpha in alphas.values() if alpha.shape[-1] > 1):
+        assert alpha.grad.isfinite().all() and (alpha.grad.abs() > 0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in space.parameters())
+
+
+def test_the_order_changes_nothing_of_the_largest_network_and_is_saved_with_it():
+    space = make("vit").eval()
+    x = inputs(space, 2)
+    before, names = space(x), list(space.state_dict())
+    depth = depths(space)[0]
+    costs = space.cost(space.smallest())
+    depth.put_in_order([2, 0, 1])
+    assert torch.equal(space(x), before) and depth.order == (2, 0, 1)
+    assert [*space.state_dict()] != names and space.state_dict()["blocks.order"].tolist() == [2, 0, 1]
+    assert space.cost(space.smallest()) == costs
+    for other in (make("vit").eval(), copy.deepcopy(space)):
+        other.load_state_dict(space.state_dict())
+        for architecture in architectures(space, 3):
+            network = space.extract(architecture)
+            torch.testing.assert_close(other.extract(architecture)(x), network(x), rtol=0, atol=0)
+            assert not any("order" in name for name in network.state_dict())
+
+
+def test_a_supernet_with_an_order_starts_another_search(tmp_path):
+    space = tiny("gpt_nano")
+    depths(space)[0].put_in_order([1, 0])
+    save_weights(tmp_path / "supernet.safetensors", space.state_dict())
+    other = tiny("gpt_nano")
+    load_pretrained(other, tmp_path / "supernet.safetensors")
+    assert depths(other)[0].order is None
+    assert torch.equal(other.wte.weight, space.wte.weight)
+
+
+class Sum(SearchSpace):
+    """Residual layers that add constants: the loss without a layer is known. The first layer changes the shape."""
+
+    def __init__(self, values, depth, shared=False, **options):
+        super().__init__(**options)
+        D = self.choice("depth", depth)
+        self.stack = elastic.Depth(D, [Grow(), *(Add(value) for value in values)])
+        self.second = elastic.Depth(D, [Add(0.0), *(Add(value / 2) for value in values)]) if shared else nn.Identity()
+
+    def forward(self, x):
+        return self.second(self.stack(x)).mean(1)
+
+    def example_input(self, batch):
+        return torch.zeros(batch, 1)
+
+
+class Grow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+    def forward(self, x):
+        return x.expand(-1, 2) * self.weight
+
+
+class Add(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value))
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        return x + self.weight
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_go_by_the_loss_that_is_left(shared):
+    """Of 5, 1, -2.25 and 0.5, in a sum that is to be near the whole: 0.5 goes first, then what evens it out best."""
+    values = (5.0, 1.0, -2.25, 0.5)
+    space = Sum(values, (2, 3, 5), shared)
+    whole = sum(values) * (1.5 if shared else 1)
+    batches = [(torch.zeros(3, 1), torch.full((3,), whole))]
+    (said,) = order_layers(space, F.mse_loss, batches)
+    assert space.stack.order == (0, 1, 3, 2, 4)
+    assert "dropped in the order 5, 3, 4: the loss is 0 with all of them" in said
+    if shared:
+        assert "stack and second" in said and space.second.order == space.stack.order
+    small = space.extract(space.architecture(depth=2))
+    assert [name for name, _ in small.named_parameters()][:2] == ["stack.0.weight", "stack.1.weight"]
+    assert small(torch.zeros(1, 1)).item() == (7.5 if shared else 5.0)
+
+
+def test_where_nothing_can_be_ordered_it_is_told():
+    (said,) = order_layers(tiny("nb201_nano"), F.cross_entropy, [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())])
+    assert "no depth of 'nb201_nano' is chosen" in said
+    with pytest.raises(TangleNASError, match="the order of layers needs a batch"):
+        order_layers(tiny("gpt_nano"), F.cross_entropy, [])
+    with pytest.raises(TangleNASError, match=r"\[0, 0\] is no order of the 2 layers"):
+        depths(tiny("gpt_nano"))[0].put_in_order([0, 0])
