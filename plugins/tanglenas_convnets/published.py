@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import timm
-import torch
-from timm.models import save_for_hf
-from torch import Tensor, nn
-
-from tanglenas_engine import Architecture, Choice, Described, SearchSpace, Size, TangleNASError
+from tanglenas_engine import Architecture, Choice, Size, TangleNASError
+from tanglenas_timm.space import TimmSpace
 
 
-class PublishedConvNet(SearchSpace):
+class PublishedConvNet(TimmSpace):
     """A space of timm's convolutional networks with four stages, whose parameter names it has.
 
     Every stage has a choice of its depth, `depth_1` to `depth_4`. Shares choose what is kept of the channels of each
     stage, and of the hidden channels of each block.
     """
-
-    model: str
-    """The name under which timm knows standalone networks."""
-    first_conv: str
-    settings: dict[str, Any]
 
     def choose(
         self,
@@ -72,44 +60,3 @@ class PublishedConvNet(SearchSpace):
                 for share, count in zip(choices["hidden_share"], by_block, strict=True)
             ],
         }
-
-    def example_input(self, batch: int) -> Tensor:
-        return torch.randn(batch, self.settings["in_chans"], *[self.image_size] * 2)
-
-    def source(self, folder: Path) -> nn.Module | None:
-        """Build timm's network of a folder with timm's config.json."""
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if "architecture" not in config:
-            return None
-        classes = self.settings["num_classes"]
-        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
-        if config.get("num_classes") != classes:
-            network.get_classifier().load_state_dict(self.get_submodule(self.output_layer).state_dict())
-        return network
-
-    def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
-    ) -> None:
-        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
-
-        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
-        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
-        """
-        channels = self.settings["in_chans"]
-        network.pretrained_cfg = {
-            "input_size": (channels, self.image_size, self.image_size),
-            "mean": (0.5,) * channels,
-            "std": (0.5,) * channels,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            **(dataset.input_config() if dataset else {}),
-            "architecture": self.model,
-            "num_classes": self.settings["num_classes"],
-            "first_conv": self.first_conv,
-            "classifier": self.output_layer,
-        }
-        save_for_hf(network, folder, model_args=self.arguments(architecture), safe_serialization=True)
-
-    def arguments(self, architecture: Architecture) -> dict[str, Any]:
-        """Return the arguments of the standalone network for an architecture, as JSON can hold them."""
-        raise NotImplementedError

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tanglenas_engine import Architecture, Size, TangleNASError, elastic
-from tanglenas_mobilenetv3.space import Block, TimmSpace, check_sizes
+from tanglenas_mobilenetv3.space import Block, InvertedResiduals, check_sizes
 
 
 class Layer(NamedTuple):
@@ -21,7 +21,7 @@ class Layer(NamedTuple):
     rest: str
 
 
-class PublishedMobileNetV3(TimmSpace):
+class PublishedMobileNetV3(InvertedResiduals):
     """A space whose largest network is timm's: depth by stage, and kernel and expanded channels by block.
 
     Every stage has a choice of its depth, `depth_1` and so on. Stages with the largest kernel of the network choose
@@ -80,7 +80,7 @@ class PublishedMobileNetV3(TimmSpace):
             ],
         )
 
-    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
+    def arguments(self, architecture: Architecture) -> dict[str, Any]:
         self.assignment_of(architecture)
         choices = architecture.choices
         kernels, shares = iter(choices.get("kernel_size", ())), iter(choices["expand_share"])

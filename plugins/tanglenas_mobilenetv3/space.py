@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible
-from timm.models import save_for_hf
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models._efficientnet_builder import efficientnet_init_weights, round_channels
 from timm.models.mobilenetv3 import MobileNetV3 as TimmMobileNetV3
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Described, SearchSpace, Size, TangleNASError, elastic
+from tanglenas_engine import Architecture, Size, TangleNASError, elastic
 from tanglenas_mobilenetv3.kernels import TransformedConv2d
 from tanglenas_mobilenetv3.network import mobilenetv3, squeeze_excite
+from tanglenas_timm.space import TimmSpace
 
 
 class Block(nn.Module):
@@ -51,16 +47,16 @@ class Block(nn.Module):
         return x + y if self.has_skip else y
 
 
-class TimmSpace(SearchSpace):
+class InvertedResiduals(TimmSpace):
     """A space of timm's `MobileNetV3`, whose parameter names it has.
 
-    A subclass makes the choices and takes timm's modules over with `_take_over`. `_arguments` describes an
+    A subclass makes the choices and takes timm's modules over with `_take_over`. `arguments` describes an
     architecture.
     """
 
+    model = "tanglenas_mobilenetv3"
+    first_conv = "conv_stem"
     output_layer = "classifier"
-    image_size: int
-    settings: dict[str, Any]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `(B, C, H, W)` to logits `(B, num_classes)`."""
@@ -68,45 +64,8 @@ class TimmSpace(SearchSpace):
         x = self.act2(self.conv_head(self.global_pool(x)))
         return self.classifier(F.dropout(x.flatten(1), self.settings["drop_rate"], self.training))
 
-    def example_input(self, batch: int) -> Tensor:
-        return torch.randn(batch, self.settings["in_chans"], self.image_size, self.image_size)
-
     def standalone(self, architecture: Architecture) -> TimmMobileNetV3:
-        return mobilenetv3(**self._arguments(architecture))
-
-    def source(self, folder: Path) -> nn.Module | None:
-        """Build timm's network of a folder with timm's config.json."""
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if "architecture" not in config:
-            return None
-        classes = self.settings["num_classes"]
-        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
-        if config.get("num_classes") != classes:
-            network.get_classifier().load_state_dict(self.classifier.state_dict())
-        return network
-
-    def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
-    ) -> None:
-        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
-
-        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
-        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
-        """
-        channels = self.settings["in_chans"]
-        network.pretrained_cfg = {
-            "input_size": (channels, self.image_size, self.image_size),
-            "mean": (0.5,) * channels,
-            "std": (0.5,) * channels,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            **(dataset.input_config() if dataset else {}),
-            "architecture": "tanglenas_mobilenetv3",
-            "num_classes": self.settings["num_classes"],
-            "first_conv": "conv_stem",
-            "classifier": "classifier",
-        }
-        save_for_hf(network, folder, model_args=self._arguments(architecture), safe_serialization=True)
+        return mobilenetv3(**self.arguments(architecture))
 
     def _take_over(self, network: TimmMobileNetV3, stages: Iterable[nn.Module]) -> None:
         """Take over the modules of the largest network, with elastic stages in place of those behind the first."""
@@ -116,12 +75,8 @@ class TimmSpace(SearchSpace):
             self.add_module(name, child)
         efficientnet_init_weights(self)
 
-    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
-        """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
-        raise NotImplementedError
 
-
-class MobileNetV3(TimmSpace):
+class MobileNetV3(InvertedResiduals):
     """A space of MobileNetV3 networks: the depth of every stage, the kernel size and the expansion of every block.
 
     Parameter names and largest shapes are those of timm's `MobileNetV3`. The first block of a stage changes width
@@ -179,7 +134,7 @@ class MobileNetV3(TimmSpace):
             ),
         )
 
-    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
+    def arguments(self, architecture: Architecture) -> dict[str, Any]:
         """Return the arguments of `mobilenetv3` for an architecture, as JSON can hold them."""
         self.assignment_of(architecture)
         depths, kernels, ratios = (architecture.choices[name] for name in ("depth", "kernel_size", "expand_ratio"))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import (
     DropPath,
@@ -19,11 +16,12 @@ from timm.layers import (
     resample_abs_pos_embed,
     trunc_normal_,
 )
-from timm.models import named_apply, save_for_hf
+from timm.models import named_apply
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, Described, SearchSpace, Size, TangleNASError, elastic
+from tanglenas_engine import Architecture, Choice, Size, TangleNASError, elastic
+from tanglenas_timm.space import TimmSpace
 from tanglenas_vit.network import RelativePosition2D, vision_transformer
 
 
@@ -45,7 +43,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class AutoFormer(SearchSpace):
+class AutoFormer(TimmSpace):
     """A space of ViTs: the embedding dimension, the depth, and per block the number of heads and the MLP ratio.
 
     Parameter names and largest shapes are those of timm's `VisionTransformer`, so a timm checkpoint of the
@@ -60,7 +58,10 @@ class AutoFormer(SearchSpace):
         relative_position: Use AutoFormer's 2D relative positions. The paper always has them, timm's ViT never.
     """
 
+    model = "tanglenas_vit"
+    first_conv = "patch_embed.proj"
     output_layer = "head"
+    fixed_size = True
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class AutoFormer(SearchSpace):
             )
         if global_pool not in ("avg", "token"):
             raise TangleNASError(f"global_pool is {global_pool!r}, expected 'avg' or 'token'")
+        self.image_size = image_size
         self.settings = dict(
             num_classes=num_classes, img_size=image_size, in_chans=in_channels, patch_size=patch_size,
             head_dim=head_dim, global_pool=global_pool, relative_position=relative_position,
@@ -126,11 +128,8 @@ class AutoFormer(SearchSpace):
         x = global_pool_nlc(x, self.settings["global_pool"], num_prefix_tokens=1)
         return self.head(self.covered("pooled", x))
 
-    def example_input(self, batch: int) -> Tensor:
-        return torch.randn(batch, self.settings["in_chans"], *[self.settings["img_size"]] * 2)
-
     def standalone(self, architecture: Architecture) -> VisionTransformer:
-        return vision_transformer(**self._arguments(architecture))
+        return vision_transformer(**self.arguments(architecture))
 
     def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resample the position embedding to this space's grid of patches, as timm does."""
@@ -142,42 +141,7 @@ class AutoFormer(SearchSpace):
             return state
         return {**state, "pos_embed": resample_abs_pos_embed(positions, new_size=list(grid), num_prefix_tokens=1)}
 
-    def source(self, folder: Path) -> nn.Module | None:
-        """Build timm's network of a folder with timm's config.json, for images of this space's size."""
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if "architecture" not in config:
-            return None
-        options = {name: self.settings[name] for name in ("num_classes", "img_size")}
-        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
-        if config.get("num_classes") != options["num_classes"]:
-            network.get_classifier().load_state_dict(self.head.state_dict())
-        return network
-
-    def export(
-        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
-    ) -> None:
-        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
-
-        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
-        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
-        """
-        arguments = self._arguments(architecture)
-        network.pretrained_cfg = {
-            "input_size": (arguments["in_chans"], arguments["img_size"], arguments["img_size"]),
-            "mean": (0.5,) * arguments["in_chans"],
-            "std": (0.5,) * arguments["in_chans"],
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            **(dataset.input_config() if dataset else {}),
-            "architecture": "tanglenas_vit",
-            "num_classes": arguments["num_classes"],
-            "fixed_input_size": True,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        save_for_hf(network, folder, model_args=arguments, safe_serialization=True)
-
-    def _arguments(self, architecture: Architecture) -> dict[str, Any]:
+    def arguments(self, architecture: Architecture) -> dict[str, Any]:
         """Return the arguments of `vision_transformer` for an architecture, as JSON can hold them."""
         choices = {k: list(v) if isinstance(v, tuple) else v for k, v in architecture.choices.items()}
         choices.pop("depth")

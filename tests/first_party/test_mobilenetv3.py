@@ -118,7 +118,7 @@ def test_lists_of_once_for_all_for_all_blocks_are_read():
     architecture = space.architecture(kernel_size=kernels, expand_ratio=ratios, depth=depths)
     assert architecture.choices["kernel_size"] == (3, 5, 3, 5, 7, 3, 5, 7, 3, 3, 5, 3, 5, 7)
     assert architecture.choices["depth"] == (2, 3, 4, 2, 3)
-    arch_def = space._arguments(architecture)["arch_def"]
+    arch_def = space.arguments(architecture)["arch_def"]
     assert arch_def[0] == ["ds_r1_k3_s1_e1_c16_nre"]
     assert arch_def[2] == [f"ir_r1_k{k}_e{e}_s2_c40_nre_se0.25" for k, e in ((3, 6), (5, 4), (7, 3))]
     again = Architecture.from_json(architecture.to_json())

@@ -1,0 +1,78 @@
+"""A base of spaces whose largest network is one of timm's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from tanglenas_engine import Architecture, Described, SearchSpace
+
+
+class TimmSpace(SearchSpace):
+    """A space of image classifiers that has the parameter names of a network of timm.
+
+    A subclass says how timm builds the standalone network of an architecture: `model` and `arguments`.
+
+    Attributes:
+        model: The name under which timm knows standalone networks.
+        first_conv: The name of the convolution that reads the image.
+        fixed_size: Whether networks read images of one size only, so that timm has to be told the size.
+        image_size: Pixels of a side of an image.
+        settings: Arguments of the standalone network that all architectures share, `num_classes` and `in_chans` among
+            them.
+    """
+
+    model: str
+    first_conv: str
+    fixed_size = False
+    image_size: int
+    settings: dict[str, Any]
+
+    def arguments(self, architecture: Architecture) -> dict[str, Any]:
+        """Return the arguments of the standalone network for an architecture, as JSON can hold them."""
+        raise NotImplementedError
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.settings["in_chans"], self.image_size, self.image_size)
+
+    def source(self, folder: Path) -> nn.Module | None:
+        """Build timm's network of a folder with timm's config.json, for images of this space's size."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if "architecture" not in config:
+            return None
+        classes = self.settings["num_classes"]
+        size = {"img_size": self.image_size} if self.fixed_size else {}
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes, **size)
+        if config.get("num_classes") != classes:
+            network.get_classifier().load_state_dict(self.get_submodule(self.output_layer).state_dict())
+        return network
+
+    def export(
+        self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None
+    ) -> None:
+        """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+        `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
+        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
+        """
+        channels = self.settings["in_chans"]
+        network.pretrained_cfg = {
+            "input_size": (channels, self.image_size, self.image_size),
+            "mean": (0.5,) * channels,
+            "std": (0.5,) * channels,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            **(dataset.input_config() if dataset else {}),
+            "architecture": self.model,
+            "num_classes": self.settings["num_classes"],
+            **({"fixed_input_size": True} if self.fixed_size else {}),
+            "first_conv": self.first_conv,
+            "classifier": self.output_layer,
+        }
+        save_for_hf(network, folder, model_args=self.arguments(architecture), safe_serialization=True)
