@@ -98,15 +98,15 @@ class _Convolution(Elastic):
 
     def plain(self, assignment: Assignment) -> nn.Module:
         padding, groups = self._geometry(assignment)
-        first, second, kernel, *_ = (axis.entries(assignment) for axis in self.axes["weight"])
+        first, second, *kernel = (axis.entries(assignment) for axis in self.axes["weight"])
         inputs, outputs = (first, second * groups) if self.transposed else (second * groups, first)
         more = {"output_padding": self.output_padding} if self.transposed else {}
         return self.plain_class(
             inputs,
             outputs,
-            kernel,  # type: ignore[arg-type]
+            tuple(kernel),
             stride=self.stride,
-            padding=(padding,) * len(self.kernel_size),
+            padding=padding,
             dilation=self.dilation,
             groups=groups,
             bias=self.bias is not None,
@@ -128,16 +128,18 @@ class _Convolution(Elastic):
                     strict=True,
                 )
             ]
-        return [(output.shape[0] * math.prod(lengths), tuple(axis.size for axis in self.axes["weight"]))]
+        axes = self.axes["weight"]
+        blocks = math.prod(axis.blocks for axis in axes)
+        return [(output.shape[0] * math.prod(lengths) * blocks, tuple(axis.size for axis in axes))]
 
-    def _geometry(self, assignment: Assignment | None) -> tuple[int, int]:
+    def _geometry(self, assignment: Assignment | None) -> tuple[tuple[int, ...], int]:
         """Return padding and groups of an architecture, or of the largest network for None."""
-        padding = int(self.padding[0])
+        padding = tuple(map(int, self.padding))
         if assignment is None:
             return padding, self.groups
-        kernel = self.axes["weight"][2].size
-        crop = self.dilation[0] * (kernel.max - kernel.value(assignment)) // 2
-        return padding - crop, self._groups.value(assignment)
+        kernels = (axis.size for axis in self.axes["weight"][2:])
+        crops = (d * (k.max - k.value(assignment)) // 2 for d, k in zip(self.dilation, kernels, strict=True))
+        return tuple(p - crop for p, crop in zip(padding, crops, strict=True)), self._groups.value(assignment)
 
 
 class Conv2d(_Convolution, nn.Conv2d):

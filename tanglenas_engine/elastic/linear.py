@@ -13,7 +13,14 @@ from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
 class Linear(Elastic, nn.Linear):
-    """`nn.Linear` with elastic features: `(*, in_features) -> (*, out_features)`."""
+    """`nn.Linear` with elastic features: `(*, in_features) -> (*, out_features)`.
+
+    Attributes:
+        positions: The part of the number of positions `*` that varies, such as the channels where a layer mixes tokens.
+            Costs are counted with it.
+    """
+
+    positions: Size = Size.of(1)
 
     def __init__(self, in_features: Dimension, out_features: Dimension, bias: bool = True):
         inputs, outputs = Axis.of(in_features, "read"), Axis.of(out_features, "write")
@@ -31,8 +38,8 @@ class Linear(Elastic, nn.Linear):
 
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
         outputs, inputs = self.axes["weight"]
-        tokens = output.numel() // output.shape[-1]
-        return [(tokens * outputs.blocks * inputs.blocks, (outputs.size, inputs.size))]
+        tokens = output.numel() // output.shape[-1] // self.positions.max
+        return [(tokens * outputs.blocks * inputs.blocks, (outputs.size, inputs.size, self.positions))]
 
 
 class Embedding(Elastic, nn.Embedding):

@@ -82,7 +82,7 @@ class ConvolutionProduct:
     """The product of `F.conv1d`, `F.conv2d` or `F.conv_transpose2d`."""
 
     stride: tuple[int, ...]
-    padding: int
+    padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
     channels: int = -3
@@ -104,11 +104,10 @@ class ConvolutionProduct:
 
     def cropped(self, margin: int) -> ConvolutionProduct:
         """Return the convolution for a kernel without its outer `margin` pixels."""
-        return replace(self, padding=self.padding - margin * self.dilation[0])
+        return replace(self, padding=tuple(p - margin * d for p, d in zip(self.padding, self.dilation, strict=True)))
 
     def _gradients(self, x: Tensor, weight: Tensor, dy: Tensor, wanted: int) -> Tensor:
-        padding = [self.padding] * len(self.stride)
-        geometry = (self.stride, padding, self.dilation, self.transposed, self.output_padding, self.groups)
+        geometry = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
         # A single image (C, H, W) becomes a batch of one.
         x, dy, single = (x, dy, False) if x.dim() == weight.dim() else (x[None], dy[None], wanted == 0)
         gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [wanted == i for i in range(3)])
@@ -270,7 +269,7 @@ def _by_windows(
     for window in form.windows or (largest,):
         low, hole = (largest - window) // 2, (window - inner) // 2
         ring = weight
-        for dim in range(2, weight.dim()):
+        for dim in range(2, weight.dim()) if form.windows else ():  # without windows the ring is the whole kernel
             ring = ring.narrow(dim, low, window)
         if inner:
             ring = ring * F.pad(ring.new_zeros([inner] * positions), [hole] * 2 * positions, value=1.0)

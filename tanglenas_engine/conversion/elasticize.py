@@ -1,0 +1,444 @@
+"""Search spaces made of ordinary torch modules."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tanglenas_engine.conversion.dimensions import DATA, Atom, Dim, length, resolved
+from tanglenas_engine.conversion.forms import FORMS, Axes, FixedProduct, Holder, Product, WidthNorm, make_elastic, method
+from tanglenas_engine.conversion.record import BATCHES, DataDependent, record
+from tanglenas_engine.conversion.rules import Analysis
+from tanglenas_engine.conversion.traced import Reference, Traced
+from tanglenas_engine.elastic.base import Elastic, tied
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import Assignment, Axis, Size
+
+SHARES: Mapping[str, tuple[float, ...]] = {
+    "hidden": (0.25, 0.5, 0.75, 1),
+    "heads": (0.25, 0.5, 0.75, 1),
+    "residual": (0.5, 0.75, 1),
+}
+"""The options of each kind of choice, as shares of the given model's number."""
+
+PRODUCTS = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "matmul", "bmm", "mm", "addmm",
+    "baddbmm", "einsum", "scaled_dot_product_attention", "bilinear", "mv", "dot", "tensordot", "imatmul",
+    "multi_head_attention_forward", "inner", "outer", "addbmm", "chain_matmul", "multi_dot", "vdot", "addmv",
+}  # fmt: skip
+"""Functions that multiply matrices."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row of the report: what became a choice, or what did not and why.
+
+    Attributes:
+        name: The choice, or the tensor whose dimension stays.
+        kind: "hidden", "residual", "heads" or "depth"; "fixed" for a dimension that stays.
+        largest: The number in the given model.
+        options: The options; for a fixed dimension the number alone.
+        reason: The reason for which it stays; empty for a choice.
+        tensors: The number of parameters with the dimension.
+    """
+
+    name: str
+    kind: str
+    largest: int
+    options: tuple[int, ...]
+    reason: str = ""
+    tensors: int = 0
+
+
+@dataclass
+class Report:
+    """What became a choice, what did not, and why.
+
+    Attributes:
+        parts: The rows.
+        elastic: The number of parameters in tensors of which at least one dimension varies.
+        total: The number of all parameters.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    elastic: int = 0
+    total: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the parameters that are elastic."""
+        return self.elastic / max(1, self.total)
+
+    @property
+    def choices(self) -> list[Part]:
+        return [part for part in self.parts if not part.reason]
+
+    @property
+    def fixed(self) -> list[Part]:
+        return [part for part in self.parts if part.reason]
+
+    def __str__(self) -> str:
+        rows = [("name", "kind", "options", "why it stays")]
+        rows += [(p.name, p.kind, " ".join(map(str, p.options)), p.reason) for p in self.parts]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{self.share:.0%} of {self.total:,} parameters are elastic"])
+
+
+def _logits(output: Any) -> Any:
+    """Return the tensor of an output: itself, its `logits`, or its first element."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TangleNASError(f"the model returns a {type(output).__name__}: give `output`, which returns a tensor from it")
+
+
+class Elasticized(Traced, SearchSpace):
+    """A space made of a torch module. `elasticize` makes it.
+
+    Attributes:
+        report: What became a choice, what did not, and why.
+    """
+
+    report: Report
+
+    def __init__(self, model: nn.Module, example: Tensor, **options: Any):
+        super().__init__(**options)
+        self._initial = {
+            name: (float(p.detach().mean()), float(p.detach().std(correction=0))) for name, p in model.named_parameters()
+        }
+        self.register_buffer("_example", example.detach().clone(), persistent=False)
+        for name, parameter in model._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in model._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
+        for name, child in model._modules.items():
+            self.add_module(name, child)
+
+    def standalone(self, architecture: Architecture) -> nn.Module:
+        """Return the newly initialised network of an architecture, a `torch.fx.GraphModule` over plain layers.
+
+        Each parameter is drawn with the mean and the deviation that it has in the given model. So the model's own
+        initialisation holds for it.
+        """
+        network = self.plain(self.assignment_of(architecture))
+        there = dict(network.named_parameters())
+        for names in tied(self):  # copies of tied weights are tied again
+            present = [name for name in names if name in there]
+            for name in present[1:]:
+                owner, _, key = name.rpartition(".")
+                setattr(network.get_submodule(owner), key, there[present[0]])
+        for name, parameter in network.named_parameters():
+            mean, deviation = self._initial[name]
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, mean, deviation) if deviation else nn.init.constant_(parameter, mean)
+        return network
+
+    def example_input(self, batch: int) -> Tensor:
+        """Return random inputs of the example's shape and type; whole numbers are drawn from the example's."""
+        example: Tensor = self._example  # type: ignore[assignment]
+        if example.is_floating_point():
+            return torch.randn(batch, *example.shape[1:])
+        picks = torch.randint(example.numel(), (batch, *example.shape[1:]))
+        return example.flatten().cpu()[picks]
+
+
+def elasticize(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    hidden: Sequence[float] = SHARES["hidden"],
+    residual: Sequence[float] = SHARES["residual"],
+    heads: Sequence[float] = SHARES["heads"],
+    divisor: int = 8,
+    output: Callable[[Any], Any] = _logits,
+    **options: Any,
+) -> Elasticized:
+    """Return a search space inside a torch module, whose largest network is the module itself."""
+    shares = {"hidden": hidden, "residual": residual, "heads": heads}
+    example = example.detach()
+    try:
+        recorder = record(model, example, output)
+    except DataDependent as error:
+        raise TangleNASError(f"{type(model).__name__} cannot become a space: {error}") from None
+    builder = _Builder(copy.deepcopy(model), recorder.graph, recorder.constants, shares, divisor, {})
+    return builder.build(example, options)
+
+
+class _Builder:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        constants: Mapping[str, Tensor],
+        shares: Mapping[str, Sequence[float]],
+        divisor: int,
+        refused: Mapping[str, str],
+    ):
+        self.model, self.graph, self.shares, self.divisor = model, graph, shares, divisor
+        for name, tensor in constants.items():
+            model.register_buffer(name, tensor, persistent=False)
+        self.analysis = Analysis(graph, model)
+        self.refused = refused
+        self.sizes: dict[Atom, Size] = {}
+        self.report = Report()
+
+    def build(self, example: Tensor, options: Mapping[str, Any]) -> Elasticized:
+        self._fix_what_has_no_form()
+        space = Elasticized(self.model, example, **options)
+        self._choose(space)
+        self._make_layers(space)
+        self._write(space)
+        space.report = self.report
+        return space
+
+    def _uses(self) -> dict[str, fx.Node]:
+        """Return the tensors that the forward uses, in order, with the first node that does."""
+        found: dict[str, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in self.analysis.stored:
+                found.setdefault(str(node.target), node)
+            elif node.op == "call_module":
+                module = self.analysis.modules[str(node.target)]
+                for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+                    found.setdefault(f"{node.target}.{name}", node)
+        return found
+
+    def _fix_what_has_no_form(self) -> None:
+        """Fix dimensions of tensors that are not used, and all but one factor of each dimension of a tensor."""
+        used = self._uses()
+        names = {id(t) for n, t in self._tensors() if n in used}
+        for name, tensor in self._tensors():
+            if id(tensor) not in names:
+                for dim in self.analysis.stored[name]:
+                    for atom in resolved(dim):
+                        atom.fix("the forward does not use it")
+        for name in used:
+            for dim in self.analysis.stored[name]:
+                varying = [atom for atom in resolved(dim) if atom.fixed is None]
+                if len(varying) > 1:
+                    keep = max(varying, key=lambda atom: (atom.independent, atom.length))
+                    for atom in varying:
+                        if atom is not keep:
+                            atom.fix("another factor of its dimension varies")
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+
+    def _choose(self, space: SearchSpace) -> None:
+        """Declare a choice for each class of atoms that may vary, and list the others with their reasons."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        first: dict[Atom, tuple[str, int]] = {}
+        counts: dict[Atom, int] = {}
+        for name in self._uses():
+            if name in parameters:
+                for position, dim in enumerate(self.analysis.stored[name]):
+                    for atom in resolved(dim):
+                        first.setdefault(atom, (name, position))
+                        counts[atom] = counts.get(atom, 0) + 1
+        for atom, (name, position) in first.items():
+            inner = self._inner(atom, name, position)
+            kind = "heads" if atom.independent else "residual" if atom.joined else "hidden"
+            label = name.rpartition(".")[0] or name
+            if name.rpartition(".")[2] not in ("weight", "bias"):
+                label = name
+            number, base = 2, label
+            while label in space.choices:
+                label, number = f"{base}.{number}", number + 1
+            reason = self.refused.get(label) or atom.fixed
+            found = self._options(atom.length, self.shares[kind], 1 if inner > 1 else self.divisor)
+            if reason is None and len(found) == 1:
+                reason = "it is too small to vary" if len(self.shares[kind]) > 1 else f"{kind} sizes do not vary"
+            if reason is not None:
+                atom.fix(reason)
+                if reason != DATA:
+                    part = Part(f"{name}[{position}]", "fixed", atom.length, (atom.length,), reason, counts[atom])
+                    self.report.parts.append(part)
+                continue
+            self.sizes[atom] = space.choice(label, found)
+            self.report.parts.append(Part(label, kind, atom.length, found, "", counts[atom]))
+        if not self.sizes:
+            reasons = sorted({part.reason for part in self.report.fixed})
+            raise TangleNASError(
+                f"{type(self.model).__name__} has no layer whose size can vary"
+                + (f": {'; '.join(reasons[:3])}" if reasons else "")
+            )
+        seen: set[int] = set()
+        for name, parameter in parameters.items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                self.report.total += parameter.numel()
+                if any(atom in self.sizes for dim in self.analysis.stored[name] for atom in resolved(dim)):
+                    self.report.elastic += parameter.numel()
+
+    def _inner(self, atom: Atom, name: str, position: int) -> int:
+        atoms = resolved(self.analysis.stored[name][position])
+        return math.prod(a.length for a in atoms[atoms.index(atom) + 1 :])
+
+    def _options(self, largest: int, shares: Sequence[float], divisor: int) -> tuple[int, ...]:
+        while divisor > 1 and (largest % divisor or largest < 4 * divisor):
+            divisor //= 2
+        found = {max(divisor, round(largest * share / divisor) * divisor) for share in shares}
+        return tuple(sorted({n for n in found if n < largest} | {largest}))
+
+    def axis(self, dim: Dim, role: str) -> Axis | None:
+        """Return the axis of a dimension, or None if it never varies."""
+        atoms = resolved(dim)
+        position = next((i for i, atom in enumerate(atoms) if atom in self.sizes), None)
+        if position is None:
+            return None
+        outer, inner = (math.prod(a.length for a in part) for part in (atoms[:position], atoms[position + 1 :]))
+        if role == "write" and atoms[position].independent:
+            role = "unit"
+        return Axis(self.sizes[atoms[position]] * inner, blocks=outer, role=role, unit=inner)
+
+    def size(self, dim: Iterable[Atom], varying: bool = False) -> Size:
+        """Return the size of a dimension, or the product of its factors that vary."""
+        total = Size.of(1)
+        for atom in resolved(dim):
+            total = total * self.sizes.get(atom, 1 if varying else atom.length)
+        return total
+
+    def _make_layers(self, space: Elasticized) -> None:
+        done: set[nn.Module] = set()
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                module = self.analysis.modules[str(node.target)]
+                if module not in done:
+                    done.add(module)
+                    self._make_layer(node, str(node.target), module)
+            elif node.op == "get_attr" and str(node.target) in self.analysis.stored:
+                owner, _, key = str(node.target).rpartition(".")
+                holder = space if not owner else self.analysis.modules[owner]
+                role = "buffer" if key in holder._buffers else "write"
+                axes = [self.axis(dim, role) for dim in self.analysis.stored[str(node.target)]]
+                if any(axes):
+                    if not isinstance(holder, Elastic):
+                        holder.__class__ = Holder
+                    if key not in holder.axes:
+                        holder.declare(**{key: axes})
+
+    def _make_layer(self, node: fx.Node, name: str, module: nn.Module) -> None:
+        axes: dict[str, Axes] = {}
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None:
+                dims = self.analysis.stored[f"{name}.{key}"]
+                roles = ["buffer" if key in module._buffers else "write"] * len(dims)
+                if key == "weight" and isinstance(module, nn.Linear):
+                    roles = ["write", "read"]
+                elif key == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+                    grouped = module.groups > 1
+                    roles[:2] = ["write" if grouped else "read", "write"] if module.transposed else ["write", "read"]
+                axes[key] = [self.axis(dim, role) for dim, role in zip(dims, roles, strict=True)]
+        width = self.analysis.norms.get(node)
+        norm = None if width is None else self.axis(width, "statistics")
+        if isinstance(module, nn.GroupNorm):
+            norm = self.axis(self.analysis.dims[node][1], "statistics")
+        positions = self.size([atom for dim in self.analysis.positions.get(node, ()) for atom in resolved(dim)], True)
+        if type(module) not in FORMS or not (norm or positions.rows or any(any(a) for a in axes.values())):
+            return
+        groups = self.analysis.groups.get(node)
+        make_elastic(module, axes, Size.of(1) if groups is None else self.size(groups), norm)
+        if positions.rows:
+            module.positions = positions  # type: ignore[assignment]
+
+    def _write(self, space: Elasticized) -> None:
+        """Write the program of the space: the recording with references to sizes and operations."""
+        sizes: dict[tuple[Any, ...], int] = {}
+        listed: list[Size] = []
+        operations: list[nn.Module] = []
+        program, env = fx.Graph(), {}
+
+        def reference(dim: Dim) -> Any:
+            size = self.size(dim)
+            if not size.rows:
+                return length(dim)
+            key = (size.rows, size.values)
+            if key not in sizes:
+                sizes[key] = len(listed)
+                listed.append(size)
+            return Reference(sizes[key])
+
+        for node in self.graph.nodes:
+            args = fx.node.map_arg(node.args, env.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+            if node in self.analysis.shapes:
+                args, kwargs = self._sized(node, args, kwargs, reference)
+            made = env[node] = program.create_node(node.op, node.target, args, kwargs)
+            if (operation := self._operation(node)) is not None:
+                made.meta["operation"] = len(operations)
+                operations.append(operation)
+        space.set_program(program, listed, operations)
+
+    def _sized(self, node: fx.Node, args: Any, kwargs: Any, reference: Callable[[Dim], Any]) -> tuple[Any, Any]:
+        """Put references in place of the numbers of a shape that vary."""
+        dims = self.analysis.shapes[node]
+        name = self.analysis.name_of(node)
+        varies = [any(atom in self.sizes for atom in resolved(dim)) for dim in dims]
+        if not any(varies) or name in ("flatten", "squeeze", "expand_as"):
+            return args, kwargs
+        numbers, keywords = node.meta["numbers"]
+
+        def replaced(given: Any, recorded: Any, wanted: Sequence[Dim]) -> Any:
+            return type(given)(
+                reference(dim) if isinstance(n, int) and n == length(dim) and any(a in self.sizes for a in resolved(dim)) else g
+                for g, n, dim in zip(given, recorded, wanted, strict=True)
+            )
+
+        if name == "split":
+            part = numbers[1] if len(numbers) > 1 else keywords.get("split_size", keywords.get("split_size_or_sections"))
+            new = reference(dims[0]) if isinstance(part, int) else [reference(dims[0])] * len(part)
+            if len(args) > 1:
+                return (args[0], new, *args[2:]), kwargs
+            return args, {k: new if k.startswith("split_size") else v for k, v in kwargs.items()}
+        if name in ("layer_norm", "rms_norm"):
+            new = (reference(dims[0]),)
+            return ((args[0], new, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "normalized_shape": new})
+        if name == "unflatten":
+            dim = args[1] if len(args) > 1 else kwargs["dim"]
+            given, recorded = (args[2], numbers[2]) if len(args) > 2 else (kwargs["sizes"], keywords["sizes"])
+            start = dim if dim >= 0 else dim + len(dims) - len(given) + 1
+            new = replaced(tuple(given), recorded, dims[start : start + len(given)])
+            if len(args) > 2:
+                return (*args[:2], new), kwargs
+            return args, {**kwargs, "sizes": new}
+        for key in ("shape", "size"):
+            if key in kwargs:
+                return args, {**kwargs, key: replaced(tuple(kwargs[key]), keywords[key], dims)}
+        if len(args) == 2 and isinstance(args[1], tuple | list):
+            return (args[0], replaced(tuple(args[1]), numbers[1], dims)), kwargs
+        return (args[0], *replaced(tuple(args[1:]), numbers[1:], dims)), kwargs
+
+    def _operation(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that computes a node in the supernet, or None if the call itself does."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        name = self.analysis.name_of(node)
+        function = method(node.target) if isinstance(node.target, str) else node.target
+        if node in self.analysis.norms:
+            width = self.axis(self.analysis.norms[node], "statistics")
+            return None if width is None else WidthNorm(width, name == "layer_norm")
+        if name not in PRODUCTS:
+            return None
+        dims = self.analysis.products.get(node)
+        varying = [] if dims is None else [a for dim in dims for a in resolved(dim) if a in self.sizes]
+        if dims is None or not varying:
+            return FixedProduct(function)
+        constant = math.prod(a.length for dim in dims for a in resolved(dim) if a not in self.sizes)
+        return Product(function, constant, tuple(self.sizes[a] for a in varying), BATCHES[0])

@@ -1,0 +1,160 @@
+"""Elastic forms of the layers, parameters and operations of a recorded model.
+
+A layer of torch gets the class of its elastic form and keeps everything else: its tensors, arguments and place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine import elastic
+from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.norm import weighted_layer_norm
+from tanglenas_engine.superposition.size import Assignment, Axis, Size
+
+Axes = Sequence[Axis | None]
+
+FORMS: dict[type[nn.Module], type[Elastic]] = {
+    nn.Linear: elastic.Linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: elastic.Linear,
+    nn.Conv1d: elastic.Conv1d,
+    nn.Conv2d: elastic.Conv2d,
+    nn.ConvTranspose2d: elastic.ConvTranspose2d,
+    nn.BatchNorm1d: elastic.BatchNorm1d,
+    nn.BatchNorm2d: elastic.BatchNorm2d,
+    nn.LayerNorm: elastic.LayerNorm,
+    nn.RMSNorm: elastic.RMSNorm,
+    nn.GroupNorm: elastic.GroupNorm,
+    nn.Embedding: elastic.Embedding,
+}
+"""The elastic form of each layer of torch."""
+
+
+def make_elastic(module: nn.Module, axes: Mapping[str, Axes], groups: Size, width: Axis | None) -> None:
+    """Turn a layer into its elastic form.
+
+    Args:
+        module: The layer.
+        axes: The axes of its parameters and buffers; None for a dimension that never varies.
+        groups: The number of groups of a convolution or of a group norm.
+        width: The features that a norm goes over.
+    """
+    module.__class__ = FORMS[type(module)]
+    assert isinstance(module, Elastic)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        module._groups = groups  # type: ignore[assignment]
+        kernel = [Axis(Size.of(length), "window") for length in module.kernel_size]
+        first, second, *_ = axes["weight"]
+        channels = (first or _fixed(module.weight.shape[0]), second or _fixed(module.weight.shape[1]))
+        axes = {**axes, "weight": (*channels, *kernel)}
+    elif isinstance(module, nn.GroupNorm):
+        module._groups = groups  # type: ignore[assignment]
+        single = module.num_groups == 1
+        module.declare(role="statistics" if single else "buffer", statistics=(_in_role(width, "statistics" if single else "buffer"),))
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
+    elif isinstance(module, nn.Embedding):
+        module.declare(output=axes["weight"][1:])
+    elif isinstance(module, nn.Linear):
+        first, second = axes["weight"]
+        axes = {**axes, "weight": (first or _fixed(module.out_features), second or _fixed(module.in_features))}
+    if "weight" not in axes and width is not None:  # a norm without gain still covers its output
+        axes = {**axes, "weight": (width,), "bias": (width,)}
+    module.declare(**axes)
+
+
+def _fixed(length: int) -> Axis:
+    return Axis(Size.of(length))
+
+
+def _in_role(axis: Axis | None, role: str) -> Axis | None:
+    return None if axis is None else Axis(axis.size, axis.layout, axis.blocks, role, axis.unit)
+
+
+class Holder(Elastic):
+    """A module of the given model whose forward is a part of the recording. It only holds tensors."""
+
+
+class Number(Elastic):
+    """A number in the recording that an architecture decides, such as the width that a reshape is given."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.size = size
+        self.declare(number=(Axis(size, role="fixed"),))
+
+    def forward(self) -> int:
+        return self.size.max if self.assignment is None else self.size.value(self.assignment)
+
+
+class Product(Elastic):
+    """A product of tensors, called as a function.
+
+    Args:
+        function: The function.
+        factors: Its multiply-accumulates for the recorded batch: a constant and Sizes.
+        recorded: The length of the batch that the constant is for.
+    """
+
+    def __init__(self, function: Callable[..., Any], constant: int, sizes: tuple[Size, ...], recorded: int):
+        super().__init__()
+        self.function = function
+        self._constant, self._sizes, self._recorded = constant, sizes, recorded
+        self.declare(role="fixed", sizes=sizes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
+        return [(self._constant // self._recorded, self._sizes)]
+
+
+class FixedProduct(nn.Module):
+    """A product of tensors whose shapes never vary, called as a function."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class WidthNorm(Elastic):
+    """A call of `F.layer_norm` or `F.rms_norm` over an elastic width, with statistics weighted by its coverage."""
+
+    def __init__(self, width: Axis, centre: bool):
+        super().__init__()
+        self.centre = centre
+        self.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
+
+    def forward(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        coverage = self.factors("statistics")
+        if coverage:
+            eps = (1e-5 if self.centre else torch.finfo(input.dtype).eps) if eps is None else eps
+            return weighted_layer_norm(input, coverage[0].whole(), weight, bias, eps, self.centre)
+        if self.centre:
+            return F.layer_norm(input, input.shape[-1:], weight, bias, 1e-5 if eps is None else eps)
+        return F.rms_norm(input, input.shape[-1:], weight, eps)
+
+
+def method(name: str) -> Callable[..., Any]:
+    """Return the function that calls a method of a tensor."""
+    return functools.partial(_call, name)
+
+
+def _call(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return getattr(tensor, name)(*args, **kwargs)

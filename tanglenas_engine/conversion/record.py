@@ -1,0 +1,409 @@
+"""Recordings of a model's forward as a torch.fx graph.
+
+A tracer with symbolic values stops at the first `if` about a shape. A recording runs the model on an example, so that
+all shapes are numbers, and notes every call of a torch function and of a torch layer with parameters. Three runs make
+up for what one run cannot tell: a batch of another length, in another precision, shows which numbers depend on the
+batch and which types on the weights; a run in train mode shows what depends on the mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from tanglenas_engine.errors import TangleNASError
+
+BATCHES = 3, 5
+"""The lengths of the batches that are recorded. Primes tell a multiple of the batch from other numbers."""
+
+READS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
+"""Functions that turn the numbers of a tensor into numbers of Python."""
+
+VARYING = {"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"}
+"""Functions whose output has a shape that depends on the numbers of a tensor."""
+
+INPLACE = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "truediv",
+    "ifloordiv": "floordiv",
+    "imod": "mod",
+    "ipow": "pow",
+    "iand": "and_",
+    "ior": "or_",
+    "ixor": "xor",
+}
+
+
+class DataDependent(Exception):
+    """An error for a forward that looks at the numbers of a tensor, which a recording cannot repeat."""
+
+
+class Recorder(TorchFunctionMode):
+    """A recording of one forward.
+
+    Args:
+        model: The model.
+        leaves: The modules whose calls are noted as such, with the names that they get in the graph.
+
+    Attributes:
+        graph: The graph. The `meta` of a node has `owner`, the name of the module that made the call, and `shapes`.
+    """
+
+    def __init__(self, model: nn.Module, leaves: Mapping[nn.Module, str]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.owners: list[str] = [""]
+        self.names = {module: name for name, module in model.named_modules()}
+        self.spans: dict[str, list[tuple[int, int, list[fx.Node], list[fx.Node]]]] = {}
+        self.unchanged: set[str] = set()  # the modules that returned their input
+        self.changed: set[str] = set()
+        self._leaves = leaves
+        self._off = False
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Any] = []  # an id stands for a tensor only as long as that lives
+        self._depends: set[fx.Node] = set()
+        self._stored = {
+            id(tensor): name
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+
+    def input(self, name: str, tensor: Tensor) -> None:
+        node = self.graph.placeholder(name)
+        self._bind(tensor, node)
+        self._depends.add(node)
+
+    def output(self, value: Any) -> None:
+        self.graph.output(self._argument(value))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._off:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__iter__":  # what it returns is no tensor, but gives tensors
+            return iter(self.__torch_function__(Tensor.unbind, types, (args[0], 0)))
+        if name in READS | VARYING or name == "__getitem__" and _by_mask(args[1]):
+            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            if any(self._nodes.get(id(t)) in self._depends or id(t) in self._parameters for t in given):
+                raise DataDependent(f"its forward depends on the numbers of a tensor ({name.strip('_')})")
+        self._off = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._off = False
+        if name == "__set__":
+            raise DataDependent("its forward replaces what a tensor holds")
+        if name in ("__setitem__", "backward", "register_hook") or any(isinstance(v, Tensor) for v in tree_leaves(result)):
+            self._note(func, name, args, kwargs, result)
+        return result
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module's call, and note it if it is a leaf."""
+        name = self.names.get(module)
+        if self._off or name is None:
+            return forward(module, *args, **kwargs)
+        if (target := self._leaves.get(module)) is not None:
+            self._off = True
+            try:
+                result = forward(module, *args, **kwargs)
+            finally:
+                self._off = False
+            self._bind_results(self._create("call_module", target, args, kwargs), result)
+            return result
+        self.owners.append(name)
+        start = len(self.graph.nodes)
+        try:
+            result = forward(module, *args, **kwargs)
+        finally:
+            self.owners.pop()
+        given, returned = (
+            [self._argument(v) for v in tree_leaves(value) if isinstance(v, Tensor)]
+            for value in ((args, kwargs), result)
+        )
+        self.spans.setdefault(name, []).append((start, len(self.graph.nodes), given, returned))
+        same = len(args) == 1 and not kwargs and result is args[0]
+        (self.unchanged if same else self.changed).add(name)
+        return result
+
+    def _note(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__get__":
+            node = self._create("call_function", getattr, (args[0], attribute), {})
+        elif name.startswith("__"):
+            key = name.strip("_")
+            if hasattr(operator, key) or hasattr(operator, key + "_"):
+                target = getattr(operator, key, None) or getattr(operator, key + "_")
+            elif key[:1] == "r" and hasattr(operator, key[1:]):
+                target, args = getattr(operator, key[1:]), (args[1], args[0])
+            else:
+                raise DataDependent(f"its forward calls Tensor.{name}, which a recording cannot repeat")
+            node = self._create("call_function", target, args, kwargs)
+        elif getattr(Tensor, name, None) is func:
+            node = self._create("call_method", name, args, kwargs)
+        else:
+            node = self._create("call_function", func, args, kwargs)
+        if name != "__setitem__":
+            self._bind_results(node, result)
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        args, kwargs = self._argument(tuple(args)), self._argument(dict(kwargs))
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["owner"] = self.owners[-1]
+        if any(argument in self._depends for argument in node.all_input_nodes):
+            self._depends.add(node)
+        return node
+
+    def _bind_results(self, node: fx.Node, result: Any) -> None:
+        node.meta["shapes"] = shapes_of(result)
+        if isinstance(result, Tensor):
+            self._bind(result, node)
+            return
+        pairs: Any = result.items() if isinstance(result, Mapping) else enumerate(result)
+        for key, value in pairs:
+            if isinstance(value, Tensor) or isinstance(value, tuple | list):
+                part = self._create("call_function", operator.getitem, (), {})
+                part.args = (node, key)
+                if node in self._depends:
+                    self._depends.add(part)
+                self._bind_results(part, value)
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta["shapes"], node.meta["floating"] = tuple(tensor.shape), tensor.is_floating_point()
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._nodes:
+                if (name := self._stored.get(id(value))) is None:
+                    name = f"_constant_{len(self.constants)}"
+                    self.constants[name] = value
+                node = self.graph.create_node("get_attr", name)
+                node.meta["owner"] = self.owners[-1]
+                self._bind(value, node)
+            return self._nodes[id(value)]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            raise DataDependent("its forward passes a named tuple to a function of torch")
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._argument, value)) if type(value) in (tuple, list) else tuple(
+                map(self._argument, value)
+            )
+        if isinstance(value, slice):
+            return slice(*map(self._argument, (value.start, value.stop, value.step)))
+        if isinstance(value, Mapping):
+            return {key: self._argument(item) for key, item in value.items()}
+        return value
+
+
+def _by_mask(index: Any) -> bool:
+    return any(isinstance(v, Tensor) and v.dtype in (torch.bool, torch.uint8) for v in tree_leaves(index))
+
+
+def shapes_of(value: Any) -> Any:
+    """Return the shapes of the tensors in a value; None for what is no tensor."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return {key: shapes_of(item) for key, item in value.items()}
+    return [shapes_of(item) for item in value] if isinstance(value, tuple | list) else None
+
+
+@contextmanager
+def _calls_of(recorder: Recorder) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call(module, original, args, kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
+    try:
+        with recorder:
+            yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def run(model: nn.Module, leaves: Mapping[nn.Module, str], x: Tensor, output: Callable[[Any], Any]) -> Recorder:
+    """Record one forward of a model."""
+    recorder = Recorder(model, leaves)
+    recorder.input("x", x)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _calls_of(recorder):
+        result = output(model(x))
+    recorder.output(result)
+    return recorder
+
+
+def leaves_of(model: nn.Module, regularisers: set[str]) -> dict[nn.Module, str]:
+    """Return the modules to note as calls: torch's layers with tensors of their own, and regularisers."""
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if name in regularisers or (type(module).__module__.startswith("torch.nn.modules.") and _holds(module))
+    }
+
+
+def _holds(module: nn.Module) -> bool:
+    own = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None for tensor in own) or isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+
+
+def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> Recorder:
+    """Return the recording of a model's forward, in which numbers that depend on the batch or the mode are nodes.
+
+    Args:
+        model: The model. Its mode and its numbers stay.
+        example: A batch of inputs.
+        output: A function that returns a tensor from what the model returns.
+
+    Raises:
+        TangleNASError: The forward cannot be repeated from a recording.
+        DataDependent: It depends on the numbers of a tensor.
+    """
+    model = copy.deepcopy(model)
+    first = run(model.eval(), leaves_of(model, set()), _batch(example, BATCHES[0]), output)
+    modules = dict(model.named_modules())
+    regularisers = {
+        name
+        for name in first.unchanged - first.changed
+        if name and not isinstance(modules[name], nn.Identity | nn.Sequential) and not _tensors(modules[name])
+    }
+    leaves = leaves_of(model, regularisers)
+    evaluated = run(model, leaves, _batch(example, BATCHES[0]), output)
+    twin = copy.deepcopy(model).train()
+    trained = run(twin, leaves_of(twin, regularisers), _batch(example, BATCHES[0]), output)
+    twin = copy.deepcopy(model).double()
+    batch = _batch(example, BATCHES[1])
+    longer = run(twin, leaves_of(twin, regularisers), batch.double() if batch.is_floating_point() else batch, output)
+    _merge(evaluated, trained, longer, model, example)
+    return evaluated
+
+
+def _tensors(module: nn.Module) -> bool:
+    return any(True for _ in [*module.parameters(), *module.buffers()])
+
+
+def _batch(example: Tensor, length: int) -> Tensor:
+    rows = [example[i % len(example)] for i in range(length)]
+    if example.is_floating_point():  # equal rows would have no variance
+        generator = torch.Generator().manual_seed(0)
+        rows = [row + 0.1 * torch.randn(row.shape, generator=generator).to(row) for row in rows]
+    return torch.stack(rows)
+
+
+def _steps(recorder: Recorder) -> list[fx.Node]:
+    """Return the nodes that compute. Those that only count batches, as batch norms do in train mode, are left out."""
+    return [node for node in recorder.graph.nodes if not _counts(node)]
+
+
+def _counts(node: fx.Node) -> bool:
+    """Return True for `num_batches_tracked.add_(1)`, and for the buffer itself."""
+    if node.op == "get_attr":
+        return str(node.target).endswith("num_batches_tracked")
+    first = node.args[0] if node.args else None
+    return (
+        node.target in ("add_", operator.iadd)
+        and isinstance(first, fx.Node)
+        and first.op == "get_attr"
+        and str(first.target).endswith("num_batches_tracked")
+    )
+
+
+def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.Module, example: Tensor) -> None:
+    """Replace the numbers in a recording that differ in the others by nodes that compute them."""
+    graph = evaluated.graph
+    columns = [_steps(recorder) for recorder in (evaluated, trained, longer)]
+    for other, what in ((trained, "in train mode"), (longer, "for a longer batch")):
+        pairs = zip(columns[0], _steps(other), strict=False)
+        odd = next((a for a, b in pairs if (a.op, _key(a)) != (b.op, _key(b))), None)
+        if odd is not None or len(columns[0]) != len(_steps(other)):
+            where = f" (in {odd.meta.get('owner') or 'the model'}, at {_name(odd)})" if odd is not None else ""
+            raise TangleNASError(
+                f"the forward of {type(model).__name__} makes other calls {what} than in evaluation{where}, so that it "
+                "cannot be recorded"
+            )
+    number = {node: i for column in columns for i, node in enumerate(column)}
+    placeholder = columns[0][0]
+    made: dict[Any, fx.Node] = {}
+
+    def node_of(key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        if key not in made:
+            with graph.inserting_after(list(made.values())[-1] if made else placeholder):
+                made[key] = make()
+            made[key].meta.update(owner="", special=key, shapes=None)
+        return made[key]
+
+    def merged(node: fx.Node, value: Any, train: Any, long: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if not (number.get(value) == number.get(train) == number.get(long)):
+                raise TangleNASError(f"the forward of {type(model).__name__} takes other tensors in other modes")
+            return value
+        if isinstance(value, tuple | list):
+            if not len(value) == len(train) == len(long):
+                raise TangleNASError(f"the forward of {type(model).__name__} makes calls of varying length")
+            return type(value)(merged(node, *three) for three in zip(value, train, long, strict=True))
+        if isinstance(value, dict):
+            return {key: merged(node, item, train[key], long[key]) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(
+                *(merged(node, *(getattr(v, k) for v in (value, train, long))) for k in ("start", "stop", "step"))
+            )
+        if isinstance(value, torch.device):
+            return node_of("device", lambda: graph.call_function(getattr, (placeholder, "device")))
+        if type(value) is type(train) is type(long) and value == train == long:
+            return value
+        if isinstance(value, torch.dtype) and value == train:
+            reference = next((n for n, p in model.named_parameters() if p.is_floating_point()), None)
+            source = placeholder if example.is_floating_point() or reference is None else None
+            if source is None:
+                source = node_of("reference", lambda: graph.create_node("get_attr", reference))
+            return node_of("dtype", lambda: graph.call_function(getattr, (source, "dtype")))
+        if type(value) is int and value == train and value * BATCHES[1] == long * BATCHES[0] and value % BATCHES[0] == 0:
+            batch = node_of("batch", lambda: graph.call_method("size", (placeholder, 0)))
+            many = value // BATCHES[0]
+            return batch if many == 1 else node_of(
+                ("batch", many), lambda: graph.call_function(operator.mul, (batch, many))
+            )
+        if isinstance(value, bool | float | int) and value == long and not value and train:
+            training = node_of("training", lambda: graph.create_node("get_attr", "training"))
+            if train is True:
+                return training
+            return node_of(("training", train), lambda: graph.call_function(operator.mul, (training, train)))
+        raise TangleNASError(
+            f"the forward of {type(model).__name__} computes with a number that depends on mode, batch or precision: "
+            f"{_name(node)} in {node.meta.get('owner') or 'the model'} takes {value}, {train} in train mode, and {long} "
+            "for a longer batch"
+        )
+
+    for node, train, long in zip(*columns, strict=True):
+        node.meta["batch"] = None
+        args = merged(node, node.args, train.args, long.args)
+        kwargs = merged(node, node.kwargs, train.kwargs, long.kwargs)
+        node.meta["numbers"] = (node.args, node.kwargs)
+        node.args, node.kwargs = args, kwargs
+    for name, tensor in evaluated.constants.items():
+        same = trained.constants.get(name), longer.constants.get(name)
+        if any(other is None or other.shape != tensor.shape for other in same):
+            raise TangleNASError(
+                f"the forward of {type(model).__name__} makes a tensor outside of torch's functions, which depends on "
+                "mode or batch"
+            )
+
+
+def _key(node: fx.Node) -> Any:
+    return node.target if isinstance(node.target, str) else _name(node)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,161 @@
+"""A recorded forward over elastic layers, and the torch.fx network of an architecture that follows from it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tanglenas_engine.conversion.forms import FixedProduct, Holder, Number, method
+from tanglenas_engine.elastic.base import Elastic, copied, plain, sliced_state
+from tanglenas_engine.superposition.size import Assignment, Size
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The place in a graph of a number that an architecture decides: its position among a module's numbers."""
+
+    index: int
+
+
+class Traced(Elastic):
+    """A module that runs a recorded graph over its own elastic layers.
+
+    The graph has a `Reference` in place of each number that an architecture decides. The `meta` of a node has
+    "operation", the position among `_operations` of the module that computes it in the supernet.
+    """
+
+    _program: fx.Graph
+    _run: Callable[..., Any]
+
+    def set_program(self, graph: fx.Graph, sizes: list[Size], operations: list[nn.Module]) -> None:
+        """Take a graph to run.
+
+        Args:
+            graph: The graph, with references to sizes and operations.
+            sizes: The sizes of the references.
+            operations: The modules of nodes that need one in the supernet.
+        """
+        self._numbers = nn.ModuleList(map(Number, sizes))
+        self._operations = nn.ModuleList(operations)
+        self._program = graph
+        self._compile()
+
+    @property
+    def itself(self) -> Traced:
+        """The module, under a name that its code can use."""
+        return self
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._run(self, *inputs)
+
+    def _compile(self) -> None:
+        code = self._supernet_graph().python_code("self")
+        scope: dict[str, Any] = {}
+        exec(compile(code.src, f"<recorded forward of {type(self).__name__}>", "exec"), dict(code.globals), scope)
+        self._run = scope["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile()
+
+    def _supernet_graph(self) -> fx.Graph:
+        """Return the graph that reads numbers, parameters and operations from elastic modules."""
+        graph, env = fx.Graph(), {}
+        for node in self._program.nodes:
+            if node.op == "get_attr" and (held := self._holder(str(node.target))):
+                owner = graph.create_node("get_attr", held[0] or "itself")
+                env[node] = graph.call_method("current", (owner, held[1]))
+                continue
+
+            def number(reference: Reference) -> fx.Node:
+                return graph.call_module(f"_numbers.{reference.index}")  # noqa: B023
+
+            args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
+            position = node.meta.get("operation")
+            if position is None:
+                env[node] = graph.create_node(node.op, node.target, args, kwargs)
+            else:
+                env[node] = graph.call_module(f"_operations.{position}", args, kwargs)
+        return graph
+
+    def _holder(self, name: str) -> tuple[str, str] | None:
+        """Return the module and the key of a tensor that varies, or None for any other attribute."""
+        owner, _, key = name.rpartition(".")
+        try:
+            module = self.get_submodule(owner)
+        except AttributeError:
+            return None
+        return (owner, key) if isinstance(module, Elastic) and key in module.axes else None
+
+    def plain(self, assignment: Assignment) -> fx.GraphModule:
+        """Return the network of an architecture: torch layers, and the recorded code with the numbers that it needs."""
+        network = fx.GraphModule(nn.Module(), fx.Graph())
+        network.__class__.__name__ = "GraphModule"
+        memo: dict[nn.Module, nn.Module] = {self: network}
+        self._fill(network, self, assignment, memo)
+        graph, env = fx.Graph(), {}
+
+        def number(reference: Reference) -> int:
+            found: Any = self._numbers[reference.index]
+            return found.size.value(assignment)  # type: ignore[no-any-return]
+
+        for node in self._program.nodes:
+            args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
+            env[node] = graph.create_node(node.op, node.target, args, kwargs)
+        network.graph = graph
+        return network
+
+    def _fill(
+        self, target: nn.Module, source: nn.Module, assignment: Assignment, memo: dict[nn.Module, nn.Module]
+    ) -> None:
+        """Give a module the tensors and children that an architecture has of `source`."""
+        state = sliced_state(source, assignment)
+        for name, parameter in source._parameters.items():
+            value = None if parameter is None else nn.Parameter(state[name], parameter.requires_grad)
+            target.register_parameter(name, value)
+        for name, buffer in source._buffers.items():
+            persistent = name not in source._non_persistent_buffers_set
+            target.register_buffer(name, None if buffer is None else state[name], persistent=persistent)
+        for name, child in source._modules.items():
+            if child is None or source is self and name in ("_numbers", "_operations"):
+                continue
+            if child not in memo:
+                if isinstance(child, Elastic) and not isinstance(child, Holder) or _is_layer(child):
+                    memo[child] = plain(child, assignment)
+                else:
+                    memo[child] = nn.Module()
+                    self._fill(memo[child], child, assignment, memo)
+            target.add_module(name, memo[child])
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Return True for a module that the graph may call: one of torch's, or one without tensors."""
+    torchs = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
+    )
+    return torchs or not any(True for _ in [*module.parameters(), *module.buffers()])
+
+
+def _mapped(value: Any, env: Mapping[fx.Node, Any], number: Callable[[Reference], Any]) -> Any:
+    """Return arguments of a node with nodes and numbers replaced."""
+    if isinstance(value, fx.Node):
+        return env[value]
+    if isinstance(value, Reference):
+        return number(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(item, env, number) for item in value) if type(value) in (tuple, list) else tuple(
+            _mapped(item, env, number) for item in value
+        )
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, env, number) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_mapped(item, env, number) for item in (value.start, value.stop, value.step)))
+    return value
