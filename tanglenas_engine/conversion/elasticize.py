@@ -327,7 +327,10 @@ class _Builder:
                 owner, _, key = str(node.target).rpartition(".")
                 holder = space if not owner else self.analysis.modules[owner]
                 role = "buffer" if key in holder._buffers else "write"
-                axes = [self.axis(dim, role) for dim in self.analysis.stored[str(node.target)]]
+                axes = [
+                    self.axis(dim, "read" if (str(node.target), i) in self.analysis.sums else role)
+                    for i, dim in enumerate(self.analysis.stored[str(node.target)])
+                ]
                 if any(axes):
                     if not isinstance(holder, Elastic):
                         holder.__class__ = Holder

@@ -52,6 +52,7 @@ class Analysis:
         products: For each node that multiplies, its number of multiply-accumulates as (dimensions, constant).
         norms: For each call of a norm over a width, the dimension.
         groups: For each convolution and norm with groups, their number.
+        sums: The dimensions of tensors, by name and number, that a function sums over.
         positions: For each call of a linear layer, the dimensions of its input that it does not read.
     """
 
@@ -65,6 +66,7 @@ class Analysis:
         self.norms: dict[fx.Node, Dim] = {}
         self.groups: dict[fx.Node, Dim] = {}
         self.positions: dict[fx.Node, Dims] = {}
+        self.sums: set[tuple[str, int]] = set()
         self._by_tensor: dict[int, Dims] = {}
         for name, tensor in [
             *model.named_parameters(remove_duplicate=False),
@@ -117,6 +119,13 @@ class Analysis:
                 for dim in self.stored[f"{node.target}.{name}"]:
                     fix(dim, reason)
         self.dims[node] = _constants(node.meta.get("shapes"), reason)
+
+    def read(self, source: Any, weight: Dims, position: int) -> None:
+        """Note that a function sums over a dimension of a weight, whose tail a mixture must cover."""
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            self.sums.add((str(source.target), position))
+        else:
+            fix(weight[position], "it is summed over with a weight that is computed")
 
     def fix(self, node: fx.Node, reason: str) -> None:
         for dim in _flat(self.dims.get(node)):
@@ -239,6 +248,7 @@ def _linear(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     x = analysis.of(call.get(0, "input"))
     weight = analysis.of(call.get(1, "weight"))
     bias = analysis.of(call.get(2, "bias"))
+    analysis.read(call.get(1, "weight"), weight, 1)
     analysis.products[node] = [*x, weight[0]]
     return _linear_dims(x, weight, bias)
 
@@ -262,6 +272,7 @@ def _convolution(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     if groups > 1:
         # The number of groups is an argument, which a mixture's supernet and an architecture have in common.
         fix(x[1 - len(weight)], "there is no elastic form of a grouped convolution as a function")
+    analysis.read(call.get(1, "weight"), weight, 1)
     dims = _convolved(analysis, node, x, weight, analysis.of(call.get(2, "bias")), groups)
     analysis.products[node] = [*dims[: 1 - len(weight)], *dims[2 - len(weight) :], *weight]
     return dims
