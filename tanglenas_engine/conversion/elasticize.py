@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 
 from tanglenas_engine.conversion.dimensions import DATA, Atom, Dim, length, resolved
 from tanglenas_engine.conversion.forms import FORMS, Axes, FixedProduct, Holder, Product, WidthNorm, make_elastic, method
-from tanglenas_engine.conversion.record import BATCHES, DataDependent, record
+from tanglenas_engine.conversion.record import BATCHES, DataDependent, Recorder, record
 from tanglenas_engine.conversion.rules import Analysis
-from tanglenas_engine.conversion.traced import Reference, Traced
+from tanglenas_engine.conversion.stacks import Layers, find_stacks
+from tanglenas_engine.conversion.traced import Reference, Stack, Traced
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.architecture import Architecture
@@ -27,6 +28,7 @@ SHARES: Mapping[str, tuple[float, ...]] = {
     "hidden": (0.25, 0.5, 0.75, 1),
     "heads": (0.25, 0.5, 0.75, 1),
     "residual": (0.5, 0.75, 1),
+    "depth": (0.5, 0.75, 1),
 }
 """The options of each kind of choice, as shares of the given model's number."""
 
@@ -163,35 +165,50 @@ def elasticize(
     hidden: Sequence[float] = SHARES["hidden"],
     residual: Sequence[float] = SHARES["residual"],
     heads: Sequence[float] = SHARES["heads"],
+    depth: Sequence[float] = SHARES["depth"],
     divisor: int = 8,
     output: Callable[[Any], Any] = _logits,
     **options: Any,
 ) -> Elasticized:
     """Return a search space inside a torch module, whose largest network is the module itself."""
-    shares = {"hidden": hidden, "residual": residual, "heads": heads}
+    shares = {"hidden": hidden, "residual": residual, "heads": heads, "depth": depth}
     example = example.detach()
     try:
         recorder = record(model, example, output)
     except DataDependent as error:
         raise TangleNASError(f"{type(model).__name__} cannot become a space: {error}") from None
-    builder = _Builder(copy.deepcopy(model), recorder.graph, recorder.constants, shares, divisor, {})
+    builder = _Builder(copy.deepcopy(model), recorder, shares, divisor, {})
     return builder.build(example, options)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A class of atoms that may become a choice, or a row of one."""
+
+    label: str
+    kind: str
+    atom: Atom
+    options: tuple[int, ...]
+    reason: str | None
+    tensors: int
+    stack: Layers | None = None
+    layer: int | None = None
 
 
 class _Builder:
     def __init__(
         self,
         model: nn.Module,
-        graph: fx.Graph,
-        constants: Mapping[str, Tensor],
+        recorder: Recorder,
         shares: Mapping[str, Sequence[float]],
         divisor: int,
         refused: Mapping[str, str],
     ):
-        self.model, self.graph, self.shares, self.divisor = model, graph, shares, divisor
-        for name, tensor in constants.items():
+        self.model, self.graph, self.shares, self.divisor = model, recorder.graph, shares, divisor
+        for name, tensor in recorder.constants.items():
             model.register_buffer(name, tensor, persistent=False)
-        self.analysis = Analysis(graph, model)
+        self.analysis = Analysis(self.graph, model)
+        self.stacks = find_stacks(model, recorder.spans, self.analysis)
         self.refused = refused
         self.sizes: dict[Atom, Size] = {}
         self.report = Report()
@@ -199,9 +216,9 @@ class _Builder:
     def build(self, example: Tensor, options: Mapping[str, Any]) -> Elasticized:
         self._fix_what_has_no_form()
         space = Elasticized(self.model, example, **options)
-        self._choose(space)
+        depths = self._choose(space)
         self._make_layers(space)
-        self._write(space)
+        self._write(space, depths)
         space.report = self.report
         return space
 
@@ -241,39 +258,31 @@ class _Builder:
             *self.model.named_buffers(remove_duplicate=False),
         ]
 
-    def _choose(self, space: SearchSpace) -> None:
+    def _choose(self, space: SearchSpace) -> dict[str, Size]:
         """Declare a choice for each class of atoms that may vary, and list the others with their reasons."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        first: dict[Atom, tuple[str, int]] = {}
-        counts: dict[Atom, int] = {}
+        found: dict[Atom, list[tuple[str, int]]] = {}
         for name in self._uses():
             if name in parameters:
                 for position, dim in enumerate(self.analysis.stored[name]):
                     for atom in resolved(dim):
-                        first.setdefault(atom, (name, position))
-                        counts[atom] = counts.get(atom, 0) + 1
-        for atom, (name, position) in first.items():
-            inner = self._inner(atom, name, position)
-            kind = "heads" if atom.independent else "residual" if atom.joined else "hidden"
-            label = name.rpartition(".")[0] or name
-            if name.rpartition(".")[2] not in ("weight", "bias"):
-                label = name
-            number, base = 2, label
-            while label in space.choices:
-                label, number = f"{base}.{number}", number + 1
-            reason = self.refused.get(label) or atom.fixed
-            found = self._options(atom.length, self.shares[kind], 1 if inner > 1 else self.divisor)
-            if reason is None and len(found) == 1:
-                reason = "it is too small to vary" if len(self.shares[kind]) > 1 else f"{kind} sizes do not vary"
+                        found.setdefault(atom, []).append((name, position))
+        depths = self._choose_depths(space)
+        rows: dict[str, list[_Candidate]] = {}  # those that differ in the layer of a stack only are one choice
+        for atom, places in found.items():
+            candidate = self._candidate(atom, places)
+            reason = self.refused.get(candidate.label) or atom.fixed or candidate.reason
             if reason is not None:
                 atom.fix(reason)
                 if reason != DATA:
-                    part = Part(f"{name}[{position}]", "fixed", atom.length, (atom.length,), reason, counts[atom])
+                    name, position = places[0]
+                    part = Part(f"{name}[{position}]", "fixed", atom.length, (atom.length,), reason, len(places))
                     self.report.parts.append(part)
-                continue
-            self.sizes[atom] = space.choice(label, found)
-            self.report.parts.append(Part(label, kind, atom.length, found, "", counts[atom]))
-        if not self.sizes:
+            else:
+                rows.setdefault(candidate.label, []).append(candidate)
+        for label, candidates in rows.items():
+            self._declare(space, label, candidates, depths)
+        if not space.choices:
             reasons = sorted({part.reason for part in self.report.fixed})
             raise TangleNASError(
                 f"{type(self.model).__name__} has no layer whose size can vary"
@@ -284,12 +293,91 @@ class _Builder:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 self.report.total += parameter.numel()
-                if any(atom in self.sizes for dim in self.analysis.stored[name] for atom in resolved(dim)):
+                inside = any(name.startswith(f"{path}.") for path in depths)
+                if inside or any(atom in self.sizes for dim in self.analysis.stored[name] for atom in resolved(dim)):
                     self.report.elastic += parameter.numel()
+        return depths
 
-    def _inner(self, atom: Atom, name: str, position: int) -> int:
+    def _choose_depths(self, space: SearchSpace) -> dict[str, Size]:
+        """Declare a choice for the depth of each stack, and keep the stacks that have one."""
+        depths: dict[str, Size] = {}
+        for stack in list(self.stacks):
+            label, largest = f"{stack.path}.depth", len(stack.names)
+            found = {max(stack.least, round(share * largest)) for share in self.shares["depth"]}
+            options = tuple(sorted({n for n in found if n < largest} | {largest}))
+            if len(options) == 1 or label in self.refused:
+                self.stacks.remove(stack)
+                if label in self.refused:
+                    self.report.parts.append(Part(label, "fixed", largest, (largest,), self.refused[label]))
+                continue
+            depths[stack.path] = space.choice(label, options)
+            self.report.parts.append(Part(label, "depth", largest, options))
+        return depths
+
+    def _candidate(self, atom: Atom, places: Sequence[tuple[str, int]]) -> _Candidate:
+        """Return the choice that a class of atoms would be."""
+        name, position = places[0]
+        owner, _, key = name.rpartition(".")
+        label = owner if owner and key in ("weight", "bias") else name
+        kind = "heads" if atom.independent else "residual" if atom.joined else "hidden"
         atoms = resolved(self.analysis.stored[name][position])
-        return math.prod(a.length for a in atoms[atoms.index(atom) + 1 :])
+        moves = math.prod(a.length for a in atoms[atoms.index(atom) + 1 :]) > 1
+        options = self._options(atom.length, self.shares[kind], 1 if moves else self.divisor)
+        reason = None
+        if len(options) == 1:
+            reason = "it is too small to vary" if len(self.shares[kind]) > 1 else f"sizes of the kind {kind!r} stay"
+        for stack in self.stacks:
+            for layer in range(len(stack.names)):
+                if all(place.startswith(stack.prefix(layer)) for place, _ in places):
+                    label = f"{stack.path}.{label.removeprefix(stack.prefix(layer))}"
+                    return _Candidate(label, kind, atom, options, reason, len(places), stack, layer)
+        return _Candidate(label, kind, atom, options, reason, len(places))
+
+    def _declare(
+        self, space: SearchSpace, label: str, candidates: Sequence[_Candidate], depths: Mapping[str, Size]
+    ) -> None:
+        """Declare the choices of the same name: one per class, or one for the classes in the layers of a stack."""
+        number, groups = 0, list[list[_Candidate]]()
+        for candidate in candidates:  # several in one layer become several choices
+            group = next((g for g in groups if candidate.layer not in {None, *(c.layer for c in g)}), None)
+            if group is None or candidate.stack is None:
+                groups.append([candidate])
+            else:
+                group.append(candidate)
+        for group in groups:
+            number += 1
+            name, first = label if number == 1 else f"{label}.{number}", group[0]
+            while name in space.choices:
+                number += 1
+                name = f"{label}.{number}"
+            self.report.parts.append(
+                Part(name, first.kind, first.atom.length, first.options, "", sum(c.tensors for c in group))
+            )
+            if first.stack is None:
+                self.sizes[first.atom] = space.choice(name, first.options)
+                continue
+            per = [(depths[first.stack.path], candidate.layer or 0) for candidate in group]
+            if all(candidate.options == first.options for candidate in group):
+                choice = space.choice(name, first.options, per)
+                self.sizes.update({candidate.atom: choice[i] for i, candidate in enumerate(group)})
+                continue
+            shares = self._distinct(group)
+            choice = space.choice(name, shares, per)
+            for i, candidate in enumerate(group):
+                values = {share: self._rounded(candidate, share) for share in shares}
+                self.sizes[candidate.atom] = choice[i].map(values.__getitem__)
+
+    def _distinct(self, group: Sequence[_Candidate]) -> tuple[float, ...]:
+        """Return the shares that give every class of a group other sizes."""
+        kept: list[float] = [1]
+        for share in sorted(self.shares[group[0].kind], reverse=True):
+            found = [[self._rounded(candidate, s) for s in (*kept, share)] for candidate in group]
+            if all(len(set(sizes)) == len(sizes) for sizes in found):
+                kept.append(share)
+        return tuple(sorted(kept))
+
+    def _rounded(self, candidate: _Candidate, share: float) -> int:
+        return min(candidate.options, key=lambda option: abs(option - share * candidate.atom.length))
 
     def _options(self, largest: int, shares: Sequence[float], divisor: int) -> tuple[int, ...]:
         while divisor > 1 and (largest % divisor or largest < 4 * divisor):
@@ -361,35 +449,32 @@ class _Builder:
         if positions.rows:
             module.positions = positions  # type: ignore[assignment]
 
-    def _write(self, space: Elasticized) -> None:
-        """Write the program of the space: the recording with references to sizes and operations."""
-        sizes: dict[tuple[Any, ...], int] = {}
-        listed: list[Size] = []
-        operations: list[nn.Module] = []
-        program, env = fx.Graph(), {}
-
-        def reference(dim: Dim) -> Any:
-            size = self.size(dim)
-            if not size.rows:
-                return length(dim)
-            key = (size.rows, size.values)
-            if key not in sizes:
-                sizes[key] = len(listed)
-                listed.append(size)
-            return Reference(sizes[key])
-
+    def _write(self, space: Elasticized, depths: Mapping[str, Size]) -> None:
+        """Write the programs of the space and of the layers of its stacks."""
+        inside = {node for stack in self.stacks for nodes in stack.nodes for node in nodes}
+        starts = {stack.nodes[0][0]: stack for stack in self.stacks}
+        program = _Program(self, "")
         for node in self.graph.nodes:
-            args = fx.node.map_arg(node.args, env.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-            if node in self.analysis.shapes:
-                args, kwargs = self._sized(node, args, kwargs, reference)
-            made = env[node] = program.create_node(node.op, node.target, args, kwargs)
-            if (operation := self._operation(node)) is not None:
-                made.meta["operation"] = len(operations)
-                operations.append(operation)
-        space.set_program(program, listed, operations)
+            if node in starts:
+                program.add_stack(starts[node])
+            if node not in inside:
+                program.add(node)
+        program.write(space)
+        for stack in self.stacks:
+            for position, nodes in enumerate(stack.nodes):
+                layer = space.get_submodule(f"{stack.path}.{stack.names[position]}")
+                layer.__class__ = Traced
+                program = _Program(self, stack.prefix(position))
+                program.add_inputs([stack.inputs[position], *stack.context])
+                for node in nodes:
+                    program.add(node)
+                program.program.output(program.env[stack.outputs[position]])
+                program.write(layer)
+            container = space.get_submodule(stack.path)
+            container.__class__ = Stack
+            container.set_depth(depths[stack.path])
 
-    def _sized(self, node: fx.Node, args: Any, kwargs: Any, reference: Callable[[Dim], Any]) -> tuple[Any, Any]:
+    def sized(self, node: fx.Node, args: Any, kwargs: Any, reference: Callable[[Dim], Any]) -> tuple[Any, Any]:
         """Put references in place of the numbers of a shape that vary."""
         dims = self.analysis.shapes[node]
         name = self.analysis.name_of(node)
@@ -428,7 +513,7 @@ class _Builder:
             return (args[0], replaced(tuple(args[1]), numbers[1], dims)), kwargs
         return (args[0], *replaced(tuple(args[1:]), numbers[1:], dims)), kwargs
 
-    def _operation(self, node: fx.Node) -> nn.Module | None:
+    def operation(self, node: fx.Node) -> nn.Module | None:
         """Return the module that computes a node in the supernet, or None if the call itself does."""
         if node.op not in ("call_function", "call_method"):
             return None
@@ -445,3 +530,77 @@ class _Builder:
             return FixedProduct(function)
         constant = math.prod(a.length for dim in dims for a in resolved(dim) if a not in self.sizes)
         return Product(function, constant, tuple(self.sizes[a] for a in varying), BATCHES[0])
+
+
+class _Program:
+    """A program in the making: nodes of the recording with references to sizes and operations.
+
+    Args:
+        prefix: The start of the names of what is in the module that runs the program. It is cut.
+    """
+
+    def __init__(self, builder: _Builder, prefix: str):
+        self.builder, self.prefix = builder, prefix
+        self.program = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self._sizes: dict[tuple[Any, ...], int] = {}
+        self._listed: list[Size] = []
+        self._operations: list[nn.Module] = []
+        self._specials: dict[Any, fx.Node] = {}
+
+    def add_inputs(self, nodes: Sequence[fx.Node]) -> None:
+        """Add the inputs of a layer, and the numbers that follow from the first of them."""
+        for i, node in enumerate(nodes):
+            self.env[node] = self.program.placeholder(f"x{i}" if i else "x")
+        self._x, self._times = self.env[nodes[0]], nodes[0].meta["shapes"][0] // BATCHES[0]
+
+    def add(self, node: fx.Node) -> None:
+        args, kwargs = (fx.node.map_arg(value, self._node) for value in (node.args, node.kwargs))
+        if node in self.builder.analysis.shapes:
+            args, kwargs = self.builder.sized(node, args, kwargs, self._reference)
+        target = node.target
+        if node.op in ("get_attr", "call_module") and not node.meta.get("special"):
+            target = str(target).removeprefix(self.prefix)
+        made = self.env[node] = self.program.create_node(node.op, target, args, kwargs)
+        if (operation := self.builder.operation(node)) is not None:
+            made.meta["operation"] = len(self._operations)
+            self._operations.append(operation)
+
+    def add_stack(self, stack: Layers) -> None:
+        """Add the call of a stack of layers, in place of the calls that were recorded."""
+        given = tuple(self._node(node) for node in (stack.inputs[0], *stack.context))
+        self.env[stack.outputs[-1]] = self.program.call_module(stack.path, given)
+
+    def write(self, module: nn.Module) -> None:
+        module.set_program(self.program, self._listed, self._operations)  # type: ignore[operator]
+
+    def _node(self, node: fx.Node) -> fx.Node:
+        """Return the program's node of a node. Numbers of the whole input are computed from a layer's own."""
+        if node in self.env:
+            return self.env[node]
+        key, program = node.meta["special"], self.program
+        if key not in self._specials:
+            if key == "batch":
+                made = program.call_method("size", (self._x, 0))
+                if self._times > 1:
+                    made = program.call_function(operator.floordiv, (made, self._times))
+            elif key in ("device", "dtype"):
+                made = program.call_function(getattr, (self._x, key))
+            elif key == "training":
+                made = program.create_node("get_attr", "training")
+            else:
+                kind, factor = key
+                source = next(n for n in node.all_input_nodes if n.meta.get("special") == kind)
+                made = program.call_function(operator.mul, (self._node(source), factor))
+            self._specials[key] = made
+        return self._specials[key]
+
+    def _reference(self, dim: Dim) -> Any:
+        size = self.builder.size(dim)
+        if not size.rows:
+            return length(dim)
+        key = (size.rows, size.values)
+        if key not in self._sizes:
+            self._sizes[key] = len(self._listed)
+            self._listed.append(size)
+        return Reference(self._sizes[key])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,22 +30,17 @@ READS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "num
 VARYING = {"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"}
 """Functions whose output has a shape that depends on the numbers of a tensor."""
 
-INPLACE = {
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
-    "itruediv": "truediv",
-    "ifloordiv": "floordiv",
-    "imod": "mod",
-    "ipow": "pow",
-    "iand": "and_",
-    "ior": "or_",
-    "ixor": "xor",
-}
-
-
 class DataDependent(Exception):
-    """An error for a forward that looks at the numbers of a tensor, which a recording cannot repeat."""
+    """An error for a forward that a recording cannot repeat.
+
+    Attributes:
+        owner: The module that made the call.
+        reason: The reason, as a clause.
+    """
+
+    def __init__(self, owner: str, reason: str):
+        super().__init__(reason)
+        self.owner, self.reason = owner, reason
 
 
 class Recorder(TorchFunctionMode):
@@ -57,6 +52,10 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         graph: The graph. The `meta` of a node has `owner`, the name of the module that made the call, and `shapes`.
+        constants: Tensors of the forward that are neither stored in the model nor computed by torch's functions.
+        spans: For each module that is no leaf, its calls: the nodes, the tensors given, and the tensors returned.
+        unchanged: The modules that returned their input in a call.
+        changed: The modules that returned something else in a call.
     """
 
     def __init__(self, model: nn.Module, leaves: Mapping[nn.Module, str]):
@@ -65,12 +64,13 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, Tensor] = {}
         self.owners: list[str] = [""]
         self.names = {module: name for name, module in model.named_modules()}
-        self.spans: dict[str, list[tuple[int, int, list[fx.Node], list[fx.Node]]]] = {}
-        self.unchanged: set[str] = set()  # the modules that returned their input
+        self.spans: dict[str, list[tuple[list[fx.Node], list[fx.Node], list[fx.Node]]]] = {}
+        self.unchanged: set[str] = set()
         self.changed: set[str] = set()
         self._leaves = leaves
         self._off = False
         self._nodes: dict[int, fx.Node] = {}
+        self._listed: list[fx.Node] = []  # all nodes in order
         self._alive: list[Any] = []  # an id stands for a tensor only as long as that lives
         self._depends: set[fx.Node] = set()
         self._stored = {
@@ -97,14 +97,14 @@ class Recorder(TorchFunctionMode):
         if name in READS | VARYING or name == "__getitem__" and _by_mask(args[1]):
             given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             if any(self._nodes.get(id(t)) in self._depends or id(t) in self._parameters for t in given):
-                raise DataDependent(f"its forward depends on the numbers of a tensor ({name.strip('_')})")
+                raise DataDependent(self.owners[-1], f"its forward depends on the numbers of a tensor ({name.strip('_')})")
         self._off = True
         try:
             result = func(*args, **kwargs)
         finally:
             self._off = False
         if name == "__set__":
-            raise DataDependent("its forward replaces what a tensor holds")
+            raise DataDependent(self.owners[-1], "its forward replaces what a tensor holds")
         if name in ("__setitem__", "backward", "register_hook") or any(isinstance(v, Tensor) for v in tree_leaves(result)):
             self._note(func, name, args, kwargs, result)
         return result
@@ -123,16 +123,14 @@ class Recorder(TorchFunctionMode):
             self._bind_results(self._create("call_module", target, args, kwargs), result)
             return result
         self.owners.append(name)
-        start = len(self.graph.nodes)
+        given = [self._argument(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        start = len(self._listed)
         try:
             result = forward(module, *args, **kwargs)
         finally:
             self.owners.pop()
-        given, returned = (
-            [self._argument(v) for v in tree_leaves(value) if isinstance(v, Tensor)]
-            for value in ((args, kwargs), result)
-        )
-        self.spans.setdefault(name, []).append((start, len(self.graph.nodes), given, returned))
+        returned = [self._argument(value) for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self.spans.setdefault(name, []).append((self._listed[start:], given, returned))
         same = len(args) == 1 and not kwargs and result is args[0]
         (self.unchanged if same else self.changed).add(name)
         return result
@@ -148,7 +146,7 @@ class Recorder(TorchFunctionMode):
             elif key[:1] == "r" and hasattr(operator, key[1:]):
                 target, args = getattr(operator, key[1:]), (args[1], args[0])
             else:
-                raise DataDependent(f"its forward calls Tensor.{name}, which a recording cannot repeat")
+                raise DataDependent(self.owners[-1], f"its forward calls Tensor.{name}, which a recording cannot repeat")
             node = self._create("call_function", target, args, kwargs)
         elif getattr(Tensor, name, None) is func:
             node = self._create("call_method", name, args, kwargs)
@@ -160,6 +158,7 @@ class Recorder(TorchFunctionMode):
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         args, kwargs = self._argument(tuple(args)), self._argument(dict(kwargs))
         node = self.graph.create_node(op, target, args, kwargs)
+        self._listed.append(node)
         node.meta["owner"] = self.owners[-1]
         if any(argument in self._depends for argument in node.all_input_nodes):
             self._depends.add(node)
@@ -191,11 +190,12 @@ class Recorder(TorchFunctionMode):
                     name = f"_constant_{len(self.constants)}"
                     self.constants[name] = value
                 node = self.graph.create_node("get_attr", name)
+                self._listed.append(node)
                 node.meta["owner"] = self.owners[-1]
                 self._bind(value, node)
             return self._nodes[id(value)]
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            raise DataDependent("its forward passes a named tuple to a function of torch")
+            raise DataDependent(self.owners[-1], "its forward passes a named tuple to a function of torch")
         if isinstance(value, tuple | list):
             return type(value)(map(self._argument, value)) if type(value) in (tuple, list) else tuple(
                 map(self._argument, value)
@@ -235,9 +235,9 @@ def _calls_of(recorder: Recorder) -> Iterator[None]:
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
-def run(model: nn.Module, leaves: Mapping[nn.Module, str], x: Tensor, output: Callable[[Any], Any]) -> Recorder:
-    """Record one forward of a model."""
-    recorder = Recorder(model, leaves)
+def run(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any], Any]) -> Recorder:
+    """Record one forward of a model. Calls of the modules named in `whole` are noted as such, like those of layers."""
+    recorder = Recorder(model, _leaves(model, set(whole)))
     recorder.input("x", x)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _calls_of(recorder):
         result = output(model(x))
@@ -245,48 +245,53 @@ def run(model: nn.Module, leaves: Mapping[nn.Module, str], x: Tensor, output: Ca
     return recorder
 
 
-def leaves_of(model: nn.Module, regularisers: set[str]) -> dict[nn.Module, str]:
-    """Return the modules to note as calls: torch's layers with tensors of their own, and regularisers."""
+def _leaves(model: nn.Module, whole: set[str]) -> dict[nn.Module, str]:
+    """Return the modules whose calls are noted: torch's layers with tensors of their own, and those named in `whole`."""
     return {
         module: name
         for name, module in model.named_modules()
-        if name in regularisers or (type(module).__module__.startswith("torch.nn.modules.") and _holds(module))
+        if name in whole or (type(module).__module__.startswith("torch.nn.modules.") and _holds(module))
     }
 
 
 def _holds(module: nn.Module) -> bool:
     own = [*module._parameters.values(), *module._buffers.values()]
-    return any(tensor is not None for tensor in own) or isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+    return any(tensor is not None for tensor in own)
 
 
-def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> Recorder:
+def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any], whole: Iterable[str] = ()) -> Recorder:
     """Return the recording of a model's forward, in which numbers that depend on the batch or the mode are nodes.
+
+    A module without tensors that returns its input in evaluation is a regulariser, such as a dropout. Its calls are
+    noted as such, and their nodes have "regulariser" in `meta`.
 
     Args:
         model: The model. Its mode and its numbers stay.
         example: A batch of inputs.
         output: A function that returns a tensor from what the model returns.
+        whole: The names of modules whose calls are noted as such.
 
     Raises:
-        TangleNASError: The forward cannot be repeated from a recording.
-        DataDependent: It depends on the numbers of a tensor.
+        TangleNASError: The forward makes other calls in other modes or for other batches.
+        DataDependent: A module's forward cannot be repeated from a recording.
     """
-    model = copy.deepcopy(model)
-    first = run(model.eval(), leaves_of(model, set()), _batch(example, BATCHES[0]), output)
+    model = copy.deepcopy(model).eval()
+    batches = [_batch(example, length) for length in BATCHES]
+    first = run(model, whole, batches[0], output)
     modules = dict(model.named_modules())
     regularisers = {
         name
         for name in first.unchanged - first.changed
         if name and not isinstance(modules[name], nn.Identity | nn.Sequential) and not _tensors(modules[name])
     }
-    leaves = leaves_of(model, regularisers)
-    evaluated = run(model, leaves, _batch(example, BATCHES[0]), output)
-    twin = copy.deepcopy(model).train()
-    trained = run(twin, leaves_of(twin, regularisers), _batch(example, BATCHES[0]), output)
-    twin = copy.deepcopy(model).double()
-    batch = _batch(example, BATCHES[1])
-    longer = run(twin, leaves_of(twin, regularisers), batch.double() if batch.is_floating_point() else batch, output)
-    _merge(evaluated, trained, longer, model, example)
+    whole = {*whole, *regularisers}
+    evaluated = run(model, whole, batches[0], output)
+    trained = run(copy.deepcopy(model).train(), whole, batches[0], output)
+    longer = batches[1].double() if example.is_floating_point() else batches[1]
+    _merge(evaluated, trained, run(copy.deepcopy(model).double(), whole, longer, output), model, example)
+    for node in evaluated.graph.nodes:
+        if node.op == "call_module" and node.target in regularisers:
+            node.meta["regulariser"] = True
     return evaluated
 
 

@@ -104,8 +104,10 @@ class Analysis:
     def name_of(self, node: fx.Node) -> str:
         """Return the name under which `RULES` has the rule of a node."""
         if node.op == "call_module":
+            if node.meta.get("regulariser"):
+                return "nn.regulariser"
             kind = type(self.modules[str(node.target)])
-            return "nn.regulariser" if node.meta.get("regulariser") or not _own(self.modules[str(node.target)]) else f"nn.{kind.__name__}"
+            return f"{'nn' if kind.__module__.startswith('torch.nn.modules.') else 'module'}.{kind.__name__}"
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         name = name.rstrip("_") if not name.startswith("_") and name not in ("and_", "or_") else name
         return ALIASES.get(name, name)
@@ -150,10 +152,6 @@ class Analysis:
 
 class Unknown(Exception):
     """An error for a call that a rule does not cover."""
-
-
-def _own(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
 def _flat(dims: Any) -> Iterable[Dim]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tanglenas_engine.conversion.forms import FixedProduct, Holder, Number, method
-from tanglenas_engine.elastic.base import Elastic, copied, plain, sliced_state
-from tanglenas_engine.superposition.size import Assignment, Size
+from tanglenas_engine import elastic
+from tanglenas_engine.conversion.forms import Number
+from tanglenas_engine.elastic.base import Elastic, plain, sliced_state
+from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,22 @@ class Reference:
     """The place in a graph of a number that an architecture decides: its position among a module's numbers."""
 
     index: int
+
+
+class Stack(elastic.Depth):
+    """An elastic depth with the names of the container that held the layers in the given model."""
+
+    def set_depth(self, depth: Size) -> None:
+        self.depth = depth
+        self._depths = sorted({int(value) for value in depth.values})
+        self.declare(outputs=(Axis(depth, layout="value", role="value"),))
+
+    def gate(self, child: str) -> Size:
+        return super().gate(str(list(self._modules).index(child)))
+
+    def names(self, assignment: Assignment) -> list[str]:
+        """Return the names of the layers that an architecture has."""
+        return list(self._modules)[: self.depth.value(assignment)]
 
 
 class Traced(Elastic):
@@ -99,8 +116,8 @@ class Traced(Elastic):
         """Return the network of an architecture: torch layers, and the recorded code with the numbers that it needs."""
         network = fx.GraphModule(nn.Module(), fx.Graph())
         network.__class__.__name__ = "GraphModule"
-        memo: dict[nn.Module, nn.Module] = {self: network}
-        self._fill(network, self, assignment, memo)
+        called = {self.get_submodule(str(node.target)) for node in self._program.nodes if node.op == "call_module"}
+        self._fill(network, self, assignment, {self: network}, called)
         graph, env = fx.Graph(), {}
 
         def number(reference: Reference) -> int:
@@ -109,14 +126,28 @@ class Traced(Elastic):
 
         for node in self._program.nodes:
             args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
-            env[node] = graph.create_node(node.op, node.target, args, kwargs)
+            if node.op == "call_module" and isinstance(stack := self.get_submodule(str(node.target)), Stack):
+                x, *context = args
+                for name in stack.names(assignment):
+                    x = graph.call_module(f"{node.target}.{name}", (x, *context))
+                env[node] = x
+            else:
+                env[node] = graph.create_node(node.op, node.target, args, kwargs)
         network.graph = graph
         return network
 
     def _fill(
-        self, target: nn.Module, source: nn.Module, assignment: Assignment, memo: dict[nn.Module, nn.Module]
+        self,
+        target: nn.Module,
+        source: nn.Module,
+        assignment: Assignment,
+        made: dict[nn.Module, nn.Module],
+        called: set[nn.Module],
     ) -> None:
-        """Give a module the tensors and children that an architecture has of `source`."""
+        """Give a module the tensors and children that an architecture has of `source`.
+
+        Modules that the graph calls are made plain. Others only hold tensors.
+        """
         state = sliced_state(source, assignment)
         for name, parameter in source._parameters.items():
             value = None if parameter is None else nn.Parameter(state[name], parameter.requires_grad)
@@ -127,21 +158,19 @@ class Traced(Elastic):
         for name, child in source._modules.items():
             if child is None or source is self and name in ("_numbers", "_operations"):
                 continue
-            if child not in memo:
-                if isinstance(child, Elastic) and not isinstance(child, Holder) or _is_layer(child):
-                    memo[child] = plain(child, assignment)
+            if child not in made:
+                if isinstance(child, Stack):
+                    made[child] = nn.Module()
+                    for key in child.names(assignment):
+                        made[child].add_module(key, plain(child._modules[key], assignment))
+                elif child in called:
+                    made[child] = plain(child, assignment) if isinstance(child, Elastic) else copy.deepcopy(child)
                 else:
-                    memo[child] = nn.Module()
-                    self._fill(memo[child], child, assignment, memo)
-            target.add_module(name, memo[child])
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Return True for a module that the graph may call: one of torch's, or one without tensors."""
-    torchs = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
-    )
-    return torchs or not any(True for _ in [*module.parameters(), *module.buffers()])
+                    made[child] = nn.Module()
+                    self._fill(made[child], child, assignment, made, called)
+            target.add_module(name, made[child])
+            if not called.intersection(child.modules()) and not [*made[child].parameters(), *made[child].buffers()]:
+                target._modules.pop(name)  # the graph has what it computed
 
 
 def _mapped(value: Any, env: Mapping[fx.Node, Any], number: Callable[[Reference], Any]) -> Any:

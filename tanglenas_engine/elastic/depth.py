@@ -17,6 +17,8 @@ from tanglenas_engine.superposition.size import Assignment, Axis, Size
 class Depth(Elastic, nn.ModuleList):
     """The first `depth` of `layers` in sequence; under a mixture, `sum_d p(d) x_d` over the outputs after d layers.
 
+    A layer is called as `layer(x, *context)`. The context is the same for all, such as the positions of the tokens.
+
     After `put_in_order`, a depth keeps the layers of the lowest ranks, in their sequence. Under a mixture, a layer then
     counts by the probability that it is kept, `x + P(depth > rank) (layer(x) - x)`. This is exact at the corners. In
     between, it is not the expectation over depths, which would need a pass for every depth. The order is an entry
@@ -57,27 +59,27 @@ class Depth(Elastic, nn.ModuleList):
         """Return the layers of an architecture, in sequence."""
         return [layer for name, layer in self.named_children() if self.gate(name).value(assignment)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.order is not None:
-            return self._ordered(x)
+            return self._ordered(x, *context)
         depth = len(self) if self.assignment is None else self.depth.value(self.assignment)
         probabilities = self.factors("outputs")
         shares = dict(zip(self._depths, probabilities[0].whole(), strict=True)) if probabilities else {}
         total = x * shares[0] if 0 in shares else None
         for i, layer in enumerate(list(self)[:depth], start=1):
-            x = layer(x)
+            x = layer(x, *context)
             if i in shares:
                 total = x * shares[i] if total is None else torch.addcmul(total, x, shares[i])
         return x if total is None else total
 
-    def _ordered(self, x: Tensor) -> Tensor:
+    def _ordered(self, x: Tensor, *context: Tensor) -> Tensor:
         assignment, probabilities = self.assignment, self.factors("outputs")
         shares = list(probabilities[0].whole()) if probabilities else []
         for name, layer in self.named_children():
             gate = self.gate(name)
             if assignment is not None and not gate.value(assignment):
                 continue
-            y = layer(x)
+            y = layer(x, *context)
             if shares and not gate.min:
                 rank = self._rank(name)
                 use = sum(p for d, p in zip(self._depths, shares, strict=True) if d > rank)

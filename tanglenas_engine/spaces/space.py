@@ -105,14 +105,18 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     # Methods for authors of spaces.
 
     def choice(
-        self, name: str, options: Iterable[Number | str], per: Size | Sequence[Size] | int | None = None
+        self,
+        name: str,
+        options: Iterable[Number | str],
+        per: Size | Sequence[Size] | Sequence[tuple[Size, int]] | int | None = None,
     ) -> Choice:
         """Declare a choice and return it.
 
         Args:
             name: The name of the choice.
             options: Distinct positive numbers, or distinct names.
-            per: A depth, several depths or a number of rows, to repeat the choice (see `Choice`).
+            per: A depth, several depths, pairs of a depth and a layer, or a number of rows, to repeat the choice (see
+                `Choice`).
 
         Raises:
             TangleNASError: The name was declared before, or the options are invalid.

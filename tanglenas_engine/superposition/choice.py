@@ -24,7 +24,8 @@ class Choice(Size):
         superposition: The state that all layers of the space share.
         per: The layers that have one row each. A depth gives one row per layer, and a row counts only if its layer is
             below the chosen depth. A list of depths, or a depth that is itself chosen per stage, gives such rows for
-            each stage. An int is the number of rows.
+            each stage. An int is the number of rows. A list of pairs (depth, layer) gives one row for each pair, where
+            only some layers have the choice.
 
     Raises:
         TangleNASError: The options are empty, repeated, or not all positive numbers or all names.
@@ -35,7 +36,7 @@ class Choice(Size):
         name: str,
         options: Sequence[Number | str],
         superposition: Superposition,
-        per: Size | Sequence[Size] | int | None = None,
+        per: Size | Sequence[Size] | Sequence[tuple[Size, int]] | int | None = None,
     ):
         if isinstance(options, str):
             raise TangleNASError(f"choice {name!r} has the options {options!r}: give a list of them")
@@ -66,8 +67,11 @@ class Choice(Size):
             self.stages = (tuple(add(i) for i in range(per)),)
         elif isinstance(per, Size) and not (isinstance(per, Choice) and per.layered):
             self.stages = (tuple(add(i, per, i) for i in range(per.max)),)
+        elif pairs := [pair for pair in per if isinstance(pair, tuple)]:
+            self.stages = (tuple(add(layer, depth, layer) for depth, layer in pairs),)
         else:
-            self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(per))
+            depths: Any = per
+            self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(depths))
         self.layer_rows = tuple(itertools.chain(*self.stages))
         super().__init__(() if self.layered else self.layer_rows, self.options)
 
