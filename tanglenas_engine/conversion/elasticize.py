@@ -16,10 +16,11 @@ from tanglenas_engine.conversion.dimensions import DATA, Atom, Dim, length, reso
 from tanglenas_engine.conversion.forms import FORMS, Axes, FixedProduct, Holder, Product, WidthNorm, make_elastic, method
 from tanglenas_engine.conversion.record import BATCHES, DataDependent, Recorder, record
 from tanglenas_engine.conversion.rules import Analysis
+from tanglenas_engine.conversion.check import failing_choices
 from tanglenas_engine.conversion.stacks import Layers, find_stacks
 from tanglenas_engine.conversion.traced import Reference, Stack, Traced
 from tanglenas_engine.elastic.base import Elastic, tied
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import Assignment, Axis, Size
@@ -96,7 +97,7 @@ class Report:
         return "\n".join([*lines, f"{self.share:.0%} of {self.total:,} parameters are elastic"])
 
 
-def _logits(output: Any) -> Any:
+def tensor_of(output: Any) -> Any:
     """Return the tensor of an output: itself, its `logits`, or its first element."""
     if isinstance(output, Tensor):
         return output
@@ -167,18 +168,117 @@ def elasticize(
     heads: Sequence[float] = SHARES["heads"],
     depth: Sequence[float] = SHARES["depth"],
     divisor: int = 8,
-    output: Callable[[Any], Any] = _logits,
+    fixed: Sequence[str] = (),
+    output: Callable[[Any], Any] = tensor_of,
     **options: Any,
 ) -> Elasticized:
-    """Return a search space inside a torch module, whose largest network is the module itself."""
+    """Return a search space inside a torch module. Its largest network is the module with its weights.
+
+    The model is run on the example, and every call of a torch function is recorded. Dimensions that must have one size
+    become one choice: the hidden units of an MLP, the channels of a residual stream with all that reads and writes it,
+    the heads of an attention, the groups of a convolution, the depth of repeated layers. What the recording or the
+    rules do not cover stays as it is, and the space's `report` says why. The module itself is not changed.
+
+    Before the space is returned, its largest network is compared with the model, and some of its architectures with the
+    networks extracted for them. A choice that fails becomes fixed.
+
+    Inputs have the example's shape, apart from the batch. A convolutional network for other images is another space.
+
+    Args:
+        model: The module: one tensor in, one tensor out.
+        example: A batch of inputs, such as `torch.randn(2, 3, 224, 224)`, or token ids.
+        hidden: The options of sizes inside a block, as shares of the model's sizes. `(1,)` keeps these sizes.
+        residual: The same for the widths of residual streams.
+        heads: The same for numbers of heads.
+        depth: The same for numbers of repeated layers.
+        divisor: Sizes are multiples of this number, or of a smaller power of two where there are few entries.
+        fixed: Names of choices that stay as they are.
+        output: A function that returns a tensor from what the model returns. By default it is the tensor itself, its
+            `logits`, or the first element.
+        options: Options of every space, such as `relaxation`.
+
+    Raises:
+        TangleNASError: The module cannot be recorded, does not take the example, or has nothing that can vary.
+    """
+    _check_model(model, example)
     shares = {"hidden": hidden, "residual": residual, "heads": heads, "depth": depth}
-    example = example.detach()
+    for kind, listed in shares.items():
+        if not listed or any(not 0 < share <= 1 for share in listed):
+            raise TangleNASError(f"{kind} is {listed!r}: expected shares of the model's size, such as (0.5, 1)")
+    reference = next(model.parameters(), example)
+    example = example.detach().to(reference.device)
+    recorder, whole = _record(model, example, output)
+    refused = dict.fromkeys(fixed, "it is named in `fixed`")
+    for _ in range(4):
+        builder = _Builder(copy.deepcopy(model), recorder, shares, divisor, refused)
+        space = builder.build(example, options)
+        space.report.parts[:0] = [Part(name, "fixed", 0, (), reason) for name, reason in whole.items()]
+        failing = failing_choices(space, model, output)
+        if not failing:
+            return space.train(model.training)
+        refused.update(failing)
+    raise TangleNASError(
+        f"{type(model).__name__} cannot become a space: its architectures differ from the networks extracted for them"
+    )
+
+
+def _check_model(model: nn.Module, example: Tensor) -> None:
+    """Refuse modules that a recording would not repeat, and examples that are no batch."""
+    if not isinstance(model, nn.Module):
+        raise TangleNASError(f"elasticize takes a torch module, got {type(model).__name__}")
+    name = type(model).__name__
+    if not isinstance(example, Tensor) or example.dim() < 2 or not len(example):
+        shape = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"type {type(example).__name__}"
+        raise TangleNASError(f"the example is of {shape}, expected a batch of inputs, such as torch.randn(2, 3, 224, 224)")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise TangleNASError(f"{name} is compiled: give the module that was compiled (its `_orig_mod`)")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TangleNASError(f"{name} is a wrapper for several devices: give its `module`")
+    for path, module in model.named_modules():
+        where = f"{path} ({type(module).__name__})" if path else name
+        if isinstance(module, Elastic):
+            raise TangleNASError(f"{where} is elastic already: elasticize takes modules of torch alone")
+        if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torchao.")):
+            raise TangleNASError(f"{where} is quantized: search in floating point, and quantize the network found")
+        if nn.utils.parametrize.is_parametrized(module):
+            raise TangleNASError(
+                f"{where} computes a weight from others: remove its parametrization first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if any(
+            getattr(module, hooks, None)
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        ):
+            raise TangleNASError(f"{where} has hooks, which a recording leaves out: remove them first")
+        for key, tensor in module._parameters.items():
+            if isinstance(tensor, nn.parameter.UninitializedParameter) or (tensor is not None and tensor.is_meta):
+                raise TangleNASError(f"{where} has no numbers in {key} yet: run the model once, or load its weights")
+
+
+def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> tuple[Recorder, dict[str, str]]:
+    """Return the recording of a model, and the modules in it that are called as a whole, with the reasons."""
+    name = type(model).__name__
     try:
-        recorder = record(model, example, output)
-    except DataDependent as error:
-        raise TangleNASError(f"{type(model).__name__} cannot become a space: {error}") from None
-    builder = _Builder(copy.deepcopy(model), recorder, shares, divisor, {})
-    return builder.build(example, options)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = copy.deepcopy(model).eval()(example)
+    except Exception as error:
+        raise TangleNASError(
+            f"{name} does not take the example of shape {tuple(example.shape)} and type {example.dtype}: {describe(error)}"
+        ) from error
+    if not isinstance(output(result), Tensor):
+        raise TangleNASError(f"`output` returns a {type(output(result)).__name__} for what {name} returns, expected a tensor")
+    whole: dict[str, str] = {}
+    while True:
+        try:
+            return record(model, example, output, whole), whole
+        except DataDependent as error:
+            if not error.owner or error.owner in whole:
+                raise TangleNASError(f"{name} cannot become a space: {error.reason}") from None
+            whole[error.owner] = error.reason
+        except TangleNASError:
+            raise
+        except Exception as error:
+            raise TangleNASError(f"{name} cannot be recorded: {describe(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -268,6 +368,7 @@ class _Builder:
                     for atom in resolved(dim):
                         found.setdefault(atom, []).append((name, position))
         depths = self._choose_depths(space)
+        fixed: dict[tuple[str, int, str], int] = {}
         rows: dict[str, list[_Candidate]] = {}  # those that differ in the layer of a stack only are one choice
         for atom, places in found.items():
             candidate = self._candidate(atom, places)
@@ -276,12 +377,16 @@ class _Builder:
                 atom.fix(reason)
                 if reason != DATA:
                     name, position = places[0]
-                    part = Part(f"{name}[{position}]", "fixed", atom.length, (atom.length,), reason, len(places))
-                    self.report.parts.append(part)
+                    tensor = name.rpartition(".")[2] if name.endswith((".weight", ".bias")) else ""
+                    place = f"{candidate.label}.{tensor}" if tensor else candidate.label
+                    key = (f"{place}[{position}]", atom.length, reason)
+                    fixed[key] = fixed.get(key, 0) + len(places)
             else:
                 rows.setdefault(candidate.label, []).append(candidate)
         for label, candidates in rows.items():
             self._declare(space, label, candidates, depths)
+        for (label, largest, reason), count in fixed.items():
+            self.report.parts.append(Part(label, "fixed", largest, (largest,), reason, count))
         if not space.choices:
             reasons = sorted({part.reason for part in self.report.fixed})
             raise TangleNASError(
@@ -404,6 +509,7 @@ class _Builder:
         return total
 
     def _make_layers(self, space: Elasticized) -> None:
+        called = {self.analysis.modules[str(node.target)] for node in self.graph.nodes if node.op == "call_module"}
         done: set[nn.Module] = set()
         for node in self.graph.nodes:
             if node.op == "call_module":
@@ -419,7 +525,7 @@ class _Builder:
                     self.axis(dim, "read" if (str(node.target), i) in self.analysis.sums else role)
                     for i, dim in enumerate(self.analysis.stored[str(node.target)])
                 ]
-                if any(axes):
+                if any(axes) and holder not in called:
                     if not isinstance(holder, Elastic):
                         holder.__class__ = Holder
                     if key not in holder.axes:
@@ -436,7 +542,8 @@ class _Builder:
                 elif key == "weight" and isinstance(module, nn.modules.conv._ConvNd):
                     grouped = module.groups > 1
                     roles[:2] = ["write" if grouped else "read", "write"] if module.transposed else ["write", "read"]
-                axes[key] = [self.axis(dim, role) for dim, role in zip(dims, roles, strict=True)]
+                summed = [(f"{name}.{key}", i) in self.analysis.sums for i in range(len(dims))]
+                axes[key] = [self.axis(d, "read" if s else r) for d, r, s in zip(dims, roles, summed, strict=True)]
         width = self.analysis.norms.get(node)
         norm = None if width is None else self.axis(width, "statistics")
         if isinstance(module, nn.GroupNorm):
@@ -562,9 +669,19 @@ class _Program:
         if node.op in ("get_attr", "call_module") and not node.meta.get("special"):
             target = str(target).removeprefix(self.prefix)
         made = self.env[node] = self.program.create_node(node.op, target, args, kwargs)
+        if node.op == "placeholder":
+            self._guard(made, node.meta["shapes"][1:])
         if (operation := self.builder.operation(node)) is not None:
             made.meta["operation"] = len(self._operations)
             self._operations.append(operation)
+
+    def _guard(self, x: fx.Node, expected: tuple[int, ...]) -> None:
+        """Refuse inputs of another shape: numbers of the recording hold for the example's shape alone."""
+        shape = self.program.call_function(getattr, (x, "shape"))
+        given = self.program.call_function(operator.getitem, (shape, slice(1, None)))
+        equal = self.program.call_function(operator.eq, (given, expected))
+        sizes = ", ".join(map(str, expected))
+        self.program.call_function(torch._assert, (equal, f"expected inputs of shape (batch, {sizes}), as recorded"))
 
     def add_stack(self, stack: Layers) -> None:
         """Add the call of a stack of layers, in place of the calls that were recorded."""

@@ -98,13 +98,18 @@ class Recorder(TorchFunctionMode):
             given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             if any(self._nodes.get(id(t)) in self._depends or id(t) in self._parameters for t in given):
                 raise DataDependent(self.owners[-1], f"its forward depends on the numbers of a tensor ({name.strip('_')})")
+        written = args[0] if args and (name[-1:] == "_" != name[-2:-1] or name[:3] == "__i" and name[3:] != "nvert__") else None
+        written = args[0] if name == "__setitem__" else kwargs.get("out", written)
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__set__" or (name == "__get__" and attribute == "data" and id(args[0]) in self._stored):
+            raise DataDependent(self.owners[-1], "its forward replaces the numbers of a tensor")
+        if isinstance(written, Tensor) and id(written) in self._stored and not self._counts(written):
+            raise DataDependent(self.owners[-1], "its forward changes a parameter or a buffer")
         self._off = True
         try:
             result = func(*args, **kwargs)
         finally:
             self._off = False
-        if name == "__set__":
-            raise DataDependent(self.owners[-1], "its forward replaces what a tensor holds")
         if name in ("__setitem__", "backward", "register_hook") or any(isinstance(v, Tensor) for v in tree_leaves(result)):
             self._note(func, name, args, kwargs, result)
         return result
@@ -115,6 +120,9 @@ class Recorder(TorchFunctionMode):
         if self._off or name is None:
             return forward(module, *args, **kwargs)
         if (target := self._leaves.get(module)) is not None:
+            own = [*module._parameters.values(), *module._buffers.values()]
+            if any(tensor is not None and id(tensor) not in self._stored for tensor in own):
+                raise DataDependent(self.owners[-1], f"its forward calls {target} with other weights than its own")
             self._off = True
             try:
                 result = forward(module, *args, **kwargs)
@@ -134,6 +142,10 @@ class Recorder(TorchFunctionMode):
         same = len(args) == 1 and not kwargs and result is args[0]
         (self.unchanged if same else self.changed).add(name)
         return result
+
+    def _counts(self, tensor: Tensor) -> bool:
+        """Return True for the number of batches that a batch norm saw."""
+        return self._stored[id(tensor)].endswith("num_batches_tracked")
 
     def _note(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -250,7 +262,7 @@ def _leaves(model: nn.Module, whole: set[str]) -> dict[nn.Module, str]:
     return {
         module: name
         for name, module in model.named_modules()
-        if name in whole or (type(module).__module__.startswith("torch.nn.modules.") and _holds(module))
+        if name in whole or (name and type(module).__module__.startswith("torch.nn.modules.") and _holds(module))
     }
 
 

@@ -93,13 +93,15 @@ class Analysis:
             name = self.name_of(node)
             rule = RULES.get(name)
             if rule is None:
-                self.refuse(node, f"there is no rule for {name}")
-            else:
-                try:
-                    self.dims[node] = rule(self, node, Call(node, name))
-                except (Unknown, IndexError, TypeError, ValueError, KeyError) as error:
-                    self.refuse(node, str(error) if isinstance(error, Unknown) else f"{name} is called in an unknown way")
-            self._check(node, shapes)
+                self.refuse(node, REFUSED.get(name, f"there is no rule for {name}"))
+                return
+            try:
+                self.dims[node] = rule(self, node, Call(node, name))
+            except (Unknown, IndexError, TypeError, ValueError, KeyError) as error:
+                self.refuse(node, str(error) if isinstance(error, Unknown) else f"{name} is called in an unknown way")
+                return
+            if _lengths(self.dims[node]) != _listed(shapes):
+                self.refuse(node, f"the rule for {name} does not fit its output")
 
     def name_of(self, node: fx.Node) -> str:
         """Return the name under which `RULES` has the rule of a node."""
@@ -144,11 +146,6 @@ class Analysis:
             raise Unknown("several tensors are given where one is expected")
         return list(dims)
 
-    def _check(self, node: fx.Node, shapes: Any) -> None:
-        """Compare the dimensions that a rule gave with the shapes that were recorded."""
-        if _lengths(self.dims[node]) != _listed(shapes):
-            self.refuse(node, f"the rule for {self.name_of(node)} does not fit its output")
-
 
 class Unknown(Exception):
     """An error for a call that a rule does not cover."""
@@ -181,7 +178,7 @@ def _lengths(dims: Any) -> Any:
 def _listed(shapes: Any) -> Any:
     if isinstance(shapes, Mapping):
         return {key: _listed(value) for key, value in shapes.items()}
-    return [_listed(shape) if isinstance(shape, tuple) else shape for shape in shapes or ()]
+    return [_listed(shape) if isinstance(shape, tuple | list) else shape for shape in shapes or ()]
 
 
 # Operations on entries.
@@ -795,3 +792,8 @@ RULES: dict[str, Rule] = {
         """.split()
     },
 }  # fmt: skip
+
+REFUSED: dict[str, str] = {
+    name: "recurrent layers have no elastic form" for name in ("nn.LSTM", "nn.GRU", "nn.RNN", "lstm", "gru")
+} | {"nn.MultiheadAttention": "attention of torch's own layer is not taken apart"}
+"""The reasons for operations that have no rule, where there is more to say."""
