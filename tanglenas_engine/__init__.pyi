@@ -16,6 +16,7 @@ from .runtime.files import write_atomic as write_atomic
 
 # Authors of search spaces.
 from . import elastic as elastic
+from .conversion.elasticize import elasticize as elasticize
 from .spaces import cells as cells
 from .spaces.architecture import Architecture as Architecture
 from .spaces.space import SearchSpace as SearchSpace

@@ -81,6 +81,7 @@ LAYERS = (
     "runtime",
     "data",
     "spaces",
+    "conversion",
     "optimizers",
     "training",
     "tables",
