@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tanglenas_engine.conversion.dimensions import DATA, Atom, Dim, length, resolved
-from tanglenas_engine.conversion.forms import FORMS, Axes, FixedProduct, Holder, Product, WidthNorm, make_elastic, method
+from tanglenas_engine.conversion.forms import FORMS, Axes, FixedProduct, Holder, Product, WidthMean, WidthNorm, make_elastic, method
 from tanglenas_engine.conversion.record import BATCHES, DataDependent, Recorder, record
 from tanglenas_engine.conversion.rules import Analysis
 from tanglenas_engine.conversion.check import failing_choices
@@ -629,6 +629,10 @@ class _Builder:
         if node in self.analysis.norms:
             width = self.axis(self.analysis.norms[node], "statistics")
             return None if width is None else WidthNorm(width, name == "layer_norm")
+        if node in self.analysis.means:
+            width, dim = self.analysis.means[node]
+            axis = self.axis(width, "statistics")
+            return None if axis is None else WidthMean(function, axis, dim)
         if name not in PRODUCTS:
             return None
         dims = self.analysis.products.get(node)

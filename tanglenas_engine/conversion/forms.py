@@ -151,6 +151,29 @@ class WidthNorm(Elastic):
         return F.rms_norm(input, input.shape[-1:], weight, eps)
 
 
+class WidthMean(Elastic):
+    """A mean over an elastic dimension, weighted by its coverage, as norms written out have it.
+
+    Args:
+        function: The call that was recorded.
+        width: The dimension.
+        dim: Its number, counted from the last one.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], width: Axis, dim: int):
+        super().__init__()
+        self.function, self.dim = function, dim
+        self.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        coverage = self.factors("statistics")
+        if coverage:
+            # The plain mean divides by the largest number of entries.
+            weights = coverage[0].whole()
+            input = input * (weights * (len(weights) / weights.sum())).view(-1, *[1] * (-self.dim - 1))
+        return self.function(input, *args, **kwargs)
+
+
 def method(name: str) -> Callable[..., Any]:
     """Return the function that calls a method of a tensor."""
     return functools.partial(_call, name)

@@ -30,6 +30,10 @@ READS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "num
 VARYING = {"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"}
 """Functions whose output has a shape that depends on the numbers of a tensor."""
 
+INPLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
+"""Operators that write into their first argument."""
+
+
 class DataDependent(Exception):
     """An error for a forward that a recording cannot repeat.
 
@@ -71,6 +75,7 @@ class Recorder(TorchFunctionMode):
         self._off = False
         self._nodes: dict[int, fx.Node] = {}
         self._listed: list[fx.Node] = []  # all nodes in order
+        self._alias: dict[int, int] = {}  # the ids of tensors that stand for others, and of those
         self._alive: list[Any] = []  # an id stands for a tensor only as long as that lives
         self._depends: set[fx.Node] = set()
         self._stored = {
@@ -98,8 +103,8 @@ class Recorder(TorchFunctionMode):
             given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             if any(self._nodes.get(id(t)) in self._depends or id(t) in self._parameters for t in given):
                 raise DataDependent(self.owners[-1], f"its forward depends on the numbers of a tensor ({name.strip('_')})")
-        written = args[0] if args and (name[-1:] == "_" != name[-2:-1] or name[:3] == "__i" and name[3:] != "nvert__") else None
-        written = args[0] if name == "__setitem__" else kwargs.get("out", written)
+        inplace = name == "__setitem__" or _is_inplace(name)
+        written = args[0] if inplace else kwargs.get("out")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" or (name == "__get__" and attribute == "data" and id(args[0]) in self._stored):
             raise DataDependent(self.owners[-1], "its forward replaces the numbers of a tensor")
@@ -108,6 +113,10 @@ class Recorder(TorchFunctionMode):
         self._off = True
         try:
             result = func(*args, **kwargs)
+            if not inplace and isinstance(result, Tensor) and any(result is value for value in args):
+                # A conversion to the type that the tensor has returns the tensor. In other types it does not.
+                original, result = result, torch.ops.aten.alias(result)
+                self._alias[id(result)] = self._alias.get(id(original), id(original))
         finally:
             self._off = False
         if name in ("__setitem__", "backward", "register_hook") or any(isinstance(v, Tensor) for v in tree_leaves(result)):
@@ -139,7 +148,9 @@ class Recorder(TorchFunctionMode):
             self.owners.pop()
         returned = [self._argument(value) for value in tree_leaves(result) if isinstance(value, Tensor)]
         self.spans.setdefault(name, []).append((self._listed[start:], given, returned))
-        same = len(args) == 1 and not kwargs and result is args[0]
+        same = len(args) == 1 and not kwargs and self._alias.get(id(result), id(result)) == self._alias.get(
+            id(args[0]), id(args[0])
+        )
         (self.unchanged if same else self.changed).add(name)
         return result
 
@@ -217,6 +228,12 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Mapping):
             return {key: self._argument(item) for key, item in value.items()}
         return value
+
+
+def _is_inplace(name: str) -> bool:
+    """Return True for the name of a function that writes into its first argument, such as `add_` or `__iadd__`."""
+    dunder = name.startswith("__")
+    return name in INPLACE if dunder else name.endswith("_")
 
 
 def _by_mask(index: Any) -> bool:

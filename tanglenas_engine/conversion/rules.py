@@ -50,6 +50,7 @@ class Analysis:
         stored: The dimensions of parameters and buffers by name. Tied ones have one entry per name.
         shapes: For each node, the dimensions that its numbers stand for: the shape that a reshape is given.
         products: For each node that multiplies, its number of multiply-accumulates as (dimensions, constant).
+        means: For each mean over a dimension that varies, the dimension and its number, counted from the last one.
         norms: For each call of a norm over a width, the dimension.
         groups: For each convolution and norm with groups, their number.
         sums: The dimensions of tensors, by name and number, that a function sums over.
@@ -63,6 +64,7 @@ class Analysis:
         self.stored: dict[str, Dims] = {}
         self.shapes: dict[fx.Node, Dims] = {}
         self.products: dict[fx.Node, Dims] = {}
+        self.means: dict[fx.Node, tuple[Dim, int]] = {}
         self.norms: dict[fx.Node, Dim] = {}
         self.groups: dict[fx.Node, Dim] = {}
         self.positions: dict[fx.Node, Dims] = {}
@@ -614,7 +616,11 @@ def _reduce(analysis: Analysis, node: fx.Node, call: Call) -> Any:
     if dims is None:
         dims = range(len(x))
     over = {_position(d, len(x)) for d in ([dims] if isinstance(dims, int) else dims)}
-    for d in over:
+    varying = [d for d in sorted(over) if _varies(x[d])]
+    if call.name == "mean" and len(varying) == 1 and "dtype" not in call.kwargs:
+        analysis.means[node] = (x[varying[0]], varying[0] - len(x))
+        varying = []
+    for d in varying:
         fix(x[d], f"{call.name} goes over it")
     shapes = node.meta["shapes"]
     one = [constant(1) if i in over else dim for i, dim in enumerate(x)]
@@ -638,8 +644,12 @@ def _matmul(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     a, b = (analysis.of(value) for value in tensors[-2:])
     if len(a) < 2 or len(b) < 2:
         raise Unknown("there is no rule for a product with a vector")
-    fix(a[-1], "a matrix product sums over it")
-    fix(b[-2], "a matrix product sums over it")
+    if tensors[-1].op == "get_attr" and len(b) == 2:
+        unite(a[-1], b[0], "its factors do not align in a matrix product")
+        analysis.read(tensors[-1], b, 0)
+    else:
+        fix(a[-1], "a matrix product sums over it")
+        fix(b[-2], "a matrix product sums over it")
     batch = _aligned([a[:-2], b[:-2]], "its factors do not align in a matrix product")
     for dim in batch:
         for atom in resolved(dim):
@@ -653,11 +663,13 @@ def _matmul(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 
 def _attention(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     q, k, v = (analysis.of(call.get(i, key)) for i, key in enumerate(("query", "key", "value")))
-    if call.get(7, "enable_gqa", False):
-        raise Unknown("there is no rule for attention with groups of queries")
     for dims in (q, k, v):
         fix(dims[-1], "it is the dimension of a head")
         fix(dims[-2], "it is a number of tokens")
+    if call.kwargs.get("enable_gqa"):
+        # Query head i reads head i // group of keys and values.
+        group = constant(length(q[-3]) // length(k[-3]))
+        k, v = ([*dims[:-3], (*dims[-3], *group), *dims[-2:]] for dims in (k, v))
     batch = _aligned([q[:-2], k[:-2], v[:-2]], "its factors do not align in attention")
     mask = call.get(3, "attn_mask")
     if isinstance(mask, fx.Node):
