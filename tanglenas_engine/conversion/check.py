@@ -13,43 +13,62 @@ from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 
-TOLERANCE = 1e-6
-"""The largest difference of outputs in float64 that rounding explains, as a share of the largest output.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""The largest difference of outputs that rounding explains, as a share of the largest output.
 
 A model may compute parts of its forward in float32, whatever its weights are.
 """
 SAMPLES = 2
 
 
-@torch.no_grad()
 def failing_choices(space: SearchSpace, model: nn.Module, output: Callable[[Any], Any]) -> dict[str, str]:
     """Return the choices whose architectures are not the networks extracted for them, with a sentence each.
 
-    All is compared in float64 and in evaluation, with noise added to the parameters: fresh zeros would hide mistakes.
+    All is compared in evaluation and in float64, or in float32 if the model computes in that alone. Noise is added to
+    the parameters, because fresh zeros would hide mistakes.
 
     Raises:
         TangleNASError: The largest network differs from the model, or architectures differ without a choice that does
             so alone.
     """
+    try:
+        with torch.no_grad():
+            x = space.example_input(2).to(next(model.parameters()).device)
+            output(copy.deepcopy(model).double().eval()(x.double() if x.is_floating_point() else x))
+    except Exception:
+        return _failing(space, model, output, torch.float32)
+    return _failing(space, model, output, torch.float64)
+
+
+@torch.no_grad()
+def _failing(
+    space: SearchSpace, model: nn.Module, output: Callable[[Any], Any], precision: torch.dtype
+) -> dict[str, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        space = copy.deepcopy(space).double().eval()
+        space = copy.deepcopy(space).to(precision).eval()
         x = space.example_input(2).to(next(space.parameters()).device)
-        x = x.double() if x.is_floating_point() else x
+        x = x.to(precision) if x.is_floating_point() else x
         for parameter in space.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        reference = copy.deepcopy(model).double().eval()
+        reference = copy.deepcopy(model).to(precision).eval()
         reference.load_state_dict(space.state_dict(), strict=False)
-        expected, got = output(reference(x)), space(x)
-        if expected.shape != got.shape or not _close(expected, got):
+        expected = output(reference(x))
+        try:
+            got = space(x)
+        except Exception as error:
+            raise TangleNASError(
+                f"the recording of {type(model).__name__} cannot be repeated: {describe(error)}"
+            ) from error
+        if expected.shape != got.shape or not _close(expected, got, precision):
             raise TangleNASError(
                 f"the recording of {type(model).__name__} computes something else than the model, so that it cannot "
                 "become a space"
             )
         generator = torch.Generator().manual_seed(0)
         found = [space.smallest(), *(space.sample(generator) for _ in range(SAMPLES))]
-        if all(_is_extracted(space, architecture, x) is None for architecture in found):
+        if all(_is_extracted(space, architecture, x, precision) is None for architecture in found):
             return {}
         failing: dict[str, str] = {}
         largest = space.largest().choices
@@ -57,7 +76,7 @@ def failing_choices(space: SearchSpace, model: nn.Module, output: Callable[[Any]
             least = min(choice.options)
             one = [least] * len(choice) if choice.layered else least
             architecture = space.architecture(**{**largest, name: one})
-            if (reason := _is_extracted(space, architecture, x)) is not None:
+            if (reason := _is_extracted(space, architecture, x, precision)) is not None:
                 failing[name] = reason
     if not failing:
         raise TangleNASError(
@@ -66,7 +85,7 @@ def failing_choices(space: SearchSpace, model: nn.Module, output: Callable[[Any]
     return failing
 
 
-def _is_extracted(space: SearchSpace, architecture: Architecture, x: Tensor) -> str | None:
+def _is_extracted(space: SearchSpace, architecture: Architecture, x: Tensor, precision: torch.dtype) -> str | None:
     """Return None if the supernet computes an architecture as its network does, else the reason."""
     try:
         expected = space.extract(architecture)(x)
@@ -77,7 +96,7 @@ def _is_extracted(space: SearchSpace, architecture: Architecture, x: Tensor) -> 
                 space.relaxation = relaxation
                 space.relax(space.one_hot(architecture))
             got = space(x)
-            if expected.shape != got.shape or not _close(expected, got):
+            if expected.shape != got.shape or not _close(expected, got, precision):
                 return "its architectures differ from the networks extracted for them"
     except Exception as error:
         return f"its architectures cannot be computed: {describe(error)}"
@@ -86,6 +105,6 @@ def _is_extracted(space: SearchSpace, architecture: Architecture, x: Tensor) -> 
     return None
 
 
-def _close(expected: Tensor, got: Tensor) -> bool:
+def _close(expected: Tensor, got: Tensor, precision: torch.dtype) -> bool:
     expected, got = expected.double(), got.double()
-    return bool((expected - got).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-3))
+    return bool((expected - got).abs().max() <= TOLERANCES[precision] * expected.abs().max().clamp_min(1e-3))

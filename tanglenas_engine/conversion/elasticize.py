@@ -12,18 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tanglenas_engine.conversion.check import failing_choices
 from tanglenas_engine.conversion.dimensions import DATA, Atom, Dim, length, resolved
-from tanglenas_engine.conversion.forms import FORMS, Axes, FixedProduct, Holder, Product, WidthMean, WidthNorm, make_elastic, method
+from tanglenas_engine.conversion.forms import (
+    FORMS,
+    Axes,
+    FixedProduct,
+    Holder,
+    Product,
+    WidthMean,
+    WidthNorm,
+    make_elastic,
+    method,
+)
 from tanglenas_engine.conversion.record import BATCHES, DataDependent, Recorder, record
 from tanglenas_engine.conversion.rules import Analysis
-from tanglenas_engine.conversion.check import failing_choices
 from tanglenas_engine.conversion.stacks import Layers, find_stacks
 from tanglenas_engine.conversion.traced import Reference, Stack, Traced
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.superposition.size import Assignment, Axis, Size
+from tanglenas_engine.superposition.size import Axis, Size
 
 SHARES: Mapping[str, tuple[float, ...]] = {
     "hidden": (0.25, 0.5, 0.75, 1),
@@ -91,7 +101,10 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("name", "kind", "options", "why it stays")]
-        rows += [(p.name, p.kind, " ".join(map(str, p.options)), p.reason) for p in self.parts]
+        rows += [(part.name, part.kind, " ".join(map(str, part.options)), "") for part in self.choices]
+        for reason in dict.fromkeys(part.reason for part in self.fixed):
+            first, *others = [part.name for part in self.fixed if part.reason == reason]
+            rows.append((f"{first} and {len(others)} more" if others else first, "fixed", "", reason))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"{self.share:.0%} of {self.total:,} parameters are elastic"])
@@ -120,9 +133,7 @@ class Elasticized(Traced, SearchSpace):
 
     def __init__(self, model: nn.Module, example: Tensor, **options: Any):
         super().__init__(**options)
-        self._initial = {
-            name: (float(p.detach().mean()), float(p.detach().std(correction=0))) for name, p in model.named_parameters()
-        }
+        self._initial: dict[str, tuple[float, float]] = {}
         self.register_buffer("_example", example.detach().clone(), persistent=False)
         for name, parameter in model._parameters.items():
             self.register_parameter(name, parameter)
@@ -130,6 +141,13 @@ class Elasticized(Traced, SearchSpace):
             self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
         for name, child in model._modules.items():
             self.add_module(name, child)
+
+    def set_initial(self, model: nn.Module) -> None:
+        """Take the means and deviations of a model's parameters for the initialisation of networks."""
+        self._initial = {
+            name: (float(p.detach().mean()), float(p.detach().std(correction=0)))
+            for name, p in model.named_parameters()
+        }
 
     def standalone(self, architecture: Architecture) -> nn.Module:
         """Return the newly initialised network of an architecture, a `torch.fx.GraphModule` over plain layers.
@@ -145,8 +163,8 @@ class Elasticized(Traced, SearchSpace):
                 owner, _, key = name.rpartition(".")
                 setattr(network.get_submodule(owner), key, there[present[0]])
         for name, parameter in network.named_parameters():
-            mean, deviation = self._initial[name]
-            if parameter.requires_grad:
+            if parameter.requires_grad and name in self._initial:
+                mean, deviation = self._initial[name]
                 nn.init.normal_(parameter, mean, deviation) if deviation else nn.init.constant_(parameter, mean)
         return network
 
@@ -170,6 +188,7 @@ def elasticize(
     divisor: int = 8,
     fixed: Sequence[str] = (),
     output: Callable[[Any], Any] = tensor_of,
+    initial: nn.Module | None = None,
     **options: Any,
 ) -> Elasticized:
     """Return a search space inside a torch module. Its largest network is the module with its weights.
@@ -195,6 +214,8 @@ def elasticize(
         fixed: Names of choices that stay as they are.
         output: A function that returns a tensor from what the model returns. By default it is the tensor itself, its
             `logits`, or the first element.
+        initial: A module of the same kind whose weights say how a network is initialised: each parameter is drawn with
+            the mean and the deviation that it has there. By default it is the model.
         options: Options of every space, such as `relaxation`.
 
     Raises:
@@ -215,6 +236,7 @@ def elasticize(
         space.report.parts[:0] = [Part(name, "fixed", 0, (), reason) for name, reason in whole.items()]
         failing = failing_choices(space, model, output)
         if not failing:
+            space.set_initial(model if initial is None else initial)
             return space.train(model.training)
         refused.update(failing)
     raise TangleNASError(
@@ -229,7 +251,9 @@ def _check_model(model: nn.Module, example: Tensor) -> None:
     name = type(model).__name__
     if not isinstance(example, Tensor) or example.dim() < 2 or not len(example):
         shape = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"type {type(example).__name__}"
-        raise TangleNASError(f"the example is of {shape}, expected a batch of inputs, such as torch.randn(2, 3, 224, 224)")
+        raise TangleNASError(
+            f"the example is of {shape}, expected a batch of inputs, such as torch.randn(2, 3, 224, 224)"
+        )
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         raise TangleNASError(f"{name} is compiled: give the module that was compiled (its `_orig_mod`)")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -266,7 +290,9 @@ def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> 
             f"{name} does not take the example of shape {tuple(example.shape)} and type {example.dtype}: {describe(error)}"
         ) from error
     if not isinstance(output(result), Tensor):
-        raise TangleNASError(f"`output` returns a {type(output(result)).__name__} for what {name} returns, expected a tensor")
+        raise TangleNASError(
+            f"`output` returns a {type(output(result)).__name__} for what {name} returns, expected a tensor"
+        )
     whole: dict[str, str] = {}
     while True:
         try:
@@ -581,7 +607,7 @@ class _Builder:
             container.__class__ = Stack
             container.set_depth(depths[stack.path])
 
-    def sized(self, node: fx.Node, args: Any, kwargs: Any, reference: Callable[[Dim], Any]) -> tuple[Any, Any]:
+    def sized(self, node: fx.Node, args: Any, kwargs: Any, number: Callable[[Dim, Any], Any]) -> tuple[Any, Any]:
         """Put references in place of the numbers of a shape that vary."""
         dims = self.analysis.shapes[node]
         name = self.analysis.name_of(node)
@@ -592,18 +618,22 @@ class _Builder:
 
         def replaced(given: Any, recorded: Any, wanted: Sequence[Dim]) -> Any:
             return type(given)(
-                reference(dim) if isinstance(n, int) and n == length(dim) and any(a in self.sizes for a in resolved(dim)) else g
+                number(dim, g)
+                if isinstance(n, int) and n == length(dim) and any(a in self.sizes for a in resolved(dim))
+                else g
                 for g, n, dim in zip(given, recorded, wanted, strict=True)
             )
 
         if name == "split":
-            part = numbers[1] if len(numbers) > 1 else keywords.get("split_size", keywords.get("split_size_or_sections"))
-            new = reference(dims[0]) if isinstance(part, int) else [reference(dims[0])] * len(part)
+            part = (
+                numbers[1] if len(numbers) > 1 else keywords.get("split_size", keywords.get("split_size_or_sections"))
+            )
+            new = number(dims[0], part) if isinstance(part, int) else [number(dims[0], one) for one in part]
             if len(args) > 1:
                 return (args[0], new, *args[2:]), kwargs
             return args, {k: new if k.startswith("split_size") else v for k, v in kwargs.items()}
         if name in ("layer_norm", "rms_norm"):
-            new = (reference(dims[0]),)
+            new = (number(dims[0], None),)
             return ((args[0], new, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "normalized_shape": new})
         if name == "unflatten":
             dim = args[1] if len(args) > 1 else kwargs["dim"]
@@ -668,7 +698,7 @@ class _Program:
     def add(self, node: fx.Node) -> None:
         args, kwargs = (fx.node.map_arg(value, self._node) for value in (node.args, node.kwargs))
         if node in self.builder.analysis.shapes:
-            args, kwargs = self.builder.sized(node, args, kwargs, self._reference)
+            args, kwargs = self.builder.sized(node, args, kwargs, self._number)
         target = node.target
         if node.op in ("get_attr", "call_module") and not node.meta.get("special"):
             target = str(target).removeprefix(self.prefix)
@@ -716,10 +746,15 @@ class _Program:
             self._specials[key] = made
         return self._specials[key]
 
-    def _reference(self, dim: Dim) -> Any:
+    def _number(self, dim: Dim, given: Any) -> Any:
+        """Return what stands for the length of a dimension, where the recording has the number or the node `given`."""
         size = self.builder.size(dim)
-        if not size.rows:
-            return length(dim)
+        if isinstance(given, fx.Node):  # a multiple of the batch
+            batch = next(n for n in self.builder.graph.nodes if n.meta.get("special") == "batch")
+            return self.program.call_function(operator.mul, (self._node(batch), self._reference(size // BATCHES[0])))
+        return self._reference(size)
+
+    def _reference(self, size: Size) -> Reference:
         key = (size.rows, size.values)
         if key not in self._sizes:
             self._sizes[key] = len(self._listed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tanglenas_engine import elastic
 from tanglenas_engine.elastic.base import Elastic
 from tanglenas_engine.elastic.norm import weighted_layer_norm
-from tanglenas_engine.superposition.size import Assignment, Axis, Size
+from tanglenas_engine.superposition.size import Axis, Size
 
 Axes = Sequence[Axis | None]
 
@@ -56,7 +56,10 @@ def make_elastic(module: nn.Module, axes: Mapping[str, Axes], groups: Size, widt
     elif isinstance(module, nn.GroupNorm):
         module._groups = groups  # type: ignore[assignment]
         single = module.num_groups == 1
-        module.declare(role="statistics" if single else "buffer", statistics=(_in_role(width, "statistics" if single else "buffer"),))
+        module.declare(
+            role="statistics" if single else "buffer",
+            statistics=(_in_role(width, "statistics" if single else "buffer"),),
+        )
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
     elif isinstance(module, nn.Embedding):

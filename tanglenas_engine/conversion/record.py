@@ -78,10 +78,7 @@ class Recorder(TorchFunctionMode):
         self._alias: dict[int, int] = {}  # the ids of tensors that stand for others, and of those
         self._alive: list[Any] = []  # an id stands for a tensor only as long as that lives
         self._depends: set[fx.Node] = set()
-        self._stored = {
-            id(tensor): name
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
+        self._stored = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
         self._parameters = {id(parameter) for parameter in model.parameters()}
 
     def input(self, name: str, tensor: Tensor) -> None:
@@ -99,10 +96,12 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__iter__":  # what it returns is no tensor, but gives tensors
             return iter(self.__torch_function__(Tensor.unbind, types, (args[0], 0)))
-        if name in READS | VARYING or name == "__getitem__" and _by_mask(args[1]):
+        if name in READS | VARYING or (name == "__getitem__" and _by_mask(args[1])):
             given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             if any(self._nodes.get(id(t)) in self._depends or id(t) in self._parameters for t in given):
-                raise DataDependent(self.owners[-1], f"its forward depends on the numbers of a tensor ({name.strip('_')})")
+                raise DataDependent(
+                    self.owners[-1], f"its forward depends on the numbers of a tensor ({name.strip('_')})"
+                )
         inplace = name == "__setitem__" or _is_inplace(name)
         written = args[0] if inplace else kwargs.get("out")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -119,7 +118,9 @@ class Recorder(TorchFunctionMode):
                 self._alias[id(result)] = self._alias.get(id(original), id(original))
         finally:
             self._off = False
-        if name in ("__setitem__", "backward", "register_hook") or any(isinstance(v, Tensor) for v in tree_leaves(result)):
+        if name in ("__setitem__", "backward", "register_hook") or any(
+            isinstance(v, Tensor) for v in tree_leaves(result)
+        ):
             self._note(func, name, args, kwargs, result)
         return result
 
@@ -148,8 +149,10 @@ class Recorder(TorchFunctionMode):
             self.owners.pop()
         returned = [self._argument(value) for value in tree_leaves(result) if isinstance(value, Tensor)]
         self.spans.setdefault(name, []).append((self._listed[start:], given, returned))
-        same = len(args) == 1 and not kwargs and self._alias.get(id(result), id(result)) == self._alias.get(
-            id(args[0]), id(args[0])
+        same = (
+            len(args) == 1
+            and not kwargs
+            and self._alias.get(id(result), id(result)) == self._alias.get(id(args[0]), id(args[0]))
         )
         (self.unchanged if same else self.changed).add(name)
         return result
@@ -169,7 +172,9 @@ class Recorder(TorchFunctionMode):
             elif key[:1] == "r" and hasattr(operator, key[1:]):
                 target, args = getattr(operator, key[1:]), (args[1], args[0])
             else:
-                raise DataDependent(self.owners[-1], f"its forward calls Tensor.{name}, which a recording cannot repeat")
+                raise DataDependent(
+                    self.owners[-1], f"its forward calls Tensor.{name}, which a recording cannot repeat"
+                )
             node = self._create("call_function", target, args, kwargs)
         elif getattr(Tensor, name, None) is func:
             node = self._create("call_method", name, args, kwargs)
@@ -220,8 +225,10 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             raise DataDependent(self.owners[-1], "its forward passes a named tuple to a function of torch")
         if isinstance(value, tuple | list):
-            return type(value)(map(self._argument, value)) if type(value) in (tuple, list) else tuple(
-                map(self._argument, value)
+            return (
+                type(value)(map(self._argument, value))
+                if type(value) in (tuple, list)
+                else tuple(map(self._argument, value))
             )
         if isinstance(value, slice):
             return slice(*map(self._argument, (value.start, value.stop, value.step)))
@@ -316,8 +323,12 @@ def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any], whol
     whole = {*whole, *regularisers}
     evaluated = run(model, whole, batches[0], output)
     trained = run(copy.deepcopy(model).train(), whole, batches[0], output)
-    longer = batches[1].double() if example.is_floating_point() else batches[1]
-    _merge(evaluated, trained, run(copy.deepcopy(model).double(), whole, longer, output), model, example)
+    try:
+        longer = batches[1].double() if example.is_floating_point() else batches[1]
+        again = run(copy.deepcopy(model).double(), whole, longer, output)
+    except RuntimeError:  # a model that makes tensors of one type is recorded in that type alone
+        again = run(model, whole, batches[1], output)
+    _merge(evaluated, trained, again, model, example)
     for node in evaluated.graph.nodes:
         if node.op == "call_module" and node.target in regularisers:
             node.meta["regulariser"] = True
@@ -403,11 +414,18 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
             if source is None:
                 source = node_of("reference", lambda: graph.create_node("get_attr", reference))
             return node_of("dtype", lambda: graph.call_function(getattr, (source, "dtype")))
-        if type(value) is int and value == train and value * BATCHES[1] == long * BATCHES[0] and value % BATCHES[0] == 0:
+        if (
+            type(value) is int
+            and value == train
+            and value * BATCHES[1] == long * BATCHES[0]
+            and value % BATCHES[0] == 0
+        ):
             batch = node_of("batch", lambda: graph.call_method("size", (placeholder, 0)))
             many = value // BATCHES[0]
-            return batch if many == 1 else node_of(
-                ("batch", many), lambda: graph.call_function(operator.mul, (batch, many))
+            return (
+                batch
+                if many == 1
+                else node_of(("batch", many), lambda: graph.call_function(operator.mul, (batch, many)))
             )
         if isinstance(value, bool | float | int) and value == long and not value and train:
             training = node_of("training", lambda: graph.create_node("get_attr", "training"))

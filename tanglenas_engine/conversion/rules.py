@@ -11,7 +11,18 @@ from typing import Any
 
 from torch import fx, nn
 
-from tanglenas_engine.conversion.dimensions import DATA, Atom, Dim, constant, fix, fresh, length, regrouped, resolved, unite
+from tanglenas_engine.conversion.dimensions import (
+    DATA,
+    Atom,
+    Dim,
+    constant,
+    fix,
+    fresh,
+    length,
+    regrouped,
+    resolved,
+    unite,
+)
 
 Dims = list[Dim]
 """The dimensions of a tensor."""
@@ -336,7 +347,10 @@ def _batch_norm_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 
 def _width_norm(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     x, shape = analysis.of(call.get(0, "input")), call.get(1, "normalized_shape")
-    tensors = [analysis.of(call.get(2, "weight")), analysis.of(call.get(3, "bias")) if call.name == "layer_norm" else []]
+    tensors = [
+        analysis.of(call.get(2, "weight")),
+        analysis.of(call.get(3, "bias")) if call.name == "layer_norm" else [],
+    ]
     analysis.shapes[node] = x[-1:]
     return _normed(analysis, node, x, len(shape), tensors)
 
@@ -545,7 +559,7 @@ def _select(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 def _getitem(analysis: Analysis, node: fx.Node, call: Call) -> Any:
     source, index = call.args
     dims = analysis.dims[source]
-    if dims and isinstance(dims, Mapping) or (dims and isinstance(dims[0], list)) or source.meta.get("several"):
+    if (dims and isinstance(dims, Mapping)) or (dims and isinstance(dims[0], list)) or source.meta.get("several"):
         return dims[index]
     x, result = analysis.of(source), []
     items = list(index) if isinstance(index, tuple) else [index]

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tanglenas_engine import elastic
 from tanglenas_engine.conversion.forms import Number
@@ -93,7 +92,7 @@ class Traced(Elastic):
                 continue
 
             def number(reference: Reference) -> fx.Node:
-                return graph.call_module(f"_numbers.{reference.index}")  # noqa: B023
+                return graph.call_module(f"_numbers.{reference.index}")
 
             args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
             position = node.meta.get("operation")
@@ -156,7 +155,7 @@ class Traced(Elastic):
             persistent = name not in source._non_persistent_buffers_set
             target.register_buffer(name, None if buffer is None else state[name], persistent=persistent)
         for name, child in source._modules.items():
-            if child is None or source is self and name in ("_numbers", "_operations"):
+            if child is None or (source is self and name in ("_numbers", "_operations")):
                 continue
             if child not in made:
                 if isinstance(child, Stack):
@@ -180,8 +179,10 @@ def _mapped(value: Any, env: Mapping[fx.Node, Any], number: Callable[[Reference]
     if isinstance(value, Reference):
         return number(value)
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(item, env, number) for item in value) if type(value) in (tuple, list) else tuple(
-            _mapped(item, env, number) for item in value
+        return (
+            type(value)(_mapped(item, env, number) for item in value)
+            if type(value) in (tuple, list)
+            else tuple(_mapped(item, env, number) for item in value)
         )
     if isinstance(value, Mapping):
         return {key: _mapped(item, env, number) for key, item in value.items()}

@@ -40,7 +40,7 @@ def test_the_largest_network_stays_and_the_most_important_units_come_first(name,
     kept = order_units(space, importance)
     after = space(x).detach()
     assert after.dtype == before.dtype and not space.training
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=3e-5 * float(before.abs().max()))
     moved = [name for name, tensor in space.state_dict().items() if not torch.equal(tensor, state[name])]
     assert bool(moved) == any(str(units) not in " ".join(kept) for units in groups)
     for units, values in zip(groups, importance(groups), strict=True):

@@ -261,6 +261,10 @@ SMALL["mobilenetv3"] = {
     "image_size": 32, "depth": (2, 1), "width_mult": 0.25, "num_classes": 10,
     "stages": ("s1_c24_nre", "s1_c40_nre_se0.25", "s2_c80_nhs", "s1_c112_nhs_se0.25", "s2_c160_nhs_se0.25"),
 }  # fmt: skip
+SMALL["elasticized"] = {
+    "model": "resnet10t", "arguments": {"channels": (8, 8, 16, 24), "stem_width": 8}, "image_size": 32,
+    "num_classes": 10,
+}  # fmt: skip
 SMALL["toy_conv_macro"] = {"image_size": 16}
 SMALL["nb201"] = {"channels": 4, "cells": 1, "image_size": 8}
 SMALL["darts"] = {"channels": 2, "layers": 3, "image_size": 8}

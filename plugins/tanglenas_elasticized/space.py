@@ -1,0 +1,110 @@
+"""The space made of a model that a configuration names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from tanglenas_engine import SearchSpace, TangleNASError, elasticize
+
+SHARES = (0.5, 0.75, 1)
+NAMES = {"image_size": ("img_size", "image_size"), "in_channels": ("in_chans", "in_channels")}
+"""The names that a function of a model may have for the options of a space, beside the option's own."""
+
+
+def elasticized(
+    model: str | Callable[..., nn.Module],
+    arguments: Mapping[str, Any] | None = None,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    in_channels: int = 3,
+    vocab_size: int | None = None,
+    block_size: int | None = None,
+    hidden: Sequence[float] = (0.25, *SHARES),
+    residual: Sequence[float] = SHARES,
+    heads: Sequence[float] = (0.25, *SHARES),
+    depth: Sequence[float] = SHARES,
+    divisor: int = 8,
+    fixed: Sequence[str] = (),
+    relaxation: str = "exact",
+    sharing: str = "superposed",
+) -> SearchSpace:
+    """Return the search space inside a model, whose weights are those that the model has.
+
+    Args:
+        model: The name of a model of timm, or a function that makes a model, such as `@timm.create_model` in a gin file.
+        arguments: More arguments of the model, such as `{"embed_dim": 96}`.
+        num_classes: The number of classes. The function gets it, and the next ones, if it takes them.
+        image_size: The height and width of images, in pixels; None is 224.
+        in_channels: The number of channels of images.
+        vocab_size: The number of tokens, for a model of texts.
+        block_size: The length of a text, in tokens.
+        hidden: Options of sizes inside a block, as shares of the model's. See `elasticize` for these options.
+        residual: Options of the widths of residual streams.
+        heads: Options of numbers of heads.
+        depth: Options of numbers of repeated layers.
+        divisor: A number of which sizes are multiples.
+        fixed: Names of choices that stay as they are.
+
+    Raises:
+        TangleNASError: The model is unknown to timm or takes no such arguments, or it cannot become a space.
+    """
+    texts = vocab_size is not None
+    given: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size}
+    if not texts:
+        given = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
+    given = {name: value for name, value in given.items() if value is not None}
+    network = _made(model, given, dict(arguments or {}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that a network trained from scratch depends on its own seed alone
+        initial = _made(model, given, dict(arguments or {}))
+    size = image_size or 224
+    example = torch.randint(vocab_size, (2, block_size or 64)) if texts else torch.randn(2, in_channels, size, size)
+    return elasticize(
+        network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
+        initial=initial, relaxation=relaxation, sharing=sharing,
+    )  # fmt: skip
+
+
+def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
+    """Make a model with those of the given options that it takes."""
+    if isinstance(model, str):
+        if not timm.is_model(model):
+            close = timm.list_models(f"*{model}*")[:3]
+            raise TangleNASError(
+                f"timm has no model {model!r}{': did you mean ' + ', '.join(close) + '?' if close else ''}. "
+                "timm.list_models() has the names; a function that makes a model does, too"
+            )
+        return _timm(lambda **options: timm.create_model(model, **options), given, arguments)
+    if not callable(model):
+        raise TangleNASError(
+            f"create_space.model is {model!r}, expected a name of timm or a function that makes a model"
+        )
+    parameters = inspect.signature(model).parameters
+    if "model_name" in parameters:  # timm.create_model itself
+        return _timm(model, given, arguments)
+    named = {}
+    for option, value in given.items():
+        if (name := next((n for n in (option, *NAMES.get(option, ())) if n in parameters), None)) is not None:
+            named[name] = value
+    network = model(**{**named, **arguments})
+    if not isinstance(network, nn.Module):
+        raise TangleNASError(f"create_space.model makes a {type(network).__name__}, expected a torch module")
+    return network
+
+
+def _timm(create: Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
+    """Make a model of timm. Only some of them take the size of images."""
+    named = {NAMES.get(option, (option,))[0]: value for option, value in given.items()}
+    try:
+        return create(**{**named, **arguments})
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        named.pop("img_size", None)
+        return create(**{**named, **arguments})

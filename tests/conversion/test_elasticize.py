@@ -1,0 +1,354 @@
+"""Models that nobody wrote for a search become spaces whose corners, costs and gradients are exact."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanglenas_engine import TangleNASError, elasticize
+from tanglenas_engine.testing.spaces import check_architectures, check_corners, check_costs, check_learning
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+TIMM = {
+    "resnet10t": dict(channels=(8, 8, 16, 24), stem_width=8),
+    "vit_tiny_patch16_224": VIT,
+    "mobilenetv3_small_050": {},
+    "convnext_atto": dict(depths=(1, 1, 2, 1), dims=(8, 16, 16, 24)),
+    "resnet26": dict(channels=(4, 8, 8, 16)),
+    "resnext26ts": {},
+    "seresnet50": dict(layers=(1, 1, 2, 1), channels=(4, 8, 8, 16)),
+    "regnety_002": {},
+    "mobilenetv2_050": {},
+    "mnasnet_small": {},
+    "lcnet_050": {},
+    "tinynet_e": {},
+    "ghostnet_050": {},
+    "densenet121": dict(growth_rate=8, block_config=(2, 2)),
+    "repvgg_a0": {},
+    "nf_resnet26": {},
+    "convnextv2_atto": dict(depths=(1, 1, 2, 1), dims=(8, 16, 16, 24)),
+    "inception_next_atto": {},
+    "poolformer_s12": dict(layers=(1, 2, 1, 1), embed_dims=(8, 16, 24, 32)),
+    "deit_tiny_distilled_patch16_224": VIT,
+    "deit3_small_patch16_224": VIT,
+    "beit_base_patch16_224": VIT,
+    "eva02_tiny_patch14_224": VIT,
+    "cait_xxs24_224": VIT,
+    "mixer_s32_224": dict(img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
+    "resmlp_12_224": dict(img_size=32),
+    "swin_tiny_patch4_window7_224": dict(img_size=32, embed_dim=24, depths=(1, 2), num_heads=(2, 2), window_size=4),
+    "pvt_v2_b0": {},
+}
+"""Architectures of timm at a size for tests, with images of 32 pixels."""
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **TIMM[name])
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.part(14)
+def test_a_space_inside_a_model_of_timm_keeps_every_promise(name):
+    model, x = network(name), torch.randn(2, 3, 32, 32)
+    space = elasticize(model, x)
+    assert space.report.share > 0.6 and str(space.report)
+    model.eval()
+    assert space.eval()(x).equal(model(x))
+    assert space.state_dict().keys() == model.state_dict().keys()
+    for check in (check_architectures, check_corners, check_costs, check_learning):
+        check(lambda: copy.deepcopy(space).train())
+
+
+class Small(nn.Module):
+    """Two layers with 32 hidden units; subclasses do something in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(torch.relu(self.first(x))))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_hidden_units_become_a_choice_and_the_model_is_left_alone():
+    model = Small()
+    before = copy.deepcopy(model)
+    space = elasticize(model, torch.randn(2, 8), hidden=(0.5, 1))
+    assert {name: choice.options for name, choice in space.choices.items()} == {"first": (16, 32)}
+    assert type(model.first) is nn.Linear and all(map(torch.equal, model.parameters(), before.parameters()))
+    found = space.extract(space.smallest())
+    assert [tuple(p.shape) for p in found.parameters()] == [(16, 8), (16,), (3, 16), (3,)]
+    assert isinstance(found, torch.fx.GraphModule)
+
+
+# Operations that tie a dimension to its length keep it, whatever else they do.
+
+KEEPING = {
+    "part": lambda x: torch.cat([x[:, :4], x[:, 4:]], 1),
+    "write": lambda x: _written(x),
+    "unknown": lambda x: torch.fft.rfft(x, dim=1).abs()[:, :16].repeat(1, 2),
+    "softmax": lambda x: x.softmax(1),
+    "sort": lambda x: x.sort(1)[0],
+    "product": lambda x: x @ torch.ones(32, 32),
+    "constant": lambda x: x + torch.arange(32.0),
+    "unequal": lambda x: torch.cat(x.split([20, 12], 1), 1),
+    "noise": lambda x: x + torch.randn(len(x), 32),
+    "norm": lambda x: x / x.norm(dim=1, keepdim=True).clamp_min(1e-6),
+}
+
+
+def _written(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :4] += 1
+    return x
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_has_no_rule_keeps_its_size_and_says_why(name):
+    class Model(Small):
+        def between(self, x: Tensor) -> Tensor:
+            return KEEPING[name](x)
+
+    with pytest.raises(TangleNASError, match="Model has no layer whose size can vary: .+"):
+        elasticize(Model(), torch.randn(2, 8))
+
+
+VARYING = {
+    "in place": lambda x: x.mul_(2).add_(1),
+    "regrouped": lambda x: x.view(-1, 4, 8).transpose(1, 2).flatten(1).view(-1, 8, 4).transpose(1, 2).reshape(-1, 32),
+    "halves": lambda x: torch.cat([half * 2 for half in x.chunk(2, 1)], 1),
+    "gated": lambda x: torch.cat([F.silu(a) * b for a, b in [x.chunk(2, 1)]] * 2, 1),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "batch": lambda x: x.reshape(len(x) * 2, 16).reshape(len(x), 32),
+    "type": lambda x: x.float().to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_what_has_a_rule_varies_exactly(name):
+    class Model(Small):
+        def between(self, x: Tensor) -> Tensor:
+            return VARYING[name](x)
+
+    torch.manual_seed(0)
+    space = elasticize(Model(), torch.randn(2, 8), divisor=4)
+    check_corners(lambda: copy.deepcopy(space))
+    check_costs(lambda: copy.deepcopy(space))
+
+
+def test_a_layer_that_is_called_again_is_one_layer():
+    class Model(Small):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(32, 32)
+
+        def between(self, x: Tensor) -> Tensor:
+            return self.again(torch.tanh(self.again(x)))
+
+    space = elasticize(Model(), torch.randn(2, 8))
+    assert len(space.choices) == 1
+    check_corners(lambda: copy.deepcopy(space))
+
+
+def test_tied_weights_stay_tied():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.norm, self.head = nn.Embedding(11, 16), nn.LayerNorm(16), nn.Linear(16, 11, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, indices: Tensor) -> Tensor:
+            return self.head(self.norm(self.words(indices)))
+
+    space = elasticize(Model(), torch.randint(11, (2, 6)))
+    found = space.extract(space.smallest())
+    assert found.head.weight is found.words.weight and found.head.weight.shape[1] < 16
+    check_corners(lambda: copy.deepcopy(space))
+    check_costs(lambda: copy.deepcopy(space))
+
+
+class Looks(Small):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+def hooked() -> nn.Module:
+    model = Small()
+    model.first.register_forward_hook(lambda *_: None)
+    return model
+
+
+class Modes(Small):
+    def between(self, x: Tensor) -> Tensor:
+        return x.sin() if self.training else x.cos()
+
+
+class OneByOne(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(self.first(row)) for row in x])
+
+
+class Counting(Small):
+    def between(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.bias.add_(1)
+        return x
+
+
+class Lending(Small):
+    def between(self, x: Tensor) -> Tensor:
+        halves = {name: parameter / 2 for name, parameter in self.other.named_parameters()}
+        return torch.func.functional_call(self.other, halves, (x,))
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(32, 32)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and people still have such files
+        return torch.jit.script(Small())
+
+
+REFUSED = {
+    "no module": (lambda: 3, r"takes a torch module, got int"),
+    "numbers of a tensor": (
+        Looks,
+        r"Looks cannot become a space: its forward depends on the numbers of a tensor \(bool",
+    ),
+    "hooks": (hooked, r"first \(Linear\) has hooks, which a recording leaves out"),
+    "other calls in train mode": (Modes, r"makes other calls in train mode than in evaluation \(in the model, at "),
+    "a loop over the batch": (OneByOne, r"makes other calls for a longer batch"),
+    "changed parameters": (Counting, r"its forward changes a parameter or a buffer"),
+    "weights of others": (Lending, r"its forward calls other with other weights than its own"),
+    "scripted": (lambda: scripted(), r"is compiled: give the module that was compiled"),
+    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), r"remove its parametrization"),
+    "nothing to vary": (
+        lambda: nn.Linear(8, 3),
+        r"Linear has no layer whose size can vary: it is a dimension of the out",
+    ),
+    "no numbers": (lambda: Small().to("meta"), r"has no numbers in weight yet"),
+    "another input": (
+        lambda: nn.Linear(7, 3),
+        r"does not take the example of shape \(2, 8\) and type torch.float32: .*7",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_be_spaces_are_refused_with_a_sentence(name):
+    make, sentence = REFUSED[name]
+    with pytest.raises(TangleNASError, match=sentence):
+        elasticize(make(), torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("example", [torch.randn(8), torch.zeros(0, 8), [1, 2]])
+def test_an_example_is_a_batch(example):
+    with pytest.raises(TangleNASError, match="expected a batch of inputs"):
+        elasticize(Small(), example)
+
+
+@pytest.mark.parametrize("shares", [(), (0,), (2,)])
+def test_options_are_shares(shares):
+    with pytest.raises(TangleNASError, match="expected shares of the model's size"):
+        elasticize(Small(), torch.randn(2, 8), hidden=shares)
+
+
+def test_a_module_that_looks_at_numbers_is_called_as_a_whole():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.free, self.link, self.stuck = Small(), nn.Linear(3, 8), Looks()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stuck(self.link(self.free(x)))
+
+    space = elasticize(Model(), torch.randn(2, 8))
+    assert "free.first" in space.choices and not any(name.startswith("stuck") for name in space.choices)
+    assert "its forward depends on the numbers of a tensor" in str(space.report)
+    check_corners(lambda: copy.deepcopy(space))
+
+
+def test_recurrent_layers_stay_and_say_so():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory, self.rest = nn.GRU(8, 8, batch_first=True), Small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.memory(x)[0][:, -1])
+
+    space = elasticize(Model(), torch.randn(2, 4, 8))
+    assert list(space.choices) == ["rest.first"]
+    assert "recurrent layers have no elastic form" in str(space.report)
+
+
+def test_inputs_of_another_shape_are_refused():
+    space = elasticize(timm.create_model("resnet10t", **TIMM["resnet10t"]), torch.randn(2, 3, 32, 32))
+    for model in (space, space.extract(space.smallest())):
+        with pytest.raises(AssertionError, match=r"expected inputs of shape \(batch, 3, 32, 32\), as recorded"):
+            model(torch.randn(1, 3, 64, 64))
+
+
+def test_named_choices_stay():
+    space = elasticize(
+        network("vit_tiny_patch16_224"), torch.randn(2, 3, 32, 32), fixed=["blocks.depth"], residual=(1,)
+    )
+    assert list(space.choices) == [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.qkv", "mlp.fc1")]
+    assert "it is named in `fixed`" in str(space.report)
+
+
+def test_a_network_is_drawn_with_the_deviations_of_the_model():
+    model = network("vit_tiny_patch16_224")
+    nn.init.normal_(model.blocks[0].mlp.fc1.weight, 3.0, 0.5)
+    space = elasticize(model, torch.randn(2, 3, 32, 32))
+    name = "blocks.0.mlp.fc1.weight"
+    weights = [space.standalone(space.largest()).get_parameter(name).detach() for _ in range(2)]
+    assert not weights[0].equal(weights[1])
+    assert abs(float(weights[0].mean()) - 3) < 0.1 and abs(float(weights[0].std()) - 0.5) < 0.05
+    assert space.standalone(space.largest()).norm.weight.eq(1).all()
+
+
+def test_a_dropout_drops_in_train_mode_alone():
+    model = timm.create_model("vit_tiny_patch16_224", **VIT, num_classes=3, proj_drop_rate=0.5, attn_drop_rate=0.5,
+                              drop_path_rate=0.5)  # fmt: skip
+    nn.init.normal_(model.head.weight)
+    x = torch.randn(4, 3, 32, 32)
+    space = elasticize(model, x)
+    for one in (space, space.extract(space.smallest())):
+        assert one.eval()(x).equal(one(x)) and not one.train()(x).equal(one(x))
+
+
+def test_networks_are_exported_and_copied():
+    space = elasticize(network("vit_tiny_patch16_224"), torch.randn(2, 3, 32, 32)).eval()
+    found, x = space.extract(space.smallest()), torch.randn(3, 3, 32, 32)
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(found, (x,), dynamic_shapes=batch).module()
+    torch.testing.assert_close(exported(x[:2]), found(x[:2]))
+    torch.testing.assert_close(copy.deepcopy(found)(x), found(x))
+    twin = copy.deepcopy(space)
+    twin.select(twin.smallest())
+    assert space(x).equal(space.release()(x)) and twin(x).shape == (3, 5) and not twin(x).equal(space(x))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["hf bert", "hf gpt2", "hf llama", "hf vit"])
+def test_a_space_inside_a_model_of_transformers_keeps_every_promise(name):
+    pytest.importorskip("transformers", reason="models of transformers need the library")
+    from benchmarks.elasticize import built
+
+    model, x = built(name)
+    space = elasticize(model, x)
+    assert space.report.share > 0.6
+    check_corners(lambda: copy.deepcopy(space))
+    check_costs(lambda: copy.deepcopy(space))
