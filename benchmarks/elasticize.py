@@ -61,7 +61,7 @@ def transformers_models() -> dict[str, Callable[[], nn.Module]]:
                 attention_dropout=0.0,
                 seq_classif_dropout=0.0,
                 **words,
-            )  # fmt: skip
+            )
         ),
         "hf gpt2": lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(
@@ -209,12 +209,13 @@ def table(results: Path) -> None:
         if "choices" not in row:
             click.echo(f"| {name} | | | | | | | | | {row.get('refused') or row['failed']} |")
             continue
-        why = "; ".join(
-            f"{reason} ({count})" for reason, count in sorted(row["fixed"].items(), key=lambda p: -p[1])[:3]
-        )
+        reasons = sorted(row["fixed"].items(), key=lambda pair: -pair[1])[:3]
+        why = "; ".join(f"{reason} ({count})" for reason, count in reasons)
+        cost = "exact" if row["cost"] else "differs"
         cells = [
-            name, "x".join(map(str, row["input"])), row["choices"], f"{row['share']:.0%}", f"{row['architectures']:.0e}",
-            f"{row['eval']:.0e}", f"{row['train']:.0e}", "exact" if row["cost"] else "differs", f"{row['seconds']:.0f}", why,
+            name, "x".join(map(str, row["input"])), row["choices"], f"{row['share']:.0%}",
+            f"{row['architectures']:.0e}", f"{row['eval']:.0e}", f"{row['train']:.0e}", cost,
+            f"{row['seconds']:.0f}", why,
         ]  # fmt: skip
         click.echo("| " + " | ".join(map(str, cells)) + " |")
 

@@ -37,7 +37,7 @@ def elasticized(
     """Return the search space inside a model, whose weights are those that the model has.
 
     Args:
-        model: The name of a model of timm, or a function that makes a model, such as `@timm.create_model` in a gin file.
+        model: The name of a model of timm, or a function that makes one, such as `@timm.create_model` in a gin file.
         arguments: More arguments of the model, such as `{"embed_dim": 96}`.
         num_classes: The number of classes. The function gets it, and the next ones, if it takes them.
         image_size: The height and width of images, in pixels; None is 224.

@@ -80,7 +80,8 @@ def _failing(
                 failing[name] = reason
     if not failing:
         raise TangleNASError(
-            f"{type(model).__name__} cannot become a space: its architectures differ from the networks extracted for them"
+            f"{type(model).__name__} cannot become a space: its architectures differ from the networks extracted for "
+            "them"
         )
     return failing
 

@@ -1,8 +1,8 @@
 """Dimensions of tensors as products of atoms, and the atoms that must have one size.
 
 A dimension is a product of atoms in row-major order: the 2304 outputs of a projection to q, k and v are 3 * 12 * 64
-entries once a reshape has shown it. Atoms that meet in an operation are united. So all dimensions that hold one class of
-atoms change together: a residual stream, the heads of an attention with the inputs of its output projection, the
+entries once a reshape has shown it. Atoms that meet in an operation are united. So all dimensions that hold one class
+of atoms change together: a residual stream, the heads of an attention with the inputs of its output projection, the
 channels of a depthwise convolution. A class is fixed as soon as one of its uses has no rule.
 """
 

@@ -63,7 +63,7 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, leaves: Mapping[nn.Module, str]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.owners: list[str] = [""]
@@ -263,7 +263,7 @@ def _calls_of(recorder: Recorder) -> Iterator[None]:
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder.call(module, original, args, kwargs)
 
-    nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
+    nn.Module.__call__ = call  # type: ignore[method-assign]
     try:
         with recorder:
             yield
@@ -282,7 +282,7 @@ def run(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any
 
 
 def _leaves(model: nn.Module, whole: set[str]) -> dict[nn.Module, str]:
-    """Return the modules whose calls are noted: torch's layers with tensors of their own, and those named in `whole`."""
+    """Return the modules whose calls are noted: torch's layers with tensors of their own, and those in `whole`."""
     return {
         module: name
         for name, module in model.named_modules()
@@ -410,9 +410,9 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
             return value
         if isinstance(value, torch.dtype) and value == train:
             reference = next((n for n, p in model.named_parameters() if p.is_floating_point()), None)
-            source = placeholder if example.is_floating_point() or reference is None else None
-            if source is None:
-                source = node_of("reference", lambda: graph.create_node("get_attr", reference))
+            source = placeholder
+            if reference is not None and not example.is_floating_point():
+                source = node_of("reference", lambda: graph.create_node("get_attr", reference))  # type: ignore[arg-type]
             return node_of("dtype", lambda: graph.call_function(getattr, (source, "dtype")))
         if (
             type(value) is int
@@ -434,8 +434,8 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
             return node_of(("training", train), lambda: graph.call_function(operator.mul, (training, train)))
         raise TangleNASError(
             f"the forward of {type(model).__name__} computes with a number that depends on mode, batch or precision: "
-            f"{_name(node)} in {node.meta.get('owner') or 'the model'} takes {value}, {train} in train mode, and {long} "
-            "for a longer batch"
+            f"{_name(node)} in {node.meta.get('owner') or 'the model'} takes {value}, {train} in train mode, and "
+            f"{long} for a longer batch"
         )
 
     for node, train, long in zip(*columns, strict=True):

@@ -69,7 +69,7 @@ class Analysis:
     """
 
     def __init__(self, graph: fx.Graph, model: nn.Module):
-        self.model = model
+        self.graph, self.model = graph, model
         self.modules = dict(model.named_modules())
         self.dims: dict[fx.Node, Any] = {}
         self.stored: dict[str, Dims] = {}
@@ -91,7 +91,7 @@ class Analysis:
             self._visit(node)
 
     def _visit(self, node: fx.Node) -> None:
-        shapes = node.meta.get("shapes")
+        shapes: Any = node.meta.get("shapes")
         if node.op == "output":
             for source in node.all_input_nodes:
                 self.fix(source, "it is a dimension of the output")
@@ -466,6 +466,12 @@ def _reshape(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     return dims
 
 
+def _reshape_as(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
+    reason = f"its factors do not align in {call.name}"
+    dims = regrouped(analysis.of(call.args[0]), node.meta["shapes"], reason)
+    return _aligned([dims, analysis.of(call.get(1, "other"))], reason)
+
+
 def _unsqueeze(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     x, dim = analysis.of(call.args[0]), call.get(1, "dim")
     x.insert(dim if dim >= 0 else dim + len(x) + 1, constant(1))
@@ -559,7 +565,7 @@ def _select(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 def _getitem(analysis: Analysis, node: fx.Node, call: Call) -> Any:
     source, index = call.args
     dims = analysis.dims[source]
-    if (dims and isinstance(dims, Mapping)) or (dims and isinstance(dims[0], list)) or source.meta.get("several"):
+    if isinstance(dims, Mapping) or (dims and isinstance(dims[0], list)):
         return dims[index]
     x, result = analysis.of(source), []
     items = list(index) if isinstance(index, tuple) else [index]
@@ -753,73 +759,71 @@ ALIASES = {
 }  # fmt: skip
 
 RULES: dict[str, Rule] = {
-    **{name: _entrywise for name in ENTRYWISE},
+    **dict.fromkeys(ENTRYWISE, _entrywise),
     "add": _sum,
     "addcmul": _sum,
+    # Layers.
     "nn.regulariser": _same,
     "nn.Linear": _linear_module,
     "nn.NonDynamicallyQuantizableLinear": _linear_module,
-    "nn.Conv1d": _convolution_module,
-    "nn.Conv2d": _convolution_module,
-    "nn.ConvTranspose2d": _convolution_module,
-    "nn.BatchNorm1d": _batch_norm_module,
-    "nn.BatchNorm2d": _batch_norm_module,
-    "nn.LayerNorm": _width_norm_module,
-    "nn.RMSNorm": _width_norm_module,
+    **dict.fromkeys(("nn.Conv1d", "nn.Conv2d", "nn.ConvTranspose2d"), _convolution_module),
+    **dict.fromkeys(("nn.BatchNorm1d", "nn.BatchNorm2d"), _batch_norm_module),
+    **dict.fromkeys(("nn.LayerNorm", "nn.RMSNorm"), _width_norm_module),
     "nn.GroupNorm": _group_norm_module,
     "nn.Embedding": _embedding_module,
     "nn.PReLU": _prelu_module,
+    # Layers as functions.
     "linear": _linear,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
+    **dict.fromkeys(("conv1d", "conv2d"), _convolution),
     "batch_norm": _batch_norm,
-    "layer_norm": _width_norm,
-    "rms_norm": _width_norm,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _width_norm),
     "group_norm": _group_norm,
     "embedding": _embedding,
+    # Shapes.
     "permute": _permute,
     "transpose": _transpose,
     "t": _t,
     "movedim": _movedim,
     "getattr": _attribute,
-    "reshape": _reshape,
-    "view": _reshape,
-    "flatten": _reshape,
-    "unflatten": _reshape,
-    "squeeze": _reshape,
+    **dict.fromkeys("reshape view flatten unflatten squeeze".split(), _reshape),
+    **dict.fromkeys(("reshape_as", "view_as"), _reshape_as),
     "unsqueeze": _unsqueeze,
-    "expand": _expand,
-    "expand_as": _expand,
+    **dict.fromkeys(("expand", "expand_as"), _expand),
     "repeat": _repeat,
     "cat": _cat,
     "stack": _stack,
-    "chunk": _chunks,
-    "split": _chunks,
+    **dict.fromkeys(("chunk", "split"), _chunks),
     "unbind": _unbind,
     "select": _select,
     "getitem": _getitem,
     "narrow": _narrowed,
     "pad": _pad,
-    "roll": _roll,
-    "flip": _roll,
-    **{name: _reduce for name in "mean sum amax max min std var norm logsumexp prod any all argmax std_mean var_mean".split()},
-    **{name: _along for name in "softmax log_softmax normalize cumsum".split()},
-    "matmul": _matmul,
-    "addmm": _matmul,
+    **dict.fromkeys(("roll", "flip"), _roll),
+    # Reductions and products.
+    **dict.fromkeys(
+        "mean sum amax max min std var norm logsumexp prod any all argmax std_mean var_mean".split(), _reduce
+    ),
+    **dict.fromkeys("softmax log_softmax normalize cumsum".split(), _along),
+    **dict.fromkeys(("matmul", "addmm"), _matmul),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
-    **{name: _factory for name in "arange zeros ones full empty linspace rand randn new_zeros new_ones new_full new_empty tensor eye meshgrid tril triu".split()},
-    **{
-        name: _spatial
-        for name in """
-            adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d avg_pool1d
-            avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool2d interpolate upsample
-            boolean_dispatch
-        """.split()
-    },
-}  # fmt: skip
+    # New tensors.
+    **dict.fromkeys(
+        "arange zeros ones full empty linspace rand randn new_zeros new_ones new_full new_empty tensor eye".split(),
+        _factory,
+    ),
+    # Images. `boolean_dispatch` is max pooling, which may return indices.
+    **dict.fromkeys(
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+        "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool2d interpolate upsample "
+        "boolean_dispatch".split(),
+        _spatial,
+    ),
+}
+"""The rules by name. In-place operations and methods have the names of their functions."""
 
 REFUSED: dict[str, str] = {
-    name: "recurrent layers have no elastic form" for name in ("nn.LSTM", "nn.GRU", "nn.RNN", "lstm", "gru")
-} | {"nn.MultiheadAttention": "attention of torch's own layer is not taken apart"}
+    **dict.fromkeys(("nn.LSTM", "nn.GRU", "nn.RNN"), "recurrent layers have no elastic form"),
+    "nn.MultiheadAttention": "attention of torch's own layer is not taken apart",
+}
 """The reasons for operations that have no rule, where there is more to say."""

@@ -43,7 +43,7 @@ class Layers:
 
 
 def find_stacks(model: nn.Module, spans: Mapping[str, list[Span]], analysis: Analysis) -> list[Layers]:
-    """Return the stacks of a recording in the order of the model's modules. Of nested ones, the inner ones are taken."""
+    """Return the stacks of a recording in the order of the modules. Of nested ones, the inner ones are taken."""
     found: list[Layers] = []
     for path, module in reversed(list(model.named_modules())):
         if path and isinstance(module, nn.Sequential | nn.ModuleList):

@@ -117,7 +117,7 @@ def test_what_has_no_rule_keeps_its_size_and_says_why(name):
         def between(self, x: Tensor) -> Tensor:
             return KEEPING[name](x)
 
-    with pytest.raises(TangleNASError, match="Model has no layer whose size can vary: .+"):
+    with pytest.raises(TangleNASError, match=r"Model has no layer whose size can vary: .+"):
         elasticize(Model(), torch.randn(2, 8))
 
 
