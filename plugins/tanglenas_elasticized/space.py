@@ -18,7 +18,7 @@ NAMES = {"image_size": ("img_size", "image_size"), "in_channels": ("in_chans", "
 
 
 def elasticized(
-    model: str | Callable[..., nn.Module],
+    model: str | Callable[..., nn.Module] = "resnet18",
     arguments: Mapping[str, Any] | None = None,
     num_classes: int = 1000,
     image_size: int | None = None,
@@ -34,7 +34,7 @@ def elasticized(
     relaxation: str = "exact",
     sharing: str = "superposed",
 ) -> SearchSpace:
-    """Return the search space inside a model, whose weights are those that the model has.
+    """Return the search space inside a model, whose weights are those that the model has. It is made on the CPU.
 
     Args:
         model: The name of a model of timm, or a function that makes one, such as `@timm.create_model` in a gin file.
@@ -59,16 +59,17 @@ def elasticized(
     if not texts:
         given = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
     given = {name: value for name, value in given.items() if value is not None}
-    network = _made(model, given, dict(arguments or {}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # so that a network trained from scratch depends on its own seed alone
-        initial = _made(model, given, dict(arguments or {}))
     size = image_size or 224
-    example = torch.randint(vocab_size, (2, block_size or 64)) if texts else torch.randn(2, in_channels, size, size)
-    return elasticize(
-        network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
-        initial=initial, relaxation=relaxation, sharing=sharing,
-    )  # fmt: skip
+    with torch.device("cpu"):
+        network = _made(model, given, dict(arguments or {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # so that a network trained from scratch depends on its own seed alone
+            initial = _made(model, given, dict(arguments or {}))
+        example = torch.randint(vocab_size, (2, block_size or 64)) if texts else torch.randn(2, in_channels, size, size)
+        return elasticize(
+            network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
+            initial=initial, relaxation=relaxation, sharing=sharing,
+        )  # fmt: skip
 
 
 def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
