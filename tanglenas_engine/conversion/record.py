@@ -412,7 +412,7 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
             reference = next((n for n, p in model.named_parameters() if p.is_floating_point()), None)
             source = placeholder
             if reference is not None and not example.is_floating_point():
-                source = node_of("reference", lambda: graph.create_node("get_attr", reference))  # type: ignore[arg-type]
+                source = node_of("reference", lambda: graph.create_node("get_attr", reference))
             return node_of("dtype", lambda: graph.call_function(getattr, (source, "dtype")))
         if (
             type(value) is int

@@ -79,7 +79,7 @@ def _closed(stack: Layers, position: int) -> bool:
     nodes, returned = set(stack.nodes[position]), stack.outputs[position]
     given = {stack.inputs[position], *stack.context}
     for node in nodes:
-        if node.op == "get_attr" and not str(node.target).startswith(stack.prefix(position)):
+        if node.op in ("get_attr", "call_module") and not str(node.target).startswith(stack.prefix(position)):
             return False
         sources = {source for source in node.all_input_nodes if not source.meta.get("special")}
         if sources - nodes - given or (node is not returned and set(node.users) - nodes):
