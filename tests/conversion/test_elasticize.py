@@ -40,7 +40,9 @@ TIMM = {
     "cait_xxs24_224": VIT,
     "mixer_s32_224": dict(img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
     "resmlp_12_224": dict(img_size=32),
-    "swin_tiny_patch4_window7_224": dict(img_size=32, embed_dim=24, depths=(1, 2), num_heads=(2, 2), window_size=4),
+    "swin_tiny_patch4_window7_224": dict(
+        img_size=32, embed_dim=24, depths=(1, 2), num_heads=(2, 2), window_size=4, drop_path_rate=0.0
+    ),
     "pvt_v2_b0": {},
 }
 """Architectures of timm at a size for tests, with images of 32 pixels."""
