@@ -69,7 +69,8 @@ def make_elastic(module: nn.Module, axes: Mapping[str, Axes], groups: Size, widt
         axes = {**axes, "weight": (first or _fixed(module.out_features), second or _fixed(module.in_features))}
     if "weight" not in axes and width is not None:  # a norm without gain still covers its output
         axes = {**axes, "weight": (width,), "bias": (width,)}
-    module.declare(**axes)
+    for name, dimensions in axes.items():
+        module.declare("write", **{name: dimensions})
 
 
 def _fixed(length: int) -> Axis:

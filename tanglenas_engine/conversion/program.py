@@ -84,7 +84,8 @@ class Program:
         self._x, self._times = self.env[nodes[0]], nodes[0].meta["shapes"][0] // BATCHES[0]
 
     def add(self, node: fx.Node) -> None:
-        args, kwargs = (fx.node.map_arg(value, self._node) for value in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, self._node)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self._node)
         if node in self.plan.analysis.shapes:
             args, kwargs = self._sized(node, args, kwargs)
         target = node.target
@@ -139,7 +140,8 @@ class Program:
         size = self.plan.size(dim)
         if isinstance(given, fx.Node):  # a multiple of the batch
             batch = next(n for n in self.plan.analysis.graph.nodes if n.meta.get("special") == "batch")
-            return self.program.call_function(operator.mul, (self._node(batch), self._reference(size // BATCHES[0])))
+            product: Any = self._node(batch), self._reference(size // BATCHES[0])
+            return self.program.call_function(operator.mul, product)
         return self._reference(size)
 
     def _reference(self, size: Size) -> Reference:

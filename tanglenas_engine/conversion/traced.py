@@ -79,7 +79,7 @@ class Traced(Elastic):
         return {key: value for key, value in vars(self).items() if key != "_run"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
 
     def _supernet_graph(self) -> fx.Graph:
@@ -117,7 +117,8 @@ class Traced(Elastic):
         network.__class__.__name__ = "GraphModule"
         called = {self.get_submodule(str(node.target)) for node in self._program.nodes if node.op == "call_module"}
         self._fill(network, self, assignment, {self: network}, called)
-        graph, env = fx.Graph(), {}
+        graph = fx.Graph()
+        env: dict[fx.Node, Any] = {}
 
         def number(reference: Reference) -> int:
             found: Any = self._numbers[reference.index]
