@@ -317,4 +317,4 @@ class Builder:
                 program.write(layer)
             container = space.get_submodule(stack.path)
             container.__class__ = Stack
-            container.set_depth(depths[stack.path])
+            container.set_depth(depths[stack.path], stack.changing)

@@ -26,6 +26,7 @@ class Layers:
         inputs: The node that each module reads.
         outputs: The node that each module returns.
         context: The nodes that all modules read besides.
+        changing: The number of modules up to the last one that changes the shape of its input.
         least: The smallest depth. From there on, modules return what has the shape of their input.
     """
 
@@ -36,6 +37,7 @@ class Layers:
     outputs: list[fx.Node]
     context: list[fx.Node]
     least: int
+    changing: int = 0
 
     def prefix(self, position: int) -> str:
         """Return the start of the names of what is in a module."""
@@ -56,6 +58,8 @@ def find_stacks(model: nn.Module, spans: Mapping[str, list[Span]], analysis: Ana
 def _stack(path: str, module: nn.Module, spans: Mapping[str, list[Span]], analysis: Analysis) -> Layers | None:
     names = list(module._modules)
     calls = [spans.get(f"{path}.{name}", []) for name in names]
+    if names != [str(i) for i in range(len(names))]:
+        return None
     if len(names) < 2 or any(len(call) != 1 or not call[0][1] or len(call[0][2]) != 1 for call in calls):
         return None
     nodes = [[node for node in call[0][0] if not node.meta.get("special")] for call in calls]
@@ -65,7 +69,8 @@ def _stack(path: str, module: nn.Module, spans: Mapping[str, list[Span]], analys
         return None
     shapes = [(x.meta["shapes"], y.meta["shapes"]) for x, y in zip(stack.inputs, outputs, strict=True)]
     batched = all(x.meta["floating"] and x.meta["shapes"][0] % BATCHES[0] == 0 for x in stack.inputs)
-    stack.least = 1 + max([0, *(i for i, (before, after) in enumerate(shapes) if before != after)])
+    stack.changing = max([0, *(i + 1 for i, (before, after) in enumerate(shapes) if before != after)])
+    stack.least = max(1, stack.changing)
     if stack.least == len(names) or not batched or not all(_closed(stack, i) for i in range(len(names))):
         return None
     for output in outputs[stack.least :]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 from tanglenas_engine import elastic
 from tanglenas_engine.conversion.forms import Number
 from tanglenas_engine.elastic.base import Elastic, plain, sliced_state
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
 
@@ -23,19 +24,30 @@ class Reference:
 
 
 class Stack(elastic.Depth):
-    """An elastic depth with the names of the container that held the layers in the given model."""
+    """An elastic depth in place of the container that held the layers in the given model."""
 
-    def set_depth(self, depth: Size) -> None:
-        self.depth = depth
+    def set_depth(self, depth: Size, least: int) -> None:
+        """Take the depth, and the number of layers that every architecture has."""
+        self.depth, self.least = depth, least
         self._depths = sorted({int(value) for value in depth.values})
         self.declare(outputs=(Axis(depth, layout="value", role="value"),))
 
-    def gate(self, child: str) -> Size:
-        return super().gate(str(list(self._modules).index(child)))
+    def put_in_order(self, order: Sequence[int]) -> None:
+        """Keep layers in this order. Those that change the shape of what they read are always there, so come first.
+
+        Raises:
+            TangleNASError: The order is not one of all layers, or a layer may go that must be there.
+        """
+        if not {*range(self.least)} <= {*order[: self.depth.min]}:
+            raise TangleNASError(
+                f"the first {self.least} layers change the shape of what they read, so that they stay: {list(order)} "
+                "lets one of them go"
+            )
+        super().put_in_order(order)
 
     def names(self, assignment: Assignment) -> list[str]:
-        """Return the names of the layers that an architecture has."""
-        return list(self._modules)[: self.depth.value(assignment)]
+        """Return the names of the layers that an architecture has, in sequence."""
+        return [name for name in self._modules if self.gate(name).value(assignment)]
 
 
 class Traced(Elastic):

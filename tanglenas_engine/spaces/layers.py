@@ -79,12 +79,19 @@ def order_layers(
     return told
 
 
+class _Passing(nn.Module):
+    """A layer that returns its input, whatever context comes with it."""
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return x
+
+
 @contextmanager
 def _without(depths: Sequence[Depth], layers: Sequence[int]) -> Iterator[None]:
     """Leave layers out inside the block."""
     taken = [(depth, layer, depth[layer]) for depth in depths for layer in layers]
     for depth, layer, _ in taken:
-        depth[layer] = nn.Identity()
+        depth[layer] = _Passing()
     try:
         yield
     finally:
