@@ -56,6 +56,7 @@ class Watched(Search):
             targets=(),
             band=None,
             order=None,
+            order_layers=False,
             stop=None,
             loss=cross_entropy,
             recalibration_batches=0,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from tanglenas_engine.elastic import Depth
 from tanglenas_engine.spaces.architecture import Architecture
@@ -37,13 +38,15 @@ class Block:
 def blocks(space: SearchSpace, architecture: Architecture) -> list[Block]:
     """Return the blocks of a found network that multiply, in the order in which they run.
 
-    Lists of modules are opened; what is in them is a block.
+    Lists of modules are opened; what is in them is a block. The layers of a recorded network are blocks, and what its
+    functions multiply is one more.
     """
     with torch.random.fork_rng(devices=[]):  # looking at a network changes no number of a run
         network, example = space.standalone(architecture).float(), space.example_input(1)
     numbers = _numbers(space)
     found: list[Block] = []
     counter = ProductCounter()
+    whole: list[int] = []
     hooks: list[Any] = []
 
     def watch(module: nn.Module, name: str | None) -> None:
@@ -56,7 +59,9 @@ def blocks(space: SearchSpace, architecture: Architecture) -> list[Block]:
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
             counter.leave()
             macs = counter.own.total() - before.pop()
-            if name is not None and macs:
+            if name is None:
+                whole.append(macs)
+            elif macs:
                 came, went = (_first(value) for value in (inputs, output))
                 kind = type(module).__name__
                 found.append(Block(numbers.get(name, name), kind, _shape(went), _stride(came, went), macs))
@@ -72,10 +77,16 @@ def blocks(space: SearchSpace, architecture: Architecture) -> list[Block]:
     finally:
         for hook in hooks:
             hook.remove()
+    if left := sum(whole) - sum(block.macs for block in found):
+        found.append(Block("others", "functions", "", None, left))
     return found
 
 
 def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, GraphModule):
+        called = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+        yield from ((name, module.get_submodule(name)) for name in called)
+        return
     for key, child in module.named_children():
         name = f"{prefix}{key}"
         if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):

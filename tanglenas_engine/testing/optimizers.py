@@ -27,6 +27,8 @@ from tanglenas_engine.training.optim import parameter_groups
 SEED = 3
 SAMPLES = 8
 BATCH = 4
+DRAWS = 8
+"""The samples of which one has to give alpha a gradient. A sample whose gates are all at 0 or 1 gives none."""
 
 
 def check_optimizer(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:
@@ -123,7 +125,10 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
     )
     if optimizer.learns_architecture:
         before = [parameter.detach().clone() for parameter in space.parameters()]
-        loss = optimizer.architecture_backward(step)
+        for step.index in range(DRAWS):
+            loss = optimizer.architecture_backward(step)
+            if any(bool(alpha.grad is not None and alpha.grad.any()) for alpha in optimizer.alphas.values()):
+                break
         assert loss.isfinite(), f"architecture_backward gives the loss {float(loss)}"
         assert not loss.requires_grad, "architecture_backward must give a detached loss: it would keep the graph alive"
         _check_gradient(optimizer.alphas.values(), "alpha, after architecture_backward,")
@@ -141,8 +146,11 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
 
     if optimizer.learns_architecture:
         step.architecture_batch = None
-        for term in optimizer.weight_losses(step):
-            torch.autograd.backward(term)
+        for step.index in range(DRAWS):
+            for term in optimizer.weight_losses(step):
+                torch.autograd.backward(term)
+            if any(bool(alpha.grad is not None and alpha.grad.any()) for alpha in optimizer.alphas.values()):
+                break
         _check_gradient(optimizer.alphas.values(), "alpha, after weight_losses of a simultaneous search,")
     space.release()
 

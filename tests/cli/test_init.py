@@ -80,7 +80,7 @@ def test_a_repository_without_files_is_an_empty_folder(init, tmp_path):
         (["--dataset", "digit"], "Did you mean 'digits'?"),
         (["--optimizer", "drnass"], "Did you mean 'drnas'?"),
         (["--space", "gpt_nano"], "--dataset stdlib_text or text"),
-        (["--dataset", "text"], "--space gpt or gpt2 or gpt_char or gpt_nano"),
+        (["--dataset", "text"], "gpt or gpt2 or gpt_char or gpt_nano or llama_nano or smollm_135m"),
     ],
 )
 def test_what_would_not_run_is_refused_before_anything_is_written(init, tmp_path, arguments, message):

@@ -187,7 +187,7 @@ def test_the_smaller_of_two_budgets_counts(train):
         ({"entrants": 1}, "race.entrants is 1, expected a whole number of at least 2"),
         ({"eta": 1}, "race.eta is 1, expected a whole number of at least 2"),
         ({"workers": 0}, "race.workers is 0, expected a whole number of at least 1"),
-        ({"backend": "slurm"}, "race.backend is 'slurm', expected a backend of joblib such as 'loky' or 'dask'"),
+        ({"backend": "slurm"}, "race.backend is 'slurm', expected a backend of joblib such as 'loky', 'dask' or 'ray'"),
     ],
 )
 def test_options_that_make_no_race_are_refused(train, options, message):
