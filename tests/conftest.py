@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, a fixed seed, equal examples in every run, and what `make test` leaves out."""
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ FEW = {"vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 FIRST = 3
 """The entries of a table that `make test-fast` takes."""
 
+LONG = 6
+"""The length of a table from which on `make test` takes half of it."""
+
 OPTIMIZERS = sorted(manager().names("optimizer"))
 OTHERS = {*ALL, *OPTIMIZERS} - FEW
 
@@ -84,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if hasattr(item, "callspec"):
             tables.setdefault((item.path, item.originalname), []).append(item)
     for table in tables.values():
-        for rule in (_out_of_turn, _repeated, _pairs_of_known):
+        for rule in (_out_of_turn, _repeated, _pairs_of_known, _half):
             for item in rule(table):
                 item.add_marker("exhaustive")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -133,6 +137,17 @@ def _pairs_of_known(table: list[pytest.Item]) -> list[pytest.Item]:
                 seen |= pair
                 needed.add(item)
     return [item for item in pairs if item not in needed]
+
+
+def _half(table: list[pytest.Item]) -> list[pytest.Item]:
+    """Return every second entry of what is left of a long table, from one that differs between tables.
+
+    So an option that many tables have, such as a space, is in half of them. Tables of pairs are short already.
+    """
+    left = [item for item in table if not item.get_closest_marker("exhaustive")]
+    if len(left) <= LONG or table[0].get_closest_marker("part") or _pairs_of_known(table):
+        return []
+    return left[zlib.crc32(table[0].originalname.encode()) % 2 :: 2]
 
 
 @pytest.fixture(autouse=True)

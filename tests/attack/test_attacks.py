@@ -177,6 +177,7 @@ def test_fix_follows_no_link_out_of_what_waits(project, waiting, tmp_path, forge
     assert "artifact" in upload.problem or forge in (link_itself, link_above)
 
 
+@pytest.mark.exhaustive
 def test_a_run_s_folder_that_is_a_link_is_none(project, waiting, tmp_path):
     waiting.rename(tmp_path / "moved")
     waiting.symlink_to(tmp_path / "moved")

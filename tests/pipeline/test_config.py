@@ -70,7 +70,9 @@ def test_a_stage_file_makes_optimizers_and_schedules_that_train(file: str) -> No
     train_a_step(Path(file).stem)
 
 
-@pytest.mark.parametrize("file", named("spaces"))
+@pytest.mark.parametrize(
+    "file", [pytest.param(one, marks=[pytest.mark.exhaustive] * ("elasticized" in one)) for one in named("spaces")]
+)
 @pytest.mark.part(2)
 def test_a_space_file_builds_its_space(file: str) -> None:
     configure([*BASE, f'SPACE = "{Path(file).stem}"'])

@@ -99,6 +99,7 @@ def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
     }
 
 
+@pytest.mark.exhaustive
 def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, monkeypatch, capsys):
     no_race = "discretize.batch_size = 600"
     bindings = ('discretize.method = "evolution"', "discretize.candidates = 12", no_race, *SMALL_EVOLUTION)
@@ -123,6 +124,7 @@ def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_bytes(project, 
     assert {path.name: path.read_bytes() for path in Path("out/discretize").rglob("*") if path.is_file()} == whole
 
 
+@pytest.mark.exhaustive
 def test_a_race_trains_by_the_recipe_of_retrain_and_says_how_it_went(project, capsys):
     set_params(project, retrain={"epochs": 2, "batch_size": 128})
     small = ["create_space.channels = 2", "retrain.scheduler = None"]
@@ -262,6 +264,7 @@ def test_a_table_tells_how_well_the_supernet_ranks(project, capsys):
     assert Path("out/evaluate/rank_correlation.png").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_a_plugins_objective_can_be_the_budget_and_the_cost_of_the_front(project):
     space = create_space("toy_cell", channels=2, image_size=8)
     table = measure_latency(space, fitted=2, validated=2, repeats=1)

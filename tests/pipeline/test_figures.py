@@ -133,6 +133,7 @@ def test_every_space_can_be_drawn(name, tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 100])
+@pytest.mark.exhaustive
 def test_searches_and_trainings_of_any_length_can_be_drawn(epochs, tmp_path):
     space = vit()
     rows = history(space, epochs)
@@ -158,6 +159,7 @@ def test_what_the_stages_return_can_be_drawn(method, tmp_path):
         drawn(path)
 
 
+@pytest.mark.exhaustive
 def test_equal_input_gives_equal_bytes_whatever_the_settings_of_matplotlib(tmp_path):
     space, rows = vit(), history(vit(), 3)
 

@@ -154,6 +154,7 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_once_they_are_back(theat
     assert contents(project) == contents(undisturbed)
 
 
+@pytest.mark.exhaustive
 def test_a_second_start_names_the_process_that_runs(theatre: Theatre, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -526,6 +526,7 @@ def test_a_run_killed_before_it_held_its_folder_is_found_in_the_own_store(root: 
     assert not stale_runs(root)
 
 
+@pytest.mark.exhaustive
 def test_no_store_has_no_stale_runs_and_one_in_trouble_says_so(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -336,6 +336,7 @@ def test_the_model_says_how_inputs_of_its_dataset_are_made(finished: Path) -> No
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
 
 
+@pytest.mark.exhaustive
 def test_the_operative_config_runs_a_stage_again_with_the_same_result(done: Path) -> None:
     before, weights = contents(done / "out" / "search"), load_weights("out/search/supernet.safetensors")
     for folder in ("stages", "spaces", "optimizers", "datasets"):

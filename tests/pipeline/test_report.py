@@ -113,6 +113,7 @@ def test_the_page_begins_with_the_test_accuracy_and_the_cost_in_the_range_of_the
     assert html.index("91.23") < html.index("<h2>")
 
 
+@pytest.mark.exhaustive
 def test_all_finished_runs_are_compared_with_the_optimizer_that_led_to_them(project):
     for pipeline, accuracy in (("one", 90.5), ("two", 80.25)):
         track("search", pipeline)
@@ -182,6 +183,7 @@ def test_the_commands_set_what_differs_from_a_new_project(project):
     assert commands() == [["dvc", "exp", "run", "-S", "seed=3", "-S", "search.epochs=3"]]
 
 
+@pytest.mark.exhaustive
 def test_the_commands_set_what_differs_from_the_commit_of_the_run(project, monkeypatch):
     for name, value in (("NAME", "Tester"), ("EMAIL", "tester@example.org")):
         monkeypatch.setenv(f"GIT_AUTHOR_{name}", value)

@@ -292,6 +292,7 @@ def stages_that_ran(output: str) -> list[str]:
     return others
 
 
+@pytest.mark.exhaustive
 def test_a_second_repro_does_nothing_whatever_python_left_beside_the_code(changed: Path) -> None:
     for folder in ("pipelines", "tanglenas_engine", "plugins/tanglenas_vit"):
         (changed / folder / "__pycache__").mkdir(exist_ok=True)

@@ -170,6 +170,7 @@ def test_a_limit_is_given_once(project, refused):
     assert "discretize.limits has 'params': 40000, and discretize.max_params is 50000: leave one out" in message
 
 
+@pytest.mark.exhaustive
 def test_a_search_that_passes_keeps_its_own_config_and_results(project):
     before = {path.name: path.read_bytes() for path in Path("out/search").iterdir()}
     set_params(project, search=SMALL["search"])  # those of the search that wrote them

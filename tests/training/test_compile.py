@@ -76,7 +76,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("space", KINDS.values(), ids=KINDS)
-@pytest.mark.part(3)
+@pytest.mark.exhaustive
 def test_spaces_of_all_kinds_compile_without_a_break(space):
     options = dict(space=space, epochs=1)
     plain, compiled = (searched("drnas", compile=way, **options) for way in (False, TRACED))

@@ -18,7 +18,7 @@ def bound(**options):
     return optimizer
 
 
-def rows(optimizer, count=4000):
+def rows(optimizer, count=1200):
     return torch.cat([optimizer.sample(step, "weights").stacks[3].detach() for step in range(count)])
 
 
@@ -30,7 +30,7 @@ def test_samples_are_mixtures_and_often_at_a_corner():
     # A gate of even odds is at 0 or 1 in a third of its samples: if s is below 1/12 or above 11/12.
     even = bound()
     even.alphas[3].data.copy_(torch.tensor([0.0, 0.0, -30.0]).expand_as(even.alphas[3]))  # the first gate alone is open
-    assert float((rows(even).amax(1) == 1).float().mean()) == pytest.approx(0.336, abs=0.02)
+    assert float((rows(even).amax(1) == 1).float().mean()) == pytest.approx(0.336, abs=0.03)
     assert float((rows(bound(temperature=0.1)).amax(1) == 1).float().mean()) > 0.8
 
 
@@ -38,7 +38,7 @@ def test_cold_samples_have_the_frequencies_of_the_mixture_that_alpha_stands_for(
     optimizer = bound(temperature=0.01)
     wanted = LOGITS.softmax(0)
     torch.testing.assert_close(optimizer.expected().stacks[3][0].detach(), wanted)
-    torch.testing.assert_close(rows(optimizer).mean(0), wanted, atol=0.03, rtol=0)
+    torch.testing.assert_close(rows(optimizer).mean(0), wanted, atol=0.04, rtol=0)
 
 
 def test_alpha_learns_by_the_gates_that_are_neither_0_nor_1():
