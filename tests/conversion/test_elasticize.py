@@ -32,13 +32,13 @@ TIMM = {
     "nf_resnet26": {},
     "convnextv2_atto": dict(depths=(1, 1, 2, 1), dims=(8, 16, 16, 24)),
     "inception_next_atto": {},
-    "poolformer_s12": dict(layers=(1, 2, 1, 1), embed_dims=(8, 16, 24, 32)),
+    "poolformer_s12": {},
     "deit_tiny_distilled_patch16_224": VIT,
     "deit3_small_patch16_224": VIT,
     "beit_base_patch16_224": VIT,
     "eva02_tiny_patch14_224": VIT,
     "cait_xxs24_224": VIT,
-    "mixer_s32_224": dict(img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
+    "mixer_s16_224": dict(img_size=32),
     "resmlp_12_224": dict(img_size=32),
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, embed_dim=24, depths=(1, 2), num_heads=(2, 2), window_size=4, drop_path_rate=0.0
@@ -352,5 +352,6 @@ def test_a_space_inside_a_model_of_transformers_keeps_every_promise(name):
     model, x = built(name)
     space = elasticize(model, x)
     assert space.report.share > 0.6
-    check_corners(lambda: copy.deepcopy(space))
+    # Its norms compute in float32, whatever its weights are.
+    check_corners(lambda: copy.deepcopy(space), 1e-6 if name == "hf llama" else 1e-9)
     check_costs(lambda: copy.deepcopy(space))
