@@ -192,8 +192,9 @@ def as_they_come(tasks: Sequence[Any], workers: int) -> Iterator[Any]:
     if backend.supports_return_generator:
         yield from joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks)
         return
-    for start in range(0, len(tasks), workers):
-        yield from joblib.Parallel(n_jobs=workers, batch_size=1)(tasks[start : start + workers])
+    count = joblib.effective_n_jobs(workers)
+    for start in range(0, len(tasks), count):
+        yield from joblib.Parallel(n_jobs=workers, batch_size=1)(tasks[start : start + count])
 
 
 @contextmanager

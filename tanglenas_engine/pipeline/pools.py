@@ -66,14 +66,20 @@ class Identity:
 
     @classmethod
     def here(
-        cls, arguments: Sequence[str], space: SearchSpace, dataset: Dataset, splits: Splits, limits: Mapping[str, float]
+        cls,
+        arguments: Sequence[str],
+        seed: int,
+        space: SearchSpace,
+        dataset: Dataset,
+        splits: Splits,
+        limits: Mapping[str, float],
     ) -> Identity:
         """Return the identity of a pool by a recipe, which is given as arguments of the retrain stage."""
         with configured((*arguments, "SEED = 0")):
             bound = [gin.config_str(), space.name, space.to_string(space.largest()), space.to_string(space.smallest())]
         return cls(
             space.name, dataset.fingerprint, fingerprint(splits=splits.assignment),
-            fingerprint(test=splits.test.tolist()), fingerprint(bound=bound), splits.seed, dict(limits),
+            fingerprint(test=splits.test.tolist()), fingerprint(bound=bound), seed, dict(limits),
         )  # fmt: skip
 
     def difference(self, other: Identity, names: Sequence[str] = ()) -> str:
@@ -201,7 +207,7 @@ def build(
         splits = Splits.from_json(SPLITS.read_text("utf-8")) if SPLITS.exists() else make_splits(dataset, seed=seed)
         splits.check(dataset)
         limits = _limits(space, share)
-    identity = Identity.here(arguments, space, dataset, splits, limits)
+    identity = Identity.here(arguments, seed, space, dataset, splits, limits)
     record = Record.read(record_of(path)) if record_of(path).exists() else Record(identity)
     if other := identity.difference(record.identity):
         raise TangleNASError(
@@ -246,7 +252,7 @@ def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Split
     if arguments is None or not record_of(path).exists():
         return ""
     pool = Record.read(record_of(path)).identity
-    here = Identity.here(arguments, space, dataset, splits, {})
+    here = Identity.here(arguments, splits.seed, space, dataset, splits, {})
     if other := here.difference(pool, ("space", "dataset", "test", "recipe")):
         named = "test split, which the seed decides for this dataset" if other == "test" else other
         return f"{path} is a pool of another {named}"

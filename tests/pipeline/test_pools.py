@@ -136,6 +136,20 @@ def test_a_pool_that_was_measured_elsewhere_is_taken_as_it_is(project):
     assert not pools.incomparable(Path("pool.csv"), space, dataset, splits, 10**9)
 
 
+def test_a_pool_of_another_seed_is_refused_where_the_splits_are_a_file(project):
+    with configured(trainings.project_arguments()):
+        seed, _, dataset = create()
+        splits = make_splits(dataset, seed=seed)
+    pools.SPLITS.parent.mkdir(parents=True, exist_ok=True)
+    pools.SPLITS.write_text(splits.to_json())
+    try:
+        set_params(project, seed=1)
+        result = build("--count", "2")
+    finally:
+        pools.SPLITS.unlink()
+    assert result.exit_code == 2 and "pool.csv is a pool of another seed" in result.output
+
+
 def test_a_pool_of_another_budget_is_refused(project):
     result = CliRunner().invoke(main, ["pool", "build", "pool.csv", "--budget", "0.4", "--count", "2"])
     assert result.exit_code == 2 and "pool.csv is a pool of another limits" in result.output
