@@ -129,8 +129,8 @@ class Method:
 
 METHODS = {
     "spos band": Method("spos", ("random", "race")),
-    "drnas target": Method("drnas", ("argmax", "both")),
-    "hard_concrete target": Method("hard_concrete", ("argmax", "both")),
+    "drnas target": Method("drnas", ("argmax", "both", "race")),
+    "hard_concrete target": Method("hard_concrete", ("argmax", "both", "race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
     "spos whole space": Method("spos", ("random",), band=False),

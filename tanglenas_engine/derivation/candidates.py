@@ -18,6 +18,7 @@ from tanglenas_engine.data import Samples, TensorSamples, batches
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.optimizers.optimizer import UNDECIDED, normalized_entropy
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -169,6 +170,21 @@ class Candidates:
             self._drawn.add(likely.digest)
             return [likely, *self.fresh(count - 1, fill=fill)]
         return self.fresh(count, fill=fill)
+
+    def judge_first(self, mixture: Mixture | None) -> None:
+        """Judge the first candidates, and with them what argmax takes, unless alpha is undecided or there is none.
+
+        An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs
+        of the options rather than by their worth.
+        """
+        entropy = math.nan if mixture is None else normalized_entropy(mixture)
+        if entropy <= UNDECIDED:
+            self.note(f"alpha has an entropy of {entropy:.2f} of 1: what it prefers is judged with random candidates")
+        else:
+            reason = "there is no alpha" if mixture is None else f"alpha is undecided (entropy {entropy:.2f} of 1)"
+            self.note(f"{reason}: random candidates are judged")
+            mixture = None
+        self.judge(self.first(self.limit, mixture=mixture))
 
     def fresh(
         self, count: int, propose: Callable[[], Architecture] | None = None, fill: bool = True

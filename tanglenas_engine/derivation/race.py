@@ -69,7 +69,7 @@ def race(
     workers: int = 1,
     backend: str | None = None,
 ) -> Raced | None:
-    """Judge candidates as `random` does, train the best of them by rungs, and return the end of the race.
+    """Judge candidates as `both` does, train the best of them by rungs, and return the end of the race.
 
     All networks are trained with one seed and judged on the validation split. A training that fails is last. Where only
     one candidate was judged, nothing is trained, and the result is None.
@@ -92,7 +92,7 @@ def race(
             or workers are lost time after time.
     """
     _check_options(entrants, eta, trainings, seconds, workers, backend)
-    candidates.judge(candidates.first(candidates.limit))
+    candidates.judge_first(mixture)
     leaders = candidates.best(entrants)
     if len(leaders) < 2:
         candidates.note("no race, as there is one candidate only")

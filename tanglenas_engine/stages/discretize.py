@@ -17,7 +17,6 @@ from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.derivation.surrogate import surrogate
 from tanglenas_engine.errors import TangleNASError, at_least, unknown
-from tanglenas_engine.optimizers.optimizer import UNDECIDED, normalized_entropy
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
@@ -63,19 +62,8 @@ def random(candidates: Candidates, mixture: Mixture | None) -> None:
 
 
 def both(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates, and with them what argmax takes, unless alpha is undecided or there is none.
-
-    An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs of
-    the options rather than by their worth.
-    """
-    entropy = math.nan if mixture is None else normalized_entropy(mixture)
-    if entropy <= UNDECIDED:
-        candidates.note(f"alpha has an entropy of {entropy:.2f} of 1: what it prefers is judged with random candidates")
-        candidates.judge(candidates.first(candidates.limit, mixture=mixture))
-    else:
-        reason = "there is no alpha" if mixture is None else f"alpha is undecided (entropy {entropy:.2f} of 1)"
-        candidates.note(f"{reason}: random candidates are judged")
-        candidates.judge(candidates.first(candidates.limit))
+    """Judge random candidates, and with them what argmax takes, unless alpha is undecided or there is none."""
+    candidates.judge_first(mixture)
 
 
 METHODS: Mapping[str, Method] = {
