@@ -52,8 +52,8 @@ FEW = {"vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 FIRST = 3
 """The entries of a table that `make test-fast` takes."""
 
-LONG = 6
-"""The length of a table from which on `make test` takes half of it."""
+SHORT, LONG = 3, 6
+"""The lengths of a table up to which `make test` takes all of it, and up to which half; of a longer one, a third."""
 
 OPTIMIZERS = sorted(manager().names("optimizer"))
 OTHERS = {*ALL, *OPTIMIZERS} - FEW
@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if hasattr(item, "callspec"):
             tables.setdefault((item.path, item.originalname), []).append(item)
     for table in tables.values():
-        for rule in (_out_of_turn, _repeated, _pairs_of_known, _half):
+        for rule in (_out_of_turn, _repeated, _pairs_of_known, _others):
             for item in rule(table):
                 item.add_marker("exhaustive")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -139,17 +139,15 @@ def _pairs_of_known(table: list[pytest.Item]) -> list[pytest.Item]:
     return [item for item in pairs if item not in needed]
 
 
-def _half(table: list[pytest.Item]) -> list[pytest.Item]:
-    """Return every second entry of what is left of a long table, from one that differs between tables.
+def _others(table: list[pytest.Item]) -> list[pytest.Item]:
+    """Return what is left out of a table that is long still: all but every second or third entry.
 
-    So an option that many tables have, such as a space, is in half of them. Tables of pairs are short already.
+    The first one that stays differs between tables, so an option that many tables have, such as a space, is in a part
+    of them. Tables of pairs are short already.
     """
     left = [item for item in table if not item.get_closest_marker("exhaustive")]
-    if len(left) <= LONG or table[0].get_closest_marker("part") or _pairs_of_known(table):
+    if len(left) <= SHORT or table[0].get_closest_marker("part") or _pairs_of_known(table):
         return []
-    return left[zlib.crc32(table[0].originalname.encode()) % 2 :: 2]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+    every = 2 if len(left) <= LONG else 3
+    turn = zlib.crc32(table[0].originalname.encode())
+    return [item for number, item in enumerate(left) if (number + turn) % every]

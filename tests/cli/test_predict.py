@@ -72,6 +72,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_image_has_the_same_classes_in_every_format(images):
     files = [str(images / f"{number}.png") for number in range(5)]
     said = run("predict", images / "out", *files, "--top", "2")
@@ -129,6 +130,7 @@ def test_a_text_goes_on_alike_in_every_format(texts):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_language_model_is_exported_for_any_length_up_to_the_block(texts):
     import onnxruntime
 

@@ -50,6 +50,7 @@ def everything(space):
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.part(2)
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_finds_the_best_of_all_from_a_few(share):
     space = vit(depth=(1, 2, 3))
     low, high = space.cost(space.smallest()).macs, space.cost(space.largest()).macs

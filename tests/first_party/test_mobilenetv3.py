@@ -384,6 +384,7 @@ def test_it_is_searched_with_matrices(optimizer):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_small_space_learns_under_a_mixture():
     space = create_space("mobilenetv3_nano")
     x, y = torch.randn(16, 1, 28, 28), torch.arange(16) % 10

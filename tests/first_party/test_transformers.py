@@ -207,6 +207,7 @@ def test_layers_that_are_alike_are_a_network_of_transformers_own(exported, name)
     assert "largest difference from the network: " in said
 
 
+@pytest.mark.exhaustive
 def test_transformers_alone_loads_and_continues_them(exported):
     """In a process without this project: equal logits, a cache that changes nothing, and the text's tokens."""
     code = f"""

@@ -469,6 +469,7 @@ def test_an_optimizer_may_have_several_losses_and_no_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_space_may_be_its_own_smallest_example():
     class Two(SearchSpace):
         def __init__(self):

@@ -183,6 +183,7 @@ def test_the_figure_is_the_same_for_the_same_runs():
     assert draw(comparison, [Curves("validation_accuracy", [])]).startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_the_command_reads_the_store_of_the_project(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

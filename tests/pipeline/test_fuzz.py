@@ -142,6 +142,7 @@ KEYS = [(key,) for key in CONTENT] + [
 
 @fuzzed
 @given(damaged(PARAMS) | st.binary(max_size=40))
+@pytest.mark.exhaustive
 def test_a_damaged_params_file_is_read_or_refused(project: Path, data: bytes) -> None:
     file = project / "own.yaml"
     file.write_bytes(data)
@@ -150,6 +151,7 @@ def test_a_damaged_params_file_is_read_or_refused(project: Path, data: bytes) ->
 
 @fuzzed
 @given(nested | st.tuples(st.sampled_from(KEYS), nested, st.text(max_size=3)))
+@pytest.mark.exhaustive
 def test_a_key_that_nothing_uses_is_never_passed_over(project: Path, change: Any) -> None:
     content = copy.deepcopy(CONTENT)
     if isinstance(change, tuple):

@@ -362,6 +362,7 @@ def test_the_error_of_a_stage_without_server_comes_through_alone(root: Path, mon
 @pytest.mark.parametrize("trouble", ["dead", "read-only", "failing"])
 @pytest.mark.parametrize("recovers", [True, False])
 @pytest.mark.part(2)
+@pytest.mark.exhaustive
 def test_a_server_in_trouble_midway_costs_one_warning_and_no_record(
     root: Path, server: Server, trouble: str, recovers: bool
 ) -> None:
@@ -539,6 +540,7 @@ def test_no_store_has_no_stale_runs_and_one_in_trouble_says_so(
 
 
 @pytest.mark.parametrize("uploaded_between", [False, True])
+@pytest.mark.exhaustive
 def test_a_run_killed_while_the_server_was_down_goes_on_as_one(
     root: Path, monkeypatch: pytest.MonkeyPatch, uploaded_between: bool
 ) -> None:
@@ -675,6 +677,7 @@ def test_the_project_root_is_that_of_dvc_then_of_the_repository_then_here(
     assert project_root() == tmp_path
 
 
+@pytest.mark.exhaustive
 def test_runs_of_later_stages_say_which_optimizer_they_go_back_to(tmp_path: Path) -> None:
     with MlflowTracker.open(stage="evaluate", root=tmp_path, pipeline_id="p", tags={"optimizer": "gdas"}) as tracker:
         run_id = tracker.run_id

@@ -513,6 +513,7 @@ def test_sigterm_saves_the_search_and_the_same_command_finishes_it(
     assert contents(project / "out" / "search") == resumed
 
 
+@pytest.mark.exhaustive
 def test_sigterm_outside_of_training_ends_the_run_as_well(
     project: Path, tracked, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,6 +243,7 @@ def prepared(project: Path) -> Callable[[str], list[str]]:
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name != "darts"])
 @pytest.mark.part(6)
+@pytest.mark.exhaustive
 def test_a_recipe_of_the_paper_goes_through_all_stages(project: Path, prepared, name: str) -> None:
     small = prepared(name)
     for stage in STAGES:

@@ -143,6 +143,7 @@ def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_spread(project):
     assert any("the only group here" in text for tag, text in page.text if tag == "p")
 
 
+@pytest.mark.exhaustive
 def test_a_text_is_compared_by_perplexity(project):
     for pipeline, perplexity in (("one", 9.0), ("two", 7.5)):
         track("search", pipeline)
@@ -152,6 +153,7 @@ def test_a_text_is_compared_by_perplexity(project):
     assert [cells[i + 3] for i, cell in enumerate(cells) if cell == "test perplexity"] == ["9.000", "7.500", "1"]
 
 
+@pytest.mark.exhaustive
 def test_a_project_in_which_only_queued_experiments_ran_has_a_page(project):
     shutil.rmtree("out")
     shutil.rmtree("metrics")

@@ -92,6 +92,7 @@ def test_a_console_that_cannot_print_a_character_prints_its_escape(monkeypatch, 
     assert stream.buffer.getvalue().decode(encoding) == f"a smile: {smile}, half of one: \\ud83d\n"
 
 
+@pytest.mark.exhaustive
 def test_the_stages_and_the_command_print_anything():
     for code in (
         "from tanglenas_engine.cli import main\ntry:\n main(['plugins'], standalone_mode=False)\nfinally:\n",

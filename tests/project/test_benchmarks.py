@@ -115,6 +115,7 @@ def test_more_options_leave_the_largest_network_as_it_is():
     assert all(shapes == largest[0] for shapes in largest)
 
 
+@pytest.mark.exhaustive
 def test_the_command_prints_one_json_object():
     arguments = ["--space", "autoformer_nano", "--image-size", "16", "--batch", "2", "--rounds", "1", "--json"]
     threads = torch.get_num_threads()
@@ -141,6 +142,7 @@ def test_a_precision_is_that_of_the_stages():
     assert bench.space.execute is None
 
 
+@pytest.mark.exhaustive
 def test_parts_of_the_figures_of_a_gpu_run_on_a_cpu():
     names = [part.name for part in device.all_parts()]
     assert len(set(names)) == len(names)
@@ -229,6 +231,7 @@ def test_gradients_of_inputs_and_weights_are_told_by_their_shapes(learns, expect
     assert {name for name in operators if name.endswith("mm")} == expected
 
 
+@pytest.mark.exhaustive
 def test_convolutions_are_told_by_the_gradients_asked_for():
     space = create_space("toy_conv_macro_nano")
     kinds, _ = profile.measure(space, 2, rounds=1, naive=False)

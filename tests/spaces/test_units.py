@@ -50,6 +50,7 @@ def test_the_largest_network_stays_and_the_most_important_units_come_first(name,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_has_no_order_of_units_is_said_and_every_first_party_space_has_all_in_order():
     for name in ALL:
         kept = order_units(tiny(name))

@@ -134,6 +134,7 @@ def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sample_is_of_distinct_architectures_and_follows_from_the_seed(judged):
     space, data, worth = judged
     noise, spread = torch.Generator().manual_seed(1), statistics.pstdev(worth.values())

@@ -60,6 +60,7 @@ def test_a_search_by_seconds_is_that_of_as_many_epochs(optimizer, monkeypatch):
 @pytest.mark.parametrize("cut", [2, 3, 5])
 @pytest.mark.part(3)
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_by_seconds_goes_on_with_its_number_of_epochs(tmp_path, monkeypatch, cut):
     Clock(monkeypatch)
     with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:

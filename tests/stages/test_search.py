@@ -566,6 +566,7 @@ def test_a_search_stops_when_a_cell_has_too_many_skip_connections():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_stops_when_alpha_has_decided(capsys):
     fast = partial(Leaning, 1, 20.0)
     entropies = [row["entropy"] for row in leaning(fast())["history"]]
@@ -663,6 +664,7 @@ def test_a_search_orders_the_layers_of_a_trained_network_first(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["drnas", "spos"])
+@pytest.mark.exhaustive
 def test_a_search_with_an_order_of_layers_that_is_killed_ends_like_one_that_is_not(tmp_path, optimizer):
     options = dict(order="taylor", order_layers=True, checkpoint_every=1)
     whole = searched(partial(vit, depth=(1, 3)), optimizer, **options)

@@ -47,6 +47,7 @@ def searched(data, notes):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_warns_where_the_architecture_split_is_of_other_data():
     weights, validation, notes = learnable(192, 0), learnable(192, 2), Notes()
     alike = searched(DataView({"weights": weights, "architecture": learnable(192, 1), "validation": validation}), notes)

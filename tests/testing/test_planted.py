@@ -81,6 +81,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.slow
 @pytest.mark.part(10)
+@pytest.mark.exhaustive
 def test_every_optimizer_finds_what_it_promises(optimizer):
     promised = [name for name in TRUTHS if name not in NOT_PROMISED.get(optimizer, ())]
     check_finds(lambda: create_optimizer(optimizer), promised)

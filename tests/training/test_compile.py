@@ -93,6 +93,7 @@ def test_second_order_steps_compile_too():
     near(plain, compiled)
 
 
+@pytest.mark.exhaustive
 def test_a_simultaneous_search_has_one_graph():
     searched("drnas", partial(tiny, "stages"), epochs=2, strategy="simultaneous", compile=TRACED)
     assert graphs() == 1

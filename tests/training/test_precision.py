@@ -56,6 +56,7 @@ def test_a_search_in_bfloat16_keeps_everything_but_matrix_products_in_float32(op
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_in_bfloat16_is_near_one_in_float32_and_not_the_same():
     full, low = searched("drnas"), searched("drnas", precision="bfloat16")
     rows = zip(full["history"], low["history"], strict=True)

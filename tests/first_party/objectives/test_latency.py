@@ -28,6 +28,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.part(3)
+@pytest.mark.exhaustive
 def test_blocks_add_up_to_the_network(name, counted):
     space = tiny(name)
     blocks = find_blocks(space)
@@ -41,6 +42,7 @@ def test_blocks_add_up_to_the_network(name, counted):
         assert sum(inside) > 0.4 * parameters(space.standalone(architecture))
 
 
+@pytest.mark.exhaustive
 def test_no_block_is_inside_another_and_none_has_too_many_combinations():
     space = tiny("autoformer_nano")
     names = [block.name for block in find_blocks(space)]

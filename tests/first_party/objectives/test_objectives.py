@@ -91,6 +91,7 @@ def test_a_table_is_an_objective():
 @pytest.mark.parametrize("penalty, share", [("hinge", 0.35), ("log", 0.6), ("log", 0.8), ("multiplier", 0.35)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.part(6)
+@pytest.mark.exhaustive
 def test_a_search_lands_on_its_target(strategy, penalty, share):
     space = vit()
     weight = 0.1 if penalty == "multiplier" else 1.0
