@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import time
@@ -23,7 +24,8 @@ from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
-from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state, seeded
+from tanglenas_engine.runtime.timer import Timer
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.objective import Objective
@@ -39,6 +41,9 @@ SAVE_SECONDS = 30.0
 
 PROPOSALS_PER_CANDIDATE = 20
 """Proposals per new candidate after which a space counts as exhausted."""
+
+TRIED, MOST = 8, 10**6
+"""The candidates of a trial that tells how many fit into some seconds, and the largest number of them."""
 
 RUNG = 4
 """Factor between the rungs of a race: a quarter of the candidates goes on, to about four times as many samples."""
@@ -140,6 +145,64 @@ class Candidates:
         self._stack.close()
         if kind is not None and self._scores:
             self.save()
+
+    def afford(self, timer: Timer, race: bool = True) -> None:
+        """Set the limit to the number of candidates that can be judged in a timer's seconds.
+
+        The first candidates are judged on two rungs, which tells what a candidate and a sample cost. A derivation that
+        goes on keeps its number.
+
+        Args:
+            race: False for candidates that are all judged on all samples.
+
+        Raises:
+            TangleNASError: Two candidates take longer.
+        """
+        if "limit" not in self.kept:
+            state, generators = self.generator.get_state(), rng_state()
+            self.kept["limit"] = [self._fitting(timer, race)]
+            self.generator.set_state(state)
+            restore_rng_state(generators)
+            self._drawn.clear()
+            self.save()
+            self.note(
+                f"{timer.seconds:g} {timer.clock} seconds are {self.kept['limit'][0]} candidates. "
+                f"{self._label}.candidates = {self.kept['limit'][0]} gives the same result again"
+            )
+        (self.limit,) = self.kept["limit"]
+
+    def _fitting(self, timer: Timer, race: bool) -> int:
+        """Return the number of candidates whose judging fits into the seconds that are left after a trial."""
+        start = timer.used()
+        tried = self.fresh(TRIED)
+        for one in tried:
+            self._costs(one)
+        drawing = (timer.used() - start) / len(tried)
+        few, many = (min(batches * self._batch_size, len(self._samples)) for batches in (1, RUNG))
+        short, long = (
+            timer.measure(
+                lambda number, count=count: self.measured(tried[number % len(tried)], self._part(count)), 1, TRIED
+            )
+            for count in (few, many)
+        )
+        each_sample = (long - short) / (many - few) if many > few else 0.0
+        ranks = distributed.world_size()
+
+        def needed(candidates: int) -> float:
+            total, left = candidates * drawing, candidates
+            for number, count in enumerate(self._rungs(candidates) if race else [len(self._samples)]):
+                left = math.ceil(left / RUNG) if number else left
+                total += left * (short + each_sample * (count - few)) / ranks
+            return total
+
+        left = timer.seconds - timer.used()
+        fitting = bisect.bisect_right(range(1, min(self.space.size, MOST) + 1), left, key=needed)
+        if fitting < 2:
+            raise TangleNASError(
+                f"{self._label}.seconds is {timer.seconds:g}, but a trial and two candidates need "
+                f"{timer.used() + needed(2):.1f} {timer.clock} seconds: give more seconds or fewer data"
+            )
+        return fitting
 
     # Drawing.
 
@@ -308,6 +371,10 @@ class Candidates:
         taken = min(steps, needed)
         return [round(samples * batches ** (-step / steps)) for step in range(taken, 0, -1)] + [samples]
 
+    def _part(self, count: int) -> Samples:
+        """Return the samples of a rung."""
+        return self._samples if count == len(self._samples) else Part(self._samples, self._order[:count])
+
     def _measure(self, architectures: Sequence[Architecture], count: int, keep: bool = False) -> None:
         """Write the scores of architectures on `count` samples into their records, or keep those that records have."""
         self._rungs_used.add(count)
@@ -335,8 +402,7 @@ class Candidates:
     def _score(self, architecture: Architecture, count: int) -> tuple[float, float]:
         key = f"{architecture.digest}/{count}"
         if key not in self._scores:
-            samples = self._samples if count == len(self._samples) else Part(self._samples, self._order[:count])
-            found = self.measured(architecture, samples)
+            found = self.measured(architecture, self._part(count))
             self._scores[key] = found.loss, found.accuracy
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 self.save()

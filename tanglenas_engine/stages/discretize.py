@@ -20,6 +20,7 @@ from tanglenas_engine.errors import TangleNASError, at_least, unknown
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
+from tanglenas_engine.runtime.timer import Clock, Timer
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS, Cost
@@ -154,6 +155,8 @@ def discretize(
     max_params: int | None = None,
     max_macs: int | None = None,
     max_flops: int | None = None,
+    seconds: float | None = None,
+    clock: Clock = "processor",
     objectives: Sequence[Objective] = (),
     limits: Mapping[str, float] | None = None,
     targets: Mapping[str, float] | None = None,
@@ -179,6 +182,10 @@ def discretize(
             best of them, and takes that of smallest loss on the validation split; it has to be in `methods`. "auto"
             stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
+        seconds: The time that judging may take, instead of `candidates`. A trial says how many candidates fit. Argmax
+            judges one, and the trainings of a race have a budget of their own.
+        clock: The clock for `seconds`: "processor" adds up the seconds of all threads and ranks, which other programs
+            hardly change; "wall" is the clock for work on a GPU.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "macs" or the name of an objective.
@@ -208,11 +215,17 @@ def discretize(
     _note_sources(progress, objectives)
     check_fit(space, data.validation)
     weights = space.mixture(mixture) if mixture else None
+    timer = None
+    if seconds is not None:
+        timer = Timer(seconds, clock, device_of(device), "discretize", "candidates")
+        candidates = space.size
     with Candidates(
         space, data.weights, data.architecture, budget=budget, fill=fill, objectives=objectives, cost=cost,
         limit=candidates, prior=weights if prior == "mixture" else None, recalibration_batches=recalibration_batches,
         batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
     ) as tried:  # fmt: skip
+        if timer is not None and method != "argmax":
+            tried.afford(timer, race=method != "nsga2")
         found = methods[method](tried, weights)
         front = [record["architecture"] for record in final_front(tried)]
         best = tried.best()[0]["architecture"] if found is None else found.architecture

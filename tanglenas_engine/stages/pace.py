@@ -11,56 +11,28 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from tanglenas_engine.errors import TangleNASError, positive, quoted, shown
-from tanglenas_engine.runtime import distributed
+from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
+from tanglenas_engine.runtime.timer import Clock, Timer
 from tanglenas_engine.training.state import Stateful, UnfitError
 
-Clock = Literal["processor", "wall"]
-"""Seconds of processors, added up over threads and ranks, or seconds on the wall."""
-UNTIMED, TIMED = 2, 20
-"""The steps of a trial: those before the clock starts, as the first ones allocate memory, and those that it counts."""
 
-
-class Pace:
+class Pace(Timer):
     """A number of seconds for a search, and the number of epochs that fit. It starts the clock when it is made.
-
-    Args:
-        seconds: The seconds for all epochs, the trial included.
-        clock: The clock.
-        device: The device of the search. Its queue is emptied before the clock is read.
 
     Attributes:
         epochs: The number of epochs; 0 before it is known.
-
-    Raises:
-        TangleNASError: `seconds` is not positive, or there is no such clock.
     """
 
     def __init__(self, seconds: float, clock: Clock, device: torch.device):
-        self.seconds, self.clock, self.device = positive("search.seconds", seconds), clock, device
-        if seconds == math.inf:
-            raise TangleNASError("search.seconds is inf, expected a finite number, or None to count epochs")
-        if clock not in get_args(Clock):
-            raise TangleNASError(f"search.clock is {quoted(clock)}, expected 'processor' or 'wall'")
+        super().__init__(seconds, clock, device, "search", "epochs")
         self.epochs = 0
-        self._start = self._now()
-
-    def measure(self, step: Callable[[int], object], untimed: int = UNTIMED, timed: int = TIMED) -> float:
-        """Return the seconds of a step, of all ranks together. `step` is called with the number of each step."""
-        for number in range(untimed):
-            step(number)
-        start = self._now()
-        for number in range(untimed, untimed + timed):
-            step(number)
-        return self._agreed(self._now() - start) / timed
 
     def fit(self, before: float, after: float, warmup_epochs: int) -> int:
         """Set and return the number of epochs that fit into the seconds that are left.
@@ -73,7 +45,7 @@ class Pace:
         Raises:
             TangleNASError: No epoch after the warm-up fits.
         """
-        used = self._agreed(self._now() - self._start)
+        used = self.used()
         least = used + warmup_epochs * before + after
         if least > self.seconds:
             raise TangleNASError(
@@ -96,16 +68,6 @@ class Pace:
         if type(epochs) is not int or not 1 <= epochs <= 10**9:
             raise UnfitError(f"its plan is {shown(state, 60)}, expected a number of epochs")
         self.epochs = epochs
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.process_time() if self.clock == "processor" else time.monotonic()
-
-    def _agreed(self, seconds: float) -> float:
-        """Return one number for all ranks: the sum of their processor seconds, or the longest wall time."""
-        each = distributed.gather(seconds)
-        return float(sum(each) if self.clock == "processor" else max(each))
 
 
 @contextmanager

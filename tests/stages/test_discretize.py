@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.pareto import front
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.spaces.objective import Objective
@@ -220,6 +222,34 @@ def test_an_interrupted_derivation_ends_as_if_it_had_not_been(method, tmp_path):
         space.forwards, space.stop = 0, None
         assert derive(space, method=method, candidates=30, checkpoints=checkpoints) == whole
         assert space.forwards < 0.6 * forwards
+
+
+# Seconds
+
+
+@pytest.mark.parametrize("method", [method for method in JUDGING if method != "nsga2"])
+def test_a_derivation_by_seconds_is_that_of_as_many_candidates(method, tmp_path, monkeypatch, capsys):
+    ticks = itertools.count()
+    monkeypatch.setattr(timer.time, "process_time", lambda: float(next(ticks)))
+    torch.manual_seed(0)
+    space = Stopping()
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        # Each reading takes a second: drawing 8 takes one, judging 8 takes one.
+        found = derive(space, method=method, seconds=9.0, checkpoints=checkpoints, progress=ConsoleProgress())
+        fitted = int(re.search(r"9 processor seconds are (\d+) candidates", capsys.readouterr().out)[1])
+        assert 8 <= fitted <= 40
+        monkeypatch.setattr(timer.time, "process_time", lambda: 0.0)  # another speed plans nothing anew
+        assert derive(space, method=method, seconds=9.0, checkpoints=checkpoints) == found
+    assert derive(space, method=method, candidates=fitted) == found
+
+
+def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(timer.time, "process_time", lambda: float(next(ticks)))
+    with pytest.raises(
+        TangleNASError, match=r"discretize.seconds is 3, but a trial and two candidates need \d+\.\d proc"
+    ):
+        derive(vit(), method="random", seconds=3)
 
 
 class Noisy(Convolutional):

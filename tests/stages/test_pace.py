@@ -8,9 +8,9 @@ from spaces import vit
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import create_optimizer, manager
+from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import SilentProgress
-from tanglenas_engine.stages import pace
 from tanglenas_engine.stages.pace import Pace
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data, same
@@ -25,8 +25,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.seconds = 0.0
-        monkeypatch.setattr(pace.time, "process_time", self.read)
-        monkeypatch.setattr(pace.time, "monotonic", self.read)
+        monkeypatch.setattr(timer.time, "process_time", self.read)
+        monkeypatch.setattr(timer.time, "monotonic", self.read)
 
     def read(self) -> float:
         self.seconds += 1.0
@@ -68,7 +68,7 @@ def test_a_search_by_seconds_goes_on_with_its_number_of_epochs(tmp_path, monkeyp
         with pytest.raises(CutOff):
             searched(progress=CutAfter(cut), **options)
         planned = checkpoints.load()["pace"]["epochs"]
-        monkeypatch.setattr(pace.time, "process_time", lambda: 0.0)  # another speed plans nothing anew
+        monkeypatch.setattr(timer.time, "process_time", lambda: 0.0)  # another speed plans nothing anew
         found = searched(**options)
     assert len(found["history"]) == planned
     same(found, searched(epochs=planned), "the search that was not cut off")
@@ -76,10 +76,10 @@ def test_a_search_by_seconds_goes_on_with_its_number_of_epochs(tmp_path, monkeyp
 
 def test_the_trial_counts_and_no_epoch_begins_that_does_not_fit(monkeypatch):
     clock = Clock(monkeypatch)
-    timer = Pace(100.0, "wall", CPU)
-    assert timer.measure(lambda number: setattr(clock, "seconds", clock.seconds + 0.5)) == (1 + 20 * 0.5) / 20
+    pace = Pace(100.0, "wall", CPU)
+    assert pace.measure(lambda number: setattr(clock, "seconds", clock.seconds + 0.5)) == (1 + 20 * 0.5) / 20
     used = clock.seconds
-    assert timer.fit(before=2.0, after=10.0, warmup_epochs=3) == 3 + math.floor((100 - used - 3 * 2) / 10)
+    assert pace.fit(before=2.0, after=10.0, warmup_epochs=3) == 3 + math.floor((100 - used - 3 * 2) / 10)
 
 
 @pytest.mark.slow
