@@ -179,12 +179,11 @@ class Candidates:
             self._costs(one)
         drawing = (timer.used() - start) / len(tried)
         few, many = (min(batches * self._batch_size, len(self._samples)) for batches in (1, RUNG))
-        short, long = (
-            timer.measure(
-                lambda number, count=count: self.measured(tried[number % len(tried)], self._part(count)), 1, TRIED
-            )
-            for count in (few, many)
-        )
+
+        def judging(count: int) -> float:
+            return timer.measure(lambda number: self.measured(tried[number % len(tried)], self._part(count)), 1, TRIED)
+
+        short, long = judging(few), judging(many)
         each_sample = (long - short) / (many - few) if many > few else 0.0
         ranks = distributed.world_size()
 

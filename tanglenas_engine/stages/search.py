@@ -22,13 +22,14 @@ from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.runtime.timer import Clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.layers import order_layers as layers_in_order
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
-from tanglenas_engine.stages.pace import Clock, Pace, taken_back
+from tanglenas_engine.stages.pace import Pace, taken_back
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Training
