@@ -416,14 +416,14 @@ def table(path: Path) -> None:
     """Print what the results in the file PATH say, as far as they are there."""
     rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
     pool = [row for key, row in rows.items() if key.startswith("pool/") and key.endswith("/0")]
-    again: dict[str, list[float]] = {}
-    for row in rows.values():
-        if "test_loss" in row:
-            again.setdefault(row["digest"], []).append(row["test_loss"])
+    trainings: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        if "test_loss" in row and not key.endswith(" epochs"):  # those of halving are cut short
+            trainings.setdefault(row["digest"], []).append(row["test_loss"])
     # A network is worth what it is over its seeds: one training of many goes wrong.
-    worth = {digest: float(np.mean(values)) for digest, values in again.items()}
+    worth = {digest: float(np.mean(values)) for digest, values in trainings.items()}
     losses = np.array([worth[row["digest"]] for row in pool])
-    repeated = [np.var(values, ddof=1) for values in again.values() if len(values) > 1]
+    repeated = [np.var(values, ddof=1) for values in trainings.values() if len(values) > 1]
     deviation = f"{np.mean(repeated) ** 0.5:.4f} ({len(repeated)} networks)" if repeated else "unknown"
     click.echo(
         f"pool of {len(pool)}: test loss {losses.min():.4f} best, {np.median(losses):.4f} median, {losses.max():.4f} "
@@ -440,16 +440,28 @@ def table(path: Path) -> None:
         click.echo(
             f"a second training ranks {len(twice)} networks as the first: " + _spearman(*zip(*twice, strict=True))
         )
-    click.echo("| method | test loss, 95 % interval | each seed | worse in the pool, % | ranks the pool | seconds |")
-    click.echo("| --- | --- | --- | --- | --- | --- |")
-    click.echo(f"| one random network | {losses.mean():.4f} | | 50 | | {np.mean([r['seconds'] for r in pool]):.0f} |")
+    reliable = 1 - np.mean(repeated) / losses.var(ddof=1) if repeated else math.nan
+    click.echo(f"no ranking can agree with one training of each network by more than {math.sqrt(max(reliable, 0)):.2f}")
+    # A race, and a person who trains several networks, keep the weights of the best training: its luck stays.
+    click.echo(
+        "| method | test loss, 95 % interval | as first trained | each seed | worse in the pool, % | ranks the pool "
+        "| seconds |"
+    )
+    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    first = {row["digest"]: row["test_loss"] for key, row in rows.items() if "test_loss" in row and key.endswith("/0")}
+    single = np.mean([row["test_loss"] for row in pool])
+    each = np.mean([row["seconds"] for row in pool])
+    click.echo(f"| one random network | {losses.mean():.4f} | {single:.4f} | | 50 | | {each:.0f} |")
     for count in (3, 10):
-        cost = count * np.mean([row["seconds"] for row in pool])
-        click.echo(f"| best of {count} by validation loss | {_best_of(pool, worth, count):.4f} | | | | {cost:.0f} |")
+        again, once = (_best_of(pool, values, count) for values in (worth, first))
+        click.echo(f"| best of {count} by validation loss | {again:.4f} | {once:.4f} | | | | {count * each:.0f} |")
     for cost in ("params", "macs"):
         if f"most {cost}/0" in rows:
             loss = worth[rows[f"most {cost}/0"]["digest"]]
-            click.echo(f"| most {cost} | {loss:.4f} | | {100 * np.mean(losses > loss):.0f} | | 0 |")
+            once = first[rows[f"most {cost}/0"]["digest"]]
+            click.echo(
+                f"| most {cost} | {loss:.4f} | {once:.4f} | | {100 * np.mean(losses > loss):.0f} | | {each:.0f} |"
+            )
     listed = {row["digest"]: row["rank"] for row in rows.values() if "rank" in row}
     found: dict[str, list[dict[str, Any]]] = {}
     for key, row in rows.items():
@@ -465,7 +477,8 @@ def table(path: Path) -> None:
             if "pool_losses" in row
         ]
         click.echo(
-            f"| {name} | {values.mean():.4f} +- {half:.4f} | {', '.join(f'{value:.3f}' for value in values)} "
+            f"| {name} | {values.mean():.4f} +- {half:.4f} | {np.mean([first[row['digest']] for row in results]):.4f} "
+            f"| {', '.join(f'{value:.3f}' for value in values)} "
             f"| {100 * np.mean(losses[None] > values[:, None]):.0f} | {', '.join(f'{rank:.2f}' for rank in ranks)} "
             f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
             + (f" ranks {[listed[row['digest']] for row in results]}" if listed else "")
