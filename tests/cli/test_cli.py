@@ -39,6 +39,7 @@ def broken_plugin(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("calls", [EVERY_HELP, [["plugins", "--json"], ["plugins"]]])
+@pytest.mark.slow
 def test_start_up_is_light(calls):
     code = f"""
 import sys

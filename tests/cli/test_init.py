@@ -153,13 +153,14 @@ def test_an_upgrade_adds_the_keys_that_dvc_yaml_refers_to(earlier, init):
     params = earlier / "params.yaml"
     params.write_text("# mine\nspace: toy_cell\ndiscretize:\n  max_params: 70  # a budget\n  max_flops: 5\n")
     assert (
-        "added to params.yaml: discretize.method, discretize.candidates, discretize.max_macs"
+        "added to params.yaml: discretize.method, discretize.candidates, discretize.seconds, discretize.max_macs"
         in init("--upgrade").output
     )
     text = params.read_text()
     assert text.startswith("# mine\nspace: toy_cell\n") and "max_params: 70  # a budget" in text
     values = YAML(typ="safe").load(text)["discretize"]
-    assert values == {"max_params": 70, "max_flops": 5, "method": "auto", "candidates": None, "max_macs": None}
+    added = {"method": "auto", "candidates": None, "seconds": None, "max_macs": None}
+    assert values == {"max_params": 70, "max_flops": 5, **added}
     assert "is of this version already" in init("--upgrade").output
     params.write_text("a: [")
     assert "params.yaml cannot be read" in init("--upgrade").stderr

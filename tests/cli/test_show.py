@@ -67,6 +67,7 @@ def test_the_stage_that_wrote_the_file_says_which_options_the_space_had(show, tm
     assert params not in show(space.smallest(), "-o", "image_size=8")
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_png(show, tmp_path):
     show(create_space("autoformer_nano").smallest(), "--figure", str(tmp_path / "drawn.png"))
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")

@@ -55,6 +55,7 @@ def network(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.part(28)
+@pytest.mark.slow
 def test_a_space_inside_a_model_of_timm_keeps_every_promise(name):
     model, x = network(name), torch.randn(2, 3, 32, 32)
     space = elasticize(model, x)
@@ -160,6 +161,7 @@ def test_a_layer_that_is_called_again_is_one_layer():
     check_corners(lambda: copy.deepcopy(space))
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied():
     class Model(nn.Module):
         def __init__(self):
@@ -330,6 +332,7 @@ def test_a_dropout_drops_in_train_mode_alone():
         assert one.eval()(x).equal(one(x)) and not one.train()(x).equal(one(x))
 
 
+@pytest.mark.slow
 def test_networks_are_exported_and_copied():
     space = elasticize(network("vit_tiny_patch16_224"), torch.randn(2, 3, 32, 32)).eval()
     found, x = space.extract(space.smallest()), torch.randn(3, 3, 32, 32)

@@ -302,6 +302,7 @@ def test_a_stream_that_starts_later_is_the_tail_of_the_whole(samples, step):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.slow
 def test_workers_change_no_batch(samples):
     stream, alone = Stream(samples, 8, seed=1, num_workers=2), Stream(samples, 8, seed=1)
     assert equal(take(stream, 9, 4), take(alone, 9, 4))

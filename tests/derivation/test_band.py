@@ -52,6 +52,7 @@ def random_scores(space):
 @pytest.mark.parametrize("metrics", [("macs",), ("params",), METRICS], ids="+".join)
 @pytest.mark.parametrize("name", ["convolutional", "language", "stages", "deep vit"])
 @pytest.mark.part(4)
+@pytest.mark.slow
 def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics, scored):
     space = vit(depth=(1, 2, 3)) if name == "deep vit" else SPACES[name]()
     limits = limited(space, 0.6, metrics)

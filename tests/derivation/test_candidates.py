@@ -158,6 +158,7 @@ def test_a_prior_draws_architectures_only_where_not_every_assignment_is_one():
 
 
 @pytest.mark.parametrize("cut", [3, 17])
+@pytest.mark.slow
 def test_an_interrupted_derivation_goes_on_where_it_was(tmp_path, cut):
     torch.manual_seed(0)
     space = Normed()
@@ -220,6 +221,7 @@ def test_candidates_fill_the_budget_where_moves_lead_there(name):
     assert full >= 23
 
 
+@pytest.mark.slow
 def test_where_few_fill_the_budget_smaller_candidates_are_drawn_too():
     space = tiny("nb201")  # one convolution of 3 x 3 and five of 1 x 1 are the most that fits
     tried, limit = limited(space, 0.3, fill=0.95)
@@ -329,6 +331,7 @@ def test_a_loss_that_is_no_number_is_last_and_in_the_record():
 
 
 @pytest.mark.parametrize("cut, spared", [(17, 16), (18 + 13, 18 + 10)])
+@pytest.mark.slow
 def test_a_race_that_was_interrupted_goes_on_where_it_was(tmp_path, cut, spared):
     torch.manual_seed(0)
     space = Normed()

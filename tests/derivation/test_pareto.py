@@ -103,6 +103,7 @@ class Spared(Objective):
         return float(self.space.cost(self.space.largest()).params - self.space.cost(architecture).params)
 
 
+@pytest.mark.slow
 def test_the_cost_can_be_an_objective():
     space = tiny("autoformer_nano")
     worth = additive(space, 0)
@@ -114,6 +115,7 @@ def test_the_cost_can_be_an_objective():
     assert share[0] + 0.05 < share[1]
 
 
+@pytest.mark.slow
 def test_it_finds_the_whole_front_of_a_small_space():
     space = vit()
     worth = additive(space, 0)
@@ -184,6 +186,7 @@ def test_without_pymoo_it_says_how_to_get_it(monkeypatch):
         nsga2(tried, None)
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_candidates_and_their_front(tmp_path):
     rows = [{"loss": 5.0 - i % 7, "params": 1000 * i, "macs": 10**7 * (9 - i), "samples": 8} for i in range(1, 9)]
     drawn = []

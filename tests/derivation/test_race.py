@@ -313,6 +313,7 @@ def by_hand(space, data, result):
     return found
 
 
+@pytest.mark.slow
 def test_a_race_is_training_by_hand_and_its_winner_is_what_discretize_derives():
     space = vit()
     data, result = real(space, entrants=4)
@@ -325,6 +326,7 @@ def test_a_race_is_training_by_hand_and_its_winner_is_what_discretize_derives():
     assert all(record["seconds"] > 0 for record in records)
 
 
+@pytest.mark.slow
 def test_threads_of_one_process_train_one_at_a_time():
     space = vit()
     _, alone = real(space, entrants=3)

@@ -90,6 +90,7 @@ def test_the_correlation_is_of_candidates_that_were_held_out():
     assert math.isnan(unknown) and not weights.any()
 
 
+@pytest.mark.slow
 def test_losses_that_are_no_numbers_are_left_out():
     space = vit(depth=(1, 2, 3))
     worth = interacting(space, 0)

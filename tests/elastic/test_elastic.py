@@ -32,6 +32,7 @@ def sides(relaxation, joint, gated):
 
 @relaxations
 @given(OPTIONS, dimensions, dimensions, st.booleans())
+@pytest.mark.slow
 def test_linear(relaxation, options, inputs, outputs, bias):
     case = Case(options, relaxation)
     layer = case.prepare(elastic.Linear(case.size(inputs), case.size(outputs), bias))
@@ -57,6 +58,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 @forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.booleans(), st.booleans())
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_convolution(form, relaxation, options, inputs, outputs, stride, dilation, bias, pad_more):
     case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     padding = dilation * (max(options["K"]) - 1) // 2
@@ -89,6 +91,7 @@ def test_convolution(form, relaxation, options, inputs, outputs, stride, dilatio
 @forms
 @given(OPTIONS, dimensions, *[st.integers(1, 2)] * 4)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_grouped_and_depthwise_convolution(form, relaxation, options, groups, read, written, stride, dilation):
     case, (kind, convolve, positions) = Case(options, relaxation), FORMS[form]
     # A group is `read` channels wide on one side and `written` on the other; 1 and 1 is depthwise.
@@ -121,6 +124,7 @@ def test_grouped_and_depthwise_convolution(form, relaxation, options, groups, re
     st.sampled_from([0.1, None]),
     st.sampled_from([(elastic.BatchNorm1d, ()), (elastic.BatchNorm1d, (2,)), (elastic.BatchNorm2d, (2, 2))]),
 )
+@pytest.mark.slow
 def test_batch_norm(relaxation, options, channels, affine, training, tracked, momentum, form):
     case, (kind, positions) = Case(options, relaxation), form
     layer = kind(case.size(channels), 1e-3, momentum, affine, tracked)
@@ -152,6 +156,7 @@ def channelwise(oracle, layer, y, channels, relaxation):
 
 @relaxations
 @given(OPTIONS, dimensions, st.sampled_from([2, 3]), st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
+@pytest.mark.slow
 def test_group_norm(relaxation, options, groups, per_group, affine, positions):
     case = Case(options, relaxation)
     channels = Dimension(groups.names, lambda v: int(groups.of(v)) * per_group)
@@ -170,6 +175,7 @@ def test_group_norm(relaxation, options, groups, per_group, affine, positions):
 
 @relaxations
 @given(OPTIONS, dimensions, st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
+@pytest.mark.slow
 def test_group_norm_of_a_single_group(relaxation, options, channels, affine, positions):
     case = Case(options, relaxation)
     layer = case.prepare(elastic.GroupNorm(1, case.size(channels), 1e-3, affine))
@@ -187,6 +193,7 @@ def test_group_norm_of_a_single_group(relaxation, options, channels, affine, pos
 
 @relaxations
 @given(OPTIONS, dimensions, st.sampled_from([(True, True), (True, False), (False, False)]), st.booleans())
+@pytest.mark.slow
 def test_layer_norm(relaxation, options, width, affine, of_images):
     case = Case(options, relaxation)
     elementwise, with_bias = affine
@@ -211,6 +218,7 @@ def test_layer_norm(relaxation, options, width, affine, of_images):
 
 @relaxations
 @given(OPTIONS, dimensions, st.booleans(), st.sampled_from([1e-3, None]))
+@pytest.mark.slow
 def test_rms_norm(relaxation, options, width, elementwise, eps):
     case = Case(options, relaxation)
     layer = case.prepare(elastic.RMSNorm(case.size(width), eps, elementwise))
@@ -227,6 +235,7 @@ def test_rms_norm(relaxation, options, width, elementwise, eps):
 
 @relaxations
 @given(OPTIONS, dimensions)
+@pytest.mark.slow
 def test_embedding(relaxation, options, width):
     case = Case(options, relaxation)
     layer = case.prepare(elastic.Embedding(6, case.size(width)))
@@ -266,6 +275,7 @@ class Called(nn.Module):
 @relaxations
 @pytest.mark.parametrize("kind", [Declared, Called])
 @given(OPTIONS, dimensions)
+@pytest.mark.slow
 def test_parameters(kind, relaxation, options, width):
     case = Case(options, relaxation)
     length = max(Oracle(options, case.probabilities()).numbers(width))
@@ -295,6 +305,7 @@ def test_a_parameter_starts_as_it_is_told(init, is_so):
 
 @relaxations
 @given(OPTIONS, dimensions, st.sampled_from([H, Dimension("E", lambda v: v.E // 2)]), *[st.booleans()] * 2)
+@pytest.mark.slow
 def test_attention(relaxation, options, width, count, causal, bias):
     case, D = Case(options, relaxation), 2
     attention = elastic.Attention(case.size(width), case.size(count), D, bias, bias, causal=causal)
@@ -343,6 +354,7 @@ def test_attention(relaxation, options, width, count, causal, bias):
         ]
     ),
 )
+@pytest.mark.slow
 def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxation, options, depth):
     case = Case(options, relaxation)
     depths = Oracle(options, case.probabilities()).numbers(depth)
@@ -365,6 +377,7 @@ def test_depth_is_the_expectation_over_the_outputs_of_the_listed_layers(relaxati
 @relaxations
 @given(OPTIONS, dimensions, dimensions, st.booleans(), st.sampled_from([F.silu, F.gelu, torch.sigmoid]))
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_gated_mlp(relaxation, options, width, hidden, bias, activation):
     case = Case(options, relaxation)
     layer = case.prepare(elastic.GatedMLP(case.size(width), case.size(hidden), None, activation, bias))
@@ -398,6 +411,7 @@ def projected(oracle, x, down, width, hidden, relaxation):
 @relaxations
 @given(OPTIONS, dimensions, st.sampled_from([(2, 1), (1, 1), (2, 0)]), *[st.booleans()] * 4)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_grouped_attention(relaxation, options, width, counts, causal, bias, rotary, across):
     case, D = Case(options, relaxation), 2
     group, grown = counts  # `grown` 0: one head of keys for all
@@ -497,6 +511,7 @@ def test_multihead_attention(relaxation, options, bias, batch_first, across):
     ],
 )
 @pytest.mark.part(6)
+@pytest.mark.slow
 def test_gradients_of_gradients(build, shape, learn):
     case = Case({"E": (2, 4), "F": (3, 1), "R": (1, 1.5), "K": (3, 1)})
     layer = build(case.symbols)
@@ -536,6 +551,7 @@ def test_a_first_layer_makes_no_gradient_of_its_input_for_the_masks_alone(monkey
 
 @forms
 @given(OPTIONS, dimensions, dimensions, *[st.integers(1, 2)] * 2, st.integers(0, 10**6))
+@pytest.mark.slow
 def test_a_selected_convolution_is_a_plain_one_of_the_slice(form, options, inputs, outputs, stride, dilation, seed):
     case, (kind, convolve, positions) = Case(options), FORMS[form]
     case.space.name = "case"

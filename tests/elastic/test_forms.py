@@ -66,6 +66,7 @@ def test_a_size_in_a_foreign_layer_ends_in_a_sentence(make, said):
     assert said in built(make)
 
 
+@pytest.mark.slow
 def test_an_elastic_layer_of_an_author_is_named_too():
     class Bilinear(elastic.Elastic, nn.Bilinear):
         pass

@@ -147,6 +147,7 @@ def test_the_largest_network_has_the_parameters_that_the_paper_says(heads_are):
 
 
 @modes
+@pytest.mark.slow
 def test_the_cost_is_what_the_extracted_network_counts(heads_are):
     space = gpt(heads=heads_are)
     for architecture in architectures(space):
@@ -320,6 +321,7 @@ class Shares(SearchSpace):
         return torch.randn(batch, 3)
 
 
+@pytest.mark.slow
 def test_a_tied_parameter_is_counted_once_and_tied_again():
     space = Shares().double()
     everything = [

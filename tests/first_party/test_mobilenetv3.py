@@ -59,6 +59,7 @@ def samples(space, count):
         (True, 7_664_760 + 20 * (25**2 + 9**2)),
     ],
 )
+@pytest.mark.slow
 def test_the_space_is_that_of_once_for_all(kernel_transform, parameters):
     with torch.device("meta"):
         space = create_space("mobilenetv3", kernel_transform=kernel_transform)
@@ -71,6 +72,7 @@ def test_the_space_is_that_of_once_for_all(kernel_transform, parameters):
 
 
 @pytest.mark.parametrize("width_mult", [1.0, 1.2, 0.5])
+@pytest.mark.slow
 def test_widths_are_rounded_as_in_once_for_all(width_mult):
     with torch.device("meta"):
         space = create_space("mobilenetv3", width_mult=width_mult)
@@ -94,6 +96,7 @@ def test_widths_are_rounded_as_in_once_for_all(width_mult):
     assert network.conv_head.bias is None
 
 
+@pytest.mark.slow
 def test_strides_and_activations_are_those_of_once_for_all():
     with torch.device("meta"):
         space = create_space("mobilenetv3")
@@ -162,6 +165,7 @@ def test_a_corner_is_the_extracted_network(path, kernel_transform):
 
 @pytest.mark.parametrize("path", ["hard", "exact", "gated"])
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(path):
     for architecture in samples(thumbnail(), 4):
         space = thumbnail()
@@ -201,6 +205,7 @@ def test_a_copy_of_a_space_is_independent(state, kernel_transform):
 
 
 @transforms
+@pytest.mark.slow
 def test_the_cost_is_what_the_extracted_network_counts(kernel_transform):
     space = thumbnail(kernel_transform=kernel_transform)
     for architecture in samples(space, 6):

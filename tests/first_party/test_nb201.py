@@ -20,6 +20,7 @@ def small(**options):
 
 
 @pytest.mark.parametrize(("text", "parameters", "macs"), [(ALL_3X3, 1_531_546, 220_119_680), (MIXED, 129_306, None)])
+@pytest.mark.slow
 def test_architectures_have_the_official_counts(text, parameters, macs):
     with torch.device("meta"):
         space = create_space("nb201")

@@ -40,6 +40,7 @@ def test_a_vit_is_timm_s_deit(size):
 
 
 @pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.slow
 def test_a_mobilenet_is_timm_s(size):
     theirs = randomised(timm.create_model(f"mobilenetv3_{size}_100", num_classes=7))
     space = create_space(f"mobilenetv3_{size}", num_classes=7, image_size=96).eval()
@@ -83,6 +84,7 @@ def test_architectures_inside_a_network_export_as_timm_s(tmp_path, name):
         space.release()
 
 
+@pytest.mark.slow
 def test_features_of_an_exported_resnet_have_its_channels(tmp_path):
     space = randomised(tiny("resnet50"))
     architecture = space.smallest()
@@ -91,6 +93,7 @@ def test_features_of_an_exported_resnet_have_its_channels(tmp_path):
     assert backbone.feature_info.channels() == [it.shape[1] for it in backbone(space.example_input(1))]
 
 
+@pytest.mark.slow
 def test_a_resnet_starts_from_a_folder_that_timm_wrote(tmp_path):
     theirs = randomised(timm.create_model("resnet18", num_classes=7, in_chans=1))
     save_for_hf(theirs, tmp_path, model_args={"in_chans": 1}, safe_serialization=True)
@@ -131,6 +134,7 @@ def test_options_that_make_no_published_network_are_refused(options, message):
 
 
 @pytest.mark.parametrize("named", ["head", "body"])
+@pytest.mark.slow
 def test_gpt_2_starts_from_a_file_of_transformers(tmp_path, named):
     """The published files hold the body alone, with causal masks among the weights."""
     options = dict(embed_dim=(8, 16), num_heads=(1, 2), layers=(1, 2), vocab_size=11, block_size=6)

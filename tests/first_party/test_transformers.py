@@ -255,6 +255,7 @@ def test_code_of_the_page_runs(exported, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.slow
 def test_predict_continues_alike_from_the_run_and_from_the_export(exported, name):
     how = ["--tokens", "20", "--seed", "3"]
     said = run("predict", exported(name) / "model", "--prompt", "def f", *how)

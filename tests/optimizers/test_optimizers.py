@@ -105,6 +105,7 @@ FAMILIES = ("autoformer_nano", "gpt_nano", "mobilenetv3_nano", "toy_conv_macro_n
 @pytest.mark.parametrize("space", FAMILIES)
 @pytest.mark.parametrize("relaxation", [relaxation for relaxation in COVERED if relaxation != "exact"])
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_the_other_relaxations_are_searched_in_every_family_of_spaces(space, relaxation):
     check_stages(lambda: create_optimizer("drnas"), lambda: tiny(space, relaxation=relaxation))
 
@@ -447,6 +448,7 @@ class TwoPaths(Optimizer):
             yield step.loss(step.space(step.weight_batch[0]), step.weight_batch[1])
 
 
+@pytest.mark.slow
 def test_an_optimizer_may_have_several_losses_and_no_outputs():
     check_optimizer(TwoPaths, functools.partial(tiny, "convolutional"))
     space = tiny("vit")

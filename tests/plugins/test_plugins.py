@@ -288,6 +288,7 @@ def test_a_built_in_name_cannot_be_taken_over_silently(site):
 
 
 @pytest.mark.parametrize("setting", ["tanglenas-alpha", "Tanglenas_Alpha", " alpha ,"])
+@pytest.mark.slow
 def test_a_subset_is_chosen_by_distribution_or_entry_point(site, monkeypatch, setting):
     site.install_space("tanglenas-alpha", "same", entry_point="alpha")
     site.install_space("tanglenas-beta", "same", entry_point="beta")

@@ -26,6 +26,7 @@ def attention_in_plain_products():
 
 @pytest.mark.parametrize("name", [*SPACES, *LAYERS, *REGISTERED])
 @pytest.mark.part(2)
+@pytest.mark.slow
 def test_the_cost_is_what_the_extracted_network_counts(name):
     space = make(name)
     for architecture in some_architectures(space, 8):
@@ -113,6 +114,7 @@ def test_expected_costs_of_float32_mixtures_are_counted_in_float64():
     assert cost.params.dtype == cost.flops.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_published_size():
     with torch.device("meta"):
         space = create_space("autoformer_t", relative_position=True)

@@ -157,6 +157,7 @@ def test_the_conformance_kit_agrees_with_the_counter_of_torch(name):
 
 
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer", "GRU", "Conv1d", "functions"])
+@pytest.mark.slow
 def test_a_space_may_hold_a_plain_module_of_torch(name):
     make, shape, _ = MODULES[name]
     check_corners(lambda: Around(make, shape))

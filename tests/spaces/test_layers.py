@@ -70,6 +70,7 @@ def test_every_alpha_and_every_weight_gets_a_gradient(name):
     assert all(parameter.grad.isfinite().all() for parameter in space.parameters())
 
 
+@pytest.mark.slow
 def test_the_order_changes_nothing_of_the_largest_network_and_is_saved_with_it():
     space = make("vit").eval()
     x = inputs(space, 2)

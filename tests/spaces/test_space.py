@@ -45,6 +45,7 @@ def test_a_corner_is_the_extracted_network(name, path):
 @paths
 @pytest.mark.parametrize("name", [*SPACES, *LAYERS])
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_a_training_step_at_a_corner_is_one_of_the_extracted_network(name, path):
     for architecture in some_architectures(make(name), 4):
         space = make(name)

@@ -31,6 +31,7 @@ def labelled(space):
 @pytest.mark.parametrize("by", ["magnitude", "taylor"])
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_the_largest_network_stays_and_the_most_important_units_come_first(name, by):
     space = random_weights(tiny(name))
     x, targets = labelled(space)

@@ -174,6 +174,7 @@ def test_what_cannot_be_compared_is_refused(options, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_space_too_large_to_go_through_is_refused():
     space = tiny("darts")
     with pytest.raises(TangleNASError, match=r"architectures, too many to go through: set rank_correlation.arch"):
@@ -194,6 +195,7 @@ def test_an_incomplete_table_is_told_before_anything_is_judged(judged):
     assert len(forwards) <= 1  # a look at the shapes
 
 
+@pytest.mark.slow
 def test_the_figure_shows_every_architecture_and_both_numbers(tmp_path):
     rows = [{"loss": 3.0 - i / 10, "table_value": 90.0 + i % 5} for i in range(20)]
     drawn = []

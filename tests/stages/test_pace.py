@@ -111,6 +111,7 @@ def test_a_checkpoint_without_a_plan_is_refused(plan):
         Pace(1.0, "wall", CPU).load_state_dict(plan)
 
 
+@pytest.mark.slow
 def test_the_search_says_how_to_have_the_same_result_again(monkeypatch):
     Clock(monkeypatch)
 

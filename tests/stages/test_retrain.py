@@ -79,6 +79,7 @@ def test_inherit_sets_the_statistics_of_batch_norms_anew():
 
 
 @pytest.mark.parametrize("make", [noisy_vit, Convolutional])
+@pytest.mark.slow
 def test_finetune_starts_from_the_supernet(make):
     space = make()
     for parameter in space.parameters():
@@ -120,6 +121,7 @@ def test_scratch_does_not_depend_on_the_supernet(name):
 @pytest.mark.parametrize("average", [None, ema])
 @pytest.mark.parametrize("make, every, cut", [(noisy_vit, 1, 4), (noisy_vit, None, 3), (Convolutional, 1, 2)])
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_a_retraining_that_is_killed_ends_like_one_that_is_not(tmp_path, make, every, cut, average, mode):
     options = {"mode": mode, "ema": average, "checkpoint_every": every}
     whole = retrained(make, **options)
@@ -198,6 +200,7 @@ def test_a_network_is_trained_with_what_is_around_it_and_returned_without() -> N
 
 
 @pytest.mark.parametrize("cut, expected", [(None, [0, 1 / 3, 2 / 3]), (4, [1 / 3, 2 / 3]), (5, [2 / 3])])
+@pytest.mark.slow
 def test_modules_are_told_before_each_epoch_how_far_the_training_is(tmp_path, cut, expected) -> None:
     made = []
 
@@ -256,6 +259,7 @@ def test_an_average_of_the_weights_is_what_is_judged_and_returned():
     same({**network.state_dict()}, retrained(noisy_vit)["weights"], "the network that was trained")
 
 
+@pytest.mark.slow
 def test_training_fits_the_data():
     space = vit()
     generator = torch.Generator().manual_seed(0)
@@ -303,6 +307,7 @@ def test_data_that_do_not_fit_the_space():
 
 
 @pytest.mark.parametrize("mode", ["scratch", "finetune"])
+@pytest.mark.slow
 def test_divergence_is_told_and_the_checkpoint_before_it_stays(tmp_path, mode):
     calls = []
 
@@ -350,6 +355,7 @@ def test_with_the_whole_weight_on_the_teacher_labels_do_not_matter():
     same(with_labels(0), with_labels(1), "the labels")
 
 
+@pytest.mark.slow
 def test_a_retraining_with_a_teacher_that_is_killed_ends_like_one_that_is_not(tmp_path):
     options = {"mode": "scratch", "teacher": "largest", "temperature": 2.0, "checkpoint_every": 1}
     whole = retrained(Convolutional, **options)
@@ -359,6 +365,7 @@ def test_a_retraining_with_a_teacher_that_is_killed_ends_like_one_that_is_not(tm
         same(retrained(Convolutional, **options, checkpoints=checkpoints), whole, "the resumed retraining")
 
 
+@pytest.mark.slow
 def test_a_network_with_a_teacher_comes_nearer_to_it():
     torch.manual_seed(0)
     space = Convolutional()
@@ -433,6 +440,7 @@ def test_hidden_states_come_nearer_to_the_teacher_s(name):
         (partial(tiny, "nb201_nano"), {"teacher_hidden": 1.0}, "'nb201_nano' have none by the names of its depths"),
     ],
 )
+@pytest.mark.slow
 def test_hidden_states_that_cannot_be_learned_are_refused(space, options, message):
     with pytest.raises(TangleNASError, match=message):
         retrained(space, teacher="largest", **options)

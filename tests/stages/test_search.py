@@ -66,6 +66,7 @@ def searched(space=noisy_vit, optimizer="drnas", data=None, **options):
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_a_search_that_is_killed_ends_like_one_that_is_not(optimizer, strategy, every, cut):
     check_resume(
         partial(create_optimizer, optimizer),
@@ -90,6 +91,7 @@ def test_batch_norms_schedules_and_other_optimizers_resume_too(strategy):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_search_that_is_asked_to_stop_goes_on_where_it_was(tmp_path, number):
     class Signal(CutAfter):
         def advance(self):
@@ -161,6 +163,7 @@ def test_a_search_leaves_the_global_generators_alone():
     assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
 
 
+@pytest.mark.slow
 def test_a_search_trains_a_space_that_was_left_in_eval_mode():
     same(searched(lambda: noisy_vit().eval()), searched(noisy_vit), "the search")
 
@@ -189,6 +192,7 @@ def test_what_only_reports_changes_no_number(tmp_path, capsys, optimizer):
     assert tracker.calls == 2 and "search 2/2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_workers_change_no_number():
     same(searched(num_workers=1, epochs=1), searched(epochs=1), "the search")
 
@@ -198,6 +202,7 @@ def test_workers_change_no_number():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optimizer", ["darts", "drnas"])
+@pytest.mark.slow
 def test_alpha_waits_for_the_end_of_the_warm_up_and_the_weights_do_not(optimizer, strategy):
     space, searcher = vit(), create_optimizer(optimizer)
     seen = []
@@ -224,6 +229,7 @@ def test_alpha_waits_for_the_end_of_the_warm_up_and_the_weights_do_not(optimizer
     assert ["architecture_loss" in row for row in result.history] == [False, False, strategy == "alternating"]
 
 
+@pytest.mark.slow
 def test_the_architecture_split_trains_alpha_and_not_the_weights():
     # Alternating: the weights see the architecture split through alpha only, and alpha is fixed here.
     space = vit()
@@ -240,6 +246,7 @@ def test_the_architecture_split_trains_alpha_and_not_the_weights():
     same(one, two, "the search")
 
 
+@pytest.mark.slow
 def test_a_simultaneous_search_moves_alpha_by_the_loss_and_the_regularizer():
     rate = partial(torch.optim.SGD, lr=1.0)
     one, two = (
@@ -465,6 +472,7 @@ def text(vocabulary: int, length: int) -> DataView:
     return DataView({name: TokenSamples(rows, torch.arange(40)) for name in SPLITS})
 
 
+@pytest.mark.slow
 def test_text_is_searched_with_the_same_defaults():
     result = search(Language(vocab_size=7, block_size=5), DrNAS(), text(7, 5), epochs=3, batch_size=8)
     assert result.history[-1]["weight_loss"] < result.history[0]["weight_loss"]
@@ -491,6 +499,7 @@ def test_a_look_at_the_data_changes_nothing():
 @pytest.mark.parametrize("every", [1, None])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.part(3)
+@pytest.mark.slow
 def test_divergence_is_told_with_its_step_and_the_checkpoint_before_it_stays(tmp_path, optimizer, every):
     class Steps(SilentProgress):
         done = 0
@@ -629,6 +638,7 @@ def test_a_loss_that_is_not_one_number(reduction, given):
 
 
 @pytest.mark.parametrize("order", ["magnitude", "taylor"])
+@pytest.mark.slow
 def test_a_search_orders_the_units_of_a_trained_network_first(order):
     """The rate of learning is 0, so the largest network at the end is the one of the start."""
     torch.manual_seed(1)
@@ -646,6 +656,7 @@ def test_a_search_orders_the_units_of_a_trained_network_first(order):
     assert found["architecture"]
 
 
+@pytest.mark.slow
 def test_a_search_orders_the_layers_of_a_trained_network_first(tmp_path):
     """The supernet's file says so to the stages that follow."""
     torch.manual_seed(3)

@@ -32,6 +32,7 @@ class Parameter(elastic.Elastic):
 @relaxations
 @pytest.mark.parametrize("role", ["read", "write"])
 @given(OPTIONS, st.lists(dimensions, min_size=1, max_size=3))
+@pytest.mark.slow
 def test_a_mask_is_the_sum_of_padded_slices(relaxation, role, options, used):
     case = Case(options, relaxation)
     layer = case.prepare(Parameter(role, *map(case.size, used)))
@@ -109,6 +110,7 @@ def test_layers_of_one_space_have_rows_of_their_own(relaxation):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_alpha_gradients_agree_with_finite_differences():
     space = vit().double().eval()
     x = space.example_input(2).double()
@@ -180,6 +182,7 @@ class Operations(TorchDispatchMode):
 
 @relaxations
 @pytest.mark.parametrize("costly", [False, True], ids=["relax", "expected_cost"])
+@pytest.mark.slow
 def test_the_work_on_choices_does_not_grow_with_their_number(relaxation, costly):
     counts = []
     for layers in (3, 12):

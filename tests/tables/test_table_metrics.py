@@ -137,6 +137,7 @@ def test_the_commands_show_the_direction_and_what_is_unknown(tmp_path, monkeypat
     ]
 
 
+@pytest.mark.slow
 def test_import_shows_directions_and_takes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("t.csv").write_text("arch,test_acc,depth\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,0.81,7\n")

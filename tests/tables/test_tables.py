@@ -337,6 +337,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
     assert int(peak_kib) < 300_000
 
 
+@pytest.mark.slow
 def test_nas_bench_201_has_its_known_optima():
     found = load_table(shared("nb201.csv.gz"))
     assert len(found) == 15_625
@@ -374,6 +375,7 @@ def test_a_published_table_covers_its_space(name, file):
     assert found.rank(space.from_string(found.best(metric)), metric) == 1
 
 
+@pytest.mark.slow
 def test_the_form_of_the_conv_macro_release_covers_its_space(tmp_path):
     space = installed("toy_conv_macro")
     path = tmp_path / "macro.pkl"
@@ -422,6 +424,7 @@ def test_the_authors_pickles_are_read_in_every_protocol(protocol, tmp_path):
         assert found.value(key, "train_acc") == values["train_acc"]
 
 
+@pytest.mark.slow
 def test_a_whole_release_is_read_compressed_or_not(tmp_path):
     data = pickle.dumps(conv_macro_release(), 4)
     for name, content in [("macro", data), ("macro.pkl.gz", gzip.compress(data))]:
@@ -746,6 +749,7 @@ def test_show_summarises(call):
     ]
 
 
+@pytest.mark.slow
 def test_looking_at_a_table_loads_no_torch(tmp_path):
     path = write(tmp_path / "t.csv", "architecture of stack,acc\nx,50\n")
     for arguments in (["tables", "show", str(path)], ["tables", "query", str(path), "x"], ["tables", "--help"]):

@@ -101,6 +101,7 @@ class Choiceless(SearchSpace):
 
 
 @pytest.mark.parametrize("space", [Right, lambda: Right(relaxation="gated")])
+@pytest.mark.slow
 def test_a_space_that_keeps_the_contract_passes(space):
     check_space(space)
 
@@ -261,10 +262,12 @@ def test_an_objective_that_keeps_the_contract_passes(objective, space):
 
 @pytest.mark.parametrize("space", ["autoformer_nano", "toy_cell", "gpt_nano", "darts"])
 @pytest.mark.parametrize("metric", ["params", "macs"])
+@pytest.mark.slow
 def test_our_counts_keep_the_contract_on_every_kind_of_space(metric, space):
     check_objective(lambda: create_objective(metric), lambda: tiny(space))
 
 
+@pytest.mark.slow
 def test_our_latency_keeps_the_contract(tmp_path):
     measure_latency(tiny("toy_conv_macro"), threads=1, fitted=2, validated=0, repeats=1).save(tmp_path / "table.json")
     for check in (check_expectation, check_slope):  # of one hurried measurement, the largest need not be slowest
@@ -324,6 +327,7 @@ def check(tmp_path, monkeypatch):
     manager.cache_clear()
 
 
+@pytest.mark.slow
 def test_one_name_is_checked_and_passes(check):
     result = check("right")
     assert result.exit_code == 0
@@ -338,6 +342,7 @@ def test_one_name_is_checked_and_passes(check):
         ("for_one", 1, 1, "it is for the space 'mine', not 'right'"),
     ],
 )
+@pytest.mark.slow
 def test_an_objective_is_checked_on_the_space_that_is_named(check, name, status, passed, message):
     result = check(name, "--space", "right")
     assert result.exit_code == status and message in result.stdout

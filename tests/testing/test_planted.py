@@ -66,6 +66,7 @@ def test_what_is_planted_is_best(name):
 
 
 @pytest.mark.parametrize("name", ["kernel_small", "width_small", "bottleneck", "depth_small"])
+@pytest.mark.slow
 def test_the_spaces_keep_the_contract(name):
     torch.manual_seed(0)
     check_space(TRUTHS[name].make_space)

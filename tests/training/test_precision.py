@@ -63,6 +63,7 @@ def test_a_search_in_bfloat16_is_near_one_in_float32_and_not_the_same():
     assert 0 < max(abs(one["weight_loss"] - other["weight_loss"]) for one, other in rows) < 0.02
 
 
+@pytest.mark.slow
 def test_the_space_is_as_before_a_search_in_low_precision():
     space = vit()
     data = random_data(space, ("weights", "architecture", "validation"))
@@ -77,6 +78,7 @@ def test_the_space_is_as_before_a_search_in_low_precision():
     assert space.execute is None
 
 
+@pytest.mark.slow
 def test_retraining_in_bfloat16():
     space = vit()
     data = random_data(space, SPLITS, samples=24)
@@ -90,6 +92,7 @@ def test_retraining_in_bfloat16():
     assert low.validation_accuracy == measure(low.network, data.validation).accuracy
 
 
+@pytest.mark.slow
 def test_accumulated_batches_retrain_as_one_batch():
     space = vit()
     data = random_data(space, SPLITS, samples=24)
@@ -103,6 +106,7 @@ def test_accumulated_batches_retrain_as_one_batch():
     assert whole.history[-1]["accuracy"] == pytest.approx(parts.history[-1]["accuracy"])
 
 
+@pytest.mark.slow
 def test_scaled_losses_give_scaled_gradients_of_alpha():
     """Half precision on a GPU scales losses: what an optimizer leaves in alpha has to be scaled as well."""
     for name in ("darts", "darts2", "drnas", "gdas"):

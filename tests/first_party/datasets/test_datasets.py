@@ -277,6 +277,7 @@ def test_cifar_reads_the_binary_version(tmp_path, kind):
     assert dataset.class_names == tuple(f"class{i}" for i in range(dataset.num_classes))
 
 
+@pytest.mark.slow
 def test_cifar_is_cropped_and_mirrored_as_torchvision_does_it(tmp_path):
     folder, images, _ = write_cifar(tmp_path, CIFAR10)
     dataset = CIFAR10(folder)

@@ -59,6 +59,7 @@ def test_large_images_keep_a_third_of_their_area_at_least(pictures: Path) -> Non
     assert spans.min() > 0.76 * math.sqrt(0.35 * 3 / 4) - 0.03 and spans.max() > 0.7
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_done(pictures: Path) -> None:
     mirrored = drawn(ImageFolder(pictures, image_size=32, flip=True))
     assert 0.3 < (mirrored[:, 0, 16, 8] > mirrored[:, 0, 16, 24]).float().mean() < 0.7

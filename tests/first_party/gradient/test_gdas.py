@@ -19,6 +19,7 @@ def bound(space, seed=0, **options):
     return optimizer
 
 
+@pytest.mark.slow
 def test_samples_are_one_hot_and_as_frequent_as_the_softmax_says():
     space = tiny("vit", num_heads=(1, 2, 3))
     optimizer = bound(space)

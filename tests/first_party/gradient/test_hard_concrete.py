@@ -22,6 +22,7 @@ def rows(optimizer, count=1200):
     return torch.cat([optimizer.sample(step, "weights").stacks[3].detach() for step in range(count)])
 
 
+@pytest.mark.slow
 def test_samples_are_mixtures_and_often_at_a_corner():
     drawn = rows(bound())
     assert (drawn >= 0).all()
@@ -34,6 +35,7 @@ def test_samples_are_mixtures_and_often_at_a_corner():
     assert float((rows(bound(temperature=0.1)).amax(1) == 1).float().mean()) > 0.8
 
 
+@pytest.mark.slow
 def test_cold_samples_have_the_frequencies_of_the_mixture_that_alpha_stands_for():
     optimizer = bound(temperature=0.01)
     wanted = LOGITS.softmax(0)

@@ -143,6 +143,7 @@ def test_a_pruned_operation_is_not_computed():
     assert set(called) == {"nor_conv" if option.startswith("nor_conv") else option}
 
 
+@pytest.mark.slow
 def test_a_pruned_dirichlet_is_the_dirichlet_of_what_is_left():
     space = tiny("vit", num_heads=(1, 2, 3))
     optimizer = bound(space, PartialDrNAS(channels=(1, 1), keep=(1.0, 0.6)))
@@ -157,6 +158,7 @@ def test_a_pruned_dirichlet_is_the_dirichlet_of_what_is_left():
     torch.testing.assert_close(left.var(0), variance, atol=0.005, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_all_channels():
     space = tiny("toy_cell")
     data = random_data(space, ("weights", "architecture", "validation"))

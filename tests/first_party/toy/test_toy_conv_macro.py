@@ -31,6 +31,7 @@ def test_the_space_is_that_of_the_paper():
 
 @pytest.mark.parametrize("image_size", [28, 32, 64])
 @pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.slow
 def test_images_of_several_sizes(image_size, in_channels):
     space = create_space("toy_conv_macro", image_size=image_size, in_channels=in_channels, num_classes=7)
     x = space.example_input(2)
