@@ -4,10 +4,12 @@
     python -m benchmarks.finding run autoformer_nano --data FOLDER_OF_FASHION_MNIST
     python -m benchmarks.finding run toy_cell --data FOLDER_OF_FASHION_MNIST --table TABLE
     python -m benchmarks.finding table benchmarks/results/gpt_nano.jsonl
+    python -m benchmarks.finding front gpt_nano
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
 file, so a study that is cut off goes on where it was. All times are of the processor. Nothing is chosen by the test
-split: it only says in the end what a network is worth. `table` prints the comparison, with intervals.
+split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
+the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from pymoo.indicators.hv import HV
 from scipy import stats
 
 from tanglenas_engine import (
@@ -58,6 +61,10 @@ SEEDS = 2
 """Trainings of each network that was found, and of those that cost most."""
 REPEATED, REPEATS = 5, 3
 """The networks of the pool, and their seeds, that say how far trainings of one network differ."""
+
+
+FRONT = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+"""The budgets of a front, as shares of the largest network's cost."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ METHODS = {
     "gdas target": Method("gdas", ("argmax", "both")),
     "spos whole space": Method("spos", ("random",), band=False),
     "sandwich band": Method("sandwich", ("random",)),
+    "sandwich whole space": Method("sandwich", ("random",), band=False),
 }
 DERIVATIONS: dict[str, dict[str, Any]] = {
     "argmax": {"method": "argmax"},
@@ -158,7 +166,7 @@ class Study:
         space = self.space()
         self.limits: dict[str, float] = {}
         if self.task.budget is not None:
-            self.limits = {"macs": int(self.task.budget * space.cost(space.largest()).macs)}
+            self.limits = self.budget(self.task.budget)
         self.table = load_table(table, space) if table else None
         if self.task.metric is not None and self.table is None:
             raise click.UsageError(f"{name} needs --table: its networks are not trained")
@@ -191,6 +199,11 @@ class Study:
                 file.write(json.dumps(row) + "\n")
             click.echo(f"{key}: {json.dumps({k: v for k, v in row.items() if k not in ('curve', 'key')})[:180]}")
         return self.done[key]
+
+    def budget(self, share: float) -> dict[str, float]:
+        """Return the limits at a share of the largest network's multiply-accumulates."""
+        space = self.space()
+        return {"macs": int(share * space.cost(space.largest()).macs)}
 
     def trained(self, architecture: Architecture, seed: int, epochs: int | None = None) -> dict[str, Any]:
         """Train a network by itself, and measure it on validation and test; or look up its error in a table, in %."""
@@ -249,6 +262,30 @@ class Study:
         keys = {derivation: f"found/{name}, {derivation}/{seed}" for derivation in method.derivations}
         if all(key in self.done for key in keys.values()):
             return
+        space, mixture, searched = self.searched(method, seed)
+        for derivation, key in keys.items():
+            self.once(key, partial(self.derived, space, mixture, derivation, seed, searched, self.limits))
+
+    def front(self, name: str, seed: int) -> None:
+        """Search once, derive a network for each budget of the front by judging candidates, and train it."""
+        keys = {share: f"front/{name}/{share}/{seed}" for share in FRONT}
+        if not all(key in self.done for key in keys.values()):
+            space, mixture, searched = self.searched(METHODS[name], seed)
+            for share, key in keys.items():
+                self.once(key, partial(self.derived, space, mixture, "both", seed, searched, self.budget(share)))
+        for key in keys.values():
+            architecture = self.found(key)
+            self.once(f"trained/{architecture.digest}/0", partial(self.trained, architecture, 0))
+
+    def found(self, key: str) -> Architecture:
+        """Return the architecture of a result."""
+        choices = self.done[key]["architecture"]
+        return Architecture(
+            self.space().largest().space, {k: tuple(v) if isinstance(v, list) else v for k, v in choices.items()}
+        )
+
+    def searched(self, method: Method, seed: int) -> tuple[SearchSpace, dict[str, torch.Tensor] | None, dict[str, Any]]:
+        """Search with a method, and return the supernet, the mixture and what is known of the search."""
         space, optimizer = self.space(seed), create_optimizer(method.optimizer)
         recipe: dict[str, Any] = dict(
             epochs=self.task.epochs,
@@ -270,9 +307,7 @@ class Study:
             "split_losses": result.split_losses,
             **self.ranked(space, seed),
         }
-        mixture = result.mixture.tensors() if result.mixture else None
-        for derivation, key in keys.items():
-            self.once(key, partial(self.derived, space, mixture, derivation, seed, searched))
+        return space, result.mixture.tensors() if result.mixture else None, searched
 
     def derived(
         self,
@@ -281,6 +316,7 @@ class Study:
         derivation: str,
         seed: int,
         searched: dict[str, Any],
+        limits: dict[str, float],
     ) -> dict[str, Any]:
         """Derive an architecture from a supernet. The trainings of a race are results of their own."""
         training = Training(self)
@@ -290,7 +326,7 @@ class Study:
             self.data("weights", "architecture", "validation"),
             mixture,
             **DERIVATIONS[derivation],
-            limits=self.limits,
+            limits=limits,
             seed=seed,
             device="cpu",
             methods={**DERIVATION_METHODS, "race": partial(race, train=training, entrants=RACE, trainings=RACE)},
@@ -367,7 +403,11 @@ def main() -> None:
 @click.argument("task", type=click.Choice(list(TASKS)))
 @click.option("--data", help="The file or folder of the data, where a task needs one.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
-@click.option("--methods", default=";".join(METHODS), help="Methods, with ; between them.")
+@click.option(
+    "--methods",
+    default=";".join(name for name in METHODS if name != "sandwich whole space"),
+    help="Methods, with ; between them.",
+)
 @click.option("--seeds", default=5, help="Searches with each method.")
 @click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
 @click.option("--halving", default=4.0, help="The budget of successive halving of random networks, in trainings.")
@@ -399,15 +439,51 @@ def run(
         if study.table is None:
             study.once(f"found/random, successive halving/{seed}", partial(study.halved, seed, halving))
         for key in [key for key in study.done if key.startswith("found/") and key.endswith(f"/{seed}")]:
-            found = study.done[key]
-            architecture = Architecture(
-                pool[0].space, {k: tuple(v) if isinstance(v, list) else v for k, v in found["architecture"].items()}
-            )
+            architecture = study.found(key)
             for again in range(1 if study.table else SEEDS):
                 study.once(f"trained/{architecture.digest}/{again}", partial(study.trained, architecture, again))
     for seed in () if study.table else range(1, REPEATS):
         for number, architecture in enumerate(pool[:REPEATED]):
             study.once(f"pool/{number}/{seed}", partial(study.trained, architecture, seed))
+
+
+@main.command()
+@click.argument("task", type=click.Choice([name for name, task in TASKS.items() if task.budget is not None]))
+@click.option("--data", help="The file or folder of the data, where a task needs one.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
+@click.option("--methods", default="spos whole space;sandwich whole space", help="Methods, with ; between them.")
+@click.option("--seeds", default=5, help="Searches with each method, and random fronts.")
+def front(task: str, data: str | None, out: Path, methods: str, seeds: int) -> None:
+    """Compare fronts over budgets: what one search gives for each, and as many random networks."""
+    study = Study(task, out / f"{task}_front.jsonl", data)
+    space = study.space()
+    for seed in range(seeds):
+        for name in filter(None, methods.split(";")):
+            study.front(name, seed)
+        for number, share in enumerate(FRONT):
+            generator = torch.Generator().manual_seed(1000 * seed + number)
+            one = Band(Budget(space, study.budget(share)), FILLED).sample(generator)
+            study.once(f"front/random/{share}/{seed}", partial(study.trained, one, seed))
+            most = Budget(space, study.budget(share)).dearest("params")
+            study.once(f"front/most params/{share}/{seed}", partial(study.trained, most, seed))
+    rows = study.done
+    fronts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for key, row in rows.items():
+        if key.startswith("front/"):
+            _, name, _, seed = key.split("/")
+            loss = row["test_loss"] if "test_loss" in row else rows[f"trained/{row['digest']}/0"]["test_loss"]
+            fronts.setdefault(name, {}).setdefault(seed, []).append((row["macs"] / study.budget(1.0)["macs"], loss))
+    worst = max(loss for runs in fronts.values() for points in runs.values() for _, loss in points)
+    volume = HV(ref_point=np.array([1.1, worst]))
+    click.echo("| method | hypervolume, 95 % interval | each seed | mean test loss by budget |")
+    click.echo("| --- | --- | --- | --- |")
+    for name, runs in fronts.items():
+        values = np.array([volume(np.array(points)) for points in runs.values()])
+        means = np.mean([[loss for _, loss in sorted(points)] for points in runs.values()], 0)
+        click.echo(
+            f"| {name} | {values.mean():.4f} +- {_half_width(values):.4f} | {', '.join(f'{v:.4f}' for v in values)} "
+            f"| {', '.join(f'{mean:.3f}' for mean in means)} |"
+        )
 
 
 @main.command()
@@ -469,20 +545,27 @@ def table(path: Path) -> None:
             found.setdefault(key.split("/")[1], []).append(row)
     for name, results in found.items():
         values = np.array([worth[row["digest"]] for row in results])
-        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
         numbers = [int(row["key"].split("/")[1]) for row in pool]
         ranks = [
             stats.spearmanr([row["pool_losses"][i] for i in numbers], losses).statistic
             for row in results
             if "pool_losses" in row
         ]
+        once = np.mean([first[row["digest"]] for row in results])
         click.echo(
-            f"| {name} | {values.mean():.4f} +- {half:.4f} | {np.mean([first[row['digest']] for row in results]):.4f} "
+            f"| {name} | {values.mean():.4f} +- {_half_width(values):.4f} | {once:.4f} "
             f"| {', '.join(f'{value:.3f}' for value in values)} "
             f"| {100 * np.mean(losses[None] > values[:, None]):.0f} | {', '.join(f'{rank:.2f}' for rank in ranks)} "
             f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
             + (f" ranks {[listed[row['digest']] for row in results]}" if listed else "")
         )
+
+
+def _half_width(values: np.ndarray[Any, Any]) -> float:
+    """Return half the width of the 95 % interval of a mean; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
 def _repeated(key: str) -> str:

@@ -13,7 +13,7 @@ from spaces import SPACES, inputs, make, random_mixture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import device, profile
+from benchmarks import device, finding, profile
 from benchmarks.candidates import compared
 from benchmarks.options_figure import options
 from benchmarks.pad_and_sum import pad_and_sum
@@ -237,3 +237,48 @@ def test_convolutions_are_told_by_the_gradients_asked_for():
     kinds, _ = profile.measure(space, 2, rounds=1, naive=False)
     assert kinds["plain"][profile.BOTH] > 0
     assert kinds["weight"][profile.INPUTS] > 0 and kinds["weight"][profile.WEIGHTS] > 0
+
+
+# --- does a search find ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A study of two networks and of trainings of two epochs on a short text."""
+    monkeypatch.setitem(
+        finding.TASKS, "gpt_nano", finding.Task("gpt_nano", "stdlib_text", {"characters": 30_000}, {}, epochs=2, pool=2)
+    )
+    monkeypatch.setattr(finding, "FRONT", (0.4, 1.0))
+    monkeypatch.setattr(finding, "REPEATED", 1)
+    monkeypatch.setattr(finding, "RACE", 2)
+    for derivation in finding.DERIVATIONS.values():
+        monkeypatch.setitem(derivation, "candidates", 3)
+
+
+@pytest.mark.exhaustive
+def test_a_study_of_what_searches_find_goes_on_and_has_a_table(tiny, tmp_path):
+    def said(*arguments):
+        result = CliRunner().invoke(finding.main, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    study = ["run", "gpt_nano", "--out", str(tmp_path), "--seeds", "1", "--halving", "1", "--methods", "drnas target"]
+    said(*study)
+    rows = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
+    keys = {json.loads(row)["key"] for row in rows}
+    assert {"pool/0/0", "pool/1/0", "pool/0/2", "most params/1", "found/drnas target, race/0"} <= keys
+    (tmp_path / "gpt_nano.jsonl").write_text("\n".join(rows[:-3]) + "\n")  # cut off
+    said(*study)
+    again = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
+    assert [json.loads(row)["key"] for row in again] == [json.loads(row)["key"] for row in rows]
+    table = said("table", str(tmp_path / "gpt_nano.jsonl"))
+    assert "| best of 3 by validation loss |" in table and "| drnas target, race |" in table
+
+
+@pytest.mark.exhaustive
+def test_fronts_are_compared_over_budgets(tiny, tmp_path):
+    options = ["front", "gpt_nano", "--out", str(tmp_path), "--seeds", "2", "--methods", "spos whole space"]
+    result = CliRunner().invoke(finding.main, options, catch_exceptions=False)
+    lines = [line for line in result.output.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| spos whole space", "| random", "| most params"]
+    assert all("nan" not in line for line in lines)
