@@ -1,0 +1,436 @@
+"""A trained network within a budget: ours against Torch-Pruning, FastNAS, uniform shrinking and training from scratch.
+
+    pip install torch-pruning nvidia-modelopt torchprofile==0.0.4      (in an environment of its own)
+    python -m benchmarks.compress run vit --data FOLDER_OF_FASHION_MNIST
+    python -m benchmarks.compress run mobilenetv3 --data FOLDER_OF_FASHION_MNIST
+    python -m benchmarks.compress run gpt --data TINYSHAKESPEARE.txt
+    python -m benchmarks.compress table benchmarks/results/compress_vit.jsonl
+
+`run` trains the largest network of a space with every seed. Each method then makes a smaller network of the same
+weights for every budget, which is fine-tuned and tested. All methods get the same splits and the same recipe of
+fine-tuning, and one counter says what a network costs. Networks are scored on the `architecture` split, on which
+nothing is trained, and tested on the test split, by which nothing is chosen. All times are of the processor.
+
+Each result is a line of the file, so a study that is cut off goes on where it was. What a peer cannot do is a line,
+too, with its error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from scipy import stats
+from torch import Tensor, nn
+
+from benchmarks import peers
+from tanglenas_engine import (
+    Architecture,
+    SearchSpace,
+    TangleNASError,
+    cosine,
+    create_dataset,
+    create_objective,
+    create_optimizer,
+    create_space,
+    cross_entropy,
+    discretize,
+    load_pretrained,
+    make_splits,
+    search,
+)
+from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.spaces.layers import order_layers
+from tanglenas_engine.spaces.products import count_products
+from tanglenas_engine.spaces.units import order_units, taylor
+from tanglenas_engine.stages.retrain import Retraining
+from tanglenas_engine.training.measure import measure, random_inputs
+from tanglenas_engine.training.options import Computation, Session
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 64
+ORDER_BATCHES = 8
+"""Batches of the weights split by which units and layers are put in order, and whose gradients Taylor scores take."""
+CANDIDATES = 300
+JUDGED = 128
+"""Samples of the first look at a candidate."""
+STATISTICS = 2
+"""Batches of 256 inputs that set the statistics of batch norms anew."""
+PERMUTED = 1e-5
+"""The largest difference between the outputs of the largest network before and after its units are permuted."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data and its budgets.
+
+    Attributes:
+        options: The options of the space; its largest network is the one to compress.
+        place: The option of the dataset that says where its files are.
+        samples: The numbers of samples to train on, to score on, to validate on and to test on; None takes the splits.
+        epochs: The epochs of the whole training, of the fine-tuning, and of the search of ours.
+        cost: "macs" or "params".
+        budgets: Shares of the cost of the largest network.
+    """
+
+    space: str
+    dataset: str
+    options: dict[str, Any]
+    place: str
+    samples: tuple[int, int, int, int] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    epochs: tuple[int, int, int] = (10, 2, 2)
+    cost: str = "macs"
+    budgets: tuple[float, ...] = (0.7, 0.5, 0.3)
+
+
+IMAGES = (3000, 512, 1000, 5000)
+TASKS = {
+    "vit": Task(
+        "autoformer_nano", "fashion_mnist",
+        {"patch_size": 7, "weight_init": "jax", "embed_dim": (32, 40, 48, 56, 64), "depth": (2, 3, 4),
+         "num_heads": (1, 2, 3, 4), "mlp_ratio": (0.5, 1, 1.5, 2, 3, 4)},
+        "root", IMAGES, epochs=(12, 3, 2),
+    ),
+    "mobilenetv3": Task(
+        "mobilenetv3_nano", "fashion_mnist",
+        {"depth": (1, 2), "kernel_size": (3, 5), "expand_ratio": (1, 2, 3, 4, 5, 6)},
+        "root", IMAGES,
+    ),
+    "gpt": Task(
+        "gpt_nano", "text",
+        {"bias": True, "embed_dim": (32, 40, 48, 56, 64), "mlp_ratio": (0.5, 1, 1.5, 2, 3, 4)},
+        "root", (6000, 512, 512, 1500), epochs=(6, 2, 1), cost="params", budgets=(0.5,),
+    ),
+}  # fmt: skip
+
+
+class Study:
+    """A task in progress: its data, its trained networks, and the file of results."""
+
+    def __init__(self, name: str, path: Path, data: str, threads: int = 1, task: Task | None = None):
+        torch.set_num_threads(threads)
+        self.name, self.task, self.path = name, task or TASKS[name], path
+        self.dataset = create_dataset(self.task.dataset, **self.task.data, **{self.task.place: data})
+        self.data = self._data()
+        space = self.space()
+        self.largest = self.cost(space.standalone(space.largest()))
+        self.weights = Path(tempfile.mkdtemp(prefix="compress"))
+        self.charged: dict[int, tuple[int, float]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+
+    def _data(self) -> DataView:
+        """Return all splits. Networks are trained on `training`, which is `weights`; nothing else trains."""
+        splits = make_splits(self.dataset, seed=0)
+        training = torch.cat([splits.indices("weights"), splits.indices("architecture")])
+        held = splits.indices("validation")
+        train, score, validate, test = self.task.samples or (len(training), len(held) // 2, len(held) // 2, 10**9)
+        chosen = {
+            "weights": training[:train],
+            "training": training[:train],
+            "architecture": held[:score],
+            "validation": held[score : score + validate],
+            "test": splits.indices("test")[:test],
+        }
+        return DataView({name: self.dataset.subset(indices, train=False) for name, indices in chosen.items()})
+
+    def space(self) -> SearchSpace:
+        torch.manual_seed(0)
+        return create_space(self.task.space, **{**self.dataset.space_options(), **self.task.options})
+
+    @property
+    def example(self) -> Tensor:
+        return self.data.weights.batch(torch.arange(1))[0]
+
+    def cost(self, network: nn.Module) -> int:
+        """Return a network's multiply-accumulates for one input, or its parameters."""
+        if self.task.cost == "params":
+            return sum(parameter.numel() for parameter in network.parameters())
+        training = network.training
+        products = count_products(network.eval(), self.example)
+        network.train(training)
+        return products
+
+    def batches(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the few batches by which units are scored."""
+        stream = Stream(self.data.weights, BATCH, seed=seed).start()
+        return [next(stream) for _ in range(ORDER_BATCHES)]
+
+    def once(self, key: str, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the result of a job, which is run if the file lacks it."""
+        if key not in self.done:
+            row = {"key": key, **job()}
+            self.done[key] = row
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            click.echo(json.dumps(row)[:240])
+        return self.done[key]
+
+    def train(self, network: nn.Module, epochs: int, rate: float, seed: int) -> dict[str, Any]:
+        """Train a network, and measure it on validation and test."""
+        start = time.process_time()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            history = Retraining(
+                network,
+                self.data,
+                epochs=epochs,
+                batch_size=BATCH,
+                optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=0.05),
+                scheduler=partial(cosine, warmup=0.2),
+                wrap=None,
+                ema=None,
+                loss=cross_entropy,
+                distillation=None,
+                seed=seed,
+                computation=Computation(clip=5.0),
+                session=Session(device="cpu"),
+            ).run()
+        seconds = time.process_time() - start
+        tested = measure(network, self.data.test)
+        return {
+            "validation_loss": history[-1]["validation_loss"],
+            "test_loss": tested.loss,
+            "test_accuracy": tested.accuracy,
+            "epochs": epochs,
+            "train_seconds": round(seconds, 2),
+        }
+
+    def trained(self, seed: int) -> Path:
+        """Train the largest network, unless this process has its weights, and return their file."""
+        path = self.weights / f"{seed}.safetensors"
+        if not path.exists():
+            space = self.space()
+            torch.manual_seed(seed)
+            network = space.standalone(space.largest())
+            found = self.train(network, self.task.epochs[0], WHOLE, seed)
+            state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+            save_file({key: tensor.clone() for key, tensor in state.items()}, path)
+            self.once(f"largest/{seed}", lambda: {"cost": self.largest, **found})
+        return path
+
+    def started(self, seed: int) -> SearchSpace:
+        """Return the space with the trained weights."""
+        space = self.space()
+        load_pretrained(space, self.trained(seed))
+        return space
+
+    def network(self, seed: int) -> nn.Module:
+        """Return the trained network, as a module of timm or torch."""
+        space = self.started(seed)
+        return space.extract(space.largest())
+
+    def compress(self, method: str, share: float, seed: int) -> dict[str, Any]:
+        """Compress the network by a method, and fine-tune what it returns."""
+        self.trained(seed)
+        most = math.floor(share * self.largest)
+        start = time.process_time()
+        try:
+            network, details = METHODS[method](self, most, seed)
+        except Exception as error:  # what a library cannot do is a result
+            if isinstance(error, TangleNASError) and "pip install" in str(error):
+                raise
+            return {"failed": f"{type(error).__name__}: {error}"[:500]}
+        seconds = time.process_time() - start
+        before = measure(network, self.data.validation)
+        epochs = details.pop("epochs", self.task.epochs[1])
+        found = self.train(network, epochs, details.pop("rate", TUNING), seed)
+        return {
+            "cost": self.cost(network),
+            "share": self.cost(network) / self.largest,
+            "before_tuning": before.loss,
+            **found,
+            "compress_seconds": round(seconds + details.pop("charged_seconds", 0.0), 2),
+            **details,
+        }
+
+
+WHOLE, TUNING = 0.004, 0.002
+"""The largest learning rates of AdamW, in a training from scratch and in fine-tuning."""
+Found = tuple[nn.Module, dict[str, Any]]
+
+
+def ordered(study: Study, seed: int) -> tuple[SearchSpace, dict[str, Any]]:
+    """Return the space with the trained weights, its units and layers in order of importance."""
+    space = study.started(seed)
+    batches = study.batches(seed)
+    with torch.no_grad(), space.as_largest():
+        before = space.eval()(batches[0][0])
+    order_units(space, taylor(space, cross_entropy, batches))
+    told = order_layers(space, cross_entropy, batches)
+    with torch.no_grad(), space.as_largest():
+        difference = float((space.eval()(batches[0][0]) - before).abs().max())
+    if difference > PERMUTED:
+        raise RuntimeError(f"the largest network's outputs differ by {difference} after its units were permuted")
+    return space, {"permuted": difference, "layers": told}
+
+
+def derived(study: Study, space: SearchSpace, most: int, seed: int, details: dict[str, Any]) -> Found:
+    """Judge candidates of the band, and return the best one with the supernet's weights."""
+    found = discretize(
+        space,
+        study.data,
+        None,
+        method="random",
+        candidates=CANDIDATES,
+        max_macs=most if study.task.cost == "macs" else None,
+        max_params=most if study.task.cost == "params" else None,
+        recalibration_batches=STATISTICS,
+        batch_size=JUDGED,
+        seed=seed,
+        device="cpu",
+    )
+    return inherited(study, space, found.architecture, details)
+
+
+def inherited(study: Study, space: SearchSpace, architecture: Architecture, details: dict[str, Any]) -> Found:
+    network = space.release().extract(architecture)
+    cost = getattr(space.cost(architecture), study.task.cost)
+    if cost != study.cost(network):
+        raise RuntimeError(f"the space counts {cost:,} {study.task.cost}, torch {study.cost(network):,}")
+    return network, {**details, "architecture": dict(architecture.choices)}
+
+
+def direct(study: Study, most: int, seed: int) -> Found:
+    """Judge candidates with the ordered weights of the trained network, without a search."""
+    space, details = ordered(study, seed)
+    return derived(study, space, most, seed, details)
+
+
+def searched(study: Study, most: int, seed: int) -> Found:
+    """Train the supernet on samples of the band for a few epochs, and judge candidates then."""
+    space, details = ordered(study, seed)
+    search(
+        space,
+        create_optimizer("spos"),
+        study.data,
+        epochs=study.task.epochs[2],
+        batch_size=BATCH,
+        weight_optimizer=partial(torch.optim.AdamW, lr=TUNING, weight_decay=0.05),
+        targets=[Target(create_objective(study.task.cost), value=most)],
+        recalibration_batches=STATISTICS,
+        seed=seed,
+        device="cpu",
+    )
+    return derived(study, space, most, seed, details)
+
+
+def uniform(study: Study, most: int, seed: int) -> Found:
+    """Shrink every choice alike, as far as the budget needs.
+
+    All choices take the largest option of at most a share of their largest. The largest share that fits is taken. Then
+    the choices take their next options in turn, as long as the budget allows.
+    """
+    space, details = ordered(study, seed)
+    budget = Budget(space, {study.task.cost: most})
+    options = {name: sorted(set(choice.options)) for name, choice in space.choices.items()}
+
+    def at(levels: dict[str, int]) -> Architecture:
+        picks = {row: row.options.index(options[row.choice][levels[row.choice]]) for row in space.rows}
+        return space.architecture_of(picks)
+
+    def fits(levels: dict[str, int]) -> bool:
+        return budget.excess(space.assignment_of(at(levels))) == 0
+
+    for share in np.linspace(1, 0, 101):
+        levels = {
+            name: max([i for i, one in enumerate(listed) if one <= share * listed[-1] + 1e-9], default=0)
+            for name, listed in options.items()
+        }
+        if fits(levels):
+            break
+    grown = True
+    while grown:
+        grown = False
+        for name, listed in options.items():
+            more = {**levels, name: levels[name] + 1}
+            if more[name] < len(listed) and fits(more):
+                levels, grown = more, True
+    return inherited(study, space, at(levels), details)
+
+
+def scratch(study: Study, most: int, seed: int, whole: bool) -> Found:
+    """Return the architecture that ours found, newly initialised, to be trained as long as fine-tuning or in full."""
+    share = next(share for share in study.task.budgets if math.floor(share * study.largest) == most)
+    space = study.space()
+    choices = study.done[f"{OURS}/{share}/{seed}"]["architecture"]
+    architecture = space.architecture(**choices)
+    torch.manual_seed(seed)
+    return space.standalone(architecture), {"epochs": study.task.epochs[0 if whole else 1], "rate": WHOLE}
+
+
+def pruned(study: Study, most: int, seed: int, importance: str, scope: str) -> Found:
+    return peers.torch_pruning(
+        study.network(seed), study.example, study.cost, most, study.batches(seed), importance, scope
+    )
+
+
+def fastnas(study: Study, most: int, seed: int) -> Found:
+    network = study.network(seed)
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    count = STATISTICS if norms else 0
+    network, details = peers.fastnas(
+        network,
+        study.example,
+        study.cost,
+        most,
+        {"macs": "flops", "params": "params"}[study.task.cost],
+        lambda found: -measure(found, study.data.architecture).loss,
+        list(random_inputs(study.data.weights, 256, count, seed=seed, device=torch.device("cpu"))) if count else [],
+        str(study.weights / f"fastnas-{seed}.pth"),
+    )
+    # The sensitivities are measured once for all budgets, and every budget is charged for them.
+    if details["scored"]:
+        study.charged[seed] = details["scored"], details["scoring_seconds"]
+    else:
+        details["scored"], details["charged_seconds"] = study.charged[seed]
+    return network, details
+
+
+OURS = "ours, search"
+METHODS: dict[str, Callable[[Study, int, int], Found]] = {
+    "ours, search": searched,
+    "ours, direct": direct,
+    "uniform": uniform,
+    "torch-pruning, magnitude": partial(pruned, importance="magnitude", scope="local"),
+    "torch-pruning, taylor": partial(pruned, importance="taylor", scope="global"),
+    "fastnas": fastnas,
+    "scratch": partial(scratch, whole=False),
+    "scratch, whole training": partial(scratch, whole=True),
+}
+
+
+@click.group()
+def main() -> None:
+    """Compress trained networks, by ours and by others."""
+
+
+@main.command()
+@click.argument("task", type=click.Choice(list(TASKS)))
+@click.option("--data", required=True, help="The file or folder of the data.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
+@click.option("--methods", default=";".join(METHODS), help="Methods, with ; between them.")
+@click.option("--seeds", default=3)
+@click.option("--threads", default=1)
+def run(task: str, data: str, out: Path, methods: str, seeds: int, threads: int) -> None:
+    """Train the network, and compress and fine-tune it with each method, budget and seed."""
+    study = Study(task, out / f"compress_{task}.jsonl", data, threads)
+    for seed in range(seeds):
+        for share in study.task.budgets:
+            for method in filter(None, methods.split(";")):
+                study.once(f"{method}/{share}/{seed}", partial(study.compress, method, share, seed))
