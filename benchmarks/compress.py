@@ -22,7 +22,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,9 @@ RESULTS = Path(__file__).parent / "results"
 BATCH = 64
 ORDER_BATCHES = 8
 """Batches of the weights split by which units and layers are put in order, and whose gradients Taylor scores take."""
-CANDIDATES = 300
-JUDGED = 128
+CANDIDATES = {"search": 150, "direct": 300}
+"""Candidates that are judged after a search, and without one."""
+JUDGED = 64
 """Samples of the first look at a candidate."""
 STATISTICS = 2
 """Batches of 256 inputs that set the statistics of batch norms anew."""
@@ -79,8 +80,8 @@ class Task:
 
     Attributes:
         options: The options of the space; its largest network is the one to compress.
-        place: The option of the dataset that says where its files are.
-        samples: The numbers of samples to train on, to score on, to validate on and to test on; None takes the splits.
+        place: The option of the dataset that says where its files are, or None for data that need no files.
+        samples: The numbers of samples to train on, to score on, to validate on and to test on.
         epochs: The epochs of the whole training, of the fine-tuning, and of the search of ours.
         cost: "macs" or "params".
         budgets: Shares of the cost of the largest network.
@@ -89,21 +90,20 @@ class Task:
     space: str
     dataset: str
     options: dict[str, Any]
-    place: str
-    samples: tuple[int, int, int, int] | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-    epochs: tuple[int, int, int] = (10, 2, 2)
+    place: str | None
+    samples: tuple[int, int, int, int]
+    epochs: tuple[int, int, int] = (6, 1, 1)
     cost: str = "macs"
     budgets: tuple[float, ...] = (0.7, 0.5, 0.3)
 
 
-IMAGES = (3000, 512, 1000, 5000)
+IMAGES = (6000, 512, 1000, 5000)
 TASKS = {
     "vit": Task(
         "autoformer_nano", "fashion_mnist",
         {"patch_size": 7, "weight_init": "jax", "embed_dim": (32, 40, 48, 56, 64), "depth": (2, 3, 4),
          "num_heads": (1, 2, 3, 4), "mlp_ratio": (0.5, 1, 1.5, 2, 3, 4)},
-        "root", IMAGES, epochs=(12, 3, 2),
+        "root", IMAGES,
     ),
     "mobilenetv3": Task(
         "mobilenetv3_nano", "fashion_mnist",
@@ -113,7 +113,7 @@ TASKS = {
     "gpt": Task(
         "gpt_nano", "text",
         {"bias": True, "embed_dim": (32, 40, 48, 56, 64), "mlp_ratio": (0.5, 1, 1.5, 2, 3, 4)},
-        "root", (6000, 512, 512, 1500), epochs=(6, 2, 1), cost="params", budgets=(0.5,),
+        "root", (6000, 512, 512, 1500), cost="params", budgets=(0.5,),
     ),
 }  # fmt: skip
 
@@ -121,10 +121,11 @@ TASKS = {
 class Study:
     """A task in progress: its data, its trained networks, and the file of results."""
 
-    def __init__(self, name: str, path: Path, data: str, threads: int = 1, task: Task | None = None):
+    def __init__(self, task: Task, path: Path, data: str | None = None, threads: int = 1):
         torch.set_num_threads(threads)
-        self.name, self.task, self.path = name, task or TASKS[name], path
-        self.dataset = create_dataset(self.task.dataset, **self.task.data, **{self.task.place: data})
+        self.task, self.path = task, path
+        place = {self.task.place: data} if self.task.place else {}
+        self.dataset = create_dataset(self.task.dataset, **place)
         self.data = self._data()
         space = self.space()
         self.largest = self.cost(space.standalone(space.largest()))
@@ -139,7 +140,7 @@ class Study:
         splits = make_splits(self.dataset, seed=0)
         training = torch.cat([splits.indices("weights"), splits.indices("architecture")])
         held = splits.indices("validation")
-        train, score, validate, test = self.task.samples or (len(training), len(held) // 2, len(held) // 2, 10**9)
+        train, score, validate, test = self.task.samples
         chosen = {
             "weights": training[:train],
             "training": training[:train],
@@ -251,6 +252,7 @@ class Study:
         epochs = details.pop("epochs", self.task.epochs[1])
         found = self.train(network, epochs, details.pop("rate", TUNING), seed)
         return {
+            "most": most,
             "cost": self.cost(network),
             "share": self.cost(network) / self.largest,
             "before_tuning": before.loss,
@@ -280,14 +282,14 @@ def ordered(study: Study, seed: int) -> tuple[SearchSpace, dict[str, Any]]:
     return space, {"permuted": difference, "layers": told}
 
 
-def derived(study: Study, space: SearchSpace, most: int, seed: int, details: dict[str, Any]) -> Found:
+def derived(study: Study, space: SearchSpace, most: int, seed: int, candidates: int, details: dict[str, Any]) -> Found:
     """Judge candidates of the band, and return the best one with the supernet's weights."""
     found = discretize(
         space,
         study.data,
         None,
         method="random",
-        candidates=CANDIDATES,
+        candidates=candidates,
         max_macs=most if study.task.cost == "macs" else None,
         max_params=most if study.task.cost == "params" else None,
         recalibration_batches=STATISTICS,
@@ -309,7 +311,7 @@ def inherited(study: Study, space: SearchSpace, architecture: Architecture, deta
 def direct(study: Study, most: int, seed: int) -> Found:
     """Judge candidates with the ordered weights of the trained network, without a search."""
     space, details = ordered(study, seed)
-    return derived(study, space, most, seed, details)
+    return derived(study, space, most, seed, CANDIDATES["direct"], details)
 
 
 def searched(study: Study, most: int, seed: int) -> Found:
@@ -327,7 +329,7 @@ def searched(study: Study, most: int, seed: int) -> Found:
         seed=seed,
         device="cpu",
     )
-    return derived(study, space, most, seed, details)
+    return derived(study, space, most, seed, CANDIDATES["search"], details)
 
 
 def uniform(study: Study, most: int, seed: int) -> Found:
@@ -366,9 +368,13 @@ def uniform(study: Study, most: int, seed: int) -> Found:
 
 def scratch(study: Study, most: int, seed: int, whole: bool) -> Found:
     """Return the architecture that ours found, newly initialised, to be trained as long as fine-tuning or in full."""
-    share = next(share for share in study.task.budgets if math.floor(share * study.largest) == most)
     space = study.space()
-    choices = study.done[f"{OURS}/{share}/{seed}"]["architecture"]
+    ours = next(
+        row
+        for key, row in study.done.items()
+        if key.startswith(f"{OURS}/") and key.endswith(f"/{seed}") and row["most"] == most
+    )
+    choices = ours["architecture"]
     architecture = space.architecture(**choices)
     torch.manual_seed(seed)
     return space.standalone(architecture), {"epochs": study.task.epochs[0 if whole else 1], "rate": WHOLE}
@@ -407,8 +413,8 @@ METHODS: dict[str, Callable[[Study, int, int], Found]] = {
     "ours, search": searched,
     "ours, direct": direct,
     "uniform": uniform,
-    "torch-pruning, magnitude": partial(pruned, importance="magnitude", scope="local"),
-    "torch-pruning, taylor": partial(pruned, importance="taylor", scope="global"),
+    "torch-pruning, magnitude": partial(pruned, importance="magnitude", scope="isomorphic"),
+    "torch-pruning, taylor": partial(pruned, importance="taylor", scope="isomorphic"),
     "fastnas": fastnas,
     "scratch": partial(scratch, whole=False),
     "scratch, whole training": partial(scratch, whole=True),
@@ -425,12 +431,76 @@ def main() -> None:
 @click.option("--data", required=True, help="The file or folder of the data.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
 @click.option("--methods", default=";".join(METHODS), help="Methods, with ; between them.")
+@click.option("--budgets", help="Shares of the largest network's cost, with ; between them; by default the task's.")
 @click.option("--seeds", default=3)
 @click.option("--threads", default=1)
-def run(task: str, data: str, out: Path, methods: str, seeds: int, threads: int) -> None:
+def run(task: str, data: str, out: Path, methods: str, budgets: str | None, seeds: int, threads: int) -> None:
     """Train the network, and compress and fine-tune it with each method, budget and seed."""
-    study = Study(task, out / f"compress_{task}.jsonl", data, threads)
+    study = Study(TASKS[task], out / f"compress_{task}.jsonl", data, threads)
+    shares = tuple(map(float, budgets.split(";"))) if budgets else study.task.budgets
     for seed in range(seeds):
-        for share in study.task.budgets:
+        for share in shares:
             for method in filter(None, methods.split(";")):
                 study.once(f"{method}/{share}/{seed}", partial(study.compress, method, share, seed))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+def table(path: Path) -> None:
+    """Print the results in the file PATH as a table for each budget, and what ours gains over each method."""
+    rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    whole = [row for key, row in rows.items() if key.startswith("largest/")]
+    click.echo(
+        f"the largest network, {whole[0]['cost']:,}: test loss {_mean(whole, 'test_loss'):.4f}, accuracy "
+        f"{_mean(whole, 'test_accuracy'):.1f} %, {_mean(whole, 'train_seconds'):.0f} s, {len(whole)} seeds"
+    )
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for key, row in rows.items():
+        if not key.startswith("largest/"):
+            method, share, seed = key.split("/")
+            found.setdefault(share, {}).setdefault(method, {})[seed] = row
+    for share, methods in found.items():
+        click.echo(f"\n| {100 * float(share):.0f} % | used, % | before tuning | test loss | accuracy, % |", nl=False)
+        click.echo(" loss above ours, 95 % | compression, s | with tuning, s |")
+        click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for method, seeds in methods.items():
+            good = [row for row in seeds.values() if "failed" not in row]
+            if not good:
+                click.echo(f"| {method} | | | {next(iter(seeds.values()))['failed']} | | | | |")
+                continue
+            seconds = [row["compress_seconds"] + row["train_seconds"] for row in good]
+            click.echo(
+                f"| {method} | {100 * _mean(good, 'share'):.0f} | {_mean(good, 'before_tuning'):.3f} "
+                f"| {_mean(good, 'test_loss'):.4f} | {_mean(good, 'test_accuracy'):.1f} "
+                f"| {_interval(_differences(methods, method))} | {_mean(good, 'compress_seconds'):.0f} "
+                f"| {np.mean(seconds):.0f} |"
+            )
+    click.echo(f"\n{OURS} against each method at 50 % and 30 %, by pairs of one seed and budget:")
+    for method in {method: None for methods in found.values() for method in methods if method != OURS}:
+        pairs = [d for share in found if float(share) <= 0.5 for d in _differences(found[share], method)]
+        if pairs:
+            ahead = sum(difference > 0 for difference in pairs)
+            click.echo(f"- {method}: loss higher by {_interval(pairs)}, ours ahead in {ahead} of {len(pairs)}")
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
+
+
+def _differences(methods: dict[str, dict[str, dict[str, Any]]], method: str) -> list[float]:
+    """Return by how much the test loss of a method is above that of ours, for each seed that both have."""
+    ours, theirs = methods.get(OURS, {}), methods.get(method, {})
+    good = [seed for seed in theirs if "test_loss" in theirs[seed] and "test_loss" in ours.get(seed, {})]
+    return [theirs[seed]["test_loss"] - ours[seed]["test_loss"] for seed in good] if method != OURS else []
+
+
+def _interval(values: list[float]) -> str:
+    """Return a mean with the half-width of its 95 % interval by Student's t."""
+    if len(values) < 2:
+        return f"{values[0]:+.4f}" if values else ""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):+.4f} +- {half:.4f}"
+
+
+if __name__ == "__main__":
+    main()
