@@ -17,6 +17,7 @@ too, with its error.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import tempfile
@@ -57,7 +58,7 @@ from tanglenas_engine.spaces.layers import order_layers
 from tanglenas_engine.spaces.products import count_products
 from tanglenas_engine.spaces.units import order_units, taylor
 from tanglenas_engine.stages.retrain import Retraining
-from tanglenas_engine.training.measure import measure, random_inputs
+from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
 from tanglenas_engine.training.options import Computation, Session
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,12 +109,12 @@ TASKS = {
     "mobilenetv3": Task(
         "mobilenetv3_nano", "fashion_mnist",
         {"depth": (1, 2), "kernel_size": (3, 5), "expand_ratio": (1, 2, 3, 4, 5, 6)},
-        "root", IMAGES,
+        "root", (3000, 256, 1000, 3000), epochs=(8, 2, 1),
     ),
     "gpt": Task(
         "gpt_nano", "text",
         {"bias": True, "embed_dim": (32, 40, 48, 56, 64), "mlp_ratio": (0.5, 1, 1.5, 2, 3, 4)},
-        "root", (6000, 512, 512, 1500), cost="params", budgets=(0.5,),
+        "root", (2000, 256, 500, 1000), epochs=(8, 2, 1), cost="params", budgets=(0.5,),
     ),
 }  # fmt: skip
 
@@ -236,6 +237,13 @@ class Study:
         space = self.started(seed)
         return space.extract(space.largest())
 
+    def recalibrated(self, network: nn.Module, seed: int) -> nn.Module:
+        """Return a copy of a network with the statistics of batch norms that it has itself, in evaluation mode."""
+        network = copy.deepcopy(network).eval()
+        if running_statistics(network):
+            recalibrate(network, random_inputs(self.data.weights, 256, STATISTICS, seed, torch.device("cpu")))
+        return network
+
     def compress(self, method: str, share: float, seed: int) -> dict[str, Any]:
         """Compress the network by a method, and fine-tune what it returns."""
         self.trained(seed)
@@ -248,7 +256,7 @@ class Study:
                 raise
             return {"failed": f"{type(error).__name__}: {error}"[:500]}
         seconds = time.process_time() - start
-        before = measure(network, self.data.validation)
+        before = measure(self.recalibrated(network, seed), self.data.validation)
         epochs = details.pop("epochs", self.task.epochs[1])
         found = self.train(network, epochs, details.pop("rate", TUNING), seed)
         return {
@@ -380,16 +388,14 @@ def scratch(study: Study, most: int, seed: int, whole: bool) -> Found:
     return space.standalone(architecture), {"epochs": study.task.epochs[0 if whole else 1], "rate": WHOLE}
 
 
-def pruned(study: Study, most: int, seed: int, importance: str, scope: str) -> Found:
-    return peers.torch_pruning(
-        study.network(seed), study.example, study.cost, most, study.batches(seed), importance, scope
-    )
+def pruned(study: Study, most: int, seed: int, importance: str) -> Found:
+    network, batches = study.network(seed), study.batches(seed)
+    return peers.torch_pruning(network, study.example, study.cost, most, batches, importance)
 
 
 def fastnas(study: Study, most: int, seed: int) -> Found:
     network = study.network(seed)
-    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    count = STATISTICS if norms else 0
+    count = STATISTICS if running_statistics(network) else 0
     network, details = peers.fastnas(
         network,
         study.example,
@@ -413,8 +419,8 @@ METHODS: dict[str, Callable[[Study, int, int], Found]] = {
     "ours, search": searched,
     "ours, direct": direct,
     "uniform": uniform,
-    "torch-pruning, magnitude": partial(pruned, importance="magnitude", scope="isomorphic"),
-    "torch-pruning, taylor": partial(pruned, importance="taylor", scope="isomorphic"),
+    "torch-pruning, magnitude": partial(pruned, importance="magnitude"),
+    "torch-pruning, taylor": partial(pruned, importance="taylor"),
     "fastnas": fastnas,
     "scratch": partial(scratch, whole=False),
     "scratch, whole training": partial(scratch, whole=True),
