@@ -39,7 +39,6 @@ from benchmarks import peers
 from tanglenas_engine import (
     Architecture,
     SearchSpace,
-    TangleNASError,
     cosine,
     create_dataset,
     create_objective,
@@ -176,11 +175,11 @@ class Study:
     def once(self, key: str, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the result of a job, which is run if the file lacks it."""
         if key not in self.done:
-            row = {"key": key, **job()}
-            self.done[key] = row
+            line = json.dumps({"key": key, **job()})
+            self.done[key] = json.loads(line)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            click.echo(json.dumps(row)[:240])
+                file.write(line + "\n")
+            click.echo(line[:240])
         return self.done[key]
 
     def train(self, network: nn.Module, epochs: int, rate: float, seed: int) -> dict[str, Any]:
@@ -251,9 +250,9 @@ class Study:
         start = time.process_time()
         try:
             network, details = METHODS[method](self, most, seed)
+        except (peers.MissingError, click.UsageError):
+            raise
         except Exception as error:  # what a library cannot do is a result
-            if isinstance(error, TangleNASError) and "pip install" in str(error):
-                raise
             return {"failed": f"{type(error).__name__}: {error}"[:500]}
         seconds = time.process_time() - start
         before = measure(self.recalibrated(network, seed), self.data.validation)
@@ -377,13 +376,11 @@ def uniform(study: Study, most: int, seed: int) -> Found:
 def scratch(study: Study, most: int, seed: int, whole: bool) -> Found:
     """Return the architecture that ours found, newly initialised, to be trained as long as fine-tuning or in full."""
     space = study.space()
-    ours = next(
-        row
-        for key, row in study.done.items()
-        if key.startswith(f"{OURS}/") and key.endswith(f"/{seed}") and row["most"] == most
-    )
-    choices = ours["architecture"]
-    architecture = space.architecture(**choices)
+    keys = [key for key in study.done if key.startswith(f"{OURS}/") and key.endswith(f"/{seed}")]
+    ours = [study.done[key] for key in keys if study.done[key].get("most") == most]
+    if not ours:
+        raise click.UsageError(f"there is no network of {OURS!r} to train from scratch: add it to --methods, in front")
+    architecture = space.architecture(**ours[0]["architecture"])
     torch.manual_seed(seed)
     return space.standalone(architecture), {"epochs": study.task.epochs[0 if whole else 1], "rate": WHOLE}
 
