@@ -1,0 +1,76 @@
+"""The comparison of compressed networks: budgets are met, results are kept, and peers that are missing say so."""
+
+import sys
+from functools import partial
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import compress, peers
+from tanglenas_engine import create_space
+
+pytestmark = pytest.mark.slow
+
+TINY = compress.Task(
+    "autoformer_nano", "digits", {"weight_init": "jax"}, None, (256, 64, 64, 64), epochs=(1, 1, 1), budgets=(0.5,)
+)
+
+
+def compressed(folder, methods, monkeypatch):
+    monkeypatch.setattr(compress, "CANDIDATES", {"search": 4, "direct": 4})
+    monkeypatch.setattr(compress, "TASKS", {"tiny": TINY})
+    study = compress.Study(TINY, folder / "compress_tiny.jsonl")
+    return {m: study.once(f"{m}/0.5/0", partial(study.compress, m, 0.5, 0)) for m in methods}
+
+
+def test_compressed_networks_are_within_the_budget_and_results_are_kept(tmp_path, monkeypatch):
+    rows = compressed(tmp_path, ["ours, search", "ours, direct", "uniform", "scratch"], monkeypatch)
+    for method, row in rows.items():
+        assert "failed" not in row, row
+        assert 0 < row["share"] <= 0.5, method
+        assert row["test_loss"] < 3 and row["epochs"] == 1, method
+    assert rows["ours, search"]["permuted"] <= compress.PERMUTED
+    assert rows["scratch"]["cost"] == rows["ours, search"]["cost"]
+    monkeypatch.setattr(compress.Study, "compress", lambda *_: pytest.fail("the result is in the file"))
+    assert compressed(tmp_path, rows, monkeypatch) == rows
+    printed = CliRunner().invoke(compress.main, ["table", str(tmp_path / "compress_tiny.jsonl")])
+    assert printed.exit_code == 0, printed.output
+    assert "| uniform |" in printed.output and "ours ahead in" in printed.output
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peers
+@pytest.mark.parametrize("method", ["torch-pruning, magnitude", "torch-pruning, taylor", "fastnas"])
+def test_a_peer_compresses_within_the_budget(method, tmp_path, monkeypatch):
+    for name in ("torch_pruning",) if "torch" in method else ("modelopt", "torchprofile"):
+        pytest.importorskip(name, reason="the peers of the benchmark are not installed")
+    row = compressed(tmp_path, [method], monkeypatch)[method]
+    assert "failed" not in row, row
+    assert 0.3 < row["share"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "module"), [("torch-pruning, taylor", "torch_pruning"), ("fastnas", "modelopt.torch.prune")]
+)
+def test_a_peer_that_is_missing_names_the_command_that_installs_it(method, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(peers.MissingError, match="pip install"):
+        compressed(tmp_path, [method], monkeypatch)
+
+
+def test_what_a_method_cannot_do_is_a_result(tmp_path, monkeypatch):
+    def fails(study, most, seed):
+        raise ValueError("no such network")
+
+    monkeypatch.setitem(compress.METHODS, "theirs", fails)
+    compressed(tmp_path, ["ours, direct", "theirs"], monkeypatch)
+    printed = CliRunner().invoke(compress.main, ["table", str(tmp_path / "compress_tiny.jsonl")])
+    assert "ValueError: no such network" in printed.output
+
+
+def test_norms_without_activations_compute_the_same():
+    space = create_space("mobilenetv3_nano")
+    network = space.standalone(space.largest()).eval()
+    x = space.example_input(2)
+    before = network(x)
+    peers.separate_activations(network)
+    assert network(x).equal(before)
