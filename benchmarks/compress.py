@@ -493,26 +493,31 @@ def table(path: Path) -> None:
             click.echo(
                 f"| {method} | {100 * _mean(good, 'share'):.0f} | {_mean(good, 'before_tuning'):.3f} "
                 f"| {_mean(good, 'test_loss'):.4f} | {_mean(good, 'test_accuracy'):.1f} "
-                f"| {_interval(_differences(methods, method))} | {_mean(good, 'compress_seconds'):.0f} "
+                f"| {_interval([*_differences(methods, method).values()])} | {_mean(good, 'compress_seconds'):.0f} "
                 f"| {np.mean(seconds):.0f} |"
             )
-    click.echo(f"\n{OURS} against each method at 50 % and 30 %, by pairs of one seed and budget:")
+    click.echo(f"\n{OURS} against each method, a mean over 50 % and 30 % for each seed:")
     for method in {method: None for methods in found.values() for method in methods if method != OURS}:
-        pairs = [d for share in found if float(share) <= 0.5 for d in _differences(found[share], method)]
-        if pairs:
-            ahead = sum(difference > 0 for difference in pairs)
-            click.echo(f"- {method}: loss higher by {_interval(pairs)}, ours ahead in {ahead} of {len(pairs)}")
+        pairs = [_differences(methods, method) for share, methods in found.items() if float(share) <= 0.5]
+        seeds = {seed: [pair[seed] for pair in pairs if seed in pair] for pair in pairs for seed in pair}
+        if seeds:
+            means = [float(np.mean(values)) for values in seeds.values()]
+            cases = [value for values in seeds.values() for value in values]
+            click.echo(
+                f"- {method}: loss above ours by {_interval(means)} (seeds: {len(means)}), "
+                f"ours ahead in {sum(value > 0 for value in cases)} of {len(cases)}"
+            )
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
 
-def _differences(methods: dict[str, dict[str, dict[str, Any]]], method: str) -> list[float]:
-    """Return by how much the test loss of a method is above that of ours, for each seed that both have."""
+def _differences(methods: dict[str, dict[str, dict[str, Any]]], method: str) -> dict[str, float]:
+    """Return by how much the test loss of a method is above that of ours, by the seeds that both have."""
     ours, theirs = methods.get(OURS, {}), methods.get(method, {})
     good = [seed for seed in theirs if "test_loss" in theirs[seed] and "test_loss" in ours.get(seed, {})]
-    return [theirs[seed]["test_loss"] - ours[seed]["test_loss"] for seed in good] if method != OURS else []
+    return {seed: theirs[seed]["test_loss"] - ours[seed]["test_loss"] for seed in good} if method != OURS else {}
 
 
 def _interval(values: list[float]) -> str:
