@@ -161,7 +161,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         raise SystemExit
-    with _one_sentence(name), ExitStack() as stack:
+    with one_sentence(name), ExitStack() as stack:
         stack.enter_context(_termination_as_interrupt())
         distributed.relaunch(f"pipelines.{name}", arguments)
         stack.enter_context(distributed.process_group())
@@ -250,7 +250,7 @@ def _identity(
 
 
 @contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
+def one_sentence(name: str) -> Iterator[None]:
     """End the process with one sentence where a stage fails for a reason that a person can mend, or is stopped."""
     try:
         yield

@@ -1,0 +1,226 @@
+"""A run of a study: an arm with a seed, in a folder of its own, which is laid out as a project.
+
+Stages read params.yaml, dvc.yaml and gin/ of the current folder, and write out/ and metrics/ there. So a run's folder
+gets the params.yaml of its arm, the stages with the arm's bindings, and a copy of gin/ before each stage. DVC tracks
+only what stages write there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tanglenas_engine.errors import TangleNASError, shown, unknown
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.configurables import create
+from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, load_into, read_splits
+from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
+from tanglenas_engine.pipeline.studies.text import yaml_text
+from tanglenas_engine.pipeline.trainings import Bench
+from tanglenas_engine.runtime import strict_json
+from tanglenas_engine.runtime.files import write_atomic
+
+RUNS = Path("runs")
+MEASURED = Path("measured")
+STAGES_FILE = Path("pipelines", "stages.yaml")
+"""The stages of the main pipeline, which every run goes through. It is no dvc.yaml: DVC would run it."""
+GROUPS = ("search", "discretize", "retrain")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm of a study with a seed. Its folder is the current one.
+
+    Attributes:
+        study: The name of the study.
+        root: The folder of the study.
+        arm: The name of the arm.
+        seed: The seed.
+        params: The values of the run's params.yaml.
+        measure: The options of the measurement.
+        table: The file with networks of known worth, or None.
+        metric: The metric of that table.
+    """
+
+    study: str
+    root: Path
+    arm: str
+    seed: int
+    params: Mapping[str, Any]
+    measure: Mapping[str, Any]
+    table: Path | None
+    metric: str
+
+    @contextmanager
+    def opened(self, stage: str = "search") -> Iterator[Bench]:
+        """Configure gin as for a stage until the block ends, and make the space with the weights of the search."""
+        with configured(arguments_of(stage)):
+            seed, space, dataset = create()
+            load_into(space, SUPERNET)
+            yield Bench(seed, space, dataset, read_splits())
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """Return the metrics that a stage wrote."""
+        found: dict[str, Any] = json.loads((METRICS / f"{stage}.json").read_text("utf-8"))
+        return found
+
+    def history(self) -> list[dict[str, str]]:
+        """Return the rows of the search by epoch, as text."""
+        with (OUT / "search" / "history.csv").open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def mixtures(self) -> list[dict[str, str]]:
+        """Return the rows of the mixture weights by epoch, as text."""
+        with (OUT / "search" / "mixture.csv").open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def processor_seconds(self, *stages: str) -> float:
+        """Return the processor seconds of stages; NaN if one of them did not log its costs."""
+        used = [json.loads((OUT / f"{stage}.run.json").read_text("utf-8")).get("used", {}) for stage in stages]
+        return float(sum(costs.get("processor_seconds", float("nan")) for costs in used))
+
+
+def read_params(root: Path) -> dict[str, Any]:
+    """Read the params.yaml of a study.
+
+    Raises:
+        TangleNASError: The folder is no study, or the file is damaged.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        params = YAML(typ="safe").load((root / "params.yaml").read_text("utf-8"))
+        params["study"], params["arms"], params["seeds"]
+    except (OSError, ValueError, YAMLError, KeyError, TypeError) as error:
+        raise TangleNASError(
+            f"{root} is not the folder of a study ({shown(error)}): run `tanglenas study NAME`"
+        ) from None
+    found: dict[str, Any] = params
+    return found
+
+
+@contextmanager
+def entered(arm: str, seed: str) -> Iterator[Run]:
+    """Lay out the folder of a run, and make it the current one until the block ends. Begin in the study's folder.
+
+    Args:
+        arm: The name of an arm; "pool" stands for what the arms have in common.
+        seed: The seed.
+
+    Raises:
+        TangleNASError: There is no such arm, or the folder is no study.
+    """
+    root = Path.cwd()
+    params = read_params(root)
+    arms = {**params["arms"], "pool": {}}
+    if arm not in arms:
+        raise unknown("arm of the study", arm, params["arms"])
+    own: dict[str, Any] = {group: {**params[group], **(arms[arm].get(group) or {})} for group in GROUPS}
+    own |= {name: arms[arm].get(name, params.get(name)) for name in ("space", "optimizer", "dataset", "recipe")}
+    own["seed"] = int(seed)
+    table = params.get("table")
+    bindings = [*(params.get("bindings") or ()), *(arms[arm].get("bindings") or ())]
+    if table:
+        bindings += [f'benchmark.path = "../../{table}"', f'benchmark.metric = "{params["metric"]}"']
+    folder = root / RUNS / f"{arm}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "gin", ignore_errors=True)
+    shutil.copytree(root / "gin", folder / "gin")
+    write_atomic(folder / "params.yaml", yaml_text(own))
+    write_atomic(folder / "dvc.yaml", yaml_text(_stages(root, bindings)))
+    # Runs of one supernet share the id of their pipeline. MLflow tells them apart by the name of their experiment.
+    os.environ["DVC_EXP_NAME"] = "-".join(filter(None, [os.environ.get("DVC_EXP_NAME"), folder.name]))
+    os.environ.setdefault("DVC_ROOT", str(root))
+    # Several processes of a stage, and the workers of a race, find the scripts and the functions of the project.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    pool = Path("pool", "pool.csv")
+    known = table or (str(pool) if (root / pool).exists() else None)
+    with chdir(folder):
+        yield Run(
+            params["study"], root, arm, int(seed), own, params.get("measure") or {},
+            Path("..", "..", known) if known else None, params.get("metric") or "test_acc",
+        )  # fmt: skip
+
+
+def take_supernet(other: str, seed: str) -> None:
+    """Copy what the search of another arm with the same seed wrote into the run in the current folder."""
+    source = Path("..", f"{other}-{seed}")
+    shutil.rmtree(OUT / "search", ignore_errors=True)
+    shutil.copytree(source / OUT / "search", OUT / "search")
+    shutil.copy(source / OUT / "search.run.json", OUT)
+    METRICS.mkdir(exist_ok=True)
+    shutil.copy(source / METRICS / "search.json", METRICS)
+
+
+def write_measured(run: Run, measured: Measured) -> None:
+    """Write what a run was measured by, for the page. Numbers that are not finite are null."""
+    content = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "values": {name: float(value) for name, value in measured.values.items()},
+        "curves": {name: vars(curve) for name, curve in measured.curves.items()},
+        "matrices": {name: vars(matrix) for name, matrix in measured.matrices.items()},
+    }
+    text = json.dumps(_finite(content), indent=1)
+    write_atomic(run.root / MEASURED / f"{run.arm}-{run.seed}.json", text + "\n")
+
+
+def read_measured(path: Path) -> Measured:
+    """Read what `write_measured` wrote.
+
+    Raises:
+        TangleNASError: The file is damaged.
+    """
+    try:
+        content = strict_json.loads(path.read_text("utf-8"))
+        return Measured(
+            {name: value for name, value in content["values"].items() if value is not None},
+            {name: Curve(**curve) for name, curve in content["curves"].items()},
+            {name: Matrix(**matrix) for name, matrix in content["matrices"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TangleNASError(
+            f"{path} is not what a run of a study writes ({shown(error)}): `dvc repro` mends it"
+        ) from None
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not abs(content) < float("inf") else content
+
+
+def arguments_of(stage: str) -> list[str]:
+    """Return the arguments of a stage of the run in the current folder.
+
+    Raises:
+        TangleNASError: There is no such stage, or one of its gin files is missing.
+    """
+    arguments = stage_arguments(stage)
+    if arguments is None:
+        raise TangleNASError(f"{STAGES_FILE} has no stage {stage!r}, or a gin file of it is missing")
+    return arguments
+
+
+def _stages(root: Path, bindings: Sequence[str]) -> dict[str, Any]:
+    """Return the main pipeline with bindings added to each stage that takes some."""
+    from ruamel.yaml import YAML
+
+    pipeline: dict[str, Any] = YAML(typ="safe").load((root / STAGES_FILE).read_text("utf-8"))
+    added = "".join(f" {shlex.quote(binding)}" for binding in bindings)
+    for name, stage in pipeline["stages"].items():
+        if name != "environment":
+            stage["cmd"] += added
+    return pipeline
