@@ -416,7 +416,7 @@ def table_of(
     elif against is None or against in labels:
         most = max(groups, key=lambda group: len(group.runs))  # the first of several
         base = next((group for group in groups if group.label == against), most)
-        differences, apart = _differences(groups, base, metrics)
+        differences, apart = differences_to(groups, base, metrics)
         notes += apart
     else:
         notes.append(f"There is no group {against} here: no differences.")
@@ -435,7 +435,7 @@ def _absent(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
     return notes
 
 
-def _differences(groups: Sequence[Group], base: Group, metrics: Sequence[str]) -> tuple[list[Difference], list[str]]:
+def differences_to(groups: Sequence[Group], base: Group, metrics: Sequence[str]) -> tuple[list[Difference], list[str]]:
     """Return the differences of all groups to one, and a sentence for each that has no seed in common with it."""
     found, notes = [], []
     for group in groups:

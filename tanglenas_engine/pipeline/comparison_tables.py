@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tanglenas_engine.pipeline.comparison import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Metric, Table
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
-WORDS = ("metric", "group", "minus")
+WORDS = ("metric", "group", "minus", "arm", "what it changes")
 """The columns of tables that hold no numbers."""
 MEANING = (
     f"Intervals are {100 * LEVEL:.0f} % percentile bootstraps of the mean over seeds. For few seeds they are too "
@@ -140,7 +140,8 @@ def told(metric: Metric, estimate: Estimate, signed: bool = False) -> list[str]:
     """Return the number of seeds, the mean, the deviation and the interval of an estimate as text."""
 
     def number(value: float, sign: str = "+" if signed else "") -> str:
-        return f"{value / metric.scale:{sign},.{metric.decimals}f}"
+        rounded = round(value / metric.scale, metric.decimals) + 0.0  # no -0.0
+        return f"{rounded:{sign},.{metric.decimals}f}"
 
     if estimate.deviation is None or estimate.interval is None:
         return [str(estimate.count), number(estimate.mean), "-", "one seed"]

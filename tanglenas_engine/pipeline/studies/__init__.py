@@ -13,7 +13,7 @@ from tanglenas_engine.errors import unknown
 if TYPE_CHECKING:
     from tanglenas_engine.pipeline.studies.study import Study
 
-NAMES = ("ranking",)
+NAMES = ("anytime", "stages", "fractions", "inheritance", "sharing", "ranking", "insights", "stability")
 """The studies."""
 
 _CALLS = ("measure", "page", "pool", "run", "take_supernet")

@@ -11,7 +11,7 @@ import numpy as np
 from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, bootstrap
 from tanglenas_engine.pipeline.comparison_figure import COLUMN, LONG, ROW, WIDTH, looks, means, plain, short
 from tanglenas_engine.pipeline.figures import FAINT, png
-from tanglenas_engine.pipeline.studies.study import Arm, Measured, Panel, Study
+from tanglenas_engine.pipeline.studies.study import Arm, Panel, Runs, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ CURVES = 2.2  # inches of a panel with curves
 CELL = 0.11  # inches of a cell of a matrix, at least
 RESAMPLES = 999
 POINTS = 200
-Runs = Mapping[str, Mapping[int, Measured]]
 
 
 def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
@@ -42,7 +41,10 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
             height = (ROW if short(table) else LONG) * len(table.groups) + 0.1
 
             def by_arm(place: Any, name: str = panel.name) -> None:
-                means(place.subplots(), table, name, comparison.metric(name), colours)
+                axes, look = place.subplots(), comparison.metric(name)
+                means(axes, table, name, look, colours)
+                axes.set_title(f"seeds, mean, {100 * LEVEL:.0f} % interval", loc="right")
+                axes.set_xlabel(look.heading)
 
             drawn.append((height, by_arm))
         if panel.kind == "curves" and (found := curves(study.arms, runs, panel.name)):

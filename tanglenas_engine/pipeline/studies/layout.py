@@ -62,12 +62,10 @@ class Plan:
     Attributes:
         name: The name of the study.
         params: The content of params.yaml.
-        command: The command that made it.
     """
 
     name: str
     params: Mapping[str, Any]
-    command: str
 
     @property
     def study(self) -> Study:
@@ -112,7 +110,7 @@ def plan(
         raise unknown("scale", scale, SCALES)
     sizes = study.scales[scale]
     params: dict[str, Any] = {
-        "study": name, "scale": scale,
+        "study": name, "command": command, "scale": scale,
         "space": space or sizes.params.get("space") or ("toy_cell" if scale == "paper" else template["space"]),
         "dataset": "", "recipe": "cpu",
     }  # fmt: skip
@@ -130,25 +128,29 @@ def plan(
     for group in GROUPS:
         params[group] = {**template[group], **sizes.params.get(group, {})}
     params["measure"] = dict(sizes.params.get("measure", {}))
-    chosen = _chosen(study, arms)
+    chosen = _chosen(study, arms, sizes.without)
     params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, scale) for arm in chosen}
     for key, value in (changes or {}).items():
         _change(params, key, value)
-    return Plan(name, params, command)
+    return Plan(name, params)
 
 
-def _chosen(study: Study, arms: Sequence[str] | None) -> list[str]:
-    """Return the names of the arms that were asked for, in the order of the study.
+def _chosen(study: Study, arms: Sequence[str] | None, without: Sequence[str]) -> list[str]:
+    """Return the names of the arms that were asked for, in the order of the study, and of those that they need.
 
     Raises:
         TangleNASError: There is no such arm.
     """
     if arms is None:
-        return list(study.arms)
+        return [arm for arm in study.arms if arm not in without]
     for arm in arms:
         if arm not in study.arms:
             raise unknown("arm of the study", arm, study.arms)
-    wanted = {*arms, *(study.arms[arm].supernet for arm in arms)}
+    wanted = {*arms}
+    for _ in study.arms:
+        wanted |= {
+            needed for arm in wanted for needed in (study.arms[arm].supernet, study.arms[arm].as_long_as) if needed
+        }
     return [arm for arm in study.arms if arm in wanted]
 
 
@@ -166,13 +168,13 @@ def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], scale: st
     """Return the values of an arm: all groups, though they may be empty, as DVC tracks each by itself."""
     own: dict[str, Any] = {"optimizer": "drnas", **copy.deepcopy(dict(arm.params))}
     for group in GROUPS:
-        own.setdefault(group, {})
+        own[group] = dict(own.get(group, {}))
     epochs = PAPER_EPOCHS.get(params["space"], {}).get(own["optimizer"]) if scale == "paper" else None
     if epochs is not None and params["search"].get("seconds") is None:
         own["search"].setdefault("epochs", epochs)
     for group, values in sizes.arms.get(name, {}).items():
         own[group] = {**own[group], **values} if isinstance(values, Mapping) else values
-    own["bindings"] = list(arm.bindings)
+    own["bindings"] = [*arm.bindings, *sizes.arms.get(name, {}).get("bindings", ())]
     return own
 
 
@@ -196,7 +198,8 @@ def _change(params: dict[str, Any], key: str, value: Any) -> None:
 def dvc_yaml(plan: Plan) -> str:
     """Return the pipeline of a study: a stage for each of its parts, with an arm and a seed each."""
     study, arms = plan.study, list(plan.params["arms"])
-    owners = [arm for arm in arms if not study.arms[arm].supernet]
+    used_stages = study.stages_of(plan.params)
+    owners = [arm for arm in arms if not (study.arms[arm].supernet or study.arms[arm].as_long_as)]
     optimizers = ",".join(sorted({plan.params["arms"][arm]["optimizer"] for arm in arms}))
     stages: dict[str, Any] = {
         "environment": {
@@ -216,7 +219,7 @@ def dvc_yaml(plan: Plan) -> str:
             "outs": ["pool"],
         }
     everyone = "${arms}" if len(owners) == len(arms) else arms
-    for stage in study.stages:
+    for stage in used_stages:
         searches = stage == "search"
         stages[stage] = {
             "desc": DESCRIPTIONS[stage],
@@ -230,13 +233,15 @@ def dvc_yaml(plan: Plan) -> str:
             for arm in arms:
                 if study.arms[arm].supernet:
                     stages[f"search-of-{arm}"] = _taken(arm, study.arms[arm].supernet)
-    used = [f"{RUN}/out/{output}" for stage in study.stages for output in OUTPUTS[stage]]
-    used += [f"{RUN}/out/{stage}.run.json" for stage in study.stages]
+                elif study.arms[arm].as_long_as:
+                    stages[f"search-of-{arm}"] = _as_long(arm, study.arms[arm].as_long_as, plan)
+    used = [f"{RUN}/out/{output}" for stage in used_stages for output in OUTPUTS[stage]]
+    used += [f"{RUN}/{path}" for stage in used_stages for path in (f"out/{stage}.run.json", f"metrics/{stage}.json")]
     stages["measure"] = {
         "desc": "Measure the run",
         "matrix": {"arm": everyone, "seed": "${seeds}"},
         "cmd": "python -m pipelines.measure ${item.arm} ${item.seed}",
-        "params": [*SHARED, "measure", "arms.${item.arm}", *(group for s in study.stages for group in PARAMS[s])],
+        "params": [*SHARED, "measure", "arms.${item.arm}", *(group for s in used_stages for group in PARAMS[s])],
         "deps": [
             "environment.json", *used, *_table(plan), *(["pool"] if "pool" in stages else []), "pipelines/measure.py",
         ],
@@ -299,6 +304,23 @@ def _taken(arm: str, other: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _as_long(arm: str, other: str, plan: Plan) -> dict[str, Any]:
+    """Return the stage of a search that takes as long as the search and the derivation of another arm did."""
+    stage = _stage("search", plan, arm)
+    text = {
+        name: [str(part).replace("${item.arm}", arm) for part in stage[name]] for name in ("params", "deps", "outs")
+    }
+    times = [f"runs/{other}-${{item.seed}}/out/{name}.run.json" for name in ("search", "discretize")]
+    return {
+        "desc": f"Train the supernet for as long as {other} took",
+        "matrix": {"seed": "${seeds}"},
+        "cmd": f"python -m pipelines.run {arm} ${{item.seed}} search",
+        **text,
+        "deps": [*text["deps"], *times],
+        "metrics": [{f"runs/{arm}-${{item.seed}}/metrics/search.json": {"cache": False}}],
+    }
+
+
 def _gin(stage: str) -> list[str]:
     files = [f"gin/${{recipe}}/{stage}.gin", f"gin/stages/{stage}.gin"]
     return [*files, "gin/spaces", "gin/datasets", *(["gin/optimizers"] if stage == "search" else [])]
@@ -312,7 +334,6 @@ def params_yaml(plan: Plan) -> str:
     """Return the params.yaml of a study."""
     note = (
         f"# {plan.study.question}\n"
-        f"#   {plan.command}\n"
         "# `arms` has what each arm changes. The rest is the same for all. Where a value is null, the recipe decides.\n"
     )
     return note + yaml_text(plan.params)
@@ -325,7 +346,7 @@ def readme(plan: Plan) -> str:
 
 {study.question}
 
-    {plan.command}
+    {plan.params["command"]}
 
 wrote this folder. `dvc repro` runs what is missing, and goes on where it was cut off. The result is
 `page/{plan.name}.md`.
@@ -373,7 +394,7 @@ def lay_out(plan: Plan, folder: Path, source: Path, template: Path, files: Mappi
             there = {}
         if "study" not in there:
             raise TangleNASError(f"{folder} is not an empty folder: name another with --out")
-        if there != parsed(yaml_text(plan.params)):
+        if {**there, "command": ""} != {**parsed(yaml_text(plan.params)), "command": ""}:
             raise TangleNASError(
                 f"{folder} holds the study {there['study']!r} with other settings. Run `dvc repro` there to go on with "
                 "it, or name another folder with --out"

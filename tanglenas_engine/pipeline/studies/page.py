@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.pipeline.comparison import Comparison, Group, Table, table_of
+from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Group, Table, table_of
 from tanglenas_engine.pipeline.comparison_tables import (
     DIFFERENCES,
     MEANING,
@@ -77,8 +77,18 @@ def write_page(root: Path) -> str:
 
 def compared(study: Study, results: Results) -> Comparison:
     """Return the comparison of the arms, each with the first one."""
+    added = study.across(results.runs) if study.across else {}
     groups = [
-        Group(arm, {str(seed): {"name": f"{arm}-{seed}", "metrics": dict(one.values)} for seed, one in runs.items()})
+        Group(
+            arm,
+            {
+                str(seed): {
+                    "name": f"{arm}-{seed}",
+                    "metrics": {**one.values, **added.get(arm, {}).get(seed, {})},
+                }
+                for seed, one in runs.items()
+            },
+        )
         for arm, runs in results.runs.items()
     ]
     measured = {name for group in groups for run in group.runs.values() for name in run["metrics"]}
@@ -107,8 +117,8 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
     parts += ["## What the data say", "\n".join(f"- {one}" for one in said) or "Nothing was measured yet."]
     if len(said) > 1 and len(seeds) > 1:
         parts.append(
-            f"These are {len(said)} statements. Where nothing differs, one interval in twenty misses 0 by chance, and "
-            "with three seeds about one in four: a single one that stands out is weak evidence."
+            f"These are {len(said)} statements, each by a {100 * LEVEL:.0f} % interval of Student's t over seeds. "
+            "Where nothing differs, one in twenty misses 0 by chance: a single one that stands out is weak evidence."
         )
     if study.paper:
         parts.append(f"In the paper: {study.paper}")
@@ -118,7 +128,7 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
             parts.append(lines(difference_rows(comparison, table)))
         parts += ["\n".join(f"- {note}" for note in table.notes)] * bool(table.notes)
         parts += [f"![{_described(study)}]({name}.png)"]
-    parts += ["## What this does not show", study.limits, MEANING]
+    parts += ["## What this does not show", study.limits, f"In the tables: {MEANING[0].lower()}{MEANING[1:]}"]
     parts += [DIFFERENCES] * bool(table.differences)
     parts += ["## The arms", lines([["arm", "what it changes"], *_arms(params["arms"])])]
     parts += ["## Run it again", _commands(params)]
@@ -147,11 +157,8 @@ def _arms(arms: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _commands(params: Mapping[str, Any]) -> str:
-    seeds = ",".join(map(str, params["seeds"]))
-    table = f" --table {params['table']} --metric {params['metric']}" if params["table"] else ""
     return (
-        f"    tanglenas study {params['study']} --scale {params['scale']} --space {params['space']} "
-        f"--dataset {params['dataset']} --seeds {seeds}{table}\n\n"
-        "in a new folder, with the params.yaml of this one where it was changed. In this folder, `dvc repro` runs what "
-        "is missing, and `python -m pipelines.page` writes this page from what is there."
+        f"    {params['command']}\n\n"
+        "laid this study out. Its params.yaml and gin/ have all settings, those that were changed later too. In its "
+        "folder, `dvc repro` runs what is missing, and `python -m pipelines.page` writes this page from what is there."
     )

@@ -21,8 +21,9 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError, shown, unknown
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create
-from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, load_into, read_splits
+from tanglenas_engine.pipeline.files import ARCHITECTURE, METRICS, OUT, SUPERNET, load_into, read_splits
 from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
 from tanglenas_engine.pipeline.studies.text import yaml_text
 from tanglenas_engine.pipeline.trainings import Bench
@@ -83,6 +84,21 @@ class Run:
         with (OUT / "search" / "mixture.csv").open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
+    def architecture(self) -> dict[str, Any]:
+        """Return the choices of the architecture that discretize found."""
+        found: dict[str, Any] = json.loads(ARCHITECTURE.read_text("utf-8"))["choices"]
+        return found
+
+    def tested(self) -> dict[str, float]:
+        """Return what the final network measures on the test split: its accuracy in %, or its loss for a text."""
+        found = self.metrics("evaluate")
+        return {"test_loss": found["test_loss"]} if self.text else {"test_accuracy": found["test_accuracy"]}
+
+    @property
+    def text(self) -> bool:
+        """True if the data are a text, whose networks have a perplexity."""
+        return (METRICS / "evaluate.json").exists() and not (OUT / "evaluate" / "classes.csv").exists()
+
     def processor_seconds(self, *stages: str) -> float:
         """Return the processor seconds of stages; NaN if one of them did not log its costs."""
         used = [json.loads((OUT / f"{stage}.run.json").read_text("utf-8")).get("used", {}) for stage in stages]
@@ -128,6 +144,9 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     own: dict[str, Any] = {group: {**params[group], **(arms[arm].get(group) or {})} for group in GROUPS}
     own |= {name: arms[arm].get(name, params.get(name)) for name in ("space", "optimizer", "dataset", "recipe")}
     own["seed"] = int(seed)
+    given = load(params["study"]).arms.get(arm)
+    if given is not None and given.as_long_as:
+        own["search"]["seconds"] = _time(root / RUNS / f"{given.as_long_as}-{seed}")
     table = params.get("table")
     bindings = [*(params.get("bindings") or ()), *(arms[arm].get("bindings") or ())]
     if table:
@@ -147,7 +166,8 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     known = table or (str(pool) if (root / pool).exists() else None)
     with chdir(folder):
         yield Run(
-            params["study"], root, arm, int(seed), own, params.get("measure") or {},
+            params["study"], root, arm, int(seed), own,
+            {**(params.get("measure") or {}), **(arms[arm].get("measure") or {})},
             Path("..", "..", known) if known else None, params.get("metric") or "test_acc",
         )  # fmt: skip
 
@@ -170,6 +190,7 @@ def write_measured(run: Run, measured: Measured) -> None:
         "values": {name: float(value) for name, value in measured.values.items()},
         "curves": {name: vars(curve) for name, curve in measured.curves.items()},
         "matrices": {name: vars(matrix) for name, matrix in measured.matrices.items()},
+        "choices": dict(measured.choices),
     }
     text = json.dumps(_finite(content), indent=1)
     write_atomic(run.root / MEASURED / f"{run.arm}-{run.seed}.json", text + "\n")
@@ -187,6 +208,7 @@ def read_measured(path: Path) -> Measured:
             {name: value for name, value in content["values"].items() if value is not None},
             {name: Curve(**curve) for name, curve in content["curves"].items()},
             {name: Matrix(**matrix) for name, matrix in content["matrices"].items()},
+            content.get("choices", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TangleNASError(
@@ -212,6 +234,21 @@ def arguments_of(stage: str) -> list[str]:
     if arguments is None:
         raise TangleNASError(f"{STAGES_FILE} has no stage {stage!r}, or a gin file of it is missing")
     return arguments
+
+
+def _time(folder: Path) -> float | None:
+    """Return the processor seconds of a run's search and derivation, or None before they are known.
+
+    Raises:
+        TangleNASError: A stage did not log its costs.
+    """
+    files = [folder / OUT / f"{stage}.run.json" for stage in ("search", "discretize")]
+    if not all(file.exists() for file in files):
+        return None
+    used = [json.loads(file.read_text("utf-8")).get("used", {}) for file in files]
+    if any("processor_seconds" not in costs for costs in used):
+        raise TangleNASError(f"{folder} has no times, as its stages ran with TANGLENAS_TRACKING=off: run it without")
+    return round(float(sum(costs["processor_seconds"] for costs in used)), 1)
 
 
 def _stages(root: Path, bindings: Sequence[str]) -> dict[str, Any]:

@@ -30,12 +30,14 @@ class Arm:
         bindings: gin bindings of its runs beyond those.
         supernet: The arm whose supernet it takes, in place of a search of its own.
         series: The name of the curve that this arm is a point of, together with other arms; "" for one of its own.
+        as_long_as: The arm whose search and derivation this one's search takes as long as, or "".
     """
 
     params: Params = field(default_factory=dict)
     bindings: Sequence[str] = ()
     supernet: str = ""
     series: str = ""
+    as_long_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,20 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run was measured by: numbers, curves and matrices by name."""
+    """What a run was measured by: numbers, curves and matrices by name.
+
+    Attributes:
+        choices: The architecture that the run found, for what is compared between runs; {} if that is nothing.
+    """
 
     values: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+
+Runs = Mapping[str, Mapping[int, Measured]]
+"""What each run of a study was measured by, by arm and seed."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ class Scale:
         params: Values of params.yaml for all arms, and `measure` for the measurement.
         bindings: gin bindings for all arms.
         seeds: The seeds, unless a person gives others.
+        without: Arms that this scale leaves out, unless a person asks for them.
         arms: Changes of the arms at this scale, by name.
     """
 
@@ -124,6 +136,7 @@ class Scale:
     bindings: Sequence[str] = ()
     seeds: Sequence[int] = (0, 1, 2)
     arms: Mapping[str, Params] = field(default_factory=dict)
+    without: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ class Study:
         paper: What the paper says about it.
         arms: What is compared, by name. The first one is what others are compared with.
         stages: The stages of the main pipeline that each run goes through.
+        with_table: The stages where a table of the whole space says what architectures are worth; None for the same.
         measure: A function that measures a run when these stages are done. Its folder is the current one.
         metrics: How the measured numbers are shown, the most important one first.
         claims: What the page tests.
@@ -143,6 +157,7 @@ class Study:
         scales: The sizes by the names in SCALES.
         table: "pool" if it needs networks of known worth: a table that a person gives, or a pool that it trains.
             "optional" if a table of all architectures adds to it.
+        across: A function that adds numbers to runs which follow from several of them, by arm and seed.
     """
 
     question: str
@@ -156,4 +171,9 @@ class Study:
     limits: str
     scales: Mapping[str, Scale]
     table: Literal["pool", "optional", ""] = ""
-    spaces: Sequence[str] = ()
+    with_table: Sequence[Stage] | None = None
+    across: Callable[[Runs], Mapping[str, Mapping[int, Mapping[str, float]]]] | None = None
+
+    def stages_of(self, params: Params) -> Sequence[Stage]:
+        """Return the stages of each run under the values of params.yaml."""
+        return self.with_table if self.with_table is not None and params.get("table") else self.stages
