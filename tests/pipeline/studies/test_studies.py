@@ -140,6 +140,7 @@ def test_some_arms_bring_those_that_they_need():
             ["ranking", "--scale", "paper", "--space", "gpt_nano"],
             "--scale paper has no recipe for the space 'gpt_nano'",
         ),
+        (["ranking", "--table", "none.csv"], "--table none.csv: there is no such file"),
         (["ranking", "--seeds", "0,0"], "--seeds has a number twice"),
         (["ranking", "--seeds", "a"], "expected whole numbers with commas"),
         (["ranking", "--seeds", ","], "--seeds is empty"),
