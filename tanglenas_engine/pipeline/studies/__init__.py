@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAMES = ("anytime", "stages", "fractions", "inheritance", "sharing", "ranking", "insights", "stability")
 """The studies."""
 
-_CALLS = ("measure", "page", "pool", "run", "take_supernet")
+_CALLS = ("build_pool", "compare_runs", "measure_run", "stage_of", "take_supernet")
 
 __all__ = ["NAMES", "load", *_CALLS]
 

@@ -12,16 +12,17 @@ from tanglenas_engine.pipeline.pools import build, record_of
 from tanglenas_engine.pipeline.stage import one_sentence
 from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.page import write_page
-from tanglenas_engine.pipeline.studies.runs import arguments_of, entered, take_supernet, write_measured
+from tanglenas_engine.pipeline.studies.run import arguments_of
+from tanglenas_engine.pipeline.studies.runs import entered, take_supernet, write_measured
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.progress import ConsoleProgress
 
-__all__ = ["measure", "page", "pool", "run", "take_supernet"]
+__all__ = ["build_pool", "compare_runs", "measure_run", "stage_of", "take_supernet"]
 
 
 @contextmanager
-def run(arm: str, seed: str, stage: str) -> Iterator[list[str]]:
+def stage_of(arm: str, seed: str, stage: str) -> Iterator[list[str]]:
     """Enter the folder of a run until the block ends, and give the arguments of a stage there.
 
     A TangleNASError or an interruption ends the process with one sentence and a status other than 0.
@@ -32,7 +33,7 @@ def run(arm: str, seed: str, stage: str) -> Iterator[list[str]]:
         yield arguments_of(stage)
 
 
-def measure(arm: str, seed: str) -> None:
+def measure_run(arm: str, seed: str) -> None:
     """Measure a run as its study says, and write the file of its measurements."""
     print_anything()
     with one_sentence("measure"), entered(arm, seed) as entry:
@@ -40,7 +41,7 @@ def measure(arm: str, seed: str) -> None:
         write_measured(entry, load(entry.study).measure(entry))
 
 
-def pool(count: int, budget: float | None) -> None:
+def build_pool(count: int, budget: float | None) -> None:
     """Train random networks that cost up to a share of the largest, and write pool/pool.csv with its record.
 
     DVC empties the folder pool/ before a stage runs. So the trainings are kept below .tanglenas/ until the pool is
@@ -60,7 +61,7 @@ def pool(count: int, budget: float | None) -> None:
                 shutil.copy(file, out)
 
 
-def page() -> None:
+def compare_runs() -> None:
     """Write the page of the study in the current folder."""
     print_anything()
     with one_sentence("page"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.studies.methods import HIGHER, PAPER_SEEDS, SPOS, TEST, moved, worth
-from tanglenas_engine.pipeline.studies.runs import Run
+from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Runs, Scale, Study
 
 PORTIONS = ("50", "80", "20")

@@ -11,7 +11,7 @@ from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.configurables import read_architecture
 from tanglenas_engine.pipeline.files import WEIGHTS, load_into
 from tanglenas_engine.pipeline.studies.methods import PAPER_SEEDS, SPOS, TEST
-from tanglenas_engine.pipeline.studies.runs import Run
+from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Scale, Study
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.training.cka import similarity

@@ -11,7 +11,7 @@ import numpy as np
 
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.studies.methods import PAPER_SEEDS, SPOS, moved
-from tanglenas_engine.pipeline.studies.runs import Run
+from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Runs, Scale, Study
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import Assignment

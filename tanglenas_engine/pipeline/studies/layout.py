@@ -174,6 +174,8 @@ def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], scale: st
         own["search"].setdefault("epochs", epochs)
     for group, values in sizes.arms.get(name, {}).items():
         own[group] = {**own[group], **values} if isinstance(values, Mapping) else values
+    if arm.as_long_as:
+        own["as_long_as"] = arm.as_long_as
     own["bindings"] = [*arm.bindings, *sizes.arms.get(name, {}).get("bindings", ())]
     return own
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create
-from tanglenas_engine.pipeline.studies.runs import arguments_of
+from tanglenas_engine.pipeline.studies.run import arguments_of
 
 BASE = 900 * 2**20
 """Bytes of a stage's process before it trains: Python, torch, MLflow and timm."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.studies.runs import Run
+from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.tables import Benchmark, load_table
 
 TEST = {

@@ -12,7 +12,7 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.studies.runs import Run
+from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Scale, Study
 from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.spaces.architecture import Architecture

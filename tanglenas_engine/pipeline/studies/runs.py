@@ -7,102 +7,26 @@ only what stages write there.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown, unknown
-from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.configurables import create
-from tanglenas_engine.pipeline.files import ARCHITECTURE, METRICS, OUT, SUPERNET, load_into, read_splits
-from tanglenas_engine.pipeline.params import stage_arguments
-from tanglenas_engine.pipeline.studies import load
+from tanglenas_engine.pipeline.files import METRICS, OUT
+from tanglenas_engine.pipeline.studies.run import STAGES_FILE, Run
 from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
 from tanglenas_engine.pipeline.studies.text import yaml_text
-from tanglenas_engine.pipeline.trainings import Bench
 from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.files import write_atomic
 
 RUNS = Path("runs")
 MEASURED = Path("measured")
-STAGES_FILE = Path("pipelines", "stages.yaml")
-"""The stages of the main pipeline, which every run goes through. It is no dvc.yaml: DVC would run it."""
 GROUPS = ("search", "discretize", "retrain")
-
-
-@dataclass(frozen=True)
-class Run:
-    """An arm of a study with a seed. Its folder is the current one.
-
-    Attributes:
-        study: The name of the study.
-        root: The folder of the study.
-        arm: The name of the arm.
-        seed: The seed.
-        params: The values of the run's params.yaml.
-        measure: The options of the measurement.
-        table: The file with networks of known worth, or None.
-        metric: The metric of that table.
-    """
-
-    study: str
-    root: Path
-    arm: str
-    seed: int
-    params: Mapping[str, Any]
-    measure: Mapping[str, Any]
-    table: Path | None
-    metric: str
-
-    @contextmanager
-    def opened(self, stage: str = "search") -> Iterator[Bench]:
-        """Configure gin as for a stage until the block ends, and make the space with the weights of the search."""
-        with configured(arguments_of(stage)):
-            seed, space, dataset = create()
-            load_into(space, SUPERNET)
-            yield Bench(seed, space, dataset, read_splits())
-
-    def metrics(self, stage: str) -> dict[str, Any]:
-        """Return the metrics that a stage wrote."""
-        found: dict[str, Any] = json.loads((METRICS / f"{stage}.json").read_text("utf-8"))
-        return found
-
-    def history(self) -> list[dict[str, str]]:
-        """Return the rows of the search by epoch, as text."""
-        with (OUT / "search" / "history.csv").open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-
-    def mixtures(self) -> list[dict[str, str]]:
-        """Return the rows of the mixture weights by epoch, as text."""
-        with (OUT / "search" / "mixture.csv").open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-
-    def architecture(self) -> dict[str, Any]:
-        """Return the choices of the architecture that discretize found."""
-        found: dict[str, Any] = json.loads(ARCHITECTURE.read_text("utf-8"))["choices"]
-        return found
-
-    def tested(self) -> dict[str, float]:
-        """Return what the final network measures on the test split: its accuracy in %, or its loss for a text."""
-        found = self.metrics("evaluate")
-        return {"test_loss": found["test_loss"]} if self.text else {"test_accuracy": found["test_accuracy"]}
-
-    @property
-    def text(self) -> bool:
-        """True if the data are a text, whose networks have a perplexity."""
-        return (METRICS / "evaluate.json").exists() and not (OUT / "evaluate" / "classes.csv").exists()
-
-    def processor_seconds(self, *stages: str) -> float:
-        """Return the processor seconds of stages; NaN if one of them did not log its costs."""
-        used = [json.loads((OUT / f"{stage}.run.json").read_text("utf-8")).get("used", {}) for stage in stages]
-        return float(sum(costs.get("processor_seconds", float("nan")) for costs in used))
 
 
 def read_params(root: Path) -> dict[str, Any]:
@@ -144,9 +68,8 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     own: dict[str, Any] = {group: {**params[group], **(arms[arm].get(group) or {})} for group in GROUPS}
     own |= {name: arms[arm].get(name, params.get(name)) for name in ("space", "optimizer", "dataset", "recipe")}
     own["seed"] = int(seed)
-    given = load(params["study"]).arms.get(arm)
-    if given is not None and given.as_long_as:
-        own["search"]["seconds"] = _time(root / RUNS / f"{given.as_long_as}-{seed}")
+    if other := arms[arm].get("as_long_as"):
+        own["search"]["seconds"] = _time(root / RUNS / f"{other}-{seed}")
     table = params.get("table")
     bindings = [*(params.get("bindings") or ()), *(arms[arm].get("bindings") or ())]
     if table:
@@ -222,18 +145,6 @@ def _finite(content: Any) -> Any:
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not abs(content) < float("inf") else content
-
-
-def arguments_of(stage: str) -> list[str]:
-    """Return the arguments of a stage of the run in the current folder.
-
-    Raises:
-        TangleNASError: There is no such stage, or one of its gin files is missing.
-    """
-    arguments = stage_arguments(stage)
-    if arguments is None:
-        raise TangleNASError(f"{STAGES_FILE} has no stage {stage!r}, or a gin file of it is missing")
-    return arguments
 
 
 def _time(folder: Path) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tanglenas_engine.pipeline.studies.methods import HIGHER, PAPER_SEEDS, SECONDS, SPOS, TEST, worth
-from tanglenas_engine.pipeline.studies.runs import Run
+from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Scale, Study
 
 

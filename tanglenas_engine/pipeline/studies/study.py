@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tanglenas_engine.pipeline.comparison import Metric
 
 if TYPE_CHECKING:
-    from tanglenas_engine.pipeline.studies.runs import Run
+    from tanglenas_engine.pipeline.studies.run import Run
 
 SCALES = ("cpu", "paper")
 Params = Mapping[str, Any]

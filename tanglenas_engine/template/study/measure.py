@@ -12,7 +12,7 @@ from tanglenas_engine.pipeline import studies
 def main(arguments: Sequence[str]) -> None:
     """Measure the run, and write measured/ARM-SEED.json."""
     arm, seed = arguments
-    studies.measure(arm, seed)
+    studies.measure_run(arm, seed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tanglenas_engine.pipeline import studies
 
 def main() -> None:
     """Write the page, its figure, and all numbers."""
-    studies.page()
+    studies.compare_runs()
 
 
 if __name__ == "__main__":

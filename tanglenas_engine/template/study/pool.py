@@ -12,7 +12,7 @@ from tanglenas_engine.pipeline import studies
 def main(arguments: Sequence[str]) -> None:
     """Train so many networks that cost up to a share of the largest, and write pool/pool.csv."""
     count, budget = arguments
-    studies.pool(int(count), None if budget in ("None", "null") else float(budget))
+    studies.build_pool(int(count), None if budget in ("None", "null") else float(budget))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.params import parsed
 from tanglenas_engine.pipeline.studies import layout, runs
 from tanglenas_engine.pipeline.studies.memory import Need, check
+from tanglenas_engine.pipeline.studies.run import arguments_of
 from tanglenas_engine.pipeline.studies.study import SCALES, Claim
 from tanglenas_engine.plugins import manager
 
@@ -82,7 +83,7 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
         monkeypatch.setenv(name, "")
     with runs.entered("warm-up", "7") as run:
         assert Path.cwd() == tmp_path / "here" / "runs" / "warm-up-7"
-        arguments = runs.arguments_of("search")
+        arguments = arguments_of("search")
         assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
         assert arguments[-2:] == ["search.clip = 1.0", 'create_optimizer.regularizer = "none"']
         assert run.params["search"]["epochs"] == 4
@@ -99,7 +100,7 @@ def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch)
     for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
         monkeypatch.setenv(name, "")
     with runs.entered("drnas", "0"):
-        assert "search.seconds = 41.8" in runs.arguments_of("search")
+        assert "search.seconds = 41.8" in arguments_of("search")
     (out / "discretize.run.json").write_text("{}")
     with pytest.raises(Exception, match="has no times, as its stages ran with TANGLENAS_TRACKING=off"):
         runs.entered("drnas", "0").__enter__()
