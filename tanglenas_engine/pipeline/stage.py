@@ -106,7 +106,8 @@ class Stage:
             self.progress.note(description)
 
     def alone(self) -> None:
-        """End every process but the first, which alone goes on."""
+        """End every process but the first, which alone goes on, as the stage has its result."""
+        self.meter.end()
         if distributed.rank() > 0:
             raise SystemExit
 
@@ -220,6 +221,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 folder.mkdir(parents=True, exist_ok=True)
             sweep(METRICS, f"{name}.json")
             sweep(OUT, f"{name}.run.json")
+            meter.begin()
             yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints, weights, meter=meter)
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()

@@ -13,13 +13,13 @@ METHODS = ("drnas", "spos-random", "spos-evolution", "halving")
 
 def measure(run: Run) -> Measured:
     """Return what the architecture is worth, with the time that it took, as a point of the method's curve."""
-    seconds = run.processor_seconds("search", "discretize")
+    seconds = run.seconds("search", "discretize")
     values = worth(run)
     curves = {name: Curve([seconds], [value]) for name, value in values.items()}
     last = run.history()[-1]
     if "table_value" in values and last.get("table_value"):
         # A single-stage search has an architecture after every epoch. Epochs take equally long.
-        total, rows = run.processor_seconds("search"), run.history()
+        total, rows = run.seconds("search"), run.history()
         x = [total * int(row["epoch"]) / len(rows) for row in rows]
         curves["within"] = Curve(x, [float(row["table_value"]) for row in rows])
     return Measured({**values, "seconds": seconds}, curves)
@@ -76,9 +76,9 @@ STUDY = Study(
     ),
     limits=(
         "Every point is a search of its own with a complete schedule, so a curve says what a method finds in that "
-        "time, not what an interrupted search would have. Processor time counts the start of each stage too, which "
-        "matters for searches of a minute. The time of the final training is not counted: it is the same for all. "
-        "`halving` trains random networks and needs no supernet; its search is one epoch, which decides nothing."
+        "time, not what an interrupted search would have. The start of stages and the final training are not counted: "
+        "they are the same for all. `halving` trains random networks and needs no supernet; its search is one epoch, "
+        "which decides nothing."
     ),
     scales={
         "cpu": Scale(

@@ -13,7 +13,8 @@ TEST = {
 }
 """What an architecture is worth: by a table of the whole space, or as a network of its own."""
 HIGHER = {"table_value": True, "test_accuracy": True, "test_loss": False}
-SECONDS = Metric("search and derivation, processor time", "s", 1)
+SECONDS = Metric("search and derivation, time", "s", 1)
+"""Of processors; on a GPU of the wall."""
 SPOS: dict[str, object] = {"optimizer": "spos"}
 PAPER_SEEDS = (9001, 9002, 9003, 9004)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,9 @@ class Run:
         """True if the data are a text, whose networks have a perplexity."""
         return (METRICS / "evaluate.json").exists() and not (OUT / "evaluate" / "classes.csv").exists()
 
-    def processor_seconds(self, *stages: str) -> float:
-        """Return the processor seconds of stages; NaN if one of them did not log its costs."""
-        used = [json.loads((OUT / f"{stage}.run.json").read_text("utf-8")).get("used", {}) for stage in stages]
-        return float(sum(costs.get("processor_seconds", float("nan")) for costs in used))
+    def seconds(self, *stages: str) -> float:
+        """Return the seconds of the work of stages; see `work_seconds`."""
+        return work_seconds(Path(), stages)
 
 
 def arguments_of(stage: str) -> list[str]:
@@ -99,3 +99,21 @@ def arguments_of(stage: str) -> list[str]:
     if arguments is None:
         raise TangleNASError(f"{STAGES_FILE} has no stage {stage!r}, or a gin file of it is missing")
     return arguments
+
+
+def work_seconds(folder: Path, stages: Sequence[str]) -> float:
+    """Return the seconds of the work of stages, without their start; NaN if one did not log its costs.
+
+    They are those of processors, or of the wall where a GPU worked.
+
+    Args:
+        folder: The folder of the run.
+        stages: The names of stages that have ended.
+    """
+    used = [json.loads((folder / OUT / f"{stage}.run.json").read_text("utf-8")).get("used", {}) for stage in stages]
+    return round(float(sum(costs.get(f"work_{clock_of(costs)}seconds", math.nan) for costs in used)), 1)
+
+
+def clock_of(costs: Mapping[str, float]) -> str:
+    """Return the start of the name of the seconds that count: those of the wall have none."""
+    return "" if "peak_gpu_memory_MiB" in costs else "processor_"

@@ -8,6 +8,7 @@ only what stages write there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown, unknown
 from tanglenas_engine.pipeline.files import METRICS, OUT
-from tanglenas_engine.pipeline.studies.run import STAGES_FILE, Run
+from tanglenas_engine.pipeline.studies.run import STAGES_FILE, Run, clock_of, work_seconds
 from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
 from tanglenas_engine.pipeline.studies.text import yaml_text
 from tanglenas_engine.runtime import strict_json
@@ -68,10 +69,12 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     own: dict[str, Any] = {group: {**params[group], **(arms[arm].get(group) or {})} for group in GROUPS}
     own |= {name: arms[arm].get(name, params.get(name)) for name in ("space", "optimizer", "dataset", "recipe")}
     own["seed"] = int(seed)
+    clock: list[str] = []
     if other := arms[arm].get("as_long_as"):
         own["search"]["seconds"] = _time(root / RUNS / f"{other}-{seed}")
+        clock = [f'search.clock = "{_clock(root / RUNS / f"{other}-{seed}")}"']
     table = params.get("table")
-    bindings = [*(params.get("bindings") or ()), *(arms[arm].get("bindings") or ())]
+    bindings = [*(params.get("bindings") or ()), *(arms[arm].get("bindings") or ()), *clock]
     if table:
         bindings += [f'benchmark.path = "../../{table}"', f'benchmark.metric = "{params["metric"]}"']
     folder = root / RUNS / f"{arm}-{seed}"
@@ -148,18 +151,25 @@ def _finite(content: Any) -> Any:
 
 
 def _time(folder: Path) -> float | None:
-    """Return the processor seconds of a run's search and derivation, or None before they are known.
+    """Return the seconds of the work of a run's search and derivation, or None before they are known.
 
     Raises:
         TangleNASError: A stage did not log its costs.
     """
-    files = [folder / OUT / f"{stage}.run.json" for stage in ("search", "discretize")]
-    if not all(file.exists() for file in files):
+    stages = ("search", "discretize")
+    if not all((folder / OUT / f"{stage}.run.json").exists() for stage in stages):
         return None
-    used = [json.loads(file.read_text("utf-8")).get("used", {}) for file in files]
-    if any("processor_seconds" not in costs for costs in used):
+    seconds = work_seconds(folder, stages)
+    if math.isnan(seconds):
         raise TangleNASError(f"{folder} has no times, as its stages ran with TANGLENAS_TRACKING=off: run it without")
-    return round(float(sum(costs["processor_seconds"] for costs in used)), 1)
+    return seconds
+
+
+def _clock(folder: Path) -> str:
+    """Return the clock by which a run's search is measured."""
+    path = folder / OUT / "search.run.json"
+    costs = json.loads(path.read_text("utf-8")).get("used", {}) if path.exists() else {}
+    return "processor" if clock_of(costs) else "wall"
 
 
 def _stages(root: Path, bindings: Sequence[str]) -> dict[str, Any]:

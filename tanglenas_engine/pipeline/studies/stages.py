@@ -9,7 +9,7 @@ from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel,
 
 def measure(run: Run) -> Measured:
     """Return what the architecture is worth, and the time that it took to find."""
-    return Measured({**worth(run), "seconds": run.processor_seconds("search", "discretize")})
+    return Measured({**worth(run), "seconds": run.seconds("search", "discretize")})
 
 
 STUDY = Study(
@@ -37,10 +37,9 @@ STUDY = Study(
             Panel("means", "seconds")),
     limits=(
         "The search of `drnas` gets the processor seconds that search and derivation of `spos-evolution` took with the "
-        "same seed. It ends with a whole epoch, and all stages count their start, so times differ by some seconds: the "
-        "table has them. `drnas-evolution` takes more time than the others. It is there to tell what alpha finds from "
-        "what the supernet of alpha is worth. Networks found may differ in cost; set search.target_share for equal "
-        "ones."
+        "same seed. It ends with a whole epoch, so times differ by some seconds: the table has them. `drnas-evolution` "
+        "takes more time than the others. It is there to tell what alpha finds from what the supernet of alpha is "
+        "worth. Networks found may differ in cost; set search.target_share for equal ones."
     ),
     scales={
         "cpu": Scale({"discretize": {"candidates": 100}, "retrain": {"epochs": 20}},
