@@ -95,7 +95,8 @@ def command(
     if not run:
         click.echo(f"\nNext:\n    cd {folder}\n    git init && git add . && git commit -m study && dvc repro")
         return
-    _check_memory(folder, plan)
+    if plan.study.stages:
+        _check_memory(folder, plan)
     if not new:
         click.echo("It is there already, and goes on.")
     _repro(folder)

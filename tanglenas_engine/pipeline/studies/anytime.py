@@ -83,8 +83,8 @@ STUDY = Study(
     scales={
         "cpu": Scale(
             {"discretize": {"candidates": 60}, "retrain": {"epochs": 15}},
-            arms=_sizes(60.0, 0.3, 9),
-            without=tuple(f"{method}-half" for method in METHODS),
+            arms=_sizes(48.0, 0.3, 9),
+            without=(*(f"{method}-half" for method in METHODS), "halving-quarter"),
         ),
         "paper": Scale({"discretize": {"candidates": 1000}}, seeds=PAPER_SEEDS, arms=_sizes(40_000.0, 0.5, 27)),
     },

@@ -363,9 +363,9 @@ wrote this folder. `dvc repro` runs what is missing, and goes on where it was cu
 | `measured/` | what each run was measured by |
 | `page/` | the page with its table and figure |
 
-One run by itself: `dvc repro measure@{next(iter(study.arms))}-{plan.params["seeds"][0]}`. Other sizes:
-`dvc exp run -S 'seeds=[0,1,2,3,4]'`, `dvc exp run --queue -S search.epochs=20`. Compare the runs that were evaluated,
-by any setting: `tanglenas compare`.
+One run by itself: `dvc repro measure@{next(iter(plan.params["arms"]))}-{plan.params["seeds"][0]}`. More seeds: add them
+to `params.yaml`, and `dvc repro`. Other sizes, once all is committed: `dvc exp run --queue -S search.epochs=20`. Compare
+the runs that were evaluated, by any setting: `tanglenas compare`.
 """
 
 
