@@ -15,10 +15,10 @@ import click
 from tanglenas_engine.errors import TangleNASError
 
 from ._shipped import TEMPLATE, pipeline
-from .init import DVC_FILES
+from .init import DVC_FILES, check_fit
 
 if TYPE_CHECKING:
-    from tanglenas_engine.pipeline.studies.layout import Plan
+    from tanglenas_engine.pipeline.studies.plan import Plan
 
 
 @click.command(short_help="Run an analysis of the paper, which ends in a page.")
@@ -61,6 +61,7 @@ def command(
     from ..pipeline import studies
     from ..pipeline.params import parsed
     from ..pipeline.studies import layout
+    from ..pipeline.studies.plan import plan as planned
     from ..plugins import PluginManager
 
     if name is None:
@@ -71,18 +72,16 @@ def command(
     if table is not None and not table.is_file():
         raise TangleNASError(f"--table {table}: there is no such file. Name a benchmark table, or a pool")
     source, manager = pipeline(), PluginManager()
-    for kind, given in (("space", space), ("dataset", dataset)):
-        if given is not None:
-            manager.resolve(kind, given)
     typed = (
         shlex.join(["tanglenas", "study", *sys.argv[2:]]) if sys.argv[1:2] == ["study"] else f"tanglenas study {name}"
     )
     template = _nested(parsed((source / "params.yaml").read_text("utf-8")))
-    plan = layout.plan(
+    plan = planned(
         name, template, command=typed, scale=scale, space=space, dataset=dataset, seeds=_numbers(seeds),
-        arms=arms.split(",") if arms else None,
+        arms=[arm.strip() for arm in arms.split(",")] if arms else None,
         table=table.name if table else None, metric=metric, changes=dict(map(_change, changes)), bindings=bindings,
     )  # fmt: skip
+    check_fit(manager, *(manager.resolve(kind, plan.params[kind]) for kind in ("space", "dataset")))
     folder = out or Path(f"study-{name}")
     ignored = (TEMPLATE / "project" / "gitignore").read_text("utf-8")
     own = "/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"

@@ -12,8 +12,8 @@ from tanglenas_engine import TangleNASError
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.comparison import Estimate, Metric
 from tanglenas_engine.pipeline.studies.figure import curves, matrices
-from tanglenas_engine.pipeline.studies.layout import plan
 from tanglenas_engine.pipeline.studies.page import Results, compared, text, write_page
+from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.runs import read_measured
 from tanglenas_engine.pipeline.studies.sentences import sentences, verdict
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Matrix, Measured, Panel, Study

@@ -12,8 +12,9 @@ from paths import ROOT
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.params import parsed
-from tanglenas_engine.pipeline.studies import layout, runs
+from tanglenas_engine.pipeline.studies import runs
 from tanglenas_engine.pipeline.studies.memory import Need, check
+from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.run import arguments_of
 from tanglenas_engine.pipeline.studies.study import SCALES, Claim
 from tanglenas_engine.plugins import manager
@@ -108,10 +109,10 @@ def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch)
 
 def test_the_paper_gives_methods_epochs_of_their_own():
     template = layout_template()
-    plan = layout.plan("fractions", template, command="", scale="paper", space="toy_cell")
-    assert plan.params["recipe"] == "paper/toy_cell" and plan.params["dataset"] == "fashion_mnist"
-    assert plan.params["seeds"] == [9001, 9002, 9003, 9004]
-    epochs = {arm: own["search"]["epochs"] for arm, own in plan.params["arms"].items()}
+    made = plan("fractions", template, command="", scale="paper", space="toy_cell")
+    assert made.params["recipe"] == "paper/toy_cell" and made.params["dataset"] == "fashion_mnist"
+    assert made.params["seeds"] == [9001, 9002, 9003, 9004]
+    epochs = {arm: own["search"]["epochs"] for arm, own in made.params["arms"].items()}
     assert (epochs["drnas-50"], epochs["spos-80"]) == (100, 250)
 
 
@@ -124,10 +125,10 @@ def layout_template() -> dict:
 
 
 def test_some_arms_bring_those_that_they_need():
-    plan = layout.plan("stages", layout_template(), command="", arms=["drnas-evolution"])
-    assert list(plan.params["arms"]) == ["drnas", "spos-evolution", "drnas-evolution"]
+    made = plan("stages", layout_template(), command="", arms=["drnas-evolution"])
+    assert list(made.params["arms"]) == ["drnas", "spos-evolution", "drnas-evolution"]
     with pytest.raises(Exception, match="Did you mean 'drnas-evolution'"):
-        layout.plan("stages", layout_template(), command="", arms=["drnas-evolutoin"])
+        plan("stages", layout_template(), command="", arms=["drnas-evolutoin"])
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ def test_some_arms_bring_those_that_they_need():
         (["rankin"], "unknown study 'rankin'. Did you mean 'ranking'?"),
         (["ranking", "--space", "gpt_nan"], "Did you mean 'gpt_nano'?"),
         (["ranking", "--dataset", "digit"], "Did you mean 'digits'?"),
+        (["ranking", "--space", "gpt_nano"], "the space 'gpt_nano' is not for data such as 'digits'"),
         (["ranking", "--scale", "gpu"], "unknown scale 'gpu'"),
         (
             ["ranking", "--scale", "paper", "--space", "gpt_nano"],
