@@ -69,10 +69,10 @@ STUDY = Study(
         for other in METHODS[1:]
     ),
     panels=(
-        Panel("curves", "within", "processor time (s)", "table value, within a search"),
-        Panel("curves", "table_value", "processor time (s)", "table value"),
-        Panel("curves", "test_accuracy", "processor time (s)", "test accuracy (%)"),
-        Panel("curves", "test_loss", "processor time (s)", "test loss (nats)"),
+        Panel("curves", "within", "time (s)", "table value, within a search"),
+        Panel("curves", "table_value", "time (s)", "table value"),
+        Panel("curves", "test_accuracy", "time (s)", "test accuracy (%)"),
+        Panel("curves", "test_loss", "time (s)", "test loss (nats)"),
     ),
     limits=(
         "Every point is a search of its own with a complete schedule, so a curve says what a method finds in that "

@@ -121,7 +121,7 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
 
 
 def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping[str, Mapping[str, Any]]) -> None:
-    steps = panel.x.startswith("processor")
+    steps = panel.x.startswith("time")  # a value holds until there is a next one
     for label, (x, mean, band) in found.items():
         look = colours[label]
         marker = "o" if len(x) <= 12 else ""
@@ -132,6 +132,8 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
                 x, low, high, step="post" if steps else None, color=look["color"], alpha=0.18, linewidth=0
             )
     axes.set_title(f"mean, {100 * LEVEL:.0f} % interval over seeds")
+    if steps:
+        axes.set_xlim(left=0)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.ticklabel_format(axis="y", useOffset=False)

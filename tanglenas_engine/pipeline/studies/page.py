@@ -127,7 +127,7 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
         if table.differences:
             parts.append(lines(difference_rows(comparison, table)))
         parts += ["\n".join(f"- {note}" for note in table.notes)] * bool(table.notes)
-        parts += [f"![{_described(study)}]({name}.png)"]
+        parts += [f"![{_described(study, results, comparison)}]({name}.png)"]
     parts += ["## What this does not show", study.limits, f"In the tables: {MEANING[0].lower()}{MEANING[1:]}"]
     parts += [DIFFERENCES] * bool(table.differences)
     parts += ["## The arms", lines([["arm", "what it changes"], *_arms(params["arms"])])]
@@ -135,9 +135,14 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _described(study: Study) -> str:
+def _described(study: Study, results: Results, comparison: Comparison) -> str:
+    """Return what the panels of the figure show, for people who do not see it."""
+    runs = [one for seeds in results.runs.values() for one in seeds.values()]
+    there = {name for one in runs for name in (*one.curves, *one.matrices)} | {*comparison.metrics}
     names = [
-        study.metrics[panel.name].title if panel.kind == "means" else panel.y or panel.name for panel in study.panels
+        study.metrics[panel.name].title if panel.kind == "means" else panel.y
+        for panel in study.panels
+        if panel.name in there
     ]
     return f"By arm: {', '.join(names)}"
 
