@@ -46,7 +46,11 @@ def _sizes(seconds: float, derivation: float, entrants: int) -> dict[str, dict[s
     sizes: dict[str, dict[str, object]] = {}
     for share, part in SHARES.items():
         sizes[f"drnas-{share}"] = {"search": {"seconds": seconds * part}}
-        sizes[f"spos-random-{share}"] = {"search": {"seconds": seconds * part * (1 - derivation)}}
+        sizes[f"spos-random-{share}"] = {
+            "search": {"seconds": seconds * part * (1 - derivation)},
+            "discretize": {"seconds": seconds * part * derivation},
+        }
+        sizes[f"spos-evolution-{share}"] = {"discretize": {"seconds": seconds * part * derivation}}
         sizes[f"halving-{share}"] = {
             "discretize": {"candidates": entrants},
             "bindings": [f"race.entrants = {entrants}", f"race.seconds = {seconds * part}"],
@@ -82,11 +86,11 @@ STUDY = Study(
     ),
     scales={
         "cpu": Scale(
-            {"discretize": {"candidates": 60}, "retrain": {"epochs": 15}},
-            arms=_sizes(48.0, 0.3, 9),
+            {"retrain": {"epochs": 15}},
+            arms=_sizes(48.0, 0.4, 9),
             without=(*(f"{method}-half" for method in METHODS), "halving-quarter"),
         ),
-        "paper": Scale({"discretize": {"candidates": 1000}}, seeds=PAPER_SEEDS, arms=_sizes(40_000.0, 0.5, 27)),
+        "paper": Scale(seeds=PAPER_SEEDS, arms=_sizes(40_000.0, 0.5, 27)),
     },
     table="optional",
 )

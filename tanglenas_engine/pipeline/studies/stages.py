@@ -42,8 +42,10 @@ STUDY = Study(
         "worth. Networks found may differ in cost; set search.target_share for equal ones."
     ),
     scales={
-        "cpu": Scale({"discretize": {"candidates": 100}, "retrain": {"epochs": 20}},
-                     arms={"spos-evolution": {"search": {"seconds": 60.0}}}),
+        "cpu": Scale(
+            {"discretize": {"seconds": 24.0}, "retrain": {"epochs": 20}},
+            arms={"spos-evolution": {"search": {"seconds": 36.0}}},
+        ),
         "paper": Scale({"discretize": {"candidates": 1050}}, seeds=PAPER_SEEDS),
     },
     table="optional",
