@@ -56,7 +56,7 @@ def _arms() -> dict[str, Arm]:
     return found
 
 
-_FINETUNE = {"bindings": ["torch.optim.AdamW.lr = 0.0005"]}
+_FINETUNE = {"bindings": ["retrain: torch.optim.AdamW.lr = 0.0005"]}
 STUDY = Study(
     question="Are the weights that a network inherits worth anything: used as they are, fine-tuned, or not at all?",
     paper=(

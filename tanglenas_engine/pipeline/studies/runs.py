@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from tanglenas_engine.runtime.files import write_atomic
 RUNS = Path("runs")
 MEASURED = Path("measured")
 GROUPS = ("search", "discretize", "retrain")
+OF_STAGE = re.compile(r"(search|discretize|retrain|evaluate): (.*)")
+"""A binding for one stage: not every stage knows what another one refers to."""
 
 
 def read_params(root: Path) -> dict[str, Any]:
@@ -177,8 +180,9 @@ def _stages(root: Path, bindings: Sequence[str]) -> dict[str, Any]:
     from ruamel.yaml import YAML
 
     pipeline: dict[str, Any] = YAML(typ="safe").load((root / STAGES_FILE).read_text("utf-8"))
-    added = "".join(f" {shlex.quote(binding)}" for binding in bindings)
-    for name, stage in pipeline["stages"].items():
-        if name != "environment":
-            stage["cmd"] += added
+    for binding in bindings:
+        only = OF_STAGE.fullmatch(binding)
+        for name, stage in pipeline["stages"].items():
+            if name != "environment" and (only is None or only[1] == name):
+                stage["cmd"] += f" {shlex.quote(only[2] if only else binding)}"
     return pipeline

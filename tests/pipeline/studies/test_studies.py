@@ -77,7 +77,16 @@ def test_every_part_of_a_study_is_about_another_that_exists(name):
 
 
 def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_path, monkeypatch):
-    given = ("--bind", "search.clip = 1.0", "-S", "search.epochs=4", "--seeds", "7")
+    given = (
+        "--bind",
+        "search.clip = 1.0",
+        "--bind",
+        "retrain: torch.optim.AdamW.lr = 0.1",
+        "-S",
+        "search.epochs=4",
+        "--seeds",
+        "7",
+    )
     assert study("stability", *given).exit_code == 0
     monkeypatch.chdir(tmp_path / "here")
     for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
@@ -88,6 +97,7 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
         assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
         assert arguments[-2:] == ["search.clip = 1.0", 'create_optimizer.regularizer = "none"']
         assert run.params["search"]["epochs"] == 4
+        assert "torch.optim.AdamW.lr = 0.1" in arguments_of("retrain")
     assert Path.cwd() == tmp_path / "here"
 
 
