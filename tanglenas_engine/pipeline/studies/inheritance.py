@@ -56,7 +56,8 @@ def _arms() -> dict[str, Arm]:
     return found
 
 
-_FINETUNE = {"bindings": ["retrain: torch.optim.AdamW.lr = 0.0005"]}
+# A binding of a class of another package needs a reference to it.
+_FINETUNE = {"bindings": ["retrain: retrain.optimizer = @torch.optim.AdamW", "retrain: torch.optim.AdamW.lr = 0.0005"]}
 STUDY = Study(
     question="Are the weights that a network inherits worth anything: used as they are, fine-tuned, or not at all?",
     paper=(

@@ -27,7 +27,7 @@ class Arm:
 
     Attributes:
         params: The values in which its runs differ from params.yaml.
-        bindings: gin bindings of its runs beyond those. "retrain: torch.optim.AdamW.lr = 0.001" is for one stage.
+        bindings: gin bindings of its runs beyond those. "retrain: retrain.clip = 1.0" is for one stage.
         supernet: The arm whose supernet it takes, in place of a search of its own.
         series: The name of the curve that this arm is a point of, together with other arms; "" for one of its own.
         as_long_as: The arm whose search and derivation this one's search takes as long as, or "".

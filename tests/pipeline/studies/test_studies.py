@@ -11,6 +11,7 @@ from paths import ROOT
 
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
+from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.params import parsed
 from tanglenas_engine.pipeline.studies import runs
 from tanglenas_engine.pipeline.studies.memory import Need, check
@@ -81,7 +82,7 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
         "--bind",
         "search.clip = 1.0",
         "--bind",
-        "retrain: torch.optim.AdamW.lr = 0.1",
+        "retrain: retrain.clip = 2.0",
         "-S",
         "search.epochs=4",
         "--seeds",
@@ -97,8 +98,22 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
         assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
         assert arguments[-2:] == ["search.clip = 1.0", 'create_optimizer.regularizer = "none"']
         assert run.params["search"]["epochs"] == 4
-        assert "torch.optim.AdamW.lr = 0.1" in arguments_of("retrain")
+        assert "retrain.clip = 2.0" in arguments_of("retrain") and "retrain.clip = 2.0" not in arguments
     assert Path.cwd() == tmp_path / "here"
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_the_config_of_every_arm_is_read_by_every_stage(study, tmp_path, monkeypatch, name):
+    assert study(name, "--seeds", "0").exit_code == 0
+    monkeypatch.chdir(tmp_path / "here")
+    for variable in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
+        monkeypatch.setenv(variable, "")
+    for arm in studies.load(name).arms:
+        if arm in runs.read_params(tmp_path / "here")["arms"]:
+            with runs.entered(arm, "0"):
+                for stage in studies.load(name).stages:
+                    with configured(arguments_of(stage)):
+                        pass
 
 
 def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch):
