@@ -26,13 +26,14 @@ import click
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences torch's profiler, which counts memory
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.pad_and_sum import pad_and_sum
 from tanglenas_engine import Optimizer, SearchSpace, create_optimizer, create_space
 from tanglenas_engine.optimizers.optimizer import Batch, Step
 from tanglenas_engine.runtime.devices import channels_last
 from tanglenas_engine.superposition.mixture import COVERED
+from tanglenas_engine.training.bytes import peak_bytes, saved_bytes
 from tanglenas_engine.training.execution import PRECISIONS, Compiled, Graphed, executing, uncached
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import call_factory, parameter_groups
@@ -217,7 +218,7 @@ class Bench:
 
     def saved(self) -> dict[str, int]:
         """Return the bytes that one step of each kind keeps for its backward pass."""
-        return {name: saved_bytes(self.steps[name], self._parameters()) for name in KINDS}
+        return {name: saved_bytes(partial(self.steps[name], 0), self._parameters()) for name in KINDS}
 
     def peaks(self) -> dict[str, int]:
         """Return the most bytes that one step of each kind allocates, beyond those that live between steps."""
@@ -226,7 +227,7 @@ class Bench:
             # Gradients of the step before would count as bytes that live between steps, and a step drops them.
             self.plain.zero_grad()
             self.space.zero_grad()
-            peaks[name] = peak_bytes(self.steps[name], self.device)
+            peaks[name] = peak_bytes(partial(self.steps[name], 0), self.device)
         return peaks
 
     def _parameters(self) -> set[int]:
@@ -237,40 +238,6 @@ class Bench:
             *self.batches[0],
         ]
         return {t.untyped_storage().data_ptr() for t in [*tensors, *self.batches[1]]}
-
-
-def saved_bytes(step: Callable[[int], None], known: set[int]) -> int:
-    """Return the bytes that a step saves for backward: each storage once, without those at the addresses `known`."""
-    # The storages are kept until the end, because a freed address would be used again.
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(0)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def peak_bytes(step: Callable[[int], None], device: torch.device) -> int:
-    """Return the most bytes that the device's allocator gives out during a step, beyond those before it."""
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step(0)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(0)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def _adamw(network: nn.Module) -> torch.optim.Optimizer:

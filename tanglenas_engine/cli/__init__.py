@@ -21,6 +21,7 @@ COMMANDS = (
     "tables",
     "pool",
     "compare",
+    "study",
     "report",
     "doctor",
 )

@@ -58,7 +58,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
         key = re.compile(rf"^{kind}: (.+)$", re.MULTILINE)
         chosen[kind] = manager.resolve(kind, named[kind] or key.findall(params)[0])
         params = key.sub(f"{kind}: {chosen[kind].name}", params)
-    _check_fit(manager, chosen["space"], chosen["dataset"])
+    check_fit(manager, chosen["space"], chosen["dataset"])
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("gin", "pipelines"):
@@ -137,7 +137,7 @@ def _differs(ours: Path, theirs: Path) -> bool:
     return not theirs.is_file() or theirs.read_bytes() != ours.read_bytes()
 
 
-def _check_fit(manager: PluginManager, space: Registration, dataset: Registration) -> None:
+def check_fit(manager: PluginManager, space: Registration, dataset: Registration) -> None:
     """Raise a TangleNASError for a space that lacks an option which the data need. The data may be missing."""
     needed = _fitted_options(dataset.load())
     if not _takes(space, needed):

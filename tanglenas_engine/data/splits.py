@@ -18,6 +18,9 @@ from .dataset import Dataset, Samples
 _LETTERS = {"weights": "w", "architecture": "a", "validation": "v", "test": "t"}
 """The letter of each split in `Splits.assignment`."""
 
+_UNUSED = "-"
+"""The letter of samples that `make_splits` was told to leave out."""
+
 SPLITS = (*_LETTERS, "training")
 """The names that `open_splits` accepts. "training" is weights and architecture together, for the final training."""
 
@@ -36,7 +39,7 @@ class Splits:
     """The assignment of every sample of a dataset to one split.
 
     It stores one letter per sample of the pool: w(eights), a(rchitecture), v(alidation) or t(est). So the splits are
-    disjoint and cover the pool by construction, and a splits file is small.
+    disjoint and cover the pool by construction, and a splits file is small. A sample that is in no split has a "-".
 
     Attributes:
         dataset: The name of the dataset.
@@ -104,7 +107,7 @@ class Splits:
             raise TangleNASError(f"a splits file is a JSON object with the fields {', '.join(types)}. {remake}")
         if (version := fields.pop("version")) != _VERSION:
             raise TangleNASError(f"splits file of version {version}; this release reads {_VERSION}. {remake}")
-        if strange := set(fields["assignment"]) - set(_LETTERS.values()):
+        if strange := set(fields["assignment"]) - {*_LETTERS.values(), _UNUSED}:
             raise TangleNASError(f"splits file: strange letters {sorted(strange)} in 'assignment'. {remake}")
         return cls(**fields)
 
@@ -132,6 +135,7 @@ def make_splits(
     validation_portion: float = 0.1,
     test_portion: float = 0.2,
     block: int = 8,
+    samples: int | None = None,
 ) -> Splits:
     """Split a dataset into weights, architecture, validation and test, with equal shares of every class.
 
@@ -150,6 +154,7 @@ def make_splits(
         test_portion: The share of the pool to test on. It is unused if the dataset has an official test part.
         block: The number of consecutive samples that stay together where there are no labels. With longer blocks, fewer
             samples have a neighbour in another split. Shorter ones spread better. A short text has shorter blocks.
+        samples: The number of samples outside test that are used, of every class its share. None takes all.
 
     Raises:
         TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too few
@@ -175,6 +180,9 @@ def make_splits(
     pool = _dealt(pool, block, generator) if labels is None else pool[_spread(labels[pool], generator)]
     if dataset.test_indices is None:
         pool = pool[round(test_portion * len(pool)) :]
+    if samples is not None:
+        pool, unused = np.split(pool, [at_least("make_splits.samples", samples, 3)])
+        letters[unused] = _UNUSED
     validation, training = np.split(pool, [round(validation_portion * len(pool))])
     weights, architecture = np.split(training, [round(train_portion * len(training))])
     for letter, members in ((b"v", validation), (b"w", weights), (b"a", architecture)):

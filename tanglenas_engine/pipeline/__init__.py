@@ -30,7 +30,7 @@ _HOME = {
     "write_environment": "environment",
 }
 
-_MODULES = ("figures", "files", "outputs")
+_MODULES = ("figures", "files", "outputs", "studies")
 
 __all__ = [*_MODULES, *sorted(_HOME)]
 

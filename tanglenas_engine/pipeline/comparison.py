@@ -10,7 +10,7 @@ import bisect
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +199,18 @@ class Comparison:
         by: The settings by which runs are grouped.
         metrics: The metrics in the order of the tables.
         notes: Sentences about all tables, and the runs that were left out.
+        shown: How metrics are shown that METRICS does not have.
     """
 
     by: Sequence[str]
     metrics: Sequence[str]
     tables: Sequence[Table]
     notes: Sequence[str]
+    shown: Mapping[str, Metric] = field(default_factory=dict)
+
+    def metric(self, name: str) -> Metric:
+        """Return how a metric is shown."""
+        return self.shown.get(name) or metric_of(name)
 
 
 def compare(root: Path, by: Sequence[str] = (), metrics: Sequence[str] = (), against: str | None = None) -> Comparison:
@@ -272,7 +278,7 @@ def compare_rows(
         raise unknown("group", against, labels)
     if against is not None and len(labels) == 1:
         raise TangleNASError(f"--against {against}: it is the only group. Name what differs with --by, or leave it out")
-    tables = [_table(title, groups, mixed, metrics, against) for title, (groups, mixed) in drafts.items()]
+    tables = [table_of(title, groups, mixed, metrics, against) for title, (groups, mixed) in drafts.items()]
     return Comparison(by, metrics, tables, notes)
 
 
@@ -381,9 +387,18 @@ def _groups(
     return groups, notes
 
 
-def _table(
+def table_of(
     title: str, groups: Sequence[Group], mixed: Sequence[str], metrics: Sequence[str], against: str | None
 ) -> Table:
+    """Return the means of groups of runs under equal conditions, and the differences of all groups to one.
+
+    Args:
+        title: The conditions in which the table differs from others, or "".
+        groups: The groups.
+        mixed: Notes about the groups, which come first.
+        metrics: The metrics in the order of the table.
+        against: The label of the group that others are compared with; None takes the one with the most seeds.
+    """
     estimates = {
         (metric, group.label): Estimate.of(list(values.values()))
         for metric in metrics
@@ -401,7 +416,7 @@ def _table(
     elif against is None or against in labels:
         most = max(groups, key=lambda group: len(group.runs))  # the first of several
         base = next((group for group in groups if group.label == against), most)
-        differences, apart = _differences(groups, base, metrics)
+        differences, apart = differences_to(groups, base, metrics)
         notes += apart
     else:
         notes.append(f"There is no group {against} here: no differences.")
@@ -420,7 +435,7 @@ def _absent(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
     return notes
 
 
-def _differences(groups: Sequence[Group], base: Group, metrics: Sequence[str]) -> tuple[list[Difference], list[str]]:
+def differences_to(groups: Sequence[Group], base: Group, metrics: Sequence[str]) -> tuple[list[Difference], list[str]]:
     """Return the differences of all groups to one, and a sentence for each that has no seed in common with it."""
     found, notes = [], []
     for group in groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Table, metric_of
+from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Metric, Table
 from tanglenas_engine.pipeline.comparison_curves import VALUES, Curves
 from tanglenas_engine.pipeline.figures import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
 
@@ -45,35 +45,39 @@ def draw(comparison: Comparison, curves: Sequence[Curves]) -> bytes:
     from matplotlib.figure import Figure
 
     labels = dict.fromkeys(group.label for table in comparison.tables for group in table.groups)
-    colours = {
-        label: {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
-        for number, label in enumerate(labels)
-    }
+    colours = looks(list(labels))
     heights = []
     for table, drawn in zip(comparison.tables, curves, strict=True):
-        heights += [(ROW if _short(table) else LONG) * len(table.groups) + 0.1] + [CURVES] * bool(drawn.curves)
+        heights += [(ROW if short(table) else LONG) * len(table.groups) + 0.1] + [CURVES] * bool(drawn.curves)
     with style.context(["default", COLUMN]):
         figure = Figure(figsize=(WIDTH, sum(heights) + 0.7 * len(heights)), layout="constrained")
         panels = iter(figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0])
         for table, drawn in zip(comparison.tables, curves, strict=True):
             axes = next(panels)
             if table.title:
-                axes.set_title(_plain(table.title), fontweight="bold")
-            _means(axes, table, comparison.metrics[0], colours)
+                axes.set_title(plain(table.title), fontweight="bold")
+            means(axes, table, comparison.metrics[0], comparison.metric(comparison.metrics[0]), colours)
             if drawn.curves:
                 _anytime(next(panels), drawn, colours)
         return png(figure)
 
 
-def _means(axes: Axes, table: Table, metric: str, colours: Mapping[str, Mapping[str, Any]]) -> None:
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the colour and the dashes of each group, as options of a line."""
+    return {
+        label: {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+        for number, label in enumerate(labels)
+    }
+
+
+def means(axes: Axes, table: Table, metric: str, shown: Metric, colours: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw a line for each group: a ring for each seed, the mean as a dot, and its interval."""
-    shown = metric_of(metric)
-    beside = _short(table)
+    beside = short(table)
     for number, group in enumerate(table.groups):
         colour = colours[group.label]["color"]
         if not beside:
             at_left = axes.get_yaxis_transform()
-            axes.text(0.01, number - 0.38, _plain(group.label), color=colour, va="center", transform=at_left)
+            axes.text(0.01, number - 0.38, plain(group.label), color=colour, va="center", transform=at_left)
         values = [value / shown.scale for value in group.values(metric).values()]
         axes.plot(values, [number] * len(values), "o", markersize=4, markerfacecolor="white", color=colour, zorder=3)
         if (estimate := table.estimates.get((metric, group.label))) is None:
@@ -84,7 +88,7 @@ def _means(axes: Axes, table: Table, metric: str, colours: Mapping[str, Mapping[
     axes.set_ylim(len(table.groups) - 0.5, -0.5 if beside else -0.7)
     axes.set_yticks(range(len(table.groups)) if beside else [])
     if beside:
-        axes.set_yticklabels([_plain(group.label) for group in table.groups], fontsize=8)
+        axes.set_yticklabels([plain(group.label) for group in table.groups], fontsize=8)
         axes.tick_params(axis="y", length=0)
         for text, group in zip(axes.get_yticklabels(), table.groups, strict=True):
             text.set_color(colours[group.label]["color"])
@@ -101,7 +105,7 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
     for curve in drawn.curves:
         look = colours[curve.label]
         label = curve.label if curve.derived else f"{curve.label} (largest network)"
-        axes.plot(curve.seconds / seconds, curve.mean, label=_plain(label), drawstyle="steps-post", **look)
+        axes.plot(curve.seconds / seconds, curve.mean, label=plain(label), drawstyle="steps-post", **look)
         if curve.band is not None:
             axes.fill_between(curve.seconds / seconds, *curve.band, step="post", color=look["color"], alpha=0.18,
                               linewidth=0)  # fmt: skip
@@ -114,11 +118,11 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
     axes.legend(loc="best", fontsize=7)
 
 
-def _short(table: Table) -> bool:
+def short(table: Table) -> bool:
     """Return whether the labels of a table's groups have room beside their lines."""
     return all(len(group.label) <= BESIDE for group in table.groups)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return text that matplotlib takes for no formula."""
     return (text if len(text) <= 60 else f"{text[:57]}...").replace("$", r"\$")

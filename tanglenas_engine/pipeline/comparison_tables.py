@@ -7,10 +7,10 @@ import io
 import re
 from collections.abc import Sequence
 
-from tanglenas_engine.pipeline.comparison import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Table, metric_of
+from tanglenas_engine.pipeline.comparison import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Metric, Table
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
-WORDS = ("metric", "group", "minus")
+WORDS = ("metric", "group", "minus", "arm", "what it changes")
 """The columns of tables that hold no numbers."""
 MEANING = (
     f"Intervals are {100 * LEVEL:.0f} % percentile bootstraps of the mean over seeds. For few seeds they are too "
@@ -31,9 +31,9 @@ def markdown(comparison: Comparison) -> str:
     parts = ["# Comparison", *comparison.notes]
     for table in comparison.tables:
         parts += [f"## {table.title}"] * bool(table.title)
-        parts.append(_lines(estimate_rows(comparison, table)))
+        parts.append(lines(estimate_rows(comparison, table)))
         if table.differences:
-            parts.append(_lines(difference_rows(table)))
+            parts.append(lines(difference_rows(comparison, table)))
         parts += [_list(table.notes)] * bool(table.notes)
     parts.append(MEANING)
     parts += [DIFFERENCES] * any(table.differences for table in comparison.tables)
@@ -44,21 +44,23 @@ def estimate_rows(comparison: Comparison, table: Table) -> list[list[str]]:
     """Return the means of a table as rows of text, the names of the columns first."""
     rows = [["metric", "group", "seeds", "mean", "std", INTERVAL]]
     for metric in comparison.metrics:
+        shown = comparison.metric(metric)
         for group in table.groups:
             if estimate := table.estimates.get((metric, group.label)):
-                rows.append([metric_of(metric).heading, group.label, *_told(metric, estimate)])
+                rows.append([shown.heading, group.label, *told(shown, estimate)])
     return rows
 
 
-def difference_rows(table: Table) -> list[list[str]]:
+def difference_rows(comparison: Comparison, table: Table) -> list[list[str]]:
     """Return the differences of a table as rows of text, the names of the columns first."""
     rows = [["metric", "group", "minus", "common seeds", "difference", "std", INTERVAL, "seeds for a claim"]]
     for one in table.differences:
         needed = "-" if one.seeds_needed is None else str(one.seeds_needed)
         if one.seeds_needed is not None and one.seeds_needed > MOST_SEEDS:
             needed = f"> {MOST_SEEDS:,}"
-        told = _told(one.metric, one.estimate, signed=True)
-        rows.append([metric_of(one.metric).heading, one.group, one.against, *told, needed])
+        shown = comparison.metric(one.metric)
+        numbers = told(shown, one.estimate, signed=True)
+        rows.append([shown.heading, one.group, one.against, *numbers, needed])
     return rows
 
 
@@ -89,12 +91,21 @@ def latex(comparison: Comparison) -> str:
     parts = ["% Needs \\usepackage{booktabs}."]
     for table in comparison.tables:
         title = f" {_one_line(table.title)}:" * bool(table.title)
-        shown = [metric for metric in comparison.metrics if any(key[0] == metric for key in table.estimates)]
+        shown = {
+            metric: comparison.metric(metric)
+            for metric in comparison.metrics
+            if any(key[0] == metric for key in table.estimates)
+        }
         means = [
-            [group.label, str(len(group.runs)), *(_latex_mean(m, table.estimates.get((m, group.label))) for m in shown)]
+            [
+                group.label,
+                str(len(group.runs)),
+                *(_latex_mean(look, table.estimates.get((metric, group.label))) for metric, look in shown.items()),
+            ]
             for group in table.groups
         ]
-        parts.append(f"%{title} means over seeds, plus or minus the standard deviation.\n{_tabular(shown, means)}")
+        looks = list(shown.values())
+        parts.append(f"%{title} means over seeds, plus or minus the standard deviation.\n{_tabular(looks, means)}")
         if table.differences:
             found = {(one.metric, one.group): one.estimate for one in table.differences}
             pairs = dict.fromkeys((one.group, one.against) for one in table.differences)
@@ -102,21 +113,21 @@ def latex(comparison: Comparison) -> str:
                 [
                     f"{group} minus {against}",
                     str(max(estimate.count for (_, other), estimate in found.items() if other == group)),
-                    *(_latex_difference(metric, found.get((metric, group))) for metric in shown),
+                    *(_latex_difference(look, found.get((metric, group))) for metric, look in shown.items()),
                 ]
                 for group, against in pairs
             ]
             what = f"differences over common seeds, with {100 * LEVEL:.0f} % bootstrap intervals"
-            parts.append(f"%{title} {what}.\n{_tabular(shown, rows)}")
+            parts.append(f"%{title} {what}.\n{_tabular(looks, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _tabular(metrics: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _tabular(metrics: Sequence[Metric], rows: Sequence[Sequence[str]]) -> str:
     """Return a table whose rows begin with a label and a number of seeds. Only the label is text, all else is LaTeX."""
-    units = [metric_of(metric).unit for metric in metrics]
+    units = [metric.unit for metric in metrics]
     lines = [
         f"\\begin{{tabular}}{{l{'r' * (len(metrics) + 1)}}}\n\\toprule",
-        _latex_row(["", "seeds", *(_escape(metric_of(metric).title) for metric in metrics)]),
+        _latex_row(["", "seeds", *(_escape(metric.title) for metric in metrics)]),
         _latex_row(["", "", *(f"({_escape(unit)})" if unit else "" for unit in units)]),
         "\\midrule",
         *(_latex_row([_escape(label), *cells]) for label, *cells in rows),
@@ -125,12 +136,12 @@ def _tabular(metrics: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _told(metric: str, estimate: Estimate, signed: bool = False) -> list[str]:
+def told(metric: Metric, estimate: Estimate, signed: bool = False) -> list[str]:
     """Return the number of seeds, the mean, the deviation and the interval of an estimate as text."""
-    shown = metric_of(metric)
 
     def number(value: float, sign: str = "+" if signed else "") -> str:
-        return f"{value / shown.scale:{sign},.{shown.decimals}f}"
+        rounded = round(value / metric.scale, metric.decimals) + 0.0  # no -0.0
+        return f"{rounded:{sign},.{metric.decimals}f}"
 
     if estimate.deviation is None or estimate.interval is None:
         return [str(estimate.count), number(estimate.mean), "-", "one seed"]
@@ -148,7 +159,7 @@ def _numbers(estimate: Estimate) -> list[object]:
     return [estimate.count, estimate.mean, "" if estimate.deviation is None else estimate.deviation, low, high]
 
 
-def _lines(rows: Sequence[Sequence[str]]) -> str:
+def lines(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as a Markdown table with columns of equal width. Numbers are at the right."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -170,17 +181,17 @@ def _latex_row(cells: Sequence[str]) -> str:
     return f"{' & '.join(cells)} \\\\"
 
 
-def _latex_mean(metric: str, estimate: Estimate | None) -> str:
+def _latex_mean(metric: Metric, estimate: Estimate | None) -> str:
     if estimate is None:
         return "--"
-    _, mean, deviation, _ = _told(metric, estimate)
+    _, mean, deviation, _ = told(metric, estimate)
     return _math(mean if estimate.deviation is None else f"{mean} \\pm {deviation}")
 
 
-def _latex_difference(metric: str, estimate: Estimate | None) -> str:
+def _latex_difference(metric: Metric, estimate: Estimate | None) -> str:
     if estimate is None:
         return "--"
-    _, mean, _, interval = _told(metric, estimate, signed=True)
+    _, mean, _, interval = told(metric, estimate, signed=True)
     ends = interval.replace(" to ", ";\\ ")
     return _math(mean if estimate.interval is None else f"{mean}\\ [{ends}]")
 

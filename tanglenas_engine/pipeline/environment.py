@@ -37,7 +37,8 @@ LIBRARIES = ("tanglenas", "timm", "torch")
 def write_environment(names: Sequence[str], path: Path = Path("environment.json")) -> None:
     """Write the versions and the sources for the plugins of these names: a space, an optimizer, a dataset.
 
-    A fourth name is the source of the weights that the search starts from. Write the recipe of a race, too.
+    Several of a kind have commas between them. A fourth name is the source of the weights that the search starts from.
+    Write the recipe of a race, too.
 
     gin files may name an objective anywhere, so all objectives that are installed count. A name that no plugin has
     ends the process with one sentence and the status 2.
@@ -45,7 +46,8 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
     try:
         if len(names) not in (len(KINDS), len(KINDS) + 1):
             raise TangleNASError(f"got the arguments {list(names)}, expected the names of {', '.join(KINDS)}")
-        used = [manager().resolve(*named) for named in zip(KINDS, names, strict=False)]
+        kinds = zip(KINDS, names, strict=False)
+        used = [manager().resolve(kind, name) for kind, several in kinds for name in several.split(",")]
         digests = {source: digest for source in names[len(KINDS) :] if (digest := local_digest(source))}
     except TangleNASError as problem:
         print(f"environment: {problem}", file=sys.stderr)

@@ -25,6 +25,16 @@ class Meter:
         self._start = time.monotonic()
         self._processor_start = _processor_seconds()
         self._earlier: Mapping[str, float] = {}
+        self._begun: tuple[float, float] | None = None
+        self._ended: tuple[float, float] | None = None
+
+    def begin(self) -> None:
+        """Note that the stage begins its own work: it is configured, and its data and its space are there."""
+        self._begun = _now()
+
+    def end(self) -> None:
+        """Note that the stage has its result, and writes it from now on."""
+        self._ended = _now()
 
     def go_on(self, earlier: Mapping[str, float]) -> None:
         """Count from the numbers that `read` gave before the stage was cut off.
@@ -39,12 +49,17 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return `seconds`, `processor_seconds` (this process and its ended children) and `peak_memory_MiB`.
 
+        `work_seconds` and `work_processor_seconds` are those of the stage's own work, without its start and what it
+        writes at the end.
         `peak_gpu_memory_MiB` is what torch allocated at most on the GPU, where it used one.
         """
         now = {
             "seconds": time.monotonic() - self._start,
             "processor_seconds": _processor_seconds() - self._processor_start,
         }
+        if self._begun is not None:
+            seconds, processor_seconds = (b - a for a, b in zip(self._begun, self._ended or _now(), strict=True))
+            now |= {"work_seconds": seconds, "work_processor_seconds": processor_seconds}
         total = {name: value + self._earlier.get(name, 0.0) for name, value in now.items()}
         peaks = {}
         if resource is not None:
@@ -54,6 +69,11 @@ class Meter:
             peaks["peak_gpu_memory_MiB"] = torch.cuda.max_memory_allocated() / MIB
         total |= {name: max(value, self._earlier.get(name, 0.0)) for name, value in peaks.items()}
         return {name: round(value, 1) for name, value in total.items()}
+
+
+def _now() -> tuple[float, float]:
+    """Return the wall time and the processor time, in seconds."""
+    return time.monotonic(), _processor_seconds()
 
 
 def _processor_seconds() -> float:

@@ -178,7 +178,7 @@ def _compared(found: records.Records, root: Path) -> list[tuple[str, list[list[l
     parts: list[tuple[str, list[list[list[str]]], list[str]]] = [("", [], list(comparison.notes))]
     for table in comparison.tables:
         differences = [one for one in table.differences if one.metric in shown_metrics]
-        pairs = [difference_rows(replace(table, differences=differences))] * bool(differences)
+        pairs = [difference_rows(comparison, replace(table, differences=differences))] * bool(differences)
         parts.append((table.title, [estimate_rows(comparison, table), *pairs], list(table.notes)))
     return parts
 

@@ -106,7 +106,8 @@ class Stage:
             self.progress.note(description)
 
     def alone(self) -> None:
-        """End every process but the first, which alone goes on."""
+        """End every process but the first, which alone goes on, as the stage has its result."""
+        self.meter.end()
         if distributed.rank() > 0:
             raise SystemExit
 
@@ -161,7 +162,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         raise SystemExit
-    with _one_sentence(name), ExitStack() as stack:
+    with one_sentence(name), ExitStack() as stack:
         stack.enter_context(_termination_as_interrupt())
         distributed.relaunch(f"pipelines.{name}", arguments)
         stack.enter_context(distributed.process_group())
@@ -220,6 +221,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 folder.mkdir(parents=True, exist_ok=True)
             sweep(METRICS, f"{name}.json")
             sweep(OUT, f"{name}.run.json")
+            meter.begin()
             yield Stage(name, seed, dataset, space, pipeline_id, tracker, checkpoints, weights, meter=meter)
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()
@@ -250,7 +252,7 @@ def _identity(
 
 
 @contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
+def one_sentence(name: str) -> Iterator[None]:
     """End the process with one sentence where a stage fails for a reason that a person can mend, or is stopped."""
     try:
         yield

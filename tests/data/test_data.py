@@ -117,6 +117,15 @@ def test_portions_of_training_leave_test_and_validation_alone(digits):
     assert splits.test.equal(make_splits(digits, seed=0, validation_portion=0.3).test)
 
 
+def test_some_samples_stand_for_all_and_leave_test_alone(digits):
+    whole, some = make_splits(digits, seed=0), make_splits(digits, seed=0, samples=200)
+    assert some.test.equal(whole.test)
+    assert some.sizes() == {"weights": 90, "architecture": 90, "validation": 20, "test": len(whole.test)}
+    counts = digits.labels[some.training].bincount()
+    assert counts.min() >= 16 and counts.max() <= 20
+    assert Splits.from_json(some.to_json()) == some
+
+
 @pytest.mark.parametrize("portion", [0, 1, -0.1, 1.5, float("nan")])
 @pytest.mark.parametrize("name", ["train_portion", "validation_portion", "test_portion"])
 def test_impossible_portions_are_named(digits, name, portion):

@@ -12,7 +12,7 @@ from paths import ROOT
 
 TOOLS = {"gin", "dvc", "mlflow", "jinja2", "matplotlib"}
 ENGINE = ROOT / "tanglenas_engine"
-SCRIPTS = sorted((ROOT / "pipelines").glob("*.py"))
+SCRIPTS = sorted([*(ROOT / "pipelines").glob("*.py"), *(ENGINE / "template" / "study").glob("*.py")])
 PEOPLE = {"tanglenas_engine", "tanglenas_engine.pipeline"}
 """What a script of a project may import of the library: names that stay where they are."""
 
@@ -41,7 +41,9 @@ def test_the_walk_sees_imports_of_every_form(tmp_path, monkeypatch):
     assert set(imported(file)) == {"gin", "a.b.d", "a.pipeline.e", "mlflow.x.y"}
 
 
-@pytest.mark.parametrize("path", below(ENGINE, "pipeline", "cli"), ids=lambda path: path.relative_to(ENGINE).as_posix())
+@pytest.mark.parametrize(
+    "path", below(ENGINE, "pipeline", "cli", "template"), ids=lambda path: path.relative_to(ENGINE).as_posix()
+)
 def test_the_engine_imports_neither_the_pipeline_nor_its_tools(path):
     names = set(imported(path))
     assert not TOOLS & {name.split(".")[0] for name in names}

@@ -15,6 +15,18 @@ def test_a_stage_that_goes_on_adds_its_time_and_keeps_the_highest_peak():
     assert again["peak_memory_MiB"] == 10**6
 
 
+def test_the_work_of_a_stage_is_what_lies_between_its_start_and_its_result():
+    meter = Meter()
+    assert "work_seconds" not in meter.read()
+    meter.begin()
+    meter.go_on({"work_seconds": 100.0, "work_processor_seconds": 50.0})
+    meter.end()
+    ended = meter.read()
+    assert 100 <= ended["work_seconds"] < 160 and 50 <= ended["work_processor_seconds"] < 60
+    sum(range(10**6))
+    assert meter.read()["work_processor_seconds"] == ended["work_processor_seconds"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "3"])
 def test_numbers_that_no_meter_gave_are_refused(value):
     with pytest.raises((ValueError, TypeError)):

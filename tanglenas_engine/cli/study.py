@@ -1,0 +1,160 @@
+"""`tanglenas study`: an analysis of the paper as a pipeline of its own, which ends in a page."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tanglenas_engine.errors import TangleNASError
+
+from ._shipped import TEMPLATE, pipeline
+from .init import DVC_FILES, check_fit
+
+if TYPE_CHECKING:
+    from tanglenas_engine.pipeline.studies.plan import Plan
+
+
+@click.command(short_help="Run an analysis of the paper, which ends in a page.")
+@click.argument("name", metavar="[NAME]", required=False)
+@click.option("--space", metavar="NAME", help="What to search; by default what the scale says.")
+@click.option("--dataset", metavar="NAME", help="What to train on.")
+@click.option("--seeds", metavar="NUMBERS", help="Such as 0,1,2; by default three, and the paper's four.")
+@click.option("--arms", metavar="NAMES", help="Only these arms of the study, such as drnas,spos.")
+@click.option("--scale", default="cpu", show_default=True, help="cpu, at most half an hour on two cores, or paper.")
+@click.option("--table", type=click.Path(path_type=Path), help="Networks of known worth: "
+              "a benchmark table, or a pool.")  # fmt: skip
+@click.option("--metric", default="test_acc", show_default=True, help="The metric of the table.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="The folder; by default study-NAME.")
+@click.option("--set", "-S", "changes", metavar="KEY=VALUE", multiple=True, help="A value of the study's params.yaml, "
+              "such as search.epochs=5; may be repeated.")  # fmt: skip
+@click.option(
+    "--bind", "bindings", metavar="BINDING", multiple=True, help="A gin binding for all runs; may be repeated."
+)
+@click.option("--run/--no-run", default=True, show_default=True, help="Run it, or lay it out only.")
+def command(
+    name: str | None,
+    space: str | None,
+    dataset: str | None,
+    seeds: str | None,
+    arms: str | None,
+    scale: str,
+    table: Path | None,
+    metric: str,
+    out: Path | None,
+    changes: tuple[str, ...],
+    bindings: tuple[str, ...],
+    run: bool,
+) -> None:
+    """Lay out and run the study NAME in a folder of its own; without NAME, list the studies.
+
+    The folder is a DVC pipeline: a stage for each arm of the study and each seed. The same command, or `dvc repro` in
+    the folder, goes on where it was cut off. The last stage writes page/NAME.md with a table, a figure, the sentences
+    that the data support, and the commands.
+    """
+    from ..pipeline import studies
+    from ..pipeline.params import parsed
+    from ..pipeline.studies import layout
+    from ..pipeline.studies.plan import plan as planned
+    from ..plugins import PluginManager
+
+    if name is None:
+        for known in studies.NAMES:
+            click.echo(f"{known:12} {studies.load(known).question}")
+        return
+    studies.load(name)
+    if table is not None and not table.is_file():
+        raise TangleNASError(f"--table {table}: there is no such file. Name a benchmark table, or a pool")
+    source, manager = pipeline(), PluginManager()
+    typed = (
+        shlex.join(["tanglenas", "study", *sys.argv[2:]]) if sys.argv[1:2] == ["study"] else f"tanglenas study {name}"
+    )
+    template = _nested(parsed((source / "params.yaml").read_text("utf-8")))
+    plan = planned(
+        name, template, command=typed, scale=scale, space=space, dataset=dataset, seeds=_numbers(seeds),
+        arms=[arm.strip() for arm in arms.split(",")] if arms else None,
+        table=table.name if table else None, metric=metric, changes=dict(map(_change, changes)), bindings=bindings,
+    )  # fmt: skip
+    check_fit(manager, *(manager.resolve(kind, plan.params[kind]) for kind in ("space", "dataset")))
+    folder = out or Path(f"study-{name}")
+    ignored = (TEMPLATE / "project" / "gitignore").read_text("utf-8")
+    own = "/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"
+    files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": ignored + own}
+    new = layout.lay_out(plan, folder, source, TEMPLATE / "study", files)
+    if table and not (folder / table.name).exists():
+        shutil.copy(table, folder / table.name)
+    count = len(plan.params["arms"]) * len(plan.params["seeds"])
+    click.echo(f"{folder}: {name}, {count} runs ({', '.join(plan.params['arms'])}; seeds {plan.params['seeds']})")
+    if not run:
+        click.echo(f"\nNext:\n    cd {folder}\n    git init && git add . && git commit -m study && dvc repro")
+        return
+    if plan.study.stages:
+        _check_memory(folder, plan)
+    if not new:
+        click.echo("It is there already, and goes on.")
+    _repro(folder)
+    click.echo(f"\n{folder / 'page' / f'{name}.md'}")
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise TangleNASError(f"--seeds {text}: expected whole numbers with commas, such as 0,1,2") from None
+
+
+def _change(text: str) -> tuple[str, Any]:
+    from ..pipeline.params import parsed
+
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise TangleNASError(f"-S {text}: expected KEY=VALUE, such as search.epochs=5")
+    return key, parsed(f"value: {value}").get("value")
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a params.yaml in their groups."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        group, _, name = key.rpartition(".")
+        (found.setdefault(group, {}) if group else found)[name] = value
+    return found
+
+
+def _check_memory(folder: Path, plan: Plan) -> None:
+    """Print what a search needs.
+
+    Raises:
+        TangleNASError: The machine has less, or the config is wrong.
+    """
+    from ..pipeline.studies import memory
+    from ..pipeline.studies.runs import entered
+
+    arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
+    with chdir(folder), entered(arm, str(seed)):
+        need = memory.estimate()
+    click.echo(memory.check(need))
+
+
+def _repro(folder: Path) -> None:
+    """Run `dvc repro` in a folder, which becomes a git repository if it is in none.
+
+    Raises:
+        TangleNASError: A stage failed.
+    """
+    inside = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=folder, capture_output=True).returncode == 0
+    if not inside:
+        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder)
+    if done.returncode:
+        raise TangleNASError(
+            f"a stage of {folder} did not end well; what it said is above. Run the same command again to go on"
+        )

@@ -1,0 +1,68 @@
+"""What the scripts in the folder of a study call."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tanglenas_engine.errors import print_anything
+from tanglenas_engine.pipeline.pools import build, record_of
+from tanglenas_engine.pipeline.stage import one_sentence
+from tanglenas_engine.pipeline.studies import load
+from tanglenas_engine.pipeline.studies.page import write_page
+from tanglenas_engine.pipeline.studies.run import arguments_of
+from tanglenas_engine.pipeline.studies.runs import entered, take_supernet, write_measured
+from tanglenas_engine.runtime.files import exclusive
+from tanglenas_engine.runtime.fingerprint import fingerprint
+from tanglenas_engine.runtime.progress import ConsoleProgress
+
+__all__ = ["build_pool", "compare_runs", "measure_run", "stage_of", "take_supernet"]
+
+
+@contextmanager
+def stage_of(arm: str, seed: str, stage: str) -> Iterator[list[str]]:
+    """Enter the folder of a run until the block ends, and give the arguments of a stage there.
+
+    A TangleNASError or an interruption ends the process with one sentence and a status other than 0.
+    """
+    print_anything()
+    with one_sentence(stage), entered(arm, seed):
+        print(f"{stage} of {arm}, seed {seed}")
+        yield arguments_of(stage)
+
+
+def measure_run(arm: str, seed: str) -> None:
+    """Measure a run as its study says, and write the file of its measurements."""
+    print_anything()
+    with one_sentence("measure"), entered(arm, seed) as entry:
+        print(f"measure of {arm}, seed {seed}")
+        write_measured(entry, load(entry.study).measure(entry))
+
+
+def build_pool(count: int, budget: float | None) -> None:
+    """Train random networks that cost up to a share of the largest, and write pool/pool.csv with its record.
+
+    DVC empties the folder pool/ before a stage runs. So the trainings are kept below .tanglenas/ until the pool is
+    complete, and a pool that is cut off goes on.
+    """
+    print_anything()
+    out = Path("pool").resolve()
+    with one_sentence("pool"), entered("pool", "0") as entry:
+        identity = fingerprint(arguments=arguments_of("retrain"), budget=budget)
+        kept = entry.root / ".tanglenas" / "pools" / identity
+        kept.mkdir(parents=True, exist_ok=True)
+        with exclusive(kept / "lock"):
+            table = kept / "pool.csv"
+            build(table, count=count, share=budget, progress=ConsoleProgress())
+            out.mkdir(exist_ok=True)
+            for file in (table, record_of(table)):
+                shutil.copy(file, out)
+
+
+def compare_runs() -> None:
+    """Write the page of the study in the current folder."""
+    print_anything()
+    with one_sentence("page"):
+        print(write_page(Path.cwd()))

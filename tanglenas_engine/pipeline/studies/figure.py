@@ -1,0 +1,166 @@
+"""The figure of a study, in panels: means with intervals, curves with bands, and matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, bootstrap
+from tanglenas_engine.pipeline.comparison_figure import COLUMN, LONG, ROW, WIDTH, looks, means, plain, short
+from tanglenas_engine.pipeline.figures import FAINT, png
+from tanglenas_engine.pipeline.studies.study import Arm, Panel, Runs, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = 2.2  # inches of a panel with curves
+CELL = 0.11  # inches of a cell of a matrix, at least
+RESAMPLES = 999
+POINTS = 200
+
+
+def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
+    """Draw the panels of a study below each other, as PNG.
+
+    Args:
+        study: The study.
+        runs: The measurements by arm and seed.
+        comparison: The comparison of its arms.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    (table,) = comparison.tables
+    colours = looks(list(dict.fromkeys([*runs, *(series(study.arms, arm) for arm in runs)])))
+    drawn: list[tuple[float, Callable[[Any], None]]] = []
+    for panel in study.panels:
+        if panel.kind == "means" and any(metric == panel.name for metric, _ in table.estimates):
+            height = (ROW if short(table) else LONG) * len(table.groups) + 0.1
+
+            def by_arm(place: Any, name: str = panel.name) -> None:
+                axes, look = place.subplots(), comparison.metric(name)
+                means(axes, table, name, look, colours)
+                axes.set_title(f"seeds, mean, {100 * LEVEL:.0f} % interval", loc="right")
+                axes.set_xlabel(look.heading)
+
+            drawn.append((height, by_arm))
+        if panel.kind == "curves" and (found := curves(study.arms, runs, panel.name)):
+
+            def by_x(place: Any, panel: Panel = panel, found: Mapping[str, Any] = found) -> None:
+                _curves(place.subplots(), panel, found, colours)
+
+            drawn.append((CURVES, by_x))
+        if panel.kind == "matrices" and (grids := matrices(runs, panel.name)):
+            tall = max(CELL * max(len(grid[0]) for grid in grids.values()), 0.9) + 0.5
+            columns = min(2, len(grids))
+
+            def by_cell(
+                place: Any, panel: Panel = panel, grids: Mapping[str, Any] = grids, columns: int = columns
+            ) -> None:
+                _matrices(place, panel, grids, columns)
+
+            drawn.append((tall * -(-len(grids) // columns), by_cell))
+    with style.context(["default", COLUMN]):
+        height = sum(tall for tall, _ in drawn) + 0.7 * max(1, len(drawn))
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        if not drawn:
+            figure.text(0.5, 0.5, "Nothing was measured yet.", ha="center", va="center")
+        else:
+            places = np.atleast_1d(np.asarray(figure.subfigures(len(drawn), 1, height_ratios=[t for t, _ in drawn])))
+            for place, (_, action) in zip(places.ravel(), drawn, strict=True):
+                action(place)
+        return png(figure)
+
+
+def series(arms: Mapping[str, Arm], arm: str) -> str:
+    """Return the name of the curve that an arm is a part of."""
+    return arms[arm].series or arm if arm in arms else arm
+
+
+def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[Any, Any, Any]]:
+    """Return a curve for each arm that has one: x and the mean, `(points,)`, and the ends of the band or None.
+
+    Points of arms of one series are one curve of each seed. Curves are averaged where all seeds have a value.
+    """
+    parts: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for arm, seeds in runs.items():
+        for seed, one in seeds.items():
+            if name in one.curves:
+                points = parts.setdefault(series(arms, arm), {}).setdefault(seed, [])
+                points += [p for p in zip(one.curves[name].x, one.curves[name].y, strict=True) if None not in p]
+    found = {}
+    for label, by_seed in parts.items():
+        paths = [np.array(sorted(points)).T for points in by_seed.values() if points]
+        if not paths:
+            continue
+        first, end = max(path[0][0] for path in paths), max(path[0][-1] for path in paths)
+        if all(len(path[0]) == len(paths[0][0]) and np.allclose(path[0], paths[0][0]) for path in paths):
+            x = paths[0][0]
+        else:
+            x = np.linspace(min(first, end), end, POINTS)
+        each = np.stack([path[1][np.searchsorted(path[0], x, side="right") - 1] for path in paths])
+        found[label] = x, each.mean(0), bootstrap(each, RESAMPLES) if len(each) > 1 else None
+    return found
+
+
+def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any]]:
+    """Return rows, columns and the mean over seeds of the matrix of each arm that has one of equal names."""
+    found = {}
+    for arm, seeds in runs.items():
+        every = [one.matrices[name] for one in seeds.values() if name in one.matrices]
+        if not every:
+            continue
+        rows, columns = list(every[0].rows), list(every[0].columns)
+        same = [one for one in every if (list(one.rows), list(one.columns)) == (rows, columns)]
+        values = np.array([[[math.nan if v is None else v for v in row] for row in one.values] for one in same], float)
+        found[arm] = rows, columns, values.mean(0)
+    return found
+
+
+def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping[str, Mapping[str, Any]]) -> None:
+    steps = panel.x.startswith("time")  # a value holds until there is a next one
+    for label, (x, mean, band) in found.items():
+        look = colours[label]
+        marker = "o" if len(x) <= 12 else ""
+        axes.plot(x, mean, label=plain(label), drawstyle="steps-post" if steps else "default", marker=marker, **look)
+        if band is not None:
+            low, high = band
+            axes.fill_between(
+                x, low, high, step="post" if steps else None, color=look["color"], alpha=0.18, linewidth=0
+            )
+    axes.set_title(f"mean, {100 * LEVEL:.0f} % interval over seeds")
+    if steps:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.5)
+    axes.legend(loc="best", fontsize=6, ncols=1 + (len(found) > 4))
+
+
+def _matrices(place: Any, panel: Panel, grids: Mapping[str, Any], columns: int) -> None:
+    panels = place.subplots(-(-len(grids) // columns), columns, squeeze=False).ravel()
+    image = None
+    least = min(0.0, *(float(np.nanmin(values)) for _, _, values in grids.values()))
+    most = max(1.0, *(float(np.nanmax(values)) for _, _, values in grids.values()))
+    for axes, (arm, (rows, names, values)) in zip(panels, grids.items(), strict=False):
+        image = axes.imshow(values, vmin=least, vmax=most, cmap="viridis", aspect="auto")
+        axes.set_title(plain(arm))
+        _ticks(axes.set_yticks, rows)
+        _ticks(axes.set_xticks, names, rotation=90)
+        axes.tick_params(labelsize=5)
+        axes.set_xlabel(panel.x, fontsize=6)
+        axes.set_ylabel(panel.y, fontsize=6)
+    for axes in panels[len(grids) :]:
+        axes.set_axis_off()
+    if image is not None:
+        place.colorbar(image, ax=list(panels), shrink=0.6).ax.tick_params(labelsize=6)
+
+
+def _ticks(action: Callable[..., Any], names: Sequence[str], **options: Any) -> None:
+    """Name at most a dozen of the rows or columns of a matrix."""
+    step = -(-len(names) // 12)
+    action(range(0, len(names), step), [plain(name) for name in names[::step]], **options)

@@ -1,0 +1,161 @@
+"""What do found architectures look like? Their layers over seeds and budgets, against networks with equal layers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.studies.methods import PAPER_SEEDS, SPOS, moved
+from tanglenas_engine.pipeline.studies.run import Run
+from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Runs, Scale, Study
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.size import Assignment
+
+MOST_UNIFORM = 10**5
+"""The most networks with equal layers that are looked through."""
+
+
+def measure(run: Run) -> Measured:
+    """Return how large the options of each layer are, and how far the network is from a hand-made one of its cost."""
+    with run.opened("discretize") as bench:
+        from tanglenas_engine.pipeline.configurables import read_architecture
+
+        space = bench.space
+        found = read_architecture(space)
+        assignment = space.assignment_of(found)
+        cost = space.cost(found).macs
+        hand = uniform(space, cost)
+    values = {"macs": float(cost), "early_over_late": early_over_late(space, assignment)}
+    matrices = {"size": sizes(space, assignment), **frequencies(space, assignment)}
+    if hand is not None:
+        values["from_uniform"] = moved(dict(found.choices), dict(space.architecture_of(hand).choices))
+        matrices["hand-made size"] = sizes(space, hand)
+    return Measured(values, matrices=matrices, choices=dict(found.choices))
+
+
+def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
+    """Return the place of each layer's option among the options of its choice, from 0 (smallest) to 1 (largest)."""
+    layers = max(len(choice.layer_rows) for choice in space.choices.values())
+    values = []
+    for choice in space.choices.values():
+        row = [math.nan] * layers
+        for number, one in enumerate(choice.layer_rows):
+            if one.active(assignment) and len(choice.options) > 1:
+                row[number] = assignment[one] / (len(choice.options) - 1)
+        values.append(row)
+    return Matrix(list(space.choices), [str(layer + 1) for layer in range(layers)], values)
+
+
+def frequencies(space: SearchSpace, assignment: Assignment) -> dict[str, Matrix]:
+    """Return for each choice 1 where a layer has an option: the mean over seeds is the option's frequency."""
+    found = {}
+    for name, choice in space.choices.items():
+        values = [
+            [float(row.active(assignment) and assignment[row] == option) for option in range(len(choice.options))]
+            for row in choice.layer_rows
+        ]
+        found[f"frequency of {name}"] = Matrix(
+            [str(number + 1) for number in range(len(values))], [str(option) for option in choice.options], values
+        )
+    return found
+
+
+def early_over_late(space: SearchSpace, assignment: Assignment) -> float:
+    """Return by how much options of the first half of the layers are larger, as places from -1 to 1.
+
+    Choices without layers, and layers that the network does not have, do not count.
+    """
+    early, late = [], []
+    for choice in space.choices.values():
+        used = [row for row in choice.layer_rows if row.active(assignment)]
+        if not choice.layered or len(choice.options) < 2 or len(used) < 2:
+            continue
+        places = [assignment[row] / (len(choice.options) - 1) for row in used]
+        early += places[: len(places) // 2]
+        late += places[-(len(places) // 2) :]
+    return float(np.mean(early) - np.mean(late)) if early else math.nan
+
+
+def uniform(space: SearchSpace, most: int) -> Assignment | None:
+    """Return the network with equal layers that costs most within so many multiply-accumulates; None for no such one.
+
+    A person who widens or deepens a network by hand keeps its layers alike.
+    """
+    options = [range(len(choice.options)) for choice in space.choices.values()]
+    if math.prod(map(len, options)) > MOST_UNIFORM:
+        return None
+    best, cost = None, -1
+    for picks in itertools.product(*options):
+        assignment = {
+            row: pick for choice, pick in zip(space.choices.values(), picks, strict=True) for row in choice.layer_rows
+        }
+        macs = space.cost(space.architecture_of(assignment)).macs
+        if cost < macs <= most:
+            best, cost = assignment, macs
+    return best
+
+
+def across(runs: Runs) -> Mapping[str, Mapping[int, Mapping[str, float]]]:
+    """Return how far the architecture of each seed is from those of the other seeds of its arm, as a mean."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for arm, seeds in runs.items():
+        for seed, one in seeds.items():
+            others = [moved(dict(one.choices), dict(two.choices)) for other, two in seeds.items() if other != seed]
+            if others:
+                found.setdefault(arm, {})[seed] = {"between_seeds": float(np.mean(others))}
+    return found
+
+
+def _arm(optimizer: Mapping[str, Any], share: float) -> Arm:
+    return Arm({**optimizer, "search": {"target_share": share}})
+
+
+STUDY = Study(
+    question="What do the architectures look like that a search finds?",
+    paper=(
+        "Found language models have larger MLPs in their first layers, and vision transformers on CIFAR are near the "
+        "largest network of the space."
+    ),
+    arms={
+        "drnas-60": _arm({"optimizer": "drnas"}, 0.6),
+        "drnas-40": _arm({"optimizer": "drnas"}, 0.4),
+        "drnas-80": _arm({"optimizer": "drnas"}, 0.8),
+        "spos-60": _arm({**SPOS, "discretize": {"method": "evolution"}}, 0.6),
+    },
+    stages=("search", "discretize"),
+    measure=measure,
+    across=across,
+    metrics={
+        "early_over_late": Metric("size of early layers minus late ones", "", 3),
+        "from_uniform": Metric("decisions unlike a hand-made network's", "%", 1),
+        "between_seeds": Metric("decisions that differ between seeds", "%", 1),
+        "macs": Metric("MACs", "millions", 3, 1e6),
+    },
+    claims=(
+        Claim("early_over_late", "drnas-60", 0.0, paper="ahead"),
+        Claim("early_over_late", "drnas-40", 0.0, paper="ahead"),
+        Claim("early_over_late", "drnas-80", 0.0, paper="ahead"),
+        Claim("early_over_late", "spos-60", 0.0),
+        Claim("between_seeds", "spos-60", "drnas-60", higher=False),
+    ),
+    panels=(
+        Panel("matrices", "size", "layer", "size of the option"),
+        Panel("matrices", "hand-made size", "layer", "hand-made: size"),
+        Panel("means", "early_over_late"),
+    ),
+    limits=(
+        "It says what was found, not that it is better: the studies `stages` and `ranking` are about that. Sizes are "
+        "places among the options in their order, 0 for the first and 1 for the last, so operations of a cell have no "
+        "size: look at their frequencies. The hand-made network has equal layers, and costs most within what the found "
+        "one costs. Where seeds differ much, a pattern in the mean is a pattern of chance."
+    ),
+    scales={
+        "cpu": Scale({"search": {"epochs": 20, "warmup_epochs": 4}, "discretize": {"candidates": 100}}, seeds=range(5)),
+        "paper": Scale({"discretize": {"candidates": 1000}}, seeds=PAPER_SEEDS),
+    },
+)

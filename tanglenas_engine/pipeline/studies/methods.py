@@ -1,0 +1,52 @@
+"""What several studies have in common: methods in two stages and in one, and how a found network is measured."""
+
+from __future__ import annotations
+
+from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.studies.run import Run
+from tanglenas_engine.tables import Benchmark, load_table
+
+TEST = {
+    "table_value": Metric("table value", "", 2),
+    "test_accuracy": Metric("test accuracy", "%", 2),
+    "test_loss": Metric("test loss", "nats", 4),
+}
+"""What an architecture is worth: by a table of the whole space, or as a network of its own."""
+HIGHER = {"table_value": True, "test_accuracy": True, "test_loss": False}
+SECONDS = Metric("search and derivation, time", "s", 1)
+"""Of processors; on a GPU of the wall."""
+SPOS: dict[str, object] = {"optimizer": "spos"}
+PAPER_SEEDS = (9001, 9002, 9003, 9004)
+
+
+def worth(run: Run) -> dict[str, float]:
+    """Return what the architecture of a run is worth, by the name of the metric in TEST.
+
+    Raises:
+        TangleNASError: The table is a pool, or of another space.
+    """
+    if run.table is None:
+        return run.tested()
+    with run.opened() as bench:
+        from tanglenas_engine.errors import TangleNASError
+        from tanglenas_engine.pipeline.configurables import read_architecture
+
+        benchmark = Benchmark(load_table(run.table, bench.space), run.metric)
+        if benchmark.listed is not None:
+            raise TangleNASError(f"{run.table.name} is a pool, which has few architectures: leave --table out")
+        return {"table_value": benchmark.row(read_architecture(bench.space))["table_value"]}
+
+
+def moved(one: dict[str, object], other: dict[str, object]) -> float:
+    """Return the share of decisions, in %, that differ between two architectures, given by their choices.
+
+    A layer that only one of them has counts as a decision that differs.
+    """
+    differ = total = 0
+    for name in one.keys() | other.keys():
+        both = [
+            value if isinstance(value, list | tuple) else [value] for value in (one.get(name, []), other.get(name, []))
+        ]
+        total += max(map(len, both))
+        differ += max(map(len, both)) - sum(a == b for a, b in zip(*both, strict=False))
+    return 100 * differ / max(1, total)

@@ -1,0 +1,174 @@
+"""The settings of a study at a scale: the content of its params.yaml."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tanglenas_engine.errors import TangleNASError, closest, unknown
+from tanglenas_engine.pipeline.studies import load
+from tanglenas_engine.pipeline.studies.runs import GROUPS
+from tanglenas_engine.pipeline.studies.study import SCALES, Arm, Scale, Study
+
+PAPER = {
+    "toy_cell": "paper/toy_cell", "toy_conv_macro": "paper/toy_conv_macro", "nb201": "paper/nb201",
+    "darts": "paper/darts", "autoformer_t": "paper/autoformer", "autoformer_s": "paper/autoformer",
+    "autoformer_b": "paper/autoformer", "mobilenetv3": "paper/mobilenetv3", "gpt": "paper/gpt_tinystories",
+}  # fmt: skip
+"""The recipes of the paper by space."""
+PAPER_DATASETS = {
+    "toy_cell": "fashion_mnist", "toy_conv_macro": "cifar10", "nb201": "cifar10", "darts": "cifar10",
+    "mobilenetv3": "imagenet", "gpt": "text",
+}  # fmt: skip
+"""The dataset of the paper by space; the others have CIFAR-10."""
+PAPER_EPOCHS = {
+    "toy_cell": {"darts": 50, "drnas": 100, "gdas": 250, "spos": 250},
+    "toy_conv_macro": {"darts": 50, "drnas": 100, "gdas": 250, "spos": 250},
+    "nb201": {"darts": 50, "drnas": 100, "gdas": 250, "spos": 250},
+    "darts": {"darts": 50, "drnas": 50, "gdas": 250, "spos": 250},
+}
+"""The epochs of a search that the paper gives a method on a space."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with its settings.
+
+    Attributes:
+        name: The name of the study.
+        params: The content of params.yaml.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+
+    @property
+    def study(self) -> Study:
+        return load(self.name)
+
+
+def plan(
+    name: str,
+    template: Mapping[str, Any],
+    *,
+    command: str,
+    scale: str = "cpu",
+    space: str | None = None,
+    dataset: str | None = None,
+    seeds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+    table: str | None = None,
+    metric: str = "test_acc",
+    changes: Mapping[str, Any] | None = None,
+    bindings: Sequence[str] = (),
+) -> Plan:
+    """Return the settings of a study at a scale.
+
+    Args:
+        name: The name of the study.
+        template: The values of the params.yaml that the package ships.
+        command: The command that a person typed.
+        scale: One of SCALES.
+        space, dataset: Names of plugins; None takes those of the scale.
+        seeds: The seeds; None takes those of the scale.
+        arms: Names of arms; None takes all. One whose supernet another arm trains brings that arm.
+        table: A file with networks of known worth, below the folder of the study.
+        metric: The metric of the table.
+        changes: Values by their names in the study's params.yaml, such as `search.epochs`.
+        bindings: gin bindings for all runs.
+
+    Raises:
+        TangleNASError: A name is unknown, the scale does not fit the space, or a seed is there twice.
+    """
+    study = load(name)
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    sizes = study.scales[scale]
+    params: dict[str, Any] = {
+        "study": name, "command": command, "scale": scale,
+        "space": space or sizes.params.get("space") or ("toy_cell" if scale == "paper" else template["space"]),
+        "dataset": "", "recipe": "cpu",
+    }  # fmt: skip
+    params["dataset"] = dataset or sizes.params.get("dataset") or template["dataset"]
+    if scale == "paper":
+        if params["space"] not in PAPER:
+            raise TangleNASError(
+                f"--scale paper has no recipe for the space {params['space']!r}. The paper's spaces are "
+                f"{', '.join(PAPER)}; for another one, use --scale cpu and change its sizes in params.yaml"
+            )
+        params["recipe"] = PAPER[params["space"]]
+        params["dataset"] = dataset or PAPER_DATASETS.get(params["space"], "cifar10")
+    params["seeds"] = _seeds(seeds if seeds is not None else sizes.seeds)
+    params |= {"table": table, "metric": metric, "bindings": [*sizes.bindings, *bindings]}
+    for group in GROUPS:
+        params[group] = {**template[group], **sizes.params.get(group, {})}
+    params["measure"] = dict(sizes.params.get("measure", {}))
+    chosen = _chosen(study, arms, sizes.without)
+    params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, scale) for arm in chosen}
+    for key, value in (changes or {}).items():
+        _change(params, key, value)
+    return Plan(name, params)
+
+
+def _chosen(study: Study, arms: Sequence[str] | None, without: Sequence[str]) -> list[str]:
+    """Return the names of the arms that were asked for, in the order of the study, and of those that they need.
+
+    Raises:
+        TangleNASError: There is no such arm.
+    """
+    if arms is None:
+        return [arm for arm in study.arms if arm not in without]
+    for arm in arms:
+        if arm not in study.arms:
+            raise unknown("arm of the study", arm, study.arms)
+    wanted = {*arms}
+    for _ in study.arms:
+        wanted |= {
+            needed for arm in wanted for needed in (study.arms[arm].supernet, study.arms[arm].as_long_as) if needed
+        }
+    return [arm for arm in study.arms if arm in wanted]
+
+
+def _seeds(seeds: Sequence[int]) -> list[int]:
+    if not seeds:
+        raise TangleNASError("--seeds is empty, expected numbers such as 0,1,2")
+    if len(set(seeds)) < len(seeds):
+        raise TangleNASError(f"--seeds has a number twice: {', '.join(map(str, seeds))}")
+    if bad := [seed for seed in seeds if not 0 <= seed < 2**63]:
+        raise TangleNASError(f"--seeds has {bad[0]}, expected whole numbers from 0 to 2**63 - 1")
+    return list(seeds)
+
+
+def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    """Return the values of an arm: all groups, though they may be empty, as DVC tracks each by itself."""
+    own: dict[str, Any] = {"optimizer": "drnas", **copy.deepcopy(dict(arm.params))}
+    for group in GROUPS:
+        own[group] = dict(own.get(group, {}))
+    epochs = PAPER_EPOCHS.get(params["space"], {}).get(own["optimizer"]) if scale == "paper" else None
+    if epochs is not None and params["search"].get("seconds") is None:
+        own["search"].setdefault("epochs", epochs)
+    for group, values in sizes.arms.get(name, {}).items():
+        own[group] = {**own[group], **values} if isinstance(values, Mapping) else values
+    if arm.as_long_as:
+        own["as_long_as"] = arm.as_long_as
+    own["bindings"] = [*arm.bindings, *sizes.arms.get(name, {}).get("bindings", ())]
+    return own
+
+
+def _change(params: dict[str, Any], key: str, value: Any) -> None:
+    """Change a value by its dotted name.
+
+    Raises:
+        TangleNASError: There is no such value.
+    """
+    *path, last = key.split(".")
+    group: Any = params
+    for name in path:
+        group = group.get(name) if isinstance(group, dict) else None
+    known = isinstance(group, dict) and (last in group or path[:1] == ["measure"] or path[:1] == ["arms"])
+    if not known:
+        names = [f"{outer}.{inner}" for outer in (*GROUPS, "measure") for inner in params[outer]]
+        raise TangleNASError(f"-S {key}: a study has no such value.{closest(key, names)} Look at its params.yaml")
+    group[last] = value

@@ -1,0 +1,119 @@
+"""How steady is alpha over epochs? With and without warm-up, shrinking, temperature and regularizers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.studies.run import Run
+from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Scale, Study
+
+Epochs = dict[int, dict[tuple[str, str], list[float]]]
+"""The mixture weights by epoch, and by choice and layer."""
+
+
+def measure(run: Run) -> Measured:
+    """Compare the mixtures of consecutive epochs, and those of the second half of the search with each other."""
+    epochs: Epochs = {}
+    for row in run.mixtures():
+        rows = epochs.setdefault(int(row["epoch"]), {})
+        rows.setdefault((row["choice"], row["layer"]), []).append(float(row["weight"]))
+    last = run.history()[-1]
+    found = {"entropy": float(last["entropy"])}
+    if last.get("table_value"):
+        found["table_value"] = float(last["table_value"])
+    ordered = [epochs[epoch] for epoch in sorted(epochs)]
+    if len(ordered) < 2:
+        return Measured(found)
+    turnover = [changed(*pair) for pair in itertools.pairwise(ordered)]
+    moved = [movement(*pair) for pair in itertools.pairwise(ordered)]
+    late = len(turnover) // 2
+    found |= {
+        "turnover": float(np.mean(turnover[late:])),
+        "movement": float(np.mean(moved[late:])),
+        "variance": variance(ordered[len(ordered) // 2 :]),
+    }
+    x = sorted(epochs)[1:]
+    return Measured(found, {"turnover": Curve(x, turnover), "movement": Curve(x, moved)})
+
+
+def changed(before: dict[tuple[str, str], list[float]], after: dict[tuple[str, str], list[float]]) -> float:
+    """Return the share of rows, in %, whose most probable option is another one."""
+    return 100 * float(np.mean([np.argmax(before[row]) != np.argmax(after[row]) for row in after]))
+
+
+def movement(before: dict[tuple[str, str], list[float]], after: dict[tuple[str, str], list[float]]) -> float:
+    """Return the mean total variation distance of rows, in % of a whole mixture."""
+    return 50 * float(np.mean([np.abs(np.subtract(before[row], after[row])).sum() for row in after]))
+
+
+def variance(epochs: Sequence[dict[tuple[str, str], list[float]]]) -> float:
+    """Return the variance of a mixture weight over epochs, as a mean over all weights."""
+    return float(np.mean(np.concatenate([np.var([epoch[row] for epoch in epochs], axis=0) for row in epochs[0]])))
+
+
+def _drnas(**search: object) -> dict[str, object]:
+    return {"optimizer": "drnas", "search": search}
+
+
+PLAIN = 'create_optimizer.regularizer = "none"'
+STUDY = Study(
+    question="How steady is alpha over the epochs of a search?",
+    paper="It names warm-up and progressive shrinking as means against a high variance of alpha in macro spaces.",
+    arms={
+        "plain": Arm(_drnas(), (PLAIN,)),
+        "warm-up": Arm(_drnas(), (PLAIN,)),
+        "l2": Arm(_drnas(), ('create_optimizer.regularizer = "l2"', "create_optimizer.scale = 0.01")),
+        "kl": Arm(_drnas(), ('create_optimizer.regularizer = "kl"', "create_optimizer.scale = 0.01")),
+        "temperature": Arm(
+            _drnas(), (PLAIN, "create_optimizer.temperature = 2.0", "create_optimizer.final_temperature = 0.5")
+        ),
+        "shrinking": Arm(
+            {"optimizer": "pc_drnas"},
+            ("create_optimizer.channels = (1, 1)", "create_optimizer.keep = (1.0, 0.5)",
+             "create_optimizer.edge_normalization = False", PLAIN),
+        ),
+    },
+    stages=("search",),
+    measure=measure,
+    metrics={
+        "turnover": Metric("decisions that change per epoch, second half", "%", 2),
+        "movement": Metric("mixture that moves per epoch, second half", "%", 3),
+        "variance": Metric("variance of a mixture weight, second half", "1e-4", 3, 1e-4),
+        "entropy": Metric("entropy at the end", "of 1", 3),
+        "table_value": Metric("table value at the end", "", 2),
+    },
+    claims=(
+        Claim("turnover", "warm-up", "plain", higher=False, paper="ahead"),
+        Claim("turnover", "shrinking", "plain", higher=False, paper="ahead"),
+        Claim("turnover", "l2", "plain", higher=False),
+        Claim("turnover", "kl", "plain", higher=False),
+        Claim("turnover", "temperature", "plain", higher=False),
+        Claim("variance", "warm-up", "plain", higher=False, paper="ahead"),
+        Claim("variance", "shrinking", "plain", higher=False, paper="ahead"),
+    ),
+    panels=(
+        Panel("means", "turnover"),
+        Panel("curves", "turnover", "epoch", "decisions that change (%)"),
+        Panel("curves", "movement", "epoch", "mixture that moves (%)"),
+    ),
+    limits=(
+        "A steady alpha need not be a good one: one that never learns is the steadiest. Look at the entropy, and at "
+        "the table's value where there is a table. During a warm-up alpha does not move, and shrinking moves it once, "
+        "when options are dropped; the numbers above are of the second half of the search alone."
+    ),
+    scales={
+        "cpu": Scale(
+            {"search": {"epochs": 16, "warmup_epochs": 0}}, arms={"warm-up": {"search": {"warmup_epochs": 4}}}
+        ),
+        "paper": Scale(
+            {"search": {"warmup_epochs": 0}},
+            seeds=(9001, 9002, 9003, 9004),
+            arms={"warm-up": {"search": {"warmup_epochs": 10}}, "shrinking": {"search": {"epochs": 50}}},
+        ),
+    },
+    table="optional",
+)  # fmt: skip

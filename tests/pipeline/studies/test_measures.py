@@ -1,0 +1,158 @@
+"""What the studies measure, on a run that is finished, and on made-up ones."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tanglenas_engine import TangleNASError, create_space
+from tanglenas_engine.pipeline import studies
+from tanglenas_engine.pipeline.studies import fractions, insights, stability
+from tanglenas_engine.pipeline.studies.methods import moved
+from tanglenas_engine.pipeline.studies.ranking import compared
+from tanglenas_engine.pipeline.studies.run import Run
+from tanglenas_engine.pipeline.studies.runs import read_measured, take_supernet, write_measured
+from tanglenas_engine.pipeline.studies.sharing import sized
+from tanglenas_engine.pipeline.studies.study import Measured
+from tanglenas_engine.tables import Table
+
+
+def run_of(study: str, done, **options: object) -> Run:
+    return Run(study, done, "arm", 0, {}, options, options.pop("table", None), "test_acc")
+
+
+@pytest.mark.parametrize("name", ["anytime", "stages", "fractions", "inheritance", "insights", "stability"])
+def test_a_finished_run_is_measured_by_every_study(done, name):
+    run, study = run_of(name, done), studies.load(name)
+    measured = study.measure(run)
+    assert {*measured.values} <= {*study.metrics}
+    write_measured(run, measured)
+    again = read_measured(done / "measured" / "arm-0.json")
+    assert {*again.values} == {name for name, value in measured.values.items() if math.isfinite(value)} and again.values
+    tested = json.loads((done / "metrics" / "evaluate.json").read_text())
+    if "test_accuracy" in measured.values:
+        assert measured.values["test_accuracy"] == tested["test_accuracy"]
+    drawn = {panel.name for panel in study.panels if panel.kind == "matrices"}
+    assert drawn <= {*measured.matrices}
+
+
+def test_inherited_and_final_layers_are_compared(done):
+    measured = studies.load("inheritance").measure(run_of("inheritance", done))
+    grid = measured.matrices["cka"]
+    assert grid.rows == grid.columns and "blocks.0" in grid.rows and len(grid.values) == len(grid.rows)
+    assert measured.values["cka"] < 0.999
+
+
+def test_a_supernet_is_compared_with_a_pool_or_a_table(done):
+    space = create_space("autoformer_nano", num_classes=10, image_size=8, in_channels=1)
+    generator = torch.Generator().manual_seed(0)
+    keys = list(dict.fromkeys(space.to_string(space.sample(generator)) for _ in range(6)))
+    table = done / "pool.csv"
+    Table(keys, {"test_acc": [float(number) for number in range(len(keys))]}, space.name).write(table)
+    measured = studies.load("ranking").measure(run_of("ranking", done, table=table))
+    assert -1 <= measured.values["spearman"] <= 1 and -1 <= measured.values["kendall_tau"] <= 1
+    with pytest.raises(TangleNASError, match="give --table, or keep the stage `pool`"):
+        studies.load("ranking").measure(run_of("ranking", done))
+    with pytest.raises(TangleNASError, match="is a pool, which has few architectures: leave --table out"):
+        studies.load("stages").measure(run_of("stages", done, table=table))
+
+
+def test_compared_architectures_are_in_the_band_and_the_same_every_time():
+    space = create_space("autoformer_nano")
+    chosen = compared(space, {"architectures": 20, "budget": 0.6})
+    shares = [space.cost(one).macs / space.cost(space.largest()).macs for one in chosen]
+    assert len({one.digest for one in chosen}) == 20 and 0.95 * 0.599 <= min(shares) and max(shares) <= 0.6
+    assert chosen == compared(space, {"architectures": 20, "budget": 0.6})
+    assert len(compared(space, {"architectures": 30, "budget": None})) == 30
+
+
+def test_a_supernet_of_another_arm_is_copied(done, monkeypatch):
+    folder = done / "runs" / "own-0"
+    folder.mkdir(parents=True)
+    (done / "runs" / "other-0").mkdir()
+    for name in ("out", "metrics"):
+        (done / name).rename(done / "runs" / "other-0" / name)
+    monkeypatch.chdir(folder)
+    for _ in range(2):
+        take_supernet("other", "0")
+    copied = {path.name for path in (folder / "out" / "search").iterdir()}
+    assert {"supernet.safetensors", "splits.json", "mixture.safetensors"} <= copied
+    assert (folder / "metrics" / "search.json").exists() and (folder / "out" / "search.run.json").exists()
+
+
+def test_rows_that_change_and_weights_that_move():
+    before = {("a", "0"): [0.6, 0.4], ("b", "0"): [0.5, 0.3, 0.2]}
+    after = {("a", "0"): [0.4, 0.6], ("b", "0"): [0.5, 0.2, 0.3]}
+    assert stability.changed(before, after) == 50
+    assert stability.movement(before, after) == pytest.approx(100 * (0.2 + 0.1) / 2)
+    assert stability.variance([before, after]) == pytest.approx((0.01 * 2 + 0.0 + 0.0025 * 2) / 5)
+
+
+def test_decisions_that_differ_are_a_share_of_all():
+    one = {"width": 3, "ratio": (1, 2, 3)}
+    assert moved(one, dict(one)) == 0
+    assert moved(one, {"width": 4, "ratio": [1, 2, 3]}) == 25
+    assert moved(one, {"width": 3, "ratio": (1, 2)}) == 25  # a layer that only one of them has
+    assert moved(one, {"width": 4, "ratio": (2, 3, 1, 1)}) == 100
+
+
+def test_runs_are_compared_with_those_of_the_same_method_and_seed_at_half():
+    def one(accuracy: float, width: int) -> Measured:
+        return Measured({"test_accuracy": accuracy}, choices={"width": width})
+
+    found = fractions.across({"drnas-50": {0: one(90, 1), 1: one(91, 2)}, "drnas-80": {0: one(92, 2), 2: one(95, 9)}})
+    assert found == {"drnas-80": {0: {"moved": 100.0, "shift": 2.0}}}
+
+
+def test_seeds_of_an_arm_are_compared_with_each_other():
+    runs = {"a": {seed: Measured(choices={"width": width}) for seed, width in enumerate((1, 1, 2))}}
+    found = insights.across(runs)["a"]
+    assert [found[seed]["between_seeds"] for seed in range(3)] == [50, 50, 100]
+    assert insights.across({"a": {0: Measured(choices={"width": 1})}}) == {}
+
+
+def test_a_hand_made_network_has_equal_layers_and_costs_most_within_the_budget():
+    space = create_space("autoformer_nano")
+    most = int(0.6 * space.cost(space.largest()).macs)
+    found = space.architecture_of(insights.uniform(space, most))
+    cost = space.cost(found).macs
+    assert 0.4 * most < cost <= most
+    assert all(len(set(value)) == 1 for value in found.choices.values() if isinstance(value, tuple))
+    assert insights.uniform(space, 1) is None
+    assert insights.early_over_late(space, space.assignment_of(found)) == 0
+
+
+def test_sizes_are_places_among_the_options_and_missing_layers_are_left_out():
+    space = create_space("autoformer_nano")
+    small, large = (insights.sizes(space, space.assignment_of(a)) for a in (space.smallest(), space.largest()))
+    assert {value for row in large.values for value in row if not math.isnan(value)} == {1.0}
+    assert {value for row in small.values for value in row if not math.isnan(value)} == {0.0}
+    missing = [sum(math.isnan(value) for row in one.values for value in row) for one in (small, large)]
+    assert missing[0] > missing[1]
+    ratio = insights.frequencies(space, space.assignment_of(space.largest()))["frequency of mlp_ratio"]
+    assert [sum(row) for row in ratio.values] == [1.0] * len(ratio.rows)
+
+
+@pytest.mark.parametrize("name", ["autoformer_nano", "gpt_nano", "toy_cell_nano"])
+def test_a_space_has_fewer_options_with_the_largest_network_left(name):
+    cells = name.startswith("toy")
+    parts = sized(name, cells)
+    assert [number for number, _ in parts] == ([4] if cells else list(range(1, len(parts) + 1)))
+    largest = {create_space(name, **given).cost(create_space(name, **given).largest()).params for _, given in parts}
+    assert len(largest) == 1
+
+
+def test_a_step_is_measured_for_every_kind_of_sharing(tmp_path):
+    study = studies.load("sharing")
+    for mode in ("superposed", "separate"):
+        options = {"kind": "cells", "mode": mode, "cells": ["toy_cell_nano"], "batch": 2, "rounds": 1}
+        measured = study.measure(run_of("sharing", tmp_path, **options))
+        assert all(value > 0 for value in measured.values.values()) and {*measured.values} == {*study.metrics}
+        if mode == "superposed":
+            least = measured
+    assert measured.values["weights"] > least.values["weights"] and measured.values["kept"] > least.values["kept"]
+    options = {"kind": "macro", "mode": "gated", "macro": ["gpt_nano"], "batch": 2, "rounds": 1}
+    measured = study.measure(run_of("sharing", tmp_path, **options))
+    assert {*measured.curves} == {"macro seconds", "macro kept", "macro peak"}
+    assert list(measured.curves["macro kept"].x) == [1, 2, 3]

@@ -1,0 +1,234 @@
+"""The page of a study, from made-up measurements: each sentence that data can support, the table and the figure."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tanglenas_engine import TangleNASError
+from tanglenas_engine.pipeline import studies
+from tanglenas_engine.pipeline.comparison import Estimate, Metric
+from tanglenas_engine.pipeline.studies.figure import curves, matrices
+from tanglenas_engine.pipeline.studies.page import Results, compared, text, write_page
+from tanglenas_engine.pipeline.studies.plan import plan
+from tanglenas_engine.pipeline.studies.runs import read_measured
+from tanglenas_engine.pipeline.studies.sentences import sentences, verdict
+from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Matrix, Measured, Panel, Study
+from tanglenas_engine.pipeline.studies.text import yaml_text
+
+STUDY = Study(
+    question="Is a better than b?",
+    paper="It is.",
+    arms={"a": Arm(), "b": Arm(series="both"), "c": Arm(series="both")},
+    stages=(),
+    measure=lambda run: Measured(),
+    metrics={"accuracy": Metric("accuracy", "%", 1), "loss": Metric("loss", "nats", 3)},
+    claims=(Claim("accuracy", "b", "a", True, "ahead"),),
+    panels=(Panel("means", "accuracy"), Panel("curves", "line", "epoch", "y"), Panel("matrices", "grid", "x", "y")),
+    limits="Much.",
+    scales={},
+)
+
+
+def results(**values: list[float]) -> Results:
+    """Measurements of arms, one number for each seed."""
+    count = max(map(len, values.values()))
+    params = {
+        "study": "made-up", "command": "tanglenas study made-up", "scale": "cpu",
+        "space": "s", "dataset": "d", "recipe": "cpu", "table": None, "metric": "m",
+        "seeds": list(range(count)), "arms": {arm: {"optimizer": "drnas", "bindings": []} for arm in values},
+    }  # fmt: skip
+    runs = {arm: {seed: Measured({"accuracy": one}) for seed, one in enumerate(own)} for arm, own in values.items()}
+    return Results(params, runs, [])
+
+
+def said(claim: Claim, **values: list[float]) -> str:
+    comparison = compared(STUDY, results(**values))
+    (found,) = sentences((claim,), comparison, comparison.tables[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "b, higher, start, end",
+    [
+        (
+            [92.5, 93.4, 94.6],
+            True,
+            "**b is ahead of a** in accuracy: the difference is +2.",
+            "The paper sees it ahead, too.",
+        ),
+        (
+            [92.5, 93.4, 94.6],
+            False,
+            "**b is behind a** in accuracy",
+            "This contradicts the paper, which sees it ahead.",
+        ),
+        ([88.0, 89.1, 89.9], True, "**b is behind a** in accuracy: the difference is -2.", "which sees it ahead."),
+        ([89.0, 93.0, 91.0], True, "b and a are **not told apart** in accuracy", "these data do not decide that."),
+        ([90.0, 91.0, 92.0], True, "b and a have equal values of accuracy with every seed.", ""),
+    ],
+)
+def test_the_interval_of_the_difference_chooses_the_sentence(b, higher, start, end):
+    found = said(Claim("accuracy", "b", "a", higher, "ahead"), a=[90.0, 91.0, 92.0], b=b)
+    assert found.startswith(start) and found.endswith(end), found
+    if "not told apart" in found:
+        assert re.search(r"\+0\.0 % \(95 % interval -4\.3 to \+4\.3, 3 seeds\)", found)
+
+
+def test_one_seed_claims_nothing():
+    assert said(Claim("accuracy", "b", "a"), a=[90.0], b=[99.0]) == (
+        "b against a: accuracy is 99.0 % and 90.0 %. One seed has no interval, so nothing follows."
+    )
+    assert "one seed, which shows nothing of chance" in said(Claim("accuracy", "a", 0.0), a=[90.0])
+
+
+@pytest.mark.parametrize(
+    "values, start",
+    [
+        ([1.9, 2.0, 2.1], "**a: accuracy is above 0**: 2.0 % (95 % interval 1.8 to 2.2, 3 seeds)"),
+        ([-1.9, -2.0, -2.1], "**a: accuracy is below 0**: -2.0 %"),
+        ([-1.0, 1.0, 2.0], "a: accuracy is **not told apart from 0**: 0.7 %"),
+        ([0.0, 0.0], "a: accuracy is 0.0 % with every seed."),
+    ],
+)
+def test_a_mean_is_compared_with_a_number(values, start):
+    assert said(Claim("accuracy", "a", 0.0), a=values).startswith(start)
+
+
+def test_verdicts_follow_the_interval_and_the_direction():
+    assert verdict(Estimate(3, 1.0, 0.1, (0.9, 1.1))) == "ahead"
+    assert verdict(Estimate(3, 1.0, 0.1, (0.9, 1.1)), higher=False) == "behind"
+    assert verdict(Estimate(3, 1.0, 0.1, (0.9, 1.1)), value=2.0) == "behind"
+    assert verdict(Estimate(3, 1.0, 1.0, (0.5, 1.5))) == "not told apart"
+    assert verdict(Estimate(1, 1.0)) == "one seed"
+
+
+def test_seeds_that_only_one_arm_has_do_not_count():
+    found = results(a=[90.0, 91.0, 92.0], b=[91.0, 92.5])
+    comparison = compared(STUDY, found)
+    (sentence,) = sentences(STUDY.claims, comparison, comparison.tables[0])
+    assert "2 seeds" in sentence
+    page = text(STUDY, Results(found.params, found.runs, ["b-2"]), comparison)
+    assert "**Incomplete**: 1 runs are not measured yet: b-2. Run `dvc repro`." in page
+
+
+def test_the_page_has_the_question_the_answer_the_numbers_and_the_commands():
+    found = results(a=[90.0, 91.0, 92.0], b=[92.5, 93.4, 94.6])
+    page = text(STUDY, found, compared(STUDY, found))
+    headings = re.findall(r"^#+ (.*)", page, re.MULTILINE)
+    assert headings == [
+        "Is a better than b?", "What the data say", "Numbers", "What this does not show", "The arms", "Run it again",
+    ]  # fmt: skip
+    assert "| accuracy (%) | a     |     3 | 91.0 |" in page and "**b is ahead of a**" in page
+    assert "    tanglenas study made-up\n" in page
+    assert "3 seeds cover the true mean in 76 %" in page and "| a   | `optimizer=drnas`" in page
+
+
+def test_a_page_of_one_seed_says_that_there_is_no_interval():
+    found = results(a=[90.0], b=[92.0])
+    page = text(STUDY, found, compared(STUDY, found))
+    assert "One seed gives no interval, and shows nothing of chance: a, b." in page and "ahead" not in page
+
+
+def measured(folder: Path, arm: str, seed: int, **content: object) -> None:
+    folder.mkdir(exist_ok=True)
+    whole = {"arm": arm, "seed": seed, "values": {}, "curves": {}, "matrices": {}, "choices": {}, **content}
+    (folder / f"{arm}-{seed}.json").write_text(json.dumps(whole))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a study of ranking, of which two arms are measured."""
+    template = {"space": "autoformer_nano", "dataset": "digits", "search": {}, "discretize": {}, "retrain": {}}
+    made = plan("ranking", template, command="tanglenas study ranking", seeds=[0, 1])
+    (tmp_path / "params.yaml").write_text(yaml_text(made.params))
+    for arm, values in {"spos": (0.5, 0.6), "drnas": (0.2, None)}.items():
+        for seed, value in enumerate(values):
+            measured(tmp_path / "measured", arm, seed, values={"spearman": value, "kendall_tau": 0.1})
+    return tmp_path
+
+
+def test_a_page_is_written_from_what_is_there(folder):
+    assert write_page(folder) == "page: page/ranking.md, .csv, .tex and .png"
+    page = (folder / "page" / "ranking.md").read_text("utf-8")
+    assert (
+        "spos: Spearman's correlation is **not told apart from 0**: 0.550" in page
+        and "10 runs are not measured yet" in page
+    )
+    rows = list(csv.DictReader((folder / "page" / "ranking.csv").read_text("utf-8").splitlines()))
+    assert {row["group"]: row["mean"] for row in rows if row["metric"] == "spearman" and not row["minus"]} == {
+        "spos": "0.55", "drnas": "0.2",
+    }  # fmt: skip
+    assert (folder / "page" / "ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_measurement_is_named(folder):
+    (folder / "measured" / "spos-0.json").write_text("{")
+    with pytest.raises(TangleNASError, match=r"spos-0\.json is not what a run of a study writes"):
+        write_page(folder)
+
+
+def test_a_folder_without_a_study_is_named(tmp_path):
+    with pytest.raises(TangleNASError, match="is not the folder of a study"):
+        write_page(tmp_path)
+
+
+def test_points_of_a_series_are_one_curve_and_bands_need_two_seeds():
+    runs = {
+        "b": {0: Measured(curves={"line": Curve([1.0], [5.0])}), 1: Measured(curves={"line": Curve([1.5], [7.0])})},
+        "c": {0: Measured(curves={"line": Curve([2.0], [6.0])}), 1: Measured(curves={"line": Curve([2.5], [8.0])})},
+        "a": {0: Measured(curves={"line": Curve([1.0, 2.0, 3.0], [0.0, None, 2.0])})},
+    }
+    found = curves(STUDY.arms, runs, "line")
+    assert set(found) == {"both", "a"}
+    x, mean, band = found["both"]
+    assert (x[0], x[-1]) == (1.5, 2.5) and (mean[0], mean[-1]) == (6.0, 7.0) and band is not None
+    assert found["a"][0].tolist() == [1.0, 3.0] and found["a"][2] is None
+
+
+def test_matrices_of_other_names_are_not_averaged():
+    one = Matrix(["x"], ["y"], [[1.0]])
+    runs = {"a": {0: Measured(matrices={"grid": one}), 1: Measured(matrices={"grid": replace(one, values=[[0.0]])}),
+                  2: Measured(matrices={"grid": Matrix(["z"], ["y"], [[9.0]])})}}  # fmt: skip
+    rows, columns, values = matrices(runs, "grid")["a"]
+    assert (rows, columns, values.tolist()) == (["x"], ["y"], [[0.5]])
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    measured(tmp_path, "a", 0, values={"x": None, "y": 1.0})
+    assert read_measured(tmp_path / "a-0.json").values == {"y": 1.0}
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_every_study_draws_what_its_runs_measure(name):
+    """The names that panels and claims rely on, with made-up numbers of all kinds."""
+    from tanglenas_engine.pipeline.studies.figure import draw
+
+    study = studies.load(name)
+    runs = {
+        arm: {
+            seed: Measured(
+                {metric: 1.0 + seed + number for metric in study.metrics},
+                {panel.name: Curve([1.0, 2.0], [seed, number]) for panel in study.panels if panel.kind == "curves"},
+                {
+                    panel.name: Matrix(["a", "b"], ["c"], [[0.5], [None]])
+                    for panel in study.panels
+                    if panel.kind == "matrices"
+                },
+            )
+            for seed in range(2)
+        }
+        for number, arm in enumerate(study.arms)
+    }
+    params = {
+        **results(a=[1.0]).params,
+        "study": name,
+        "arms": {arm: {"bindings": []} for arm in study.arms},
+        "seeds": [0, 1],
+    }
+    comparison = compared(replace(study, across=None), Results(params, runs, []))
+    assert draw(study, runs, comparison).startswith(b"\x89PNG")
+    assert len(sentences(study.claims, comparison, comparison.tables[0])) >= 2

@@ -1,0 +1,213 @@
+"""Studies: their folders as DVC reads them, and what people type wrong."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from dvc.repo import Repo
+from paths import ROOT
+
+from tanglenas_engine.cli import main
+from tanglenas_engine.pipeline import studies
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.params import parsed
+from tanglenas_engine.pipeline.studies import runs
+from tanglenas_engine.pipeline.studies.memory import Need, check
+from tanglenas_engine.pipeline.studies.plan import plan
+from tanglenas_engine.pipeline.studies.run import arguments_of
+from tanglenas_engine.pipeline.studies.study import SCALES, Claim
+from tanglenas_engine.plugins import manager
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Run the command for a study in the folder `here`, without running the study."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(main, ["study", *arguments, "--no-run", "--out", "here"])
+
+
+def stages(folder: Path) -> dict:
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    with Repo(folder) as repo:  # it checks the graph, too
+        return {stage.name: stage for stage in repo.index.stages}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_dvc_reads_the_pipeline_of_every_study(study, tmp_path, name, scale):
+    space = ("--space", "toy_cell") if scale == "paper" else ()
+    assert study(name, "--scale", scale, *space, "--seeds", "3,5").exit_code == 0
+    folder, described = tmp_path / "here", studies.load(name)
+    found = stages(folder)
+    arms = parsed((folder / "params.yaml").read_text("utf-8"))
+    arms = list(dict.fromkeys(key.split(".")[1] for key in arms if key.startswith("arms.")))
+    for arm in arms:
+        for seed in (3, 5):
+            own = [f"{stage}@{arm}-{seed}" for stage in described.stages if stage != "search"]
+            assert {*own, f"measure@{arm}-{seed}"} <= found.keys()
+            trained = f"search@{arm}-{seed}" in found or f"search-of-{arm}@{seed}" in found
+            assert trained == ("search" in described.stages)
+    written = [Path(out.fs_path) for stage in found.values() for out in stage.outs]
+    for stage in found.values():
+        for dep in stage.deps:
+            path = Path(dep.fs_path)
+            if dep.def_path != "params.yaml":
+                made = any(path == out or out in path.parents or path in out.parents for out in written)
+                assert made or path.exists(), f"{stage.name} depends on {dep.def_path}, which nothing makes"
+    assert "page" in found
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_every_part_of_a_study_is_about_another_that_exists(name):
+    described = studies.load(name)
+    assert described.question.endswith("?") and described.limits and set(described.scales) == set(SCALES)
+    for claim in described.claims:
+        assert claim.metric in described.metrics
+        assert claim.arm in ("", *described.arms)
+        assert isinstance(claim.against, float) or claim.against in described.arms
+    for panel in described.panels:
+        assert panel.kind != "means" or panel.name in described.metrics
+    assert not [name for name in described.arms if not re.fullmatch(r"[a-z0-9-]+", name)]  # DVC reads dots as groups
+    for arm in described.arms.values():
+        assert {arm.supernet, arm.as_long_as} <= {"", *described.arms}
+        manager().resolve("optimizer", str(arm.params.get("optimizer", "drnas")))
+    for scale in described.scales.values():
+        assert {*scale.arms, *scale.without} <= {*described.arms}
+
+
+def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_path, monkeypatch):
+    given = (
+        "--bind",
+        "search.clip = 1.0",
+        "--bind",
+        "retrain: retrain.clip = 2.0",
+        "-S",
+        "search.epochs=4",
+        "--seeds",
+        "7",
+    )
+    assert study("stability", *given).exit_code == 0
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")
+    with runs.entered("warm-up", "7") as run:
+        assert Path.cwd() == tmp_path / "here" / "runs" / "warm-up-7"
+        arguments = arguments_of("search")
+        assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
+        assert arguments[-2:] == ["search.clip = 1.0", 'create_optimizer.regularizer = "none"']
+        assert run.params["search"]["epochs"] == 4
+        assert "retrain.clip = 2.0" in arguments_of("retrain") and "retrain.clip = 2.0" not in arguments
+    assert Path.cwd() == tmp_path / "here"
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_the_config_of_every_arm_is_read_by_every_stage(study, tmp_path, monkeypatch, name):
+    assert study(name, "--seeds", "0").exit_code == 0
+    monkeypatch.chdir(tmp_path / "here")
+    for variable in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
+        monkeypatch.setenv(variable, "")
+    for arm in studies.load(name).arms:
+        if arm in runs.read_params(tmp_path / "here")["arms"]:
+            with runs.entered(arm, "0"):
+                for stage in studies.load(name).stages:
+                    with configured(arguments_of(stage)):
+                        pass
+
+
+def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch):
+    assert study("stages", "--seeds", "0").exit_code == 0
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "here" / "runs" / "spos-evolution-0" / "out"
+    out.mkdir(parents=True)
+    (out / "search.run.json").write_text('{"used": {"processor_seconds": 99, "work_processor_seconds": 30.5}}')
+    (out / "discretize.run.json").write_text('{"used": {"work_processor_seconds": 11.2}}')
+    for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")
+    with runs.entered("drnas", "0"):
+        assert "search.seconds = 41.7" in arguments_of("search")
+    (out / "discretize.run.json").write_text("{}")
+    with pytest.raises(Exception, match="has no times, as its stages ran with TANGLENAS_TRACKING=off"):
+        runs.entered("drnas", "0").__enter__()
+
+
+def test_the_paper_gives_methods_epochs_of_their_own():
+    template = layout_template()
+    made = plan("fractions", template, command="", scale="paper", space="toy_cell")
+    assert made.params["recipe"] == "paper/toy_cell" and made.params["dataset"] == "fashion_mnist"
+    assert made.params["seeds"] == [9001, 9002, 9003, 9004]
+    epochs = {arm: own["search"]["epochs"] for arm, own in made.params["arms"].items()}
+    assert (epochs["drnas-50"], epochs["spos-80"]) == (100, 250)
+
+
+def layout_template() -> dict:
+    template: dict = {}
+    for key, value in parsed((ROOT / "params.yaml").read_text("utf-8")).items():
+        group, _, name = key.rpartition(".")
+        (template.setdefault(group, {}) if group else template)[name] = value
+    return template
+
+
+def test_some_arms_bring_those_that_they_need():
+    made = plan("stages", layout_template(), command="", arms=["drnas-evolution"])
+    assert list(made.params["arms"]) == ["drnas", "spos-evolution", "drnas-evolution"]
+    with pytest.raises(Exception, match="Did you mean 'drnas-evolution'"):
+        plan("stages", layout_template(), command="", arms=["drnas-evolutoin"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["rankin"], "unknown study 'rankin'. Did you mean 'ranking'?"),
+        (["ranking", "--space", "gpt_nan"], "Did you mean 'gpt_nano'?"),
+        (["ranking", "--dataset", "digit"], "Did you mean 'digits'?"),
+        (["ranking", "--space", "gpt_nano"], "the space 'gpt_nano' is not for data such as 'digits'"),
+        (["ranking", "--scale", "gpu"], "unknown scale 'gpu'"),
+        (
+            ["ranking", "--scale", "paper", "--space", "gpt_nano"],
+            "--scale paper has no recipe for the space 'gpt_nano'",
+        ),
+        (["ranking", "--table", "none.csv"], "--table none.csv: there is no such file"),
+        (["ranking", "--seeds", "0,0"], "--seeds has a number twice"),
+        (["ranking", "--seeds", "a"], "expected whole numbers with commas"),
+        (["ranking", "--seeds", ","], "--seeds is empty"),
+        (["ranking", "-S", "search.epcohs=3"], "Did you mean 'search.epochs'?"),
+        (["ranking", "-S", "search.epochs"], "expected KEY=VALUE"),
+        (["ranking", "--arms", "spso"], "unknown arm of the study 'spso'. Did you mean 'spos'?"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_in_a_sentence(study, tmp_path, arguments, message):
+    result = study(*arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(study, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "params.yaml").write_text("space: gpt_nano\n")
+    assert "here is not an empty folder" in study("ranking").stderr
+    (tmp_path / "here" / "params.yaml").unlink()
+    assert study("ranking").exit_code == 0
+    before = (tmp_path / "here" / "params.yaml").read_bytes()
+    assert study("ranking").exit_code == 0  # the same study goes on
+    assert "holds the study 'ranking' with other settings" in study("ranking", "--seeds", "1").stderr
+    assert (tmp_path / "here" / "params.yaml").read_bytes() == before
+
+
+def test_without_a_name_the_studies_are_listed():
+    said = CliRunner().invoke(main, ["study"]).stdout
+    assert [line.split()[0] for line in said.splitlines()] == list(studies.NAMES)
+
+
+def test_a_search_that_memory_cannot_hold_is_refused_before_it_starts(monkeypatch):
+    monkeypatch.setattr("tanglenas_engine.pipeline.studies.memory.available", lambda: (4 * 2**30, "this machine"))
+    assert "keeps; this machine has 4.0 GiB free" in check(Need(2**20, 2**30, 64))
+    with pytest.raises(
+        Exception, match=r"about 9\.9 GiB.*a batch of 512 keeps\. this machine has 4\.0 GiB free\. Take"
+    ):
+        check(Need(2**30, 8 * 2**30, 512))
+
+
+def test_claims_against_numbers_and_arms_are_told_apart():
+    assert Claim("x", against=0.0).against == 0.0 and Claim("x").against == ""
