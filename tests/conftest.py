@@ -151,3 +151,8 @@ def _others(table: list[pytest.Item]) -> list[pytest.Item]:
     every = 2 if len(left) <= LONG else 3
     turn = zlib.crc32(table[0].originalname.encode())
     return [item for number, item in enumerate(left) if (number + turn) % every]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
