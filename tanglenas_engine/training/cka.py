@@ -44,16 +44,21 @@ class CKA:
     def result(self) -> Tensor:
         """Return the similarities, `(layers of the one, layers of the other)`: 1 for equal up to rotation and scale.
 
-        A layer whose features are the same for all inputs has NaN. The estimate may be slightly below 0 or above 1.
+        A layer whose features do not differ between inputs has NaN, and so has one whose own HSIC is estimated below 0.
+        The estimate may be slightly below 0 or above 1.
         """
         between, one, other = self._sums
-        scale = one[:, None] * other[None]
-        return torch.where(scale > 0, between / scale.clamp_min(1e-300).sqrt(), torch.nan)
+        known = (one > 0)[:, None] & (other > 0)[None]
+        return torch.where(known, between / (one[:, None] * other[None]).clamp_min(1e-300).sqrt(), torch.nan)
 
 
 def _grams(features: Sequence[Tensor]) -> Tensor:
-    """Return the Gram matrices with a diagonal of 0, `(layers, B, B)`, in float64."""
+    """Return the Gram matrices with a diagonal of 0, `(layers, B, B)`, in float64.
+
+    The estimate does not change with the mean of the features. Large means would leave rounding errors of it.
+    """
     flat = [one.flatten(1).double() for one in features]
+    flat = [one - one.mean(0) for one in flat]
     count = len(flat[0])
     if count < LEAST:
         raise TangleNASError(f"a batch of {count} samples has no unbiased HSIC: take {LEAST} or more")

@@ -55,6 +55,14 @@ def test_features_that_never_differ_have_no_similarity():
     assert found.result()[0].isnan().all() and found.result()[1].isfinite().all()
 
 
+def test_a_large_mean_of_features_changes_nothing():
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    found, shifted = CKA(), CKA()
+    found.add([x], [x, y])
+    shifted.add([1e-3 * x + 1e6], [1e-3 * x + 1e6, y])
+    torch.testing.assert_close(shifted.result(), found.result(), atol=1e-5, rtol=0)
+
+
 def test_a_batch_of_three_is_refused():
     with pytest.raises(TangleNASError, match="a batch of 3 samples has no unbiased HSIC: take 4 or more"):
         CKA().add([torch.randn(3, 2)], [torch.randn(3, 2)])
