@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create
 from tanglenas_engine.pipeline.studies.run import arguments_of
+from tanglenas_engine.training.bytes import saved_bytes
 
 BASE = 900 * 2**20
 """Bytes of a stage's process before it trains: Python, torch, MLflow and timm."""
@@ -47,23 +47,12 @@ def estimate() -> Need:
     with configured(arguments_of("search")):
         _, space, _ = create()
         batch_size = int(gin.query_parameter("search.batch_size"))
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(storage)
-        return tensor
-
-    weights = {parameter.untyped_storage().data_ptr() for parameter in space.parameters()}
-    held: list[torch.UntypedStorage] = []
     inputs = space.example_input(SAMPLES)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), space.as_largest():
-        outputs = space(inputs)
-    del outputs
+    weights = {parameter.untyped_storage().data_ptr() for parameter in space.parameters()}
+    with space.as_largest():
+        kept = saved_bytes(lambda: space(inputs), weights)
     parameters = sum(parameter.nbytes for parameter in space.parameters())
-    return Need(STATES * parameters, sum(kept.values()) * batch_size // SAMPLES, batch_size)
+    return Need(STATES * parameters, kept * batch_size // SAMPLES, batch_size)
 
 
 def available() -> tuple[int, str]:
