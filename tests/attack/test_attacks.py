@@ -477,6 +477,7 @@ def test_another_point_of_the_front_is_no_other_run(finished):
 
 @pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
 @pytest.mark.part(2)
+@pytest.mark.exhaustive
 def test_a_moved_project_writes_nothing_into_the_old_place_and_is_mended(project, tmp_path, monkeypatch, how):
     (project / "note.txt").write_text("1")
     with MlflowTracker.open(stage="search", root=project) as tracker:
@@ -521,6 +522,7 @@ def test_what_waits_for_a_deleted_experiment_is_sent(project, waiting):
     assert upload.problem == "" and upload.run_id and spooled_runs(project) == []
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_id_was_lost_on_the_way_is_made_once(project, monkeypatch):
     from mlflow import MlflowClient
 
@@ -542,6 +544,7 @@ def test_a_run_whose_id_was_lost_on_the_way_is_made_once(project, monkeypatch):
 # A new project
 
 
+@pytest.mark.exhaustive
 def test_a_new_project_tells_nobody_and_runs_experiments_after_the_commands_that_init_prints(tmp_path, monkeypatch):
     person = {f"GIT_{role}_{key}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
     for name, value in {**person, "GIT_CONFIG_GLOBAL": os.devnull}.items():
@@ -583,6 +586,7 @@ def test_what_people_start_does_not_phone_home():
 # Threads and processes
 
 
+@pytest.mark.exhaustive
 def test_a_resume_with_another_number_of_threads_says_so(tmp_path, capsys):
     torch.manual_seed(0)
     space = create_space("toy_conv_macro_nano")

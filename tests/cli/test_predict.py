@@ -149,6 +149,7 @@ def test_a_language_model_is_exported_for_any_length_up_to_the_block(texts):
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda code: re.sub(r"\W+", "-", code)[:40])
+@pytest.mark.exhaustive
 def test_code_of_the_page_runs(images, texts, snippet, monkeypatch, tmp_path, capsys):
     """Each on its own; the second one of timm goes on from the first."""
     language = "tokenizers" in snippet

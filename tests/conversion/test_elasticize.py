@@ -56,6 +56,7 @@ def network(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.part(28)
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_space_inside_a_model_of_timm_keeps_every_promise(name):
     model, x = network(name), torch.randn(2, 3, 32, 32)
     space = elasticize(model, x)

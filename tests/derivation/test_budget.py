@@ -142,6 +142,7 @@ def test_the_projection_is_the_most_probable_architecture_that_fits(name, metric
 @pytest.mark.parametrize("kind", [int, float])
 @pytest.mark.part(2)
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_costs_that_pull_apart_are_met_together_or_refused_together(kind):
     space = SPACES["convolutional"]()
     # Thirds of which sums depend on their order, or whole numbers.

@@ -16,6 +16,7 @@ CASES = [(48, True, True), (64, True, False), (5, False, False)]
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need Triton")
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_kernels_compute_what_the_operations_of_torch_do():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when Triton is imported
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)

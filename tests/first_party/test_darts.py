@@ -49,6 +49,7 @@ def test_a_published_network_has_its_published_size():
     assert space.cost(space.from_string(DARTS_V2)).params == 3_349_342
 
 
+@pytest.mark.exhaustive
 def test_a_network_for_retraining_takes_the_architecture_of_the_search():
     space, larger = small(), small(layers=6, channels=4, affine=True, pool_norm=False)
     architecture = space.from_string(DARTS_V2)

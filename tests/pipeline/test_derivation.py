@@ -85,6 +85,7 @@ def refused(capsys, stage, *bindings):
     return capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_method_is_named_and_its_options_are_bound_by_its_name(project):
     run(discretize, 'discretize.method = "evolution"', "discretize.candidates = 16", *SMALL_EVOLUTION)
     generations = sorted(int(row["generation"]) for row in rows("out/discretize/candidates.csv"))

@@ -123,6 +123,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.part(4)
+@pytest.mark.exhaustive
 def test_every_space_can_be_drawn(name, tmp_path):
     space = MADE[name]()
     figures.alphas(history(space, 3), options(space), tmp_path / "alphas.png")

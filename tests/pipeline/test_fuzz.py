@@ -182,6 +182,7 @@ def _paths(content: dict, prefix: str = ""):
 
 @fuzzed
 @given(st.sampled_from(KEYS), scalars, st.sampled_from(sorted(COMMANDS)))
+@pytest.mark.exhaustive
 def test_a_value_in_params_is_used_or_refused(project: Path, path: tuple[str, ...], value: Any, stage: str) -> None:
     content = copy.deepcopy(CONTENT)
     (*group, key) = path

@@ -31,6 +31,7 @@ def theatre(tmp_path_factory: pytest.TempPathFactory) -> Theatre:
 
 @pytest.mark.parametrize("case", [GRADIENT, SAMPLED, TEXT, RETRAIN, DISCRETIZE], ids=str)
 @pytest.mark.part(5)
+@pytest.mark.exhaustive
 def test_a_stage_that_is_killed_at_a_random_moment_leaves_what_it_leaves_undisturbed(
     theatre: Theatre, case: Case
 ) -> None:

@@ -295,6 +295,7 @@ def kept(root: Path) -> list[Path]:
     return [path for path in (root / ".tanglenas").rglob("*") if path.is_file()]
 
 
+@pytest.mark.exhaustive
 def test_a_server_out_of_reach_costs_one_warning_and_seconds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
     start = time.monotonic()
@@ -414,6 +415,7 @@ def test_a_server_that_answers_again_is_told_what_waits(
     assert served_run().info.status == "FINISHED" and not kept(root)
 
 
+@pytest.mark.exhaustive
 def test_a_slow_server_costs_a_bounded_time_and_doubles_nothing(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +563,7 @@ def test_a_run_killed_while_the_server_was_down_goes_on_as_one(
     assert not kept(root)
 
 
+@pytest.mark.exhaustive
 def test_a_damaged_or_hostile_spool_sends_what_is_whole_and_no_file_of_others(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

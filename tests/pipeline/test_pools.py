@@ -81,6 +81,7 @@ def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
     assert len(load_table(project / "pool.csv")) == 4
 
 
+@pytest.mark.exhaustive
 def test_a_training_that_fails_is_left_out_and_named(project, monkeypatch):
     monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, "the loss is nan"))
     result = build("--count", "3")

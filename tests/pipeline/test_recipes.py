@@ -91,6 +91,7 @@ def test_a_recipe_configures_the_plugins_that_it_names(project: Path, recipe: st
 @pytest.mark.parametrize("stage", ["search", "retrain"])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.part(6)
+@pytest.mark.exhaustive
 def test_a_recipe_trains(project: Path, recipe: str, stage: str) -> None:
     choose(recipe)
     configure(arguments(project, stage))

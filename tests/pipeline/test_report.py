@@ -127,6 +127,7 @@ def test_all_finished_runs_are_compared_with_the_optimizer_that_led_to_them(proj
     assert sum(address.startswith("data:image/svg") for address in page.loads) == 1
 
 
+@pytest.mark.exhaustive
 def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_spread(project):
     made = [("one-0", 0, 5, 90.0), ("one-1", 1, 5, 94.0), ("one-2", 0, 6, 60.0), ("two-0", 0, 5, 70.0)]
     for pipeline, seed, budget, accuracy in [*made, ("one-1", 1, 5, 92.0)]:  # a seed that ran again counts once

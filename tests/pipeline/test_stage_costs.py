@@ -182,6 +182,7 @@ def test_a_search_that_passes_keeps_its_own_config_and_results(project):
 
 @pytest.mark.parametrize("change", [{"space": "autoformer_t"}, {"dataset": "fashion_mnist"}])
 @pytest.mark.part(2)
+@pytest.mark.exhaustive
 def test_a_budget_for_another_space_or_dataset_is_no_matter(project, change):
     command = arguments(project, "search")
     set_params(project, discretize={"max_params": 1000}, **change)

@@ -23,6 +23,7 @@ def compressed(folder, methods, monkeypatch):
     return {m: study.once(f"{m}/0.5/0", partial(study.compress, m, 0.5, 0)) for m in methods}
 
 
+@pytest.mark.exhaustive
 def test_compressed_networks_are_within_the_budget_and_results_are_kept(tmp_path, monkeypatch):
     rows = compressed(tmp_path, ["ours, search", "ours, direct", "uniform", "scratch"], monkeypatch)
     for method, row in rows.items():
@@ -57,6 +58,7 @@ def test_a_peer_that_is_missing_names_the_command_that_installs_it(method, modul
         compressed(tmp_path, [method], monkeypatch)
 
 
+@pytest.mark.exhaustive
 def test_what_a_method_cannot_do_is_a_result(tmp_path, monkeypatch):
     def fails(study, most, seed):
         raise ValueError("no such network")

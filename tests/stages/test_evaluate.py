@@ -120,6 +120,7 @@ def judged():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_table_of_the_supernets_own_scores_is_ranked_perfectly(judged):
     space, data, worth = judged
     before = {name: tensor.clone() for name, tensor in space.state_dict().items()}

@@ -48,6 +48,7 @@ def searched(optimizer: str = "drnas", **options):
 
 @pytest.mark.parametrize("optimizer", manager().names("optimizer"))
 @pytest.mark.part(4)
+@pytest.mark.exhaustive
 def test_a_search_by_seconds_is_that_of_as_many_epochs(optimizer, monkeypatch):
     Clock(monkeypatch)
     # Each measurement takes one second: an epoch of two of 20 steps and a validation takes 1.1.

@@ -350,6 +350,7 @@ def test_an_objective_is_checked_on_the_space_that_is_named(check, name, status,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_objective_is_checked_where_it_fits(check, tmp_path):
     measure_latency(create_space("toy_cell"), threads=1, fitted=0, validated=0, repeats=1).save(tmp_path / "table.json")
     result = check("latency", "-o", f"table={tmp_path / 'table.json'}")

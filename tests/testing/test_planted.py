@@ -97,6 +97,7 @@ class Stubborn(DARTS):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_optimizer_that_does_not_find_is_told_what_it_missed():
     with pytest.raises(AssertionError) as caught:
         check_finds(Stubborn, ["depth_small", "depth_large"])

@@ -336,6 +336,7 @@ def test_none_of_the_standard_library_is_refused():
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.exhaustive
 def test_a_space_made_with_the_options_of_the_text_learns_it(tokenizer):
     dataset = StdlibText(60_000, block_size=16, tokenizer=tokenizer, vocab_size=300)
     assert dataset.space_options() == {"vocab_size": dataset.vocab_size, "block_size": 16}

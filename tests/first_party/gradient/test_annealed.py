@@ -65,6 +65,7 @@ def test_the_history_says_the_temperature(name):
 
 @pytest.mark.parametrize("name", ANNEALED)
 @pytest.mark.part(3)
+@pytest.mark.exhaustive
 def test_a_search_that_cools_resumes_exactly(name):
     check_resume(lambda: create_optimizer(name, temperature=1.0, final_temperature=0.2), lambda: tiny("vit"))
 

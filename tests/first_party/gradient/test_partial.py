@@ -159,6 +159,7 @@ def test_a_pruned_dirichlet_is_the_dirichlet_of_what_is_left():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_ends_with_all_channels():
     space = tiny("toy_cell")
     data = random_data(space, ("weights", "architecture", "validation"))

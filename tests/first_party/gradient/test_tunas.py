@@ -51,6 +51,7 @@ def exact_gradient(optimizer, holds):
 @pytest.mark.parametrize("name", ["stages", "convolutional"])
 @pytest.mark.parametrize("banded", [False, True])
 @pytest.mark.part(4)
+@pytest.mark.exhaustive
 def test_the_gradient_is_that_of_the_expected_loss(name, banded):
     space = tiny(name).double()
     optimizer, holds = bound(space), lambda architecture: True
@@ -108,6 +109,7 @@ def test_random_operations_warm_up_too():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_with_a_target_stays_in_the_band_and_resumes():
     def target():
         return Target(create_objective("macs"), share=0.7)

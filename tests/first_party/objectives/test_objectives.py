@@ -126,6 +126,7 @@ def test_a_multiplier_grows_above_the_target_and_falls_below_it_down_to_0():
     assert float(target.bind(space).multiplier) == 0.5  # another search starts anew
 
 
+@pytest.mark.exhaustive
 def test_a_search_with_a_multiplier_resumes_exactly():
     target = Target(create_objective("macs"), share=0.35, penalty="multiplier")
     check_resume(partial(create_optimizer, "darts"), vit, targets=[target], warmup_epochs=0)
@@ -178,6 +179,7 @@ def test_the_penalty_waits_for_the_end_of_the_warm_up(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.exhaustive
 def test_a_search_with_a_target_that_is_killed_ends_like_one_that_is_not(strategy):
     targets = [Target(create_objective("macs"), share=0.3), Target(Energy(), value=0.6, penalty="log")]
     check_resume(partial(create_optimizer, "drnas"), vit, (1, 3), strategy=strategy, targets=targets)

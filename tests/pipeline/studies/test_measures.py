@@ -23,6 +23,7 @@ def run_of(study: str, done, **options: object) -> Run:
 
 
 @pytest.mark.parametrize("name", ["anytime", "stages", "fractions", "inheritance", "insights", "stability"])
+@pytest.mark.exhaustive
 def test_a_finished_run_is_measured_by_every_study(done, name):
     run, study = run_of(name, done), studies.load(name)
     measured = study.measure(run)
@@ -143,6 +144,7 @@ def test_a_space_has_fewer_options_with_the_largest_network_left(name):
     assert len(largest) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_step_is_measured_for_every_kind_of_sharing(tmp_path):
     study = studies.load("sharing")
     for mode in ("superposed", "separate"):
