@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import DISTINCT, tiny
+from tiny import DISTINCT, example, tiny
 
 from tanglenas_engine.superposition.mixture import COVERED
 
 SIZES_ONLY = [
-    name for name in DISTINCT if not any(isinstance(o, str) for c in tiny(name).choices.values() for o in c.options)
+    name for name in DISTINCT if not any(isinstance(o, str) for c in example(name).choices.values() for o in c.options)
 ]
 
 

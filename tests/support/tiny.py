@@ -1,5 +1,7 @@
 """The registered spaces at a size at which every optimizer can search every one of them."""
 
+import functools
+
 from spaces import REGISTERED, SMALL, SPACES
 
 from tanglenas_engine import SearchSpace
@@ -79,6 +81,12 @@ def tiny(name: str, **options) -> SearchSpace:
     space = SPACES[name](**options)
     space.name = name
     return space
+
+
+@functools.cache
+def example(name: str) -> SearchSpace:
+    """The space of this name, built once: tests look at it, and change nothing."""
+    return tiny(name)
 
 
 ALL = [*SPACES, *REGISTERED]
