@@ -53,6 +53,7 @@ print(*({HEAVY!r} & set(sys.modules)), file=sys.stderr)
     assert run.stderr.split() == []
 
 
+@pytest.mark.slow
 def test_help_is_fast():
     def seconds() -> float:
         start = time.perf_counter()

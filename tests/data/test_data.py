@@ -73,6 +73,7 @@ def test_splits_are_disjoint_and_cover_the_pool(digits):
     assert splits.training.equal(torch.cat(parts[:2]).sort().values)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     counts=st.lists(st.integers(20, 60), min_size=2, max_size=5),

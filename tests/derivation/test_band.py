@@ -121,6 +121,7 @@ class Opaque(Objective):
         return self.space.expected_cost(mixture).params
 
 
+@pytest.mark.slow
 def test_a_cost_without_tables_is_met_by_moves():
     space = vit()
     most = limited(space, 0.6, ("params",))["params"]

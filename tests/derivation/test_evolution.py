@@ -137,6 +137,7 @@ def one_move_away(space, architecture):
     return {space.architecture_of({**picks, **change}).digest for change in space.moves(picks)}
 
 
+@pytest.mark.slow
 def test_a_large_tournament_breeds_from_the_best_alone():
     space = tiny("nb201")
     with Known(space, additive(space, 0), limit=30) as tried:
@@ -149,6 +150,7 @@ def test_a_large_tournament_breeds_from_the_best_alone():
     assert all(row["digest"] in near for row in tried.records[10:])
 
 
+@pytest.mark.slow
 def test_parents_retire(monkeypatch):
     mutated = Variation.mutated
     space, worth = tiny("nb201"), additive(tiny("nb201"), 0)

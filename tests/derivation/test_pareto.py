@@ -129,6 +129,7 @@ def test_it_finds_the_whole_front_of_a_small_space():
     assert len(exact) > 3 and len(found & exact) >= 0.7 * len(exact)
 
 
+@pytest.mark.slow
 def test_it_covers_all_costs_within_a_budget_and_judges_each_candidate_on_all_samples():
     space = tiny("autoformer_nano")
     high = space.cost(space.largest()).params

@@ -214,6 +214,7 @@ def test_an_interrupted_race_ends_as_if_it_had_not_been(train, leaders, tmp_path
     assert "discretize: 5 trainings were done before" in notes
 
 
+@pytest.mark.slow
 def test_results_of_another_recipe_are_not_used(train, tmp_path):
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         raced(train, checkpoints)

@@ -124,6 +124,7 @@ def test_a_space_that_does_not_tell_its_decisions_has_random_candidates():
     assert any("the space does not tell its decisions" in line for line in notes.lines)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_not_needed_but_taken():
     space = vit(depth=(1, 2, 3))
     mixture: Mixture = space.mixture({k: torch.full((n, k), 1 / k) for k, n in space.stacks.items()})

@@ -114,6 +114,7 @@ def test_strides_and_activations_are_those_of_once_for_all():
     assert gates == {"Hardsigmoid"}
 
 
+@pytest.mark.slow
 def test_lists_of_once_for_all_for_all_blocks_are_read():
     with torch.device("meta"):
         space = create_space("mobilenetv3")

@@ -1,6 +1,7 @@
 """The folders of the engine are in an order, and no modules import each other in a circle, even for annotations."""
 
 import ast
+import functools
 import itertools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -36,6 +37,7 @@ def imported(name: str, path: Path) -> list[tuple[str, str | None, str]]:
     return found
 
 
+@functools.cache
 def graph(root: Path) -> dict[str, set[str]]:
     """For each module of a package the ones that it imports.
 

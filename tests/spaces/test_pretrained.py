@@ -79,6 +79,7 @@ def test_a_folder_that_was_exported_starts_a_search_again(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["toy_conv_macro", "gpt_nano", "mobilenetv3_nano", "nb201_nano"])
+@pytest.mark.slow
 def test_a_supernet_starts_from_another_s_file(tmp_path, name):
     there, here = tiny(name), tiny(name)
     save_weights(tmp_path / "supernet.safetensors", {f"module.{k}": v for k, v in there.state_dict().items()})

@@ -41,6 +41,7 @@ def test_rotations_and_scales_of_features_are_alike():
     torch.testing.assert_close(found.result(), torch.ones(1, 2, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_independent_features_have_none_on_average_whatever_the_size_of_a_batch():
     for size in (4, 16):
         found = CKA()

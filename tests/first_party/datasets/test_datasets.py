@@ -542,6 +542,7 @@ def test_imagenet_opens_no_file_at_the_start(tmp_path):
     assert make().fingerprint != fingerprint
 
 
+@pytest.mark.slow
 def test_imagenet16_120_has_120_classes_of_16x16(tmp_path):
     classes = [f"n{i:08}" for i in range(120)]
     write_images(tmp_path / "train", 2, classes, size=(16, 16))
@@ -755,6 +756,7 @@ def test_impossible_image_folder_options_are_named(pictures, options, message):
 # What a dataset says of its inputs, and what an exported network keeps of it
 
 
+@pytest.mark.slow
 def test_datasets_of_images_state_the_normalisation_that_they_apply(tmp_path, fashion_folder, pictures):
     folders = {kind: write_cifar(tmp_path, kind)[0] for kind in KINDS}
     datasets = [Digits(), FashionMNIST(fashion_folder), *(kind(folder) for kind, folder in folders.items())]
@@ -767,6 +769,7 @@ def test_datasets_of_images_state_the_normalisation_that_they_apply(tmp_path, fa
     assert Text.mean is Text.std is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["autoformer_nano", "mobilenetv3_nano"])
 def test_timm_makes_inputs_for_an_exported_network_as_its_dataset_does(tmp_path, space):
     write_images(tmp_path / "images", 1)

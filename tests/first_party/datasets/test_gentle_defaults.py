@@ -53,6 +53,7 @@ def test_small_images_are_shifted_a_little_and_never_cropped_or_mirrored(picture
     assert all(torch.isclose(one, windows, atol=1e-6).flatten(1).all(1).any() for one in found[:50])
 
 
+@pytest.mark.slow
 def test_large_images_keep_a_third_of_their_area_at_least(pictures: Path) -> None:
     found = drawn(ImageFolder(pictures, image_size=96))
     spans = found[:, 0, 48, -1] - found[:, 0, 48, 0]  # of a gradient over the whole width, of 0.76
@@ -158,6 +159,7 @@ def test_the_confusion_matrix_counts_every_test_sample_once() -> None:
     assert not network._forward_hooks
 
 
+@pytest.mark.slow
 def test_classes_and_matrix_become_tables_and_a_figure(tmp_path: Path) -> None:
     said: list[str] = []
     written: dict[str, list] = {}
