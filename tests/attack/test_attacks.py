@@ -238,6 +238,7 @@ def test_an_address_without_a_secret_is_told_as_it_is():
 
 
 @pytest.mark.parametrize("uri", [uri for uri in ADDRESSES if not uri.startswith("sqlite")])
+@pytest.mark.part(3)
 def test_doctor_prints_no_secret_of_the_address(project, monkeypatch, uri):
     (project / ".tanglenas" / "runs" / ("0" * 32)).mkdir(parents=True)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -376,7 +377,7 @@ def _late(path: Path) -> None:
         ".tanglenas/locks/search-0/lock", ".tanglenas/locks", ".tanglenas/runs", "out/search.run.json", "params.yaml",
     ],
 )  # fmt: skip
-@pytest.mark.part(3)
+@pytest.mark.part(4)
 def test_doctor_survives_damaged_state(project, migrated, place, damage):
     path = project / place
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -214,7 +214,7 @@ FORGERIES = [
 
 
 @pytest.mark.parametrize("forge", FORGERIES)
-@pytest.mark.part(12)
+@pytest.mark.part(24)
 def test_a_forged_state_ends_in_a_sentence(sound, tmp_path, forge):
     state = copy.deepcopy(sound)
     forge(state)

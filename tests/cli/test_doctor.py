@@ -193,6 +193,7 @@ def test_a_checkpoint_that_the_pipeline_left_can_go_on(ask, cut_off):
         ({"code": {"tanglenas_gone": "0"}, "torch": "1.0"}, "tanglenas_gone and torch have changed"),
     ],
 )
+@pytest.mark.exhaustive
 def test_a_checkpoint_of_other_code_is_of_no_use(ask, cut_off, change, message):
     file = cut_off / "made-by.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -201,6 +202,7 @@ def test_a_checkpoint_of_other_code_is_of_no_use(ask, cut_off, change, message):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"code": 3, "torch": "1"}', '{"code": {"../x": 1}, "torch": 1}'])
+@pytest.mark.exhaustive
 def test_a_damaged_note_about_the_code_disturbs_nobody(ask, cut_off, text):
     (cut_off / "made-by.json").write_text(text)
     (note,) = those(ask()[1], "note")

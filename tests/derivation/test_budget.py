@@ -180,7 +180,7 @@ def test_costs_that_pull_apart_are_met_together_or_refused_together(kind):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
-@pytest.mark.part(3)
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_decisions_of_hundreds_of_alternatives_are_taken_together(share):
     """Of darts, too large to enumerate: decision by decision, what no other beats in score and cost is kept."""

@@ -253,6 +253,7 @@ def test_a_node_with_one_edge_or_three_is_refused():
 # Notation.
 
 
+@pytest.mark.exhaustive
 def test_the_usual_notation_goes_both_ways():
     space = small()
     architecture = space.from_string(DARTS_V2)

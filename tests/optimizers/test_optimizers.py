@@ -71,6 +71,7 @@ def test_every_optimizer_goes_through_all_stages_on_every_space(optimizer, space
     ("optimizer", "space", "sharing"),
     [it for it in pairs(but=[LARGE]) if (OPTIMIZERS.index(it[0]) + DISTINCT.index(it[1])) % 2 == 0],
 )
+@pytest.mark.part(8)
 def test_a_search_of_every_optimizer_and_of_every_space_resumes(optimizer, space, sharing):
     check_resume(lambda: create_optimizer(optimizer), lambda: tiny(space, sharing=sharing))
 

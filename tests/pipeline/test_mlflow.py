@@ -398,6 +398,7 @@ def test_a_server_in_trouble_midway_costs_one_warning_and_no_record(
     assert not kept(root)
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_answers_again_is_told_what_waits(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -807,6 +808,7 @@ def test_a_pipeline_whose_run_was_deleted_gets_another(root: Path) -> None:
     assert parent != first.info.run_id and client(root).get_run(parent).info.lifecycle_stage == "active"
 
 
+@pytest.mark.exhaustive
 def test_a_killed_stage_ends_the_run_of_its_pipeline_too(root: Path) -> None:
     code = KILLED.replace('stage="search"', 'stage="search", pipeline_id="p", pipeline="drnas nano s0"')
     run_id = Forked(code, root, "").finished(-signal.SIGKILL).splitlines()[-1]

@@ -65,6 +65,7 @@ def test_a_pool_is_a_table_of_networks_within_the_band(trained):
         assert f"most {name} within the budget: test loss {record['rows'][key]['test_loss']:.4f}" in result.output
 
 
+@pytest.mark.exhaustive
 def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
     before = json.loads((project / "pool.json").read_text())["rows"]
     done = []

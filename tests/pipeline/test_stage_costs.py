@@ -264,6 +264,7 @@ def test_the_machine_that_a_table_is_from_is_told(project, capsys):
         (("discretize.method = 'random'",), None),
     ],
 )
+@pytest.mark.exhaustive
 def test_discretize_tells_whether_the_architecture_is_known_to_be_the_most_probable(project, capsys, bindings, exact):
     discretize.main([*arguments(project, "discretize"), *bindings])
     metrics = json.loads(Path("metrics/discretize.json").read_text())

@@ -67,6 +67,7 @@ print("read")
 READS_OUR_ASCII = {"doctor.py", "spool.py"}
 
 
+@pytest.mark.exhaustive
 def test_no_text_is_read_or_written_in_the_encoding_of_the_locale():
     found = []
     for folder in ("tanglenas_engine", "plugins", "pipelines"):

@@ -41,7 +41,7 @@ def apart(one, other):
 
 
 @pytest.mark.parametrize("case", SEARCHES)
-@pytest.mark.part(3)
+@pytest.mark.part(6)
 def test_two_processes_search_as_one_does(two, case):
     alone, both = getattr(ranked, case)(), two(case)
     same(both[0], both[1], f"{case} on the ranks")
@@ -74,6 +74,7 @@ def test_noise_alone_lets_the_number_of_processes_decide(two):
 
 
 @pytest.mark.cases("bfloat16")
+@pytest.mark.exhaustive
 def test_ranks_agree_in_low_precision_too(two):
     both = two("bfloat16")
     same(both[0], both[1], "the ranks")

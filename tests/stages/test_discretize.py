@@ -228,6 +228,7 @@ def test_an_interrupted_derivation_ends_as_if_it_had_not_been(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [method for method in JUDGING if method != "nsga2"])
+@pytest.mark.exhaustive
 def test_a_derivation_by_seconds_is_that_of_as_many_candidates(method, tmp_path, monkeypatch, capsys):
     ticks = itertools.count()
     monkeypatch.setattr(timer.time, "process_time", lambda: float(next(ticks)))

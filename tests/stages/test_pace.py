@@ -84,6 +84,7 @@ def test_the_trial_counts_and_no_epoch_begins_that_does_not_fit(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_seconds_that_leave_no_epoch_are_refused(monkeypatch):
     Clock(monkeypatch)
     with pytest.raises(

@@ -412,6 +412,7 @@ def test_hidden_states_are_those_before_the_next_layer_that_is_kept():
 
 
 @pytest.mark.parametrize("name", ["gpt_nano", "llama_nano", "resnet_nano", "convnext_nano", "mobilenetv3_nano"])
+@pytest.mark.exhaustive
 def test_hidden_states_come_nearer_to_the_teacher_s(name):
     torch.manual_seed(0)
     space = tiny(name)

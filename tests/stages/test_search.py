@@ -65,7 +65,7 @@ def searched(space=noisy_vit, optimizer="drnas", data=None, **options):
     "strategy, every, cut", [("alternating", 3, 4), ("simultaneous", 1, 4), ("simultaneous", None, 3)]
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.part(3)
+@pytest.mark.part(6)
 @pytest.mark.slow
 def test_a_search_that_is_killed_ends_like_one_that_is_not(optimizer, strategy, every, cut):
     check_resume(
@@ -122,6 +122,7 @@ class Annealed(DARTS):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_that_is_resumed_amid_an_epoch_tells_the_optimizer_how_far_it_is():
     check_resume(Annealed, vit, (4,), architecture_optimizer=partial(torch.optim.Adam, lr=0.5))
     told = []
@@ -391,7 +392,7 @@ def echoes(count: int, generator: torch.Generator) -> TensorSamples:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.part(3)
+@pytest.mark.part(4)
 def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -596,7 +597,7 @@ def test_a_search_stops_when_alpha_has_decided(capsys):
 
 
 @pytest.mark.parametrize("cuts", [(3,), (2, 4)])
-@pytest.mark.part(2)
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_search_that_stops_early_resumes_like_any_other(cuts):
     options = {"architecture_optimizer": partial(torch.optim.SGD, lr=1.0), "epochs": 6}

@@ -15,8 +15,8 @@ FEW = {"vit", "autoformer_nano", "gpt_nano", "nb201_nano", "drnas", "spos"}
 FIRST = 3
 """The entries of a table that `make test-fast` takes."""
 
-SHORT, LONG = 3, 6
-"""The lengths of a table up to which `make test` takes all of it, and up to which half; of a longer one, a third."""
+LONG = 6
+"""The length of a table up to which `make test` takes half of it; of a longer one, a third."""
 
 OPTIMIZERS = sorted(manager().names("optimizer"))
 OTHERS = {*ALL, *OPTIMIZERS} - FEW
@@ -99,7 +99,7 @@ def _others(table: list[pytest.Item]) -> list[pytest.Item]:
     of them. Tables of pairs are short already.
     """
     left = [item for item in table if not item.get_closest_marker("exhaustive")]
-    if len(left) <= SHORT or table[0].get_closest_marker("part") or _pairs_of_known(table):
+    if len(left) == 1 or table[0].get_closest_marker("part") or _pairs_of_known(table):
         return []
     every = 2 if len(left) <= LONG else 3
     turn = zlib.crc32(table[0].originalname.encode())

@@ -311,6 +311,7 @@ OPERATIONS = ("avg_pool_3x3", "nor_conv_1x1", "nor_conv_3x3", "none", "skip_conn
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_table_of_the_size_of_nas_bench_201_is_light(tmp_path):
     path = tmp_path / "large.csv.gz"
     generator = random.Random(0)

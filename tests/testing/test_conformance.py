@@ -358,6 +358,7 @@ def test_an_objective_is_checked_where_it_fits(check, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_plugin_is_checked_whole_and_each_fault_is_in_the_report(check):
     result = check("Tanglenas_Theirs")
     assert result.exit_code == 1

@@ -100,6 +100,7 @@ def test_a_simultaneous_search_has_one_graph():
 
 
 @pytest.mark.parametrize("optimizer", ["spos", "gdas", "sandwich"])
+@pytest.mark.exhaustive
 def test_sampled_architectures_run_as_they_are(optimizer):
     plain, compiled = (searched(optimizer, epochs=1, compile=way) for way in (False, TRACED))
     assert graphs() == 0
@@ -114,6 +115,7 @@ def test_low_precision_compiles():
     assert compiled["history"][0]["weight_loss"] == pytest.approx(low["history"][0]["weight_loss"], abs=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_retraining_compiles_one_graph():
     space = vit()
     data = random_data(space, SPLITS, samples=24)

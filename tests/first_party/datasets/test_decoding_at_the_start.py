@@ -193,6 +193,7 @@ def test_a_later_error_says_what_a_removal_costs(pictures: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_refuses_a_truncated_test_image_before_it_trains(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(lay_out(tmp_path, code=False))
     monkeypatch.setenv("TANGLENAS_TRACKING", "off")

@@ -42,7 +42,7 @@ def drawn(dataset: ImageFolder, count: int = 200) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
-@pytest.mark.part(2)
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_small_images_are_shifted_a_little_and_never_cropped_or_mirrored(pictures: Path, size: int) -> None:
     found = drawn(ImageFolder(pictures, image_size=size))

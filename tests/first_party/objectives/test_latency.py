@@ -88,6 +88,7 @@ def bound(table, space) -> Latency:
     return objective.bind(space)
 
 
+@pytest.mark.exhaustive
 def test_real_times_tell_a_large_network_from_a_small_one():
     wide = {"channels1": (2, 32), "channels2": (2, 32), "channels3": (2, 32), "channels4": (4, 64)}
     space = tiny("toy_conv_macro", image_size=32, **wide)

@@ -36,6 +36,7 @@ def stages(folder: Path) -> dict:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", studies.NAMES)
+@pytest.mark.part(6)
 def test_dvc_reads_the_pipeline_of_every_study(study, tmp_path, name, scale):
     space = ("--space", "toy_cell") if scale == "paper" else ()
     assert study(name, "--scale", scale, *space, "--seeds", "3,5").exit_code == 0
