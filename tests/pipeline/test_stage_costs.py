@@ -305,6 +305,7 @@ def test_options_of_an_objective_are_checked(project, refused):
 # Losses
 
 
+@pytest.mark.exhaustive
 def test_a_loss_that_is_no_number_is_told_with_its_step_and_the_state_before_it_is_kept(project, refused, capsys):
     sys.modules.pop("losses", None)
     bindings = ("search.loss = @losses.loss", "search.checkpoint_every = 3")

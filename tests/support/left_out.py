@@ -16,7 +16,7 @@ FIRST = 3
 """The entries of a table that `make test-fast` takes."""
 
 LONG = 6
-"""The length of a table up to which `make test` takes half of it; of a longer one, a third."""
+"""The length of a table up to which `make test` takes a third of it; of a longer one, a quarter."""
 
 OPTIMIZERS = sorted(manager().names("optimizer"))
 OTHERS = {*ALL, *OPTIMIZERS} - FEW
@@ -93,14 +93,14 @@ def _pairs_of_known(table: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _others(table: list[pytest.Item]) -> list[pytest.Item]:
-    """Return what is left out of a table that is long still: all but every second or third entry.
+    """Return what is left out of a table that is long still: all but every third or fourth entry.
 
     The first one that stays differs between tables, so an option that many tables have, such as a space, is in a part
     of them. Tables of pairs are short already.
     """
     left = [item for item in table if not item.get_closest_marker("exhaustive")]
-    if len(left) == 1 or table[0].get_closest_marker("part") or _pairs_of_known(table):
+    if len(left) < 3 or table[0].get_closest_marker("part") or _pairs_of_known(table):
         return []
-    every = 2 if len(left) <= LONG else 3
+    every = 3 if len(left) <= LONG else 4
     turn = zlib.crc32(table[0].originalname.encode())
     return [item for number, item in enumerate(left) if (number + turn) % every]
