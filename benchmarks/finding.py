@@ -126,7 +126,8 @@ class Method:
 
     Attributes:
         band: Whether a target is set: samples are then drawn within the band, and mixtures are drawn to it.
-        derivations: Names of `DERIVATIONS`.
+        derivations: Names of `DERIVATIONS`. A race gives two results: what it finds, and the candidate that it judged
+            best before any training, which is what `random` or `both` finds.
     """
 
     optimizer: str
@@ -135,9 +136,9 @@ class Method:
 
 
 METHODS = {
-    "spos band": Method("spos", ("random", "race")),
-    "drnas target": Method("drnas", ("argmax", "both", "race")),
-    "hard_concrete target": Method("hard_concrete", ("argmax", "both", "race")),
+    "spos band": Method("spos", ("race",)),
+    "drnas target": Method("drnas", ("argmax", "race")),
+    "hard_concrete target": Method("hard_concrete", ("argmax", "race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
     "spos whole space": Method("spos", ("random",), band=False),
@@ -264,7 +265,11 @@ class Study:
             return
         space, mixture, searched = self.searched(method, seed)
         for derivation, key in keys.items():
-            self.once(key, partial(self.derived, space, mixture, derivation, seed, searched, self.limits))
+            row = self.once(key, partial(self.derived, space, mixture, derivation, seed, searched, self.limits))
+            if "judged" in row:
+                first = {**self.done[f"trained/{row['judged']['digest']}/0"], **row["judged"]}
+                kept = {key: first[key] for key in ("architecture", "digest", "macs", "params", "derive_seconds")}
+                self.once(f"found/{name}, {'both' if mixture else 'random'}/{seed}", lambda k=kept: {**k, **searched})
 
     def front(self, name: str, seed: int) -> None:
         """Search once, derive a network for each budget of the front by judging candidates, and train it."""
@@ -331,16 +336,21 @@ class Study:
             device="cpu",
             methods={**DERIVATION_METHODS, "race": partial(race, train=training, entrants=RACE, trainings=RACE)},
         )
-        return {
+        seconds = round(time.process_time() - start - training.now, 2)
+        row = {
             "architecture": dict(found.architecture.choices),
             "digest": found.architecture.digest,
             "macs": found.cost.macs,
             "params": found.cost.params,
             "supernet_loss": found.validation_loss,
-            "derive_seconds": round(time.process_time() - start - training.now + training.seconds, 2),
+            "derive_seconds": round(seconds + training.seconds, 2),
             "trainings": training.seconds,
             **searched,
         }
+        if found.raced:
+            (first,) = (record["digest"] for record in found.raced.records if record["supernet_rank"] == 1)
+            row["judged"] = {"digest": first, "derive_seconds": seconds}
+        return row
 
     def halved(self, seed: int, trainings: float) -> dict[str, Any]:
         """Return the winner of random networks by successive halving: what a person would do without a search."""
