@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _hushed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     results = profile.profiler.kineto_results
     now = peak = 0
@@ -40,3 +43,18 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep from the terminal what torch's profiler writes about itself to the file descriptor of standard error."""
+    sys.stderr.flush()
+    terminal, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nothing)

@@ -17,9 +17,10 @@ def test_saved_bytes_count_every_storage_once_and_no_parameter():
     assert saved_bytes(step, set()) == 2400 + 4000
 
 
-def test_the_peak_counts_what_lives_at_one_time():
+def test_the_peak_counts_what_lives_at_one_time_and_the_profiler_says_nothing(capfd):
     def step():
         for _ in range(3):
             torch.zeros(1000, 1000)  # 4,000,000 bytes, freed before the next
 
     assert 4_000_000 <= peak_bytes(step, torch.device("cpu")) < 8_000_000
+    assert capfd.readouterr() == ("", "")
