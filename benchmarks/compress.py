@@ -447,7 +447,7 @@ METHODS: dict[str, Callable[[Study, int, int], Found]] = {
     "scratch": partial(scratch, whole=False),
     "scratch, whole training": partial(scratch, whole=True),
 }
-for _name in ("uniform", "torch-pruning, magnitude", "torch-pruning, taylor", "fastnas"):
+for _name in ("ours, direct", "uniform", "torch-pruning, magnitude", "torch-pruning, taylor", "fastnas"):
     METHODS[f"{_name}, longer tuning"] = partial(longer, method=METHODS[_name])
 
 
