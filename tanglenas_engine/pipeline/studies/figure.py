@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, bootstrap
+from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Table, bootstrap
 from tanglenas_engine.pipeline.comparison_figure import COLUMN, LONG, ROW, WIDTH, looks, means, plain, short
 from tanglenas_engine.pipeline.figures import FAINT, png
 from tanglenas_engine.pipeline.studies.study import Arm, Panel, Runs, Study
@@ -33,14 +33,15 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    (table,) = comparison.tables
     colours = looks(list(dict.fromkeys([*runs, *(series(study.arms, arm) for arm in runs)])))
     drawn: list[tuple[float, Callable[[Any], None]]] = []
     for panel in study.panels:
-        if panel.kind == "means" and any(metric == panel.name for metric, _ in table.estimates):
+        for table in comparison.tables if panel.kind == "means" else ():
+            if not any(metric == panel.name for metric, _ in table.estimates):
+                continue
             height = (ROW if short(table) else LONG) * len(table.groups) + 0.1
 
-            def by_arm(place: Any, name: str = panel.name) -> None:
+            def by_arm(place: Any, table: Table = table, name: str = panel.name) -> None:
                 axes, look = place.subplots(), comparison.metric(name)
                 means(axes, table, name, look, colours)
                 axes.set_title(f"seeds, mean, {100 * LEVEL:.0f} % interval", loc="right")
@@ -121,6 +122,8 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
 
 
 def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping[str, Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     steps = panel.x.startswith("time")  # a value holds until there is a next one
     for label, (x, mean, band) in found.items():
         look = colours[label]
@@ -137,6 +140,8 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.ticklabel_format(axis="y", useOffset=False)
+    if all(float(value).is_integer() for x, _, _ in found.values() for value in x):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.5)
     axes.legend(loc="best", fontsize=6, ncols=1 + (len(found) > 4))
 

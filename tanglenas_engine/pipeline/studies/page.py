@@ -76,7 +76,7 @@ def write_page(root: Path) -> str:
 
 
 def compared(study: Study, results: Results) -> Comparison:
-    """Return the comparison of the arms, each with the first one."""
+    """Return the comparison of the arms of each table, each with the first one."""
     added = study.across(results.runs) if study.across else {}
     groups = [
         Group(
@@ -93,19 +93,31 @@ def compared(study: Study, results: Results) -> Comparison:
     ]
     measured = {name for group in groups for run in group.runs.values() for name in run["metrics"]}
     metrics = [name for name in study.metrics if name in measured]
-    first = next(iter(results.params["arms"]))
-    against = first if first in results.runs else None
-    tables = [table_of("", groups, [], metrics, against)] if groups else [Table("", [], {}, [], [])]
+    firsts: dict[str, str] = {}
+    for arm in results.params["arms"]:
+        firsts.setdefault(_title(study, arm), arm)
+    tables = []
+    for title, first in firsts.items():
+        here = [group for group in groups if _title(study, group.label) == title]
+        if here:
+            tables.append(table_of(title, here, [], metrics, first if first in results.runs else None))
+    tables = tables or [Table("", [], {}, [], [])]
     return Comparison(["arm"], metrics, tables, [], shown=study.metrics)
+
+
+def _title(study: Study, arm: str) -> str:
+    """Return the title of the table of an arm, which may be one that a person added to params.yaml."""
+    return study.arms[arm].table if arm in study.arms else ""
 
 
 def text(study: Study, results: Results, comparison: Comparison) -> str:
     """Return the page as Markdown."""
-    params, (table,) = results.params, comparison.tables
+    params, tables = results.params, comparison.tables
     name, seeds = params["study"], params["seeds"]
+    on = study.on(params) if study.on else f"{params['space']} with {params['dataset']}"
     parts = [
         f"# {study.question}",
-        f"The study `{name}` on {params['space']} with {params['dataset']}, {len(seeds)} "
+        f"The study `{name}` on {on}, {len(seeds)} "
         f"seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))}), recipe `{params['recipe']}`"
         + (f", table `{params['table']}` ({params['metric']})" if params["table"] else "")
         + ".",
@@ -113,7 +125,7 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
     if results.missing:
         shown = ", ".join(results.missing[:6]) + (" and more" if len(results.missing) > 6 else "")
         parts.append(f"**Incomplete**: {len(results.missing)} runs are not measured yet: {shown}. Run `dvc repro`.")
-    said = sentences(study.claims, comparison, table)
+    said = [one for table in tables for one in sentences(study.claims, comparison, table)]
     parts += ["## What the data say", "\n".join(f"- {one}" for one in said) or "Nothing was measured yet."]
     if len(said) > 1 and len(seeds) > 1:
         parts.append(
@@ -122,14 +134,17 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
         )
     if study.paper:
         parts.append(f"In the paper: {study.paper}")
-    if table.groups:
-        parts += ["## Numbers", lines(estimate_rows(comparison, table))]
-        if table.differences:
-            parts.append(lines(difference_rows(comparison, table)))
-        parts += ["\n".join(f"- {note}" for note in table.notes)] * bool(table.notes)
+    if any(table.groups for table in tables):
+        parts += ["## Numbers"]
+        for table in tables:
+            parts += [f"### {table.title}"] * bool(table.title)
+            parts.append(lines(estimate_rows(comparison, table)))
+            if table.differences:
+                parts.append(lines(difference_rows(comparison, table)))
+            parts += ["\n".join(f"- {note}" for note in table.notes)] * bool(table.notes)
         parts += [f"![{_described(study, results, comparison)}]({name}.png)"]
     parts += ["## What this does not show", study.limits, f"In the tables: {MEANING[0].lower()}{MEANING[1:]}"]
-    parts += [DIFFERENCES] * bool(table.differences)
+    parts += [DIFFERENCES] * any(table.differences for table in tables)
     parts += ["## The arms", lines([["arm", "what it changes"], *_arms(params["arms"])])]
     parts += ["## Run it again", _commands(params)]
     return "\n\n".join(parts) + "\n"

@@ -139,7 +139,13 @@ def _mean(values: list[float]) -> float:
 
 def _arm(kind: str, mode: str) -> Arm:
     given: Mapping[str, Any] = {"measure": {"kind": kind, "mode": mode}}
-    return Arm(given)
+    return Arm(given, table={"cells": "Operations of cells", "macro": "Choices of sizes"}[kind])
+
+
+def _on(params: Mapping[str, Any]) -> str:
+    """Return the spaces that are measured; nothing is trained, so no dataset is."""
+    measured = params["measure"]
+    return f"{', '.join(measured['cells'])} (cells) and {', '.join(measured['macro'])} (sizes) with random inputs"
 
 
 STUDY = Study(
@@ -155,6 +161,7 @@ STUDY = Study(
     },
     stages=(),
     measure=measure,
+    on=_on,
     metrics={
         "seconds": Metric("search step, processor time", "ms", 1, 1e-3),
         "kept": Metric("kept for the backward pass", "MiB", 2, MIB),
@@ -181,8 +188,7 @@ STUDY = Study(
         "Seeds are repeats: bytes hardly differ between them, and times differ by what else the machine does. The "
         "three ways to share weights are for cells, whose operations compete; choices of sizes have one way, in three "
         "relaxations. The spaces of cells differ in more than their number of operations. Numbers of the table are "
-        "geometric means over spaces and numbers of options, and hold for the batch size in params.yaml. Macro arms "
-        "and cell arms are of other spaces: their difference to the first arm means nothing."
+        "geometric means over spaces and numbers of options, and hold for the batch size in params.yaml."
     ),
     scales={
         "cpu": Scale({

@@ -31,6 +31,8 @@ class Arm:
         supernet: The arm whose supernet it takes, in place of a search of its own.
         series: The name of the curve that this arm is a point of, together with other arms; "" for one of its own.
         as_long_as: The arm whose search and derivation this one's search takes as long as, or "".
+        table: The title of the table that it is in. Arms of different tables are of different spaces, and are not
+            compared.
     """
 
     params: Params = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Arm:
     supernet: str = ""
     series: str = ""
     as_long_as: str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Study:
     Attributes:
         question: The question that the page answers.
         paper: What the paper says about it.
-        arms: What is compared, by name. The first one is what others are compared with.
+        arms: What is compared, by name. The first one of each table is what its others are compared with.
         stages: The stages of the main pipeline that each run goes through.
         with_table: The stages where a table of the whole space says what architectures are worth; None for the same.
         measure: A function that measures a run when these stages are done. Its folder is the current one.
@@ -158,6 +161,7 @@ class Study:
         table: "pool" if it needs networks of known worth: a table that a person gives, or a pool that it trains.
             "optional" if a table of all architectures adds to it.
         across: A function that adds numbers to runs which follow from several of them, by arm and seed.
+        on: A function that says from params.yaml what is measured, where that is not the space with the dataset.
     """
 
     question: str
@@ -173,6 +177,7 @@ class Study:
     table: Literal["pool", "optional", ""] = ""
     with_table: Sequence[Stage] | None = None
     across: Callable[[Runs], Mapping[str, Mapping[int, Mapping[str, float]]]] | None = None
+    on: Callable[[Params], str] | None = None
 
     def stages_of(self, params: Params) -> Sequence[Stage]:
         """Return the stages of each run under the values of params.yaml."""

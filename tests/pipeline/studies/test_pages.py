@@ -127,6 +127,18 @@ def test_the_page_has_the_question_the_answer_the_numbers_and_the_commands():
     assert "3 seeds cover the true mean in 76 %" in page and "| a   | `optimizer=drnas`" in page
 
 
+def test_arms_of_different_tables_are_not_compared():
+    arms = {"a": Arm(table="Cells"), "b": Arm(table="Cells"), "c": Arm(table="Sizes"), "d": Arm(table="Sizes")}
+    apart = replace(STUDY, arms=arms, on=lambda params: "cells and sizes")
+    found = results(a=[1.0, 2.0], b=[2.0, 3.5], c=[9.0, 9.5], d=[7.0, 7.0])
+    comparison = compared(apart, found)
+    pairs = [(one.group, one.against) for table in comparison.tables for one in table.differences]
+    assert pairs == [("b", "a"), ("d", "c")]
+    page = text(apart, found, comparison)
+    assert page.index("### Cells") < page.index("### Sizes")
+    assert "The study `made-up` on cells and sizes, 2 seeds" in page
+
+
 def test_a_page_of_one_seed_says_that_there_is_no_interval():
     found = results(a=[90.0], b=[92.0])
     page = text(STUDY, found, compared(STUDY, found))
