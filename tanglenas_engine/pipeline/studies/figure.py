@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVES = 2.2  # inches of a panel with curves
+AROUND = 0.7  # inches of title and labels of a panel
 CELL = 0.11  # inches of a cell of a matrix, at least
 RESAMPLES = 999
 POINTS = 200
@@ -65,12 +66,12 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
 
             drawn.append((tall * -(-len(grids) // columns), by_cell))
     with style.context(["default", COLUMN]):
-        height = sum(tall for tall, _ in drawn) + 0.7 * max(1, len(drawn))
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        heights = [tall + AROUND for tall, _ in drawn]
+        figure = Figure(figsize=(WIDTH, sum(heights) or AROUND), layout="constrained")
         if not drawn:
             figure.text(0.5, 0.5, "Nothing was measured yet.", ha="center", va="center")
         else:
-            places = np.atleast_1d(np.asarray(figure.subfigures(len(drawn), 1, height_ratios=[t for t, _ in drawn])))
+            places = np.atleast_1d(np.asarray(figure.subfigures(len(drawn), 1, height_ratios=heights)))
             for place, (_, action) in zip(places.ravel(), drawn, strict=True):
                 action(place)
         return png(figure)
@@ -141,7 +142,7 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
     axes.set_ylabel(panel.y)
     axes.ticklabel_format(axis="y", useOffset=False)
     if all(float(value).is_integer() for x, _, _ in found.values() for value in x):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.5)
     axes.legend(loc="best", fontsize=6, ncols=1 + (len(found) > 4))
 

@@ -34,8 +34,9 @@ def measure(run: Run) -> Measured:
     found |= {
         "turnover": float(np.mean(turnover[late:])),
         "movement": float(np.mean(moved[late:])),
-        "variance": variance(ordered[len(ordered) // 2 :]),
     }
+    if len(half := ordered[len(ordered) // 2 :]) > 1:  # one epoch has no variance
+        found["variance"] = variance(half)
     x = sorted(epochs)[1:]
     return Measured(found, {"turnover": Curve(x, turnover), "movement": Curve(x, moved)})
 

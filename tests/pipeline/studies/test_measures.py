@@ -28,6 +28,7 @@ def test_a_finished_run_is_measured_by_every_study(done, name):
     run, study = run_of(name, done), studies.load(name)
     measured = study.measure(run)
     assert {*measured.values} <= {*study.metrics}
+    assert "variance" not in measured.values  # alpha of one epoch, the second half of two, has none
     write_measured(run, measured)
     again = read_measured(done / "measured" / "arm-0.json")
     assert {*again.values} == {name for name, value in measured.values.items() if math.isfinite(value)} and again.values
