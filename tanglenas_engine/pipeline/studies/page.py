@@ -126,7 +126,8 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
         shown = ", ".join(results.missing[:6]) + (" and more" if len(results.missing) > 6 else "")
         parts.append(f"**Incomplete**: {len(results.missing)} runs are not measured yet: {shown}. Run `dvc repro`.")
     said = [one for table in tables for one in sentences(study.claims, comparison, table)]
-    parts += ["## What the data say", "\n".join(f"- {one}" for one in said) or "Nothing was measured yet."]
+    nothing = "The study has no statement about these arms alone." if results.runs else "Nothing was measured yet."
+    parts += ["## What the data say", "\n".join(f"- {one}" for one in said) or nothing]
     if len(said) > 1 and len(seeds) > 1:
         parts.append(
             f"These are {len(said)} statements, each by a {100 * LEVEL:.0f} % interval of Student's t over seeds. "

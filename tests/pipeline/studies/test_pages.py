@@ -139,6 +139,14 @@ def test_arms_of_different_tables_are_not_compared():
     assert "The study `made-up` on cells and sizes, 2 seeds" in page
 
 
+def test_a_page_without_a_statement_says_why():
+    for found, sentence in (
+        (results(a=[90.0, 91.0]), "The study has no statement about these arms alone."),
+        (Results(results(a=[1.0]).params, {}, ["a-0"]), "Nothing was measured yet."),
+    ):
+        assert f"## What the data say\n\n{sentence}\n" in text(STUDY, found, compared(STUDY, found))
+
+
 def test_a_page_of_one_seed_says_that_there_is_no_interval():
     found = results(a=[90.0], b=[92.0])
     page = text(STUDY, found, compared(STUDY, found))
