@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -367,81 +367,12 @@ def _counts(node: fx.Node) -> bool:
 
 def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.Module, example: Tensor) -> None:
     """Replace the numbers in a recording that differ in the others by nodes that compute them."""
-    graph = evaluated.graph
-    columns = [_steps(recorder) for recorder in (evaluated, trained, longer)]
-    for other, what in ((trained, "in train mode"), (longer, "for a longer batch")):
-        pairs = zip(columns[0], _steps(other), strict=False)
-        odd = next((a for a, b in pairs if (a.op, _key(a)) != (b.op, _key(b))), None)
-        if odd is not None or len(columns[0]) != len(_steps(other)):
-            where = f" (in {odd.meta.get('owner') or 'the model'}, at {_name(odd)})" if odd is not None else ""
-            raise TangleNASError(
-                f"the forward of {type(model).__name__} makes other calls {what} than in evaluation{where}, so that it "
-                "cannot be recorded"
-            )
-    number = {node: i for column in columns for i, node in enumerate(column)}
-    placeholder = columns[0][0]
-    made: dict[Any, fx.Node] = {}
-
-    def node_of(key: Any, make: Callable[[], fx.Node]) -> fx.Node:
-        if key not in made:
-            with graph.inserting_after(list(made.values())[-1] if made else placeholder):
-                made[key] = make()
-            made[key].meta.update(owner="", special=key, shapes=None)
-        return made[key]
-
-    def merged(node: fx.Node, value: Any, train: Any, long: Any) -> Any:
-        if isinstance(value, fx.Node):
-            if not (number.get(value) == number.get(train) == number.get(long)):
-                raise TangleNASError(f"the forward of {type(model).__name__} takes other tensors in other modes")
-            return value
-        if isinstance(value, tuple | list):
-            if not len(value) == len(train) == len(long):
-                raise TangleNASError(f"the forward of {type(model).__name__} makes calls of varying length")
-            return type(value)(merged(node, *three) for three in zip(value, train, long, strict=True))
-        if isinstance(value, dict):
-            return {key: merged(node, item, train[key], long[key]) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(
-                *(merged(node, *(getattr(v, k) for v in (value, train, long))) for k in ("start", "stop", "step"))
-            )
-        if isinstance(value, torch.device):
-            return node_of("device", lambda: graph.call_function(getattr, (placeholder, "device")))
-        if type(value) is type(train) is type(long) and value == train == long:
-            return value
-        if isinstance(value, torch.dtype) and value == train:
-            reference = next((n for n, p in model.named_parameters() if p.is_floating_point()), None)
-            source = placeholder
-            if reference is not None and not example.is_floating_point():
-                source = node_of("reference", lambda: graph.create_node("get_attr", reference))
-            return node_of("dtype", lambda: graph.call_function(getattr, (source, "dtype")))
-        if (
-            type(value) is int
-            and value == train
-            and value * BATCHES[1] == long * BATCHES[0]
-            and value % BATCHES[0] == 0
-        ):
-            batch = node_of("batch", lambda: graph.call_method("size", (placeholder, 0)))
-            many = value // BATCHES[0]
-            return (
-                batch
-                if many == 1
-                else node_of(("batch", many), lambda: graph.call_function(operator.mul, (batch, many)))
-            )
-        if isinstance(value, bool | float | int) and value == long and not value and train:
-            training = node_of("training", lambda: graph.create_node("get_attr", "training"))
-            if train is True:
-                return training
-            return node_of(("training", train), lambda: graph.call_function(operator.mul, (training, train)))
-        raise TangleNASError(
-            f"the forward of {type(model).__name__} computes with a number that depends on mode, batch or precision: "
-            f"{_name(node)} in {node.meta.get('owner') or 'the model'} takes {value}, {train} in train mode, and "
-            f"{long} for a longer batch"
-        )
-
+    columns = _aligned(evaluated, trained, longer, model)
+    merging = _Merging(evaluated.graph, columns, model, example)
     for node, train, long in zip(*columns, strict=True):
         node.meta["batch"] = None
-        args = merged(node, node.args, train.args, long.args)
-        kwargs = merged(node, node.kwargs, train.kwargs, long.kwargs)
+        args = merging.merged(node, node.args, train.args, long.args)
+        kwargs = merging.merged(node, node.kwargs, train.kwargs, long.kwargs)
         node.meta["numbers"] = (node.args, node.kwargs)
         node.args, node.kwargs = args, kwargs
     for name, tensor in evaluated.constants.items():
@@ -451,6 +382,93 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
                 f"the forward of {type(model).__name__} makes a tensor outside of torch's functions, which depends on "
                 "mode or batch"
             )
+
+
+def _aligned(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.Module) -> list[list[fx.Node]]:
+    """Return the steps of three recordings.
+
+    Raises:
+        TangleNASError: They make other calls.
+    """
+    columns = [_steps(recorder) for recorder in (evaluated, trained, longer)]
+    for other, what in zip(columns[1:], ("in train mode", "for a longer batch"), strict=True):
+        pairs = zip(columns[0], other, strict=False)
+        odd = next((a for a, b in pairs if (a.op, _key(a)) != (b.op, _key(b))), None)
+        if odd is not None or len(columns[0]) != len(other):
+            where = f" (in {odd.meta.get('owner') or 'the model'}, at {_name(odd)})" if odd is not None else ""
+            raise TangleNASError(
+                f"the forward of {type(model).__name__} makes other calls {what} than in evaluation{where}, so that it "
+                "cannot be recorded"
+            )
+    return columns
+
+
+class _Merging:
+    """The arguments of a recording's steps, where they differ between three recordings, as nodes of its graph."""
+
+    def __init__(self, graph: fx.Graph, columns: Sequence[Sequence[fx.Node]], model: nn.Module, example: Tensor):
+        self._graph, self._model, self._example = graph, model, example
+        self._number = {node: i for column in columns for i, node in enumerate(column)}
+        self._placeholder = columns[0][0]
+        self._made: dict[Any, fx.Node] = {}
+
+    @property
+    def _forward(self) -> str:
+        return f"the forward of {type(self._model).__name__}"
+
+    def _node(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        """Return the node of a key, which is made once, behind those that were made before."""
+        if key not in self._made:
+            with self._graph.inserting_after(list(self._made.values())[-1] if self._made else self._placeholder):
+                self._made[key] = make()
+            self._made[key].meta.update(owner="", special=key, shapes=None)
+        return self._made[key]
+
+    def merged(self, node: fx.Node, value: Any, train: Any, long: Any) -> Any:
+        """Return an argument of a node, from its value in evaluation, in train mode and for a longer batch."""
+        if isinstance(value, fx.Node):
+            if not (self._number.get(value) == self._number.get(train) == self._number.get(long)):
+                raise TangleNASError(f"{self._forward} takes other tensors in other modes")
+            return value
+        if isinstance(value, tuple | list):
+            if not len(value) == len(train) == len(long):
+                raise TangleNASError(f"{self._forward} makes calls of varying length")
+            return type(value)(self.merged(node, *three) for three in zip(value, train, long, strict=True))
+        if isinstance(value, dict):
+            return {key: self.merged(node, item, train[key], long[key]) for key, item in value.items()}
+        if isinstance(value, slice):
+            ends = ("start", "stop", "step")
+            return slice(*(self.merged(node, *(getattr(v, end) for v in (value, train, long))) for end in ends))
+        return self._leaf(node, value, train, long)
+
+    def _leaf(self, node: fx.Node, value: Any, train: Any, long: Any) -> Any:
+        """Return an argument that is neither a tensor nor a collection."""
+        call = self._graph.call_function
+        if isinstance(value, torch.device):
+            return self._node("device", lambda: call(getattr, (self._placeholder, "device")))
+        if type(value) is type(train) is type(long) and value == train == long:
+            return value
+        if isinstance(value, torch.dtype) and value == train:
+            reference = next((n for n, p in self._model.named_parameters() if p.is_floating_point()), None)
+            source = self._placeholder
+            if reference is not None and not self._example.is_floating_point():
+                source = self._node("reference", lambda: self._graph.create_node("get_attr", reference))
+            return self._node("dtype", lambda: call(getattr, (source, "dtype")))
+        one, two = BATCHES
+        if type(value) is int and value == train and value * two == long * one and value % one == 0:
+            batch = self._node("batch", lambda: self._graph.call_method("size", (self._placeholder, 0)))
+            many = value // one
+            return batch if many == 1 else self._node(("batch", many), lambda: call(operator.mul, (batch, many)))
+        if isinstance(value, bool | float | int) and value == long and not value and train:
+            training = self._node("training", lambda: self._graph.create_node("get_attr", "training"))
+            if train is True:
+                return training
+            return self._node(("training", train), lambda: call(operator.mul, (training, train)))
+        raise TangleNASError(
+            f"{self._forward} computes with a number that depends on mode, batch or precision: "
+            f"{_name(node)} in {node.meta.get('owner') or 'the model'} takes {value}, {train} in train mode, and "
+            f"{long} for a longer batch"
+        )
 
 
 def _key(node: fx.Node) -> Any:
