@@ -93,6 +93,8 @@ class Task:
             seed outside of the study.
         cost: "macs" or "params".
         budgets: Shares of the cost of the largest network.
+        by_class: Whether the samples of a split come class by class, as those of a folder do. A part of them is then
+            drawn at random.
     """
 
     space: str
@@ -104,6 +106,7 @@ class Task:
     rate: float = 0.004
     cost: str = "macs"
     budgets: tuple[float, ...] = (0.7, 0.5, 0.3)
+    by_class: bool = False
 
 
 IMAGES = (6000, 512, 1000, 5000)
@@ -118,12 +121,13 @@ MOBILENET = {"depth": (1, 2), "kernel_size": (3, 5), "expand_ratio": (1, 2, 3, 4
 # The rates of the tasks on folders of CIFAR-10 are those of the tasks on Fashion-MNIST: nothing was chosen there.
 TASKS = {
     "vit": Task("autoformer_nano", "fashion_mnist", {"patch_size": 7, **VIT}, "root", IMAGES),
-    "vit_cifar10": Task("autoformer_nano", "image_folder", {"patch_size": 8, **VIT}, "root", IMAGES),
+    "vit_cifar10": Task("autoformer_nano", "image_folder", {"patch_size": 8, **VIT}, "root", IMAGES, by_class=True),
     "mobilenetv3": Task(
         "mobilenetv3_nano", "fashion_mnist", MOBILENET, "root", (3000, 256, 1000, 3000), epochs=(8, 2, 1), rate=0.008,
     ),
     "mobilenetv3_cifar10": Task(
         "mobilenetv3_nano", "image_folder", MOBILENET, "root", (3000, 256, 1000, 3000), epochs=(8, 2, 1), rate=0.008,
+        by_class=True,
     ),
     "gpt": Task(
         "gpt_nano", "text",
@@ -155,15 +159,20 @@ class Study:
     def _data(self) -> DataView:
         """Return all splits. Networks are trained on `training`, which is `weights`; nothing else trains."""
         splits = make_splits(self.dataset, seed=0)
-        training = torch.cat([splits.indices("weights"), splits.indices("architecture")])
-        rest = splits.indices("validation")
+        names = ("weights", "architecture", "validation", "test")
+        of = {name: splits.indices(name) for name in names}
+        if self.task.by_class:
+            generator = torch.Generator().manual_seed(0)
+            of = {name: one[torch.randperm(len(one), generator=generator)] for name, one in of.items()}
+        training = torch.cat([of["weights"], of["architecture"]])
+        rest = of["validation"]
         train, score, validate, test = self.task.samples
         chosen = {
             "weights": training[:train],
             "training": training[:train],
             "architecture": rest[:score],
             "validation": rest[score : score + validate],
-            "test": splits.indices("test")[:test],
+            "test": of["test"][:test],
         }
         # In memory, as no method should pay for decoding images.
         cpu = torch.device("cpu")

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from benchmarks import compress, peers
 from tanglenas_engine import create_space
@@ -76,3 +77,14 @@ def test_norms_without_activations_compute_the_same():
     before = network(x)
     peers.separate_activations(network)
     assert network(x).equal(before)
+
+
+def test_a_part_of_a_folder_has_every_class(tmp_path):
+    for part, number in (("train", 40), ("test", 20)):
+        for value, name in enumerate(("dark", "grey", "light")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(number):
+                Image.new("RGB", (8, 8), (80 * value, i, 0)).save(tmp_path / part / name / f"{i}.png")
+    task = compress.Task("autoformer_nano", "image_folder", {}, "root", (24, 6, 6, 12), by_class=True)
+    data = compress.Study(task, tmp_path / "out.jsonl", str(tmp_path)).data
+    assert {len(set(getattr(data, name).labels.tolist())) for name in ("weights", "training", "test")} == {3}

@@ -16,7 +16,7 @@ FIRST = 3
 """The entries of a table that `make test-fast` takes."""
 
 LONG = 6
-"""The length of a table up to which `make test` takes a third of it; of a longer one, a quarter."""
+"""The length up to which `make test` takes a third of a table, from three entries on; of a longer one, a quarter."""
 
 OPTIMIZERS = sorted(manager().names("optimizer"))
 OTHERS = {*ALL, *OPTIMIZERS} - FEW
