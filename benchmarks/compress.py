@@ -174,7 +174,7 @@ class Study:
             "validation": rest[score : score + validate],
             "test": of["test"][:test],
         }
-        # In memory, as no method should pay for decoding images.
+        # Images are decoded once, here: no method pays for it.
         cpu = torch.device("cpu")
         return DataView(
             {name: held(self.dataset.subset(indices, train=False), 256, cpu) for name, indices in chosen.items()}

@@ -143,7 +143,7 @@ def _arm(kind: str, mode: str) -> Arm:
 
 
 def _on(params: Mapping[str, Any]) -> str:
-    """Return the spaces that are measured; nothing is trained, so no dataset is."""
+    """Return the spaces that are measured. Nothing is trained, so there is no dataset."""
     measured = params["measure"]
     return f"{', '.join(measured['cells'])} (cells) and {', '.join(measured['macro'])} (sizes) with random inputs"
 
