@@ -126,7 +126,7 @@ TASKS = {
         "mobilenetv3_nano", "fashion_mnist", MOBILENET, "root", (3000, 256, 1000, 3000), epochs=(8, 2, 1), rate=0.008,
     ),
     "mobilenetv3_cifar10": Task(
-        "mobilenetv3_nano", "image_folder", MOBILENET, "root", (3000, 256, 1000, 3000), epochs=(8, 2, 1), rate=0.008,
+        "mobilenetv3_nano", "image_folder", MOBILENET, "root", (6000, 256, 1000, 3000), epochs=(6, 1, 1), rate=0.008,
         by_class=True,
     ),
     "gpt": Task(
