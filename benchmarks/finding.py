@@ -106,7 +106,7 @@ TASKS = {
         epochs=5,
     ),
     "autoformer_nano": Task(
-        "autoformer_nano", "fashion_mnist", {}, VIT, place="root", images=6000, epochs=15,
+        "autoformer_nano", "fashion_mnist", {}, VIT, budget=0.4, place="root", images=2400, epochs=12,
     ),
     "mobilenetv3_nano": Task(
         "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=6000,
@@ -418,7 +418,7 @@ def main() -> None:
     default=";".join(name for name in METHODS if name != "sandwich whole space"),
     help="Methods, with ; between them.",
 )
-@click.option("--seeds", default=5, help="Searches with each method.")
+@click.option("--seeds", default="0,1,2,3,4", help="The seeds of the searches, with commas between them.")
 @click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
 @click.option("--halving", default=4.0, help="The budget of successive halving of random networks, in trainings.")
 @click.option("--table", help="The table of a task that trains nothing.")
@@ -428,7 +428,7 @@ def run(
     data: str | None,
     out: Path,
     methods: str,
-    seeds: int,
+    seeds: str,
     size: int,
     halving: float,
     table: str | None,
@@ -443,7 +443,7 @@ def run(
     for cost in ("params", "macs") if study.limits and not size else ():
         for again in range(SEEDS):
             study.once(f"most {cost}/{again}", partial(study.trained, budget.dearest(cost), again))
-    for seed in range(seeds):
+    for seed in map(int, seeds.split(",")):
         for name in filter(None, methods.split(";")):
             study.search(name, seed)
         if study.table is None:
