@@ -151,7 +151,7 @@ def _compare(space: SearchSpace, path: Path) -> str:
         )
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(theirs.abs().max())):
-        reasons = list(_differences(space.standalone(space.largest()), source))[:3]
+        reasons = list(_differences(space.standalone(space.largest()).eval(), source))[:3]
         likely = "; ".join(reasons) or "an option without weights, such as the pooling, an activation or an epsilon"
         raise OtherWeightsError(
             f"the weights of {path} fit, but the outputs of the largest of {space.label} differ from those of the "

@@ -47,10 +47,20 @@ def test_the_largest_network_is_the_one_of_a_folder_that_timm_wrote(tmp_path):
     torch.testing.assert_close(found.eval()(x), network(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pooling_that_differs_is_named_after_the_outputs_differed(tmp_path):
-    folder_of_timm(tmp_path)
-    with pytest.raises(OtherWeightsError, match=r"outputs .* differ .* global_pool is 'token' there and 'avg' here"):
-        load_pretrained(space(global_pool="avg"), tmp_path)
+@pytest.mark.parametrize(
+    "theirs, ours, reason",
+    [
+        ({}, {"global_pool": "avg"}, "global_pool is 'token' there and 'avg' here. Correct"),
+        ({"act_layer": "silu"}, {}, "blocks.0.mlp.act is SiLU there and GELU here"),
+        ({"num_heads": 2}, {}, "blocks.0.attn.num_heads is 2 there and 4 here"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_differs_is_named_after_the_outputs_differed(tmp_path, theirs, ours, reason, training):
+    """A search loads weights into a space in train mode, which is no difference between the networks."""
+    folder_of_timm(tmp_path, **theirs)
+    with pytest.raises(OtherWeightsError, match=f"The likely reason is {re.escape(reason)}"):
+        load_pretrained(space(**ours).train(training), tmp_path)
 
 
 def test_a_head_of_other_classes_is_left_out_and_the_rest_is_compared(tmp_path):
