@@ -171,11 +171,11 @@ class Llama(SearchSpace):
         try:
             config = network.from_hugging_face(settings)
         except ValueError as error:
-            raise TangleNASError(f"{folder / 'config.json'}: {error}. Choose another network") from None
+            raise TangleNASError(f"the config.json of the weights says that {error}. Choose another network") from None
         for name in ("head_dim", "rope_theta", "norm_eps"):
             if getattr(config, name) != self.settings[name]:
                 raise TangleNASError(
-                    f"{folder / 'config.json'} says {name} {getattr(config, name)}, and the space has "
+                    f"the config.json of the weights says {name} {getattr(config, name)}, and the space has "
                     f"{self.settings[name]}: set create_space.{name} = {getattr(config, name)}"
                 )
         if settings["model_type"] == network.STOCK:

@@ -6,8 +6,11 @@ are. A space says what differs in the files of other libraries: `SearchSpace.con
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from tanglenas_engine.runtime.weights import (
     OtherWeightsError,
     check_values,
     read_weights,
+    save_weights,
     without_prefix,
 )
 from tanglenas_engine.spaces.space import SearchSpace
@@ -46,11 +50,11 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
             the folder.
     """
     own = space.state_dict()
-    state, prefix = without_prefix(read_weights(path), own)
+    given, prefix = without_prefix(read_weights(path), own)
     notes = [f"all names begin with {prefix!r}, which was left out"] if prefix else []
     # The order of a supernet's layers is found anew.
     orders = {f"{name}.order" for name, module in space.named_modules() if isinstance(module, Depth)}
-    state = space.converted({name: tensor for name, tensor in state.items() if name not in orders})
+    state = space.converted({name: tensor for name, tensor in given.items() if name not in orders})
     if left_out := _without_head(space, state, own):
         notes.append(
             f"the head ({', '.join(left_out)}) has another number of classes, so it was left out and starts untrained"
@@ -62,8 +66,26 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
         notes.append(f"weights in {names} were converted to float32")
     space.load_state_dict({**own, **state})
-    notes.append(_compare(space, Path(path)))
+    with _readable(Path(path), given, prefix) as folder:
+        notes.append(_compare(space, Path(path), folder))
     return notes
+
+
+@contextmanager
+def _readable(path: Path, given: Mapping[str, Tensor], prefix: str) -> Iterator[Path]:
+    """Yield a folder that the source's library reads: the path, or one of the weights without the prefix of a wrapper.
+
+    Libraries do not know such names. transformers would compare with newly initialised weights.
+    """
+    config = path / "config.json"
+    if not prefix or not config.is_file():
+        yield path
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(config, folder)
+        save_weights(folder / "model.safetensors", given, {"format": "pt"})
+        yield folder
 
 
 def _without_head(space: SearchSpace, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -119,8 +141,13 @@ def _check_names(
         )
 
 
-def _compare(space: SearchSpace, path: Path) -> str:
+def _compare(space: SearchSpace, path: Path, folder: Path) -> str:
     """Compare the outputs of the largest network with those of the source's network, and return what was found.
+
+    Args:
+        space: The space, with the weights.
+        path: The file or folder that was given.
+        folder: The folder that the source's network is built from, if the path is one.
 
     Raises:
         OtherWeightsError: The outputs differ by more than rounding.
@@ -132,7 +159,7 @@ def _compare(space: SearchSpace, path: Path) -> str:
         return unknown.format("there is no config.json")
     try:
         with seeded(0, accelerators=False):  # building a network draws random numbers
-            source = space.source(path)
+            source = space.source(folder)
     except TangleNASError:
         raise
     except (ImportError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -36,6 +36,11 @@ def llama_of_transformers(**changes):
     return randomised(network)
 
 
+def gpt_2_of_transformers(**changes):
+    shape = dict(n_layer=2, n_embd=32, n_head=4, vocab_size=13, n_positions=BLOCK)
+    return randomised(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **changes})))
+
+
 def randomised(network):
     with torch.no_grad():
         for parameter in network.parameters():
@@ -67,8 +72,7 @@ def test_a_llama_computes_the_bits_of_transformers(tied):
 
 def test_gpt_2_computes_what_transformers_does():
     """To rounding: transformers' Conv1D adds the bias in another operation."""
-    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=13, n_positions=BLOCK)
-    theirs = randomised(transformers.GPT2LMHeadModel(config))
+    theirs = gpt_2_of_transformers()
     sizes = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
     space = create_space("gpt2", **sizes).eval()
     space.load_state_dict({**space.state_dict(), **space.converted(theirs.state_dict())})
@@ -87,8 +91,7 @@ def test_a_search_starts_from_a_folder_of_transformers(tmp_path, shards):
 
 
 def test_gpt_2_starts_from_a_folder_of_transformers(tmp_path):
-    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=13, n_positions=BLOCK)
-    randomised(transformers.GPT2LMHeadModel(config)).save_pretrained(tmp_path)
+    gpt_2_of_transformers().save_pretrained(tmp_path)
     sizes = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
     assert "outputs equal" in load_pretrained(create_space("gpt2", **sizes), tmp_path)[-1]
 
@@ -132,6 +135,20 @@ def test_another_llama_is_refused_with_the_option_that_differs(tmp_path, changes
     llama_of_transformers(**changes).save_pretrained(tmp_path)
     with pytest.raises(TangleNASError, match=message):
         load_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.model."])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_of_a_wrapper_are_compared_without_its_prefix(tmp_path, kind, prefix):
+    """transformers does not know such names: it would warn, and compute with newly initialised weights."""
+    sizes = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
+    space = llama() if kind == "llama" else create_space("gpt2", **sizes)
+    theirs = llama_of_transformers() if kind == "llama" else gpt_2_of_transformers()
+    theirs.save_pretrained(tmp_path)
+    state = {prefix + name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(state, tmp_path / "model.safetensors")
+    first, last = load_pretrained(space, tmp_path)
+    assert f"all names begin with {prefix!r}" in first and f"outputs equal those of the network in {tmp_path}" in last
 
 
 def test_without_transformers_the_folder_is_compared_with_this_project_s_llama(tmp_path, monkeypatch):

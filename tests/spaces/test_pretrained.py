@@ -98,6 +98,18 @@ def test_a_supernet_starts_from_another_s_file(tmp_path, name):
     assert all(torch.equal(a, b) for a, b in zip(there.state_dict().values(), here.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model."])
+def test_weights_of_a_wrapper_are_compared_too(tmp_path, prefix):
+    """timm knows some prefixes and not others."""
+    folder_of_timm(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    first, second = load_pretrained(space(), tmp_path)
+    assert repr(prefix) in first and f"outputs equal those of the network in {tmp_path}" in second
+    with pytest.raises(OtherWeightsError, match=re.escape(f"the weights of {tmp_path} fit, but the outputs")):
+        load_pretrained(space(global_pool="avg"), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_half_precision_are_converted_and_it_is_said(tmp_path, dtype):
     folder_of_timm(tmp_path)
