@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -48,7 +49,14 @@ class TimmSpace(SearchSpace):
             return None
         classes = self.settings["num_classes"]
         size = {"img_size": self.image_size} if self.fixed_size else {}
-        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes, **size)
+        overlay: dict[str, Any] = {}
+        if (index := folder / "model.safetensors.index.json").is_file():  # timm reads one of several files
+            files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            weights = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+            overlay["pretrained_cfg_overlay"] = {"source": "", "state_dict": weights}
+        network: nn.Module = timm.create_model(
+            f"local-dir:{folder}", pretrained=True, num_classes=classes, **size, **overlay
+        )
         if config.get("num_classes") != classes:
             network.get_classifier().load_state_dict(self.get_submodule(self.output_layer).state_dict())
         return network

@@ -157,7 +157,9 @@ def shards(tmp_path):
 
 def test_a_folder_of_several_files(shards):
     found = space()
-    load_pretrained(found, shards)
+    assert "equal those" in load_pretrained(found, shards)[-1]
+    with pytest.raises(OtherWeightsError, match="global_pool is 'token' there"):
+        load_pretrained(space(global_pool="avg"), shards)
     (shards / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(TangleNASError, match=r"lacks 1 of the 2 files .* model-00002-of-00002\.safetensors"):
         load_pretrained(found, shards)
