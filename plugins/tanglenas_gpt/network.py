@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+OWN = "tanglenas_gpt"
+"""The `model_type` in transformers of a network that GPT-2 cannot hold."""
 CODE = "modeling_tanglenas_gpt"
 """The module beside this one with the class of networks that GPT-2 cannot hold. A folder brings it to transformers."""
 
@@ -195,7 +197,7 @@ def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[s
     """Return the weights and the content of `config.json` of the network in transformers.
 
     GPT-2 has layers that are all alike, and heads that partition the width. Other networks get the type
-    `tanglenas_gpt`, which the module `CODE` defines, and an entry `layer_sizes` with the sizes of every layer. Biases
+    `OWN`, which the module `CODE` defines, and an entry `layer_sizes` with the sizes of every layer. Biases
     that the network lacks become zeros. The head is the embedding, and is left out.
     """
     width, layers = config.embed_dim, range(len(config.num_heads))
@@ -227,7 +229,7 @@ def to_hugging_face(state: Mapping[str, Tensor], config: Config) -> tuple[dict[s
         return weights, settings
     classes = {"AutoConfig": "TangleNASGPTConfig", "AutoModelForCausalLM": "TangleNASGPTForCausalLM"}
     own = dict(
-        model_type="tanglenas_gpt", architectures=[classes["AutoModelForCausalLM"]],
+        model_type=OWN, architectures=[classes["AutoModelForCausalLM"]],
         auto_map={auto: f"{CODE}.{name}" for auto, name in classes.items()}, layer_sizes=sizes,
     )  # fmt: skip
     return weights, {**settings, **own}

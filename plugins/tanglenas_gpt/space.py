@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Described, SearchSpace, Size, elastic, unknown
+from tanglenas_engine import Architecture, Described, SearchSpace, Size, TangleNASError, elastic, unknown
 from tanglenas_gpt import network
 from tanglenas_gpt.network import CODE, generate, to_hugging_face
 from tanglenas_gpt.partition import PartitionedAttention
@@ -134,14 +134,31 @@ class GPT(SearchSpace):
         return state
 
     def source(self, folder: Path) -> nn.Module | None:
-        """Load the GPT of a folder that `export` wrote, or transformers' GPT-2."""
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if config.get("model_type") == "gpt2":
-            # An extra, and slow to import.
-            from transformers import GPT2LMHeadModel
+        """Load the GPT of a folder that `export` wrote, or transformers' network.
 
-            return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-        return network.GPT.load(folder) if "embed_dim" in config else None
+        Raises:
+            TangleNASError: It is a GPT-2 with another activation or number of heads.
+        """
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        kind = config.get("model_type")
+        if kind in (None, network.OWN):
+            return network.GPT.load(folder) if "embed_dim" in config else None
+        heads = max(self.choices["num_heads"].options)
+        gelu = {"gelu": "none", "gelu_new": "tanh"}.get(config.get("activation_function"), self.settings["gelu"])
+        if gelu != self.settings["gelu"]:
+            raise TangleNASError(
+                f"the config.json of the weights says activation_function {config['activation_function']!r}, and the "
+                f"space has gelu {self.settings['gelu']!r}: set create_space.gelu = {gelu!r}"
+            )
+        if config.get("n_head", heads) != heads:
+            raise TangleNASError(
+                f"the config.json of the weights says n_head {config['n_head']}, and the largest num_heads of the "
+                f"space is {heads}: give create_space.num_heads the option {config['n_head']} as the largest"
+            )
+        # An extra, and slow to import.
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None

@@ -160,14 +160,27 @@ class Llama(SearchSpace):
             raise TangleNASError(f"{error}: set create_space.tied = False") from None
 
     def source(self, folder: Path) -> nn.Module | None:
-        """Load transformers' Llama, or the one of a folder that `export` wrote.
+        """Load transformers' network, or the Llama of a folder that `export` wrote.
+
+        Networks of other types may have a Llama's names, and compute something else.
 
         Raises:
             TangleNASError: It has another head dimension, base of positions or epsilon, or a part that the space lacks.
         """
         settings = json.loads((folder / "config.json").read_text("utf-8"))
-        if settings.get("model_type") not in (network.STOCK, network.OWN):
-            return None
+        kind = settings.get("model_type")
+        if kind in (network.STOCK, network.OWN):
+            self._check_shape(settings)
+        if kind not in (None, network.OWN):
+            try:
+                from transformers import AutoModelForCausalLM
+
+                return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+            except ImportError:  # an extra
+                pass
+        return network.Llama.load(folder) if kind in (network.STOCK, network.OWN) else None
+
+    def _check_shape(self, settings: dict[str, Any]) -> None:
         try:
             config = network.from_hugging_face(settings)
         except ValueError as error:
@@ -178,14 +191,6 @@ class Llama(SearchSpace):
                     f"the config.json of the weights says {name} {getattr(config, name)}, and the space has "
                     f"{self.settings[name]}: set create_space.{name} = {getattr(config, name)}"
                 )
-        if settings["model_type"] == network.STOCK:
-            try:
-                from transformers import LlamaForCausalLM
-
-                return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            except ImportError:  # an extra
-                pass
-        return network.Llama.load(folder)
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from tanglenas_engine import create_dataset, create_space, load_pretrained
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.weights import OtherWeightsError
 from tanglenas_llama.network import Llama
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra: pip install 'tanglenas[hf]'")
 
 SHAPE = dict(layers=(1, 2), embed_dim=(16, 32), num_kv_heads=(1, 2), group=2, mlp_width=(24, 48), vocab_size=13)
 BLOCK = 32
+GPT_2 = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
 
 
 def llama_of_transformers(**changes):
@@ -73,8 +75,7 @@ def test_a_llama_computes_the_bits_of_transformers(tied):
 def test_gpt_2_computes_what_transformers_does():
     """To rounding: transformers' Conv1D adds the bias in another operation."""
     theirs = gpt_2_of_transformers()
-    sizes = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
-    space = create_space("gpt2", **sizes).eval()
+    space = create_space("gpt2", **GPT_2).eval()
     space.load_state_dict({**space.state_dict(), **space.converted(theirs.state_dict())})
     x = ids()
     torch.testing.assert_close(space(x), theirs(x).logits, rtol=1e-5, atol=1e-6)
@@ -92,8 +93,7 @@ def test_a_search_starts_from_a_folder_of_transformers(tmp_path, shards):
 
 def test_gpt_2_starts_from_a_folder_of_transformers(tmp_path):
     gpt_2_of_transformers().save_pretrained(tmp_path)
-    sizes = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
-    assert "outputs equal" in load_pretrained(create_space("gpt2", **sizes), tmp_path)[-1]
+    assert "outputs equal" in load_pretrained(create_space("gpt2", **GPT_2), tmp_path)[-1]
 
 
 def test_files_without_a_head_and_with_frequencies_are_read(tmp_path):
@@ -137,12 +137,39 @@ def test_another_llama_is_refused_with_the_option_that_differs(tmp_path, changes
         load_pretrained(llama(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"activation_function": "gelu"}, r"activation_function 'gelu'.*'tanh': set create_space\.gelu = 'none'"),
+        ({"n_head": 8}, r"n_head 8, and the largest num_heads of the space is 4: give create_space\.num_heads"),
+        ({"layer_norm_epsilon": 1e-3}, "outputs .* differ .* an activation or an epsilon"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "outputs .* differ"),
+    ],
+)
+def test_another_gpt_2_is_refused(tmp_path, changes, message):
+    gpt_2_of_transformers(**changes).save_pretrained(tmp_path)
+    with pytest.raises(TangleNASError, match=message):
+        load_pretrained(create_space("gpt2", **GPT_2), tmp_path)
+
+
+def test_a_network_of_another_type_with_the_same_names_is_compared(tmp_path):
+    """A Mistral is a Llama where its window is as long as the text."""
+    shape = dict(vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True)  # fmt: skip
+    network = randomised(transformers.MistralForCausalLM(transformers.MistralConfig(**shape, sliding_window=None)))
+    network.save_pretrained(tmp_path)
+    assert "outputs equal" in load_pretrained(llama(), tmp_path)[-1]
+    network.config.sliding_window = 4
+    network.config.save_pretrained(tmp_path)
+    with pytest.raises(OtherWeightsError, match="the outputs of the largest of 'llama_nano' differ"):
+        load_pretrained(llama(), tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.model."])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_weights_of_a_wrapper_are_compared_without_its_prefix(tmp_path, kind, prefix):
     """transformers does not know such names: it would warn, and compute with newly initialised weights."""
-    sizes = dict(layers=(1, 2), embed_dim=(16, 32), num_heads=(2, 4), vocab_size=13, block_size=BLOCK)
-    space = llama() if kind == "llama" else create_space("gpt2", **sizes)
+    space = llama() if kind == "llama" else create_space("gpt2", **GPT_2)
     theirs = llama_of_transformers() if kind == "llama" else gpt_2_of_transformers()
     theirs.save_pretrained(tmp_path)
     state = {prefix + name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
