@@ -178,12 +178,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def weights_digest(path: str | Path) -> str:
-    """Return the SHA-256 of the weights of a file, or of a folder's files one after the other."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file of weights, or of a folder's one. For several files, it is that of their digests."""
+    digests = []
     for name in weight_files(path):
         with open(name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A space starts from a trained network: its largest network then computes what that network computes."""
 
+import hashlib
 import json
 import re
 
@@ -13,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime.weights import INDEX, OtherWeightsError, save_weights
+from tanglenas_engine.runtime.weights import INDEX, OtherWeightsError, save_weights, weights_digest
 from tanglenas_engine.spaces.pretrained import load_pretrained
 
 SHAPE = dict(embed_dim=(8, 16), depth=(1, 3), num_heads=(2, 4), mlp_ratio=(4, 2), head_dim=4, image_size=8)
@@ -163,6 +164,16 @@ def test_a_folder_of_several_files(shards):
     (shards / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(TangleNASError, match=r"lacks 1 of the 2 files .* model-00002-of-00002\.safetensors"):
         load_pretrained(found, shards)
+
+
+def test_the_digest_is_that_of_the_file_as_sha256sum_says(tmp_path, shards):
+    file = tmp_path / "alone" / "model.safetensors"
+    save_weights(file, space().state_dict())
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert weights_digest(file) == weights_digest(file.parent) == expected
+    both = weights_digest(shards)
+    (shards / "model-00002-of-00002.safetensors").write_bytes(file.read_bytes())
+    assert weights_digest(shards) != both != expected
 
 
 @pytest.mark.parametrize("text", ['{"weight_map": {"a": "../../w.safetensors"}}', "[]", "{}", "nothing"])
