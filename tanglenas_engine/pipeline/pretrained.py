@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from tanglenas_engine.data import data_path
+from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.errors import TangleNASError, closest, describe
-from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.weights import weights_digest
 from tanglenas_engine.spaces.pretrained import load_pretrained
 from tanglenas_engine.spaces.space import SearchSpace
@@ -15,10 +17,14 @@ from tanglenas_engine.spaces.space import SearchSpace
 SCRATCH = "scratch"
 """The source of a search whose weights are newly initialised."""
 HUBS = ("timm", "hf")
+NORMALISATION = 1e-3
+"""The largest difference between means or deviations of pixels from 0 to 1 that does not matter."""
 
 
-def pretrained(space: SearchSpace, weights: str = SCRATCH) -> str:
+def pretrained(space: SearchSpace, dataset: Dataset, weights: str = SCRATCH) -> str:
     """Load the weights that a search starts from, and return their SHA-256, or "" for a search from scratch.
+
+    What was done is printed, and whether the dataset normalises images in another way than that of the weights.
 
     Bind `pretrained.weights` to a safetensors file, to a folder with config.json and model.safetensors, to `timm:NAME`
     for a network of timm, or to `hf:OWNER/NAME` for a repository of the Hugging Face hub.
@@ -29,10 +35,25 @@ def pretrained(space: SearchSpace, weights: str = SCRATCH) -> str:
     if weights == SCRATCH:
         return ""
     path = located(weights)
-    for note in load_pretrained(space, path):
+    for note in (*load_pretrained(space, path), *_other_inputs(path, dataset)):
         if distributed.rank() == 0:
             print(f"{weights}: {note}", file=sys.stderr)
     return weights_digest(path)
+
+
+def _other_inputs(path: Path, dataset: Dataset) -> Iterator[str]:
+    """Yield a sentence if images were normalised otherwise for the weights than the dataset does it."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        here = dataset.input_config()
+        there = strict_json.loads((path / "config.json").read_text("utf-8"))["pretrained_cfg"]
+        pairs = [(list(map(float, there[name])), here[name]) for name in ("mean", "std")]
+        if any(abs(a - b) > NORMALISATION for theirs, ours in pairs for a, b in zip(theirs, ours, strict=True)):
+            (mean, our_mean), (std, our_std) = pairs
+            yield (
+                f"the network was trained on images normalised with mean {mean} and std {std}, and the dataset "
+                f"{dataset.name} has mean {our_mean} and std {our_std}. The weights fit better with the former: set "
+                "create_dataset.mean and create_dataset.std, if the dataset has these options"
+            )
 
 
 def located(weights: str) -> Path:

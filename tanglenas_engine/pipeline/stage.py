@@ -179,7 +179,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             seed, space, dataset = create()
             if name == "search" and distributed.rank() == 0:
                 dataset.verify(ConsoleProgress(), root / ".tanglenas")
-            weights = pretrained(space) if name == "search" else ""
+            weights = pretrained(space, dataset) if name == "search" else ""
         config = gin.config_str()
         code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
         identity = _identity(name, config, dataset, inputs, code, weights)

@@ -14,6 +14,7 @@ from spaces import vit
 from stages import arguments, forget_settings
 
 from pipelines import search
+from tanglenas_engine import create_dataset
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import write_environment
 from tanglenas_engine.pipeline.config import configure
@@ -59,7 +60,7 @@ def asked(tmp_path, monkeypatch):
 def test_a_name_on_a_hub_is_a_folder_in_the_cache(asked, weights, repository, tmp_path, capsys):
     assert located(weights) == tmp_path / "cache" and asked == [repository]
     space = vit()
-    assert pretrained(space, weights) == weights_digest(tmp_path / "cache")
+    assert pretrained(space, create_dataset("digits"), weights) == weights_digest(tmp_path / "cache")
     assert f"{weights}: the largest network's outputs equal" in capsys.readouterr().err
 
 
@@ -80,7 +81,7 @@ def test_a_repository_without_safetensors_is_refused(asked, tmp_path, monkeypatc
 )
 def test_a_source_that_is_none_is_one_sentence(weights, message):
     with pytest.raises(TangleNASError, match=message):
-        pretrained(vit(), weights)
+        pretrained(vit(), create_dataset("digits"), weights)
 
 
 def test_without_a_network_it_is_said_how_to_bring_the_weights(monkeypatch):
@@ -90,6 +91,17 @@ def test_without_a_network_it_is_said_how_to_bring_the_weights(monkeypatch):
     ) as it:
         located("timm:deit_tiny_patch16_224")
     assert LocalEntryNotFoundError.__name__ in str(it.value) and "\n" not in str(it.value)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_images_that_were_normalised_otherwise_are_told(tmp_path, capsys, same):
+    """The digits have a mean of 0.305, and a network that is exported without a dataset says 0.5."""
+    digits, space = create_dataset("digits"), vit()
+    space.export(space.extract(space.largest()), space.largest(), tmp_path, digits if same else None)
+    pretrained(space, digits, str(tmp_path))
+    told = capsys.readouterr().err
+    assert "outputs equal" in told
+    assert ("normalised with mean [0.5] and std [0.5], and the dataset digits has mean [0.305" in told) is not same
 
 
 def test_a_search_starts_from_weights_and_its_lineage_has_their_digest(
