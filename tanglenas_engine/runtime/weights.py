@@ -153,6 +153,11 @@ def weight_files(path: str | Path) -> list[Path]:
         return [path / name for name in names]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
+    if shards := sorted(path.glob("*-of-*.safetensors")):
+        raise TangleNASError(
+            f"{path} has {shards[0].name}, but lacks {INDEX}, which says what its files are: copy or download the "
+            "folder again, with all of its files"
+        )
     pickles = sorted(file for file in path.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".ckpt"))
     raise TangleNASError(
         f"{path} has no model.safetensors"

@@ -166,6 +166,12 @@ def test_a_folder_of_several_files(shards):
         load_pretrained(found, shards)
 
 
+def test_several_files_without_their_index_are_refused(shards):
+    (shards / INDEX).unlink()
+    with pytest.raises(TangleNASError, match=rf"has model-00001-of-00002\.safetensors, but lacks {re.escape(INDEX)}"):
+        load_pretrained(space(), shards)
+
+
 def test_the_digest_is_that_of_the_file_as_sha256sum_says(tmp_path, shards):
     file = tmp_path / "alone" / "model.safetensors"
     save_weights(file, space().state_dict())
