@@ -55,10 +55,10 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
     # The order of a supernet's layers is found anew.
     orders = {f"{name}.order" for name, module in space.named_modules() if isinstance(module, Depth)}
     state = space.converted({name: tensor for name, tensor in given.items() if name not in orders})
+    has_head = any(name in state for name in _head(space, own))
     if left_out := _without_head(space, state, own):
-        notes.append(
-            f"the head ({', '.join(left_out)}) has another number of classes, so it was left out and starts untrained"
-        )
+        why = "has another number of classes, so it was left out and" if has_head else "is not among the weights, so it"
+        notes.append(f"the head ({', '.join(left_out)}) {why} starts untrained")
     _check_names(space, path, state, own, left_out)
     check_values(path, state, own, prefix)
     types = {tensor.dtype for name, tensor in state.items() if tensor.dtype in FLOATS} - {torch.float32}
@@ -88,15 +88,22 @@ def _readable(path: Path, given: Mapping[str, Tensor], prefix: str) -> Iterator[
         yield folder
 
 
+def _head(space: SearchSpace, own: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in own if space.output_layer and name.startswith(f"{space.output_layer}.")]
+
+
 def _without_head(space: SearchSpace, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Remove the tensors of a head with another number of classes from `state`, and return their names."""
-    names = [name for name in own if space.output_layer and name.startswith(f"{space.output_layer}.")]
-    others = [name for name in names if name not in state or len(state[name]) != len(own[name])]
-    fitting = all(name not in state or state[name].shape[1:] == own[name].shape[1:] for name in names)
-    if not others or not fitting:
+    """Remove the tensors of a head with another number of classes from `state`, and return the names of the space's.
+
+    A part of a head with the same classes stays, and so the rest of it is missing.
+    """
+    names = _head(space, own)
+    given = [name for name in names if name in state]
+    other = not given or any(len(state[name]) != len(own[name]) for name in given)
+    if not names or not other or any(state[name].shape[1:] != own[name].shape[1:] for name in given):
         return []
-    for name in names:
-        state.pop(name, None)
+    for name in given:
+        del state[name]
     return names
 
 

@@ -73,6 +73,18 @@ def test_a_head_of_other_classes_is_left_out_and_the_rest_is_compared(tmp_path):
     assert torch.equal(found.norm.weight, network.norm.weight)
 
 
+def test_a_head_that_is_missing_is_told_and_a_part_of_one_is_refused(tmp_path):
+    folder_of_timm(tmp_path, num_classes=0)
+    first, second = load_pretrained(space(), tmp_path)
+    assert first == "the head (head.weight, head.bias) is not among the weights, so it starts untrained"
+    assert "equal" in second
+    folder_of_timm(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "head.bias"}, file)
+    with pytest.raises(OtherWeightsError, match=r"it lacks head\.bias\."):
+        load_pretrained(space(), tmp_path)
+
+
 def test_positions_of_another_grid_are_resampled(tmp_path):
     folder_of_timm(tmp_path, img_size=12)
     found = space()
