@@ -238,17 +238,10 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(2) in (b"PK", b"\x80\x02"):
+                raise TangleNASError(f"{path} is a file of torch.save, not a safetensors file. {CONVERT}") from None
         raise TangleNASError(
-            f"cannot read {path} as a safetensors file: {' '.join(str(error).split())[:300]}. {_advice(path)}"
+            f"cannot read {path} as a safetensors file: {' '.join(str(error).split())[:300]}. It is truncated or was "
+            "never one. Run the stage that writes it again, or copy it again if no stage of this project wrote it"
         ) from error
-
-
-def _advice(path: Path) -> str:
-    """Return what to do about a file that is no safetensors file."""
-    with suppress(OSError), open(path, "rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02"):
-            return f"It is a file of torch.save. {CONVERT}"
-    return (
-        "It is truncated or was never one. Run the stage that writes it again, or copy it again if no stage of this "
-        "project wrote it"
-    )
