@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,28 @@ TRIED, MOST = 8, 10**6
 
 RUNG = 4
 """Factor between the rungs of a race: a quarter of the candidates goes on, to about four times as many samples."""
+
+Judging = Literal["race", "all samples", "one candidate"]
+"""How a method judges candidates, which says how many fit into some seconds."""
+AnyMethod = TypeVar("AnyMethod", bound=Callable[..., Any])
+
+
+def judges(judging: Judging) -> Callable[[AnyMethod], AnyMethod]:
+    """Mark a method with how it judges. One without a mark runs a race."""
+
+    def marked(method: AnyMethod) -> AnyMethod:
+        vars(method)["judging"] = judging
+        return method
+
+    return marked
+
+
+def judging_of(method: Callable[..., Any]) -> Judging:
+    """Return how a method judges, also one whose options are bound by `functools.partial`."""
+    while isinstance(method, partial):
+        method = method.func
+    found: Judging = getattr(method, "judging", "race")
+    return found
 
 
 class Candidates:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.candidates import Candidates, judges
 from tanglenas_engine.derivation.evolution import Variation
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.runtime.tracking import Record
@@ -49,6 +49,7 @@ def _undominated(records: Sequence[Record], cost: str) -> list[Record]:
     return found
 
 
+@judges("all samples")
 def nsga2(
     candidates: Candidates,
     mixture: Mixture | None,

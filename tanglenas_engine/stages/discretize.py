@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.budget import Budget, Projection, amount
-from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.candidates import Candidates, judges, judging_of
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.derivation.race import Raced
@@ -34,10 +34,12 @@ Method = Callable[..., Projection | Raced | None]
 
 Its arguments are the `Candidates` to draw from, the mixture of the search or None, and options of its own. A method
 that only projects the mixture's most probable architecture into the budget returns the `Projection`, and one that
-trains candidates returns how that ended; others return None.
+trains candidates returns how that ended; others return None. One that does not judge candidates in a race is marked
+with `candidates.judges`.
 """
 
 
+@judges("one candidate")
 def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
     """Judge one candidate, the most probable architecture within the budget, and return how it was found.
 
@@ -224,8 +226,9 @@ def discretize(
         limit=candidates, prior=weights if prior == "mixture" else None, recalibration_batches=recalibration_batches,
         batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
     ) as tried:  # fmt: skip
-        if timer is not None and method != "argmax":
-            tried.afford(timer, race=method != "nsga2")
+        judging = judging_of(methods[method])
+        if timer is not None and judging != "one candidate":
+            tried.afford(timer, race=judging == "race")
         found = methods[method](tried, weights)
         front = [record["architecture"] for record in final_front(tried)]
         best = tried.best()[0]["architecture"] if found is None else found.architecture

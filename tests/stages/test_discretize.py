@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 from tanglenas_engine import SearchSpace, create_objective
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.pareto import front
+from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import methods
 from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress
@@ -242,6 +244,26 @@ def test_a_derivation_by_seconds_is_that_of_as_many_candidates(method, tmp_path,
         monkeypatch.setattr(timer.time, "process_time", lambda: 0.0)  # another speed plans nothing anew
         assert derive(space, method=method, seconds=9.0, checkpoints=checkpoints) == found
     assert derive(space, method=method, candidates=fitted) == found
+
+
+@pytest.mark.parametrize(
+    "alike, other",
+    [("nsga2", partial(nsga2, population=20)), ("nsga2", methods["nsga2"]), ("argmax", methods["argmax"])],
+)
+def test_what_fits_into_seconds_follows_from_the_method_not_from_its_name(alike, other, monkeypatch, capsys):
+    torch.manual_seed(0)
+    space = Stopping()
+    mixture = random_mixture(space)
+    found = []
+    for method, function in ((alike, METHODS[alike]), ("mine", other)):
+        ticks = itertools.count()
+        monkeypatch.setattr(timer.time, "process_time", lambda ticks=ticks: float(next(ticks)))
+        result = derive(
+            space, mixture, method=method, seconds=9.0, methods={method: function}, batch_size=10,
+            progress=ConsoleProgress(),
+        )  # fmt: skip
+        found.append((len(result.candidates), "processor seconds are" in capsys.readouterr().out))
+    assert found[0] == found[1] and found[0][1] == (alike != "argmax")
 
 
 def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):
