@@ -85,7 +85,8 @@ def series(arms: Mapping[str, Arm], arm: str) -> str:
 def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[Any, Any, Any]]:
     """Return a curve for each arm that has one: x and the mean, `(points,)`, and the ends of the band or None.
 
-    Points of arms of one series are one curve of each seed. Curves are averaged where all seeds have a value.
+    Points of arms of one series are one curve of each seed. Curves are averaged where all seeds have a value. Where
+    that is one moment, such as the last one of seeds with a point each, the curve is a point.
     """
     parts: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for arm, seeds in runs.items():
@@ -102,7 +103,7 @@ def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[An
         if all(len(path[0]) == len(paths[0][0]) and np.allclose(path[0], paths[0][0]) for path in paths):
             x = paths[0][0]
         else:
-            x = np.linspace(min(first, end), end, POINTS)
+            x = np.linspace(first, end, POINTS) if first < end else np.array([end])
         each = np.stack([path[1][np.searchsorted(path[0], x, side="right") - 1] for path in paths])
         found[label] = x, each.mean(0), bootstrap(each, RESAMPLES) if len(each) > 1 else None
     return found
@@ -130,7 +131,10 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
         look = colours[label]
         marker = "o" if len(x) <= 12 else ""
         axes.plot(x, mean, label=plain(label), drawstyle="steps-post" if steps else "default", marker=marker, **look)
-        if band is not None:
+        if band is not None and len(x) == 1:  # a band has no width there
+            ends = np.abs(np.stack(band) - mean)
+            axes.errorbar(x, mean, ends, fmt="none", color=look["color"], capsize=2, linewidth=1)
+        elif band is not None:
             low, high = band
             axes.fill_between(
                 x, low, high, step="post" if steps else None, color=look["color"], alpha=0.18, linewidth=0

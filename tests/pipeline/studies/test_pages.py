@@ -11,7 +11,7 @@ import pytest
 from tanglenas_engine import TangleNASError
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.comparison import Estimate, Metric
-from tanglenas_engine.pipeline.studies.figure import curves, matrices
+from tanglenas_engine.pipeline.studies.figure import curves, draw, matrices
 from tanglenas_engine.pipeline.studies.page import Results, compared, text, write_page
 from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.runs import read_measured
@@ -209,6 +209,18 @@ def test_points_of_a_series_are_one_curve_and_bands_need_two_seeds():
     assert found["a"][0].tolist() == [1.0, 3.0] and found["a"][2] is None
 
 
+@pytest.mark.parametrize("xs", [(3.0, 3.0), (1.0, 1.5)])
+def test_a_single_point_has_an_error_bar_for_a_band(monkeypatch, xs):
+    monkeypatch.setattr("tanglenas_engine.pipeline.studies.figure.png", lambda figure: figure)
+    seeds = {seed: Measured(curves={"line": Curve([x], [4.0 + 2 * seed])}) for seed, x in enumerate(xs)}
+    figure = draw(STUDY, {"a": seeds}, compared(STUDY, results(a=[1.0])))
+    bars = [bar for axes in figure.axes for bar in axes.containers]
+    ((bar,),) = [bar.lines[2] for bar in bars]
+    assert bar.get_segments()[0].tolist() == [[max(xs), 4.0], [max(xs), 6.0]]
+    alone = draw(STUDY, {"a": {0: seeds[0]}}, compared(STUDY, results(a=[1.0])))
+    assert not [bar for axes in alone.axes for bar in axes.containers]
+
+
 def test_matrices_of_other_names_are_not_averaged():
     one = Matrix(["x"], ["y"], [[1.0]])
     runs = {"a": {0: Measured(matrices={"grid": one}), 1: Measured(matrices={"grid": replace(one, values=[[0.0]])}),
@@ -225,8 +237,6 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
 @pytest.mark.parametrize("name", studies.NAMES)
 def test_every_study_draws_what_its_runs_measure(name):
     """The names that panels and claims rely on, with made-up numbers of all kinds."""
-    from tanglenas_engine.pipeline.studies.figure import draw
-
     study = studies.load(name)
     runs = {
         arm: {
