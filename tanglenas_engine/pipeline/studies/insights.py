@@ -31,7 +31,7 @@ def measure(run: Run) -> Measured:
         cost = space.cost(found).macs
         hand = uniform(space, cost)
     values = {"macs": float(cost), "early_over_late": early_over_late(space, assignment)}
-    matrices = {"size": sizes(space, assignment), **frequencies(space, assignment)}
+    matrices = {"size": sizes(space, assignment), "frequency": frequency(space, assignment)}
     if hand is not None:
         values["from_uniform"] = moved(dict(found.choices), dict(space.architecture_of(hand).choices))
         matrices["hand-made size"] = sizes(space, hand)
@@ -51,18 +51,16 @@ def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
     return Matrix(list(space.choices), [str(layer + 1) for layer in range(layers)], values)
 
 
-def frequencies(space: SearchSpace, assignment: Assignment) -> dict[str, Matrix]:
-    """Return for each choice 1 where a layer has an option: the mean over seeds is the option's frequency."""
-    found = {}
+def frequency(space: SearchSpace, assignment: Assignment) -> Matrix:
+    """Return 1 where a layer has an option and 0 where it has not: the mean over seeds is the option's frequency."""
+    layers = max(len(choice.layer_rows) for choice in space.choices.values())
+    names, values = [], []
     for name, choice in space.choices.items():
-        values = [
-            [float(row.active(assignment) and assignment[row] == option) for option in range(len(choice.options))]
-            for row in choice.layer_rows
-        ]
-        found[f"frequency of {name}"] = Matrix(
-            [str(number + 1) for number in range(len(values))], [str(option) for option in choice.options], values
-        )
-    return found
+        for number, option in enumerate(choice.options):
+            row = [float(one.active(assignment) and assignment[one] == number) for one in choice.layer_rows]
+            names.append(f"{name} {option}")
+            values.append([*row, *[math.nan] * (layers - len(row))])
+    return Matrix(names, [str(layer + 1) for layer in range(layers)], values)
 
 
 def early_over_late(space: SearchSpace, assignment: Assignment) -> float:
@@ -146,6 +144,7 @@ STUDY = Study(
     panels=(
         Panel("matrices", "size", "layer", "size of the option"),
         Panel("matrices", "hand-made size", "layer", "hand-made: size"),
+        Panel("matrices", "frequency", "layer", "frequency of the option"),
         Panel("means", "early_over_late"),
     ),
     limits=(

@@ -132,8 +132,19 @@ def test_sizes_are_places_among_the_options_and_missing_layers_are_left_out():
     assert {value for row in small.values for value in row if not math.isnan(value)} == {0.0}
     missing = [sum(math.isnan(value) for row in one.values for value in row) for one in (small, large)]
     assert missing[0] > missing[1]
-    ratio = insights.frequencies(space, space.assignment_of(space.largest()))["frequency of mlp_ratio"]
-    assert [sum(row) for row in ratio.values] == [1.0] * len(ratio.rows)
+
+
+def test_the_frequencies_of_the_options_of_a_layer_are_on_the_page():
+    space = create_space("autoformer_nano")
+    assert "frequency" in {panel.name for panel in studies.load("insights").panels}
+    for found in (space.smallest(), space.largest()):
+        grid = insights.frequency(space, space.assignment_of(found))
+        rows = dict(zip(grid.rows, grid.values, strict=True))
+        ratios = [rows[f"mlp_ratio {option}"] for option in space.choices["mlp_ratio"].options]
+        layers = len(found.choices["mlp_ratio"])
+        assert [sum(layer) for layer in zip(*ratios, strict=True)][:layers] == [1.0] * layers
+        depth = [rows[f"depth {option}"][0] for option in space.choices["depth"].options]
+        assert sum(depth) == 1 and all(math.isnan(value) for value in rows[grid.rows[0]][1:])
 
 
 @pytest.mark.parametrize("name", ["autoformer_nano", "gpt_nano", "toy_cell_nano"])
