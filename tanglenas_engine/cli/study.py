@@ -94,8 +94,12 @@ def command(
     if not run:
         click.echo(f"\nNext:\n    cd {folder}\n    git init && git add . && git commit -m study && dvc repro")
         return
-    if plan.study.stages:
+    try:
         _check_memory(folder, plan)
+    except TangleNASError:
+        if new:  # so that other settings can be tried in its place
+            layout.take_back(folder)
+        raise
     if not new:
         click.echo("It is there already, and goes on.")
     _repro(folder)
@@ -138,9 +142,12 @@ def _check_memory(folder: Path, plan: Plan) -> None:
     from ..pipeline.studies import memory
     from ..pipeline.studies.runs import entered
 
-    arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
-    with chdir(folder), entered(arm, str(seed)):
-        need = memory.estimate()
+    if plan.study.needed is not None:
+        need = plan.study.needed(plan.params)
+    else:
+        arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
+        with chdir(folder), entered(arm, str(seed)):
+            need = memory.estimate()
     click.echo(memory.check(need))
 
 

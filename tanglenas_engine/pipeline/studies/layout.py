@@ -254,3 +254,16 @@ def lay_out(plan: Plan, folder: Path, source: Path, template: Path, files: Mappi
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
     return True
+
+
+def take_back(folder: Path) -> None:
+    """Delete what `lay_out` wrote into a folder, and the folder unless it is a git repository."""
+    import shutil
+
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name != ".git":
+            shutil.rmtree(entry)
+        elif entry.name != ".git":
+            entry.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

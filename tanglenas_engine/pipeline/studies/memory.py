@@ -22,11 +22,16 @@ STATES = 4
 
 @dataclass(frozen=True)
 class Need:
-    """The memory of a search in bytes: of the weights with gradients and moments, and of what a step keeps."""
+    """The memory of a search in bytes: of the weights with gradients and moments, and of what a step keeps.
+
+    Attributes:
+        advice: The options that lower it, for a message.
+    """
 
     weights: int
     kept: int
     batch_size: int
+    advice: str = "a smaller search.batch_size with -S, more `search.accumulate` with --bind"
 
     @property
     def total(self) -> int:
@@ -80,8 +85,8 @@ def check(need: Need) -> str:
     )
     if need.total > free:
         raise TangleNASError(
-            f"{amount}. {shown(where)} has {_size(free)} free. Take a smaller search.batch_size with -S, more "
-            "`search.accumulate` with --bind, or --scale cpu; --no-run lays the study out for another machine"
+            f"{amount}. {shown(where)} has {_size(free)} free. Take {need.advice}, or --scale cpu; --no-run lays the "
+            "study out for another machine"
         )
     return f"{amount}; {shown(where)} has {_size(free)} free"
 

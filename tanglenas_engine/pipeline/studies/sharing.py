@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 
 from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.studies.memory import SAMPLES, STATES, Need
 from tanglenas_engine.pipeline.studies.run import Run
-from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Scale, Study
+from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Params, Scale, Study
 from tanglenas_engine.plugins import create_optimizer, create_space, manager
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.spaces.space import SearchSpace
@@ -31,14 +32,12 @@ UNTIMED = 2
 def measure(run: Run) -> Measured:
     """Measure a search step of every space of an arm's kind, by the number of options of a choice."""
     options = run.measure
-    cells = options["kind"] == "cells"
     found = {}
     device = device_of(os.environ.get("TANGLENAS_DEVICE") or None)
-    for name in options["cells" if cells else "macro"]:
-        for number, given in sized(name, cells):
+    for name in options[_list_of(options)]:
+        for number, given in sized(name, options["kind"] == "cells"):
             torch.manual_seed(run.seed)
-            mode = {"sharing": options["mode"]} if cells else {"relaxation": options["mode"]}
-            space = create_space(name, **given, **mode).to(device)
+            space = create_space(name, **given, **_mode(options)).to(device)
             found[name, number] = Cost.of(space, int(options["batch"]), int(options["rounds"]), run.seed)
     kind = options["kind"]
     curves = {}
@@ -90,38 +89,68 @@ class Cost:
     def of(cls, space: SearchSpace, batch: int, rounds: int, seed: int) -> Cost:
         """Measure a step of a space on random inputs."""
         device = next(space.parameters()).device
-        inputs = space.example_input(batch).to(device)
-        with torch.no_grad():
-            outputs = space.release()(inputs)
-        targets = torch.randint(outputs.shape[-1], outputs.shape[:-1], device=device)
-        weights = torch.optim.SGD(space.parameters(), lr=1e-3)
-        optimizer = create_optimizer("drnas")
-        optimizer.bind(space, seed)
-
-        def step(index: int) -> Step:
-            pair = (inputs, targets)
-            return Step(index, space, cross_entropy, pair, pair, weights)
-
-        def weight(index: int) -> None:
-            weights.zero_grad()
-            for loss in optimizer.weight_losses(step(index)):
-                torch.autograd.backward(loss)
-
-        def architecture(index: int) -> None:
-            optimizer.architecture_backward(step(index))
-
-        parts: tuple[Callable[[int], None], ...] = (weight, architecture) if space.rows else (weight,)
+        parts, known = _step(space, batch, seed)
         taken = []
         for index in range(UNTIMED + rounds):
             start = _now(device)
             for part in parts:
                 part(index)
             taken.append(_now(device) - start)
-        tensors = [*space.parameters(), *optimizer.parameters(), inputs, targets]
-        known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         kept = max(saved_bytes(partial(part, 0), known) for part in parts)
         peak = max(peak_bytes(partial(part, 0), device) for part in parts)
         return cls(statistics.median(taken[UNTIMED:]), kept, peak, sum(weight.nbytes for weight in space.parameters()))
+
+
+def _step(space: SearchSpace, batch: int, seed: int) -> tuple[Sequence[Callable[[int], None]], set[int]]:
+    """Return the parts of a search step on random inputs, and the addresses of what lives between steps."""
+    device = next(space.parameters()).device
+    inputs = space.example_input(batch).to(device)
+    with torch.no_grad():
+        outputs = space.release()(inputs)
+    targets = torch.randint(outputs.shape[-1], outputs.shape[:-1], device=device)
+    weights = torch.optim.SGD(space.parameters(), lr=1e-3)
+    optimizer = create_optimizer("drnas")
+    optimizer.bind(space, seed)
+
+    def step(index: int) -> Step:
+        pair = (inputs, targets)
+        return Step(index, space, cross_entropy, pair, pair, weights)
+
+    def weight(index: int) -> None:
+        weights.zero_grad()
+        for loss in optimizer.weight_losses(step(index)):
+            torch.autograd.backward(loss)
+
+    def architecture(index: int) -> None:
+        optimizer.architecture_backward(step(index))
+
+    parts: tuple[Callable[[int], None], ...] = (weight, architecture) if space.rows else (weight,)
+    tensors = [*space.parameters(), *optimizer.parameters(), inputs, targets]
+    return parts, {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def needed(params: Params) -> Need:
+    """Return the memory of the dearest step that the arms measure, by a step on two samples."""
+    found = []
+    for arm in params["arms"].values():
+        options = {**params["measure"], **arm["measure"]}
+        for name in options[_list_of(options)]:
+            parts, known = _step(space := create_space(name, **_mode(options)), SAMPLES, 0)
+            kept = max(saved_bytes(partial(part, 0), known) for part in parts)
+            weights = STATES * sum(weight.nbytes for weight in space.parameters())
+            batch = int(options["batch"])
+            found.append(Need(weights, kept * batch // SAMPLES, batch, "a smaller measure.batch with -S"))
+    return max(found, key=lambda need: need.total)
+
+
+def _list_of(options: Mapping[str, Any]) -> str:
+    """Return which list of spaces an arm measures."""
+    return "cells" if options["kind"] == "cells" else "macro"
+
+
+def _mode(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the option of a space that says how its options share weights."""
+    return {"sharing" if options["kind"] == "cells" else "relaxation": options["mode"]}
 
 
 def _now(device: torch.device) -> float:
@@ -161,6 +190,7 @@ STUDY = Study(
     },
     stages=(),
     measure=measure,
+    needed=needed,
     on=_on,
     metrics={
         "seconds": Metric("search step, processor time", "ms", 1, 1e-3),
@@ -181,8 +211,10 @@ STUDY = Study(
     panels=(
         Panel("curves", "cells seconds", "operations of an edge", "search step (ms)"),
         Panel("curves", "cells kept", "operations of an edge", "kept for backward (MiB)"),
+        Panel("curves", "cells peak", "operations of an edge", "peak of a step (MiB)"),
         Panel("curves", "macro seconds", "options of a choice", "search step (ms)"),
         Panel("curves", "macro kept", "options of a choice", "kept for backward (MiB)"),
+        Panel("curves", "macro peak", "options of a choice", "peak of a step (MiB)"),
     ),
     limits=(
         "Seeds are repeats: bytes hardly differ between them, and times differ by what else the machine does. The "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tanglenas_engine.pipeline.comparison import Metric
 
 if TYPE_CHECKING:
+    from tanglenas_engine.pipeline.studies.memory import Need
     from tanglenas_engine.pipeline.studies.run import Run
 
 SCALES = ("cpu", "paper")
@@ -162,6 +163,7 @@ class Study:
             "optional" if a table of all architectures adds to it.
         across: A function that adds numbers to runs which follow from several of them, by arm and seed.
         on: A function that says from params.yaml what is measured, where that is not the space with the dataset.
+        needed: A function that estimates from params.yaml the memory of the measurement, where that is no search.
     """
 
     question: str
@@ -178,6 +180,7 @@ class Study:
     with_table: Sequence[Stage] | None = None
     across: Callable[[Runs], Mapping[str, Mapping[int, Mapping[str, float]]]] | None = None
     on: Callable[[Params], str] | None = None
+    needed: Callable[[Params], Need] | None = None
 
     def stages_of(self, params: Params) -> Sequence[Stage]:
         """Return the stages of each run under the values of params.yaml."""

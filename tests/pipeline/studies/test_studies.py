@@ -210,5 +210,20 @@ def test_a_search_that_memory_cannot_hold_is_refused_before_it_starts(monkeypatc
         check(Need(2**30, 8 * 2**30, 512))
 
 
+def test_a_measurement_that_memory_cannot_hold_is_refused_and_leaves_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tanglenas_engine.pipeline.studies.memory.available", lambda: (2 * 2**30, "this machine"))
+    given = ["study", "sharing", "--arms", "superposed", "--out", "here", "-S", "measure.cells=[toy_cell_nano]"]
+    result = CliRunner().invoke(main, [*given, "-S", "measure.batch=100000"])
+    assert result.exit_code == 2 and "a smaller measure.batch with -S, or --scale cpu" in result.stderr
+    assert not (tmp_path / "here").exists()
+    monkeypatch.setattr("tanglenas_engine.cli.study._repro", lambda folder: None)
+    result = CliRunner().invoke(main, [*given, "-S", "measure.batch=2"])
+    assert result.exit_code == 0 and "this machine has 2.0 GiB free" in result.stdout
+    with pytest.raises(Exception, match="holds the study"):
+        CliRunner().invoke(main, [*given, "-S", "measure.batch=100000"], standalone_mode=False, catch_exceptions=False)
+    assert (tmp_path / "here" / "dvc.yaml").exists()
+
+
 def test_claims_against_numbers_and_arms_are_told_apart():
     assert Claim("x", against=0.0).against == 0.0 and Claim("x").against == ""
