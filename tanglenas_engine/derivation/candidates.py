@@ -195,6 +195,9 @@ class Candidates:
 
     def _fitting(self, timer: Timer, race: bool) -> int:
         """Return the number of candidates whose judging fits into the seconds that are left after a trial."""
+        for one in self.fresh(1):  # the first one builds the tables of costs, which the others share
+            self._costs(one)
+        self._drawn.clear()
         start = timer.used()
         tried = self.fresh(TRIED)
         for one in tried:

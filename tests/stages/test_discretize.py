@@ -266,6 +266,19 @@ def test_what_fits_into_seconds_follows_from_the_method_not_from_its_name(alike,
     assert found[0] == found[1] and found[0][1] == (alike != "argmax")
 
 
+def test_the_tables_of_costs_are_no_cost_of_each_candidate(monkeypatch):
+    now = itertools.count().__next__
+    spent = [0.0]
+    monkeypatch.setattr(timer.time, "process_time", lambda: float(now()) + spent[0])
+
+    class Building(Stopping):
+        def cost(self, architecture):
+            spent[0] = 80.0
+            return super().cost(architecture)
+
+    assert len(derive(Building(), method="random", seconds=89.0).candidates) >= 8
+
+
 def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(timer.time, "process_time", lambda: float(next(ticks)))
