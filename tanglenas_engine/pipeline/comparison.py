@@ -33,8 +33,11 @@ MOST_NAMED = 3
 CONDITIONS = (
     "space", "dataset", "search.epochs", "search.seconds", "search.clock", "retrain.epochs", "search.objective",
     "search.target", "search.target_share", "discretize.max_params", "discretize.max_macs", "discretize.max_flops",
+    "discretize.limits",
 )  # fmt: skip
 """The settings without which runs are not comparable: what is searched, on which data, and within which budgets."""
+OF_DATA = ("create_dataset.", "make_splits.samples")
+"""The beginnings of further ones: a text of another folder, or images of another size, are other data of one name."""
 LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
 
@@ -261,7 +264,7 @@ def compare_rows(
     by = _chosen_settings(by, settings, names)
     metrics = _chosen_metrics(metrics, rows)
     split: dict[tuple[str, ...], list[int]] = {}
-    conditions = [name for name in _differing(settings, CONDITIONS) if name not in by]
+    conditions = [name for name in _differing(settings, _conditions(settings)) if name not in by]
     for number, one in enumerate(settings):
         split.setdefault(_values(one, conditions), []).append(number)
     if len(split) > 1:
@@ -308,6 +311,11 @@ def _settings(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str
     return {name: value for name, value in known.items() if value not in ("None", "")}
 
 
+def _conditions(settings: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return the settings that are equal in comparable runs."""
+    return [*CONDITIONS, *sorted({name for one in settings for name in one if name.startswith(OF_DATA)})]
+
+
 def _differing(settings: Sequence[Mapping[str, str]], among: Iterable[str]) -> list[str]:
     return [name for name in among if len({one.get(name) for one in settings}) > 1]
 
@@ -336,11 +344,12 @@ def _chosen_settings(by: Sequence[str], settings: Sequence[Mapping[str, str]], n
         return list(dict.fromkeys(chosen))
     people = [*LABELLED, *sorted(set(names.values()) - set(LABELLED))]
     others = sorted(known - set(people))
-    kept = list(_differing(settings, CONDITIONS))
+    conditions = _conditions(settings)
+    kept = list(_differing(settings, conditions))
     parts = len({_values(one, kept) for one in settings})
     found = []
     for name in _differing(settings, [*people, *others]):
-        if name not in CONDITIONS and len({_values(one, [*kept, name]) for one in settings}) > parts:
+        if name not in conditions and len({_values(one, [*kept, name]) for one in settings}) > parts:
             kept.append(name)
             found.append(name)
             parts = len({_values(one, kept) for one in settings})

@@ -106,6 +106,15 @@ def test_other_spaces_and_budgets_have_tables_of_their_own_unless_asked_for():
     assert asked.tables[0].groups[0].label == "search.epochs=3, spos"
 
 
+def test_other_data_of_one_name_have_tables_of_their_own():
+    other = [row("drnas", seed, 60.0, **{"create_dataset.root": "other"}) for seed in range(2)]
+    comparison = compared(*RUNS, *other)
+    assert [table.title for table in comparison.tables] == ["create_dataset.root=none", "create_dataset.root=other"]
+    assert comparison.by == ["optimizer"]
+    asked = compared(*RUNS, *other, by=["create_dataset.root", "optimizer"])
+    assert len(asked.tables) == 1 and len(asked.tables[0].groups) == 3
+
+
 def test_a_setting_that_is_none_is_one_that_an_older_run_lacks():
     comparison = compared(row("spos", 0, 90.0), row("spos", 1, 91.0, **{"search.seconds": None}))
     assert [len(group.runs) for group in comparison.tables[0].groups] == [2]
