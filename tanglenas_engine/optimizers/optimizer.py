@@ -82,7 +82,7 @@ class Optimizer(abc.ABC):
 
     name: str = ""
     learns_architecture: ClassVar[bool] = True
-    derivation: ClassVar[str] = "argmax"
+    derivation: ClassVar[str] = "both"
     draws_in_band: ClassVar[bool] = False
     accumulates: ClassVar[bool] = True
 

@@ -149,7 +149,7 @@ def discretize(
     mixture: Mapping[str, Tensor] | None,
     *,
     method: str = "auto",
-    derivation: str = "argmax",
+    derivation: str = "both",
     candidates: int = 100,
     prior: Literal["uniform", "mixture"] = "uniform",
     cost: str = "params",

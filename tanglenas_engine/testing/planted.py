@@ -348,8 +348,8 @@ class Finding:
 def find(optimizer: Optimizer, truth: Truth | str, seed: int = 0, **options: Any) -> Finding:
     """Search for a planted truth.
 
-    An optimizer whose derivation is "argmax" finds by alpha, if alpha is decided. If the entropy of its mixture is
-    above `DECIDED`, all architectures are judged with the supernet's weights, as for methods without alpha.
+    An optimizer with architecture parameters finds by alpha alone ("argmax"), if alpha is decided. If the entropy of
+    its mixture is above `DECIDED`, all architectures are judged with the supernet's weights, as for other methods.
 
     Args:
         optimizer: A new optimizer.
@@ -375,9 +375,7 @@ def find(optimizer: Optimizer, truth: Truth | str, seed: int = 0, **options: Any
     )
     result = search(space, optimizer, data, **{**recipe, **options})
     entropy = None if result.mixture is None else normalized_entropy(result.mixture)
-    method = optimizer.derivation
-    if method == "argmax" and entropy is not None and entropy > DECIDED:
-        method = "random"
+    method = "argmax" if entropy is not None and entropy <= DECIDED else "random"
     found = discretize(
         space, data, result.mixture, method=method, candidates=space.size, limits=budget, seed=seed
     ).architecture

@@ -387,6 +387,8 @@ class Roaming(SPOS):
 class Undecided(DARTS):
     """Has no mixture, and asks for argmax."""
 
+    derivation = "argmax"
+
     def expected(self):
         return None
 

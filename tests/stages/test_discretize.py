@@ -149,7 +149,7 @@ def test_a_prior_begins_with_what_argmax_takes(method):
     largest = space.cost(space.largest())
     for limit in (None, (space.cost(space.smallest()).params + largest.params) // 2):
         mixture = random_mixture(space)
-        likely = derive(space, mixture, max_params=limit)
+        likely = derive(space, mixture, method="argmax", max_params=limit)
         result = derive(space, mixture, method=method, candidates=20, prior="mixture", max_params=limit)
         assert likely.architecture.digest in {row["digest"] for row in result.candidates if row["generation"] == 0}
         assert result.candidates[0]["loss"] <= likely.candidates[0]["loss"]
@@ -436,8 +436,8 @@ def test_argmax_keeps_to_the_budget():
     space = vit()
     limit = (space.cost(space.smallest()).params + space.cost(space.largest()).params) // 2
     mixture = space.one_hot(space.largest())
-    assert derive(space, mixture).cost.params > limit
-    assert derive(space, mixture, max_params=limit).cost.params <= limit
+    assert derive(space, mixture, method="argmax").cost.params > limit
+    assert derive(space, mixture, method="argmax", max_params=limit).cost.params <= limit
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -478,8 +478,8 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         ({"max_macs": 1e9}, "max_macs is 1000000000.0, expected a whole number"),
         ({"batch_size": 0}, "batch size 0: give at least 1"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
-        ({}, "'argmax' needs the mixture of a gradient search, and the search has none: use method 'random'"),
-        ({"mixture": {}}, "'argmax' needs the mixture of a gradient search"),
+        ({"method": "argmax"}, "'argmax' needs the mixture of a gradient search, and the search has none: use method"),
+        ({"method": "argmax", "mixture": {}}, "'argmax' needs the mixture of a gradient search"),
         ({"method": "random", "prior": "mixture"}, "discretize.prior 'mixture' needs the mixture of a gradient search"),
         ({"method": "random", "prior": "alphas"}, "discretize.prior is 'alphas', expected 'uniform' or 'mixture'"),
         ({"fill": -0.1}, "discretize.fill is -0.1, expected a share from 0 to 1"),

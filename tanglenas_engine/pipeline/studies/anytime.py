@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tanglenas_engine.pipeline.studies.methods import HIGHER, PAPER_SEEDS, SECONDS, SPOS, TEST, worth
+from tanglenas_engine.pipeline.studies.methods import HIGHER, ONE_STAGE, PAPER_SEEDS, SECONDS, SPOS, TEST, worth
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Scale, Study
 
@@ -29,7 +29,7 @@ def arms() -> dict[str, Arm]:
     """Return an arm for each method and share of the time."""
     found = {}
     for share in SHARES:
-        found[f"drnas-{share}"] = Arm({"optimizer": "drnas"}, series="drnas")
+        found[f"drnas-{share}"] = Arm(ONE_STAGE, series="drnas")
         found[f"spos-random-{share}"] = Arm({**SPOS, "discretize": {"method": "random"}}, series="spos-random")
         found[f"spos-evolution-{share}"] = Arm(
             {**SPOS, "discretize": {"method": "evolution"}}, supernet=f"spos-random-{share}", series="spos-evolution"

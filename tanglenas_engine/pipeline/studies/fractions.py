@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.studies.methods import HIGHER, PAPER_SEEDS, SPOS, TEST, moved, worth
+from tanglenas_engine.pipeline.studies.methods import HIGHER, ONE_STAGE, PAPER_SEEDS, SPOS, TEST, moved, worth
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Runs, Scale, Study
 
@@ -45,7 +45,7 @@ STUDY = Study(
     paper="TangleNAS is more robust to the split than two stages. Its authors search with 0.5 and 0.8.",
     arms={
         f"{method}-{portion}": Arm(
-            {"optimizer": "drnas"} if method == "drnas" else _spos(), (f"make_splits.train_portion = 0.{portion[0]}",)
+            ONE_STAGE if method == "drnas" else _spos(), (f"make_splits.train_portion = 0.{portion[0]}",)
         )
         for method in METHODS
         for portion in PORTIONS

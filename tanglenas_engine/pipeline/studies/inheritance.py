@@ -10,7 +10,7 @@ from tanglenas_engine.data import Samples
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.configurables import read_architecture
 from tanglenas_engine.pipeline.files import WEIGHTS, load_into
-from tanglenas_engine.pipeline.studies.methods import PAPER_SEEDS, SPOS, TEST
+from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SPOS, TEST
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Scale, Study
 from tanglenas_engine.runtime.devices import device_of
@@ -48,7 +48,7 @@ def _batches(samples: Samples) -> list[torch.Tensor]:
 
 def _arms() -> dict[str, Arm]:
     found = {}
-    for method, given in (("drnas", {"optimizer": "drnas"}), ("spos", {**SPOS, "discretize": {"method": "evolution"}})):
+    for method, given in (("drnas", ONE_STAGE), ("spos", {**SPOS, "discretize": {"method": "evolution"}})):
         for mode in MODES:
             found[f"{method}-{mode}"] = Arm(
                 {**given, "retrain": {"mode": mode}}, supernet=f"{method}-scratch" if mode != "scratch" else ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.studies.methods import PAPER_SEEDS, SPOS, moved
+from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SPOS, moved
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Runs, Scale, Study
 from tanglenas_engine.spaces.space import SearchSpace
@@ -120,9 +120,9 @@ STUDY = Study(
         "largest network of the space."
     ),
     arms={
-        "drnas-60": _arm({"optimizer": "drnas"}, 0.6),
-        "drnas-40": _arm({"optimizer": "drnas"}, 0.4),
-        "drnas-80": _arm({"optimizer": "drnas"}, 0.8),
+        "drnas-60": _arm(ONE_STAGE, 0.6),
+        "drnas-40": _arm(ONE_STAGE, 0.4),
+        "drnas-80": _arm(ONE_STAGE, 0.8),
         "spos-60": _arm({**SPOS, "discretize": {"method": "evolution"}}, 0.6),
     },
     stages=("search", "discretize"),

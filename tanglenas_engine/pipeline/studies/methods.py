@@ -16,6 +16,8 @@ HIGHER = {"table_value": True, "test_accuracy": True, "test_loss": False}
 SECONDS = Metric("search and derivation, time", "s", 1)
 """Of processors; on a GPU of the wall."""
 SPOS: dict[str, object] = {"optimizer": "spos"}
+ONE_STAGE: dict[str, object] = {"optimizer": "drnas", "discretize": {"method": "argmax"}}
+"""A search whose alpha alone says what is found, as in the paper: nothing is judged."""
 PAPER_SEEDS = (9001, 9002, 9003, 9004)
 
 

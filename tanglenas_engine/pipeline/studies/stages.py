@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tanglenas_engine.pipeline.studies.methods import HIGHER, PAPER_SEEDS, SECONDS, SPOS, TEST, worth
+from tanglenas_engine.pipeline.studies.methods import HIGHER, ONE_STAGE, PAPER_SEEDS, SECONDS, SPOS, TEST, worth
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Scale, Study
 
@@ -19,7 +19,7 @@ STUDY = Study(
         "two stages take together: 11.6 hours are 5.6 and 6.0 on AutoFormer-T with CIFAR-10."
     ),
     arms={
-        "drnas": Arm({"optimizer": "drnas"}, as_long_as="spos-evolution"),
+        "drnas": Arm(ONE_STAGE, as_long_as="spos-evolution"),
         "spos-evolution": Arm({**SPOS, "discretize": {"method": "evolution"}}),
         "spos-random": Arm({**SPOS, "discretize": {"method": "random"}}, supernet="spos-evolution"),
         "drnas-evolution": Arm({"optimizer": "drnas", "discretize": {"method": "evolution"}}, supernet="drnas"),
