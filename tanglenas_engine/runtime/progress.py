@@ -47,7 +47,8 @@ class SilentProgress:
 class ConsoleProgress:
     """A live line (rich) in a terminal, plain lines elsewhere.
 
-    Plain lines come after the first and the last epoch, and otherwise at most every `every` seconds.
+    Plain lines come after the first and the last epoch, and otherwise at most every `every` seconds. A derivation goes on
+    after its last candidate, when the best ones are judged on more samples.
     """
 
     def __init__(self, every: float = 5.0):
@@ -81,16 +82,16 @@ class ConsoleProgress:
 class _PlainLine:
     def __init__(self, name: str, total: int, done: int, every: float):
         self._name, self._total, self._done, self._every = name, total, done, every
-        self._first, self._start, self._said = done, time.monotonic(), -float("inf")
+        self._first, self._start, self._said, self._ended = done, time.monotonic(), -float("inf"), False
 
     def advance(self) -> None:
         self._done += 1
 
     def epoch(self, epoch: int, epochs: int, text: str) -> None:
         now = time.monotonic()
-        if now - self._said < self._every and epoch < epochs:
+        if now - self._said < self._every and (epoch < epochs or self._ended):
             return
-        self._said = now
+        self._said, self._ended = now, epoch == epochs
         left = (now - self._start) / max(1, self._done - self._first) * (self._total - self._done)
         eta = f"eta {left:.0f} s" if epoch < epochs else f"{now - self._start:.1f} s"
         print(f"{self._name} {epoch}/{epochs}  {text}  {eta}", flush=True)

@@ -43,3 +43,13 @@ def test_the_bar_and_the_time_stay_whole_beside_a_long_line(monkeypatch):
     last = [text for text in shown_in_a_terminal(train) if text.startswith("search")][-1]
     assert re.fullmatch(r"search [━╸╺]{20} \d:\d\d:\d\d eta [\d:-]+ epoch 1/30  loss 2.296 .*…", last), last
     assert len(last) <= 80
+
+
+def test_what_follows_the_last_candidate_is_not_a_line_each(capsys):
+    with ConsoleProgress(every=60).stage("discretize", 2, 0) as line:
+        for number in (1, 2, 2, 2):
+            line.epoch(number, 2, "best loss 0.394")
+    assert [text.split("  ")[0] for text in capsys.readouterr().out.splitlines()] == [
+        "discretize 1/2",
+        "discretize 2/2",
+    ]
