@@ -47,8 +47,8 @@ class SilentProgress:
 class ConsoleProgress:
     """A live line (rich) in a terminal, plain lines elsewhere.
 
-    Plain lines come after the first and the last epoch, and otherwise at most every `every` seconds. A derivation goes on
-    after its last candidate, when the best ones are judged on more samples.
+    Plain lines come after the first and the last epoch, and otherwise at most every `every` seconds. A derivation
+    goes on after its last candidate, when the best ones are judged on more samples.
     """
 
     def __init__(self, every: float = 5.0):
