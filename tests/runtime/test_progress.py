@@ -49,7 +49,5 @@ def test_what_follows_the_last_candidate_is_not_a_line_each(capsys):
     with ConsoleProgress(every=60).stage("discretize", 2, 0) as line:
         for number in (1, 2, 2, 2):
             line.epoch(number, 2, "best loss 0.394")
-    assert [text.split("  ")[0] for text in capsys.readouterr().out.splitlines()] == [
-        "discretize 1/2",
-        "discretize 2/2",
-    ]
+    said = [text.split("  ")[0] for text in capsys.readouterr().out.splitlines()]
+    assert said == ["discretize 1/2", "discretize 2/2"]
