@@ -11,7 +11,7 @@ import numpy as np
 from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Table, bootstrap
 from tanglenas_engine.pipeline.comparison_figure import COLUMN, LONG, ROW, WIDTH, looks, means, plain, short
 from tanglenas_engine.pipeline.figures import FAINT, png
-from tanglenas_engine.pipeline.studies.study import Arm, Panel, Runs, Study
+from tanglenas_engine.pipeline.studies.study import Arm, Matrix, Panel, Runs, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,17 +109,24 @@ def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[An
     return found
 
 
-def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any]]:
-    """Return rows, columns and the mean over seeds of the matrix of each arm that has one of equal names."""
+def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any, str]]:
+    """Return the mean over seeds of the matrix of each arm that has one: rows, columns, values and a title.
+
+    Matrices with other rows or columns have no mean. Those of the largest number of seeds with equal names count, of
+    several such sets that of the first seed. The title then says how many of the seeds these are.
+    """
     found = {}
     for arm, seeds in runs.items():
-        every = [one.matrices[name] for one in seeds.values() if name in one.matrices]
-        if not every:
+        alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Matrix]] = {}
+        for one in (one.matrices[name] for one in seeds.values() if name in one.matrices):
+            alike.setdefault((tuple(one.rows), tuple(one.columns)), []).append(one)
+        if not alike:
             continue
-        rows, columns = list(every[0].rows), list(every[0].columns)
-        same = [one for one in every if (list(one.rows), list(one.columns)) == (rows, columns)]
-        values = np.array([[[math.nan if v is None else v for v in row] for row in one.values] for one in same], float)
-        found[arm] = rows, columns, values.mean(0)
+        (rows, columns), most = max(alike.items(), key=lambda item: len(item[1]))
+        values = np.array([[[math.nan if v is None else v for v in row] for row in one.values] for one in most], float)
+        count = sum(map(len, alike.values()))
+        title = arm if len(most) == count else f"{arm} ({len(most)} of {count} seeds)"
+        found[arm] = list(rows), list(columns), values.mean(0), title
     return found
 
 
@@ -154,11 +161,11 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
 def _matrices(place: Any, panel: Panel, grids: Mapping[str, Any], columns: int) -> None:
     panels = place.subplots(-(-len(grids) // columns), columns, squeeze=False).ravel()
     image = None
-    least = min(0.0, *(float(np.nanmin(values)) for _, _, values in grids.values()))
-    most = max(1.0, *(float(np.nanmax(values)) for _, _, values in grids.values()))
-    for axes, (arm, (rows, names, values)) in zip(panels, grids.items(), strict=False):
+    least = min(0.0, *(float(np.nanmin(values)) for _, _, values, _ in grids.values()))
+    most = max(1.0, *(float(np.nanmax(values)) for _, _, values, _ in grids.values()))
+    for axes, (rows, names, values, title) in zip(panels, grids.values(), strict=False):
         image = axes.imshow(values, vmin=least, vmax=most, cmap="viridis", aspect="auto")
-        axes.set_title(plain(arm))
+        axes.set_title(plain(title))
         _ticks(axes.set_yticks, rows)
         _ticks(axes.set_xticks, names, rotation=90)
         axes.tick_params(labelsize=5)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import chdir
 
 import torch
+from torch import Tensor
 
 from tanglenas_engine.data import Samples
 from tanglenas_engine.pipeline.comparison import Metric
@@ -23,7 +25,10 @@ MODES = ("scratch", "finetune", "inherit")
 
 
 def measure(run: Run) -> Measured:
-    """Compare the final network with that of the inherited weights, layer by layer, and return its test result."""
+    """Compare the final network with that of the inherited weights, layer by layer, and return its test result.
+
+    A fine-tuned network is also compared with the one that was trained from scratch.
+    """
     with run.opened("retrain") as bench:
         architecture = read_architecture(bench.space)
         inherited = bench.space.extract(architecture)
@@ -35,11 +40,25 @@ def measure(run: Run) -> Measured:
         load_into(final, WEIGHTS)
         inputs = [batch.to(device) for batch in _batches(view.validation)]
         rows, columns, found = similarity(inherited, final.to(device), inputs)
-    values = {"cka": float(found.diagonal().nanmean()), "cka_last": float(found[-1, -1]), **run.tested()}
-    return Measured(values, matrices={"cka": Matrix(rows, columns, found.tolist())}, choices=run.architecture())
+        values = {"cka": _mean(rows, columns, found), "cka_last": float(found[-1, -1]), **run.tested()}
+        matrices = {"cka": Matrix(rows, columns, found.tolist())}
+        if run.beside is not None:
+            with chdir(run.beside):
+                retrained = bench.space.standalone(read_architecture(bench.space))
+                load_into(retrained, WEIGHTS)
+            rows, columns, found = similarity(retrained.to(device), final, inputs)
+            values["cka_retrained"] = _mean(rows, columns, found)
+            matrices["cka_retrained"] = Matrix(rows, columns, found.tolist())
+    return Measured(values, matrices=matrices, choices=run.architecture())
 
 
-def _batches(samples: Samples) -> list[torch.Tensor]:
+def _mean(rows: list[str], columns: list[str], found: Tensor) -> float:
+    """Return the mean similarity of layers with equal names, without those that have none."""
+    same = [found[rows.index(name), columns.index(name)] for name in rows if name in columns]
+    return float(torch.tensor(same, dtype=found.dtype).nanmean())
+
+
+def _batches(samples: Samples) -> list[Tensor]:
     """Return the inputs of batches of equal size; of few samples, one batch of all."""
     count = min(BATCH, len(samples))
     starts = range(0, len(samples) - count + 1, count)
@@ -51,7 +70,9 @@ def _arms() -> dict[str, Arm]:
     for method, given in (("drnas", ONE_STAGE), ("spos", {**SPOS, "discretize": {"method": "evolution"}})):
         for mode in MODES:
             found[f"{method}-{mode}"] = Arm(
-                {**given, "retrain": {"mode": mode}}, supernet=f"{method}-scratch" if mode != "scratch" else ""
+                {**given, "retrain": {"mode": mode}},
+                supernet=f"{method}-scratch" if mode != "scratch" else "",
+                beside=f"{method}-scratch" if mode == "finetune" else "",
             )
     return found
 
@@ -72,10 +93,12 @@ STUDY = Study(
         "test_loss": TEST["test_loss"],
         "cka": Metric("CKA of inherited and final layers, mean", "", 3),
         "cka_last": Metric("CKA of the last layer", "", 3),
+        "cka_retrained": Metric("CKA of fine-tuned and retrained layers, mean", "", 3),
     },
     claims=(
         Claim("cka", "drnas-scratch", "spos-scratch", paper="ahead"),
         Claim("cka", "drnas-finetune", "spos-finetune", paper="ahead"),
+        Claim("cka_retrained", "drnas-finetune", "spos-finetune"),
         *(
             Claim(metric, f"{method}-{mode}", f"{method}-scratch", metric == "test_accuracy",
                   "ahead" if mode == "finetune" else "")
@@ -88,6 +111,7 @@ STUDY = Study(
         Panel("means", "test_accuracy"),
         Panel("means", "test_loss"),
         Panel("matrices", "cka", "layer, final", "layer, inherited"),
+        Panel("matrices", "cka_retrained", "layer, fine-tuned", "layer, retrained"),
     ),
     limits=(
         "CKA compares what layers compute, not what they are worth: two bad networks can be alike. The networks of the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,20 @@ def dvc_yaml(plan: Plan) -> str:
                     stages[f"search-of-{arm}"] = _taken(arm, study.arms[arm].supernet)
                 elif study.arms[arm].as_long_as:
                     stages[f"search-of-{arm}"] = _as_long(arm, study.arms[arm].as_long_as, plan)
-    used = [f"{RUN}/out/{output}" for stage in used_stages for output in OUTPUTS[stage]]
-    used += [f"{RUN}/{path}" for stage in used_stages for path in (f"out/{stage}.run.json", f"metrics/{stage}.json")]
+    known = [*_table(plan), *(["pool"] if "pool" in stages else [])]
+    alone = [arm for arm in arms if not study.arms[arm].beside]
     stages["measure"] = {
         "desc": "Measure the run",
-        "matrix": {"arm": everyone, "seed": "${seeds}"},
-        "cmd": "python -m pipelines.measure ${item.arm} ${item.seed}",
-        "params": [*SHARED, "measure", "arms.${item.arm}", *(group for s in used_stages for group in PARAMS[s])],
-        "deps": [
-            "environment.json", *used, *_table(plan), *(["pool"] if "pool" in stages else []), "pipelines/measure.py",
-        ],
-        "outs": [{"measured/${item.arm}-${item.seed}.json": {"cache": False}}],
-    }  # fmt: skip
+        "matrix": {"arm": alone if len(alone) < len(arms) else everyone, "seed": "${seeds}"},
+        **_measure("${item.arm}", plan, known),
+    }
+    for arm in arms:
+        if other := study.arms[arm].beside:
+            stages[f"measure-of-{arm}"] = {
+                "desc": f"Measure the run, and compare it with that of {other}",
+                "matrix": {"seed": "${seeds}"},
+                **_measure(arm, plan, known, other),
+            }
     stages["page"] = {
         "desc": "Compare the runs on a page",
         "cmd": "python -m pipelines.page",
@@ -126,6 +128,29 @@ def _stage(stage: Stage, plan: Plan, arm: str) -> dict[str, Any]:
         ],
         "outs": [f"{RUN}/out/{stage}", f"{RUN}/out/{stage}.run.json"],
         "metrics": [{f"{RUN}/metrics/{stage}.json": {"cache": False}}],
+    }  # fmt: skip
+
+
+def _measure(arm: str, plan: Plan, known: Sequence[str], beside: str = "") -> dict[str, Any]:
+    """Return the rest of a stage that measures a run.
+
+    Args:
+        arm: The name of the arm, or how DVC fills it in.
+        known: The files with networks of known worth.
+        beside: The arm whose run of the same seed is read, too, or "".
+    """
+    stages = plan.study.stages_of(plan.params)
+    files = [f"out/{output}" for stage in stages for output in OUTPUTS[stage]]
+    files += [path for stage in stages for path in (f"out/{stage}.run.json", f"metrics/{stage}.json")]
+    folders = [f"runs/{one}-${{item.seed}}" for one in (arm, beside) if one]
+    return {
+        "cmd": f"python -m pipelines.measure {arm} ${{item.seed}}",
+        "params": [*SHARED, "measure", f"arms.{arm}", *(group for stage in stages for group in PARAMS[stage])],
+        "deps": [
+            "environment.json", *(f"{folder}/{path}" for folder in folders for path in files), *known,
+            "pipelines/measure.py",
+        ],
+        "outs": [{f"measured/{arm}-${{item.seed}}.json": {"cache": False}}],
     }  # fmt: skip
 
 

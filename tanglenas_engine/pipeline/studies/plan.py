@@ -126,7 +126,10 @@ def _chosen(study: Study, arms: Sequence[str] | None, without: Sequence[str]) ->
     wanted = {*arms}
     for _ in study.arms:
         wanted |= {
-            needed for arm in wanted for needed in (study.arms[arm].supernet, study.arms[arm].as_long_as) if needed
+            needed
+            for own in (study.arms[arm] for arm in wanted)
+            for needed in (own.supernet, own.as_long_as, own.beside)
+            if needed
         }
     return [arm for arm in study.arms if arm in wanted]
 
@@ -151,8 +154,7 @@ def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], scale: st
         own["search"].setdefault("epochs", epochs)
     for group, values in sizes.arms.get(name, {}).items():
         own[group] = {**own[group], **values} if isinstance(values, Mapping) else values
-    if arm.as_long_as:
-        own["as_long_as"] = arm.as_long_as
+    own |= {name: other for name in ("as_long_as", "beside") if (other := getattr(arm, name))}
     own["bindings"] = [*arm.bindings, *sizes.arms.get(name, {}).get("bindings", ())]
     return own
 

@@ -35,6 +35,7 @@ class Run:
         measure: The options of the measurement.
         table: The file with networks of known worth, or None.
         metric: The metric of that table.
+        beside: The folder of the run that this one is compared with, or None.
     """
 
     study: str
@@ -45,6 +46,7 @@ class Run:
     measure: Mapping[str, Any]
     table: Path | None
     metric: str
+    beside: Path | None = None
 
     @contextmanager
     def opened(self, stage: str = "search") -> Iterator[Bench]:

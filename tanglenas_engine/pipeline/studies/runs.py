@@ -93,11 +93,13 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     pool = Path("pool", "pool.csv")
     known = table or (str(pool) if (root / pool).exists() else None)
+    beside = arms[arm].get("beside")
     with chdir(folder):
         yield Run(
             params["study"], root, arm, int(seed), own,
             {**(params.get("measure") or {}), **(arms[arm].get("measure") or {})},
             Path("..", "..", known) if known else None, params.get("metric") or "test_acc",
+            root / RUNS / f"{beside}-{seed}" if beside else None,
         )  # fmt: skip
 
 

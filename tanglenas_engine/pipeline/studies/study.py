@@ -32,6 +32,7 @@ class Arm:
         supernet: The arm whose supernet it takes, in place of a search of its own.
         series: The name of the curve that this arm is a point of, together with other arms; "" for one of its own.
         as_long_as: The arm whose search and derivation this one's search takes as long as, or "".
+        beside: The arm whose run of the same seed the measurement of this one reads, too, or "".
         table: The title of the table that it is in. Arms of different tables are of different spaces, and are not
             compared.
     """
@@ -41,6 +42,7 @@ class Arm:
     supernet: str = ""
     series: str = ""
     as_long_as: str = ""
+    beside: str = ""
     table: str = ""
 
 

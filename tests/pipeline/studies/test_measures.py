@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tanglenas_engine import TangleNASError, create_space
 from tanglenas_engine.pipeline import studies
+from tanglenas_engine.pipeline.files import WEIGHTS
 from tanglenas_engine.pipeline.studies import fractions, insights, stability
 from tanglenas_engine.pipeline.studies.methods import moved
 from tanglenas_engine.pipeline.studies.ranking import compared
@@ -19,7 +22,8 @@ from tanglenas_engine.tables import Table
 
 
 def run_of(study: str, done, **options: object) -> Run:
-    return Run(study, done, "arm", 0, {}, options, options.pop("table", None), "test_acc")
+    table, beside = options.pop("table", None), options.pop("beside", None)
+    return Run(study, done, "arm", 0, {}, options, table, "test_acc", beside)
 
 
 @pytest.mark.parametrize("name", ["anytime", "stages", "fractions", "inheritance", "insights", "stability"])
@@ -35,7 +39,7 @@ def test_a_finished_run_is_measured_by_every_study(done, name):
     tested = json.loads((done / "metrics" / "evaluate.json").read_text())
     if "test_accuracy" in measured.values:
         assert measured.values["test_accuracy"] == tested["test_accuracy"]
-    drawn = {panel.name for panel in study.panels if panel.kind == "matrices"}
+    drawn = {panel.name for panel in study.panels if panel.kind == "matrices"} - {"cka_retrained"}
     assert drawn <= {*measured.matrices}
 
 
@@ -44,6 +48,22 @@ def test_inherited_and_final_layers_are_compared(done):
     grid = measured.matrices["cka"]
     assert grid.rows == grid.columns and "blocks.0" in grid.rows and len(grid.values) == len(grid.rows)
     assert measured.values["cka"] < 0.999
+
+
+def test_fine_tuned_layers_are_compared_with_retrained_ones(done, tmp_path):
+    beside = tmp_path / "runs" / "scratch-0"
+    shutil.copytree(done / "out", beside / "out")
+    weights = beside / WEIGHTS
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(tensor) for name, tensor in load_file(weights).items()}, weights)
+    measured = studies.load("inheritance").measure(run_of("inheritance", done, beside=beside))
+    grid = measured.matrices["cka_retrained"]
+    assert grid.rows == grid.columns == measured.matrices["cka"].rows
+    diagonal = [row[number] for number, row in enumerate(grid.values)]
+    assert measured.values["cka_retrained"] == pytest.approx(sum(diagonal) / len(diagonal)) and min(diagonal) < 0.9
+    shutil.copy(done / WEIGHTS, weights)
+    measured = studies.load("inheritance").measure(run_of("inheritance", done, beside=beside))
+    assert measured.values["cka_retrained"] == pytest.approx(1)
 
 
 def test_a_supernet_is_compared_with_a_pool_or_a_table(done):

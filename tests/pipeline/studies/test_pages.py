@@ -221,12 +221,17 @@ def test_a_single_point_has_an_error_bar_for_a_band(monkeypatch, xs):
     assert not [bar for axes in alone.axes for bar in axes.containers]
 
 
-def test_matrices_of_other_names_are_not_averaged():
-    one = Matrix(["x"], ["y"], [[1.0]])
-    runs = {"a": {0: Measured(matrices={"grid": one}), 1: Measured(matrices={"grid": replace(one, values=[[0.0]])}),
-                  2: Measured(matrices={"grid": Matrix(["z"], ["y"], [[9.0]])})}}  # fmt: skip
-    rows, columns, values = matrices(runs, "grid")["a"]
+def test_matrices_of_other_names_are_not_averaged_and_the_panel_says_of_how_many_seeds_it_is(monkeypatch):
+    other, one = Matrix(["z"], ["y"], [[9.0]]), Matrix(["x"], ["y"], [[1.0]])
+    grids = [other, one, replace(one, values=[[0.0]])]
+    runs = {"a": {seed: Measured(matrices={"grid": grid}) for seed, grid in enumerate(grids)},
+            "b": {0: Measured(matrices={"grid": one})}}  # fmt: skip
+    found = matrices(runs, "grid")
+    rows, columns, values, _ = found["a"]
     assert (rows, columns, values.tolist()) == (["x"], ["y"], [[0.5]])
+    monkeypatch.setattr("tanglenas_engine.pipeline.studies.figure.png", lambda figure: figure)
+    figure = draw(STUDY, runs, compared(STUDY, results(a=[1.0])))
+    assert {"a (2 of 3 seeds)", "b"} <= {axes.get_title("left") for axes in figure.axes}
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):

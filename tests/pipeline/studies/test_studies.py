@@ -46,8 +46,8 @@ def test_dvc_reads_the_pipeline_of_every_study(study, tmp_path, name, scale):
     arms = list(dict.fromkeys(key.split(".")[1] for key in arms if key.startswith("arms.")))
     for arm in arms:
         for seed in (3, 5):
-            own = [f"{stage}@{arm}-{seed}" for stage in described.stages if stage != "search"]
-            assert {*own, f"measure@{arm}-{seed}"} <= found.keys()
+            assert {f"{stage}@{arm}-{seed}" for stage in described.stages if stage != "search"} <= found.keys()
+            assert (f"measure@{arm}-{seed}" in found) != (f"measure-of-{arm}@{seed}" in found)
             trained = f"search@{arm}-{seed}" in found or f"search-of-{arm}@{seed}" in found
             assert trained == ("search" in described.stages)
     written = [Path(out.fs_path) for stage in found.values() for out in stage.outs]
@@ -72,7 +72,7 @@ def test_every_part_of_a_study_is_about_another_that_exists(name):
         assert panel.kind != "means" or panel.name in described.metrics
     assert not [name for name in described.arms if not re.fullmatch(r"[a-z0-9-]+", name)]  # DVC reads dots as groups
     for arm in described.arms.values():
-        assert {arm.supernet, arm.as_long_as} <= {"", *described.arms}
+        assert {arm.supernet, arm.as_long_as, arm.beside} <= {"", *described.arms}
         manager().resolve("optimizer", str(arm.params.get("optimizer", "drnas")))
     for scale in described.scales.values():
         assert {*scale.arms, *scale.without} <= {*described.arms}
@@ -131,6 +131,20 @@ def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch)
     (out / "discretize.run.json").write_text("{}")
     with pytest.raises(Exception, match="has no times, as its stages ran with TANGLENAS_TRACKING=off"):
         runs.entered("drnas", "0").__enter__()
+
+
+def test_a_fine_tuned_network_is_measured_beside_the_one_from_scratch(study, tmp_path, monkeypatch):
+    assert study("inheritance", "--arms", "spos-finetune", "--seeds", "7").exit_code == 0
+    found = stages(tmp_path / "here")["measure-of-spos-finetune@7"]
+    theirs = {dep.def_path for dep in found.deps if "spos-scratch-7" in dep.def_path}
+    assert {"runs/spos-scratch-7/out/retrain/model", "runs/spos-scratch-7/out/discretize"} <= theirs
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")
+    with runs.entered("spos-finetune", "7") as run:
+        assert run.beside == tmp_path / "here" / "runs" / "spos-scratch-7"
+    with runs.entered("spos-scratch", "7") as run:
+        assert run.beside is None
 
 
 def test_the_paper_gives_methods_epochs_of_their_own():
