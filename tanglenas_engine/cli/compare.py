@@ -8,13 +8,15 @@ import click
 @click.command(short_help="Compare finished runs over seeds, with intervals.")
 @click.option("--by", metavar="NAMES", default="", help="Settings that make a group, by their names in params.yaml, "
               "such as optimizer,search.relaxation; by default all that differ apart from the seed.")  # fmt: skip
+@click.option("--join", metavar="NAMES", default="", help="Settings that make no difference, such as search.seconds "
+              "where each seed has its own.")  # fmt: skip
 @click.option("--against", metavar="GROUP", help="The group with which the others are compared, as the table names "
               "it; by default the one with the most seeds.")  # fmt: skip
 @click.option("--metric", "metrics", metavar="NAME", multiple=True, help="Show only this one; may be repeated. The "
               "figure has the first.")  # fmt: skip
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),
               help="Also write compare.md, compare.csv, compare.tex and compare.png.")  # fmt: skip
-def command(by: str, against: str | None, metrics: tuple[str, ...], out: Path | None) -> None:
+def command(by: str, join: str, against: str | None, metrics: tuple[str, ...], out: Path | None) -> None:
     """Compare the finished runs of this project that MLflow knows, as Markdown.
 
     Runs that differ by seed alone are a group. Each metric has its mean, standard deviation and bootstrap interval over
@@ -30,7 +32,8 @@ def command(by: str, against: str | None, metrics: tuple[str, ...], out: Path | 
     from ..pipeline.store import project_root
 
     root = project_root()
-    comparison = compare(root, [name.strip() for name in by.split(",") if name.strip()], metrics, against)
+    grouped, joined = ([name.strip() for name in names.split(",") if name.strip()] for names in (by, join))
+    comparison = compare(root, grouped, metrics, against, joined)
     text = markdown(comparison)
     click.echo(text, nl=False)
     if out:

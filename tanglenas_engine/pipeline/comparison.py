@@ -216,7 +216,13 @@ class Comparison:
         return self.shown.get(name) or metric_of(name)
 
 
-def compare(root: Path, by: Sequence[str] = (), metrics: Sequence[str] = (), against: str | None = None) -> Comparison:
+def compare(
+    root: Path,
+    by: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    against: str | None = None,
+    joined: Sequence[str] = (),
+) -> Comparison:
     """Compare the finished runs of a project.
 
     Args:
@@ -224,6 +230,7 @@ def compare(root: Path, by: Sequence[str] = (), metrics: Sequence[str] = (), aga
         by: The settings by which runs are grouped, by their names in params.yaml; all that differ if empty.
         metrics: The metrics to compare; those of METRICS that a run has if empty.
         against: The label of the group that others are compared with; the one with the most seeds if None.
+        joined: Settings that tell no runs apart, though these differ in them.
 
     Raises:
         TangleNASError: The store does not answer, no run is finished, or a setting, a metric or a group is unknown.
@@ -232,7 +239,7 @@ def compare(root: Path, by: Sequence[str] = (), metrics: Sequence[str] = (), aga
         found = records.read(root)
     except Exception as error:  # of the store, its server and its database
         raise TangleNASError(f"the MLflow store {Store.of(root).name} cannot be read ({reason(error)})") from None
-    return compare_rows(found, records.names_of_params(root), by, metrics, against)
+    return compare_rows(found, records.names_of_params(root), by, metrics, against, joined)
 
 
 def compare_rows(
@@ -241,6 +248,7 @@ def compare_rows(
     by: Sequence[str] = (),
     metrics: Sequence[str] = (),
     against: str | None = None,
+    joined: Sequence[str] = (),
 ) -> Comparison:
     """Compare runs as `compare` does.
 
@@ -261,7 +269,13 @@ def compare_rows(
             " ".join(["there is no finished run to compare: run `dvc repro` or `dvc exp run` first.", *notes])
         )
     settings = [_settings(row, names) for row in rows]
-    by = _chosen_settings(by, settings, names)
+    by, joined = (_known("by", by, settings, names), _known("join", joined, settings, names))
+    if both := [name for name in joined if name in by]:
+        raise TangleNASError(f"--by and --join both have {both[0]}: leave it out of one")
+    if equal := _differing(settings, joined):
+        notes.insert(0, f"The runs differ in {', '.join(equal)}, which --join takes for equal.")
+    settings = [{name: value for name, value in one.items() if name not in joined} for one in settings]
+    by = by or _fewest(settings, names)
     metrics = _chosen_metrics(metrics, rows)
     split: dict[tuple[str, ...], list[int]] = {}
     conditions = [name for name in _differing(settings, _conditions(settings)) if name not in by]
@@ -271,7 +285,7 @@ def compare_rows(
         notes.insert(
             0,
             f"The runs differ in {', '.join(conditions)}: there is a table for each, as their numbers are not "
-            "comparable. Name one in --by to have them in one table.",
+            "comparable. Name one in --by to have them in one table, or in --join to take its values for equal.",
         )
     drafts = {
         _label(conditions, values): _groups(rows, settings, numbers, by) for values, numbers in sorted(split.items())
@@ -324,24 +338,30 @@ def _values(settings: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...
     return tuple(settings.get(name, "none") for name in names)
 
 
-def _chosen_settings(by: Sequence[str], settings: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> list[str]:
-    """Return the settings to group by: those asked for, or else the fewest that tell apart all that differs.
+def _known(
+    option: str, given: Sequence[str], settings: Sequence[Mapping[str, str]], names: Mapping[str, str]
+) -> list[str]:
+    """Return the settings that an option of the command names, as params.yaml does.
 
     Raises:
         TangleNASError: A setting is unknown, or is the seed.
     """
     known = {name for one in settings for name in one} | set(LABELLED)
-    chosen = [names.get(name, name) for name in by]
+    chosen = list(dict.fromkeys(names.get(name, name) for name in given))
     for name in chosen:
         if name.lower() == "seed":
-            raise TangleNASError("--by seed: a group is what differs by seed alone. Leave it out")
+            raise TangleNASError(f"--{option} seed: a group is what differs by seed alone. Leave it out")
         if name not in known | set(names.values()):
             raise TangleNASError(
-                f"--by: no run has a parameter {shown(name, 80)!r}.{closest(name, known)} Take the names of "
+                f"--{option}: no run has a parameter {shown(name, 80)!r}.{closest(name, known)} Take the names of "
                 "params.yaml, or those of the runs' parameters in MLflow"
             )
-    if chosen:
-        return list(dict.fromkeys(chosen))
+    return chosen
+
+
+def _fewest(settings: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> list[str]:
+    """Return the fewest settings that tell apart all runs that differ, apart from what makes tables of their own."""
+    known = {name for one in settings for name in one} | set(LABELLED)
     people = [*LABELLED, *sorted(set(names.values()) - set(LABELLED))]
     others = sorted(known - set(people))
     conditions = _conditions(settings)

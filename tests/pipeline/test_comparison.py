@@ -106,6 +106,19 @@ def test_other_spaces_and_budgets_have_tables_of_their_own_unless_asked_for():
     assert asked.tables[0].groups[0].label == "search.epochs=3, spos"
 
 
+def test_seeds_with_seconds_of_their_own_are_one_group_where_seconds_are_joined():
+    rows = [row("drnas", seed, 90.0 + seed, **{"search.seconds": 41.7 + seed}) for seed in range(3)]
+    rows += [row("spos", seed, 89.0, **{"search.seconds": 36.0}) for seed in range(3)]
+    apart = compared(*rows)
+    assert len(apart.tables) == 4 and "or in --join to take its values for equal" in apart.notes[0]
+    together = compared(*rows, joined=["search.seconds"])
+    (table,) = together.tables
+    assert together.by == ["optimizer"] and [len(group.runs) for group in table.groups] == [3, 3]
+    assert table.differences[0].estimate == Estimate.of([-1.0, -2.0, -3.0])
+    assert together.notes == ["The runs differ in search.seconds, which --join takes for equal."]
+    assert compared(*rows, by=["optimizer"], joined=["search.seconds"]).tables[0].groups == table.groups
+
+
 def test_other_data_of_one_name_have_tables_of_their_own():
     other = [row("drnas", seed, 60.0, **{"create_dataset.root": "other"}) for seed in range(2)]
     comparison = compared(*RUNS, *other)
@@ -159,6 +172,8 @@ def test_groups_without_a_common_seed_have_no_difference():
         ([row("a", 0, math.nan)], {}, "no finite test metric: a s0"),
         (RUNS, {"by": ["optimiser"]}, "no run has a parameter 'optimiser'. Did you mean 'optimizer'?"),
         (RUNS, {"by": ["seed"]}, "a group is what differs by seed alone"),
+        (RUNS, {"joined": ["search.secnds"]}, "--join: no run has a parameter 'search.secnds'"),
+        (RUNS, {"by": ["space"], "joined": ["space"]}, "--by and --join both have space: leave it out of one"),
         (RUNS, {"metrics": ["test_acuracy"]}, "no run has a finite 'test_acuracy'. Did you mean 'test_accuracy'?"),
         (RUNS, {"against": "drna"}, "unknown group 'drna'. Did you mean 'drnas'?"),
         (RUNS[:3], {"against": "all runs"}, "it is the only group"),
