@@ -21,6 +21,7 @@ from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.runtime.timer import Clock
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.training.loop import Interrupted
 
@@ -39,12 +40,14 @@ class Trained(NamedTuple):
         accuracy: Its accuracy there, in %.
         seconds: The processor seconds of the training.
         failure: The reason why the training failed, or an empty string.
+        wall: The seconds of the training on the wall; NaN lets the job measure them, with all that it does around.
     """
 
     loss: float
     accuracy: float
     seconds: float
     failure: str = ""
+    wall: float = math.nan
 
 
 class Train(Protocol):
@@ -115,10 +118,11 @@ class Jobs:
                 self.candidates.note(f"a worker was lost ({said}); its trainings run again")
         return [Trained(*self.candidates.kept[key]) for key in keys]
 
-    def afforded(self, architectures: Sequence[Architecture], seconds: float) -> float:
-        """Return how many complete trainings so many processor seconds allow, by a training of one epoch.
+    def afforded(self, architectures: Sequence[Architecture], seconds: float, clock: Clock) -> float:
+        """Return how many complete trainings so many seconds of a clock allow, by a training of one epoch.
 
-        The dearest architecture is trained, so that the others take no longer.
+        The dearest architecture is trained, so that the others take no longer. The seconds of trainings add up, also
+        where several run at the same time.
 
         Raises:
             TangleNASError: The time is shorter than one training, or every training failed.
@@ -130,14 +134,15 @@ class Jobs:
                 break
         else:
             raise TangleNASError(f"every training of the race failed. The last one: {result.failure}")
-        full = result.seconds * self.train.epochs
+        taken = result.seconds if clock == "processor" else result.wall
+        full = taken * self.train.epochs
         if seconds < full:
             raise TangleNASError(
                 f"race.seconds is {seconds:g}, but one training of {self.train.epochs} epochs takes about {full:.1f} "
-                "processor seconds: give more seconds, or shorten the trainings (retrain.epochs)"
+                f"{clock} seconds: give more seconds, or shorten the trainings (retrain.epochs)"
             )
-        self.candidates.note(f"a training takes about {full:.1f} processor seconds; race.seconds is {seconds:g}")
-        return (seconds - result.seconds) / full
+        self.candidates.note(f"a training takes about {full:.1f} {clock} seconds; race.seconds is {seconds:g}")
+        return (seconds - taken) / full
 
     def _key(self, digest: str, epochs: int) -> str:
         return f"{self.train.identity}/{digest}/{epochs}"
@@ -160,14 +165,14 @@ class Jobs:
 
 def run(
     train: Train, architecture: Architecture, epochs: int, threads: int | None = None
-) -> tuple[str, tuple[float, float, float, str]]:
+) -> tuple[str, tuple[float, float, float, str, float]]:
     """Train one network, in this process or another; return the digest and the result, that of a failure included.
 
     Args:
         threads: The number of torch's threads; None leaves it.
     """
     with _one_at_a_time, distributed.apart(), seeded(0):
-        before, start = torch.get_num_threads(), time.process_time()
+        before, start, began = torch.get_num_threads(), time.process_time(), time.monotonic()
         torch.set_num_threads(threads or before)
         try:
             result = train(architecture, epochs)
@@ -177,9 +182,11 @@ def run(
             raise KeyboardInterrupt from None
         finally:
             torch.set_num_threads(before)
+    if math.isnan(result.wall):
+        result = result._replace(wall=time.monotonic() - began)
     if math.isnan(result.loss) and not result.failure:
         result = result._replace(failure="the validation loss is not a number")
-    return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure)
+    return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure, result.wall)
 
 
 def as_they_come(tasks: Sequence[Any], workers: int) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.jobs import Jobs, Train, Trained
 from tanglenas_engine.errors import TangleNASError, at_least, positive
 from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.timer import Clock, check_clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.superposition.mixture import Mixture
@@ -66,6 +67,7 @@ def race(
     eta: int = 3,
     trainings: float | None = None,
     seconds: float | None = None,
+    clock: Clock = "processor",
     workers: int = 1,
     backend: str | None = None,
 ) -> Raced | None:
@@ -80,8 +82,10 @@ def race(
         eta: The factor between rungs: this part of the networks goes on, to about so many times the epochs.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 5.7 trainings at the
             default `eta`.
-        seconds: The budget in processor seconds. A first training of one epoch tells how long a training takes, so
-            another machine may plan another race.
+        seconds: The budget in seconds. A first training of one epoch tells how long a training takes, so another
+            machine may plan another race. The seconds of trainings add up, also of those at the same time.
+        clock: The clock for `seconds`: "processor" adds up the seconds of all threads; "wall" is the clock for work on
+            a GPU.
         workers: The number of processes that train. Each takes an equal part of torch's threads.
         backend: A backend of joblib that runs the jobs, such as "dask"; None takes processes of this machine, or what
             `joblib.parallel_config` says. "dask" takes the cluster at `$DASK_SCHEDULER_ADDRESS`, or makes one of
@@ -91,7 +95,7 @@ def race(
         TangleNASError: An option is out of its range, the budget is shorter than one training, every training failed,
             or workers are lost time after time.
     """
-    _check_options(entrants, eta, trainings, seconds, workers, backend)
+    _check_options(entrants, eta, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
     leaders = candidates.best(entrants)
     if len(leaders) < 2:
@@ -99,7 +103,7 @@ def race(
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        afforded = jobs.afforded([record["architecture"] for record in leaders], seconds)
+        afforded = jobs.afforded([record["architecture"] for record in leaders], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(len(leaders), train.epochs, eta, trainings)
     planned = work(rungs) / train.epochs
@@ -120,13 +124,20 @@ def race(
 
 
 def _check_options(
-    entrants: int, eta: int, trainings: float | None, seconds: float | None, workers: int, backend: str | None
+    entrants: int,
+    eta: int,
+    trainings: float | None,
+    seconds: float | None,
+    clock: Clock,
+    workers: int,
+    backend: str | None,
 ) -> None:
     at_least("race.entrants", entrants, 2)
     at_least("race.eta", eta, 2)
     at_least("race.workers", workers, 1)
     if seconds is not None:
         positive("race.seconds", seconds)
+        check_clock("race", clock)
     if trainings is not None and positive("race.trainings", trainings) < 1:
         raise TangleNASError(
             f"race.trainings is {trainings}, expected at least 1: no race is shorter than one training"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,10 +150,12 @@ class Job:
             torch.set_num_threads(self.threads)
         with self.recipe.open() as bench:
             architecture = bench.space.from_string(self.architecture)
+            start = time.process_time()
             try:
-                found, seconds = bench.train(architecture)
+                found = bench.train(architecture)
             except TangleNASError as error:
                 return self.architecture, str(error)
+            seconds = time.process_time() - start
             tested = evaluate(bench.space, architecture, found.network.eval(), bench.data("test"))
         row = {
             "test_loss": tested.test_loss,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +66,17 @@ class Bench:
         """Open splits of the dataset."""
         return open_splits(self.dataset, self.splits, names)
 
-    def train(self, architecture: Architecture, **options: Any) -> tuple[RetrainResult, float]:
-        """Train a network as the retrain stage does, and return the result with the processor seconds.
+    def train(self, architecture: Architecture, **options: Any) -> RetrainResult:
+        """Train a network as the retrain stage does.
 
         Raises:
             TangleNASError: The training failed.
         """
-        start = time.process_time()
         device = os.environ.get("TANGLENAS_DEVICE") or None
-        found = retrain(
+        found: RetrainResult = retrain(
             self.space, architecture, self.data("training", "validation"), seed=self.seed, device=device, **options
         )
-        return found, time.process_time() - start
+        return found
 
 
 def project_arguments(*bindings: str) -> tuple[str, ...] | None:
@@ -130,7 +128,7 @@ class ProjectTraining:
         with self.recipe.open() as bench:
             # The network of the recipe may be larger than that of the search.
             own = bench.space.architecture_of(bench.space.assignment_of(architecture))
-            return trained(*bench.train(own, epochs=epochs))
+            return trained(lambda: bench.train(own, epochs=epochs))
 
 
 def _race(candidates: Candidates, mixture: Mixture | None) -> Raced | None:

@@ -18,6 +18,16 @@ UNTIMED, TIMED = 2, 20
 """The steps of a trial: those before the clock starts, as the first ones allocate memory, and those that it counts."""
 
 
+def check_clock(stage: str, clock: str) -> None:
+    """Check the clock that an option names.
+
+    Raises:
+        TangleNASError: There is no such clock.
+    """
+    if clock not in get_args(Clock):
+        raise TangleNASError(f"{stage}.clock is {quoted(clock)}, expected 'processor' or 'wall'")
+
+
 class Timer:
     """A number of seconds, and a clock that starts when the timer is made.
 
@@ -36,8 +46,7 @@ class Timer:
         self.seconds, self.clock, self.device = positive(f"{stage}.seconds", seconds), clock, device
         if seconds == math.inf:
             raise TangleNASError(f"{stage}.seconds is inf, expected a finite number, or None to count {otherwise}")
-        if clock not in get_args(Clock):
-            raise TangleNASError(f"{stage}.clock is {quoted(clock)}, expected 'processor' or 'wall'")
+        check_clock(stage, clock)
         self._start = self._now()
 
     def measure(self, step: Callable[[int], object], untimed: int = UNTIMED, timed: int = TIMED) -> float:

@@ -293,11 +293,17 @@ class Recipe:
         Raises:
             TangleNASError: The training failed.
         """
-        start = time.process_time()
-        found = retrain(self.space, architecture, self.data, **{**self.options, "mode": "scratch", "epochs": epochs})
-        return trained(found, time.process_time() - start)
+        given = {**self.options, "mode": "scratch", "epochs": epochs}
+        return trained(lambda: retrain(self.space, architecture, self.data, **given))
 
 
-def trained(found: RetrainResult, seconds: float) -> Trained:
-    """Return what a race keeps of a training that took so many processor seconds."""
-    return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, seconds)
+def trained(training: Callable[[], RetrainResult]) -> Trained:
+    """Train, and return what a race keeps of the training.
+
+    Raises:
+        TangleNASError: The training failed.
+    """
+    start, began = time.process_time(), time.monotonic()
+    found = training()
+    seconds, wall = time.process_time() - start, time.monotonic() - began
+    return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, seconds, wall=wall)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 
 import joblib
@@ -11,6 +12,7 @@ from known import Known, additive
 from spaces import vit
 from trainer import Noted, loss_of
 
+from tanglenas_engine.derivation import jobs
 from tanglenas_engine.derivation.race import Rung, ladder, plan, race, work
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -169,6 +171,21 @@ def test_seconds_are_a_budget_by_a_training_of_one_epoch(train):
     assert sorted(epochs for _, epochs in train.calls()) == [1, *[3] * 6, 9, 9]
 
 
+def test_seconds_on_the_wall_are_a_budget_too(train):
+    result, notes = raced(train, seconds=18.5, clock="wall")  # an epoch takes half a second, and a training 4.5
+    assert len(result.records) == 6 and result.trainings == (1 + 6 * 3 + 2 * 9) / 9
+    assert "discretize: a training takes about 4.5 wall seconds; race.seconds is 18.5" in notes
+
+
+def test_a_job_measures_the_wall_where_a_training_does_not(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: float(next(now)))
+    space = vit()
+    for given, expected in ((math.nan, 1.0), (7.0, 7.0)):
+        _, found = jobs.run(lambda one, epochs, wall=given: jobs.Trained(0.5, 50, 3, wall=wall), space.largest(), 1)
+        assert jobs.Trained(*found).wall == expected
+
+
 def test_the_smaller_of_two_budgets_counts(train):
     assert len(raced(train, seconds=1000, trainings=2)[0].records) == 2
     assert len(raced(train, seconds=20, trainings=9)[0].records) == 2
@@ -184,6 +201,7 @@ def test_the_smaller_of_two_budgets_counts(train):
             {"seconds": 8.5},
             r"race.seconds is 8.5, but one training of 9 epochs takes about 9.0 processor seconds: give more seconds",
         ),
+        ({"seconds": 9, "clock": "cpu"}, "race.clock is 'cpu', expected 'processor' or 'wall'"),
         ({"entrants": 1}, "race.entrants is 1, expected a whole number of at least 2"),
         ({"eta": 1}, "race.eta is 1, expected a whole number of at least 2"),
         ({"workers": 0}, "race.workers is 0, expected a whole number of at least 1"),
