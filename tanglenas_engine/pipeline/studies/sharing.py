@@ -45,7 +45,9 @@ def measure(run: Run) -> Measured:
         by_number: dict[int, list[float]] = {}
         for (_, number), cost in found.items():
             by_number.setdefault(number, []).append(unit * getattr(cost, field))
-        x = sorted(by_number)
+        most = max(map(len, by_number.values()))
+        # A number that not every space has would be a mean of other spaces. Each space of cells has one number.
+        x = sorted(number for number, each in by_number.items() if kind == "cells" or len(each) == most)
         curves[f"{kind} {field}"] = Curve(x, [_mean(by_number[number]) for number in x])
     values = {field: _mean([getattr(cost, field) for cost in found.values()])
               for field in ("seconds", "kept", "peak", "weights")}  # fmt: skip
@@ -220,15 +222,19 @@ STUDY = Study(
         "Seeds are repeats: bytes hardly differ between them, and times differ by what else the machine does. The "
         "three ways to share weights are for cells, whose operations compete; choices of sizes have one way, in three "
         "relaxations. The spaces of cells differ in more than their number of operations. Numbers of the table are "
-        "geometric means over spaces and numbers of options, and hold for the batch size in params.yaml."
+        "geometric means over spaces and numbers of options, and hold for the batch size in params.yaml. A curve "
+        "ends at the largest number of options that all spaces have."
     ),
     scales={
         "cpu": Scale({
             "measure": {"cells": ["toy_cell_nano", "nb201_nano", "darts_nano"],
-                        "macro": ["autoformer_nano", "gpt_nano"], "batch": 16, "rounds": 12},
+                        "macro": ["autoformer_nano", "gpt_nano", "mobilenetv3_nano", "toy_conv_macro_nano",
+                                  "convnext_nano", "resnet_nano", "llama_nano"],
+                        "batch": 16, "rounds": 6},
         }),
         "paper": Scale({
-            "measure": {"cells": ["toy_cell", "nb201", "darts"], "macro": ["autoformer_t", "mobilenetv3", "gpt"],
+            "measure": {"cells": ["toy_cell", "nb201", "darts"],
+                        "macro": ["autoformer_t", "mobilenetv3", "gpt", "toy_conv_macro"],
                         "batch": 64, "rounds": 12},
         }, seeds=(9001, 9002, 9003, 9004)),
     },

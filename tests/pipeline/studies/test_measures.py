@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from tanglenas_engine import TangleNASError, create_space
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.files import WEIGHTS
-from tanglenas_engine.pipeline.studies import fractions, insights, stability
+from tanglenas_engine.pipeline.studies import fractions, insights, sharing, stability
 from tanglenas_engine.pipeline.studies.methods import moved
 from tanglenas_engine.pipeline.studies.ranking import compared
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.runs import read_measured, take_supernet, write_measured
 from tanglenas_engine.pipeline.studies.sharing import sized
 from tanglenas_engine.pipeline.studies.study import Measured
+from tanglenas_engine.plugins import manager
+from tanglenas_engine.spaces.cells import CellSpace
 from tanglenas_engine.tables import Table
 
 
@@ -174,6 +176,20 @@ def test_a_space_has_fewer_options_with_the_largest_network_left(name):
     assert [number for number, _ in parts] == ([4] if cells else list(range(1, len(parts) + 1)))
     largest = {create_space(name, **given).cost(create_space(name, **given).largest()).params for _, given in parts}
     assert len(largest) == 1
+
+
+def test_every_small_space_is_measured():
+    measured = studies.load("sharing").scales["cpu"].params["measure"]
+    small = {name for name in manager().names("space") if name.endswith("_nano")} - {"elasticized_nano"}
+    cells = {name for name in small if isinstance(create_space(name), CellSpace)}
+    assert ({*measured["cells"]}, {*measured["macro"]}) == (cells, small - cells)
+
+
+def test_a_curve_has_the_numbers_of_options_that_all_spaces_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharing.Cost, "of", lambda *_: sharing.Cost(1.0, 1, 1, 1))
+    options = {"kind": "macro", "mode": "gated", "macro": ["gpt_nano", "convnext_nano"], "batch": 2, "rounds": 1}
+    assert [number for number, _ in sized("convnext_nano", False)] == [1, 2, 3, 4]
+    assert studies.load("sharing").measure(run_of("sharing", tmp_path, **options)).curves["macro kept"].x == [1, 2, 3]
 
 
 @pytest.mark.exhaustive
