@@ -8,9 +8,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,41 @@ def judging_of(method: Callable[..., Any]) -> Judging:
         method = method.func
     found: Judging = getattr(method, "judging", "race")
     return found
+
+
+class Trial(NamedTuple):
+    """The costs of some candidates.
+
+    Attributes:
+        drawing: The seconds to draw one.
+        few, short: A number of samples, and the seconds to judge a candidate on them.
+        many, long: The same for more samples.
+        left: The seconds that are left for others.
+    """
+
+    drawing: float
+    few: int
+    short: float
+    many: int
+    long: float
+    left: float
+
+
+@dataclass
+class Afforded:
+    """The seconds that judging may take.
+
+    Attributes:
+        race: False if all candidates are judged on all samples.
+        trial: The costs of a candidate.
+        told: True if a person was told the number of candidates.
+    """
+
+    seconds: float
+    clock: str
+    race: bool
+    trial: Trial
+    told: bool
 
 
 class Candidates:
@@ -150,6 +185,7 @@ class Candidates:
         self._scores: dict[str, tuple[float, float]] = {}  # loss and accuracy by digest and number of samples
         self._saved = time.monotonic()
         self._stack = ExitStack()
+        self._afforded: Afforded | None = None
 
     def __enter__(self) -> Self:
         state = distributed.broadcast(self._checkpoints.load() if self._checkpoints else None)
@@ -172,7 +208,7 @@ class Candidates:
         """Set the limit to the number of candidates that can be judged in a timer's seconds.
 
         The first candidates are judged on two rungs, which tells what a candidate and a sample cost. A derivation that
-        goes on keeps its number.
+        goes on keeps what its trial said, and so its number.
 
         Args:
             race: False for candidates that are all judged on all samples.
@@ -180,21 +216,61 @@ class Candidates:
         Raises:
             TangleNASError: Two candidates take longer.
         """
-        if "limit" not in self.kept:
+        if new := "trial" not in self.kept:
             state, generators = self.generator.get_state(), rng_state()
-            self.kept["limit"] = [self._fitting(timer, race)]
+            self.kept["trial"] = [*self._trial(timer)]
             self.generator.set_state(state)
             restore_rng_state(generators)
             self._drawn.clear()
             self.save()
-            self.note(
-                f"{timer.seconds:g} {timer.clock} seconds are {self.kept['limit'][0]} candidates. "
-                f"{self._label}.candidates = {self.kept['limit'][0]} gives the same result again"
-            )
-        (self.limit,) = self.kept["limit"]
+        self._afforded = Afforded(timer.seconds, timer.clock, race, Trial(*self.kept["trial"]), told=not new)
+        self.in_generations(None)
 
-    def _fitting(self, timer: Timer, race: bool) -> int:
-        """Return the number of candidates whose judging fits into the seconds that are left after a trial."""
+    def in_generations(self, size: int | None) -> None:
+        """Set the limit anew if it follows from seconds, for candidates that are judged in generations of this size.
+
+        Each generation runs a race of its own, which ends on all samples. So small generations take longer.
+
+        Args:
+            size: The number of candidates of a generation; None for one of all candidates.
+
+        Raises:
+            TangleNASError: Two candidates take longer than the seconds.
+        """
+        if (afforded := self._afforded) is None:
+            return
+        trial, ranks = afforded.trial, distributed.world_size()
+        each_sample = (trial.long - trial.short) / (trial.many - trial.few) if trial.many > trial.few else 0.0
+
+        def judging(count: int) -> float:
+            return (trial.short + each_sample * (count - trial.few)) / ranks
+
+        def generation(candidates: int) -> float:
+            if not candidates:
+                return 0.0
+            total, left = 0.0, candidates
+            for number, count in enumerate(self._rungs(candidates) if afforded.race else [len(self._samples)]):
+                left = math.ceil(left / RUNG) if number else left
+                total += left * judging(count)
+            return total
+
+        def needed(candidates: int) -> float:
+            whole, rest = divmod(candidates, size or candidates)
+            # At the end the result is measured, and the front that a race dropped: of n random points about log n.
+            last = 1 + (math.log(candidates) if afforded.race else 0.0)
+            judged = whole * generation(size or candidates) + generation(rest)
+            return candidates * trial.drawing + judged + last * judging(len(self._samples))
+
+        self.limit = bisect.bisect_right(range(1, min(self.space.size, MOST) + 1), trial.left, key=needed)
+        if self.limit < 2:
+            raise TangleNASError(
+                f"{self._label}.seconds is {afforded.seconds:g}, but a trial and two candidates need "
+                f"{afforded.seconds - trial.left + needed(2):.1f} {afforded.clock} seconds: give more seconds or fewer "
+                "data"
+            )
+
+    def _trial(self, timer: Timer) -> Trial:
+        """Draw and judge some candidates, and return what that took and what is left of the seconds."""
         for one in self.fresh(1):  # the first one builds the tables of costs, which the others share
             self._costs(one)
         self._drawn.clear()
@@ -209,24 +285,7 @@ class Candidates:
             return timer.measure(lambda number: self.measured(tried[number % len(tried)], self._part(count)), 1, TRIED)
 
         short, long = judging(few), judging(many)
-        each_sample = (long - short) / (many - few) if many > few else 0.0
-        ranks = distributed.world_size()
-
-        def needed(candidates: int) -> float:
-            total, left = candidates * drawing, candidates
-            for number, count in enumerate(self._rungs(candidates) if race else [len(self._samples)]):
-                left = math.ceil(left / RUNG) if number else left
-                total += left * (short + each_sample * (count - few)) / ranks
-            return total
-
-        left = timer.seconds - timer.used()
-        fitting = bisect.bisect_right(range(1, min(self.space.size, MOST) + 1), left, key=needed)
-        if fitting < 2:
-            raise TangleNASError(
-                f"{self._label}.seconds is {timer.seconds:g}, but a trial and two candidates need "
-                f"{timer.used() + needed(2):.1f} {timer.clock} seconds: give more seconds or fewer data"
-            )
-        return fitting
+        return Trial(drawing, few, short, many, long, timer.seconds - timer.used())
 
     # Drawing.
 
@@ -319,6 +378,12 @@ class Candidates:
             total: The number of candidates in all generations, for the progress line.
             race: False judges every candidate on all samples.
         """
+        if self._afforded and not self._afforded.told:
+            self._afforded.told = True
+            self.note(
+                f"{self._afforded.seconds:g} {self._afforded.clock} seconds are {self.limit} candidates. "
+                f"{self._label}.candidates = {self.limit} gives the same result again"
+            )
         if not self.records:
             self._total = len(architectures) if total is None else total
             self._line = self._stack.enter_context(self._progress.stage(self._label, self._total, 0))

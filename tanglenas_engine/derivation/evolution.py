@@ -70,6 +70,7 @@ def evolution(
             f"evolution.crossovers and evolution.mutations are {crossovers} and {mutations}, together more than the "
             f"{population} of a population: lower them, or raise evolution.population"
         )
+    candidates.in_generations(population)
     generator = candidates.generator
     variation = Variation(candidates.space, generator, "evolution", mutation_probability, single_probability)
     pool: list[Architecture] = []  # best first

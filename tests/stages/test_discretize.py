@@ -238,11 +238,11 @@ def test_a_derivation_by_seconds_is_that_of_as_many_candidates(method, tmp_path,
     space = Stopping()
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         # Each reading takes a second: drawing 8 takes one, judging 8 takes one.
-        found = derive(space, method=method, seconds=9.0, checkpoints=checkpoints, progress=ConsoleProgress())
-        fitted = int(re.search(r"9 processor seconds are (\d+) candidates", capsys.readouterr().out)[1])
+        found = derive(space, method=method, seconds=10.0, checkpoints=checkpoints, progress=ConsoleProgress())
+        fitted = int(re.search(r"10 processor seconds are (\d+) candidates", capsys.readouterr().out)[1])
         assert 8 <= fitted <= 40
         monkeypatch.setattr(timer.time, "process_time", lambda: 0.0)  # another speed plans nothing anew
-        assert derive(space, method=method, seconds=9.0, checkpoints=checkpoints) == found
+        assert derive(space, method=method, seconds=10.0, checkpoints=checkpoints) == found
     assert derive(space, method=method, candidates=fitted) == found
 
 
@@ -276,7 +276,7 @@ def test_the_tables_of_costs_are_no_cost_of_each_candidate(monkeypatch):
             spent[0] = 80.0
             return super().cost(architecture)
 
-    assert len(derive(Building(), method="random", seconds=89.0).candidates) >= 8
+    assert len(derive(Building(), method="random", seconds=90.0).candidates) >= 8
 
 
 def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):
