@@ -76,7 +76,7 @@ class Task:
         data: The options of the dataset, and `options` those of the space.
         place: The option of the dataset that says where its files are, or None for data that need no files.
         budget: The share of the largest network's multiply-accumulates.
-        images: The number of images to train and validate on, and of the test split; None for all samples.
+        images: The number of images outside the test split, which are held in memory; None for all samples.
         epochs: The passes of a training over `training`, and of a search over `weights`.
         pool: The number of random networks.
         metric: The accuracy of a table that stands for the test of all trainings; None trains.
