@@ -13,8 +13,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
+# Networks this small gain nothing from a second thread, and two wait for each other when another program takes a core.
 demo: $(READY)  ## Search, discretize, retrain and evaluate a vision transformer on handwritten digits
-	dvc repro
+	OMP_NUM_THREADS=1 dvc repro
 	@echo "Compare runs: make ui"
 
 ui: $(READY)  ## Open MLflow on the runs so far
