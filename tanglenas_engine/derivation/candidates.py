@@ -226,13 +226,14 @@ class Candidates:
         self._afforded = Afforded(timer.seconds, timer.clock, race, Trial(*self.kept["trial"]), told=not new)
         self.in_generations(None)
 
-    def in_generations(self, size: int | None) -> None:
+    def in_generations(self, size: int | None, single: int = 0) -> None:
         """Set the limit anew if it follows from seconds, for candidates that are judged in generations of this size.
 
         Each generation runs a race of its own, which ends on all samples. So small generations take longer.
 
         Args:
             size: The number of candidates of a generation; None for one of all candidates.
+            single: The number of candidates that follow one by one, each judged on all samples and by `early`.
 
         Raises:
             TangleNASError: Two candidates take longer than the seconds.
@@ -255,10 +256,12 @@ class Candidates:
             return total
 
         def needed(candidates: int) -> float:
-            whole, rest = divmod(candidates, size or candidates)
+            together = max(candidates - single, 1)
+            whole, rest = divmod(together, size or together)
             # At the end the result is measured, and the front that a race dropped: of n random points about log n.
             last = 1 + (math.log(candidates) if afforded.race else 0.0)
-            judged = whole * generation(size or candidates) + generation(rest)
+            judged = whole * generation(size or together) + generation(rest)
+            judged += (candidates - together) * (generation(1) + judging(self._rungs(together)[0]))
             return candidates * trial.drawing + judged + last * judging(len(self._samples))
 
         self.limit = bisect.bisect_right(range(1, min(self.space.size, MOST) + 1), trial.left, key=needed)

@@ -42,6 +42,7 @@ def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int
         proposals: The largest number of candidates that the regression proposes, out of all candidates.
     """
     at_least("surrogate.proposals", proposals, 1)
+    candidates.in_generations(None, single=proposals)
     count = candidates.limit - proposals
     trouble = ""
     if count < 2 * FOLDS:

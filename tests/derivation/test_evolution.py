@@ -1,15 +1,15 @@
 """Evolution: children that are architectures, generations as they were asked for, and better finds than at random."""
 
+from functools import partial
+
 import pytest
 import torch
-from known import Known, additive
+from known import Known, additive, seconds_of
 from spaces import vit
 from tiny import ALL, tiny
 
 from tanglenas_engine.derivation.evolution import Variation, evolution
-from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime import timer
 
 
 def generator(seed=0):
@@ -127,20 +127,8 @@ def test_it_finds_better_architectures_than_as_many_random_ones(name):
 @pytest.mark.parametrize("population", [4, 20])
 @pytest.mark.parametrize("seconds", [20.0, 40.0])
 def test_seconds_are_those_of_a_race_for_each_generation(population, seconds, monkeypatch):
-    spent = [0.0]
-    monkeypatch.setattr(timer.time, "process_time", lambda: spent[0])
-
-    class Slow(Known):
-        def measured(self, architecture, samples):
-            spent[0] += len(samples) / 256
-            return super().measured(architecture, samples)
-
-    space = vit(depth=(1, 2, 3))
-    with Slow(space, additive(space, 0), samples=256, batch_size=16, limit=space.size) as candidates:
-        candidates.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates"))
-        evolution(candidates, None, population=population, parents=2, crossovers=2, mutations=2)
-        final_front(candidates)
-    assert 0.85 * seconds < spent[0] < 1.05 * seconds
+    method = partial(evolution, population=population, parents=2, crossovers=2, mutations=2)
+    assert 0.85 * seconds < seconds_of(method, seconds, monkeypatch) < 1.05 * seconds
 
 
 def test_equal_seeds_breed_the_same():

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from known import Known
+from known import Known, seconds_of
 from spaces import SPACES, vit
 from tiny import ALL, tiny
 
@@ -23,6 +24,13 @@ class Notes(SilentProgress):
 
     def note(self, text):
         self.lines.append(text)
+
+
+@pytest.mark.parametrize("proposals", [1, 8])
+@pytest.mark.parametrize("seconds", [20.0, 35.0])
+def test_seconds_are_those_of_a_race_and_of_all_samples_for_each_proposal(proposals, seconds, monkeypatch):
+    spent = seconds_of(partial(surrogate, proposals=proposals), seconds, monkeypatch)
+    assert 0.85 * seconds < spent < 1.05 * seconds
 
 
 def interacting(space, seed):

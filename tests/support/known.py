@@ -1,8 +1,11 @@
 """Candidates whose worth is known, so that tests can say how well they were searched."""
 
 import torch
+from spaces import vit
 
 from tanglenas_engine.derivation.candidates import Candidates
+from tanglenas_engine.derivation.pareto import final_front
+from tanglenas_engine.runtime import timer
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.training.measure import Measured
 
@@ -31,6 +34,24 @@ class Raced(Known):
         self.measurements.append((architecture.digest, len(samples)))
         found = super().measured(architecture, samples)
         return found._replace(loss=found.loss - self.ease * (len(samples) < self.count))
+
+
+def seconds_of(method, seconds, monkeypatch):
+    """Return the seconds that a method takes in which it is given some, where a sample takes 1/256 of one."""
+    spent = [0.0]
+    monkeypatch.setattr(timer.time, "process_time", lambda: spent[0])
+
+    class Slow(Known):
+        def measured(self, architecture, samples):
+            spent[0] += len(samples) / 256
+            return super().measured(architecture, samples)
+
+    space = vit(depth=(1, 2, 3))
+    with Slow(space, additive(space, 0), samples=256, batch_size=16, limit=space.size) as candidates:
+        candidates.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates"))
+        method(candidates, None)
+        final_front(candidates)
+    return spent[0]
 
 
 def additive(space, seed):
