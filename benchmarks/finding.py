@@ -146,9 +146,9 @@ class Method:
 
 
 METHODS = {
-    "spos band": Method("spos", ("race",)),
-    "drnas target": Method("drnas", ("argmax", "race")),
-    "hard_concrete target": Method("hard_concrete", ("argmax", "race")),
+    "spos band": Method("spos", ("spread race",)),
+    "drnas target": Method("drnas", ("argmax", "spread race")),
+    "hard_concrete target": Method("hard_concrete", ("argmax", "spread race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
     "spos whole space": Method("spos", ("random",), band=False),
@@ -160,9 +160,13 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "candidates": 300},
     "both": {"method": "both", "candidates": 300},
     "race": {"method": "race", "candidates": 300},
+    "spread race": {"method": "race", "candidates": 300},
 }
-RACE = 3
-"""The trainings of a race, all of them complete: shorter ones rank worse than the supernet does."""
+RACES: dict[str, dict[str, Any]] = {
+    "race": {"entrants": 3, "trainings": 3, "spread": False},
+    "spread race": {"trainings": 4},
+}
+"""The options of races: three complete trainings of the supernet's best, or as much work over all depths and widths."""
 
 
 class Study:
@@ -276,7 +280,7 @@ class Study:
         method = METHODS[name]
         if self.table is not None:  # A race would look its trainings up, which takes no time.
             judged = "both" if create_optimizer(method.optimizer).learns_architecture else "random"
-            taken = dict.fromkeys(judged if one == "race" else one for one in method.derivations)
+            taken = dict.fromkeys(judged if one in RACES else one for one in method.derivations)
             method = replace(method, derivations=tuple(taken))
         keys = {derivation: f"found/{name}, {derivation}/{seed}" for derivation in method.derivations}
         if all(key in self.done for key in keys.values()):
@@ -285,9 +289,8 @@ class Study:
         for derivation, key in keys.items():
             row = self.once(key, partial(self.derived, space, mixture, derivation, seed, searched, self.limits))
             if "judged" in row:
-                first = {**self.done[f"trained/{row['judged']['digest']}/0"], **row["judged"]}
-                kept = {key: first[key] for key in ("architecture", "digest", "macs", "params", "derive_seconds")}
-                self.once(f"found/{name}, {'both' if mixture else 'random'}/{seed}", lambda k=kept: {**k, **searched})
+                judged = f"found/{name}, {'both' if mixture else 'random'}/{seed}"
+                self.once(judged, lambda first=row["judged"]: {**first, **searched})
 
     def front(self, name: str, seed: int) -> None:
         """Search once, derive a network for each budget of the front by judging candidates, and train it."""
@@ -352,7 +355,7 @@ class Study:
             limits=limits,
             seed=seed,
             device="cpu",
-            methods={**DERIVATION_METHODS, "race": partial(race, train=training, entrants=RACE, trainings=RACE)},
+            methods={**DERIVATION_METHODS, "race": partial(race, train=training, **RACES.get(derivation, {}))},
         )
         seconds = round(time.process_time() - start - training.now, 2)
         row = {
@@ -367,7 +370,14 @@ class Study:
         }
         if found.raced:
             (first,) = (record["digest"] for record in found.raced.records if record["supernet_rank"] == 1)
-            row["judged"] = {"digest": first, "derive_seconds": seconds}
+            cost = space.cost(training.seen[first])
+            row["judged"] = {
+                "architecture": dict(training.seen[first].choices),
+                "digest": first,
+                "macs": cost.macs,
+                "params": cost.params,
+                "derive_seconds": seconds,
+            }
         return row
 
     def halved(self, seed: int, trainings: float) -> dict[str, Any]:
@@ -404,14 +414,17 @@ class Training:
         epochs: The number of epochs of a complete training.
         seconds: The processor seconds of all trainings that were asked for, whether they ran now or before.
         now: The processor seconds of those that ran now.
+        seen: The architectures by digest.
     """
 
     identity = "study"
 
     def __init__(self, study: Study):
         self.study, self.epochs, self.seconds, self.now = study, study.task.epochs, 0.0, 0.0
+        self.seen: dict[str, Architecture] = {}
 
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
+        self.seen[architecture.digest] = architecture
         length = "" if epochs == self.epochs else f"/{epochs} epochs"
         start = time.process_time()
         row = self.study.once(
@@ -438,7 +451,7 @@ def main() -> None:
 )
 @click.option("--seeds", default="0,1,2,3,4", help="The seeds of the searches, with commas between them.")
 @click.option("--pool", "size", default=0, help="Networks of the pool to train before the methods; 0 for all.")
-@click.option("--halving", default=4.0, help="The budget of successive halving of random networks, in trainings.")
+@click.option("--halving", default="6", help="Budgets of successive halving of random networks, in trainings.")
 @click.option("--table", help="The table of a task that trains nothing.")
 @click.option("--threads", default=1)
 def run(
@@ -448,7 +461,7 @@ def run(
     methods: str,
     seeds: str,
     size: int,
-    halving: float,
+    halving: str,
     table: str | None,
     threads: int,
 ) -> None:
@@ -464,8 +477,9 @@ def run(
     for seed in map(int, seeds.split(",")):
         for name in filter(None, methods.split(";")):
             study.search(name, seed)
-        if study.table is None:
-            study.once(f"found/random, successive halving/{seed}", partial(study.halved, seed, halving))
+        for trainings in () if study.table else map(float, halving.split(",")):
+            key = f"found/random, successive halving of {trainings:g} trainings/{seed}"
+            study.once(key, partial(study.halved, seed, trainings))
         for key in [key for key in study.done if key.startswith("found/") and key.endswith(f"/{seed}")]:
             architecture = study.found(key)
             for again in range(1 if study.table else SEEDS):

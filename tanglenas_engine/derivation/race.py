@@ -12,11 +12,16 @@ worker is lost, and the last rung is what the retrain stage does.
 
 Short trainings rank worse than the supernet does: on gpt_nano, those of a sixth of the length correlate with the truth
 by 0.18, those of half the length by 0.52. So a small budget admits fewer networks rather than shorter trainings.
+
+The supernet's best candidates often differ in little, as all have the depth and width that its weights favour. How fast
+a network of another depth trains by itself is not to be seen in weights that it shares. So entrants are spread over the
+choices that are made once (`in_turn`).
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +33,7 @@ from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.timer import Clock, check_clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 
 ROUNDING = 1e-9
@@ -64,6 +70,7 @@ def race(
     train: Train,
     *,
     entrants: int = 8,
+    spread: bool = True,
     eta: int = 3,
     trainings: float | None = None,
     seconds: float | None = None,
@@ -79,6 +86,8 @@ def race(
     Args:
         train: The function that trains.
         entrants: The largest number of networks that are trained.
+        spread: True takes the best candidates of each combination of the choices that are made once, such as depth and
+            width, in turn. False takes the best of all.
         eta: The factor between rungs: this part of the networks goes on, to about so many times the epochs.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 5.7 trainings at the
             default `eta`.
@@ -97,13 +106,14 @@ def race(
     """
     _check_options(entrants, eta, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
-    leaders = candidates.best(entrants)
+    ranked = [Runner(record, rank) for rank, record in enumerate(candidates.best(len(candidates.records)), 1)]
+    leaders = (in_turn(ranked, candidates.space) if spread else ranked)[:entrants]
     if len(leaders) < 2:
         candidates.note("no race, as there is one candidate only")
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        afforded = jobs.afforded([record["architecture"] for record in leaders], seconds, clock)
+        afforded = jobs.afforded([runner.architecture for runner in leaders], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(len(leaders), train.epochs, eta, trainings)
     planned = work(rungs) / train.epochs
@@ -112,8 +122,7 @@ def race(
         f"a race of {described(rungs)}: {planned:.1f} trainings of {train.epochs} epochs"
         + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if left >= 1 else "")
     )
-    runners = [Runner(record, rank) for rank, record in enumerate(leaders[: rungs[0].networks], 1)]
-    running = runners
+    running = runners = leaders[: rungs[0].networks]
     for rung in rungs:
         running = _trained(running[: rung.networks], rung.epochs, jobs)
     ranked = sorted(runners, key=Runner.order)
@@ -147,6 +156,26 @@ def _check_options(
             f"race.workers is {workers} and race.backend is {backend!r}, but the stage runs in "
             f"{distributed.world_size()} processes, each of which trains: leave race.workers at 1 and race.backend out"
         )
+
+
+def in_turn(ranked: Sequence[Runner], space: SearchSpace) -> list[Runner]:
+    """Return candidates so that the combinations of the choices that are made once take turns.
+
+    The best candidate of each combination comes first, the best one of all before the others. Then the second best ones
+    follow, and so on.
+
+    Args:
+        ranked: The candidates, best first.
+    """
+    single = [row for row in space.rows if row.layer is None]
+    before: Counter[tuple[int | None, ...]] = Counter()
+    turns = []
+    for runner in ranked:
+        picks = space.assignment_of(runner.architecture)
+        combination = tuple(picks[row] if row.active(picks) else None for row in single)
+        turns.append((before[combination], runner.rank, runner))
+        before[combination] += 1
+    return [runner for _, _, runner in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def plan(entrants: int, epochs: int, eta: int = 3, trainings: float | None = None) -> list[Rung]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from known import Known, additive
 from spaces import vit
+from tiny import tiny
 from trainer import Noted, loss_of
 
 from tanglenas_engine.derivation import jobs
@@ -36,11 +37,12 @@ def train(tmp_path):
     return Noted(tmp_path / "calls")
 
 
-def raced(train, checkpoints=None, limit=20, **options):
-    """The end of a race among 20 candidates, and what it said."""
+def raced(train, checkpoints=None, limit=20, worth=None, **options):
+    """The end of a race among 20 candidates, and what it said. Entrants are the best of all unless options differ."""
     space, notes = vit(depth=(1, 2, 3)), Notes()
-    with Known(space, additive(space, 0), limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
-        return race(candidates, None, train, **options), notes.lines
+    worth = worth or additive(space, 0)
+    with Known(space, worth, limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
+        return race(candidates, None, train, **{"spread": False, **options}), notes.lines
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,39 @@ def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train,
         f"than the next; the supernet ranked this network {winner['supernet_rank']} of 20"
     )
     assert any(line.startswith("discretize: 1. validation loss") and str(result.architecture) in line for line in notes)
+
+
+def deeper_is_better(architecture):
+    """A worth, in %, that a network of fewer layers never has."""
+    layers = architecture.choices["mlp_ratio"]
+    return 30 * len(layers) + sum(layers) / len(layers)
+
+
+@pytest.mark.parametrize("trainings, expected", [(None, [1, 1, 1, 1, 2, 2]), (4, [1] * 6)])
+def test_entrants_are_spread_over_the_choices_that_are_made_once(train, trainings, expected):
+    def entrants(**options):
+        result, _ = raced(train, worth=deeper_is_better, trainings=trainings, **options)
+        assert min(one["supernet_rank"] for one in result.records) == 1
+        groups = {}
+        for one in result.records:
+            width, depth, *_ = one["architecture"].split()
+            groups.setdefault((depth, width), []).append(one["supernet_rank"])
+        return groups
+
+    spread, best = entrants(spread=True), entrants(spread=False)
+    assert sorted(map(len, spread.values())) == expected
+    assert {depth for depth, _ in spread} == {"depth=1", "depth=2", "depth=3"}
+    assert len(best) < len(spread)
+    assert sorted(itertools.chain(*best.values())) == [*range(1, sum(expected) + 1)]
+
+
+def test_without_choices_that_are_made_once_entrants_are_the_best_of_all(train):
+    space, results = tiny("toy_cell"), []
+    assert all(row.layer is not None for row in space.rows)
+    for spread in (True, False):
+        with Known(space, additive(space, 0), limit=20) as candidates:
+            results.append(race(candidates, None, train, spread=spread))
+    assert told(results[0]) == told(results[1])
 
 
 def test_fewer_candidates_than_entrants_all_take_part(train):
