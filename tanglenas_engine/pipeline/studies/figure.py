@@ -46,7 +46,8 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
                 axes, look = place.subplots(), comparison.metric(name)
                 means(axes, table, name, look, colours)
                 axes.set_title(f"seeds, mean, {100 * LEVEL:.0f} % interval", loc="right")
-                axes.set_xlabel(look.heading)
+                axes.set_xlabel(None)
+                place.supxlabel(look.heading, fontsize=axes.xaxis.label.get_fontsize())  # it may be wider than the axes
 
             drawn.append((height, by_arm))
         if panel.kind == "curves" and (found := curves(study.arms, runs, panel.name)):
