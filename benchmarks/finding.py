@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,9 @@ from tanglenas_engine.derivation.candidates import Candidates, held
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.derivation.race import plan, race
 from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages.discretize import METHODS as DERIVATION_METHODS
+from tanglenas_engine.stages.retrain import RetrainResult
 from tanglenas_engine.tables import load_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -160,13 +163,13 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "candidates": 300},
     "both": {"method": "both", "candidates": 300},
     "race": {"method": "race", "candidates": 300},
-    "spread race": {"method": "race", "candidates": 300},
+    "spread race": {"method": "race", "candidates": 100},
 }
 RACES: dict[str, dict[str, Any]] = {
     "race": {"entrants": 3, "trainings": 3, "spread": False},
-    "spread race": {"trainings": 4},
+    "spread race": {},
 }
-"""The options of races: three complete trainings of the supernet's best, or as much work over all depths and widths."""
+"""The options of races: three complete trainings of the supernet's best, or the defaults."""
 
 
 class Study:
@@ -188,6 +191,9 @@ class Study:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        self.paused: dict[str, float] = {}  # seconds of trainings so far
+        self._folder = tempfile.TemporaryDirectory()
+        self.checkpoints = Path(self._folder.name)
 
     def space(self, seed: int = 0) -> SearchSpace:
         torch.manual_seed(seed)
@@ -224,7 +230,41 @@ class Study:
         space = self.space()
         return {"macs": int(share * space.cost(space.largest()).macs)}
 
-    def trained(self, architecture: Architecture, seed: int, epochs: int | None = None) -> dict[str, Any]:
+    def retrained(self, architecture: Architecture, seed: int, until: int | None = None) -> tuple[RetrainResult, float]:
+        """Train a network by itself, to the end or until so many epochs, and return its seconds so far, too.
+
+        A training that paused goes on.
+        """
+        start, name = time.process_time(), f"{architecture.digest}-{seed}"
+        with CheckpointFolder(self.checkpoints / name, "study") as checkpoints:
+            found = retrain(
+                self.space(),
+                architecture,
+                self.data("training", "validation"),
+                epochs=self.task.epochs,
+                until=until,
+                batch_size=64,
+                optimizer=partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05),
+                scheduler=partial(cosine, warmup=0.2),  # With 5 %, seeds differ as much as networks do.
+                clip=5.0,
+                seed=seed,
+                device="cpu",
+                checkpoints=checkpoints,
+            )
+            self.paused[name] = self.paused.get(name, 0.0) + time.process_time() - start
+            if until is None:
+                checkpoints.discard()
+            return found, round(self.paused[name], 2)
+
+    def begun(self, architecture: Architecture, epochs: int) -> dict[str, Any]:
+        """Train a network by itself until so many epochs, or look that up where it was trained to the end."""
+        if (whole := self.done.get(f"trained/{architecture.digest}/0")) is not None:
+            share = epochs / self.task.epochs
+            return {"validation_loss": whole["curve"][epochs - 1], "seconds": round(share * whole["seconds"], 2)}
+        found, seconds = self.retrained(architecture, 0, epochs)
+        return {"validation_loss": found.history[-1]["validation_loss"], "seconds": seconds}
+
+    def trained(self, architecture: Architecture, seed: int) -> dict[str, Any]:
         """Train a network by itself, and measure it on validation and test; or look up its error in a table, in %."""
         space = self.space()
         if self.table is not None and self.task.metric is not None:
@@ -237,20 +277,7 @@ class Study:
                 "test_loss": 100 - self.table.value(architecture, self.task.metric),
                 "seconds": 0.0,
             }
-        start = time.process_time()
-        found = retrain(
-            space,
-            architecture,
-            self.data("training", "validation"),
-            epochs=epochs or self.task.epochs,
-            batch_size=64,
-            optimizer=partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05),
-            scheduler=partial(cosine, warmup=0.2),  # With 5 %, seeds differ as much as networks do.
-            clip=5.0,
-            seed=seed,
-            device="cpu",
-        )
-        seconds = time.process_time() - start
+        found, seconds = self.retrained(architecture, seed)
         tested = evaluate(space, architecture, found.network, self.data("test"), device="cpu")
         return {
             "architecture": dict(architecture.choices),
@@ -262,7 +289,7 @@ class Study:
             "test_loss": tested.test_loss,
             "test_accuracy": tested.test_accuracy,
             "curve": [row["validation_loss"] for row in found.history],
-            "seconds": round(seconds, 2),
+            "seconds": seconds,
         }
 
     def pool(self) -> list[Architecture]:
@@ -415,6 +442,7 @@ class Training:
         seconds: The processor seconds of all trainings that were asked for, whether they ran now or before.
         now: The processor seconds of those that ran now.
         seen: The architectures by digest.
+        paid: The part of the seconds that each of them took, by digest.
     """
 
     identity = "study"
@@ -422,16 +450,17 @@ class Training:
     def __init__(self, study: Study):
         self.study, self.epochs, self.seconds, self.now = study, study.task.epochs, 0.0, 0.0
         self.seen: dict[str, Architecture] = {}
+        self.paid: dict[str, float] = {}
 
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
-        self.seen[architecture.digest] = architecture
-        length = "" if epochs == self.epochs else f"/{epochs} epochs"
-        start = time.process_time()
-        row = self.study.once(
-            f"trained/{architecture.digest}/0{length}", lambda: self.study.trained(architecture, 0, epochs)
-        )
+        study, digest, start = self.study, architecture.digest, time.process_time()
+        if epochs == self.epochs:
+            row = study.once(f"trained/{digest}/0", lambda: study.trained(architecture, 0))
+        else:
+            row = study.once(f"begun/{digest}/{epochs}", lambda: study.begun(architecture, epochs))
         self.now += time.process_time() - start
-        self.seconds += row["seconds"]
+        self.seconds += row["seconds"] - self.paid.get(digest, 0.0)
+        self.paid[digest], self.seen[digest] = row["seconds"], architecture
         return Trained(row["validation_loss"], math.nan, row["seconds"])
 
 
@@ -536,7 +565,7 @@ def table(path: Path) -> None:
     pool = [row for key, row in rows.items() if key.startswith("pool/") and key.endswith("/0")]
     trainings: dict[str, list[float]] = {}
     for key, row in rows.items():
-        if "test_loss" in row and not key.endswith(" epochs"):  # those of halving are cut short
+        if "test_loss" in row and not key.startswith("short/"):
             trainings.setdefault(row["digest"], []).append(row["test_loss"])
     # A network is worth what it is over its seeds: one training of many goes wrong.
     worth = {digest: float(np.mean(values)) for digest, values in trainings.items()}

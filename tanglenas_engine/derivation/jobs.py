@@ -2,6 +2,7 @@
 
 A result depends on the architecture, the recipe, the seed and the number of epochs. It depends neither on the order of
 the jobs nor on the worker, but for the rounding of sums where workers have other numbers of threads or other machines.
+A job that finds no checkpoint of the part before it begins anew, and ends alike.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Trained(NamedTuple):
 
 
 class Train(Protocol):
-    """A function that trains the network of an architecture from scratch. Workers get a pickled copy of it."""
+    """A function that trains the network of an architecture. Workers get a pickled copy of it."""
 
     @property
     def epochs(self) -> int:
@@ -62,7 +63,9 @@ class Train(Protocol):
         """A digest of all that a result depends on, beside the architecture and the number of epochs."""
 
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
-        """Train on the training data, and measure on the validation split.
+        """Train on the training data until so many epochs of a complete training, and measure on the validation split.
+
+        A training that was called for fewer epochs before goes on where it paused, if it can.
 
         Raises:
             TangleNASError: The training failed.
@@ -73,7 +76,7 @@ class Jobs:
     """The trainings of a race. A result is kept as soon as it is there, and no training runs twice.
 
     Attributes:
-        epochs: The number of epochs of all results that were asked for.
+        epochs: The number of epochs of all trainings that were asked for, each to its longest result.
     """
 
     def __init__(self, candidates: Candidates, train: Train, workers: int, backend: str | None):
@@ -87,14 +90,15 @@ class Jobs:
         return sum(self._asked.values())
 
     def results(self, architectures: Sequence[Architecture], epochs: int) -> list[Trained]:
-        """Return the results of trainings of equal length, in order. Those that are not known run now.
+        """Return the results of trainings after equally many epochs, in order. Those that are not known run now.
 
         Raises:
             TangleNASError: Workers were lost time after time.
         """
         keys = [self._key(one.digest, epochs) for one in architectures]
         names = dict(zip(keys, architectures, strict=True))
-        self._asked.update(dict.fromkeys(keys, epochs))
+        for one in architectures:
+            self._asked[one.digest] = max(epochs, self._asked.get(one.digest, 0))
         lost = 0
         while missing := {key: one for key, one in names.items() if key not in self.candidates.kept}:
             try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from tanglenas_engine.pipeline.configurables import create, packages, race, retr
 from tanglenas_engine.pipeline.files import SPLITS
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.stages.retrain import RetrainResult, trained
+from tanglenas_engine.stages.retrain import Kept, RetrainResult, trained
 from tanglenas_engine.superposition.mixture import Mixture
 
 
@@ -89,6 +92,10 @@ def project_arguments(*bindings: str) -> tuple[str, ...] | None:
     return None if arguments is None else (*arguments, *alone, *bindings)
 
 
+TRAININGS = Path(".tanglenas", "trainings")
+"""The folder for checkpoints of trainings that a race may go on with."""
+
+
 @dataclass(frozen=True)
 class ProjectTraining:
     """A function that a race trains by: the recipe, the epochs of a complete training, and a digest of both."""
@@ -119,8 +126,13 @@ class ProjectTraining:
             identity = fingerprint(config=gin.config_str(), splits=splits, code=code)
         return cls(Recipe(arguments, str(Path.cwd()), splits), epochs, identity)
 
+    @property
+    def folder(self) -> Path:
+        """The folder for checkpoints, one folder for each network, until the race is over."""
+        return Path(self.recipe.folder, TRAININGS, self.identity[:16])
+
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
-        """Train the network of an architecture for so many epochs.
+        """Train the network of an architecture until so many epochs of its training are finished.
 
         Raises:
             TangleNASError: The training failed.
@@ -128,12 +140,16 @@ class ProjectTraining:
         with self.recipe.open() as bench:
             # The network of the recipe may be larger than that of the search.
             own = bench.space.architecture_of(bench.space.assignment_of(architecture))
-            return trained(lambda: bench.train(own, epochs=epochs))
+            kept = Kept(self.folder, self.identity)
+            return trained(partial(bench.train, own, epochs=self.epochs, until=epochs), own, kept)
 
 
 def _race(candidates: Candidates, mixture: Mixture | None) -> Raced | None:
     """Run a race by the project's own recipe."""
-    raced: Raced | None = race(candidates, mixture, ProjectTraining.here())
+    training = ProjectTraining.here()
+    raced: Raced | None = race(candidates, mixture, training)
+    if distributed.rank() == 0:
+        shutil.rmtree(training.folder, ignore_errors=True)
     return raced
 
 

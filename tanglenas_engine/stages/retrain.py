@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch
 from tanglenas_engine.runtime import distributed
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
@@ -63,6 +65,7 @@ def retrain(
     *,
     mode: Mode = "scratch",
     epochs: int = 100,
+    until: int | None = None,
     batch_size: int = 64,
     optimizer: OptimizerFactory = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
     scheduler: SchedulerFactory | None = cosine,
@@ -90,6 +93,8 @@ def retrain(
         mode: "scratch" trains from a new initialisation. "finetune" trains from the supernet's weights. "inherit" takes
             the supernet's weights unchanged, and recalibrates the statistics of batch norms.
         epochs: The number of passes over the training data.
+        until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
+            the same checkpoints goes on. None trains to the end.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.
         scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every
@@ -122,6 +127,8 @@ def retrain(
     if teacher and mode == "inherit":
         raise TangleNASError("retrain.mode 'inherit' trains nothing that a teacher could teach: use 'finetune'")
     at_least("retrain.epochs", epochs, 1)
+    if until is not None:
+        at_least("retrain.until", until, 1)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training)
     space.assignment_of(architecture)  # an overridden `standalone` might accept an architecture of another space
@@ -158,7 +165,7 @@ def retrain(
             seed=seed,
             computation=computation,
             session=session,
-        ).result()
+        ).result(until)
 
 
 class Retraining(Training):
@@ -210,9 +217,9 @@ class Retraining(Training):
         """The network that is validated and returned: the moving average, if there is one."""
         return self.network if self.average is None else self.average.module
 
-    def result(self) -> RetrainResult:
-        """Run the training and return its result."""
-        history = self.run()
+    def result(self, until: int | None = None) -> RetrainResult:
+        """Run the training, to its end or until so many epochs are finished, and return its result."""
+        history = self.run(until)
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history)
 
     def stateful(self) -> Mapping[str, Stateful | None]:
@@ -279,6 +286,7 @@ class Recipe:
         epochs: The number of epochs of a complete training.
         options: The other options of `retrain`. The mode is "scratch".
         identity: A digest of all this, if results are kept in a folder that other recipes use too.
+        folder: A folder for the checkpoints of trainings that go on later. Without one, they begin anew.
     """
 
     space: SearchSpace
@@ -286,24 +294,43 @@ class Recipe:
     epochs: int = 100
     options: Mapping[str, Any] = field(default_factory=dict)
     identity: str = ""
+    folder: Path | None = None
 
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
-        """Train the network for so many epochs.
+        """Train the network until so many epochs of its training are finished.
 
         Raises:
             TangleNASError: The training failed.
         """
-        given = {**self.options, "mode": "scratch", "epochs": epochs}
-        return trained(lambda: retrain(self.space, architecture, self.data, **given))
+        given = {**self.options, "mode": "scratch", "epochs": self.epochs, "until": epochs}
+        kept = Kept(self.folder, self.identity) if self.folder else None
+        return trained(lambda **more: retrain(self.space, architecture, self.data, **given, **more), architecture, kept)
 
 
-def trained(training: Callable[[], RetrainResult]) -> Trained:
+class Kept(NamedTuple):
+    """A folder with the checkpoints of trainings, and a digest of what they depend on beside the architecture."""
+
+    folder: Path
+    identity: str
+
+
+def trained(training: Callable[..., RetrainResult], architecture: Architecture, kept: Kept | None) -> Trained:
     """Train, and return what a race keeps of the training.
+
+    Args:
+        training: A function that trains. It gets the option `checkpoints` if checkpoints are kept.
+        architecture: The architecture of the network.
+        kept: The place of checkpoints, from which a training that was paused goes on; None if it begins anew.
 
     Raises:
         TangleNASError: The training failed.
     """
     start, began = time.process_time(), time.monotonic()
-    found = training()
+    if kept is None:
+        found = training()
+    else:
+        name = architecture.digest
+        with CheckpointFolder(kept.folder / name, f"{kept.identity}/{name}") as checkpoints:
+            found = training(checkpoints=checkpoints)
     seconds, wall = time.process_time() - start, time.monotonic() - began
     return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, seconds, wall=wall)

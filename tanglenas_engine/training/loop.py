@@ -98,8 +98,12 @@ class Training(abc.ABC):
         """The number of steps of all epochs."""
         return self.epochs * self.steps_per_epoch
 
-    def run(self) -> list[Record]:
+    def run(self, until: int | None = None) -> list[Record]:
         """Take all steps and return the history. If there is a checkpoint, continue from it.
+
+        Args:
+            until: The number of epochs after which the training pauses. A later call goes on from its checkpoint. None
+                takes all steps.
 
         Raises:
             TangleNASError: The training diverged. The message names the first step in which a value was not finite. The
@@ -108,8 +112,9 @@ class Training(abc.ABC):
         """
         progress = self.session.progress or SilentProgress()
         self._resume()
+        end = self.steps if until is None else min(until * self.steps_per_epoch, self.steps)
         with _stop_requests() as stop, progress.stage(self.name, self.steps, self._position) as line:
-            while self._position < self.steps and not (self.history and self.history[-1].get("stopped")):
+            while self._position < end and not (self.history and self.history[-1].get("stopped")):
                 self._take_step()
                 line.advance()
                 if self._position % self.steps_per_epoch == 0:
@@ -117,10 +122,10 @@ class Training(abc.ABC):
                     self._save()
                 elif self.session.checkpoint_every and self._position % self.session.checkpoint_every == 0:
                     self._save()
-                if distributed.any_rank(stop.is_set()) and self._position < self.steps:
+                if distributed.any_rank(stop.is_set()) and self._position < end:
                     self._save()
                     raise Interrupted(self._interruption())
-        return self.history
+        return self.history[:until]
 
     def _take_step(self) -> None:
         measured = self.step(self._position)

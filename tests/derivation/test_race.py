@@ -18,6 +18,7 @@ from tanglenas_engine.derivation.race import Rung, ladder, plan, race, work
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.stages import retrain as retrain_stage
 from tanglenas_engine.stages.discretize import METHODS, discretize
 from tanglenas_engine.stages.retrain import Recipe, retrain
 from tanglenas_engine.testing import random_data
@@ -67,17 +68,23 @@ def told(raced):
     [
         (8, 9, 3, [(8, 3), (3, 9)]),
         (8, 50, 3, [(8, 17), (3, 50)]),
-        (8, 8, 2, [(8, 2), (4, 4), (2, 8)]),
-        (27, 9, 3, [(27, 1), (9, 3), (3, 9)]),
+        (8, 8, 2, [(8, 3), (4, 5), (2, 8)]),
+        (27, 9, 3, [(27, 3), (9, 5), (3, 9)]),
         (3, 9, 3, [(3, 9)]),
         (2, 9, 3, [(2, 9)]),
-        (5, 9, 2, [(5, 2), (3, 4), (2, 9)]),
+        (5, 9, 2, [(5, 3), (3, 5), (2, 9)]),
         (8, 2, 2, [(8, 1), (2, 2)]),  # two rungs of one epoch are one
         (8, 1, 3, [(8, 1)]),
     ],
 )
 def test_rungs_grow_by_a_factor_and_end_with_complete_trainings(entrants, epochs, eta, rungs):
-    assert ladder(entrants, epochs, eta) == plan(entrants, epochs, eta) == [Rung(*rung) for rung in rungs]
+    assert ladder(entrants, epochs, eta, 1 / 3) == plan(entrants, epochs, eta) == [Rung(*rung) for rung in rungs]
+
+
+def test_the_first_rung_is_as_short_as_asked():
+    assert plan(8, 50, shortest=0.1) == [Rung(8, 5), Rung(3, 50)]
+    assert plan(8, 50, shortest=1.0) == [Rung(8, 50)]
+    assert plan(27, 100, shortest=0.01) == [Rung(27, 1), Rung(9, 10), Rung(3, 100)]
 
 
 @pytest.mark.parametrize("eta", [2, 3, 4])
@@ -91,9 +98,20 @@ def test_a_plan_keeps_its_budget(trainings, epochs, eta):
     rungs = plan(12, epochs, eta, trainings)
     assert work(rungs) <= trainings * epochs + 1e-6
     assert rungs[0].networks >= 2
-    assert rungs[-1].epochs == (epochs if trainings >= 2 else int(trainings * epochs / 2))
-    larger = [ladder(count, epochs, eta) for count in range(rungs[0].networks + 1, 13)]
+    first = max(1, round(epochs / 3))
+    if trainings < 2:  # the better one of two goes on, if the time is enough
+        enough = 2 * first + epochs - first <= trainings * epochs
+        assert rungs[-1].epochs == (epochs if enough else int(trainings * epochs / 2))
+        assert rungs[-1].networks == (1 if enough and first < epochs else 2)
+    else:
+        assert rungs[-1].epochs == epochs and 2 <= rungs[-1].networks
+    larger = [ladder(count, epochs, eta, 1 / 3) for count in range(rungs[0].networks + 1, 13)]
     assert all(work(other) > trainings * epochs for other in larger)
+
+
+@pytest.mark.parametrize("rungs, epochs", [([(8, 4), (3, 12)], 8 * 4 + 3 * 8), ([(2, 6)], 12), ([(9, 3), (3, 5)], 33)])
+def test_the_work_of_a_race_is_that_of_trainings_which_go_on(rungs, epochs):
+    assert work([Rung(*rung) for rung in rungs]) == epochs
 
 
 # The race
@@ -107,16 +125,16 @@ def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train,
     assert [record["digest"] for record in result.records] == first
     assert [record["place"] for record in result.records] == [*range(1, 9)]
     assert result.architecture.digest == first[0]
-    assert result.trainings == (8 * 3 + 3 * 9) / 9
+    assert result.trainings == (8 * 3 + 3 * 6) / 9
     winner, last = result.records[0], result.records[-1]
     assert winner["supernet_rank"] == leaders.index(first[0]) + 1
     assert (winner["loss_3_epochs"], winner["loss"]) == (loss_of(first[0], 3), loss_of(first[0], 9))
-    assert (winner["epochs"], winner["seconds"]) == (9, 3 + 9)
+    assert (winner["epochs"], winner["seconds"]) == (9, 9)
     assert "loss_9_epochs" not in last and (last["epochs"], last["seconds"]) == (3, 3)
-    assert "discretize: a race of 8 networks for 3 epochs, the best 3 for 9: 5.7 trainings of 9 epochs" in notes
+    assert "discretize: a race of 8 networks for 3 epochs, the best 3 on to 9: 4.7 trainings of 9 epochs" in notes
     loss = loss_of(first[2], 9)
     (said,) = (line for line in notes if line.startswith("discretize: 3 of 3 trained for 9 epochs"))
-    assert f"validation loss {loss:.4f}, 9 s  {result.records[2]['architecture']}" in said
+    assert f"validation loss {loss:.4f}, 6 s  {result.records[2]['architecture']}" in said
     lead = loss_of(first[1], 9) - loss_of(first[0], 9)
     assert notes[-1] == (
         f"discretize: the race was won by a validation loss of {winner['loss']:.4f} after 9 epochs, {lead:.4f} less "
@@ -191,24 +209,29 @@ def test_trainings_that_all_fail_end_the_race(train, leaders):
 
 def test_a_small_budget_admits_fewer_networks(train, leaders):
     result, _ = raced(train, trainings=4)
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 9) / 9
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9
+
+
+def test_in_less_than_two_trainings_the_better_one_of_two_goes_on(train):
+    result, _ = raced(train, trainings=1.4)
+    assert [record["epochs"] for record in result.records] == [9, 3] and result.trainings == (2 * 3 + 6) / 9
 
 
 def test_a_budget_that_is_not_used_up_is_told(train):
     _, notes = raced(train, trainings=8)
-    assert any("2.3 trainings of the budget are left: raise race.entrants" in line for line in notes)
+    assert any("3.3 trainings of the budget are left: raise race.entrants" in line for line in notes)
 
 
 def test_seconds_are_a_budget_by_a_training_of_one_epoch(train):
     result, notes = raced(train, seconds=37)  # an epoch takes a second, and a training 9
-    assert len(result.records) == 6 and result.trainings == (1 + 6 * 3 + 2 * 9) / 9
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the first epoch is part of it
     assert "discretize: a training takes about 9.0 processor seconds; race.seconds is 37" in notes
     assert sorted(epochs for _, epochs in train.calls()) == [1, *[3] * 6, 9, 9]
 
 
 def test_seconds_on_the_wall_are_a_budget_too(train):
     result, notes = raced(train, seconds=18.5, clock="wall")  # an epoch takes half a second, and a training 4.5
-    assert len(result.records) == 6 and result.trainings == (1 + 6 * 3 + 2 * 9) / 9
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the first epoch is part of it
     assert "discretize: a training takes about 4.5 wall seconds; race.seconds is 18.5" in notes
 
 
@@ -238,6 +261,8 @@ def test_the_smaller_of_two_budgets_counts(train):
         ),
         ({"seconds": 9, "clock": "cpu"}, "race.clock is 'cpu', expected 'processor' or 'wall'"),
         ({"entrants": 1}, "race.entrants is 1, expected a whole number of at least 2"),
+        ({"shortest": 0.0}, "race.shortest is 0.0, expected a positive number"),
+        ({"shortest": 1.5}, "race.shortest is 1.5, expected a share of a training, at most 1"),
         ({"eta": 1}, "race.eta is 1, expected a whole number of at least 2"),
         ({"workers": 0}, "race.workers is 0, expected a whole number of at least 1"),
         ({"backend": "slurm"}, "race.backend is 'slurm', expected a backend of joblib such as 'loky', 'dask' or 'ray'"),
@@ -347,9 +372,9 @@ def test_a_race_runs_on_the_cluster_of_the_settings(train):
 # Real trainings
 
 
-def real(space, **options):
+def real(space, folder=None, **options):
     data = random_data(space, ("weights", "architecture", "training", "validation"), samples=24)
-    recipe = Recipe(space, data, 3, {"batch_size": 8, "seed": 3})
+    recipe = Recipe(space, data, 3, {"batch_size": 8, "seed": 3}, folder=folder)
     methods = {**METHODS, "race": lambda candidates, mixture: race(candidates, mixture, recipe, **options)}
     return data, discretize(space, data, None, method="race", methods=methods, candidates=6, recalibration_batches=1)
 
@@ -362,8 +387,8 @@ def by_hand(space, data, result):
     while len(found) < len(architectures):
         one = space.sample(generator)
         if (epochs := architectures.get(str(one))) and str(one) not in found:
-            history = retrain(space, one, data, epochs=epochs, batch_size=8, seed=3).history
-            found[str(one)] = history[-1]["validation_loss"], history[-1]["validation_accuracy"]
+            record = retrain(space, one, data, epochs=3, batch_size=8, seed=3).history[epochs - 1]
+            found[str(one)] = record["validation_loss"], record["validation_accuracy"]
     return found
 
 
@@ -378,6 +403,23 @@ def test_a_race_is_training_by_hand_and_its_winner_is_what_discretize_derives():
     assert str(result.architecture) == min((losses[r["architecture"]], r["architecture"]) for r in records[:2])[1]
     assert result.architecture.digest == records[0]["digest"] and len(result.candidates) == 6
     assert all(record["seconds"] > 0 for record in records)
+
+
+@pytest.mark.slow
+def test_trainings_go_on_from_their_checkpoints_and_end_as_those_that_begin_anew(tmp_path, monkeypatch):
+    space, epochs, step = vit(), [], retrain_stage.Retraining.end_epoch
+
+    def counted(training, epoch, means):
+        epochs.append(epoch)
+        return step(training, epoch, means)
+
+    monkeypatch.setattr(retrain_stage.Retraining, "end_epoch", counted)
+    (_, anew), begun = real(space, entrants=4), len(epochs)
+    epochs.clear()
+    _, result = real(space, folder=tmp_path, entrants=4)
+    assert told(result.raced) == told(anew.raced)
+    assert (begun, sorted(epochs)) == (4 * 1 + 2 * 3, [1, 1, 1, 1, 2, 2, 3, 3])
+    assert len(epochs) == 3 * result.raced.trainings
 
 
 @pytest.mark.slow

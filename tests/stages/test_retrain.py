@@ -132,6 +132,20 @@ def test_a_retraining_that_is_killed_ends_like_one_that_is_not(tmp_path, make, e
         same(retrained(make, **options, checkpoints=checkpoints), whole, "the resumed retraining")
 
 
+@pytest.mark.parametrize("average", [None, ema])
+@pytest.mark.parametrize("make", [noisy_vit, Convolutional])
+def test_a_retraining_that_pauses_goes_on_and_ends_like_one_that_does_not(tmp_path, make, average):
+    options = {"ema": average, "epochs": 4}
+    whole = retrained(make, **options)
+    for until in (1, 3, 2, 9):  # one that asks for less than is done gets the history of that
+        with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+            result = retrained(make, **options, until=until, checkpoints=checkpoints)
+        assert result["history"] == whole["history"][:until]
+        assert result["accuracy"] == result["history"][-1]["validation_accuracy"]
+        assert retrained(make, **options, until=until)["history"] == result["history"]
+    same(result, whole, "the retraining that paused")
+
+
 def test_equal_seeds_give_equal_bytes_and_leave_global_generators_alone():
     space = noisy_vit()
     data = random_data(space, SPLITS)
@@ -279,6 +293,7 @@ def test_training_fits_the_data():
     [
         ({"mode": "fine-tune"}, "retrain.mode is 'fine-tune', expected one of: scratch, inherit, finetune"),
         ({"epochs": 0}, "retrain.epochs is 0, expected a whole number of at least 1"),
+        ({"until": 0}, "retrain.until is 0, expected a whole number of at least 1"),
         ({"recalibration_batches": -1}, "retrain.recalibration_batches is -1, expected a whole number of at least 0"),
         ({"batch_size": 9}, "batch size 9 is larger than the 8 samples to draw from"),
         ({"checkpoint_every": 0}, "retrain.checkpoint_every is 0"),
