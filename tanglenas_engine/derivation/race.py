@@ -5,19 +5,19 @@ the factor between rungs). All entrants train for a third of a complete training
 few have had a complete one. Each part of a training is a job of its own (`jobs.py`), which goes on from a checkpoint.
 
 All trainings have the schedule of a complete one. The validation loss after 4 of 12 epochs ranks 24 networks of
-gpt_nano as their test losses in the end do, with a Spearman correlation of 0.92. That of a complete schedule of 4 epochs has
-0.56, and that after 2 of 12 epochs, within the warm-up, 0.53 (benchmarks/README.md). So the first rung is no shorter
-than `shortest`, and a small budget admits fewer networks.
+gpt_nano as their test losses in the end do, with a Spearman correlation of 0.92. That of a complete schedule of 4
+epochs has 0.56, and that after 2 of 12 epochs, within the warm-up, 0.53 (benchmarks/README.md). So the first rung is no
+shorter than `shortest`, and a small budget admits fewer networks.
 
 The supernet's best candidates often differ in little, as all have the depth and width that its weights favour. How fast
 a network of another depth trains by itself is not to be seen in weights that it shares. So entrants are spread over the
-choices that are made once (`in_turn`).
+choices that are made once (`spread_over`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -83,8 +83,8 @@ def race(
     Args:
         train: The function that trains.
         entrants: The largest number of networks that are trained.
-        spread: True takes the best candidates of each combination of the choices that are made once, such as depth and
-            width, in turn. False takes the best of all.
+        spread: True takes the best candidate of each combination of the choices that are made once, such as depth and
+            width, for up to half of the entrants. False takes the best of all.
         eta: The factor between rungs: this part of the networks goes on. As many of them, at most, train to the end.
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 4.7 trainings at the
@@ -105,7 +105,7 @@ def race(
     _check_options(entrants, eta, shortest, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
     ranked = [Runner(record, rank) for rank, record in enumerate(candidates.best(len(candidates.records)), 1)]
-    leaders = (in_turn(ranked, candidates.space) if spread else ranked)[:entrants]
+    leaders = spread_over(ranked, entrants, candidates.space) if spread else ranked[:entrants]
     if len(leaders) < 2:
         candidates.note("no race, as there is one candidate only")
         return None
@@ -159,24 +159,24 @@ def _check_options(
         )
 
 
-def in_turn(ranked: Sequence[Runner], space: SearchSpace) -> list[Runner]:
-    """Return candidates so that the combinations of the choices that are made once take turns.
+def spread_over(ranked: Sequence[Runner], count: int, space: SearchSpace) -> list[Runner]:
+    """Return the entrants: the best candidates of up to half as many depths and widths, and the best of the others.
 
-    The best candidate of each combination comes first, the best one of all before the others. Then the second best ones
-    follow, and so on.
+    Depths and widths stand for all choices that are made once. The two kinds take turns, from the best of all on, so
+    that fewer entrants are spread as well.
 
     Args:
         ranked: The candidates, best first.
+        count: The largest number of entrants.
     """
     single = [row for row in space.rows if row.layer is None]
-    before: Counter[tuple[int | None, ...]] = Counter()
-    turns = []
+    firsts: dict[tuple[int | None, ...], Runner] = {}
     for runner in ranked:
         picks = space.assignment_of(runner.architecture)
-        combination = tuple(picks[row] if row.active(picks) else None for row in single)
-        turns.append((before[combination], runner.rank, runner))
-        before[combination] += 1
-    return [runner for _, _, runner in sorted(turns, key=lambda turn: turn[:2])]
+        firsts.setdefault(tuple(picks[row] if row.active(picks) else None for row in single), runner)
+    apart = [*firsts.values()][: (count + 1) // 2]
+    rest = [runner for runner in ranked if runner not in apart]
+    return [one for pair in itertools.zip_longest(apart, rest) for one in pair if one is not None][:count]
 
 
 def plan(
