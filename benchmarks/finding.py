@@ -116,7 +116,7 @@ TASKS = {
         "autoformer_nano", "fashion_mnist", {}, VIT, budget=0.4, place="root", images=2400, epochs=12,
     ),
     "mobilenetv3_nano": Task(
-        "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=6000,
+        "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=3000,
         epochs=12,
     ),
     "toy_cell": Task(
