@@ -453,13 +453,19 @@ def table_of(
 
 
 def _absent(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
-    """Return a sentence for each metric that some runs of a table lack, or that is not finite in them."""
+    """Return a sentence for each metric that some runs of a group lack, or that is not finite in them.
+
+    Groups that have no value at all are seen in the table.
+    """
     notes = []
     for metric in metrics:
         lacking = [
-            run["name"] for group in groups for seed, run in group.runs.items() if seed not in group.values(metric)
+            run["name"]
+            for group in groups
+            for seed, run in group.runs.items()
+            if group.values(metric) and seed not in group.values(metric)
         ]
-        if lacking and len(lacking) < sum(len(group.runs) for group in groups):
+        if lacking:
             notes.append(_listed(f"without a finite {metric}", lacking))
     return notes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,11 +41,11 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
         for table in comparison.tables if panel.kind == "means" else ():
             if not any(metric == panel.name for metric, _ in table.estimates):
                 continue
-            height = (ROW if short(table) else LONG) * len(table.groups) + 0.1
+            height = (ROW if short(table) else LONG) * len(measured(table, panel.name).groups) + 0.1
 
             def by_arm(place: Any, table: Table = table, name: str = panel.name) -> None:
                 axes, look = place.subplots(), comparison.metric(name)
-                means(axes, table, name, look, colours)
+                means(axes, measured(table, name), name, look, colours)
                 axes.set_title(f"seeds, mean, {100 * LEVEL:.0f} % interval", loc="right")
                 axes.set_xlabel(None)
                 place.supxlabel(look.heading, fontsize=axes.xaxis.label.get_fontsize())  # it may be wider than the axes
@@ -76,6 +77,11 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
             for place, (_, action) in zip(places.ravel(), drawn, strict=True):
                 action(place)
         return png(figure)
+
+
+def measured(table: Table, metric: str) -> Table:
+    """Return a table of the groups that have a metric. An arm that others are compared with may have none."""
+    return replace(table, groups=[group for group in table.groups if group.values(metric)])
 
 
 def series(arms: Mapping[str, Arm], arm: str) -> str:

@@ -75,8 +75,8 @@ STUDY = Study(
     panels=(Panel("means", "table_value"), Panel("means", "test_accuracy"), Panel("means", "test_loss"),
             Panel("means", "moved")),
     limits=(
-        "Two searches of one method with other seeds differ, too. So `moved` and `shift` are no measure of the split "
-        "alone: compare them between methods. The final training has both parts of the data, whatever the split."
+        "Two searches of one method with other seeds differ, too. So the distances from 50 % are no measure of the "
+        "split alone: compare them between methods. The final training has both parts of the data, whatever the split."
     ),
     scales={
         "cpu": Scale(
