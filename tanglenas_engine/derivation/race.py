@@ -9,14 +9,13 @@ gpt_nano as their test losses in the end do, with a Spearman correlation of 0.92
 epochs has 0.56, and that after 2 of 12 epochs, within the warm-up, 0.53 (benchmarks/README.md). So the first rung is no
 shorter than `shortest`, and a small budget admits fewer networks.
 
-The supernet's best candidates often differ in little, as all have the depth and width that its weights favour. How fast
-a network of another depth trains by itself is not to be seen in weights that it shares. So entrants are spread over the
-choices that are made once (`spread_over`).
+A supernet tells bad candidates from good ones, and hardly the good ones from the best. Its first ones also differ in
+little, as all have the depth and width that its weights favour. So entrants are spread over its better half
+(`spread_over`).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.timer import Clock, check_clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 
 ROUNDING = 1e-9
@@ -83,8 +81,7 @@ def race(
     Args:
         train: The function that trains.
         entrants: The largest number of networks that are trained.
-        spread: True takes the best candidate of each combination of the choices that are made once, such as depth and
-            width, for up to half of the entrants. False takes the best of all.
+        spread: True takes entrants at equal steps through the better half of the candidates. False takes the best.
         eta: The factor between rungs: this part of the networks goes on. As many of them, at most, train to the end.
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 4.7 trainings at the
@@ -105,22 +102,23 @@ def race(
     _check_options(entrants, eta, shortest, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
     ranked = [Runner(record, rank) for rank, record in enumerate(candidates.best(len(candidates.records)), 1)]
-    leaders = spread_over(ranked, entrants, candidates.space) if spread else ranked[:entrants]
-    if len(leaders) < 2:
+    if len(ranked) < 2:
         candidates.note("no race, as there is one candidate only")
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        afforded = jobs.afforded([runner.architecture for runner in leaders], seconds, clock)
+        better = ranked[: max(math.ceil(len(ranked) / 2), entrants)]
+        afforded = jobs.afforded([runner.architecture for runner in better], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
-    rungs = plan(len(leaders), train.epochs, eta, trainings, shortest)
+    rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
     planned = work(rungs) / train.epochs
     left = 0.0 if trainings is None else trainings - planned
     candidates.note(
         f"a race of {described(rungs)}: {planned:.1f} trainings of {train.epochs} epochs"
         + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if left >= 1 else "")
     )
-    running = runners = leaders[: rungs[0].networks]
+    count = rungs[0].networks
+    running = runners = spread_over(ranked, count) if spread else ranked[:count]
     for rung in rungs:
         running = _trained(running[: rung.networks], rung.epochs, jobs)
     ranked = sorted(runners, key=Runner.order)
@@ -159,24 +157,13 @@ def _check_options(
         )
 
 
-def spread_over(ranked: Sequence[Runner], count: int, space: SearchSpace) -> list[Runner]:
-    """Return the entrants: the best candidates of up to half as many depths and widths, and the best of the others.
+def spread_over(ranked: Sequence[Runner], count: int) -> list[Runner]:
+    """Return candidates at equal steps through the better half of a ranking, the best one first.
 
-    Depths and widths stand for all choices that are made once. The two kinds take turns, from the best of all on, so
-    that fewer entrants are spread as well.
-
-    Args:
-        ranked: The candidates, best first.
-        count: The largest number of entrants.
+    Where the half has fewer candidates than asked for, these are the best of all.
     """
-    single = [row for row in space.rows if row.layer is None]
-    firsts: dict[tuple[int | None, ...], Runner] = {}
-    for runner in ranked:
-        picks = space.assignment_of(runner.architecture)
-        firsts.setdefault(tuple(picks[row] if row.active(picks) else None for row in single), runner)
-    apart = [*firsts.values()][: (count + 1) // 2]
-    rest = [runner for runner in ranked if runner not in apart]
-    return [one for pair in itertools.zip_longest(apart, rest) for one in pair if one is not None][:count]
+    better = ranked[: max(math.ceil(len(ranked) / 2), count)]
+    return [better[place * len(better) // count] for place in range(min(count, len(better)))]
 
 
 def plan(

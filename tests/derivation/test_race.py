@@ -10,7 +10,6 @@ import pytest
 import torch
 from known import Known, additive
 from spaces import vit
-from tiny import tiny
 from trainer import Noted, loss_of
 
 from tanglenas_engine.derivation import jobs
@@ -38,11 +37,10 @@ def train(tmp_path):
     return Noted(tmp_path / "calls")
 
 
-def raced(train, checkpoints=None, limit=20, worth=None, **options):
+def raced(train, checkpoints=None, limit=20, **options):
     """The end of a race among 20 candidates, and what it said. Entrants are the best of all unless options differ."""
     space, notes = vit(depth=(1, 2, 3)), Notes()
-    worth = worth or additive(space, 0)
-    with Known(space, worth, limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
+    with Known(space, additive(space, 0), limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
         return race(candidates, None, train, **{"spread": False, **options}), notes.lines
 
 
@@ -143,38 +141,24 @@ def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train,
     assert any(line.startswith("discretize: 1. validation loss") and str(result.architecture) in line for line in notes)
 
 
-def deeper_is_better(architecture):
-    """A worth, in %, that a network of fewer layers never has."""
-    layers = architecture.choices["mlp_ratio"]
-    return 30 * len(layers) + sum(layers) / len(layers)
-
-
-@pytest.mark.parametrize("trainings, count", [(None, 8), (4, 6)])
-def test_half_of_the_entrants_are_the_best_of_each_combination_of_choices_made_once(train, trainings, count):
-    space = vit(depth=(1, 2, 3))
-    with Known(space, deeper_is_better, limit=20) as candidates:
-        candidates.judge_first(None)
-        ranked = [record["architecture"].choices for record in candidates.best(20)]
-    groups = [(one["embed_dim"], one["depth"]) for one in ranked]
-    firsts = sorted(groups.index(group) + 1 for group in set(groups))[: math.ceil(count / 2)]
-    assert len(set(groups)) == 6 and firsts != [*range(1, len(firsts) + 1)]
-    others = [rank for rank in range(1, 21) if rank not in firsts][: count - len(firsts)]
-
+@pytest.mark.parametrize(
+    "limit, trainings, ranks",
+    [
+        (20, None, [1, 2, 3, 4, 6, 7, 8, 9]),  # of the first 10
+        (20, 4, [1, 2, 4, 6, 7, 9]),
+        (20, 2, [1, 6]),
+        (36, None, [1, 3, 5, 7, 10, 12, 14, 16]),  # of the first 18
+        (9, None, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (5, None, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_entrants_are_spread_over_the_better_half(train, limit, trainings, ranks):
     def entrants(**options):
-        result, _ = raced(train, worth=deeper_is_better, trainings=trainings, **options)
+        result, _ = raced(train, trainings=trainings, limit=limit, **options)
         return sorted(record["supernet_rank"] for record in result.records)
 
-    assert entrants(spread=True) == sorted([*firsts, *others])
-    assert entrants(spread=False) == [*range(1, count + 1)]
-
-
-def test_without_choices_that_are_made_once_entrants_are_the_best_of_all(train):
-    space, results = tiny("toy_cell"), []
-    assert all(row.layer is not None for row in space.rows)
-    for spread in (True, False):
-        with Known(space, additive(space, 0), limit=20) as candidates:
-            results.append(race(candidates, None, train, spread=spread))
-    assert told(results[0]) == told(results[1])
+    assert entrants(spread=True) == ranks
+    assert entrants(spread=False) == [*range(1, len(ranks) + 1)]
 
 
 def test_fewer_candidates_than_entrants_all_take_part(train):
@@ -225,14 +209,14 @@ def test_a_budget_that_is_not_used_up_is_told(train):
 
 def test_seconds_are_a_budget_by_a_training_of_one_epoch(train):
     result, notes = raced(train, seconds=37)  # an epoch takes a second, and a training 9
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the first epoch is part of it
+    assert len(result.records) == 6 and result.trainings == (1 + 6 * 3 + 2 * 6) / 9
     assert "discretize: a training takes about 9.0 processor seconds; race.seconds is 37" in notes
     assert sorted(epochs for _, epochs in train.calls()) == [1, *[3] * 6, 9, 9]
 
 
 def test_seconds_on_the_wall_are_a_budget_too(train):
     result, notes = raced(train, seconds=18.5, clock="wall")  # an epoch takes half a second, and a training 4.5
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the first epoch is part of it
+    assert len(result.records) == 6 and result.trainings == (1 + 6 * 3 + 2 * 6) / 9
     assert "discretize: a training takes about 4.5 wall seconds; race.seconds is 18.5" in notes
 
 
