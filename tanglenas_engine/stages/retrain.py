@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -313,6 +314,23 @@ class Kept(NamedTuple):
     folder: Path
     identity: str
 
+    def open(self, architecture: Architecture, stack: ExitStack) -> CheckpointFolder | None:
+        """Hold the folder of a network's training. Damaged checkpoints are deleted, so that it begins anew.
+
+        It is None if another process holds the folder: a worker that counts as lost may still train there.
+        """
+        name = architecture.digest
+        folder = CheckpointFolder(self.folder / name, f"{self.identity}/{name}")
+        try:
+            stack.enter_context(folder)
+        except TangleNASError:
+            return None
+        try:
+            folder.load()
+        except TangleNASError:
+            folder.discard()
+        return folder
+
 
 def trained(training: Callable[..., RetrainResult], architecture: Architecture, kept: Kept | None) -> Trained:
     """Train, and return what a race keeps of the training.
@@ -326,11 +344,8 @@ def trained(training: Callable[..., RetrainResult], architecture: Architecture, 
         TangleNASError: The training failed.
     """
     start, began = time.process_time(), time.monotonic()
-    if kept is None:
-        found = training()
-    else:
-        name = architecture.digest
-        with CheckpointFolder(kept.folder / name, f"{kept.identity}/{name}") as checkpoints:
-            found = training(checkpoints=checkpoints)
+    with ExitStack() as stack:
+        checkpoints = kept.open(architecture, stack) if kept else None
+        found = training(checkpoints=checkpoints) if checkpoints else training()
     seconds, wall = time.process_time() - start, time.monotonic() - began
     return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, seconds, wall=wall)

@@ -1,5 +1,6 @@
 """The race: its plan within a budget, who goes on, and that neither workers nor interruptions change how it ends."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -405,6 +406,24 @@ def test_trainings_go_on_from_their_checkpoints_and_end_as_those_that_begin_anew
     assert told(result.raced) == told(anew.raced)
     assert (begun, sorted(epochs)) == (4 * 1 + 2 * 3, [1, 1, 1, 1, 2, 2, 3, 3])
     assert len(epochs) == 3 * result.raced.trainings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["damaged", "held"])
+def test_a_training_whose_checkpoints_are_of_no_use_begins_anew(tmp_path, trouble):
+    space = vit()
+    data = random_data(space, ("training", "validation"), samples=24)
+    recipe = Recipe(space, data, 3, {"batch_size": 8, "seed": 3}, folder=tmp_path)
+    one = space.largest()
+    whole = dataclasses.replace(recipe, folder=None)(one, 3)
+    recipe(one, 1)
+    held = CheckpointFolder(tmp_path / one.digest, "") if trouble == "held" else contextlib.nullcontext()
+    if trouble == "damaged":
+        for path in (tmp_path / one.digest).glob("state-*.pt"):
+            path.write_bytes(b"damaged")
+    with held:
+        result = recipe(one, 3)
+    assert (result.loss, result.accuracy) == (whole.loss, whole.accuracy)
 
 
 @pytest.mark.slow
