@@ -107,8 +107,7 @@ def race(
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        better = ranked[: max(math.ceil(len(ranked) / 2), entrants)]
-        afforded = jobs.afforded([runner.architecture for runner in better], seconds, clock)
+        afforded = jobs.afforded([runner.architecture for runner in better_half(ranked, entrants)], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
     planned = work(rungs) / train.epochs
@@ -157,12 +156,14 @@ def _check_options(
         )
 
 
-def spread_over(ranked: Sequence[Runner], count: int) -> list[Runner]:
-    """Return candidates at equal steps through the better half of a ranking, the best one first.
+def better_half(ranked: Sequence[Runner], least: int) -> Sequence[Runner]:
+    """Return the better half of a ranking, or the best `least` candidates where these are more."""
+    return ranked[: max(math.ceil(len(ranked) / 2), least)]
 
-    Where the half has fewer candidates than asked for, these are the best of all.
-    """
-    better = ranked[: max(math.ceil(len(ranked) / 2), count)]
+
+def spread_over(ranked: Sequence[Runner], count: int) -> list[Runner]:
+    """Return candidates at equal steps through the better half of a ranking, the best one first."""
+    better = better_half(ranked, count)
     return [better[place * len(better) // count] for place in range(min(count, len(better)))]
 
 
@@ -187,13 +188,12 @@ def plan(
     """
     first = max(1, round(shortest * epochs))
     share = int((trainings or 0) * epochs / 2 + ROUNDING)
-    for rungs in (
+    plans = (
         *(ladder(count, epochs, eta, shortest) for count in range(entrants, 1, -1)),
         [Rung(2, first), Rung(1, epochs)],
-        [Rung(2, share)],
-    ):
-        if trainings is None or work(rungs) <= trainings * epochs + ROUNDING:
-            break
+        [Rung(2, share)],  # fits any budget
+    )
+    rungs = next(one for one in plans if trainings is None or work(one) <= trainings * epochs + ROUNDING)
     if rungs[0].epochs < 1:
         raise TangleNASError(
             f"the race has a budget of {trainings:.2f} trainings of {epochs} epochs, and two networks take "
