@@ -295,7 +295,10 @@ def compare_rows(
         raise unknown("group", against, labels)
     if against is not None and len(labels) == 1:
         raise TangleNASError(f"--against {against}: it is the only group. Name what differs with --by, or leave it out")
-    tables = [table_of(title, groups, mixed, metrics, against) for title, (groups, mixed) in drafts.items()]
+    tables = [
+        table_of(title, groups, [*mixed, *absent(groups, metrics)], metrics, against)
+        for title, (groups, mixed) in drafts.items()
+    ]
     return Comparison(by, metrics, tables, notes)
 
 
@@ -424,7 +427,7 @@ def table_of(
     Args:
         title: The conditions in which the table differs from others, or "".
         groups: The groups.
-        mixed: Notes about the groups, which come first.
+        mixed: Notes about the groups and what they lack, which come first.
         metrics: The metrics in the order of the table.
         against: The label of the group that others are compared with; None takes the one with the most seeds.
     """
@@ -434,7 +437,7 @@ def table_of(
         for group in groups
         if (values := group.values(metric))
     }
-    notes = [*mixed, *_absent(groups, metrics)]
+    notes = list(mixed)
     labels = [group.label for group in groups]
     alone = [group.label for group in groups if len(group.runs) == 1]
     if alone:
@@ -452,20 +455,14 @@ def table_of(
     return Table(title, groups, estimates, differences, notes)
 
 
-def _absent(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
-    """Return a sentence for each metric that some runs of a group lack, or that is not finite in them.
-
-    Groups that have no value at all are seen in the table.
-    """
+def absent(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
+    """Return a sentence for each metric that some runs of the groups lack, or that is not finite in them."""
     notes = []
     for metric in metrics:
         lacking = [
-            run["name"]
-            for group in groups
-            for seed, run in group.runs.items()
-            if group.values(metric) and seed not in group.values(metric)
+            run["name"] for group in groups for seed, run in group.runs.items() if seed not in group.values(metric)
         ]
-        if lacking:
+        if lacking and len(lacking) < sum(len(group.runs) for group in groups):
             notes.append(_listed(f"without a finite {metric}", lacking))
     return notes
 

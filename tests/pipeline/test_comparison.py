@@ -159,6 +159,12 @@ def test_a_metric_that_is_not_finite_in_some_runs_is_told():
     assert "2 runs without a finite test_loss: drnas s1, spos s1." in table.notes
 
 
+def test_a_metric_that_a_whole_group_lacks_is_told():
+    rows = [{**one, "metrics": {**one["metrics"], "test_loss": 0.5}} for one in RUNS if one["optimizer"] == "drnas"]
+    (table,) = compared(*rows, *(one for one in RUNS if one["optimizer"] == "spos")).tables
+    assert any("without a finite test_loss: spos s" in note for note in table.notes)
+
+
 def test_groups_without_a_common_seed_have_no_difference():
     (table,) = compared(row("drnas", 0, 90.0), row("spos", 1, 91.0)).tables
     assert not table.differences

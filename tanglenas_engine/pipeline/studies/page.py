@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Group, Table, table_of
+from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Group, Table, absent, table_of
 from tanglenas_engine.pipeline.comparison_tables import (
     DIFFERENCES,
     MEANING,
@@ -100,7 +100,10 @@ def compared(study: Study, results: Results) -> Comparison:
     for title, first in firsts.items():
         here = [group for group in groups if _title(study, group.label) == title]
         if here:
-            tables.append(table_of(title, here, [], metrics, first if first in results.runs else None))
+            # An arm that others are compared with may have no value of a metric by its meaning.
+            having = {metric: [group for group in here if group.values(metric)] for metric in metrics}
+            notes = [note for metric, some in having.items() for note in absent(some, [metric])]
+            tables.append(table_of(title, here, notes, metrics, first if first in results.runs else None))
     tables = tables or [Table("", [], {}, [], [])]
     return Comparison(["arm"], metrics, tables, [], shown=study.metrics)
 
