@@ -15,6 +15,7 @@ the whole space once a seed, derives a network for each of several budgets, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -163,6 +164,7 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "argmax": {"method": "argmax"},
     "random": {"method": "random", "candidates": 300},
     "both": {"method": "both", "candidates": 300},
+    "judged": {"method": "both", "candidates": 100},
     "race": {"method": "race", "candidates": 300},
     "spread race": {"method": "race", "candidates": 100},
 }
@@ -173,8 +175,11 @@ RACES: dict[str, dict[str, Any]] = {
 """The options of races: three complete trainings of the supernet's best, or the defaults."""
 
 
-class Study:
-    """A task in progress: its data, its budget, and the file of results."""
+class Study(contextlib.AbstractContextManager["Study"]):
+    """A task in progress: its data, its budget, and the file of results.
+
+    Checkpoints of trainings that pause go away at the end of a `with` block.
+    """
 
     def __init__(self, name: str, path: Path, data: str | None = None, threads: int = 1, table: str | None = None):
         torch.set_num_threads(threads)
@@ -195,6 +200,9 @@ class Study:
         self.paused: dict[str, float] = {}  # seconds of trainings so far
         self._folder = tempfile.TemporaryDirectory()
         self.checkpoints = Path(self._folder.name)
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
 
     def space(self, seed: int = 0) -> SearchSpace:
         torch.manual_seed(seed)
@@ -326,10 +334,18 @@ class Study:
         if not all(key in self.done for key in keys.values()):
             space, mixture, searched = self.searched(METHODS[name], seed)
             for share, key in keys.items():
-                self.once(key, partial(self.derived, space, mixture, "both", seed, searched, self.budget(share)))
+                self.once(key, partial(self.derived, space, mixture, "judged", seed, searched, self.budget(share)))
         for key in keys.values():
             architecture = self.found(key)
-            self.once(f"trained/{architecture.digest}/0", partial(self.trained, architecture, 0))
+            self.once(f"trained/{architecture.digest}/{seed}", partial(self.trained, architecture, seed))
+
+    def random_front(self, name: str, seed: int, start: int) -> None:
+        """Train a random network for each budget of the front, from the draws that begin at `start`."""
+        space = self.space()
+        for number, share in enumerate(FRONT):
+            generator = torch.Generator().manual_seed(start + 1000 * seed + number)
+            one = Band(Budget(space, self.budget(share)), FILLED).sample(generator)
+            self.once(f"front/{name}/{share}/{seed}", partial(self.trained, one, seed))
 
     def found(self, key: str) -> Architecture:
         """Return the architecture of a result."""
@@ -496,7 +512,7 @@ def run(
     threads: int,
 ) -> None:
     """Train the pool, then search, derive and train with each method and seed."""
-    study = Study(task, out / f"{task}.jsonl", data, threads, table)
+    study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data, threads, table))
     pool = study.pool()
     for number, architecture in enumerate(pool[: size or None]):
         study.once(f"pool/{number}/0", partial(study.trained, architecture, 0))
@@ -523,37 +539,56 @@ def run(
 @click.argument("task", type=click.Choice([name for name, task in TASKS.items() if task.budget is not None]))
 @click.option("--data", help="The file or folder of the data, where a task needs one.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
-@click.option("--methods", default="spos whole space;sandwich whole space", help="Methods, with ; between them.")
-@click.option("--seeds", default=5, help="Searches with each method, and random fronts.")
-def front(task: str, data: str | None, out: Path, methods: str, seeds: int) -> None:
-    """Compare fronts over budgets: what one search gives for each, and as many random networks."""
-    study = Study(task, out / f"{task}_front.jsonl", data)
-    space = study.space()
-    for seed in range(seeds):
+@click.option("--methods", default="spos whole space", help="Methods, with ; between them.")
+@click.option("--seeds", default="0,1,2,3,4", help="The seeds of searches and of random fronts, with commas.")
+def front(task: str, data: str | None, out: Path, methods: str, seeds: str) -> None:
+    """Compare fronts over budgets: what one search gives for each, and random networks, one or two for each."""
+    study = click.get_current_context().with_resource(Study(task, out / f"{task}_front.jsonl", data))
+    for seed in map(int, seeds.split(",")):
         for name in filter(None, methods.split(";")):
             study.front(name, seed)
-        for number, share in enumerate(FRONT):
-            generator = torch.Generator().manual_seed(1000 * seed + number)
-            one = Band(Budget(space, study.budget(share)), FILLED).sample(generator)
-            study.once(f"front/random/{share}/{seed}", partial(study.trained, one, seed))
-            most = Budget(space, study.budget(share)).dearest("params")
-            study.once(f"front/most params/{share}/{seed}", partial(study.trained, most, seed))
-    rows = study.done
-    fronts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        study.random_front("random", seed, 0)
+    for seed in map(int, seeds.split(",")):
+        study.random_front("another random", seed, 500)
+    for share in FRONT:
+        most = Budget(study.space(), study.budget(share)).dearest("params")
+        study.once(f"front/most params/{share}/0", partial(study.trained, most, 0))
+    _print_fronts(study.done)
+
+
+def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:
+    """Print the hypervolume of each front below the worst network of all, which costs 1.1 times the dearest."""
+    fronts: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}  # by method, seed and budget
     for key, row in rows.items():
         if key.startswith("front/"):
-            _, name, _, seed = key.split("/")
-            loss = row["test_loss"] if "test_loss" in row else rows[f"trained/{row['digest']}/0"]["test_loss"]
-            fronts.setdefault(name, {}).setdefault(seed, []).append((row["macs"] / study.budget(1.0)["macs"], loss))
-    worst = max(loss for runs in fronts.values() for points in runs.values() for _, loss in points)
+            _, name, share, seed = key.split("/")
+            trained = row if "test_loss" in row else {**row, **rows[f"trained/{row['digest']}/{seed}"]}
+            fronts.setdefault(name, {}).setdefault(seed, {})[share] = trained
+    fronts["the better random one by validation"] = {
+        seed: {
+            share: min(one, fronts["another random"][seed][share], key=lambda row: row["validation_loss"])
+            for share, one in points.items()
+        }
+        for seed, points in fronts["random"].items()
+    }
+    every = [row for runs in fronts.values() for points in runs.values() for row in points.values()]
+    dearest, worst = max(row["macs"] for row in every), max(row["test_loss"] for row in every)
     volume = HV(ref_point=np.array([1.1, worst]))
-    click.echo("| method | hypervolume, 95 % interval | each seed | mean test loss by budget |")
-    click.echo("| --- | --- | --- | --- |")
-    for name, runs in fronts.items():
-        values = np.array([volume(np.array(points)) for points in runs.values()])
-        means = np.mean([[loss for _, loss in sorted(points)] for points in runs.values()], 0)
+    volumes = {
+        name: np.array(
+            [volume(np.array([(row["macs"] / dearest, row["test_loss"]) for row in points.values()]))
+             for _, points in sorted(runs.items())]
+        )
+        for name, runs in fronts.items()
+    }  # fmt: skip
+    click.echo("| method | hypervolume, 95 % interval | ahead of random by | each seed | mean test loss by budget |")
+    click.echo("| --- | --- | --- | --- | --- |")
+    for name, values in volumes.items():
+        means = np.mean([[points[str(share)]["test_loss"] for share in FRONT] for points in fronts[name].values()], 0)
+        ahead = values - volumes["random"][: len(values)]
         click.echo(
-            f"| {name} | {values.mean():.4f} +- {_half_width(values):.4f} | {', '.join(f'{v:.4f}' for v in values)} "
+            f"| {name} | {values.mean():.4f} +- {_half_width(values):.4f} "
+            f"| {ahead.mean():.4f} +- {_half_width(ahead):.4f} | {', '.join(f'{v:.4f}' for v in values)} "
             f"| {', '.join(f'{mean:.3f}' for mean in means)} |"
         )
 

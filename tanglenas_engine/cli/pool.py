@@ -15,6 +15,8 @@ def command() -> None:
 @command.command(short_help="Train random architectures of this project's space within a budget.")
 @click.argument("table", metavar="TABLE", type=click.Path(path_type=Path))
 @click.option("--count", default=24, show_default=True, help="Random architectures.")
+@click.option("--seeds", default=1, show_default=True, help="Trainings of each, with a seed of its own; the table has "
+              "their means.")  # fmt: skip
 @click.option("--budget", "share", type=float, metavar="SHARE", help="Of the largest network's MACs; by default the "
               "limits of discretize in params.yaml.")  # fmt: skip
 @click.option("--least", default=0.95, show_default=True, help="Share of the budget that each network uses at least.")
@@ -24,6 +26,7 @@ def command() -> None:
 def build(
     table: Path,
     count: int,
+    seeds: int,
     share: float | None,
     least: float,
     jobs: int,
@@ -33,15 +36,15 @@ def build(
     """Train random architectures of this project's space, each by itself, and write TABLE, a .csv or .csv.gz.
 
     Space, data, recipe and splits are those of the project. Run the command again after an interruption, or with a
-    larger --count: what was trained stays. With `benchmark.path = "TABLE"` in gin/stages/evaluate.gin, evaluate says at
-    which percentile of the pool the network found lies, and how well the supernet ranks the pool.
+    larger --count or --seeds: what was trained stays. With `benchmark.path = "TABLE"` in gin/stages/evaluate.gin,
+    evaluate says at which percentile of the pool the network found lies, and how well the supernet ranks the pool.
     """
     from tanglenas_engine.pipeline.pools import build as build_pool
     from tanglenas_engine.runtime.progress import ConsoleProgress
     from tanglenas_engine.tables import load_table
 
     record = build_pool(
-        table, count=count, share=share, least=least, jobs=jobs, backend=backend, bindings=bindings,
+        table, count=count, seeds=seeds, share=share, least=least, jobs=jobs, backend=backend, bindings=bindings,
         progress=ConsoleProgress(),
     )  # fmt: skip
     built = load_table(table)
@@ -52,4 +55,11 @@ def build(
     print_table([f"{len(built)} networks", "best", "median", "worst"], rows)
     for name, key in record.baselines.items():
         if key in record.rows:
-            click.echo(f"most {name} within the budget: test loss {record.rows[key]['test_loss']:.4f}  {key}")
+            click.echo(f"most {name} within the budget: test loss {record.mean(key, 'test_loss'):.4f}  {key}")
+    if found := record.reliability("test_loss", built.keys):
+        click.echo(
+            f"trainings with two seeds rank the networks alike with a Spearman correlation of {found.correlation:.2f}; "
+            f"a perfect ranking would have about {found.ceiling:.2f} with this table"
+        )
+    elif seeds == 1:
+        click.echo("how far seeds change the ranks is unknown: --seeds 2 trains each network again")

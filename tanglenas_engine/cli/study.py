@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 @click.option("--scale", default="cpu", show_default=True, help="cpu, at most half an hour on two cores, or paper.")
 @click.option("--table", type=click.Path(path_type=Path), help="Networks of known worth: "
               "a benchmark table, or a pool.")  # fmt: skip
-@click.option("--metric", default="test_acc", show_default=True, help="The metric of the table.")
+@click.option("--metric", help="The metric of the table; test_acc by default, and test_loss of a pool that the study "
+              "trains.")  # fmt: skip
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="The folder; by default study-NAME.")
 @click.option("--set", "-S", "changes", metavar="KEY=VALUE", multiple=True, help="A value of the study's params.yaml, "
               "such as search.epochs=5; may be repeated.")  # fmt: skip
@@ -46,7 +47,7 @@ def command(
     arms: str | None,
     scale: str,
     table: Path | None,
-    metric: str,
+    metric: str | None,
     out: Path | None,
     changes: tuple[str, ...],
     bindings: tuple[str, ...],

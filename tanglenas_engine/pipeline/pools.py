@@ -7,9 +7,11 @@ result is written as soon as it is there, so a pool that is cut off goes on, and
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,10 +37,13 @@ from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.progress import Progress
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.discretize import limits_of
-from tanglenas_engine.tables import Table
+from tanglenas_engine.tables import Table, rank_correlations
 
 COLUMNS = ("test_loss", "test_acc", "validation_loss", "validation_acc", "params", "macs", "seconds")
-"""The columns of a pool: mean cross-entropies, accuracies in %, costs, and the processor seconds of a training."""
+"""The columns of a pool: mean cross-entropies, accuracies in %, costs, and the processor seconds of a training.
+
+Of several trainings of a network, the table has the means.
+"""
 DRAWS = 100
 """Draws per architecture of a pool after which a band counts as exhausted."""
 
@@ -92,18 +97,42 @@ class Identity:
         return next((name for name in names or vars(self) if getattr(self, name) != getattr(other, name)), "")
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """How far several trainings of the same networks agree on their ranks.
+
+    Attributes:
+        trainings: The trainings of each network.
+        correlation: The mean of Spearman's correlations between the ranks by two seeds.
+        ceiling: About the correlation that a perfect ranking would have with the mean over the trainings: the root of
+            the mean's reliability, which the formula of Spearman and Brown (1910) gives; 0 where seeds disagree.
+    """
+
+    trainings: int
+    correlation: float
+    ceiling: float
+
+    @classmethod
+    def of(cls, columns: Sequence[Sequence[float]]) -> Reliability:
+        """Return the reliability of two or more lists of values of the same networks, one list for each seed."""
+        pairs = itertools.combinations(columns, 2)
+        found = statistics.fmean(rank_correlations(one, other)["spearman"] for one, other in pairs)
+        mean = len(columns) * found / (1 + (len(columns) - 1) * found) if found > 0 else 0.0
+        return cls(len(columns), found, math.sqrt(mean))
+
+
 @dataclass
 class Record:
     """The file beside a pool's table: what the pool is of, and all results with the reasons of those that failed.
 
     Attributes:
-        rows: The results by architecture, as the space writes it.
+        rows: The results by architecture, as the space writes it, and by the seed of the training.
         baselines: The architectures that cost most within the budget, by cost. They are no random ones.
         failed: The messages of trainings that ended in an error, by architecture.
     """
 
     identity: Identity
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, dict[str, Row]] = field(default_factory=dict)
     baselines: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -116,7 +145,10 @@ class Record:
         """
         try:
             content = strict_json.loads(path.read_text("utf-8"))
-            return cls(Identity(**content.pop("identity")), **content)
+            identity = Identity(**content.pop("identity"))
+            # Records of one training a network had no seeds.
+            rows = {key: {str(identity.seed): row} if "seconds" in row else row for key, row in content["rows"].items()}
+            return cls(identity, **{**content, "rows": rows})
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise TangleNASError(
                 f"{path} is not the record of a pool ({type(error).__name__}: {error}): build the pool in another file"
@@ -125,9 +157,25 @@ class Record:
     def write(self, path: Path, architectures: Sequence[str]) -> None:
         """Write the record, and the table of those of the architectures that were trained."""
         write_atomic(record_of(path), json.dumps({**vars(self), "identity": vars(self.identity)}, indent=1) + "\n")
-        trained = [key for key in architectures if key in self.rows]
-        columns = {name: [self.rows[key][name] for key in trained] for name in COLUMNS}
+        trained = [key for key in architectures if key in self.rows and key not in self.failed]
+        columns = {name: [self.mean(key, name) for key in trained] for name in COLUMNS}
         Table(trained, columns, self.identity.space).write(path)
+
+    def mean(self, architecture: str, column: str) -> float:
+        """Return the mean of a column over the trainings of an architecture."""
+        return statistics.fmean(row[column] for row in self.rows[architecture].values())
+
+    def reliability(self, metric: str, architectures: Sequence[str]) -> Reliability | None:
+        """Return how far trainings with other seeds rank architectures alike, or None for fewer than two seeds.
+
+        Args:
+            metric: A column.
+            architectures: The architectures to rank. Those that lack a training of some seed are left out.
+        """
+        there = [self.rows[key] for key in architectures if key in self.rows and key not in self.failed]
+        seeds = sorted(set[str]().union(*there))
+        columns = [[row[seed][metric] for row in there if len(row) == len(seeds)] for seed in seeds]
+        return Reliability.of(columns) if len(seeds) > 1 and len(columns[0]) > 2 else None
 
 
 @dataclass(frozen=True)
@@ -137,24 +185,26 @@ class Job:
     Attributes:
         recipe: The recipe of the retrain stage.
         architecture: The architecture, as the space writes it.
+        seed: The seed of the training.
         threads: The threads of torch; None leaves them as they are.
     """
 
     recipe: Recipe
     architecture: str
+    seed: int
     threads: int | None = None
 
-    def run(self) -> tuple[str, Row | str]:
-        """Train and test the network; return the architecture with its row, or with the message of an error."""
+    def run(self) -> tuple[str, int, Row | str]:
+        """Train and test the network; return the architecture and the seed with its row, or the message of an error."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        with self.recipe.open() as bench:
+        with self.recipe.open(self.seed) as bench:
             architecture = bench.space.from_string(self.architecture)
             start = time.process_time()
             try:
                 found = bench.train(architecture)
             except TangleNASError as error:
-                return self.architecture, str(error)
+                return self.architecture, self.seed, str(error)
             seconds = time.process_time() - start
             tested = evaluate(bench.space, architecture, found.network.eval(), bench.data("test"))
         row = {
@@ -166,7 +216,7 @@ class Job:
             "macs": tested.cost.macs,
             "seconds": seconds,
         }
-        return self.architecture, row
+        return self.architecture, self.seed, row
 
 
 def record_of(path: Path) -> Path:
@@ -178,6 +228,7 @@ def build(
     path: Path,
     *,
     count: int,
+    seeds: int = 1,
     share: float | None = None,
     least: float = 0.95,
     jobs: int = 1,
@@ -190,6 +241,7 @@ def build(
     Args:
         path: The table to write, `NAME.csv` or `NAME.csv.gz`. A record is written beside it, as `NAME.json`.
         count: The number of random architectures.
+        seeds: The trainings of each, with the seed of the project and those after it.
         share: The budget as a share of the largest network's MACs; None takes the limits of discretize, if any.
         least: The share of the budget that every architecture uses at least.
         jobs: The number of trainings at a time.
@@ -200,6 +252,7 @@ def build(
         TangleNASError: This is no project, the file holds a pool of something else, or too few architectures fit.
     """
     at_least("--count", count, 2)
+    at_least("--seeds", seeds, 1)
     arguments = project_arguments(*bindings)
     if arguments is None:
         raise TangleNASError(
@@ -220,20 +273,25 @@ def build(
     keys = list(_drawn(space, budget, least, count, seed))
     if limits:
         record.baselines = {name: space.to_string(budget.dearest(name)) for name in ("params", "macs")}
-    wanted = [key for key in dict.fromkeys([*keys, *record.baselines.values()]) if key not in record.rows]
+    # One seed of all networks before the next one: a pool that is cut off is of use.
+    networks = dict.fromkeys([*keys, *record.baselines.values()])
+    every = [(key, seed + number) for number in range(seeds) for key in networks]
+    wanted = [(key, one) for key, one in every if str(one) not in record.rows.get(key, {})]
+    for key, _ in wanted:
+        record.failed.pop(key, None)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs != 1 else None
     recipe = Recipe(arguments, str(Path.cwd()), splits.to_json())
-    tasks = [joblib.delayed(Job.run)(Job(recipe, key, threads)) for key in wanted]
-    progress.note(f"pool: {len(keys) + len(record.baselines)} trainings, {len(wanted)} of them to do, {jobs} at a time")
+    tasks = [joblib.delayed(Job.run)(Job(recipe, key, one, threads)) for key, one in wanted]
+    progress.note(f"pool: {len(every)} trainings, {len(wanted)} of them to do, {jobs} at a time")
     with running_on(backend, jobs, "--backend"):
-        for number, (key, result) in enumerate(as_they_come(tasks, jobs), 1):
+        for number, (key, one, result) in enumerate(as_they_come(tasks, jobs), 1):
             if isinstance(result, str):
                 record.failed[key] = result
-                progress.note(f"pool: {key} failed and is left out: {result}")
+                progress.note(f"pool: {key} failed with seed {one} and is left out: {result}")
             else:
-                record.failed.pop(key, None)
-                record.rows[key] = result
-                progress.note(f"pool: {number} of {len(wanted)}: test loss {result['test_loss']:.4f}  {key}")
+                record.rows.setdefault(key, {})[str(one)] = result
+                told = f"test loss {result['test_loss']:.4f}  {key}  seed {one}"
+                progress.note(f"pool: {number} of {len(wanted)}: {told}")
             record.write(path, keys)
     record.write(path, keys)
     return record

@@ -49,11 +49,16 @@ class Recipe:
     splits: str
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Bench]:
-        """Configure gin by the recipe until the block ends, and make what trainings need."""
-        with contextlib.chdir(self.folder), configured(self.arguments):
-            seed, space, dataset = create()
-            yield Bench(seed, space, dataset, Splits.from_json(self.splits))
+    def open(self, seed: int | None = None) -> Iterator[Bench]:
+        """Configure gin by the recipe until the block ends, and make what trainings need.
+
+        Args:
+            seed: The seed of the trainings; None takes that of the recipe.
+        """
+        own = () if seed is None else (f"SEED = {seed}",)
+        with contextlib.chdir(self.folder), configured((*self.arguments, *own)):
+            found, space, dataset = create()
+            yield Bench(found, space, dataset, Splits.from_json(self.splits))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import gin
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from project import lay_out, set_params
+from scipy.stats import spearmanr
 from stages import forget_settings
 
 from tanglenas_engine import create_space
@@ -61,8 +63,10 @@ def test_a_pool_is_a_table_of_networks_within_the_band(trained):
         assert table.value(space.from_string(key), "test_acc") > 10
     assert {*record["baselines"]} == {"params", "macs"} and {*record["rows"]} > {*table.keys}
     for name, key in record["baselines"].items():
-        assert record["rows"][key][name] >= max(table.columns[name])
-        assert f"most {name} within the budget: test loss {record['rows'][key]['test_loss']:.4f}" in result.output
+        row = record["rows"][key]["0"]
+        assert row[name] >= max(table.columns[name])
+        assert f"most {name} within the budget: test loss {row['test_loss']:.4f}" in result.output
+    assert "how far seeds change the ranks is unknown" in result.output
 
 
 @pytest.mark.exhaustive
@@ -72,7 +76,7 @@ def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
 
     def run(job):
         done.append(job.architecture)
-        return job.architecture, dict.fromkeys(pools.COLUMNS, 1.0)
+        return job.architecture, job.seed, dict.fromkeys(pools.COLUMNS, 1.0)
 
     monkeypatch.setattr(pools.Job, "run", run)
     assert build("--count", "4").exit_code == 0
@@ -84,11 +88,85 @@ def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_a_training_that_fails_is_left_out_and_named(project, monkeypatch):
-    monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, "the loss is nan"))
+    monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, job.seed, "the loss is nan"))
     result = build("--count", "3")
-    assert result.exit_code == 0 and "failed and is left out: the loss is nan" in result.output
+    assert result.exit_code == 0 and "failed with seed 0 and is left out: the loss is nan" in result.output
     assert len(json.loads((project / "pool.json").read_text())["failed"]) == 1
     assert len(load_table(project / "pool.csv")) == 2
+
+
+def test_more_seeds_train_each_network_again_and_the_table_has_the_means(project, monkeypatch):
+    before = json.loads((project / "pool.json").read_text())["rows"]
+    done = []
+
+    def run(job):
+        done.append((job.architecture, job.seed))
+        return job.architecture, job.seed, dict.fromkeys(pools.COLUMNS, float(job.seed))
+
+    monkeypatch.setattr(pools.Job, "run", run)
+    assert build("--count", "2", "--seeds", "3").exit_code == 0
+    assert [seed for _, seed in done] == [1] * len(before) + [2] * len(before)
+    table = load_table(project / "pool.csv")
+    for key in table.keys:
+        assert table.value(key, "test_loss") == pytest.approx((before[key]["0"]["test_loss"] + 3) / 3)
+
+
+def test_a_second_training_has_the_next_seed_and_the_splits_of_the_first(project):
+    with configured(trainings.project_arguments()):
+        splits = make_splits(create()[2], seed=0)
+    recipe = trainings.Recipe(trainings.project_arguments(), str(project), splits.to_json())
+    with recipe.open(1) as bench:
+        assert bench.seed == 1 and bench.splits.seed == 0
+    key = next(iter(json.loads((project / "pool.json").read_text())["rows"]))
+    _, seed, again = pools.Job(recipe, key, 1).run()
+    first = json.loads((project / "pool.json").read_text())["rows"][key]["0"]
+    assert seed == 1 and again["macs"] == first["macs"] and again["test_loss"] != first["test_loss"]
+
+
+def test_a_network_of_which_one_training_fails_is_left_out_until_it_succeeds(project, monkeypatch):
+    fails = load_table(project / "pool.csv").keys[0]
+
+    def run(job):
+        return job.architecture, job.seed, "nan" if job.architecture == fails else dict.fromkeys(pools.COLUMNS, 1.0)
+
+    monkeypatch.setattr(pools.Job, "run", run)
+    build("--count", "2", "--seeds", "2")
+    assert fails not in load_table(project / "pool.csv").keys
+    fails = ""
+    build("--count", "2", "--seeds", "2")
+    assert len(load_table(project / "pool.csv")) == 2
+
+
+def test_the_record_of_a_pool_without_seeds_is_read(project):
+    record = json.loads((project / "pool.json").read_text())
+    record["rows"] = {key: row["0"] for key, row in record["rows"].items()}
+    (project / "pool.json").write_text(json.dumps(record))
+    before = (project / "pool.csv").read_bytes()
+    result = build("--count", "2")
+    assert "0 of them to do" in result.output and (project / "pool.csv").read_bytes() == before
+
+
+def test_reliability_foretells_the_correlation_of_the_truth_with_the_means():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=4000)
+    for seeds, noise in ((2, 1.0), (3, 2.0)):
+        columns = [truth + noise * generator.normal(size=len(truth)) for _ in range(seeds)]
+        found = pools.Reliability.of(columns)
+        assert found.trainings == seeds
+        assert found.correlation == pytest.approx(1 / (1 + noise**2), abs=0.04)
+        assert found.ceiling == pytest.approx(spearmanr(truth, np.mean(columns, axis=0)).statistic, abs=0.04)
+    assert pools.Reliability.of([[1, 2, 3, 4], [4, 3, 2, 1]]).ceiling == 0
+
+
+def test_reliability_is_of_networks_that_every_seed_trained(trained):
+    folder, _ = trained
+    identity = pools.Record.read(folder / "pool.json").identity
+    rows = {name: {seed: {"test_loss": float(value)} for seed in ("0", "1")} for value, name in enumerate("abc")}
+    record = pools.Record(identity, rows)
+    assert record.reliability("test_loss", "abc").correlation == pytest.approx(1)
+    assert record.reliability("test_loss", "ab") is None
+    del rows["c"]["1"]
+    assert record.reliability("test_loss", "abc") is None
 
 
 @pytest.mark.parametrize(
@@ -161,6 +239,7 @@ def test_a_pool_of_another_budget_is_refused(project):
     ("options", "message"),
     [
         (("--budget", "1.5"), "--budget is 1.5, expected a share of the largest network's MACs"),
+        (("--seeds", "0"), "--seeds is 0, expected a whole number of at least 1"),
         (("--count", "1"), "--count is 1, expected a whole number of at least 2"),
         (("--count", "300"), "but the pool asks for 300: lower --count or --least"),
     ],

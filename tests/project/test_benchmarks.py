@@ -239,7 +239,6 @@ def tiny(monkeypatch):
     )
     monkeypatch.setattr(finding, "FRONT", (0.4, 1.0))
     monkeypatch.setattr(finding, "REPEATED", 1)
-    monkeypatch.setattr(finding, "RACE", 2)
     for derivation in finding.DERIVATIONS.values():
         monkeypatch.setitem(derivation, "candidates", 3)
 
@@ -251,24 +250,27 @@ def test_a_study_of_what_searches_find_goes_on_and_has_a_table(tiny, tmp_path):
         assert result.exit_code == 0, result.output
         return result.output
 
-    study = ["run", "gpt_nano", "--out", str(tmp_path), "--seeds", "1", "--halving", "1", "--methods", "drnas target"]
+    study = ["run", "gpt_nano", "--out", str(tmp_path), "--seeds", "0", "--halving", "2", "--methods", "drnas target"]
     said(*study)
     rows = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
     keys = {json.loads(row)["key"] for row in rows}
-    assert {"pool/0/0", "pool/1/0", "pool/0/2", "most params/1", "found/drnas target, race/0"} <= keys
+    assert {"pool/0/0", "pool/1/0", "pool/0/2", "most params/1", "found/drnas target, spread race/0"} <= keys
     assert "found/drnas target, both/0" in keys  # what the race judged best
     (tmp_path / "gpt_nano.jsonl").write_text("\n".join(rows[:-3]) + "\n")  # cut off
     said(*study)
     again = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
     assert [json.loads(row)["key"] for row in again] == [json.loads(row)["key"] for row in rows]
     table = said("table", str(tmp_path / "gpt_nano.jsonl"))
-    assert "| best of 3 by validation loss |" in table and "| drnas target, race |" in table
+    assert "| best of 3 by validation loss |" in table and "| drnas target, spread race |" in table
 
 
 @pytest.mark.exhaustive
 def test_fronts_are_compared_over_budgets(tiny, tmp_path):
-    options = ["front", "gpt_nano", "--out", str(tmp_path), "--seeds", "2", "--methods", "spos whole space"]
+    options = ["front", "gpt_nano", "--out", str(tmp_path), "--seeds", "0,1", "--methods", "spos whole space"]
     result = CliRunner().invoke(finding.main, options, catch_exceptions=False)
     lines = [line for line in result.output.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| spos whole space", "| random", "| most params"]
+    names = [line.split(" | ")[0] for line in lines[2:]]
+    assert names == [
+        "| spos whole space", "| random", "| another random", "| most params", "| the better random one by validation"
+    ]  # fmt: skip
     assert all("nan" not in line for line in lines)

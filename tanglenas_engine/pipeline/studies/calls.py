@@ -41,8 +41,10 @@ def measure_run(arm: str, seed: str) -> None:
         write_measured(entry, load(entry.study).measure(entry))
 
 
-def build_pool(count: int, budget: float | None) -> None:
+def build_pool(count: int, seeds: int, budget: float | None) -> None:
     """Train random networks that cost up to a share of the largest, and write pool/pool.csv with its record.
+
+    Each network is trained with so many seeds.
 
     DVC empties the folder pool/ before a stage runs. So the trainings are kept below .tanglenas/ until the pool is
     complete, and a pool that is cut off goes on.
@@ -55,7 +57,7 @@ def build_pool(count: int, budget: float | None) -> None:
         kept.mkdir(parents=True, exist_ok=True)
         with exclusive(kept / "lock"):
             table = kept / "pool.csv"
-            build(table, count=count, share=budget, progress=ConsoleProgress())
+            build(table, count=count, seeds=seeds, share=budget, progress=ConsoleProgress())
             out.mkdir(exist_ok=True)
             for file in (table, record_of(table)):
                 shutil.copy(file, out)

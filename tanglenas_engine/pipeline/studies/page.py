@@ -136,6 +136,7 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
             f"These are {len(said)} statements, each by a {100 * LEVEL:.0f} % interval of Student's t over seeds. "
             "Where nothing differs, one in twenty misses 0 by chance: a single one that stands out is weak evidence."
         )
+    parts += study.notes(results.runs) if study.notes else []
     if study.paper:
         parts.append(f"In the paper: {study.paper}")
     if any(table.groups for table in tables):

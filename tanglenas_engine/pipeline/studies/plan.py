@@ -60,7 +60,7 @@ def plan(
     seeds: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
     table: str | None = None,
-    metric: str = "test_acc",
+    metric: str | None = None,
     changes: Mapping[str, Any] | None = None,
     bindings: Sequence[str] = (),
 ) -> Plan:
@@ -75,7 +75,7 @@ def plan(
         seeds: The seeds; None takes those of the scale.
         arms: Names of arms; None takes all. One whose supernet another arm trains brings that arm.
         table: A file with networks of known worth, below the folder of the study.
-        metric: The metric of the table.
+        metric: The metric of the table. None takes the test accuracy, and the test loss of a pool, which is finer.
         changes: Values by their names in the study's params.yaml, such as `search.epochs`.
         bindings: gin bindings for all runs.
 
@@ -101,7 +101,8 @@ def plan(
         params["recipe"] = PAPER[params["space"]]
         params["dataset"] = dataset or PAPER_DATASETS.get(params["space"], "cifar10")
     params["seeds"] = _seeds(seeds if seeds is not None else sizes.seeds)
-    params |= {"table": table, "metric": metric, "bindings": [*sizes.bindings, *bindings]}
+    known = "test_loss" if study.table == "pool" and not table else "test_acc"
+    params |= {"table": table, "metric": metric or known, "bindings": [*sizes.bindings, *bindings]}
     for group in GROUPS:
         params[group] = {**template[group], **sizes.params.get(group, {})}
     params["measure"] = dict(sizes.params.get("measure", {}))

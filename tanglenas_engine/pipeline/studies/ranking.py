@@ -12,8 +12,9 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.pools import Record, record_of
 from tanglenas_engine.pipeline.studies.run import Run
-from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Scale, Study
+from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Runs, Scale, Study
 from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
@@ -41,7 +42,23 @@ def measure(run: Run) -> Measured:
             progress=ConsoleProgress(),
         )
     assert found is not None
-    return Measured({"spearman": found.spearman, "kendall_tau": found.kendall_tau})
+    values = {"spearman": found.spearman, "kendall_tau": found.kendall_tau}
+    if record_of(run.table).exists():
+        pool = Record.read(record_of(run.table))
+        if agreement := pool.reliability(run.metric, benchmark.table.keys):
+            values |= {"agreement": agreement.correlation, "ceiling": agreement.ceiling}
+    return Measured(values)
+
+
+def reliable(runs: Runs) -> list[str]:
+    """Return how far trainings of the pool agree among themselves, which all runs measured alike."""
+    known = [one.values for seeds in runs.values() for one in seeds.values() if "ceiling" in one.values]
+    if not known:
+        return []
+    return [
+        "Trainings of the pool's networks with two seeds rank them with a Spearman correlation of "
+        f"{known[0]['agreement']:.2f}. So a perfect ranking would have about {known[0]['ceiling']:.2f} with this pool."
+    ]
 
 
 def compared(space: SearchSpace, options: Any) -> list[Architecture]:
@@ -78,6 +95,7 @@ STUDY = Study(
     },
     stages=("search",),
     measure=measure,
+    notes=reliable,
     metrics={
         "spearman": Metric("Spearman's correlation", "", 3),
         "kendall_tau": Metric("Kendall's tau", "", 3),
@@ -94,12 +112,12 @@ STUDY = Study(
             {
                 "search": {"epochs": 10, "warmup_epochs": 0},
                 "retrain": {"epochs": 10},
-                "measure": {"pool": 24, "budget": 0.6, "architectures": 100},
+                "measure": {"pool": 24, "pool_seeds": 2, "budget": 0.6, "architectures": 100},
             },
             arms={"spos-long": {"search": {"epochs": 30}}},
         ),
         "paper": Scale(
-            {"measure": {"pool": 24, "budget": 0.6, "architectures": 1000}},
+            {"measure": {"pool": 24, "pool_seeds": 2, "budget": 0.6, "architectures": 1000}},
             seeds=(9001, 9002, 9003, 9004),
             arms={"spos-long": {"search": {"epochs": 750}}},
         ),

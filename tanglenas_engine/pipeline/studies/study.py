@@ -160,6 +160,7 @@ class Study:
         claims: What the page tests.
         panels: The parts of the figure.
         limits: What the study does not show.
+        notes: A function that gives sentences about all runs at once, to stand after the claims.
         scales: The sizes by the names in SCALES.
         table: "pool" if it needs networks of known worth: a table that a person gives, or a pool that it trains.
             "optional" if a table of all architectures adds to it.
@@ -180,6 +181,7 @@ class Study:
     scales: Mapping[str, Scale]
     table: Literal["pool", "optional", ""] = ""
     with_table: Sequence[Stage] | None = None
+    notes: Callable[[Runs], Sequence[str]] | None = None
     across: Callable[[Runs], Mapping[str, Mapping[int, Mapping[str, float]]]] | None = None
     on: Callable[[Params], str] | None = None
     needed: Callable[[Params], Need] | None = None

@@ -1,6 +1,6 @@
 """Pool: train random networks of equal cost, which say what an architecture is worth.
 
-python -m pipelines.pool COUNT BUDGET
+python -m pipelines.pool COUNT SEEDS BUDGET
 """
 
 import sys
@@ -10,9 +10,9 @@ from tanglenas_engine.pipeline import studies
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train so many networks that cost up to a share of the largest, and write pool/pool.csv."""
-    count, budget = arguments
-    studies.build_pool(int(count), None if budget in ("None", "null") else float(budget))
+    """Train so many networks that cost up to a share of the largest, with so many seeds, and write pool/pool.csv."""
+    count, seeds, budget = arguments
+    studies.build_pool(int(count), int(seeds), None if budget in ("None", "null") else float(budget))
 
 
 if __name__ == "__main__":
