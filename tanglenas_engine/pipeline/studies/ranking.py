@@ -51,12 +51,12 @@ def measure(run: Run) -> Measured:
 
 
 def reliable(runs: Runs) -> list[str]:
-    """Return how far trainings of the pool agree among themselves, which all runs measured alike."""
+    """Return how far trainings of the pool agree among themselves, which is the same in all runs."""
     known = [one.values for seeds in runs.values() for one in seeds.values() if "ceiling" in one.values]
     if not known:
         return []
     return [
-        "Trainings of the pool's networks with two seeds rank them with a Spearman correlation of "
+        "Trainings of the pool's networks with two seeds rank them alike with a Spearman correlation of "
         f"{known[0]['agreement']:.2f}. So a perfect ranking would have about {known[0]['ceiling']:.2f} with this pool."
     ]
 
@@ -112,12 +112,12 @@ STUDY = Study(
             {
                 "search": {"epochs": 10, "warmup_epochs": 0},
                 "retrain": {"epochs": 10},
-                "measure": {"pool": 24, "pool_seeds": 2, "budget": 0.6, "architectures": 100},
+                "measure": {"pool": 24, "pool_seeds": 3, "budget": 0.6, "architectures": 100},
             },
             arms={"spos-long": {"search": {"epochs": 30}}},
         ),
         "paper": Scale(
-            {"measure": {"pool": 24, "pool_seeds": 2, "budget": 0.6, "architectures": 1000}},
+            {"measure": {"pool": 24, "pool_seeds": 3, "budget": 0.6, "architectures": 1000}},
             seeds=(9001, 9002, 9003, 9004),
             arms={"spos-long": {"search": {"epochs": 750}}},
         ),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tanglenas_engine import TangleNASError, create_space
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.files import WEIGHTS
-from tanglenas_engine.pipeline.studies import fractions, insights, sharing, stability
+from tanglenas_engine.pipeline.pools import COLUMNS, Identity, Record
+from tanglenas_engine.pipeline.studies import fractions, insights, ranking, sharing, stability
 from tanglenas_engine.pipeline.studies.methods import moved
 from tanglenas_engine.pipeline.studies.ranking import compared
 from tanglenas_engine.pipeline.studies.run import Run
@@ -76,10 +77,28 @@ def test_a_supernet_is_compared_with_a_pool_or_a_table(done):
     Table(keys, {"test_acc": [float(number) for number in range(len(keys))]}, space.name).write(table)
     measured = studies.load("ranking").measure(run_of("ranking", done, table=table))
     assert -1 <= measured.values["spearman"] <= 1 and -1 <= measured.values["kendall_tau"] <= 1
+    assert "ceiling" not in measured.values  # a table without a record says nothing about its trainings
     with pytest.raises(TangleNASError, match="give --table, or keep the stage `pool`"):
         studies.load("ranking").measure(run_of("ranking", done))
     with pytest.raises(TangleNASError, match="is a pool, which has few architectures: leave --table out"):
         studies.load("stages").measure(run_of("stages", done, table=table))
+
+
+def test_the_ceiling_is_that_of_the_pools_own_trainings(done):
+    space = create_space("autoformer_nano", num_classes=10, image_size=8, in_channels=1)
+    generator = torch.Generator().manual_seed(1)
+    keys = list(dict.fromkeys(space.to_string(space.sample(generator)) for _ in range(6)))
+    columns = [dict.fromkeys(COLUMNS, float(number)) for number in range(len(keys))]
+    rows = {key: {"0": columns[place], "1": columns[(place + 1) % len(keys)]} for place, key in enumerate(keys)}
+    record = Record(Identity(space.name, "d", "s", "t", "r", 0, {}), rows)
+    record.write(done / "trained.csv", keys)
+    measured = studies.load("ranking").measure(run_of("ranking", done, table=done / "trained.csv"))
+    found = record.reliability("test_acc", keys)
+    assert 0 < found.correlation < found.ceiling < 1
+    assert measured.values["agreement"] == found.correlation and measured.values["ceiling"] == found.ceiling
+    (sentence,) = ranking.reliable({"spos": {0: measured}})
+    assert f"{found.correlation:.2f}" in sentence and f"about {found.ceiling:.2f} with this pool" in sentence
+    assert ranking.reliable({"spos": {0: Measured({"spearman": 0.1})}}) == []
 
 
 def test_compared_architectures_are_in_the_band_and_the_same_every_time():

@@ -127,6 +127,13 @@ def test_the_page_has_the_question_the_answer_the_numbers_and_the_commands():
     assert "3 seeds cover the true mean in 76 %" in page and "| a   | `optimizer=drnas`" in page
 
 
+def test_notes_follow_what_the_data_say():
+    found = results(a=[90.0, 91.0], b=[92.5, 93.4])
+    noted = replace(STUDY, notes=lambda runs: [f"There are {len(runs)} arms."])
+    page = text(noted, found, compared(noted, found))
+    assert page.index("## What the data say") < page.index("\n\nThere are 2 arms.\n\n") < page.index("In the paper")
+
+
 def test_arms_of_different_tables_are_not_compared():
     arms = {"a": Arm(table="Cells"), "b": Arm(table="Cells"), "c": Arm(table="Sizes"), "d": Arm(table="Sizes")}
     apart = replace(STUDY, arms=arms, on=lambda params: "cells and sizes")
