@@ -36,7 +36,7 @@ from tanglenas_engine.pipeline.files import (
     read_splits,
 )
 from tanglenas_engine.pipeline.headline import headline
-from tanglenas_engine.pipeline.pools import incomparable
+from tanglenas_engine.pipeline.pools import agreement, incomparable
 
 LARGEST_LOSS = 700
 """The loss in nats from which a perplexity exceeds what a float holds."""
@@ -139,12 +139,15 @@ def looked_up(
     """
     if table is None:
         return {}
+    ceiling = {}
     if table.listed is not None:
         path = data_path(gin.query_parameter("benchmark.path"))
+        if alike := agreement(path, table.metric, table.table.keys):
+            ceiling = {"spearman_ceiling": alike.ceiling}
         if reason := incomparable(path, stage.space, stage.dataset, read_splits(), result.cost.macs):
             stage.progress.note(f"evaluate: no percentile in a pool: {reason}")
-            return {}
-    return table.judged(architecture, test_accuracy=result.test_accuracy, test_loss=result.test_loss)
+            return ceiling
+    return {**table.judged(architecture, test_accuracy=result.test_accuracy, test_loss=result.test_loss), **ceiling}
 
 
 def evaluate_metrics(

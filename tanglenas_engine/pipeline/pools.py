@@ -297,6 +297,22 @@ def build(
     return record
 
 
+def agreement(path: Path, metric: str, architectures: Sequence[str]) -> Reliability | None:
+    """Return how far the trainings of a pool agree, or None if there is no record of several trainings a network.
+
+    Args:
+        path: The pool's table.
+        metric: A column of the table.
+        architectures: The architectures to rank.
+
+    Raises:
+        TangleNASError: The record is damaged.
+    """
+    if metric not in COLUMNS or not record_of(path).exists():
+        return None
+    return Record.read(record_of(path)).reliability(metric, architectures)
+
+
 def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Splits, macs: int) -> str:
     """Return why a network of the project is not compared with a pool, or an empty string.
 

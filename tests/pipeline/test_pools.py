@@ -2,21 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gin
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from project import lay_out, set_params
 from scipy.stats import spearmanr
 from stages import forget_settings
 
-from tanglenas_engine import create_space
+from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main
-from tanglenas_engine.pipeline import pools, trainings
+from tanglenas_engine.pipeline import outputs, pools, trainings
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create, make_splits
-from tanglenas_engine.tables import load_table
+from tanglenas_engine.tables import Benchmark, load_table
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,29 @@ def test_reliability_is_of_networks_that_every_seed_trained(trained):
     assert record.reliability("test_loss", "ab") is None
     del rows["c"]["1"]
     assert record.reliability("test_loss", "abc") is None
+
+
+def test_evaluate_says_what_a_perfect_ranking_of_the_pool_would_reach(project):
+    space = create_space("autoformer_nano", image_size=8, in_channels=1, num_classes=10)
+    generator = torch.Generator().manual_seed(0)
+    keys = list({space.to_string(space.sample(generator)): None for _ in range(8)})
+    record = pools.Record.read(project / "pool.json")
+    columns = [dict.fromkeys(pools.COLUMNS, float(number)) for number in range(len(keys))]
+    record.rows = {key: {"0": columns[place], "1": columns[place - 1]} for place, key in enumerate(keys)}
+    record.write(project / "pool.csv", keys)
+    expected = record.reliability("test_loss", keys)
+    stage = SimpleNamespace(space=space, dataset=create_dataset("digits"), progress=SimpleNamespace(note=print))
+    result = SimpleNamespace(cost=SimpleNamespace(macs=10**9), test_accuracy=1.0, test_loss=1.0)
+    with (
+        configured((*trainings.project_arguments(), 'benchmark.path = "pool.csv"')),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(outputs, "read_splits", lambda: make_splits(stage.dataset, seed=0))
+        benchmark = Benchmark(load_table(project / "pool.csv", space), "test_loss")
+        found = outputs.looked_up(stage, benchmark, space.largest(), result)
+    assert found == {"spearman_ceiling": expected.ceiling} and 0 < expected.ceiling < 1
+    (project / "pool.json").unlink()
+    assert pools.agreement(project / "pool.csv", "test_loss", keys) is None
 
 
 @pytest.mark.parametrize(

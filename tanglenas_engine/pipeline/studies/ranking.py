@@ -12,7 +12,7 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.pools import Record, record_of
+from tanglenas_engine.pipeline.pools import agreement
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Runs, Scale, Study
 from tanglenas_engine.runtime.progress import ConsoleProgress
@@ -43,10 +43,8 @@ def measure(run: Run) -> Measured:
         )
     assert found is not None
     values = {"spearman": found.spearman, "kendall_tau": found.kendall_tau}
-    if record_of(run.table).exists():
-        pool = Record.read(record_of(run.table))
-        if agreement := pool.reliability(run.metric, benchmark.table.keys):
-            values |= {"agreement": agreement.correlation, "ceiling": agreement.ceiling}
+    if found_alike := agreement(run.table, run.metric, benchmark.table.keys):
+        values |= {"agreement": found_alike.correlation, "ceiling": found_alike.ceiling}
     return Measured(values)
 
 
