@@ -68,6 +68,9 @@ REPEATED, REPEATS = 5, 3
 """The networks of the pool, and their seeds, that say how far trainings of one network differ."""
 
 
+OPTIMIZER = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
+SCHEDULER = partial(cosine, warmup=0.2)
+"""The schedule of trainings. With a warm-up over 5 %, seeds differ as much as networks do."""
 FRONT = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """The budgets of a front, as shares of the largest network's cost."""
 
@@ -143,11 +146,13 @@ class Method:
         band: Whether a target is set: samples are then drawn within the band, and mixtures are drawn to it.
         derivations: Names of `DERIVATIONS`. A race gives two results: what it finds, and the candidate that it judged
             best before any training, which is what `random` or `both` finds.
+        short: Whether the search takes a quarter of the epochs, and the schedule of the trainings.
     """
 
     optimizer: str
     derivations: tuple[str, ...]
     band: bool = True
+    short: bool = False
 
 
 METHODS = {
@@ -156,6 +161,7 @@ METHODS = {
     "hard_concrete target": Method("hard_concrete", ("argmax", "spread race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
+    "short spos band": Method("spos", ("spread race", "best race"), short=True),
     "spos whole space": Method("spos", ("random",), band=False),
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
@@ -167,12 +173,14 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "judged": {"method": "both", "candidates": 100},
     "race": {"method": "race", "candidates": 300},
     "spread race": {"method": "race", "candidates": 100},
+    "best race": {"method": "race", "candidates": 100},
 }
 RACES: dict[str, dict[str, Any]] = {
     "race": {"entrants": 3, "trainings": 3, "spread": False},
     "spread race": {},
+    "best race": {"spread": False},
 }
-"""The options of races: three complete trainings of the supernet's best, or the defaults."""
+"""The options of races: three complete trainings of the supernet's best, the defaults, and the supernet's best."""
 
 
 class Study(contextlib.AbstractContextManager["Study"]):
@@ -253,8 +261,8 @@ class Study(contextlib.AbstractContextManager["Study"]):
                 epochs=self.task.epochs,
                 until=until,
                 batch_size=64,
-                optimizer=partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05),
-                scheduler=partial(cosine, warmup=0.2),  # With 5 %, seeds differ as much as networks do.
+                optimizer=OPTIMIZER,
+                scheduler=SCHEDULER,
                 clip=5.0,
                 seed=seed,
                 device="cpu",
@@ -358,7 +366,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
         """Search with a method, and return the supernet, the mixture and what is known of the search."""
         space, optimizer = self.space(seed), create_optimizer(method.optimizer)
         recipe: dict[str, Any] = dict(
-            epochs=self.task.epochs,
+            epochs=max(1, self.task.epochs // 4) if method.short else self.task.epochs,
             batch_size=32,
             weight_optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05),
             architecture_optimizer=partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.999)),
@@ -370,7 +378,8 @@ class Study(contextlib.AbstractContextManager["Study"]):
         )
         start = time.process_time()
         view = self.data("weights", "architecture", "validation")
-        result = search(space, optimizer, view, **{**recipe, **self.task.search})
+        short = {"weight_optimizer": OPTIMIZER, "scheduler": SCHEDULER} if method.short else {}
+        result = search(space, optimizer, view, **{**recipe, **self.task.search, **short})
         searched = {
             "search_seconds": round(time.process_time() - start, 2),
             "entropy": result.history[-1].get("entropy"),

@@ -77,8 +77,6 @@ def _arms() -> dict[str, Arm]:
     return found
 
 
-# A binding of a class of another package needs a reference to it.
-_FINETUNE = {"bindings": ["retrain: retrain.optimizer = @torch.optim.AdamW", "retrain: torch.optim.AdamW.lr = 0.0005"]}
 STUDY = Study(
     question="Are the weights that a network inherits worth anything: used as they are, fine-tuned, or not at all?",
     paper=(
@@ -116,13 +114,12 @@ STUDY = Study(
     limits=(
         "CKA compares what layers compute, not what they are worth: two bad networks can be alike. The networks of the "
         "two methods differ, so a difference of their CKA is that of method and architecture together. Fine-tuning "
-        "takes as many epochs as training from scratch, at a smaller learning rate; `inherit` takes none. Means are of "
+        "takes as many epochs as training from scratch, by the same recipe; `inherit` takes none. Means are of "
         "layers with equal names; the matrix has all pairs."
     ),
     scales={
         "cpu": Scale(
-            {"search": {"epochs": 12, "warmup_epochs": 2}, "discretize": {"candidates": 60}, "retrain": {"epochs": 15}},
-            arms={f"{method}-finetune": _FINETUNE for method in ("drnas", "spos")},
+            {"search": {"epochs": 12, "warmup_epochs": 2}, "discretize": {"candidates": 60}, "retrain": {"epochs": 15}}
         ),
         "paper": Scale({"discretize": {"candidates": 1000}}, seeds=PAPER_SEEDS),
     },
