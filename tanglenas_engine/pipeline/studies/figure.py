@@ -58,7 +58,7 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
 
             drawn.append((CURVES, by_x))
         if panel.kind == "matrices" and (grids := matrices(runs, panel.name)):
-            tall = max(CELL * max(len(grid[0]) for grid in grids.values()), 0.9) + 0.5
+            tall = max(CELL * max(len(grid[0]) for grid in grids.values()), 0.9) + 0.6
             columns = min(2, len(grids))
 
             def by_cell(
@@ -132,7 +132,7 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
         (rows, columns), most = max(alike.items(), key=lambda item: len(item[1]))
         values = np.array([[[math.nan if v is None else v for v in row] for row in one.values] for one in most], float)
         count = sum(map(len, alike.values()))
-        title = arm if len(most) == count else f"{arm} ({len(most)} of {count} seeds)"
+        title = arm if len(most) == count else f"{arm}\n({len(most)} of {count} seeds)"
         found[arm] = list(rows), list(columns), values.mean(0), title
     return found
 
@@ -172,7 +172,7 @@ def _matrices(place: Any, panel: Panel, grids: Mapping[str, Any], columns: int) 
     most = max(1.0, *(float(np.nanmax(values)) for _, _, values, _ in grids.values()))
     for axes, (rows, names, values, title) in zip(panels, grids.values(), strict=False):
         image = axes.imshow(values, vmin=least, vmax=most, cmap="viridis", aspect="auto")
-        axes.set_title(plain(title))
+        axes.set_title(plain(title), fontsize=7)  # a long one would reach into the next column
         _ticks(axes.set_yticks, rows)
         _ticks(axes.set_xticks, names, rotation=90)
         axes.tick_params(labelsize=5)

@@ -238,7 +238,7 @@ def test_matrices_of_other_names_are_not_averaged_and_the_panel_says_of_how_many
     assert (rows, columns, values.tolist()) == (["x"], ["y"], [[0.5]])
     monkeypatch.setattr("tanglenas_engine.pipeline.studies.figure.png", lambda figure: figure)
     figure = draw(STUDY, runs, compared(STUDY, results(a=[1.0])))
-    assert {"a (2 of 3 seeds)", "b"} <= {axes.get_title("left") for axes in figure.axes}
+    assert {"a\n(2 of 3 seeds)", "b"} <= {axes.get_title("left") for axes in figure.axes}
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
