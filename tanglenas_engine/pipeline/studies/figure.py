@@ -22,6 +22,8 @@ AROUND = 0.7  # inches of title and labels of a panel
 CELL = 0.11  # inches of a cell of a matrix, at least
 RESAMPLES = 999
 POINTS = 200
+FEW = 12
+"""Points up to which a curve has a mark and an interval for each, and a line between them."""
 
 
 def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
@@ -92,8 +94,8 @@ def series(arms: Mapping[str, Arm], arm: str) -> str:
 def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[Any, Any, Any]]:
     """Return a curve for each arm that has one: x and the mean, `(points,)`, and the ends of the band or None.
 
-    Points of arms of one series are one curve of each seed. Curves are averaged where all seeds have a value. Where
-    that is one moment, such as the last one of seeds with a point each, the curve is a point.
+    Points of arms of one series are one curve of each seed. A few points are averaged one by one, in both directions.
+    Longer curves are averaged where all seeds have a value; where that is one moment, the curve is a point.
     """
     parts: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for arm, seeds in runs.items():
@@ -107,11 +109,12 @@ def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[An
         if not paths:
             continue
         first, end = max(path[0][0] for path in paths), max(path[0][-1] for path in paths)
-        if all(len(path[0]) == len(paths[0][0]) and np.allclose(path[0], paths[0][0]) for path in paths):
-            x = paths[0][0]
+        alike = all(len(path[0]) == len(paths[0][0]) for path in paths)
+        if alike and (len(paths[0][0]) <= FEW or all(np.allclose(path[0], paths[0][0]) for path in paths)):
+            x, each = np.mean([path[0] for path in paths], 0), np.stack([path[1] for path in paths])
         else:
             x = np.linspace(first, end, POINTS) if first < end else np.array([end])
-        each = np.stack([path[1][np.searchsorted(path[0], x, side="right") - 1] for path in paths])
+            each = np.stack([path[1][np.searchsorted(path[0], x, side="right") - 1] for path in paths])
         found[label] = x, each.mean(0), bootstrap(each, RESAMPLES) if len(each) > 1 else None
     return found
 
@@ -140,12 +143,13 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
 def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    steps = panel.x.startswith("time")  # a value holds until there is a next one
+    timed = panel.x.startswith("time")
     for label, (x, mean, band) in found.items():
-        look = colours[label]
-        marker = "o" if len(x) <= 12 else ""
-        axes.plot(x, mean, label=plain(label), drawstyle="steps-post" if steps else "default", marker=marker, **look)
-        if band is not None and len(x) == 1:  # a band has no width there
+        look, few = colours[label], len(x) <= FEW
+        steps = timed and not few  # a value holds until there is a next one
+        style, marker = "steps-post" if steps else "default", "o" if few else ""
+        axes.plot(x, mean, label=plain(label), drawstyle=style, marker=marker, **look)
+        if band is not None and few:
             ends = np.abs(np.stack(band) - mean)
             axes.errorbar(x, mean, ends, fmt="none", color=look["color"], capsize=2, linewidth=1)
         elif band is not None:
@@ -154,7 +158,7 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
                 x, low, high, step="post" if steps else None, color=look["color"], alpha=0.18, linewidth=0
             )
     axes.set_title(f"mean, {100 * LEVEL:.0f} % interval over seeds")
-    if steps:
+    if timed:
         axes.set_xlim(left=0)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)

@@ -212,8 +212,13 @@ def test_points_of_a_series_are_one_curve_and_bands_need_two_seeds():
     found = curves(STUDY.arms, runs, "line")
     assert set(found) == {"both", "a"}
     x, mean, band = found["both"]
-    assert (x[0], x[-1]) == (1.5, 2.5) and (mean[0], mean[-1]) == (6.0, 7.0) and band is not None
+    assert x.tolist() == [1.25, 2.25] and mean.tolist() == [6.0, 7.0] and band is not None
     assert found["a"][0].tolist() == [1.0, 3.0] and found["a"][2] is None
+    long = [Curve(list(range(start, start + 20)), [float(start)] * 20) for start in (0, 5)]
+    x, mean, band = curves(
+        STUDY.arms, {"a": {seed: Measured(curves={"line": one}) for seed, one in enumerate(long)}}, "line"
+    )["a"]
+    assert (x[0], x[-1]) == (5, 24) and set(mean) == {2.5} and band is not None
 
 
 @pytest.mark.parametrize("xs", [(3.0, 3.0), (1.0, 1.5)])
@@ -223,7 +228,7 @@ def test_a_single_point_has_an_error_bar_for_a_band(monkeypatch, xs):
     figure = draw(STUDY, {"a": seeds}, compared(STUDY, results(a=[1.0])))
     bars = [bar for axes in figure.axes for bar in axes.containers]
     ((bar,),) = [bar.lines[2] for bar in bars]
-    assert bar.get_segments()[0].tolist() == [[max(xs), 4.0], [max(xs), 6.0]]
+    assert bar.get_segments()[0].tolist() == [[sum(xs) / 2, 4.0], [sum(xs) / 2, 6.0]]
     alone = draw(STUDY, {"a": {0: seeds[0]}}, compared(STUDY, results(a=[1.0])))
     assert not [bar for axes in alone.axes for bar in axes.containers]
 
