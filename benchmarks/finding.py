@@ -156,9 +156,9 @@ class Method:
 
 
 METHODS = {
-    "spos band": Method("spos", ("spread race",)),
-    "drnas target": Method("drnas", ("argmax", "spread race")),
-    "hard_concrete target": Method("hard_concrete", ("argmax", "spread race")),
+    "spos band": Method("spos", ("best race",)),
+    "drnas target": Method("drnas", ("argmax", "best race")),
+    "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
     "short spos band": Method("spos", ("spread race", "best race"), short=True),
@@ -176,11 +176,11 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "best race": {"method": "race", "candidates": 100},
 }
 RACES: dict[str, dict[str, Any]] = {
-    "race": {"entrants": 3, "trainings": 3, "spread": False},
-    "spread race": {},
-    "best race": {"spread": False},
+    "race": {"entrants": 3, "trainings": 3},
+    "spread race": {"spread": True},
+    "best race": {},
 }
-"""The options of races: three complete trainings of the supernet's best, the defaults, and the supernet's best."""
+"""The options of races: three complete trainings of the supernet's best, entrants of its better half, the defaults."""
 
 
 class Study(contextlib.AbstractContextManager["Study"]):

@@ -9,9 +9,8 @@ gpt_nano as their test losses in the end do, with a Spearman correlation of 0.92
 epochs has 0.56, and that after 2 of 12 epochs, within the warm-up, 0.53 (benchmarks/README.md). So the first rung is no
 shorter than `shortest`, and a small budget admits fewer networks.
 
-A supernet tells bad candidates from good ones, and hardly the good ones from the best. Its first ones also differ in
-little, as all have the depth and width that its weights favour. So entrants are spread over its better half
-(`spread_over`).
+A supernet tells bad candidates from good ones better than it tells good ones from the best. Its first ones may be
+alike, where its weights favour one depth and width. Then entrants can be spread over its better half (`spread_over`).
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def race(
     train: Train,
     *,
     entrants: int = 8,
-    spread: bool = True,
+    spread: bool = False,
     eta: int = 3,
     shortest: float = 1 / 3,
     trainings: float | None = None,
@@ -81,7 +80,7 @@ def race(
     Args:
         train: The function that trains.
         entrants: The largest number of networks that are trained.
-        spread: True takes entrants at equal steps through the better half of the candidates. False takes the best.
+        spread: False takes the best candidates as entrants. True takes some at equal steps through the better half.
         eta: The factor between rungs: this part of the networks goes on. As many of them, at most, train to the end.
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 4.7 trainings at the

@@ -42,7 +42,7 @@ def raced(train, checkpoints=None, limit=20, **options):
     """The end of a race among 20 candidates, and what it said. Entrants are the best of all unless options differ."""
     space, notes = vit(depth=(1, 2, 3)), Notes()
     with Known(space, additive(space, 0), limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
-        return race(candidates, None, train, **{"spread": False, **options}), notes.lines
+        return race(candidates, None, train, **options), notes.lines
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_entrants_are_spread_over_the_better_half(train, limit, trainings, ranks
         return sorted(record["supernet_rank"] for record in result.records)
 
     assert entrants(spread=True) == ranks
-    assert entrants(spread=False) == [*range(1, len(ranks) + 1)]
+    assert entrants() == [*range(1, len(ranks) + 1)]
 
 
 def test_fewer_candidates_than_entrants_all_take_part(train):

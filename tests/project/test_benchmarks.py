@@ -254,14 +254,14 @@ def test_a_study_of_what_searches_find_goes_on_and_has_a_table(tiny, tmp_path):
     said(*study)
     rows = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
     keys = {json.loads(row)["key"] for row in rows}
-    assert {"pool/0/0", "pool/1/0", "pool/0/2", "most params/1", "found/drnas target, spread race/0"} <= keys
+    assert {"pool/0/0", "pool/1/0", "pool/0/2", "most params/1", "found/drnas target, best race/0"} <= keys
     assert "found/drnas target, both/0" in keys  # what the race judged best
     (tmp_path / "gpt_nano.jsonl").write_text("\n".join(rows[:-3]) + "\n")  # cut off
     said(*study)
     again = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
     assert [json.loads(row)["key"] for row in again] == [json.loads(row)["key"] for row in rows]
     table = said("table", str(tmp_path / "gpt_nano.jsonl"))
-    assert "| best of 3 by validation loss |" in table and "| drnas target, spread race |" in table
+    assert "| best of 3 by validation loss |" in table and "| drnas target, best race |" in table
 
 
 @pytest.mark.exhaustive
