@@ -204,8 +204,9 @@ def as_they_come(tasks: Sequence[Any], workers: int) -> Iterator[Any]:
         yield from joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks)
         return
     count = joblib.effective_n_jobs(workers)
-    for start in range(0, len(tasks), count):
-        yield from joblib.Parallel(n_jobs=workers, batch_size=1)(tasks[start : start + count])
+    with joblib.Parallel(n_jobs=workers, batch_size=1) as parallel:  # all groups have the same processes
+        for start in range(0, len(tasks), count):
+            yield from parallel(tasks[start : start + count])
 
 
 @contextmanager

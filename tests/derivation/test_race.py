@@ -9,6 +9,7 @@ import math
 import joblib
 import pytest
 import torch
+from joblib._parallel_backends import ThreadingBackend
 from known import Known, additive
 from spaces import vit
 from trainer import Noted, loss_of
@@ -376,6 +377,29 @@ def by_hand(space, data, result):
             record = retrain(space, one, data, epochs=3, batch_size=8, seed=3).history[epochs - 1]
             found[str(one)] = record["validation_loss"], record["validation_accuracy"]
     return found
+
+
+def test_a_backend_that_returns_all_results_at_once_gets_groups_and_keeps_its_workers():
+    """Ray is such a backend: each start of its workers imports torch."""
+    started = []
+
+    class AtOnce(ThreadingBackend):
+        supports_return_generator = False
+
+        def configure(self, *args, **options):
+            started.append(self)
+            return super().configure(*args, **options)
+
+    joblib.register_parallel_backend("at once", AtOnce)
+    done = []
+    try:
+        with jobs.running_on("at once", 2):
+            results = jobs.as_they_come([joblib.delayed(done.append)(number) for number in range(5)], 2)
+            assert [next(results), sorted(done)] == [None, [0, 1]]
+            assert [*results] == [None] * 4 and sorted(done) == [*range(5)]
+    finally:
+        joblib.parallel.BACKENDS.pop("at once")
+    assert len(started) == 1
 
 
 @pytest.mark.slow
