@@ -67,7 +67,7 @@ def test_a_new_plugin_passes_its_own_tests(new_plugin, tmp_path):
     assert not left
     environment = install(project, tmp_path / "site")
     said = run(environment, project, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "tests")
-    assert "2 passed" in said
+    assert "3 passed" in said
     listed = run(environment, tmp_path, *tanglenas("plugins"))
     assert [line.split()[:2] for line in listed.splitlines() if "tanglenas-my_ladder" in line] == [
         ["my_ladder", "space"],
