@@ -156,7 +156,7 @@ class Method:
 
 
 METHODS = {
-    "spos band": Method("spos", ("best race",)),
+    "spos band": Method("spos", ("spread race",)),
     "drnas target": Method("drnas", ("argmax", "best race")),
     "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
     "tunas band": Method("tunas", ("argmax", "both")),
@@ -571,35 +571,48 @@ def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:
     for key, row in rows.items():
         if key.startswith("front/"):
             _, name, share, seed = key.split("/")
-            trained = row if "test_loss" in row else {**row, **rows[f"trained/{row['digest']}/{seed}"]}
+            trained = row if "test_loss" in row else {**row, **rows.get(f"trained/{row['digest']}/{seed}", {})}
+            if "test_loss" not in trained:
+                continue
             fronts.setdefault(name, {}).setdefault(seed, {})[share] = trained
+    for name, runs in [*fronts.items()]:  # a front that was cut off counts when it is complete
+        fronts[name] = {seed: points for seed, points in runs.items() if len(points) == len(FRONT)}
     fronts["the better random one by validation"] = {
         seed: {
             share: min(one, fronts["another random"][seed][share], key=lambda row: row["validation_loss"])
             for share, one in points.items()
         }
         for seed, points in fronts["random"].items()
+        if seed in fronts.get("another random", {})
     }
+    fronts = {name: runs for name, runs in fronts.items() if runs}
     every = [row for runs in fronts.values() for points in runs.values() for row in points.values()]
     dearest, worst = max(row["macs"] for row in every), max(row["test_loss"] for row in every)
     volume = HV(ref_point=np.array([1.1, worst]))
     volumes = {
-        name: np.array(
-            [volume(np.array([(row["macs"] / dearest, row["test_loss"]) for row in points.values()]))
-             for _, points in sorted(runs.items())]
-        )
+        name: {
+            seed: volume(np.array([(row["macs"] / dearest, row["test_loss"]) for row in points.values()]))
+            for seed, points in runs.items()
+        }
         for name, runs in fronts.items()
-    }  # fmt: skip
+    }
     click.echo("| method | hypervolume, 95 % interval | ahead of random by | each seed | mean test loss by budget |")
     click.echo("| --- | --- | --- | --- | --- |")
-    for name, values in volumes.items():
+    for name, by_seed in volumes.items():
+        values = np.array([*by_seed.values()])
         means = np.mean([[points[str(share)]["test_loss"] for share in FRONT] for points in fronts[name].values()], 0)
-        ahead = values - volumes["random"][: len(values)]
+        ahead = np.array(
+            [value - volumes["random"][seed] for seed, value in by_seed.items() if seed in volumes["random"]]
+        )
         click.echo(
-            f"| {name} | {values.mean():.4f} +- {_half_width(values):.4f} "
-            f"| {ahead.mean():.4f} +- {_half_width(ahead):.4f} | {', '.join(f'{v:.4f}' for v in values)} "
+            f"| {name} | {_told(values)} | {_told(ahead)} | {', '.join(f'{v:.4f}' for v in values)} "
             f"| {', '.join(f'{mean:.3f}' for mean in means)} |"
         )
+
+
+def _told(values: np.ndarray[Any, Any]) -> str:
+    """Return a mean with its 95 % interval, if there are several values."""
+    return f"{values.mean():.4f}" + (f" +- {_half_width(values):.4f}" if len(values) > 1 else "")
 
 
 @main.command()

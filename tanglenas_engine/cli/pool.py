@@ -1,5 +1,6 @@
 """`tanglenas pool`: random networks of equal cost, against which searches are judged."""
 
+import statistics
 from pathlib import Path
 
 import click
@@ -54,8 +55,10 @@ def build(
         rows.append([metric, *map(number, values)])
     print_table([f"{len(built)} networks", "best", "median", "worst"], rows)
     for name, key in record.baselines.items():
-        if key in record.rows:
-            click.echo(f"most {name} within the budget: test loss {record.mean(key, 'test_loss'):.4f}  {key}")
+        trained, common = record.trained([key])
+        if trained:
+            loss = statistics.fmean(record.rows[key][seed]["test_loss"] for seed in common)
+            click.echo(f"most {name} within the budget: test loss {loss:.4f}  {key}")
     if found := record.reliability("test_loss", built.keys):
         click.echo(
             f"trainings with two seeds rank the networks alike with a Spearman correlation of {found.correlation:.2f}; "

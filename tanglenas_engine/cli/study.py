@@ -61,6 +61,7 @@ def command(
     """
     from ..pipeline import studies
     from ..pipeline.params import parsed
+    from ..pipeline.pools import record_of
     from ..pipeline.studies import layout
     from ..pipeline.studies.plan import plan as planned
     from ..plugins import PluginManager
@@ -89,7 +90,8 @@ def command(
     files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": ignored + own}
     new = layout.lay_out(plan, folder, source, TEMPLATE / "study", files)
     if table and not (folder / table.name).exists():
-        shutil.copy(table, folder / table.name)
+        for file in filter(Path.exists, (table, record_of(table))):  # a pool's record says how far its trainings agree
+            shutil.copy(file, folder / file.name)
     count = len(plan.params["arms"]) * len(plan.params["seeds"])
     click.echo(f"{folder}: {name}, {count} runs ({', '.join(plan.params['arms'])}; seeds {plan.params['seeds']})")
     if not run:

@@ -106,7 +106,8 @@ def race(
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        afforded = jobs.afforded([runner.architecture for runner in better_half(ranked, entrants)], seconds, clock)
+        among = better_half(ranked, entrants) if spread else ranked[:entrants]
+        afforded = jobs.afforded([runner.architecture for runner in among], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
     planned = work(rungs) / train.epochs

@@ -42,7 +42,7 @@ from tanglenas_engine.tables import Table, rank_correlations
 COLUMNS = ("test_loss", "test_acc", "validation_loss", "validation_acc", "params", "macs", "seconds")
 """The columns of a pool: mean cross-entropies, accuracies in %, costs, and the processor seconds of a training.
 
-Of several trainings of a network, the table has the means.
+The table has the means over the seeds that all its networks were trained with.
 """
 DRAWS = 100
 """Draws per architecture of a pool after which a band counts as exhausted."""
@@ -148,6 +148,8 @@ class Record:
             identity = Identity(**content.pop("identity"))
             # Records of one training a network had no seeds.
             rows = {key: {str(identity.seed): row} if "seconds" in row else row for key, row in content["rows"].items()}
+            if not all({*COLUMNS} <= {*row} for trainings in rows.values() for row in trainings.values()):
+                raise ValueError("a training lacks a column")
             return cls(identity, **{**content, "rows": rows})
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise TangleNASError(
@@ -157,25 +159,36 @@ class Record:
     def write(self, path: Path, architectures: Sequence[str]) -> None:
         """Write the record, and the table of those of the architectures that were trained."""
         write_atomic(record_of(path), json.dumps({**vars(self), "identity": vars(self.identity)}, indent=1) + "\n")
-        trained = [key for key in architectures if key in self.rows and key not in self.failed]
-        columns = {name: [self.mean(key, name) for key in trained] for name in COLUMNS}
+        trained, seeds = self.trained(architectures)
+        columns = {
+            name: [statistics.fmean(self.rows[key][seed][name] for seed in seeds) for key in trained]
+            for name in COLUMNS
+        }
         Table(trained, columns, self.identity.space).write(path)
 
-    def mean(self, architecture: str, column: str) -> float:
-        """Return the mean of a column over the trainings of an architecture."""
-        return statistics.fmean(row[column] for row in self.rows[architecture].values())
+    def trained(self, architectures: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return those of the architectures that were trained without a failure, and the seeds that all of them have.
+
+        A pool that grows has new networks of fewer seeds. The others count by these seeds, too, until it is complete.
+        """
+        trained = [key for key in architectures if key in self.rows and key not in self.failed]
+        seeds = set.intersection(*({*self.rows[key]} for key in trained)) if trained else set[str]()
+        return trained, sorted(seeds, key=int)
 
     def reliability(self, metric: str, architectures: Sequence[str]) -> Reliability | None:
-        """Return how far trainings with other seeds rank architectures alike, or None for fewer than two seeds.
+        """Return how far trainings with other seeds rank architectures alike.
+
+        It is None for fewer than two seeds or three networks, and where a seed ranks all networks alike.
 
         Args:
             metric: A column.
-            architectures: The architectures to rank. Those that lack a training of some seed are left out.
+            architectures: The architectures to rank.
         """
-        there = [self.rows[key] for key in architectures if key in self.rows and key not in self.failed]
-        seeds = sorted(set[str]().union(*there))
-        columns = [[row[seed][metric] for row in there if len(row) == len(seeds)] for seed in seeds]
-        return Reliability.of(columns) if len(seeds) > 1 and len(columns[0]) > 2 else None
+        trained, seeds = self.trained(architectures)
+        if len(seeds) < 2 or len(trained) < 3:
+            return None
+        found = Reliability.of([[self.rows[key][seed][metric] for key in trained] for seed in seeds])
+        return found if math.isfinite(found.correlation) else None
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,8 @@ class Job:
                 return self.architecture, self.seed, str(error)
             seconds = time.process_time() - start
             tested = evaluate(bench.space, architecture, found.network.eval(), bench.data("test"))
+            if not math.isfinite(tested.test_loss):
+                return self.architecture, self.seed, f"its test loss is {tested.test_loss}"
         row = {
             "test_loss": tested.test_loss,
             "test_acc": tested.test_accuracy,
@@ -253,6 +268,8 @@ def build(
     """
     at_least("--count", count, 2)
     at_least("--seeds", seeds, 1)
+    if not jobs:
+        raise TangleNASError("--jobs is 0, expected a number of trainings at a time, or -1 for one on each core")
     arguments = project_arguments(*bindings)
     if arguments is None:
         raise TangleNASError(
@@ -294,6 +311,9 @@ def build(
                 progress.note(f"pool: {number} of {len(wanted)}: {told}")
             record.write(path, keys)
     record.write(path, keys)
+    for key in record.failed:
+        if key in networks and key not in dict(wanted):
+            progress.note(f"pool: {key} is left out, as it failed with another seed: {record.failed[key]}")
     return record
 
 

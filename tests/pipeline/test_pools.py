@@ -38,6 +38,11 @@ def enter(patch, folder):
     patch.chdir(folder)
 
 
+def make_splits_here():
+    with configured(trainings.project_arguments()):
+        return make_splits(create()[2], seed=0)
+
+
 def build(*options):
     return CliRunner().invoke(main, ["pool", "build", "pool.csv", "--budget", "0.3", *options])
 
@@ -88,6 +93,14 @@ def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
     assert len(load_table(project / "pool.csv")) == 4
 
 
+def test_a_network_whose_test_loss_is_no_number_has_failed(project, monkeypatch):
+    recipe = trainings.Recipe(trainings.project_arguments(), str(project), make_splits_here().to_json())
+    key = next(iter(json.loads((project / "pool.json").read_text())["rows"]))
+    measured = SimpleNamespace(test_loss=float("nan"))
+    monkeypatch.setattr(pools, "evaluate", lambda *_: measured)
+    assert pools.Job(recipe, key, 0).run() == (key, 0, "its test loss is nan")
+
+
 @pytest.mark.exhaustive
 def test_a_training_that_fails_is_left_out_and_named(project, monkeypatch):
     monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, job.seed, "the loss is nan"))
@@ -114,9 +127,7 @@ def test_more_seeds_train_each_network_again_and_the_table_has_the_means(project
 
 
 def test_a_second_training_has_the_next_seed_and_the_splits_of_the_first(project):
-    with configured(trainings.project_arguments()):
-        splits = make_splits(create()[2], seed=0)
-    recipe = trainings.Recipe(trainings.project_arguments(), str(project), splits.to_json())
+    recipe = trainings.Recipe(trainings.project_arguments(), str(project), make_splits_here().to_json())
     with recipe.open(1) as bench:
         assert bench.seed == 1 and bench.splits.seed == 0
     key = next(iter(json.loads((project / "pool.json").read_text())["rows"]))
@@ -134,6 +145,7 @@ def test_a_network_of_which_one_training_fails_is_left_out_until_it_succeeds(pro
     monkeypatch.setattr(pools.Job, "run", run)
     build("--count", "2", "--seeds", "2")
     assert fails not in load_table(project / "pool.csv").keys
+    assert f"{fails} is left out, as it failed with another seed: nan" in build("--count", "2").output
     fails = ""
     build("--count", "2", "--seeds", "2")
     assert len(load_table(project / "pool.csv")) == 2
@@ -167,8 +179,26 @@ def test_reliability_is_of_networks_that_every_seed_trained(trained):
     record = pools.Record(identity, rows)
     assert record.reliability("test_loss", "abc").correlation == pytest.approx(1)
     assert record.reliability("test_loss", "ab") is None
+    for row in rows.values():
+        row["1"] = {"test_loss": 1.0}
+    assert record.reliability("test_loss", "abc") is None  # equal ranks have no correlation
     del rows["c"]["1"]
     assert record.reliability("test_loss", "abc") is None
+
+
+def test_a_table_has_means_over_the_seeds_that_all_networks_have(trained, tmp_path):
+    folder, _ = trained
+    identity = pools.Record.read(folder / "pool.json").identity
+    rows = {name: {seed: dict.fromkeys(pools.COLUMNS, float(seed)) for seed in ("0", "1")} for name in "abc"}
+    record = pools.Record(identity, rows)
+    record.write(tmp_path / "pool.csv", "abc")
+    assert load_table(tmp_path / "pool.csv").columns["test_loss"].tolist() == [0.5] * 3
+    del rows["c"]["1"]  # a pool that grows
+    record.write(tmp_path / "pool.csv", "abc")
+    assert load_table(tmp_path / "pool.csv").columns["test_loss"].tolist() == [0.0] * 3
+    record.failed["c"] = "nan"
+    record.write(tmp_path / "pool.csv", "abc")
+    assert load_table(tmp_path / "pool.csv").columns["test_loss"].tolist() == [0.5] * 2
 
 
 def test_evaluate_says_what_a_perfect_ranking_of_the_pool_would_reach(project):
@@ -264,6 +294,7 @@ def test_a_pool_of_another_budget_is_refused(project):
     ("options", "message"),
     [
         (("--budget", "1.5"), "--budget is 1.5, expected a share of the largest network's MACs"),
+        (("--jobs", "0"), "--jobs is 0, expected a number of trainings at a time, or -1"),
         (("--seeds", "0"), "--seeds is 0, expected a whole number of at least 1"),
         (("--count", "1"), "--count is 1, expected a whole number of at least 2"),
         (("--count", "300"), "but the pool asks for 300: lower --count or --least"),
@@ -275,8 +306,15 @@ def test_options_that_make_no_pool_are_refused(project, monkeypatch, options, me
     assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
-def test_a_damaged_record_is_told(project):
-    (project / "pool.json").write_text('{"rows": {}}')
+@pytest.mark.parametrize("damage", ["all", "a column", "a row"])
+def test_a_damaged_record_is_told(project, damage):
+    record = json.loads((project / "pool.json").read_text())
+    row = next(iter(record["rows"].values()))
+    if damage == "a column":
+        del row["0"]["macs"]
+    if damage == "a row":
+        row["0"] = 3
+    (project / "pool.json").write_text(json.dumps({"rows": {}} if damage == "all" else record))
     result = build("--count", "2")
     assert result.exit_code == 2 and "pool.json is not the record of a pool" in result.output
 

@@ -41,7 +41,7 @@ def measure_run(arm: str, seed: str) -> None:
         write_measured(entry, load(entry.study).measure(entry))
 
 
-def build_pool(count: int, seeds: int, budget: float | None) -> None:
+def build_pool(count: int, budget: float | None, seeds: int = 1) -> None:
     """Train random networks that cost up to a share of the largest, and write pool/pool.csv with its record.
 
     Each network is trained with so many seeds.

@@ -97,20 +97,22 @@ def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[An
     Points of arms of one series are one curve of each seed. A few points are averaged one by one, in both directions.
     Longer curves are averaged where all seeds have a value; where that is one moment, the curve is a point.
     """
-    parts: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    parts: dict[str, dict[int, dict[tuple[str, int], tuple[float, float]]]] = {}  # points by arm and place
     for arm, seeds in runs.items():
         for seed, one in seeds.items():
             if name in one.curves:
-                points = parts.setdefault(series(arms, arm), {}).setdefault(seed, [])
-                points += [p for p in zip(one.curves[name].x, one.curves[name].y, strict=True) if None not in p]
+                points = parts.setdefault(series(arms, arm), {}).setdefault(seed, {})
+                found_here = enumerate(zip(one.curves[name].x, one.curves[name].y, strict=True))
+                points |= {(arm, place): point for place, point in found_here if None not in point}
     found = {}
     for label, by_seed in parts.items():
-        paths = [np.array(sorted(points)).T for points in by_seed.values() if points]
-        if not paths:
+        several = [sorted(points.items(), key=lambda item: item[1]) for points in by_seed.values() if points]
+        if not several:
             continue
+        paths = [np.array([point for _, point in points]).T for points in several]
         first, end = max(path[0][0] for path in paths), max(path[0][-1] for path in paths)
-        alike = all(len(path[0]) == len(paths[0][0]) for path in paths)
-        if alike and (len(paths[0][0]) <= FEW or all(np.allclose(path[0], paths[0][0]) for path in paths)):
+        alike = all([key for key, _ in points] == [key for key, _ in several[0]] for points in several)
+        if alike and (len(several[0]) <= FEW or all(np.allclose(path[0], paths[0][0]) for path in paths)):
             x, each = np.mean([path[0] for path in paths], 0), np.stack([path[1] for path in paths])
         else:
             x = np.linspace(first, end, POINTS) if first < end else np.array([end])

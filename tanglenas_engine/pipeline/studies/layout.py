@@ -52,7 +52,7 @@ def dvc_yaml(plan: Plan) -> str:
     if study.table == "pool" and not plan.params["table"]:
         stages["pool"] = {
             "desc": "Train random networks, which say what an architecture is worth",
-            "cmd": "python -m pipelines.pool ${measure.pool} ${measure.pool_seeds} ${measure.budget}",
+            "cmd": "python -m pipelines.pool ${measure.pool} ${measure.budget} ${measure.pool_seeds}",
             "params": [*SHARED, "retrain"],
             "deps": ["environment.json", *_gin("retrain"), "pipelines/pool.py"],
             "outs": ["pool"],

@@ -50,7 +50,9 @@ def measure(run: Run) -> Measured:
 
 def reliable(runs: Runs) -> list[str]:
     """Return how far trainings of the pool agree among themselves, which is the same in all runs."""
-    known = [one.values for seeds in runs.values() for one in seeds.values() if "ceiling" in one.values]
+    known = [
+        one.values for seeds in runs.values() for one in seeds.values() if {"agreement", "ceiling"} <= {*one.values}
+    ]
     if not known:
         return []
     return [

@@ -214,6 +214,13 @@ def test_points_of_a_series_are_one_curve_and_bands_need_two_seeds():
     x, mean, band = found["both"]
     assert x.tolist() == [1.25, 2.25] and mean.tolist() == [6.0, 7.0] and band is not None
     assert found["a"][0].tolist() == [1.0, 3.0] and found["a"][2] is None
+    apart = {
+        "b": {0: Measured(curves={"line": Curve([1.0], [5.0])}), 1: Measured(curves={"line": Curve([1.0], [7.0])})},
+        "c": {0: Measured(curves={"line": Curve([3.0], [6.0])}), 1: Measured(curves={"line": Curve([], [])})},
+        "d": {1: Measured(curves={"line": Curve([9.0], [9.0])})},
+    }
+    x, mean, _ = curves({**STUDY.arms, "d": Arm(series="both")}, apart, "line")["both"]
+    assert (x[0], x[-1], mean[0]) == (1.0, 9.0, 6.0) and 6.0 not in x  # arms that not all seeds have are no point
     long = [Curve(list(range(start, start + 20)), [float(start)] * 20) for start in (0, 5)]
     x, mean, band = curves(
         STUDY.arms, {"a": {seed: Measured(curves={"line": one}) for seed, one in enumerate(long)}}, "line"
