@@ -1,6 +1,5 @@
 """`tanglenas pool`: random networks of equal cost, against which searches are judged."""
 
-import statistics
 from pathlib import Path
 
 import click
@@ -57,7 +56,7 @@ def build(
     for name, key in record.baselines.items():
         trained, common = record.trained([key])
         if trained:
-            loss = statistics.fmean(record.rows[key][seed]["test_loss"] for seed in common)
+            loss = record.mean(key, "test_loss", common)
             click.echo(f"most {name} within the budget: test loss {loss:.4f}  {key}")
     if found := record.reliability("test_loss", built.keys):
         click.echo(

@@ -160,11 +160,12 @@ class Record:
         """Write the record, and the table of those of the architectures that were trained."""
         write_atomic(record_of(path), json.dumps({**vars(self), "identity": vars(self.identity)}, indent=1) + "\n")
         trained, seeds = self.trained(architectures)
-        columns = {
-            name: [statistics.fmean(self.rows[key][seed][name] for seed in seeds) for key in trained]
-            for name in COLUMNS
-        }
+        columns = {name: [self.mean(key, name, seeds) for key in trained] for name in COLUMNS}
         Table(trained, columns, self.identity.space).write(path)
+
+    def mean(self, architecture: str, column: str, seeds: Sequence[str]) -> float:
+        """Return the mean of a column over the trainings of an architecture with some seeds."""
+        return statistics.fmean(self.rows[architecture][seed][column] for seed in seeds)
 
     def trained(self, architectures: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return those of the architectures that were trained without a failure, and the seeds that all of them have.

@@ -250,7 +250,7 @@ def test_a_study_of_what_searches_find_goes_on_and_has_a_table(tiny, tmp_path):
         assert result.exit_code == 0, result.output
         return result.output
 
-    study = ["run", "gpt_nano", "--out", str(tmp_path), "--seeds", "0", "--halving", "2", "--methods", "drnas target"]
+    study = ["run", "gpt_nano", "--out", str(tmp_path), "--seeds", "0", "--halving", "1", "--methods", "drnas target"]
     said(*study)
     rows = (tmp_path / "gpt_nano.jsonl").read_text().splitlines()
     keys = {json.loads(row)["key"] for row in rows}

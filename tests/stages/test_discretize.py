@@ -240,7 +240,7 @@ def test_a_derivation_by_seconds_is_that_of_as_many_candidates(method, tmp_path,
         # Each reading takes a second: drawing 8 takes one, judging 8 takes one.
         found = derive(space, method=method, seconds=10.0, checkpoints=checkpoints, progress=ConsoleProgress())
         fitted = int(re.search(r"10 processor seconds are (\d+) candidates", capsys.readouterr().out)[1])
-        assert 5 <= fitted <= 40  # the proposals of a surrogate take some of the readings
+        assert (7 if method == "surrogate" else 8) <= fitted <= 40  # proposals of a surrogate take a reading
         monkeypatch.setattr(timer.time, "process_time", lambda: 0.0)  # another speed plans nothing anew
         assert derive(space, method=method, seconds=10.0, checkpoints=checkpoints) == found
     assert derive(space, method=method, candidates=fitted) == found
