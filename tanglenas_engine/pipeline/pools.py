@@ -171,8 +171,10 @@ class Record:
         """Return those of the architectures that were trained without a failure, and the seeds that all of them have.
 
         A pool that grows has new networks of fewer seeds. The others count by these seeds, too, until it is complete.
+        All have the seed of the pool, so that they always share one.
         """
-        trained = [key for key in architectures if key in self.rows and key not in self.failed]
+        first = str(self.identity.seed)
+        trained = [key for key in architectures if first in self.rows.get(key, {}) and key not in self.failed]
         seeds = set.intersection(*({*self.rows[key]} for key in trained)) if trained else set[str]()
         return trained, sorted(seeds, key=int)
 

@@ -196,6 +196,10 @@ def test_a_table_has_means_over_the_seeds_that_all_networks_have(trained, tmp_pa
     del rows["c"]["1"]  # a pool that grows
     record.write(tmp_path / "pool.csv", "abc")
     assert load_table(tmp_path / "pool.csv").columns["test_loss"].tolist() == [0.0] * 3
+    rows["c"] = {"1": rows["a"]["1"]}  # its first training failed, and is tried again
+    record.write(tmp_path / "pool.csv", "abc")
+    assert load_table(tmp_path / "pool.csv").columns["test_loss"].tolist() == [0.5] * 2
+    rows["c"] = rows["a"]
     record.failed["c"] = "nan"
     record.write(tmp_path / "pool.csv", "abc")
     assert load_table(tmp_path / "pool.csv").columns["test_loss"].tolist() == [0.5] * 2
