@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +131,22 @@ def test_rows_that_change_and_weights_that_move():
     assert stability.changed(before, after) == 50
     assert stability.movement(before, after) == pytest.approx(100 * (0.2 + 0.1) / 2)
     assert stability.variance([before, after]) == pytest.approx((0.01 * 2 + 0.0 + 0.0025 * 2) / 5)
+
+
+def test_epochs_of_the_warm_up_do_not_count(monkeypatch):
+    weights = [0.5, 0.5, 0.5, 0.6, 0.4, 0.6, 0.4]  # of an option, epoch by epoch; alpha moves from the fourth on
+    rows = [
+        {"epoch": str(epoch), "choice": "kernel", "layer": "1", "weight": str(value)}
+        for epoch, first in enumerate(weights, start=1)
+        for value in (first, 1 - first)
+    ]
+    monkeypatch.setattr(Run, "mixtures", lambda self: rows)
+    monkeypatch.setattr(Run, "history", lambda self: [{"entropy": "1.0"}])
+    run = Run("stability", Path(), "warm-up", 0, {"search": {"warmup_epochs": 3}}, {}, None, "")
+    measured = stability.measure(run)
+    assert measured.values["turnover"] == 100
+    assert measured.values["variance"] == pytest.approx(0.01)
+    assert measured.curves["turnover"].x == [5, 6, 7]
 
 
 def test_decisions_that_differ_are_a_share_of_all():
