@@ -133,20 +133,23 @@ def test_rows_that_change_and_weights_that_move():
     assert stability.variance([before, after]) == pytest.approx((0.01 * 2 + 0.0 + 0.0025 * 2) / 5)
 
 
-def test_epochs_of_the_warm_up_do_not_count(monkeypatch):
-    weights = [0.5, 0.5, 0.5, 0.6, 0.4, 0.6, 0.4]  # of an option, epoch by epoch; alpha moves from the fourth on
-    rows = [
-        {"epoch": str(epoch), "choice": "kernel", "layer": "1", "weight": str(value)}
-        for epoch, first in enumerate(weights, start=1)
-        for value in (first, 1 - first)
-    ]
-    monkeypatch.setattr(Run, "mixtures", lambda self: rows)
-    monkeypatch.setattr(Run, "history", lambda self: [{"entropy": "1.0"}])
-    run = Run("stability", Path(), "warm-up", 0, {"search": {"warmup_epochs": 3}}, {}, None, "")
-    measured = stability.measure(run)
-    assert measured.values["turnover"] == 100
-    assert measured.values["variance"] == pytest.approx(0.01)
-    assert measured.curves["turnover"].x == [5, 6, 7]
+def test_alpha_has_learned_for_as_long_where_arms_are_compared(monkeypatch):
+    def measured(warmup: int, weights: list[float]) -> Measured:
+        rows = [
+            {"epoch": str(epoch), "choice": "kernel", "layer": "1", "weight": str(value)}
+            for epoch, first in enumerate([0.5] * warmup + weights, start=1)
+            for value in (first, 1 - first)
+        ]
+        monkeypatch.setattr(Run, "mixtures", lambda self: rows)
+        monkeypatch.setattr(Run, "history", lambda self: [{"entropy": "1.0"}])
+        params = {"search": {"warmup_epochs": warmup}}
+        return stability.measure(Run("stability", Path(), "arm", 0, params, {"warmup_epochs": 3}, None, ""))
+
+    course = [0.7, 0.7, 0.6, 0.4]
+    late, early = measured(3, course), measured(0, [*course, 0.9, 0.1, 0.9])
+    assert late.values == early.values
+    assert late.values["turnover"] == 50 and late.values["variance"] == pytest.approx(0.01)
+    assert late.curves["turnover"].x == [5, 6, 7]
 
 
 def test_decisions_that_differ_are_a_share_of_all():
