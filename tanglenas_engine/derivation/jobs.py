@@ -123,10 +123,11 @@ class Jobs:
         return [Trained(*self.candidates.kept[key]) for key in keys]
 
     def afforded(self, architectures: Sequence[Architecture], seconds: float, clock: Clock) -> float:
-        """Return how many complete trainings so many seconds of a clock allow, by a training of one epoch.
+        """Return how many complete trainings so many seconds of a clock allow, by a training of two epochs.
 
-        The dearest architecture is trained, so that the others take no longer. The seconds of trainings add up, also
-        where several run at the same time.
+        The first epoch is slower than the others, as what is made once is made there, so the second one stands for
+        these. The dearest architecture is trained, so that the others take no longer. The seconds of trainings add up,
+        also where several run at the same time.
 
         Raises:
             TangleNASError: The time is shorter than one training, or every training failed.
@@ -138,15 +139,18 @@ class Jobs:
                 break
         else:
             raise TangleNASError(f"every training of the race failed. The last one: {result.failure}")
-        taken = result.seconds if clock == "processor" else result.wall
-        full = taken * self.train.epochs
+        parts = [result]
+        if self.train.epochs > 1:
+            parts += self.results([architecture], 2)
+        taken = [part.seconds if clock == "processor" else part.wall for part in parts if not part.failure]
+        full = taken[0] + (self.train.epochs - 1) * taken[-1]
         if seconds < full:
             raise TangleNASError(
                 f"race.seconds is {seconds:g}, but one training of {self.train.epochs} epochs takes about {full:.1f} "
                 f"{clock} seconds: give more seconds, or shorten the trainings (retrain.epochs)"
             )
         self.candidates.note(f"a training takes about {full:.1f} {clock} seconds; race.seconds is {seconds:g}")
-        return (seconds - taken) / full
+        return (seconds - sum(taken)) / full
 
     def _key(self, digest: str, epochs: int) -> str:
         return f"{self.train.identity}/{digest}/{epochs}"

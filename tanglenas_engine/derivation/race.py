@@ -85,7 +85,7 @@ def race(
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 4.7 trainings at the
             defaults.
-        seconds: The budget in seconds. A first training of one epoch tells how long a training takes, so another
+        seconds: The budget in seconds. A first training of two epochs tells how long one takes, so another
             machine may plan another race. The seconds of trainings add up, also of those at the same time.
         clock: The clock for `seconds`: "processor" adds up the seconds of all threads; "wall" is the clock for work on
             a GPU.

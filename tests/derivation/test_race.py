@@ -209,11 +209,22 @@ def test_a_budget_that_is_not_used_up_is_told(train):
     assert any("3.3 trainings of the budget are left: raise race.entrants" in line for line in notes)
 
 
-def test_seconds_are_a_budget_by_a_training_of_one_epoch(train):
+def test_seconds_are_a_budget_by_a_training_of_two_epochs(train):
     result, notes = raced(train, seconds=37)  # an epoch takes a second, and a training 9
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the first epoch is an entrant's
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the two epochs are an entrant's
     assert "discretize: a training takes about 9.0 processor seconds; race.seconds is 37" in notes
-    assert sorted(epochs for _, epochs in train.calls()) == [1, *[3] * 6, 9, 9]
+    assert sorted(epochs for _, epochs in train.calls()) == [1, 2, *[3] * 6, 9, 9]
+
+
+def test_a_slow_first_epoch_does_not_stand_for_the_others(train):
+    def slow(architecture, epochs):
+        trained = train(architecture, epochs)
+        return trained._replace(seconds=trained.seconds + 4 * (epochs == 1))
+
+    slow.epochs, slow.identity = train.epochs, train.identity
+    result, notes = raced(slow, seconds=55)
+    assert "discretize: a training takes about 13.0 processor seconds; race.seconds is 55" in notes
+    assert result.trainings == (6 * 3 + 2 * 6) / 9
 
 
 def test_seconds_on_the_wall_are_a_budget_too(train):
