@@ -7,6 +7,7 @@ result is written as soon as it is there, so a pool that is cut off goes on, and
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -155,6 +156,22 @@ class Record:
             raise TangleNASError(
                 f"{path} is not the record of a pool ({type(error).__name__}: {error}): build the pool in another file"
             ) from None
+
+    @classmethod
+    def beside(cls, table: Path) -> Record | None:
+        """Read the record beside a table, or return None where there is none. Other files of JSON are none.
+
+        Raises:
+            TangleNASError: The record is damaged.
+        """
+        path = record_of(table)
+        if not path.exists():
+            return None
+        with contextlib.suppress(OSError, ValueError):  # such a file may be a record that is damaged
+            content = strict_json.loads(path.read_text("utf-8"))
+            if not (isinstance(content, dict) and {"identity", "rows"} & {*content}):
+                return None
+        return cls.read(path)
 
     def write(self, path: Path, architectures: Sequence[str]) -> None:
         """Write the record, and the table of those of the architectures that were trained."""
@@ -331,9 +348,9 @@ def agreement(path: Path, metric: str, architectures: Sequence[str]) -> Reliabil
     Raises:
         TangleNASError: The record is damaged.
     """
-    if metric not in COLUMNS or not record_of(path).exists():
+    if metric not in COLUMNS or (record := Record.beside(path)) is None:
         return None
-    return Record.read(record_of(path)).reliability(metric, architectures)
+    return record.reliability(metric, architectures)
 
 
 def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Splits, macs: int) -> str:
@@ -349,9 +366,9 @@ def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Split
         TangleNASError: The record is damaged.
     """
     arguments = project_arguments()
-    if arguments is None or not record_of(path).exists():
+    if arguments is None or (record := Record.beside(path)) is None:
         return ""
-    pool = Record.read(record_of(path)).identity
+    pool = record.identity
     here = Identity.here(arguments, splits.seed, space, dataset, splits, {})
     if other := here.difference(pool, ("space", "dataset", "test", "recipe")):
         named = "test split, which the seed decides for this dataset" if other == "test" else other

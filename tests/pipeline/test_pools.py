@@ -13,7 +13,7 @@ from project import lay_out, set_params
 from scipy.stats import spearmanr
 from stages import forget_settings
 
-from tanglenas_engine import create_dataset, create_space
+from tanglenas_engine import TangleNASError, create_dataset, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import outputs, pools, trainings
 from tanglenas_engine.pipeline.config import configured
@@ -308,6 +308,18 @@ def test_options_that_make_no_pool_are_refused(project, monkeypatch, options, me
     monkeypatch.setattr(pools, "DRAWS", 1)
     result = CliRunner().invoke(main, ["pool", "build", "other.csv", "--budget", "0.3", *options])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "content, found", [('{"runs": 3}', "none"), ("[1]", "none"), ('{"rows": {}}', "damaged"), ("{", "damaged")]
+)
+def test_another_file_beside_a_table_is_no_record(tmp_path, content, found):
+    (tmp_path / "table.json").write_text(content)
+    if found == "none":
+        assert pools.agreement(tmp_path / "table.csv", "test_loss", ["a"]) is None
+        return
+    with pytest.raises(TangleNASError, match=r"table\.json is not the record of a pool"):
+        pools.agreement(tmp_path / "table.csv", "test_loss", ["a"])
 
 
 @pytest.mark.parametrize("damage", ["all", "a column", "a row"])
