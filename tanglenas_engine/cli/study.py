@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shlex
 import shutil
 import subprocess
@@ -88,10 +89,16 @@ def command(
     ignored = (TEMPLATE / "project" / "gitignore").read_text("utf-8")
     own = "/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"
     files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": ignored + own}
-    new = layout.lay_out(plan, folder, source, TEMPLATE / "study", files)
-    if table and not (folder / table.name).exists():
-        for file in filter(Path.exists, (table, record_of(table))):  # a pool's record says how far its trainings agree
-            shutil.copy(file, folder / file.name)
+    try:
+        new = layout.lay_out(plan, folder, source, TEMPLATE / "study", files)
+    except OSError as problem:
+        raise TangleNASError(f"--out {folder}: {problem.strerror or problem}. Name a folder that can be made") from None
+    for note in plan.notes:
+        click.echo(note)
+    # A pool may have grown since. Its record says how far its trainings agree.
+    for file in (table, record_of(table)) if table else ():
+        if file.exists() and not ((copy := folder / file.name).exists() and filecmp.cmp(file, copy, shallow=False)):
+            shutil.copy(file, copy)
     count = len(plan.params["arms"]) * len(plan.params["seeds"])
     click.echo(f"{folder}: {name}, {count} runs ({', '.join(plan.params['arms'])}; seeds {plan.params['seeds']})")
     if not run:
@@ -119,12 +126,17 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 def _change(text: str) -> tuple[str, Any]:
+    from ruamel.yaml.error import YAMLError
+
     from ..pipeline.params import parsed
 
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise TangleNASError(f"-S {text}: expected KEY=VALUE, such as search.epochs=5")
-    return key, parsed(f"value: {value}").get("value")
+    try:
+        return key, parsed(f"value: {value}").get("value")
+    except YAMLError:
+        raise TangleNASError(f"-S {text}: {value!r} is no value of YAML, such as 5, [1, 2] or a word") from None
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

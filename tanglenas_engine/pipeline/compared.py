@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
-from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES
+from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, read_told
 
 COMPARED = {
     "search": {"validation_accuracy": "search_validation_accuracy", "validation_loss": "search_validation_loss"},
@@ -28,7 +25,7 @@ def pipeline_metrics(stage: str) -> dict[str, float]:
     found: dict[str, float] = {}
     used: dict[str, dict[str, float]] = {}
     for name in STAGES[: STAGES.index(stage) + 1]:
-        metrics, run = (_content(path) for path in (METRICS / f"{name}.json", OUT / f"{name}.run.json"))
+        metrics, run = (read_told(path) for path in (METRICS / f"{name}.json", OUT / f"{name}.run.json"))
         found |= {shared: metrics[key] for key, shared in COMPARED[name].items() if _is_number(metrics.get(key))}
         costs = run.get("used")
         used[name] = (
@@ -39,15 +36,6 @@ def pipeline_metrics(stage: str) -> dict[str, float]:
         found |= {**by_stage, **({key: round(sum(by_stage.values()), 1)} if by_stage else {})}
     memory = [costs["peak_memory_MiB"] for costs in used.values() if "peak_memory_MiB" in costs]
     return {**found, **({"peak_memory_MiB": max(memory)} if memory else {})}
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """Return what a stage wrote for people; nothing where it is missing or damaged, as no result depends on it."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_number(value: object) -> bool:

@@ -274,6 +274,7 @@ def compare_rows(
         raise TangleNASError(f"--by and --join both have {both[0]}: leave it out of one")
     if equal := _differing(settings, joined):
         notes.insert(0, f"The runs differ in {', '.join(equal)}, which --join takes for equal.")
+    whole = settings
     settings = [{name: value for name, value in one.items() if name not in joined} for one in settings]
     by = by or _fewest(settings, names)
     metrics = _chosen_metrics(metrics, rows)
@@ -288,7 +289,8 @@ def compare_rows(
             "comparable. Name one in --by to have them in one table, or in --join to take its values for equal.",
         )
     drafts = {
-        _label(conditions, values): _groups(rows, settings, numbers, by) for values, numbers in sorted(split.items())
+        _label(conditions, values): _groups(rows, whole, numbers, by, joined)
+        for values, numbers in sorted(split.items())
     }
     labels = {group.label for groups, _ in drafts.values() for group in groups}
     if against is not None and against not in labels:
@@ -400,9 +402,16 @@ def _label(names: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _groups(
-    rows: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, str]], numbers: Sequence[int], by: Sequence[str]
+    rows: Sequence[dict[str, Any]],
+    settings: Sequence[Mapping[str, str]],
+    numbers: Sequence[int],
+    by: Sequence[str],
+    joined: Sequence[str],
 ) -> tuple[list[Group], list[str]]:
-    """Return the groups of some runs, sorted by label, and a sentence for each that mixes settings."""
+    """Return the groups of some runs, sorted by label, and a sentence for each that mixes settings.
+
+    Settings that are joined may differ between seeds. Where they differ between runs of one seed, the group mixes them.
+    """
     members: dict[str, list[int]] = {}
     for number in numbers:
         members.setdefault(_label(by, _values(settings[number], by)) or "all runs", []).append(number)
@@ -410,7 +419,14 @@ def _groups(
     for label, own in sorted(members.items()):
         groups.append(Group(label, {rows[number]["seed"]: rows[number] for number in own}))
         inside = [settings[number] for number in own]
-        if mixed := _differing(inside, sorted({name for one in inside for name in one})):
+        seeds = [[settings[n] for n in own if rows[n]["seed"] == seed] for seed in groups[-1].runs]
+        names = sorted({name for one in inside for name in one})
+        mixed = [
+            name
+            for name in _differing(inside, names)
+            if name not in joined or any(_differing(runs, [name]) for runs in seeds)
+        ]
+        if mixed:
             more = f" and {len(mixed) - MOST_NAMED} more" if len(mixed) > MOST_NAMED else ""
             notes.append(
                 f"{label} mixes runs that differ in {', '.join(mixed[:MOST_NAMED])}{more}, and has the latest of "

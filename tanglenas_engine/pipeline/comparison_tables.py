@@ -86,7 +86,7 @@ def latex(comparison: Comparison) -> str:
     """Return tables for each set of conditions, as booktabs sets them: a row for each group, a column for each metric.
 
     A cell has the mean, plus or minus the standard deviation. A second table has the differences with their intervals.
-    Captions are left to the paper.
+    A cell of fewer seeds than its row has their number, n. Captions are left to the paper.
     """
     parts = ["% Needs \\usepackage{booktabs}."]
     for table in comparison.tables:
@@ -100,7 +100,10 @@ def latex(comparison: Comparison) -> str:
             [
                 group.label,
                 str(len(group.runs)),
-                *(_latex_mean(look, table.estimates.get((metric, group.label))) for metric, look in shown.items()),
+                *(
+                    _latex_mean(look, table.estimates.get((metric, group.label)), len(group.runs))
+                    for metric, look in shown.items()
+                ),
             ]
             for group in table.groups
         ]
@@ -109,11 +112,18 @@ def latex(comparison: Comparison) -> str:
         if table.differences:
             found = {(one.metric, one.group): one.estimate for one in table.differences}
             pairs = dict.fromkeys((one.group, one.against) for one in table.differences)
+            counts = {
+                group: max(estimate.count for (_, other), estimate in found.items() if other == group)
+                for group, _ in pairs
+            }
             rows = [
                 [
                     f"{group} minus {against}",
-                    str(max(estimate.count for (_, other), estimate in found.items() if other == group)),
-                    *(_latex_difference(look, found.get((metric, group))) for metric, look in shown.items()),
+                    str(counts[group]),
+                    *(
+                        _latex_difference(look, found.get((metric, group)), counts[group])
+                        for metric, look in shown.items()
+                    ),
                 ]
                 for group, against in pairs
             ]
@@ -181,19 +191,24 @@ def _latex_row(cells: Sequence[str]) -> str:
     return f"{' & '.join(cells)} \\\\"
 
 
-def _latex_mean(metric: Metric, estimate: Estimate | None) -> str:
+def _latex_mean(metric: Metric, estimate: Estimate | None, seeds: int) -> str:
     if estimate is None:
         return "--"
     _, mean, deviation, _ = told(metric, estimate)
-    return _math(mean if estimate.deviation is None else f"{mean} \\pm {deviation}")
+    return _math(mean if estimate.deviation is None else f"{mean} \\pm {deviation}") + _fewer(estimate, seeds)
 
 
-def _latex_difference(metric: Metric, estimate: Estimate | None) -> str:
+def _latex_difference(metric: Metric, estimate: Estimate | None, seeds: int) -> str:
     if estimate is None:
         return "--"
     _, mean, _, interval = told(metric, estimate, signed=True)
     ends = interval.replace(" to ", ";\\ ")
-    return _math(mean if estimate.interval is None else f"{mean}\\ [{ends}]")
+    return _math(mean if estimate.interval is None else f"{mean}\\ [{ends}]") + _fewer(estimate, seeds)
+
+
+def _fewer(estimate: Estimate, seeds: int) -> str:
+    """Return the number of seeds of a cell, if it is not that of its row."""
+    return f" ($n={estimate.count}$)" if estimate.count != seeds else ""
 
 
 def _math(text: str) -> str:

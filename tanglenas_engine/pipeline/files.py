@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,15 @@ def read_splits() -> Splits:
             "like this. Run search again, or `dvc repro`"
         )
     return splits
+
+
+def read_told(path: Path) -> dict[str, Any]:
+    """Return what a stage wrote for people; nothing where it is missing or damaged, as no result depends on it."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_mixture(space: SearchSpace, derivations: Mapping[str, Any]) -> tuple[Mixture | None, str]:

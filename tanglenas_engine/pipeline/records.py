@@ -18,6 +18,7 @@ from tanglenas_engine.pipeline.config import required
 from tanglenas_engine.pipeline.configurables import create_dataset
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.store import PARENT, Store
+from tanglenas_engine.pipeline.tracking import AFTER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -77,16 +78,19 @@ def read(root: Path) -> Records:
     found = _runs(store.connect())
     pipelines = {run.info.run_id: run for run in found if run.data.tags[STAGE] == "pipeline"}
     stages = [run for run in found if run.data.tags[STAGE] in STAGES]
-    # A stage that DVC skipped is nested in the pipeline that ran it, which had the same search.
+    # A stage that DVC skipped is nested in the pipeline that ran it. The runs after it know its id, or, those of older
+    # versions, only the id of the pipeline, which is that of the search.
+    finished = {run.info.run_id: run for run in stages if run.info.status == "FINISHED"}
     siblings: dict[tuple[str | None, str], list[Any]] = {}
-    for run in stages:
-        if run.info.status == "FINISHED":
-            for pipeline in {run.data.tags.get(PIPELINE_ID), run.data.tags.get(PARENT)}:
-                siblings.setdefault((pipeline, run.data.tags[STAGE]), []).append(run)
+    for run in finished.values():
+        for pipeline in {run.data.tags.get(PIPELINE_ID), run.data.tags.get(PARENT)}:
+            siblings.setdefault((pipeline, run.data.tags[STAGE]), []).append(run)
     rows = []
     for run in stages:
         if run.data.tags[STAGE] == "evaluate" and run.info.status == "FINISHED":
-            parts = {name: part for name in STAGES[:-1] if (part := _before(run, name, siblings))} | {"evaluate": run}
+            known = {name: finished.get(run.data.tags.get(f"{AFTER}{name}", "")) for name in STAGES[:-1]}
+            parts = {name: part for name in known if (part := known[name] or _before(run, name, siblings))}
+            parts["evaluate"] = run
             rows.append(_row(parts, pipelines.get(run.data.tags.get(PARENT))))
     done = {run.data.tags.get(PARENT) for (_, stage), runs in siblings.items() if stage == "evaluate" for run in runs}
     unfinished = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -36,9 +37,9 @@ from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.compared import pipeline_metrics
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
 from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
-from tanglenas_engine.pipeline.files import METRICS, OUT, SUPERNET, read_splits
+from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_splits, read_told
 from tanglenas_engine.pipeline.meter import Meter
-from tanglenas_engine.pipeline.tracking import MlflowTracker, project_root
+from tanglenas_engine.pipeline.tracking import AFTER, MlflowTracker, project_root
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -205,6 +206,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 "dataset": dataset.name,
                 "optimizer": optimizer,
                 **({"weights.sha256": weights} if weights else {}),
+                **_after(name),
             },
             clock=lambda: {f"{name}/{key}": meter.read()[key] for key in ("seconds", "processor_seconds")},
         ) as tracker:
@@ -226,6 +228,13 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         # This comes last: a stage that is cut off before it goes on from its last checkpoint.
         checkpoints.discard()
         record.unlink(missing_ok=True)
+
+
+def _after(name: str) -> dict[str, str]:
+    """Return tags with the runs of the stages before this one. DVC may have skipped them, or fetched their files."""
+    before = itertools.takewhile(lambda stage: stage != name, STAGES)
+    runs = {stage: read_told(OUT / f"{stage}.run.json").get("mlflow_run_id") for stage in before}
+    return {f"{AFTER}{stage}": run for stage, run in runs.items() if isinstance(run, str) and run}
 
 
 def _recipe(arguments: Sequence[str]) -> dict[str, str]:

@@ -54,6 +54,8 @@ __all__ = [
 P = ParamSpec("P")
 Clock = Callable[[], Mapping[str, float]]
 
+AFTER = "tanglenas.after."
+"""The start of the tags of a run with the runs of the stages before it, by name."""
 PIPELINE = "pipeline"
 """The tag `tanglenas.stage` of a pipeline's run."""
 RETRY_SECONDS = 60.0
@@ -92,7 +94,7 @@ def _parent(name: str, tags: Mapping[str, str]) -> dict[str, Any] | None:
     if not (name and pipeline_id):
         return None
     own = ("tanglenas.stage", "dvc.stage", "architecture.digest", "params.hash")  # these are of the stage
-    shared = {tag: value for tag, value in tags.items() if tag not in own}
+    shared = {tag: value for tag, value in tags.items() if tag not in own and not tag.startswith(AFTER)}
     key = fingerprint(pipeline=pipeline_id, experiment=tags.get("dvc.exp_name", ""))
     return {"name": name, "tags": {**shared, "tanglenas.stage": PIPELINE, KEY: key}}
 

@@ -151,7 +151,7 @@ def rank_correlation(
         space: The supernet with its trained weights. Its state is restored.
         data: A view of `weights` (for the statistics of batch norms) and `architecture` (for accuracies).
         table: A function from an architecture to the benchmark's `table_value` and `table_rank`, which is 1 for the
-            best.
+            best, or to nothing where the benchmark lacks it. Such an architecture is left out.
         listed: The architectures of a table that lacks most of the space. They are compared, and no others.
         architectures: The number of random architectures to compare, or "all". None skips the comparison.
         recalibration_batches: The number of batches that set the statistics of batch norms for each architecture. 0
@@ -163,7 +163,7 @@ def rank_correlation(
         progress: The progress output for a person.
 
     Raises:
-        TangleNASError: There is no table, it lacks an architecture, or "all" are more than can be listed.
+        TangleNASError: There is no table, or "all" are more than can be listed.
     """
     if listed is not None:
         architectures = len(listed)
@@ -197,8 +197,8 @@ def rank_correlation(
         progress=progress,
     ) as candidates:
         drawn = listed or (_all_architectures(space) if every else candidates.fresh(candidates.limit))
-        compared = list(drawn)
-        known = [table(architecture) for architecture in compared]
+        looked_up = [(architecture, row) for architecture in drawn if (row := table(architecture))]
+        compared, known = [architecture for architecture, _ in looked_up], [row for _, row in looked_up]
         scored = candidates.judge(compared, race=False)
     rows = [
         {key: row[key] for key in ("digest", "loss", "accuracy")}

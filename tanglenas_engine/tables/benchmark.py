@@ -17,8 +17,9 @@ MEASURED = {"test_acc": "test_accuracy", "test_loss": "test_loss"}
 class Benchmark:
     """A metric of a table that is tied to a space.
 
-    A table of the whole space looks an architecture up. A pool is a table of a few random architectures, so it rarely
-    has the one that was found. It says instead which share of its networks is worse than the one found.
+    A table of the whole space looks an architecture up; it may lack some. A pool is a table of a few random
+    architectures, less than half of the space, so it rarely has the one that was found. It says instead which share of
+    its networks is worse than the one found.
 
     Args:
         table: The table, tied to its space.
@@ -37,7 +38,7 @@ class Benchmark:
         table.best(metric)  # an unknown metric is refused before the search, not after an epoch
         space = table.tied
         self.listed: list[Architecture] | None = None
-        if len(table) < space.size and not table.check(space).complete:
+        if 2 * len(table) < space.size:
             self.listed = [space.from_string(key) for key in table.keys]
 
     def __call__(self, architecture: Architecture) -> dict[str, float]:
@@ -45,12 +46,10 @@ class Benchmark:
         return {} if self.listed is not None else self.row(architecture)
 
     def row(self, architecture: Architecture) -> dict[str, float]:
-        """Return the value, rank and regret of an architecture that the table lists.
-
-        Raises:
-            TangleNASError: The table does not list it.
-        """
-        return self.table.row(architecture, self.metric)
+        """Return the value, rank and regret of an architecture; nothing if the table lacks it."""
+        assert self.table.tied is not None
+        listed = self.table.tied.to_string(architecture) in self.table
+        return self.table.row(architecture, self.metric) if listed else {}
 
     def judged(self, architecture: Architecture, **measured: float) -> dict[str, float]:
         """Return what the table says of a network: the values of its architecture, or its place in a pool."""

@@ -40,7 +40,8 @@ def load_table(
     - a pickle of `{architecture: {metric: value}}`. Nothing in it is executed (see `read_pickle`).
 
     All other columns are metrics, except `index`. An accuracy that never exceeds 1 is a fraction, and becomes a
-    percentage. `higher_is_better` is as for `Table`; a file that `Table.write` wrote has it in its header.
+    percentage, unless the file is one that `Table.write` wrote, where it is one already. `higher_is_better` is as for
+    `Table`; a file that `Table.write` wrote has it in its header.
 
     Raises:
         TangleNASError: The file is missing, empty, damaged, or not a table (names the line), or does not fit `space`.
@@ -54,7 +55,8 @@ def load_table(
             if header != _metric(header) in columns:
                 raise TangleNASError(f"columns {_metric(header)!r} and {header!r} are of one metric: remove one")
         columns = {_metric(header): values for header, values in columns.items()}
-        fractions = tuple(metric for metric, values in columns.items() if _is_fraction(metric, values))
+        written = name is not None  # by Table.write, which names the space
+        fractions = tuple(m for m, values in columns.items() if not written and _is_fraction(m, values))
         for metric in fractions:
             columns[metric] = [100 * value for value in columns[metric]]
         table = Table(keys, columns, name, {**told, **(higher_is_better or {})})

@@ -5,6 +5,7 @@ import io
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ from stores import add_pipeline
 
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline import records
 from tanglenas_engine.pipeline.comparison import Comparison, Estimate, compare_rows, seeds_needed
 from tanglenas_engine.pipeline.comparison_curves import Curve, Curves
 from tanglenas_engine.pipeline.comparison_figure import draw
 from tanglenas_engine.pipeline.comparison_tables import latex, markdown, table_csv
 from tanglenas_engine.pipeline.records import Records, names_of_params
+from tanglenas_engine.pipeline.store import PARENT
+from tanglenas_engine.pipeline.tracking import AFTER
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -117,6 +121,8 @@ def test_seeds_with_seconds_of_their_own_are_one_group_where_seconds_are_joined(
     assert table.differences[0].estimate == Estimate.of([-1.0, -2.0, -3.0])
     assert together.notes == ["The runs differ in search.seconds, which --join takes for equal."]
     assert compared(*rows, by=["optimizer"], joined=["search.seconds"]).tables[0].groups == table.groups
+    twice = compared(*rows, row("drnas", 0, 70.0, **{"search.seconds": 10}), joined=["search.seconds"])
+    assert "drnas mixes runs that differ in search.seconds, and has the latest of each seed." in twice.tables[0].notes
 
 
 def test_other_data_of_one_name_have_tables_of_their_own():
@@ -198,6 +204,15 @@ def test_the_csv_has_every_number_in_its_own_unit():
     assert [one["seeds_for_a_claim"] for one in rows if one["minus"]] == ["4", ""]
 
 
+def test_latex_has_the_number_of_seeds_of_a_cell_that_has_fewer_than_its_row():
+    rows = [row(name, seed, 90.0 + seed) for name in ("a", "b") for seed in range(3)]
+    del rows[2]["metrics"]["macs"]
+    text = latex(compared(*rows, metrics=["test_accuracy", "macs"]))
+    (means,) = [line for line in text.splitlines() if line.startswith("a & 3")]
+    assert "($n=2$)" in means and means.count("n=") == 1
+    assert text.count("($n=2$)") == 2  # the other one is of the difference
+
+
 def test_latex_escapes_what_people_call_their_runs():
     text = latex(compared(row("a_b%&", 0, 1234.0), row("a_b%&", 1, 1235.0), row("c", 0, 3.0)))
     assert r"a\_b\%\& & 2 & $1{,}234.50 \pm 0.71$" in text and text.count(r"\begin{tabular}") == 2
@@ -238,3 +253,31 @@ def test_the_command_reads_the_store_of_the_project(tmp_path, monkeypatch):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.stdout.splitlines()]
     assert ["search, processor time (s)", "drnas", "2", "40.0", "0.0", "40.0 to 40.0"] in lines
     assert ["test accuracy (%)", "drnas", "spos", "2", "-1.00", "0.00", "-1.00 to -1.00", "-"] in lines
+
+
+def test_an_evaluation_has_the_stages_that_it_followed_also_where_dvc_skipped_them(monkeypatch, tmp_path):
+    """The same search, derived in two ways, and then trained longer after the first one."""
+    found: list[SimpleNamespace] = []
+
+    def add(stage, parent, params, **after):
+        tags = {"tanglenas.stage": stage, "tanglenas.pipeline_id": "same", PARENT: parent}
+        tags |= {f"{AFTER}{name}": run for name, run in after.items()}
+        run = f"{stage} {len(found)}"
+        info = SimpleNamespace(run_id=run, run_name=stage, status="FINISHED", start_time=len(found))
+        found.append(SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, params=params, metrics={})))
+        return run
+
+    search = add("search", "one", {"OPTIMIZER": "spos"})
+    evolution = add("discretize", "one", {"discretize.method": "evolution"}, search=search)
+    short = add("retrain", "one", {"retrain.epochs": "50"}, search=search, discretize=evolution)
+    add("evaluate", "one", {}, search=search, discretize=evolution, retrain=short)
+    sampled = add("discretize", "two", {"discretize.method": "random"}, search=search)
+    again = add("retrain", "two", {"retrain.epochs": "50"}, search=search, discretize=sampled)
+    add("evaluate", "two", {}, search=search, discretize=sampled, retrain=again)
+    long = add("retrain", "three", {"retrain.epochs": "100"}, search=search, discretize=evolution)
+    add("evaluate", "three", {}, search=search, discretize=evolution, retrain=long)
+    monkeypatch.setattr(records, "_runs", lambda client: found)
+    monkeypatch.setattr(records.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
+    settings = [row["settings"] for row in records.read(tmp_path).evaluated]
+    assert [one["discretize.method"] for one in settings] == ["evolution", "random", "evolution"]
+    assert [one["retrain.epochs"] for one in settings] == ["50", "50", "100"]

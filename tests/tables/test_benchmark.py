@@ -51,6 +51,16 @@ def test_a_table_of_the_whole_space_has_values_and_no_percentile(space):
     assert benchmark.judged(space.largest(), test_loss=1.0) == benchmark.row(space.largest())
 
 
+def test_a_table_that_lacks_a_few_architectures_is_no_pool(space):
+    keys = [*dict.fromkeys(space.to_string(space.architecture_of(picks)) for picks in combinations(space.rows))]
+    missing, known = space.from_string(keys.pop(3)), space.from_string(keys[0])
+    benchmark = Benchmark(
+        Table(keys, {"test_loss": [float(i) for i in range(len(keys))]}, space.name).of(space), "test_loss"
+    )
+    assert benchmark.listed is None and benchmark(known)["table_rank"] == 1
+    assert benchmark(missing) == {} and benchmark.judged(missing, test_loss=1.0) == {}
+
+
 def test_an_unknown_metric_is_refused_at_once(space):
     with pytest.raises(TangleNASError, match="test_los"):
         Benchmark(pool(space), "test_los")

@@ -99,6 +99,12 @@ def test_what_someone_says_outweighs_the_name_and_is_kept_in_the_file(tmp_path):
         load_table(tmp_path / "t.csv")
 
 
+def test_small_percentages_stay_what_they_are_where_the_table_was_written_here(tmp_path):
+    table = Table(["a", "b"], {"test_acc": [0.2, 0.9]}, "somewhere")
+    table.write(tmp_path / "table.csv")
+    assert load_table(tmp_path / "table.csv").columns["test_acc"].tolist() == [0.2, 0.9]
+
+
 def test_fractions_are_no_percentages(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("arch,test_acc,test_err\na,0.94,0.06\nb,0.5,0.5\nc,1,0\n")

@@ -67,8 +67,8 @@ STUDY = Study(
     measure=measure,
     metrics={**TEST, "seconds": SECONDS},
     claims=tuple(
-        Claim(metric, f"drnas-{share}", f"{other}-{share}", HIGHER[metric], "ahead" if other != "halving" else "")
-        for metric in TEST
+        Claim(metric, f"drnas-{share}", f"{other}-{share}", higher, "ahead" if other != "halving" else "")
+        for metric, higher in HIGHER.items()
         for share in SHARES
         for other in METHODS[1:]
     ),

@@ -61,8 +61,8 @@ STUDY = Study(
     },
     claims=(
         *(
-            Claim(metric, f"{method}-{portion}", f"{method}-{PORTIONS[0]}", HIGHER[metric])
-            for metric in TEST
+            Claim(metric, f"{method}-{portion}", f"{method}-{PORTIONS[0]}", higher)
+            for metric, higher in HIGHER.items()
             for method in METHODS
             for portion in PORTIONS[1:]
         ),

@@ -99,13 +99,28 @@ def uniform(space: SearchSpace, most: int) -> Assignment | None:
 
 
 def across(runs: Runs) -> Mapping[str, Mapping[int, Mapping[str, float]]]:
-    """Return how far the architecture of each seed is from those of the other seeds of its arm, as a mean."""
+    """Return how far the architectures of an arm's seeds are from each other, as values of seeds with this mean.
+
+    Each distance is one of two seeds, so the seeds' own mean distances depend on each other, and their interval would
+    be far too short. The pseudo-values of the jackknife have the same mean, and an interval that holds. Two seeds have
+    one distance, which is given to the first of them: it has no interval.
+    """
     found: dict[str, dict[int, dict[str, float]]] = {}
     for arm, seeds in runs.items():
-        for seed, one in seeds.items():
-            others = [moved(dict(one.choices), dict(two.choices)) for other, two in seeds.items() if other != seed]
-            if others:
-                found.setdefault(arm, {})[seed] = {"between_seeds": float(np.mean(others))}
+        count = len(seeds)
+        own = {
+            seed: float(np.mean([moved(dict(one.choices), dict(two.choices)) for o, two in seeds.items() if o != seed]))
+            for seed, one in seeds.items()
+            if count > 1
+        }
+        if count == 2:
+            own.popitem()
+        if count > 2:
+            mean = float(np.mean([*own.values()]))
+            without = {seed: (count * mean - 2 * value) / (count - 2) for seed, value in own.items()}
+            own = {seed: count * mean - (count - 1) * left for seed, left in without.items()}
+        if own:
+            found[arm] = {seed: {"between_seeds": value} for seed, value in own.items()}
     return found
 
 

@@ -92,7 +92,7 @@ def dvc_yaml(plan: Plan) -> str:
         "desc": "Compare the runs on a page",
         "cmd": "python -m pipelines.page",
         "params": ["study", "scale", "seeds", "arms", *SHARED],
-        "deps": ["measured", "pipelines/page.py"],
+        "deps": ["environment.json", "measured", "pipelines/page.py"],
         "outs": ["page"],
     }
     note = (

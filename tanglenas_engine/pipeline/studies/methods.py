@@ -8,11 +8,13 @@ from tanglenas_engine.tables import Benchmark, load_table
 
 TEST = {
     "table_value": Metric("table value", "", 2),
+    "table_regret": Metric("distance from the table's best", "", 2),
     "test_accuracy": Metric("test accuracy", "%", 2),
     "test_loss": Metric("test loss", "nats", 4),
 }
 """What an architecture is worth: by a table of the whole space, or as a network of its own."""
-HIGHER = {"table_value": True, "test_accuracy": True, "test_loss": False}
+HIGHER = {"table_regret": False, "test_accuracy": True, "test_loss": False}
+"""What methods are compared by, and whether more is better. Of a table's metric, either more or less may be better."""
 SECONDS = Metric("search and derivation, time", "s", 1)
 """Of processors; on a GPU of the wall."""
 SPOS: dict[str, object] = {"optimizer": "spos"}
@@ -36,7 +38,8 @@ def worth(run: Run) -> dict[str, float]:
         benchmark = Benchmark(load_table(run.table, bench.space), run.metric)
         if benchmark.listed is not None:
             raise TangleNASError(f"{run.table.name} is a pool, which has few architectures: leave --table out")
-        return {"table_value": benchmark.row(read_architecture(bench.space))["table_value"]}
+        row = benchmark.row(read_architecture(bench.space))
+        return {name: row[name] for name in ("table_value", "table_regret") if name in row}
 
 
 def moved(one: dict[str, object], other: dict[str, object]) -> float:

@@ -31,6 +31,9 @@ PAPER_EPOCHS = {
 }
 """The epochs of a search that the paper gives a method on a space."""
 
+OPTIONS = ("space", "dataset", "seeds", "arms", "scale", "table", "metric")
+"""Values of params.yaml that the command has options for."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,10 +42,12 @@ class Plan:
     Attributes:
         name: The name of the study.
         params: The content of params.yaml.
+        notes: Sentences for the person who gave the settings.
     """
 
     name: str
     params: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     @property
     def study(self) -> Study:
@@ -107,10 +112,10 @@ def plan(
         params[group] = {**template[group], **sizes.params.get(group, {})}
     params["measure"] = dict(sizes.params.get("measure", {}))
     chosen = _chosen(study, arms, sizes.without)
-    params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, scale) for arm in chosen}
-    for key, value in (changes or {}).items():
-        _change(params, key, value)
-    return Plan(name, params)
+    paper = PAPER_EPOCHS.get(params["space"], {}) if scale == "paper" and "search.epochs" not in (changes or {}) else {}
+    params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, paper) for arm in chosen}
+    notes = [_change(params, key, value) for key, value in (changes or {}).items()]
+    return Plan(name, params, [note for note in notes if note])
 
 
 def _chosen(study: Study, arms: Sequence[str] | None, without: Sequence[str]) -> list[str]:
@@ -145,12 +150,16 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
     return list(seeds)
 
 
-def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], scale: str) -> dict[str, Any]:
-    """Return the values of an arm: all groups, though they may be empty, as DVC tracks each by itself."""
+def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], paper: Mapping[str, int]) -> dict[str, Any]:
+    """Return the values of an arm: all groups, though they may be empty, as DVC tracks each by itself.
+
+    Args:
+        paper: The epochs that the paper gives a method, which `pc_` methods share.
+    """
     own: dict[str, Any] = {"optimizer": "drnas", **copy.deepcopy(dict(arm.params))}
     for group in GROUPS:
         own[group] = dict(own.get(group, {}))
-    epochs = PAPER_EPOCHS.get(params["space"], {}).get(own["optimizer"]) if scale == "paper" else None
+    epochs = paper.get(own["optimizer"].removeprefix("pc_"))
     if epochs is not None and params["search"].get("seconds") is None:
         own["search"].setdefault("epochs", epochs)
     for group, values in sizes.arms.get(name, {}).items():
@@ -160,18 +169,26 @@ def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], scale: st
     return own
 
 
-def _change(params: dict[str, Any], key: str, value: Any) -> None:
-    """Change a value by its dotted name.
+def _change(params: dict[str, Any], key: str, value: Any) -> str:
+    """Change a value by its dotted name. Return a sentence about arms that keep their own, or "".
 
     Raises:
         TangleNASError: There is no such value.
     """
-    *path, last = key.split(".")
-    group: Any = params
-    for name in path:
-        group = group.get(name) if isinstance(group, dict) else None
-    known = isinstance(group, dict) and (last in group or path[:1] == ["measure"] or path[:1] == ["arms"])
-    if not known:
-        names = [f"{outer}.{inner}" for outer in (*GROUPS, "measure") for inner in params[outer]]
-        raise TangleNASError(f"-S {key}: a study has no such value.{closest(key, names)} Look at its params.yaml")
-    group[last] = value
+    places: dict[str, tuple[dict[str, Any], set[str]]] = {  # what can be changed, and the names in it
+        group: (params[group], {*params[group]}) for group in (*GROUPS, "measure")
+    }
+    for arm, own in params["arms"].items():
+        places[f"arms.{arm}"] = own, {"optimizer", "bindings"}
+        places |= {f"arms.{arm}.{group}": (own[group], {*params[group], *own[group]}) for group in GROUPS}
+    place, _, name = key.rpartition(".")
+    values, names = places.get(place, ({}, set()))
+    if name not in names:
+        known = [f"{outer}.{inner}" for outer, (_, several) in places.items() for inner in several]
+        advice = f"--{key} gives it." if key in OPTIONS else f"{closest(key, known).strip()} Look at its params.yaml"
+        raise TangleNASError(f"-S {key}: a study has no such value to change. {advice.strip()}")
+    values[name] = value
+    apart = {arm: own[place][name] for arm, own in params["arms"].items() if name in own.get(place, {})}
+    told = ", ".join(f"{arm} ({one})" for arm, one in apart.items())
+    first = next(iter(apart), "")
+    return f"{key} is not for {told}, which have their own. -S arms.{first}.{key}=VALUE changes it." if apart else ""

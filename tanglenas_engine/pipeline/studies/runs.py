@@ -29,6 +29,8 @@ from tanglenas_engine.runtime.files import write_atomic
 RUNS = Path("runs")
 MEASURED = Path("measured")
 GROUPS = ("search", "discretize", "retrain")
+OWN = ("optimizer", "bindings", "measure", "as_long_as", "beside", *GROUPS)
+"""What an arm may have. The stages of dvc.yaml depend on these values of theirs."""
 OF_STAGE = re.compile(r"(search|discretize|retrain|evaluate): (.*)")
 """A binding for one stage: not every stage knows what another one refers to."""
 
@@ -69,8 +71,14 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     arms = {**params["arms"], "pool": {}}
     if arm not in arms:
         raise unknown("arm of the study", arm, params["arms"])
+    if foreign := [name for name in arms[arm] if name not in OWN]:
+        raise TangleNASError(
+            f"the arm {arm!r} in params.yaml has {foreign[0]!r}, which is the same for all arms of a study. An arm may "
+            f"have {', '.join(OWN)}"
+        )
     own: dict[str, Any] = {group: {**params[group], **(arms[arm].get(group) or {})} for group in GROUPS}
-    own |= {name: arms[arm].get(name, params.get(name)) for name in ("space", "optimizer", "dataset", "recipe")}
+    own |= {name: params.get(name) for name in ("space", "dataset", "recipe")}
+    own["optimizer"] = arms[arm].get("optimizer")
     own["seed"] = int(seed)
     clock: list[str] = []
     if other := arms[arm].get("as_long_as"):
@@ -87,20 +95,37 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     write_atomic(folder / "params.yaml", yaml_text(own))
     write_atomic(folder / "dvc.yaml", yaml_text(_stages(root, bindings)))
     # Runs of one supernet share the id of their pipeline. MLflow tells them apart by the name of their experiment.
-    os.environ["DVC_EXP_NAME"] = "-".join(filter(None, [os.environ.get("DVC_EXP_NAME"), folder.name]))
-    os.environ.setdefault("DVC_ROOT", str(root))
-    # Several processes of a stage, and the workers of a race, find the scripts and the functions of the project.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = {
+        "DVC_EXP_NAME": "-".join(filter(None, [os.environ.get("DVC_EXP_NAME"), folder.name])),
+        "DVC_ROOT": os.environ.get("DVC_ROOT") or str(root),
+        # Several processes of a stage, and the workers of a race, find the scripts and the functions of the project.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+    }
     pool = Path("pool", "pool.csv")
     known = table or (str(pool) if (root / pool).exists() else None)
     beside = arms[arm].get("beside")
-    with chdir(folder):
+    with chdir(folder), _environment(environment):
         yield Run(
             params["study"], root, arm, int(seed), own,
             {**(params.get("measure") or {}), **(arms[arm].get("measure") or {})},
             Path("..", "..", known) if known else None, params.get("metric") or "test_acc",
             root / RUNS / f"{beside}-{seed}" if beside else None,
         )  # fmt: skip
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment until the block ends. What the command starts later has those of before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def take_supernet(other: str, seed: str) -> None:

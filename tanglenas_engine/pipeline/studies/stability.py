@@ -122,7 +122,7 @@ STUDY = Study(
         "paper": Scale(
             {"search": {"warmup_epochs": 0}, "measure": {"warmup_epochs": 10}},
             seeds=(9001, 9002, 9003, 9004),
-            arms={"warm-up": {"search": {"warmup_epochs": 10}}, "shrinking": {"search": {"epochs": 50}}},
+            arms={"warm-up": {"search": {"warmup_epochs": 10}}},
         ),
     },
     table="optional",

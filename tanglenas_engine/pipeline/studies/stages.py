@@ -29,8 +29,8 @@ STUDY = Study(
     measure=measure,
     metrics={**TEST, "seconds": SECONDS},
     claims=tuple(
-        Claim(metric, "drnas", other, HIGHER[metric], "ahead" if other.startswith("spos") else "")
-        for metric in TEST
+        Claim(metric, "drnas", other, higher, "ahead" if other.startswith("spos") else "")
+        for metric, higher in HIGHER.items()
         for other in ("spos-evolution", "spos-random", "drnas-evolution")
     ),
     panels=(Panel("means", "table_value"), Panel("means", "test_accuracy"), Panel("means", "test_loss"),

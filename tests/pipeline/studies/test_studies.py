@@ -1,5 +1,6 @@
 """Studies: their folders as DVC reads them, and what people type wrong."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from paths import ROOT
 
+from tanglenas_engine import TangleNASError
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.config import configured
@@ -91,8 +93,7 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
     )
     assert study("stability", *given).exit_code == 0
     monkeypatch.chdir(tmp_path / "here")
-    for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
-        monkeypatch.setenv(name, "")
+    before = dict(os.environ)
     with runs.entered("warm-up", "7") as run:
         assert Path.cwd() == tmp_path / "here" / "runs" / "warm-up-7"
         arguments = arguments_of("search")
@@ -100,15 +101,15 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
         assert arguments[-2:] == ["search.clip = 1.0", 'create_optimizer.regularizer = "none"']
         assert run.params["search"]["epochs"] == 4
         assert "retrain.clip = 2.0" in arguments_of("retrain") and "retrain.clip = 2.0" not in arguments
-    assert Path.cwd() == tmp_path / "here"
+        assert os.environ["DVC_EXP_NAME"].endswith("warm-up-7")
+    # What the command starts afterwards, such as `dvc repro`, has the environment of before.
+    assert Path.cwd() == tmp_path / "here" and dict(os.environ) == before
 
 
 @pytest.mark.parametrize("name", studies.NAMES)
 def test_the_config_of_every_arm_is_read_by_every_stage(study, tmp_path, monkeypatch, name):
     assert study(name, "--seeds", "0").exit_code == 0
     monkeypatch.chdir(tmp_path / "here")
-    for variable in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
-        monkeypatch.setenv(variable, "")
     for arm in studies.load(name).arms:
         if arm in runs.read_params(tmp_path / "here")["arms"]:
             with runs.entered(arm, "0"):
@@ -124,8 +125,6 @@ def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch)
     out.mkdir(parents=True)
     (out / "search.run.json").write_text('{"used": {"processor_seconds": 99, "work_processor_seconds": 30.5}}')
     (out / "discretize.run.json").write_text('{"used": {"work_processor_seconds": 11.2}}')
-    for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
-        monkeypatch.setenv(name, "")
     with runs.entered("drnas", "0"):
         assert "search.seconds = 41.7" in arguments_of("search")
     (out / "discretize.run.json").write_text("{}")
@@ -139,8 +138,6 @@ def test_a_fine_tuned_network_is_measured_beside_the_one_from_scratch(study, tmp
     theirs = {dep.def_path for dep in found.deps if "spos-scratch-7" in dep.def_path}
     assert {"runs/spos-scratch-7/out/retrain/model", "runs/spos-scratch-7/out/discretize"} <= theirs
     monkeypatch.chdir(tmp_path / "here")
-    for name in ("DVC_EXP_NAME", "DVC_ROOT", "PYTHONPATH"):
-        monkeypatch.setenv(name, "")
     with runs.entered("spos-finetune", "7") as run:
         assert run.beside == tmp_path / "here" / "runs" / "spos-scratch-7"
     with runs.entered("spos-scratch", "7") as run:
@@ -154,6 +151,39 @@ def test_the_paper_gives_methods_epochs_of_their_own():
     assert made.params["seeds"] == [9001, 9002, 9003, 9004]
     epochs = {arm: own["search"]["epochs"] for arm, own in made.params["arms"].items()}
     assert (epochs["drnas-50"], epochs["spos-80"]) == (100, 250)
+
+
+def test_epochs_of_a_person_are_those_of_all_arms_that_have_none_of_their_own():
+    template = layout_template()
+    made = plan("stability", template, command="", scale="paper", space="nb201", changes={"search.epochs": 5})
+    assert {own["search"].get("epochs", made.params["search"]["epochs"]) for own in made.params["arms"].values()} == {5}
+    assert not made.notes
+    made = plan("ranking", template, command="", changes={"search.epochs": 5})
+    assert made.notes == [
+        "search.epochs is not for spos-short (3), spos-long (30), which have their own. "
+        "-S arms.spos-short.search.epochs=VALUE changes it."
+    ]
+    changes = {"arms.spos-short.search.epochs": 2, "arms.drnas.bindings": ["search.clip = 1.0"], "measure.budget": None}
+    made = plan("ranking", template, command="", changes=changes)
+    assert made.params["arms"]["spos-short"]["search"]["epochs"] == 2 and made.params["measure"]["budget"] is None
+    assert made.params["arms"]["drnas"]["bindings"] == ["search.clip = 1.0"]
+
+
+def test_a_table_that_grew_is_copied_again(study, tmp_path):
+    table = tmp_path / "table.csv"
+    for text in ("architecture,test_acc\na,1\n", "architecture,test_acc\na,1\nb,2\n"):
+        table.write_text(text)
+        assert study("ranking", "--table", str(table)).exit_code == 0
+        assert (tmp_path / "here" / "table.csv").read_text() == text
+
+
+def test_an_arm_has_no_space_of_its_own(study, tmp_path, monkeypatch):
+    assert study("stability", "--seeds", "0").exit_code == 0
+    monkeypatch.chdir(tmp_path / "here")
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("  plain:\n", "  plain:\n    recipe: demo\n", 1))
+    with pytest.raises(TangleNASError, match="has 'recipe', which is the same for all arms of a study"):
+        runs.entered("plain", "0").__enter__()
 
 
 def layout_template() -> dict:
@@ -189,6 +219,13 @@ def test_some_arms_bring_those_that_they_need():
         (["ranking", "--seeds", ","], "--seeds is empty"),
         (["ranking", "-S", "search.epcohs=3"], "Did you mean 'search.epochs'?"),
         (["ranking", "-S", "search.epochs"], "expected KEY=VALUE"),
+        (["ranking", "-S", "search.epochs=[1"], "'[1' is no value of YAML"),
+        (["ranking", "-S", "seeds=5"], "-S seeds: a study has no such value to change. --seeds gives it."),
+        (["ranking", "-S", "measure=5"], "-S measure: a study has no such value to change."),
+        (["ranking", "-S", "measure.architecture=5"], "Did you mean 'measure.architectures'?"),
+        (["ranking", "-S", "arms.extra=3"], "-S arms.extra: a study has no such value to change."),
+        (["ranking", "-S", "arms.drnas.optimiser=darts"], "Did you mean 'arms.drnas.optimizer'?"),
+        (["ranking", "-S", "arms.drnas.search=3"], "-S arms.drnas.search: a study has no such value to change."),
         (["ranking", "--arms", "spso"], "unknown arm of the study 'spso'. Did you mean 'spos'?"),
     ],
 )
