@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 
+import psutil
 import torch
 
 try:
@@ -47,7 +49,7 @@ class Meter:
         self._earlier = earlier
 
     def read(self) -> dict[str, float]:
-        """Return `seconds`, `processor_seconds` (this process and its ended children) and `peak_memory_MiB`.
+        """Return `seconds`, `processor_seconds` (this process and its children) and `peak_memory_MiB`.
 
         `work_seconds` and `work_processor_seconds` are those of the stage's own work, without its start and what it
         writes at the end.
@@ -77,4 +79,10 @@ def _now() -> tuple[float, float]:
 
 
 def _processor_seconds() -> float:
-    return sum(os.times()[:4])
+    """Return the seconds of this process and its children: those that ended, and those that run, as a race has them."""
+    total = sum(os.times()[:4])
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may end meanwhile
+            used = child.cpu_times()
+            total += used.user + used.system + getattr(used, "children_user", 0) + getattr(used, "children_system", 0)
+    return total

@@ -1,5 +1,8 @@
 """What a stage costs, over all processes that it took."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tanglenas_engine.pipeline.meter import Meter
@@ -31,3 +34,13 @@ def test_the_work_of_a_stage_is_what_lies_between_its_start_and_its_result():
 def test_numbers_that_no_meter_gave_are_refused(value):
     with pytest.raises((ValueError, TypeError)):
         Meter().go_on({"seconds": value})
+
+
+def test_a_child_that_still_runs_counts_once():
+    busy = "import time\nwhile time.process_time() < 0.6: pass\nprint('done', flush=True)\ninput()"
+    meter = Meter()
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        used = meter.read()["processor_seconds"]
+        child.communicate(b"\n")
+    assert 0.6 <= used and meter.read()["processor_seconds"] < used + 0.5

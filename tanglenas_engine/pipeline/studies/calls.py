@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gin
+
 from tanglenas_engine.errors import print_anything
+from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.pools import build, record_of
 from tanglenas_engine.pipeline.stage import one_sentence
 from tanglenas_engine.pipeline.studies import load
@@ -52,7 +55,12 @@ def build_pool(count: int, budget: float | None, seeds: int = 1) -> None:
     print_anything()
     out = Path("pool").resolve()
     with one_sentence("pool"), entered("pool", "0") as entry:
-        identity = fingerprint(arguments=arguments_of("retrain"), budget=budget)
+        arguments = arguments_of("retrain")
+        with configured(arguments):
+            config = gin.config_str()
+        # Code and versions count, as in other stages: a pool of other ones is trained anew.
+        environment = (entry.root / "environment.json").read_text("utf-8")
+        identity = fingerprint(arguments=arguments, budget=budget, config=config, environment=environment)
         kept = entry.root / ".tanglenas" / "pools" / identity
         kept.mkdir(parents=True, exist_ok=True)
         with exclusive(kept / "lock"):

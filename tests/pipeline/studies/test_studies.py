@@ -15,7 +15,7 @@ from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.params import parsed
-from tanglenas_engine.pipeline.studies import runs
+from tanglenas_engine.pipeline.studies import calls, runs
 from tanglenas_engine.pipeline.studies.memory import Need, check
 from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.run import arguments_of
@@ -184,6 +184,27 @@ def test_an_arm_has_no_space_of_its_own(study, tmp_path, monkeypatch):
     params.write_text(params.read_text().replace("  plain:\n", "  plain:\n    recipe: demo\n", 1))
     with pytest.raises(TangleNASError, match="has 'recipe', which is the same for all arms of a study"):
         runs.entered("plain", "0").__enter__()
+
+
+def test_a_pool_of_other_code_or_of_another_recipe_is_trained_anew(study, tmp_path, monkeypatch):
+    assert study("ranking", "--seeds", "0").exit_code == 0
+    monkeypatch.chdir(tmp_path / "here")
+    built = []
+
+    def build(path: Path, **options: object) -> None:
+        built.append(path.parent.name)
+        for file in (path, path.with_suffix(".json")):
+            file.write_text("")
+
+    monkeypatch.setattr(calls, "build", build)
+    recipe, environment = Path("gin", "cpu", "retrain.gin"), Path("environment.json")
+    for change in (environment, None, environment, recipe):
+        if change is not None:
+            change.write_text((change.read_text() if change.exists() else "") + "\n# changed: 1\n")
+        if change is recipe:
+            recipe.write_text(recipe.read_text() + "retrain.clip = 3.25\n")
+        calls.build_pool(4, 0.6)
+    assert built[0] == built[1] and len(set(built)) == 3
 
 
 def layout_template() -> dict:
