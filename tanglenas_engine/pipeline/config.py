@@ -55,8 +55,8 @@ def register(function: Callable[..., Any]) -> Callable[..., Any]:
     return configurable_function
 
 
-def configure(arguments: Sequence[str]) -> None:
-    """Read gin files and bindings.
+def configure(arguments: Sequence[str]) -> set[str]:
+    """Read gin files and bindings, and return the paths of all files that were read, also of those that they include.
 
     Where a binding is None, as most values of params.yaml are, and the parameter cannot be None, the files decide.
 
@@ -93,6 +93,7 @@ def configure(arguments: Sequence[str]) -> None:
     for (scope, selector), values in gin.config._CONFIG.items():
         if selector in ours:
             check_types(f"{scope}{'/' if scope else ''}{ours[selector].__name__}", ours[selector], values)
+    return names.files
 
 
 def _is_count(hint: Any) -> bool:
@@ -121,8 +122,8 @@ gin.config._FILE_READERS.insert(0, (_opened, os.path.isfile))
 
 
 @contextmanager
-def configured(arguments: Sequence[str]) -> Iterator[None]:
-    """Replace the config by that of other files and bindings, until the block ends.
+def configured(arguments: Sequence[str]) -> Iterator[set[str]]:
+    """Replace the config by that of other files and bindings, until the block ends, and give what `configure` returns.
 
     Raises:
         TangleNASError: `configure` refuses the files or the bindings.
@@ -130,8 +131,7 @@ def configured(arguments: Sequence[str]) -> Iterator[None]:
     parts = (gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS)
     kept = [part.copy() for part in parts]
     try:
-        configure(arguments)
-        yield
+        yield configure(arguments)
     finally:
         for part, content in zip(parts, kept, strict=True):
             part.clear()
@@ -139,7 +139,7 @@ def configured(arguments: Sequence[str]) -> Iterator[None]:
 
 
 class _Names:
-    """The references, macros and scopes in the text of a config. gin itself ignores bindings that nothing uses."""
+    """The references, macros and scopes in a config, and its files. gin itself ignores bindings that nothing uses."""
 
     TOKEN = re.compile(
         r"""(?P<quote>['"])(?:\\.|(?!(?P=quote)).)*(?P=quote)  # strings and comments may hold anything
@@ -150,7 +150,7 @@ class _Names:
     def __init__(self, text: str) -> None:
         self.macros: set[str] = set(MACROS)
         self.scopes: set[str] = set()
-        self._files: set[str] = set()
+        self.files: set[str] = set()
         self._open: list[str] = []
         self._scan(text)
 
@@ -164,9 +164,9 @@ class _Names:
         if place in self._open:
             way = " -> ".join([*self._open[self._open.index(place) :], place])
             raise TangleNASError(f"configuration file {place!r} includes itself ({way}): remove one of these includes")
-        if place in self._files:
+        if place in self.files:
             return
-        self._files.add(place)
+        self.files.add(place)
         try:
             text = _text(file)
         except (OSError, ValueError) as error:

@@ -1,9 +1,12 @@
-"""Writes two files for DVC: environment.json and out/recipe.json.
+"""Writes what DVC does not see into files for it: environment.json, out/recipe.json and out/inputs/.
 
 environment.json has the installed packages that results depend on: versions, and a digest of the sources of the library
 and of each plugin in use, as a package that is installed for editing keeps its version while its code changes. The
 library's digest covers the stages' code in this package. Weights that a search starts from have a digest too, if they
 are on this machine, because they are no dependency in dvc.yaml.
+
+out/inputs/STAGE.json has the digests of what one stage reads: gin files, also those that others include, the code
+behind an @, and the files of benchmarks and objectives. So a pool that grew runs `evaluate` again, and no search.
 
 out/recipe.json tells which recipe of the retrain stage a race trains by. Other methods of discretize do not depend on
 that recipe, and have an empty one there, so that only a race runs again when the recipe changes.
@@ -21,13 +24,16 @@ from typing import Any
 
 import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.configurables import packages, tables
+from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version
 
-RECIPE = Path("out", "recipe.json")
+RECIPE, INPUTS = Path("out", "recipe.json"), Path("out", "inputs")
 UNUSED = ("retrain.mode", "read_architecture.")
 """Bindings of the retrain stage that no race depends on, by their beginnings."""
 KINDS = ("space", "optimizer", "dataset")
@@ -65,6 +71,21 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
     }
     write_atomic(path, json.dumps(content, indent=2) + "\n")
     write_atomic(RECIPE, json.dumps(_recipe(), indent=2) + "\n")
+    for stage in STAGES:
+        write_atomic(INPUTS / f"{stage}.json", json.dumps(_inputs(stage), indent=2, sort_keys=True) + "\n")
+
+
+def _inputs(stage: str) -> dict[str, Any]:
+    """Return the digests of what a stage reads, or nothing where its config is wrong: the stage itself says how."""
+    try:
+        with configured(stage_arguments(stage) or []) as files:
+            return {
+                "files": {file: _digest(file) for file in files},
+                "sources": {package.__name__: code_version(package) for package in packages()},
+                "tables": tables(),
+            }
+    except TangleNASError:
+        return {}
 
 
 def _recipe() -> dict[str, Any]:
@@ -75,8 +96,12 @@ def _recipe() -> dict[str, Any]:
     files = [argument for argument in arguments if argument.endswith(".gin")]
     return {
         "arguments": [argument for argument in arguments if not argument.startswith(UNUSED)],
-        "files": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
+        "files": {file: _digest(file) for file in files},
     }
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _package(used: Registration) -> str:

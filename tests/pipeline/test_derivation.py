@@ -188,6 +188,34 @@ def test_dvc_is_told_when_the_recipe_of_a_race_changes(project):
     assert first != recipe()
 
 
+def test_dvc_is_told_when_a_table_an_included_file_or_the_code_behind_a_reference_changes(project, monkeypatch):
+    def inputs():
+        write_environment(["toy_cell", "spos", "digits"])
+        return {stage: Path(f"out/inputs/{stage}.json").read_text() for stage in ("search", "retrain", "evaluate")}
+
+    def changed(before, after):
+        return [stage for stage in before if before[stage] != after[stage]]
+
+    monkeypatch.syspath_prepend(str(project))
+    Path("table.csv").write_text("architecture,test_acc\na,1\n")
+    Path("my_losses.py").write_text("import torch\n\ndef loss(outputs, targets):\n    return outputs.sum()\n")
+    Path("gin/common.gin").write_text("retrain.clip = 1.0\n")
+    with open("gin/stages/evaluate.gin", "a") as file:
+        file.write('benchmark.path = "table.csv"\n')
+    with open("gin/stages/retrain.gin", "a") as file:
+        file.write('include "gin/common.gin"\nretrain.loss = @my_losses.loss\n')
+    first = inputs()
+    assert "table.csv" in first["evaluate"] and "gin/common.gin" in first["retrain"] and "my_losses" in first["retrain"]
+    Path("table.csv").write_text("architecture,test_acc\na,1\nb,2\n")
+    second = inputs()
+    assert changed(first, second) == ["evaluate"]
+    Path("gin/common.gin").write_text("retrain.clip = 2.0\n")
+    third = inputs()
+    assert changed(second, third) == ["retrain"]
+    Path("gin/common.gin").write_text("retrain.clp = 2.0\n")  # the stage itself says what is wrong
+    assert json.loads(inputs()["retrain"]) == {}
+
+
 def test_a_race_needs_a_recipe(project, capsys):
     Path("dvc.yaml").unlink()
     message = refused(capsys, discretize, 'discretize.method = "race"', "discretize.candidates = 2")
