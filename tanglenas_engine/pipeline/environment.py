@@ -24,8 +24,8 @@ from typing import Any
 
 import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.configurables import packages, tables
+from tanglenas_engine.pipeline.config import configured, referred
+from tanglenas_engine.pipeline.configurables import tables
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
@@ -81,7 +81,7 @@ def _inputs(stage: str) -> dict[str, Any]:
         with configured(stage_arguments(stage) or []) as files:
             return {
                 "files": {file: _digest(file) for file in files},
-                "sources": {package.__name__: code_version(package) for package in packages()},
+                "sources": {name: code_version(sys.modules[name]) for name in _behind_references()},
                 "tables": tables(),
             }
     except TangleNASError:
@@ -98,6 +98,11 @@ def _recipe() -> dict[str, Any]:
         "arguments": [argument for argument in arguments if not argument.startswith(UNUSED)],
         "files": {file: _digest(file) for file in files},
     }
+
+
+def _behind_references() -> list[str]:
+    """Return the packages behind an @, without those that environment.json has by their versions."""
+    return sorted({name.split(".")[0] for name in referred()} - {"torch", "timm", "tanglenas_engine"})
 
 
 def _digest(file: str) -> str:
