@@ -116,8 +116,9 @@ TASKS = {
         "gpt_nano", "text", {}, {"bias": True}, place="path",
         epochs=5,
     ),
+    # Patches of 7 pixels train in a third of the time of patches of 4.
     "autoformer_nano": Task(
-        "autoformer_nano", "fashion_mnist", {}, VIT, place="root", images=6000, epochs=12,
+        "autoformer_nano", "fashion_mnist", {}, VIT | {"patch_size": 7}, place="root", images=6000, epochs=12,
     ),
     # With 12 epochs on as many images, the validation loss rises from the fifth on.
     "mobilenetv3_nano": Task(
