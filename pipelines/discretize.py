@@ -11,6 +11,7 @@ def main(arguments: Sequence[str]) -> None:
     with open_stage("discretize", arguments, (files.SUPERNET, files.MIXTURE, files.SPLITS)) as stage:
         files.load_into(stage.space, files.SUPERNET)
         mixture, derivation = files.read_mixture(stage.space, methods)
+        targets = files.read_targets()
         result = discretize(
             stage.space,
             stage.open("weights", "architecture", "validation", augment=False),
@@ -19,8 +20,8 @@ def main(arguments: Sequence[str]) -> None:
             seed=stage.seed,
             device=stage.device,
             methods=methods,
-            objectives=objectives(stage.space),
-            targets=files.read_targets(),
+            objectives=objectives(stage.space, targets),
+            targets=targets,
             checkpoints=stage.checkpoints,
             progress=stage.progress,
         )

@@ -53,8 +53,8 @@ class ImageFolder(Dataset):
         crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
         crop_scale: Smallest and largest share of a training image's area that its random crop takes.
         shift: Largest random shift of training images in pixels; black comes in. It replaces the random crop: training
-            images are resized and cropped as in validation. With neither, inputs of up to 64 pixels are shifted by an
-            eighth of their size, and larger ones are cropped to 35 % of the area at least.
+            images are resized and cropped as in validation. Only one of both may be set. With neither, inputs of up to
+            64 pixels are shifted by an eighth of their size, and larger ones are cropped to 35 % of the area at least.
         flip: Mirror training images at random: right for photographs, wrong for digits, letters and signs.
         augment: More augmentation of training images, after crop and mirror: a recipe of timm ("rand-m9-mstd0.5",
             "augmix-m3", "v0"), a function from a PIL image to one, such as a transform of torchvision v2, or a list of
@@ -111,6 +111,11 @@ class ImageFolder(Dataset):
             )
         if shift is not None and not 0 <= shift < image_size:
             raise TangleNASError(f"image_folder: shift is {shift}; give 0 to {image_size - 1} pixels, or None.")
+        if shift is not None and crop_scale is not None:
+            raise TangleNASError(
+                f"image_folder: shift is {shift} and replaces the random crop, so crop_scale would do nothing: set one "
+                "of them to None."
+            )
         if augment and train_transform:
             raise TangleNASError(
                 "image_folder: train_transform replaces all augmentation, so augment would do nothing: set one of them."

@@ -77,14 +77,15 @@ class Text(Dataset):
         self.block_size = block_size
         self.tokenizer = self._tokenizer(tokenizer, vocab_size, text)
         self.vocab_size: int = self.tokenizer.get_vocab_size()
-        self._pool = self._rows(text, "the text")  # (N, block_size + 1)
-        self._first_test = len(self._pool)
+        parts = [self._rows(text, "the text")]
         if test is not None:
-            rows = self._rows(test, "the test part")
-            self._check_known(rows, test)
-            self._pool = torch.cat([self._pool, rows])
+            parts.append(self._rows(test, "the test part"))
+            self._check_known(parts[1], test)
+        self._pool = torch.cat(parts)  # (N, block_size + 1)
+        self._first_test = len(parts[0])
+        if test is not None:
             self.test_indices = torch.arange(self._first_test, len(self._pool))
-        self.fingerprint = content_hash(self._pool, self.tokenizer.to_str())
+        self.fingerprint = content_hash(*parts, self.tokenizer.to_str())
 
     def __len__(self) -> int:
         return len(self._pool)

@@ -65,9 +65,9 @@ class Dataset(ABC):
         crop_pct: The share of an image's shorter side that the centre crop of validation and test keeps, from 0 to 1.
         labels: The targets of the whole pool, shape (N,), int64, values below `num_classes`; None if there are none.
         test_indices: The positions of the official test samples in the pool; None if there are none.
-        fingerprint: A digest of which samples the pool holds, in which order (`content_hash`). Two copies of the same
-            data have the same fingerprint, wherever they are stored. Options of augmentation or resolution must not
-            change it, so that splits made once serve every stage.
+        fingerprint: A digest of which samples the pool holds, in which order, and which of them are in `test_indices`
+            (`content_hash`). Two copies of the same data have the same fingerprint, wherever they are stored. Options
+            of augmentation or resolution must not change it, so that splits made once serve every stage.
     """
 
     name: str

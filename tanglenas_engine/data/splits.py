@@ -157,9 +157,9 @@ def make_splits(
         samples: The number of samples outside test that are used, of every class its share. None takes all.
 
     Raises:
-        TangleNASError: A portion is not strictly between 0 and 1, a split would be empty, or a class has too few
-            samples to be in both the weights and the architecture split. (A rare class may be missing from validation
-            or test.)
+        TangleNASError: A portion is not strictly between 0 and 1, there are fewer than `samples`, a split would be
+            empty, or a class has too few samples to be in both the weights and the architecture split. (A rare class
+            may be missing from validation or test.)
     """
     portions = {
         "train_portion": train_portion,
@@ -181,7 +181,12 @@ def make_splits(
     if dataset.test_indices is None:
         pool = pool[round(test_portion * len(pool)) :]
     if samples is not None:
-        pool, unused = np.split(pool, [at_least("make_splits.samples", samples, 3)])
+        if at_least("make_splits.samples", samples, 3) > len(pool):
+            raise TangleNASError(
+                f"make_splits.samples is {samples}, but {dataset.name} has {len(pool)} samples outside test. Use at "
+                "most so many, or None for all."
+            )
+        pool, unused = np.split(pool, [samples])
         letters[unused] = _UNUSED
     validation, training = np.split(pool, [round(validation_portion * len(pool))])
     weights, architecture = np.split(training, [round(train_portion * len(training))])

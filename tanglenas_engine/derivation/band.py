@@ -80,7 +80,7 @@ class Band:
 
     def holds(self, architecture: Architecture) -> bool:
         """Return whether an architecture is in the band."""
-        return bool(self._shares(self.space.assignment_of(architecture)))
+        return bool(self._used_limits(self.space.assignment_of(architecture)))
 
     def sample(
         self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
@@ -107,8 +107,10 @@ class Band:
                 continue
             number = draw([counter.ways for counter in counters], generator)
             picks = counters[number].draw(generator)
-            # Every limit whose share is used leads here, so each of them is taken in one of so many cases.
-            if (shares := self._shares(picks)) and draw([1.0] * shares, generator) == 0:
+            # Each limit whose share is used leads here, so each is taken in one of so many cases. A limit whose share
+            # is just missed may lead here, too, as bins round costs: it is never taken.
+            used = self._used_limits(picks)
+            if number in used and draw([1.0] * len(used), generator) == 0:
                 return self.space.architecture_of(picks)
         if scores is not None:
             return self.sample(generator)
@@ -145,7 +147,7 @@ class Band:
             for number in reversed(bins) if reverse else bins:
                 ending = replace(counter, window=slice(number, number + 1))
                 tried = (ending.draw(generator) for _ in range(DRAWS_PER_BIN) if ending.ways)
-                if inside := next((picks for picks in tried if self._shares(picks)), None):
+                if inside := next((picks for picks in tried if self._used_limits(picks)), None):
                     found.append(inside)
                     break
         found = found or [self.space.assignment_of(self.sample(generator))]
@@ -155,12 +157,12 @@ class Band:
         """Return the share that an assignment uses of the tightest limit."""
         return max(limit.cost(picks) / limit.most for limit in self.budget.limits)
 
-    def _shares(self, picks: Mapping[Any, int]) -> int:
-        """Return the number of limits of which an assignment within the budget uses the share; 0 beyond it."""
+    def _used_limits(self, picks: Mapping[Any, int]) -> list[int]:
+        """Return the numbers of the limits of which an assignment within the budget uses the share; none beyond it."""
         costs = [(limit.cost(picks), limit) for limit in self.budget.limits]
         if any(cost > limit.allowed for cost, limit in costs):
-            return 0
-        return sum(cost >= self.least * limit.most for cost, limit in costs)
+            return []
+        return [number for number, (cost, limit) in enumerate(costs) if cost >= self.least * limit.most]
 
     def _empty(self) -> TangleNASError:
         ranges = " or ".join(

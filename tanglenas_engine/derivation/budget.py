@@ -36,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import optimize  # type: ignore[import-untyped]
 
-from tanglenas_engine.errors import TangleNASError, at_least, unknown
+from tanglenas_engine.errors import TangleNASError, at_least, positive, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import METRICS, Additive
 from tanglenas_engine.spaces.objective import Objective
@@ -70,7 +70,8 @@ class Budget:
     """Upper limits on what an architecture of a space may cost.
 
     Args:
-        limits: The most that each metric of `cost.METRICS`, and each objective, may be; None or infinity for none.
+        limits: The most that each metric of `cost.METRICS`, and each objective, may be; None or infinity for none. A
+            limit on a metric is rounded down, because metrics are counts.
         objectives: Bound to the space; for limits on costs that are not of `cost.METRICS`.
 
     Raises:
@@ -106,7 +107,7 @@ class Budget:
             if least > limit.allowed:
                 raise TangleNASError(
                     f"no architecture of {self.space.label} {_has(exact)} at most {limit.counted(limit.most)}: the "
-                    f"smallest has {amount(least)}{limit.unit and f' {limit.unit}'}. Raise {_setting(limit.name)}"
+                    f"smallest has {amount(least)}{limit.unit and f' {limit.unit}'}. Raise the limit of {limit.name}"
                 )
         if len(self.limits) < 2 or any(self.excess(picks) == 0 for picks in smallest.values()):
             return
@@ -292,12 +293,13 @@ class Limit:
 
 
 def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> Limit:
-    if most != math.inf and name in METRICS:
-        at_least(_setting(name), most, 1)
-    elif isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
-        raise TangleNASError(f"{_setting(name)} is {most!r}, expected a positive number")
+    positive(f"the limit of {name}", most)
+    if name in METRICS and most != math.inf:
+        most = at_least(f"the limit of {name}", math.floor(most), 1)
     if name not in {*METRICS, *known}:
-        raise unknown("cost in a budget", name, [*METRICS, *known])
+        raise TangleNASError(
+            f"{unknown('cost in a budget', name, [*METRICS, *known])} For another cost, pass its objective"
+        )
     unit = "" if name in METRICS else known[name].unit
     terms: Additive | None = known[name].additive if name in known else space.terms(name)
     if terms is None:
@@ -312,11 +314,6 @@ def _unlimited(space: SearchSpace, cost: str | Objective) -> Limit:
 
 def _has(certain: bool) -> str:
     return "has" if certain else "was found that has"
-
-
-def _setting(name: str) -> str:
-    """Return the option that sets a limit."""
-    return f"max_{name}" if name in METRICS else f"limits[{name!r}]"
 
 
 def _extreme(space: SearchSpace, limit: Limit, sign: int = 1) -> tuple[Picks, bool]:

@@ -31,7 +31,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
-from tanglenas_engine.training.measure import Measured, measure_inherited, statistics_inputs
+from tanglenas_engine.training.measure import STATISTICS_BATCH, Measured, measure_inherited, statistics_inputs
 
 HELD_BYTES = 2**30
 """The largest split, in bytes, that stays on the device from one candidate to the next."""
@@ -133,8 +133,8 @@ class Candidates:
         cost: The cost of a front: one of `cost.METRICS`, or the name of an objective.
         limit: The largest number of candidates.
         prior: The mixture to draw from; None draws all options of a row with equal probability.
-        recalibration_batches: The number of batches for the statistics; 0 keeps the supernet's. A rung of fewer batches
-            takes no more for its statistics.
+        recalibration_batches: The number of batches of `measure.STATISTICS_BATCH` samples for the statistics; 0 keeps
+            the supernet's. A rung of fewer samples takes no more batches than these fill.
         checkpoints: The folder for scores. Those of an earlier run there are used.
 
     Attributes:
@@ -175,7 +175,7 @@ class Candidates:
         self._batch_size = batch_size
         self._samples = held(samples, batch_size, self._device)
         self._order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-        self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device, batch_size)
+        self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device)
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
         self._band = self._filled(fill) if prior is None else None
         self._drawn: set[str] = set()
@@ -443,11 +443,11 @@ class Candidates:
     def measured(self, architecture: Architecture, samples: Samples) -> Measured:
         """Return loss and accuracy on samples, with the supernet's weights and statistics of this architecture.
 
-        The statistics come from no more batches than a rung has, as all of them would take most of a first rung's time.
+        The statistics come from about as many samples as a rung has, as all would take most of a first rung's time.
         """
         statistics = self._statistics
         if isinstance(samples, Part):
-            statistics = statistics[: math.ceil(len(samples) / self._batch_size)]
+            statistics = statistics[: math.ceil(len(samples) / STATISTICS_BATCH)]
         return measure_inherited(self.space, architecture, samples, statistics, self._batch_size)
 
     def _rungs(self, candidates: int) -> list[int]:

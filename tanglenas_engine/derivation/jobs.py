@@ -39,9 +39,9 @@ class Trained(NamedTuple):
     Attributes:
         loss: The network's mean cross-entropy on the validation split; NaN for a training that failed.
         accuracy: Its accuracy there, in %.
-        seconds: The processor seconds of the training.
+        seconds: The processor seconds of the training from its first epoch on, also of those that an earlier call took.
         failure: The reason why the training failed, or an empty string.
-        wall: The seconds of the training on the wall; NaN lets the job measure them, with all that it does around.
+        wall: Its seconds on the wall, counted likewise; NaN lets the job measure those of this call alone.
     """
 
     loss: float
@@ -65,7 +65,8 @@ class Train(Protocol):
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
         """Train on the training data until so many epochs of a complete training, and measure on the validation split.
 
-        A training that was called for fewer epochs before goes on where it paused, if it can.
+        A training that was called for fewer epochs before goes on where it paused, if it can. A race counts its work
+        as if it could.
 
         Raises:
             TangleNASError: The training failed.
@@ -141,16 +142,17 @@ class Jobs:
             raise TangleNASError(f"every training of the race failed. The last one: {result.failure}")
         parts = [result]
         if self.train.epochs > 1:
-            parts += self.results([architecture], 2)
-        taken = [part.seconds if clock == "processor" else part.wall for part in parts if not part.failure]
-        full = taken[0] + (self.train.epochs - 1) * taken[-1]
+            parts += [part for part in self.results([architecture], 2) if not part.failure]
+        taken = [part.seconds if clock == "processor" else part.wall for part in parts]
+        each = taken[-1] - taken[0] if len(taken) > 1 else taken[0]
+        full = taken[0] + (self.train.epochs - 1) * each
         if seconds < full:
             raise TangleNASError(
                 f"race.seconds is {seconds:g}, but one training of {self.train.epochs} epochs takes about {full:.1f} "
                 f"{clock} seconds: give more seconds, or shorten the trainings (retrain.epochs)"
             )
         self.candidates.note(f"a training takes about {full:.1f} {clock} seconds; race.seconds is {seconds:g}")
-        return (seconds - sum(taken)) / full
+        return (seconds - taken[-1]) / full
 
     def _key(self, digest: str, epochs: int) -> str:
         return f"{self.train.identity}/{digest}/{epochs}"

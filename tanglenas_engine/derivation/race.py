@@ -264,7 +264,7 @@ class Runner:
             "epochs": max(self.results),
             "params": self.judged["params"],
             "macs": self.judged["macs"],
-            "seconds": sum(result.seconds for result in self.results.values()),
+            "seconds": max(result.seconds for result in self.results.values()),
             "failure": self.last.failure,
             "architecture": str(self.architecture),
         }

@@ -108,6 +108,16 @@ class Optimizer(abc.ABC):
         """The name in messages."""
         return self.name or type(self).__name__
 
+    @property
+    def simultaneous(self) -> bool:
+        """True if the backward pass of the weight losses gives alpha's gradient, too, for a simultaneous search.
+
+        A method with its own `architecture_backward` has an equivalent in such a search only if it also has its own
+        `weight_losses`.
+        """
+        own, usual = type(self), Optimizer
+        return own.architecture_backward is usual.architecture_backward or own.weight_losses is not usual.weight_losses
+
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the architecture optimizer: alpha, and other tensors that the method learns."""
         return list(self.alphas.values())

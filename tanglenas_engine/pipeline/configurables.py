@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
@@ -133,9 +133,14 @@ def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
     return space.architecture_of(space.assignment_of(Architecture.from_json(path.read_text("utf-8", errors="replace"))))
 
 
-def objectives(space: SearchSpace) -> list[Objective]:
-    """Make the plugins' objectives that `discretize.limits` and `discretize.cost` name, and bind them to the space."""
-    return [_objective(name).bind(space) for name in sorted(_costs())]
+def objectives(space: SearchSpace, targets: Iterable[str] = ()) -> list[Objective]:
+    """Make the plugins' objectives that discretize needs, and bind them to the space.
+
+    Args:
+        targets: The names of the costs that the search aimed for, which are limits of discretize. `discretize.limits`
+            and `discretize.cost` name the others.
+    """
+    return [_objective(name).bind(space) for name in sorted({*_costs(), *targets} - {*METRICS, *FORMER})]
 
 
 def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
@@ -144,16 +149,25 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
     The search does not depend on the budget otherwise: another budget does not make it run again.
 
     Raises:
-        TangleNASError: No architecture of the space meets the budget, or an objective in it fails.
+        TangleNASError: No architecture of the space meets the budget, or an objective in it, or of a target of the
+            search, fails under the config of discretize.
     """
     later = stage_arguments("discretize")
     if later is None:
         return
-    with configured(later):
-        if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
-            limits = gin.get_bindings("discretize")
-            given = limits_of(*(limits.get(name) for name in ("max_params", "max_macs", "limits", "max_flops")))
-            Budget(space, given, objectives(space)).check()
+    targets = {
+        values.get("objective", "macs")
+        for values in bindings_of("target")
+        if values.get("value") or values.get("share")
+    }
+    try:
+        with configured(later):
+            if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
+                limits = gin.get_bindings("discretize")
+                given = limits_of(*(limits.get(name) for name in ("max_params", "max_macs", "limits", "max_flops")))
+                Budget(space, given, objectives(space, targets)).check()
+    except TangleNASError as error:
+        raise TangleNASError(f"after the search, discretize would fail: {error}") from error
 
 
 def create() -> tuple[int, SearchSpace, Dataset]:

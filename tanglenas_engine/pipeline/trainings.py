@@ -93,7 +93,7 @@ def project_arguments(*bindings: str) -> tuple[str, ...] | None:
     They are None if this folder is no project.
     """
     arguments = stage_arguments("retrain")
-    alone = ('retrain.mode = "scratch"', "retrain.teacher = None")
+    alone = ('retrain.mode = "scratch"', "retrain.teacher = None", "retrain.teacher_hidden = 0.0")
     return None if arguments is None else (*arguments, *alone, *bindings)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +15,7 @@ from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.derivation.surrogate import surrogate
-from tanglenas_engine.errors import TangleNASError, at_least, unknown
+from tanglenas_engine.errors import TangleNASError, at_least, positive, unknown
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
@@ -122,7 +121,7 @@ def limits_of(
     """Return the limits that the options of `discretize` ask for, by the name of the cost.
 
     Raises:
-        TangleNASError: `limits` is not a mapping, or two options limit the same cost.
+        TangleNASError: `limits` is not a mapping, a limit is not a positive number, or two options limit the same cost.
     """
     if not isinstance(limits, Mapping | None):
         raise TangleNASError(f"discretize.limits is {limits!r}, expected numbers by name, such as {{'latency': 2.5}}")
@@ -131,6 +130,9 @@ def limits_of(
             f"discretize.max_macs is {max_macs!r}, and discretize.max_flops, its former name, is {max_flops!r}: leave "
             "one out"
         )
+    for option, count in (("max_params", max_params), ("max_macs", max_macs), ("max_flops", max_flops)):
+        if count is not None:
+            at_least(f"discretize.{option}", count, 1)
     every: dict[str, float | None] = {"params": max_params, "macs": max_flops if max_macs is None else max_macs}
     for given, most in (limits or {}).items():
         name = FORMER.get(given, given)
@@ -139,7 +141,7 @@ def limits_of(
                 f"discretize.limits has {given!r}: {most!r}, and discretize.max_{name} is {every[name]!r}: leave one "
                 "out"
             )
-        every[name] = most
+        every[name] = None if most is None else positive(f"discretize.limits[{given!r}]", most)
     return every
 
 
@@ -203,7 +205,8 @@ def discretize(
         checkpoints: The folder for scores. A derivation that finds scores there continues from them.
 
     Raises:
-        TangleNASError: A method is unknown, an option is out of its range, or no architecture is within the budget.
+        TangleNASError: A method is unknown, an option is out of its range, a limit or a target is of a cost that no
+            objective computes, or no architecture is within the budget.
     """
     method = derivation if method == "auto" else method
     cost = FORMER.get(cost, cost)
@@ -211,7 +214,7 @@ def discretize(
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     progress = progress or SilentProgress()
     given = limits_of(max_params, max_macs, limits, max_flops)
-    given |= _targets_left({name: most for name, most in (targets or {}).items() if name in costs}, given, progress)
+    given |= _targets_left(targets or {}, given, progress)
     budget = Budget(space, given, objectives)
     budget.check()
     _note_sources(progress, objectives)
@@ -250,7 +253,7 @@ def _targets_left(
     left = {name: most for name, most in targets.items() if given.get(name) is None}
     for name, most in left.items():
         progress.note(f"discretize: at most {amount(most)} {name}, the target of the search")
-    return {name: math.floor(most) if name in METRICS else most for name, most in left.items()}
+    return left
 
 
 def _check_options(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,10 +31,11 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
-from tanglenas_engine.training.measure import measure, random_inputs, recalibrate, running_statistics
+from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
+from tanglenas_engine.training.stopwatch import Stopwatch
 
 MODES = ("scratch", "inherit", "finetune")
 Mode = Literal["scratch", "inherit", "finetune"]
@@ -51,11 +55,18 @@ class EMA(Protocol):
 
 @dataclass(frozen=True)
 class RetrainResult:
-    """The standalone network with its final weights, its validation accuracy in %, and one record per epoch."""
+    """The standalone network with its final weights, its validation accuracy in %, and one record per epoch.
+
+    Attributes:
+        seconds: The processor seconds of the epochs of the history, in all processes that trained them.
+        wall: Their seconds on the wall.
+    """
 
     network: nn.Module
     validation_accuracy: float
     history: list[Record]
+    seconds: float = 0.0
+    wall: float = 0.0
 
 
 @flattened
@@ -111,8 +122,8 @@ def retrain(
         temperature: The divisor of both networks' logits before they are compared.
         teacher_hidden: The weight of the teacher's hidden states, whose first channels the outputs of the network's
             layers approach. 0 leaves them out.
-        recalibration_batches: The number of batches that set the statistics of batch norms for "inherit" and for the
-            teacher. 0 keeps the supernet's statistics.
+        recalibration_batches: The number of batches, without augmentation, that set the statistics of batch norms for
+            "inherit" and for the teacher. 0 keeps the supernet's statistics.
         seed: The seed of all random numbers.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
@@ -127,6 +138,11 @@ def retrain(
         raise TangleNASError(f"retrain.teacher is {teacher!r}, expected 'largest' or None")
     if teacher and mode == "inherit":
         raise TangleNASError("retrain.mode 'inherit' trains nothing that a teacher could teach: use 'finetune'")
+    if teacher_hidden and not teacher:
+        raise TangleNASError(
+            f"retrain.teacher_hidden is {teacher_hidden!r}, but retrain.teacher is None: set the teacher to 'largest', "
+            "or teacher_hidden to 0"
+        )
     at_least("retrain.epochs", epochs, 1)
     if until is not None:
         at_least("retrain.until", until, 1)
@@ -141,15 +157,13 @@ def retrain(
         network = network.to(device)
         distributed.synchronize([*network.parameters(), *network.buffers()])
         if mode == "inherit":
-            if recalibration_batches:
-                recalibrate(network, random_inputs(data.training, batch_size, recalibration_batches, seed, device))
+            _recalibrate(network, data, recalibration_batches, seed)
             return RetrainResult(network.eval(), measure(network, data.validation, together=True).accuracy, [])
         distillation = None
         if teacher:
             largest = space.extract(space.largest()).to(device)
             distributed.synchronize([*largest.parameters(), *largest.buffers()])
-            if recalibration_batches:
-                recalibrate(largest, random_inputs(data.training, batch_size, recalibration_batches, seed, device))
+            _recalibrate(largest, data, recalibration_batches, seed)
             pairs = hidden_pairs(space, architecture, network) if teacher_hidden else ()
             distillation = Distillation(largest, teacher_weight, temperature, teacher_hidden, pairs)
         return Retraining(
@@ -167,6 +181,13 @@ def retrain(
             computation=computation,
             session=session,
         ).result(until)
+
+
+def _recalibrate(network: nn.Module, data: DataView, count: int, seed: int) -> None:
+    """Set the statistics of batch norms on batches of the training data without augmentation; 0 batches keep them."""
+    device = next(network.parameters()).device
+    if inputs := statistics_inputs(network, data.plain("training"), count, seed, device):
+        recalibrate(network, inputs)
 
 
 class Retraining(Training):
@@ -211,6 +232,7 @@ class Retraining(Training):
             )
         self._forward = self.trained if backend is None else torch.compile(self.trained, dynamic=False, backend=backend)
         self._iterator: Iterator[Batch] | None = None
+        self.stopwatch = Stopwatch(epochs)
         self.trained.train()
 
     @property
@@ -221,7 +243,8 @@ class Retraining(Training):
     def result(self, until: int | None = None) -> RetrainResult:
         """Run the training, to its end or until so many epochs are finished, and return its result."""
         history = self.run(until)
-        return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history)
+        seconds, wall = self.stopwatch.ends[len(history) - 1].tolist()
+        return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history, seconds, wall)
 
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {
@@ -230,6 +253,7 @@ class Retraining(Training):
             "scheduler": self.scheduler,
             "ema": self.average,
             "scaler": self.scaler if self.scaler.is_enabled() else None,
+            "stopwatch": self.stopwatch,
         }
 
     def step(self, position: int) -> dict[str, Tensor]:
@@ -267,10 +291,11 @@ class Retraining(Training):
 
     def end_epoch(self, epoch: int, means: Record) -> Record:
         found = measure(self.final, self.validation, together=True)
+        self.stopwatch.end_epoch(epoch)
         return {**means, "validation_accuracy": found.accuracy, "validation_loss": found.loss}
 
     def record_like(self) -> Record:
-        return dict.fromkeys(("loss", "accuracy", "validation_accuracy", "validation_loss"), 0.0)
+        return {"loss": 0.0, "accuracy": 0.0, "validation_accuracy": 0.0, "validation_loss": math.nan}
 
     def describe(self, record: Record) -> str:
         accuracy, validation = record["accuracy"], record["validation_accuracy"]
@@ -281,13 +306,16 @@ class Retraining(Training):
 class Recipe:
     """The options of `retrain`, for any architecture of a space: a function that a race trains by.
 
+    A training that was called for fewer epochs before goes on from its checkpoint.
+
     Args:
         space: The space.
         data: A view of `training` and `validation`.
         epochs: The number of epochs of a complete training.
         options: The other options of `retrain`. The mode is "scratch".
         identity: A digest of all this, if results are kept in a folder that other recipes use too.
-        folder: A folder for the checkpoints of trainings that go on later. Without one, they begin anew.
+        folder: A folder for the checkpoints of trainings, for workers on several machines one that all of them see.
+            None takes a folder of this object's own, which is deleted with it.
     """
 
     space: SearchSpace
@@ -296,6 +324,13 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     identity: str = ""
     folder: Path | None = None
+    _own: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.folder is None:  # the copies of workers share the folder, and leave it to this object
+            own = tempfile.mkdtemp(prefix="tanglenas-trainings-")
+            weakref.finalize(self, shutil.rmtree, own, ignore_errors=True)
+            object.__setattr__(self, "_own", own)
 
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
         """Train the network until so many epochs of its training are finished.
@@ -304,7 +339,7 @@ class Recipe:
             TangleNASError: The training failed.
         """
         given = {**self.options, "mode": "scratch", "epochs": self.epochs, "until": epochs}
-        kept = Kept(self.folder, self.identity) if self.folder else None
+        kept = Kept(self.folder or Path(self._own), self.identity)
         return trained(lambda **more: retrain(self.space, architecture, self.data, **given, **more), architecture, kept)
 
 
@@ -332,20 +367,18 @@ class Kept(NamedTuple):
         return folder
 
 
-def trained(training: Callable[..., RetrainResult], architecture: Architecture, kept: Kept | None) -> Trained:
+def trained(training: Callable[..., RetrainResult], architecture: Architecture, kept: Kept) -> Trained:
     """Train, and return what a race keeps of the training.
 
     Args:
         training: A function that trains. It gets the option `checkpoints` if checkpoints are kept.
         architecture: The architecture of the network.
-        kept: The place of checkpoints, from which a training that was paused goes on; None if it begins anew.
+        kept: The place of checkpoints, from which a training that was paused goes on.
 
     Raises:
         TangleNASError: The training failed.
     """
-    start, began = time.process_time(), time.monotonic()
     with ExitStack() as stack:
-        checkpoints = kept.open(architecture, stack) if kept else None
+        checkpoints = kept.open(architecture, stack)
         found = training(checkpoints=checkpoints) if checkpoints else training()
-    seconds, wall = time.process_time() - start, time.monotonic() - began
-    return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, seconds, wall=wall)
+    return Trained(found.history[-1]["validation_loss"], found.validation_accuracy, found.seconds, wall=found.wall)

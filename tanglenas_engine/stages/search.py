@@ -157,6 +157,11 @@ def search(
     kinds = {"alternating": Search, "simultaneous": SimultaneousSearch}
     if strategy not in kinds:
         raise TangleNASError(f"search.strategy is {strategy!r}, expected 'alternating' or 'simultaneous'")
+    if strategy == "simultaneous" and not optimizer.simultaneous:
+        raise TangleNASError(
+            f"search.strategy is 'simultaneous', but {optimizer.label} takes alpha's gradient in a step of its own: "
+            "use 'alternating', or another optimizer"
+        )
     return kinds[strategy](
         space,
         optimizer,
@@ -262,7 +267,7 @@ class Search(Training):
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         if self.pace is None:
             self._make_scheduler()
-        self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device, batch_size)
+        self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
 
@@ -364,6 +369,13 @@ class Search(Training):
         before, after = (self.steps_per_epoch * one + validation for one in (before, after))
         pace.fit(before, after, warmup)
 
+    def resumed(self, last: int) -> None:
+        """Tell the optimizer how far the search is. After the last step, no step would."""
+        self._set_progress(last)
+
+    def _set_progress(self, position: int) -> None:
+        self.optimizer.set_progress(position // self.steps_per_epoch / self.epochs)
+
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {
             "pace": self.pace,
@@ -462,8 +474,8 @@ class Search(Training):
 
     def _next_pieces(self, position: int) -> list[Step]:
         """Return the next batches, cut into the pieces that are accumulated."""
-        if not self._iterators or position % self.steps_per_epoch == 0:
-            self.optimizer.set_progress(position // self.steps_per_epoch / self.epochs)
+        if position % self.steps_per_epoch == 0:
+            self._set_progress(position)
         if not self._iterators:  # a resumed search starts its streams where it left off
             self._iterators.extend(stream.start(position) for stream in self.streams)
         count = self.computation.accumulate
@@ -508,7 +520,7 @@ class Search(Training):
         return current, measure_inherited(self.space, network, self.validation, self._statistics, together=True)
 
     def record_like(self) -> Record:
-        like: Record = {"weight_loss": 0.0, "validation_accuracy": 0.0, "validation_loss": 0.0}
+        like: Record = {"weight_loss": 0.0, "validation_accuracy": 0.0, "validation_loss": math.nan}
         like |= self.optimizer.schedules()
         mixture, current = self.optimizer.expected(), self.optimizer.current()
         if mixture is not None and current is not None:
@@ -606,5 +618,8 @@ def _band(
         raise TangleNASError(
             f"search.band is {band!r}, expected two shares of the target, the smaller first, such as (0.93, 1.0)"
         )
-    limits = {target.name: math.floor(high * target.limit) for target in targets if target.limit is not None}
-    return Band(Budget(space, limits, [target.objective for target in targets]), low / high)
+    limits = {target.name: high * target.limit for target in targets if target.limit is not None}
+    try:
+        return Band(Budget(space, limits, [target.objective for target in targets]), low / high)
+    except TangleNASError as error:
+        raise TangleNASError(f"search.band is {band!r}, shares of the target: {error}") from None

@@ -144,7 +144,7 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
     for alpha in optimizer.alphas.values():
         assert alpha.grad is None or not alpha.grad.any(), "weight_losses of an alternating search reach alpha"
 
-    if optimizer.learns_architecture:
+    if optimizer.learns_architecture and optimizer.simultaneous:
         step.architecture_batch = None
         for step.index in range(DRAWS):
             for term in optimizer.weight_losses(step):

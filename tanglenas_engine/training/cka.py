@@ -117,11 +117,23 @@ def similarity(one: nn.Module, other: nn.Module, batches: Iterable[Tensor]) -> t
     one.eval()
     other.eval()
     found = CKA()
+    rows: list[str] = []
     with recorded(one) as first, recorded(other) as second:
         for inputs in batches:
+            if not rows:
+                rows, columns = _of_samples(one, first, inputs), _of_samples(other, second, inputs)
             one(inputs)
             other(inputs)
-            # An embedding of positions has an output that is none of a sample.
-            rows, columns = ({n: o for n, o in outputs.items() if len(o) == len(inputs)} for outputs in (first, second))
-            found.add(list(rows.values()), list(columns.values()))
-        return list(rows), list(columns), found.result()
+            found.add([first[name] for name in rows], [second[name] for name in columns])
+        return rows, columns, found.result()
+
+
+def _of_samples(network: nn.Module, outputs: dict[str, Tensor], inputs: Tensor) -> list[str]:
+    """Return the layers whose recorded output has a row for each sample: it loses a row with a sample.
+
+    An embedding of positions has an output of a fixed length. A batch may have as many samples.
+    """
+    network(inputs)
+    lengths = {name: len(output) for name, output in outputs.items()}
+    network(inputs[1:])
+    return [name for name, output in outputs.items() if len(output) == lengths[name] - 1]

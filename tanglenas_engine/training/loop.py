@@ -82,7 +82,8 @@ class Training(abc.ABC):
     def record_like(self) -> Record | None:
         """Return an example of what every record holds beside its epoch, or None for anything.
 
-        A record of a checkpoint has to be like it. "stopped" is in it if the training can end early.
+        A record of a checkpoint has to be like it. "stopped" is in it if the training can end early. NaN stands for a
+        number that need not be finite, such as the validation loss of a network that is worth nothing yet.
         """
         return None
 
@@ -91,6 +92,13 @@ class Training(abc.ABC):
 
         Args:
             saved: The state of the checkpoint, unchecked, or None if there is none.
+        """
+
+    def resumed(self, last: int) -> None:  # noqa: B027  # most trainings have it all in their checkpoint
+        """Set what the steps before set and no checkpoint holds. Called on all ranks after a checkpoint was loaded.
+
+        Args:
+            last: The number of the last step that was taken.
         """
 
     @property
@@ -210,6 +218,7 @@ class Training(abc.ABC):
             else:  # another number of ranks wrote the checkpoint
                 self._sums = {k: torch.stack([one["sums"][k] for one in ranks]).mean(0) for k in ranks[0]["sums"]}
                 distributed.seed_ranks_apart()
+            self.resumed(max(self._position - 1, 0))
         self.session.note(f"{self.name}: resuming at step {self._position} of {self.steps}")
         threads, now = state["threads"], torch.get_num_threads()
         if threads != now and all(parameter.device.type == "cpu" for parameter in self.parameters):

@@ -18,6 +18,9 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.losses import cross_entropy
 
+STATISTICS_BATCH = 256
+"""The number of samples in each batch that sets the statistics of batch norms, in every stage."""
+
 
 class Measured(NamedTuple):
     """Accuracy in % and mean cross-entropy over all targets."""
@@ -115,11 +118,15 @@ def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -
 
 
 def statistics_inputs(
-    network: nn.Module, samples: Samples, count: int, seed: int, device: torch.device, batch_size: int = 256
+    network: nn.Module, samples: Samples, count: int, seed: int, device: torch.device
 ) -> list[Tensor]:
-    """Return `count` random batches of inputs that recalibrate a network; none if it has no batch norms."""
+    """Return `count` random batches of inputs that recalibrate a network; none if it has no batch norms.
+
+    Args:
+        samples: Samples without augmentation (`DataView.plain`), as those that the network is measured on.
+    """
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    return random_inputs(samples, batch_size, count if norms else 0, seed, device)
+    return random_inputs(samples, STATISTICS_BATCH, count if norms else 0, seed, device)
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -65,7 +65,8 @@ def check_part(name: str, part: Stateful, given: Any, position: int, steady: boo
 def check_like(where: str, own: Any, given: Any) -> None:
     """Check that a value has the structure of another: types, names, lengths, and shapes and dtypes of tensors.
 
-    Numbers are finite. A tensor is finite where it is a floating-point one. A value for None may be a number.
+    A number is finite where that of this training is, and so is a floating-point tensor. A value for None may be a
+    number.
 
     Raises:
         UnfitError: The structures differ. The message says where.
@@ -87,7 +88,8 @@ def check_like(where: str, own: Any, given: Any) -> None:
     elif isinstance(own, int | float) and not isinstance(own, bool):
         if isinstance(own, int) and not isinstance(given, int):
             _unfit(where, given, "a whole number")
-        _number(where, given)
+        if math.isfinite(own) or not isinstance(given, float):
+            _number(where, given)
     elif type(given) is not type(own):
         _unfit(where, given, f"a {type(own).__name__}")
 
@@ -97,7 +99,8 @@ def check_history(history: Any, like: Mapping[str, Any] | None, epochs: int) -> 
 
     Args:
         history: The records in the checkpoint.
-        like: What a record holds, or None for anything. "stopped" is there if a training can end early.
+        like: What a record holds, or None for anything. "stopped" is there if a training can end early. NaN stands for
+            a number that need not be finite.
         epochs: The number of finished epochs.
 
     Raises:

@@ -127,6 +127,13 @@ def test_some_samples_stand_for_all_and_leave_test_alone(digits):
     assert Splits.from_json(some.to_json()) == some
 
 
+def test_more_samples_than_there_are_outside_test_are_refused():
+    dataset = Numbers([0, 1] * 20, test=range(10))
+    assert make_splits(dataset, seed=0, samples=30) == make_splits(dataset, seed=0)
+    with pytest.raises(TangleNASError, match=r"make_splits\.samples is 31, but numbers has 30 samples outside test"):
+        make_splits(dataset, seed=0, samples=31)
+
+
 @pytest.mark.parametrize("portion", [0, 1, -0.1, 1.5, float("nan")])
 @pytest.mark.parametrize("name", ["train_portion", "validation_portion", "test_portion"])
 def test_impossible_portions_are_named(digits, name, portion):

@@ -9,12 +9,13 @@ import torch
 from spaces import SPACES, vit
 from tiny import ALL, tiny
 
-from tanglenas_engine import Objective, create_objective, create_optimizer, search
+from tanglenas_engine import Additive, Objective, create_objective, create_optimizer, search
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.cost import METRICS
+from tanglenas_engine.stages.search import _band, _bind_targets
 from tanglenas_engine.testing import random_data
 
 
@@ -67,6 +68,39 @@ def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics,
     chi = sum((drawn[digest] - draws * p) ** 2 / (draws * p) for digest, p in right.items())
     free = len(right) - 1
     assert abs(chi - free) < 5 * (2 * free + sum(1 / p for p in right.values()) / draws) ** 0.5
+
+
+class Weight(Objective):
+    """Parameters in thousands, a cost with tables whose limits need not be whole numbers."""
+
+    name, unit = "weight", "k"
+
+    def terms(self, space):
+        tables = space.terms("params").tables
+        return Additive({rows: [value / 1000 for value in values] for rows, values in tables.items()})
+
+
+def test_an_architecture_just_below_the_share_of_one_limit_has_its_chance_and_not_twice():
+    space, least = vit(), 0.7
+    weight = Weight().bind(space)
+    ways = [(space.architecture_of(picks), weight.cost(space.architecture_of(picks))) for picks in assignments(space)]
+    macs = sorted(space.cost(one).macs for one, _ in ways)
+    limits = {"macs": macs[len(macs) // 2]}
+    near, cost = Counter(
+        way for way in ways if least * limits["macs"] <= space.cost(way[0]).macs <= limits["macs"]
+    ).most_common(1)[0][0]
+    limits["weight"] = cost / least * (1 + 1e-6)
+    inside = [
+        one.digest
+        for one, cost in ways
+        if space.cost(one).macs <= limits["macs"]
+        and cost <= limits["weight"]
+        and (space.cost(one).macs >= least * limits["macs"] or cost >= least * limits["weight"])
+    ]
+    band, generator = Band(Budget(space, limits, [weight]), least), torch.Generator().manual_seed(0)
+    right = 600 * inside.count(near.digest) / len(inside)
+    drawn = sum(band.sample(generator) == near for _ in range(600))
+    assert 25 < right < 300 and abs(drawn - right) < 5 * math.sqrt(right)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -163,9 +197,23 @@ def test_a_sampled_search_with_a_target_draws_within_the_band(optimizer, monkeyp
     assert result.targets == {"macs": limit}
 
 
+def test_a_target_that_is_no_count_is_not_rounded():
+    space = vit()
+    largest = space.cost(space.largest()).params / 1000
+    weight = Weight().bind(space)
+    target = Target(weight, value=0.7 * largest)
+    drawn = _band(space, create_optimizer("spos"), _bind_targets([target], space), (0.95, 1.0))
+    costs = [weight.cost(drawn.sample(torch.Generator().manual_seed(seed))) for seed in range(20)]
+    assert all(0.95 * target.value <= cost <= target.value for cost in costs)
+
+
 @pytest.mark.parametrize(
     "band, message",
     [
+        (
+            (0.01, 0.02),
+            r"search.band is \(0.01, 0.02\), shares of the target: no architecture of 'AutoFormer' has at most",
+        ),
         (None, "spos has no architecture parameters that a target for macs could draw, and search.band is None"),
         ((0.9, 0.8), r"search.band is \(0.9, 0.8\), expected two shares of the target, the smaller first"),
         (0.9, "search.band is 0.9, expected two shares"),

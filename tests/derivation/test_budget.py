@@ -297,7 +297,9 @@ def test_the_cheapest_architecture_costs_least_of_all_and_the_dearest_most(name,
     with pytest.raises(TangleNASError) as caught:
         Budget(space, {metric: least - 1}).check()
     called = {"params": "params", "macs": "MACs"}[metric]
-    assert f"has at most {least - 1:,} {called}: the smallest has {least:,}. Raise max_{metric}" in str(caught.value)
+    assert f"has at most {least - 1:,} {called}: the smallest has {least:,}. Raise the limit of {metric}" in str(
+        caught.value
+    )
 
 
 def test_the_cheapest_is_not_always_the_one_of_smallest_options():
@@ -305,7 +307,7 @@ def test_the_cheapest_is_not_always_the_one_of_smallest_options():
     (width,) = (row for row in space.rows if row.choice == "embed_dim")  # 12 or 8
     objective = Weighed("energy", {(width,): [1.5, 2.5]}).bind(space)
     assert cheapest(space, objective).choices["embed_dim"] == 12
-    with pytest.raises(TangleNASError, match=r"at most 1.4 energy: the smallest has 1.5. Raise limits\['energy'\]"):
+    with pytest.raises(TangleNASError, match=r"at most 1.4 energy: the smallest has 1.5. Raise the limit of energy"):
         Budget(space, {"energy": 1.4}, [objective]).check()
 
 
@@ -444,18 +446,25 @@ def test_without_limits_nothing_changes():
     budget.check()
 
 
+def test_a_limit_of_a_count_is_rounded_down_and_another_is_not():
+    space = vit()
+    objective = Weighed("energy", {(space.rows[0],): [1.5, 2.5]}).bind(space)
+    limits = Budget(space, {"params": 1e3 + 0.5, "energy": 2.5}, [objective]).limits
+    assert [limit.most for limit in limits] == [1000, 2.5]
+
+
 # Bad input
 
 
 @pytest.mark.parametrize(
     "budget, message",
     [
-        ({"params": 0}, "max_params is 0, expected a whole number of at least 1"),
-        ({"macs": -5}, "max_macs is -5, expected a whole number of at least 1"),
-        ({"params": 1e6}, "max_params is 1000000.0, expected a whole number"),
-        ({"energy": 0}, "limits['energy'] is 0, expected a positive number"),
-        ({"energy": float("nan")}, "limits['energy'] is nan, expected a positive number"),
-        ({"energy": "3"}, "limits['energy'] is '3', expected a positive number"),
+        ({"params": 0}, "the limit of params is 0, expected a positive number"),
+        ({"macs": -5}, "the limit of macs is -5, expected a positive number"),
+        ({"params": 0.5}, "the limit of params is 0, expected a whole number of at least 1"),
+        ({"energy": 0}, "the limit of energy is 0, expected a positive number"),
+        ({"energy": float("nan")}, "the limit of energy is nan, expected a positive number"),
+        ({"energy": "3"}, "the limit of energy is '3', expected a positive number"),
         ({"enrgy": 3}, "unknown cost in a budget 'enrgy'. Did you mean 'energy'? Choose one of: energy, macs, params"),
     ],
 )

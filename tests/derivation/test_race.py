@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import pickle
+import tempfile
 
 import joblib
 import pytest
@@ -134,7 +136,7 @@ def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train,
     assert "discretize: a race of 8 networks for 3 epochs, the best 3 on to 9: 4.7 trainings of 9 epochs" in notes
     loss = loss_of(first[2], 9)
     (said,) = (line for line in notes if line.startswith("discretize: 3 of 3 trained for 9 epochs"))
-    assert f"validation loss {loss:.4f}, 6 s  {result.records[2]['architecture']}" in said
+    assert f"validation loss {loss:.4f}, 9 s  {result.records[2]['architecture']}" in said
     lead = loss_of(first[1], 9) - loss_of(first[0], 9)
     assert notes[-1] == (
         f"discretize: the race was won by a validation loss of {winner['loss']:.4f} after 9 epochs, {lead:.4f} less "
@@ -219,7 +221,7 @@ def test_seconds_are_a_budget_by_a_training_of_two_epochs(train):
 def test_a_slow_first_epoch_does_not_stand_for_the_others(train):
     def slow(architecture, epochs):
         trained = train(architecture, epochs)
-        return trained._replace(seconds=trained.seconds + 4 * (epochs == 1))
+        return trained._replace(seconds=trained.seconds + 4)
 
     slow.epochs, slow.identity = train.epochs, train.identity
     result, notes = raced(slow, seconds=55)
@@ -427,7 +429,8 @@ def test_a_race_is_training_by_hand_and_its_winner_is_what_discretize_derives():
 
 
 @pytest.mark.slow
-def test_trainings_go_on_from_their_checkpoints_and_end_as_those_that_begin_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [True, False])
+def test_trainings_go_on_from_their_checkpoints_and_end_as_those_that_begin_anew(tmp_path, monkeypatch, own):
     space, epochs, step = vit(), [], retrain_stage.Retraining.end_epoch
 
     def counted(training, epoch, means):
@@ -435,12 +438,26 @@ def test_trainings_go_on_from_their_checkpoints_and_end_as_those_that_begin_anew
         return step(training, epoch, means)
 
     monkeypatch.setattr(retrain_stage.Retraining, "end_epoch", counted)
-    (_, anew), begun = real(space, entrants=4), len(epochs)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain_stage.Kept, "open", lambda *_: None)
+        (_, anew), begun = real(space, entrants=4), len(epochs)
     epochs.clear()
-    _, result = real(space, folder=tmp_path, entrants=4)
+    _, result = real(space, folder=tmp_path if own else None, entrants=4)
     assert told(result.raced) == told(anew.raced)
     assert (begun, sorted(epochs)) == (4 * 1 + 2 * 3, [1, 1, 1, 1, 2, 2, 3, 3])
     assert len(epochs) == 3 * result.raced.trainings
+
+
+def test_a_recipe_without_a_folder_has_one_of_its_own_which_is_deleted_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    space = vit()
+    recipe = Recipe(space, random_data(space, ("training", "validation"), samples=24), 3, {"batch_size": 8})
+    again = dataclasses.replace(recipe, epochs=2)
+    copy = pickle.loads(pickle.dumps(recipe.__dict__))
+    assert copy["_own"] == recipe._own != again._own  # those of workers go on where this one paused
+    assert len(list(tmp_path.iterdir())) == 2
+    del recipe, again
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import gin
 import pytest
+import safetensors.torch
 from paths import ROOT
 from project import SMALL, set_params
 from stages import arguments, forget_settings
 
 from pipelines import discretize, search
-from tanglenas_engine import create_space
+from tanglenas_engine import Architecture, create_space
+from tanglenas_engine.pipeline.files import ARCHITECTURE, MIXTURE
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.stage import open_stage
 from tanglenas_engine.plugins import manager
+from tanglenas_engine.runtime.weights import save_weights, weights_metadata
 from tanglenas_objectives.latency_table import LatencyTable, Machine, options_of
 
 JOULES = """
@@ -129,13 +132,13 @@ def later(*lines: str) -> None:
 IMPOSSIBLE = {
     "a table": (
         '{"latency": 3.5}',
-        "has at most 3.5 ms latency: the smallest has 4 ms. Raise limits['latency']",
+        "has at most 3.5 ms latency: the smallest has 4 ms. Raise the limit of latency",
     ),
     "no table": (
         '{"joules": 20}',
-        "was found that has at most 20 J joules: the smallest has 22.058 J. Raise limits['j",
+        "was found that has at most 20 J joules: the smallest has 22.058 J. Raise the limit of joules",
     ),
-    "a count": ('{"params": 1000}', "has at most 1,000 params: the smallest has 22,058. Raise max_params"),
+    "a count": ('{"params": 1000}', "has at most 1,000 params: the smallest has 22,058. Raise the limit of params"),
     "two": ('{"latency": 4, "params": 22058, "macs": 354879}', "has at most 354,879 MACs: the smallest has 354,880"),
     "negative": ('{"latency": -1}', "limits['latency'] is -1, expected a positive number"),
     "zero": ('{"latency": 0}', "limits['latency'] is 0, expected a positive number"),
@@ -162,6 +165,21 @@ def test_so_is_a_budget_of_params_yaml(project, refused, key, most):
         else f"{key} is {most}, expected a whole number of at least 1"
     )
     assert expected in refused("search")
+
+
+def test_a_target_in_an_objective_of_a_plugin_is_a_limit_of_discretize(project, refused, capsys):
+    content = safetensors.torch.load_file(MIXTURE)
+    save_weights(MIXTURE, content, {**weights_metadata(MIXTURE), "targets": '{"latency": 4.5}'})
+    assert "needs the option 'table'" in refused("discretize")
+    discretize.main([*arguments(project, "discretize"), "create_objective.table = 'table.json'"])
+    assert "discretize: at most 4.5 latency, the target of the search" in capsys.readouterr().out
+    found = Architecture.from_json(ARCHITECTURE.read_text())
+    assert found.choices["embed_dim"] / 8 <= 4.5
+
+
+def test_an_objective_of_a_target_that_discretize_cannot_make_is_refused_before_the_search(project, refused):
+    target = ("target.objective = 'latency'", "target.share = 0.8", "create_objective.table = 'table.json'")
+    assert "after the search, discretize would fail: objective 'latency'" in refused("search", *target)
 
 
 def test_a_limit_is_given_once(project, refused):
@@ -228,9 +246,10 @@ def test_a_table_of_something_else_is_refused_before_the_search_and_by_discretiz
     write_table(project / "table.json", **changes)
     bindings = ('discretize.limits = {"latency": 6}', "create_objective.table = 'table.json'")
     assert message in refused("discretize", *bindings)
+    later(bindings[1])
     target = ("target.objective = 'latency'", "target.share = 0.8", bindings[1])
     assert message in refused("search", *target)
-    later(*bindings)
+    later(bindings[0])
     assert message in refused("search")
 
 
@@ -248,6 +267,7 @@ def test_the_machine_that_a_table_is_from_is_told(project, capsys):
     table = "create_objective.table = 'table.json'"
     discretize.main([*arguments(project, "discretize"), 'discretize.limits = {"latency": 6}', table])
     assert "discretize: latency in ms, of batches of 4 on abacus, 2 threads, torch 2.0\n" in capsys.readouterr().out
+    later(table)
     search.main([*arguments(project, "search"), "target.objective = 'latency'", "target.share = 0.8", table])
     assert "search: latency in ms, of batches of 4 on abacus, 2 threads, torch 2.0\n" in capsys.readouterr().out
 

@@ -85,6 +85,16 @@ def test_former_names_of_multiply_accumulates_are_accepted():
     assert create_objective("flops").name == "macs"
 
 
+def test_a_limit_of_a_count_may_be_written_as_a_float():
+    space = vit()
+    limit = (space.cost(space.smallest()).params + space.cost(space.largest()).params) // 2
+    options = dict(method="random", candidates=4)
+    assert (
+        derive(space, limits={"params": limit + 0.5}, **options).candidates
+        == derive(space, max_params=limit, **options).candidates
+    )
+
+
 def test_random_gives_distinct_architectures_best_first():
     space = vit()
     result = derive(space, method="random", candidates=12)
@@ -460,7 +470,7 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
     assert f"no architecture of 'thumbnail' has at most {least - 1:,} {metric.replace('macs', 'MACs')}" in str(
         caught.value
     )
-    assert f"the smallest has {least:,}. Raise max_{metric}" in str(caught.value)
+    assert f"the smallest has {least:,}. Raise the limit of {metric}" in str(caught.value)
     Budget(space, {metric: least}).check()
 
 
@@ -474,8 +484,12 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         ({"derivation": "evolve"}, "unknown discretize.method 'evolve'"),
         ({"candidates": 0}, "discretize.candidates is 0, expected a whole number of at least 1"),
         ({"recalibration_batches": -1}, "discretize.recalibration_batches is -1, expected a whole number"),
-        ({"max_params": 0}, "max_params is 0, expected a whole number of at least 1"),
-        ({"max_macs": 1e9}, "max_macs is 1000000000.0, expected a whole number"),
+        ({"max_params": 0}, "discretize.max_params is 0, expected a whole number of at least 1"),
+        ({"max_macs": 1e9}, "discretize.max_macs is 1000000000.0, expected a whole number"),
+        ({"max_flops": -1}, "discretize.max_flops is -1, expected a whole number"),
+        ({"limits": {"params": 0}}, "discretize.limits['params'] is 0, expected a positive number"),
+        ({"limits": {"flops": "3"}}, "discretize.limits['flops'] is '3', expected a positive number"),
+        ({"targets": {"latency": 2.5}}, "unknown cost in a budget 'latency'. Choose one of: macs, params. For another"),
         ({"batch_size": 0}, "batch size 0: give at least 1"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
         ({"method": "argmax"}, "'argmax' needs the mixture of a gradient search, and the search has none: use method"),
@@ -506,7 +520,9 @@ def test_a_mixture_of_another_space():
 # Batch norms
 
 
-def test_every_candidate_is_judged_with_statistics_of_its_own():
+def test_every_candidate_is_judged_with_statistics_of_its_own(monkeypatch):
+    for module in ("derivation.candidates", "training.measure"):
+        monkeypatch.setattr(f"tanglenas_engine.{module}.STATISTICS_BATCH", 16)
     torch.manual_seed(0)
     space = Convolutional()
     for buffer in space.buffers():

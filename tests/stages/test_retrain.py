@@ -1,5 +1,7 @@
 """Retraining: where the weights come from in each mode, and that a run is reproducible and resumable."""
 
+import contextlib
+import math
 import random
 from functools import partial
 
@@ -18,12 +20,14 @@ from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress
+from tanglenas_engine.stages import retrain as retrain_stage
 from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
+from tanglenas_engine.training import stopwatch
 from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
 from tanglenas_engine.training.losses import auxiliary, cross_entropy
-from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import measure, recalibrate, statistics_inputs
 
 SPLITS = ("training", "validation")
 ema = partial(ModelEmaV3, decay=0.7)
@@ -67,14 +71,28 @@ def test_inherit_gives_the_network_of_the_supernet(make):
     assert result.validation_accuracy == measure(network, data.validation).accuracy
 
 
-def test_inherit_sets_the_statistics_of_batch_norms_anew():
+@pytest.mark.parametrize("which", ["inherit", "teacher"])
+def test_statistics_of_batch_norms_are_set_anew_as_discretize_sets_them(monkeypatch, which):
     space = Convolutional()
     before = {name: tensor.clone() for name, tensor in space.state_dict().items()}
-    data = random_data(space, SPLITS, samples=32)
-    result = retrain(space, chosen(space), data, mode="inherit", batch_size=8, recalibration_batches=2, seed=4)
-    network = space.extract(chosen(space)).eval()
-    recalibrate(network, random_inputs(data.training, 8, 2, seed=4, device=torch.device("cpu")))
-    same({**result.network.state_dict()}, {**network.state_dict()}, "the network")
+    data, augmented = (random_data(space, SPLITS, samples=32, seed=seed) for seed in (0, 1))
+    view = DataView({"training": augmented.training, "validation": data.validation}, {"training": data.training})
+    options = {"batch_size": 8, "recalibration_batches": 2, "seed": 4}
+    if which == "inherit":
+        architecture = chosen(space)
+        found = retrain(space, architecture, view, mode="inherit", **options).network
+    else:
+        architecture, teachers = space.largest(), []
+        monkeypatch.setattr(
+            retrain_stage,
+            "Distillation",
+            lambda teacher, *rest: teachers.append(teacher) or Distillation(teacher, *rest),
+        )
+        retrain(space, chosen(space), view, teacher="largest", epochs=1, **options)
+        (found,) = teachers
+    network = space.extract(architecture).eval()
+    recalibrate(network, statistics_inputs(network, data.training, 2, seed=4, device=torch.device("cpu")))
+    same({**found.state_dict()}, {**network.state_dict()}, "the network")
     same({**space.state_dict()}, before, "the supernet")
 
 
@@ -144,6 +162,54 @@ def test_a_retraining_that_pauses_goes_on_and_ends_like_one_that_does_not(tmp_pa
         assert result["accuracy"] == result["history"][-1]["validation_accuracy"]
         assert retrained(make, **options, until=until)["history"] == result["history"]
     same(result, whole, "the retraining that paused")
+
+
+def test_the_seconds_of_a_retraining_are_those_of_all_its_processes(tmp_path, monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def process_time(self):
+            return self.now
+
+        def monotonic(self):
+            return 2 * self.now
+
+    clock, step = Clock(), retrain_stage.Retraining.step
+
+    def timed(training, position):
+        clock.now += 1
+        return step(training, position)
+
+    monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(retrain_stage.Retraining, "step", timed)
+    space = vit()
+    data = random_data(space, SPLITS)
+    found = []
+    for cut, until in ((4, None), (None, None), (None, 1)):
+        with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+            clock.now += 100  # another process
+            with pytest.raises(CutOff) if cut else contextlib.nullcontext():
+                found.append(
+                    retrain(
+                        space, space.largest(), data, epochs=3, until=until, batch_size=4, checkpoint_every=1,
+                        checkpoints=checkpoints, progress=CutAfter(cut),
+                    )
+                )  # fmt: skip
+    assert clock.now == 307  # the fourth of six steps was lost with its process
+    assert [(one.seconds, one.wall) for one in found] == [(6, 12), (2, 4)]
+
+
+def test_a_retraining_goes_on_after_an_epoch_whose_validation_loss_is_not_finite(tmp_path):
+    space = vit()
+    data = random_data(space, SPLITS)
+    inputs, targets = data.validation.batch(torch.arange(len(data.validation)))
+    data = DataView({"training": data.training, "validation": TensorSamples(inputs * torch.inf, targets)})
+    whole = retrained(space, data)
+    for until in (1, None):
+        with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+            result = retrained(space, data, until=until, checkpoints=checkpoints)
+    assert [row["validation_loss"] for row in result["history"]] == pytest.approx([math.nan] * 2, nan_ok=True)
+    same(result["weights"], whole["weights"], "the network")
 
 
 def test_equal_seeds_give_equal_bytes_and_leave_global_generators_alone():
@@ -466,6 +532,7 @@ def test_hidden_states_that_cannot_be_learned_are_refused(space, options, messag
     "options, message",
     [
         ({"teacher": "smallest"}, "retrain.teacher is 'smallest', expected 'largest' or None"),
+        ({"teacher_hidden": 1.0}, "retrain.teacher_hidden is 1.0, but retrain.teacher is None"),
         ({"teacher": "largest", "mode": "inherit"}, "trains nothing that a teacher could teach"),
         ({"teacher": "largest", "teacher_weight": 1.5}, "retrain.teacher_weight is 1.5, expected a share from 0 to 1"),
         ({"teacher": "largest", "temperature": 0.0}, "retrain.temperature is 0.0, expected a positive number"),

@@ -28,11 +28,13 @@ from tanglenas_engine.testing import check_resume, random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
 from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_gradient.annealed import Annealed
 from tanglenas_gradient.darts import DARTS
 from tanglenas_gradient.drnas import DrNAS
 from tanglenas_sampling.spos import SPOS
 
 OPTIMIZERS = manager().names("optimizer")
+SIMULTANEOUS = [name for name in OPTIMIZERS if create_optimizer(name).simultaneous]
 STRATEGIES = ("alternating", "simultaneous")
 SPLITS = ("weights", "architecture", "validation")
 
@@ -62,9 +64,12 @@ def searched(space=noisy_vit, optimizer="drnas", data=None, **options):
 
 
 @pytest.mark.parametrize(
-    "strategy, every, cut", [("alternating", 3, 4), ("simultaneous", 1, 4), ("simultaneous", None, 3)]
+    "optimizer, strategy, every, cut",
+    [
+        *((name, "alternating", 3, 4) for name in OPTIMIZERS),
+        *((name, "simultaneous", *cut) for name in SIMULTANEOUS for cut in ((1, 4), (None, 3))),
+    ],
 )
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.part(6)
 @pytest.mark.slow
 def test_a_search_that_is_killed_ends_like_one_that_is_not(optimizer, strategy, every, cut):
@@ -109,7 +114,29 @@ def test_a_search_that_is_asked_to_stop_goes_on_where_it_was(tmp_path, number):
         same(searched(checkpoints=checkpoints), searched(), "the resumed search")
 
 
-class Annealed(DARTS):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_search_that_is_resumed_after_its_last_step_has_the_same_result(name, tmp_path):
+    """It was killed between its last checkpoint and the end of its stage, so it takes no step."""
+    falling = isinstance(create_optimizer(name), Annealed)
+    options = {"temperature": 5.0, "final_temperature": 0.1} if falling else {}
+    found = []
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+        for _ in range(2):
+            torch.manual_seed(0)
+            space, optimizer = vit(), create_optimizer(name, **options)
+            rate = partial(torch.optim.Adam, lr=0.1)
+            data = random_data(space, SPLITS)
+            result = search(
+                space, optimizer, data, epochs=2, batch_size=4, architecture_optimizer=rate, checkpoints=checkpoints
+            )
+            mixture = result.mixture and {**result.mixture}
+            found.append(
+                (str(result.architecture), mixture, result.history, result.split_losses, optimizer.schedules())
+            )
+    same(found[1], found[0], "the result")
+
+
+class Cooling(DARTS):
     """A temperature that only `set_progress` sets."""
 
     temperature = None
@@ -124,7 +151,7 @@ class Annealed(DARTS):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_search_that_is_resumed_amid_an_epoch_tells_the_optimizer_how_far_it_is():
-    check_resume(Annealed, vit, (4,), architecture_optimizer=partial(torch.optim.Adam, lr=0.5))
+    check_resume(Cooling, vit, (4,), architecture_optimizer=partial(torch.optim.Adam, lr=0.5))
     told = []
     optimizer = DARTS()
     optimizer.set_progress = told.append
@@ -432,6 +459,13 @@ def test_options_that_cannot_be(options, message):
     with pytest.raises(TangleNASError) as caught:
         searched(vit, **options)
     assert message in str(caught.value)
+
+
+def test_an_architecture_step_of_its_own_is_not_dropped_by_a_simultaneous_search():
+    assert {*OPTIMIZERS} - {*SIMULTANEOUS} == {"darts2"}
+    for optimizer in ("darts2", Leaning(1)):
+        with pytest.raises(TangleNASError, match=r"search\.strategy is 'simultaneous', but .* in a step of its own"):
+            searched(vit, optimizer, strategy="simultaneous")
 
 
 def test_warm_up_epochs_matter_to_gradient_methods_only():

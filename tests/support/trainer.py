@@ -20,8 +20,6 @@ def loss_of(digest: str, epochs: int) -> float:
 class Noted:
     """A training that takes a processor second for an epoch, as it says, and half of that on the wall.
 
-    It goes on from the longest call before.
-
     Attributes:
         folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
         bad: What comes instead of a loss, by digest: "nan", "raise", "stop" once, "kill" once, or "lose", as if
@@ -36,7 +34,6 @@ class Noted:
     def __call__(self, architecture, epochs):
         digest = architecture.digest
         before = len(list(self.folder.glob(f"{digest}-{epochs}-*")))
-        done = max((length for name, length in self.calls() if name == digest and length < epochs), default=0)
         (self.folder / f"{digest}-{epochs}-{before}").touch()
         match dict(self.bad).get(digest):
             case "nan":
@@ -49,7 +46,7 @@ class Noted:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "lose":
                 raise BrokenProcessPool("A worker was terminated. Memory?")
-        return Trained(loss_of(digest, epochs), 50.0, epochs - done, wall=(epochs - done) / 2)
+        return Trained(loss_of(digest, epochs), 50.0, epochs, wall=epochs / 2)
 
     def calls(self) -> list[tuple[str, int]]:
         """Return the digests and epochs of all calls."""

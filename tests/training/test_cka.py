@@ -85,6 +85,24 @@ def test_layers_of_a_network_are_compared_by_name(name):
     assert not any(module._forward_hooks for module in one.modules())
 
 
+class Positions(nn.Module):
+    """A network of texts of 6 tokens, with an embedding of their positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(5, 4), nn.Embedding(6, 4), nn.Linear(4, 5)
+
+    def forward(self, inputs):
+        return self.head(self.tokens(inputs) + self.positions(torch.arange(6)))  # (B, 6, 5)
+
+
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_an_embedding_of_positions_is_no_layer_of_samples_even_if_a_batch_has_as_many(count):
+    network = Positions()
+    rows, columns, found = similarity(network, network, [torch.randint(5, (count, 6)) for _ in range(2)])
+    assert rows == columns == ["tokens", "head"] and found.shape == (2, 2)
+
+
 def test_layers_without_parameters_are_left_out():
     network = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
     assert list(layers(network)) == ["0", "2.0", "2.1"]

@@ -746,6 +746,7 @@ def test_a_truncated_image_is_named_when_it_is_decoded(pictures, num_workers):
         ({"mean": (0.5, 0.5)}, "mean has 2 values for 3"),
         ({"crop_pct": 1.5}, "crop_pct is 1.5"),
         ({"shift": 32}, "shift is 32; give 0 to 31"),
+        ({"shift": 2, "crop_scale": (0.5, 1.0)}, "shift is 2 and replaces the random crop, so crop_scale would do"),
     ],
 )
 def test_impossible_image_folder_options_are_named(pictures, options, message):

@@ -270,10 +270,11 @@ def test_equal_texts_have_equal_fingerprints_wherever_they_lie(tmp_path):
             ("other text", text.replace("x", "s", 1), {"block_size": 8}),
             ("other letter", text.replace("x", "y"), {"block_size": 8}),
             ("other tokens", text, {"block_size": 8, "tokenizer": "bpe"}),
+            ("equal windows, of which the last are a test part", text, {"block_size": 8, "test_portion": 0.1}),
         )
     }
     assert found["here"] == found["there"]
-    assert len(set(found.values())) == 5
+    assert len(set(found.values())) == 6
 
 
 @pytest.mark.parametrize(

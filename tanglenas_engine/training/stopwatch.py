@@ -1,0 +1,41 @@
+"""The seconds that a training takes, however often it pauses or is cut off."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """The seconds of a training in all processes that it ran in: those of processors, and those on the wall.
+
+    A checkpoint holds them. What a process did after its last checkpoint counts once, when it is done again.
+
+    Args:
+        epochs: The number of epochs.
+
+    Attributes:
+        ends: The seconds at the end of each epoch, `(epochs, 2)`, float64; 0 for those to come.
+    """
+
+    def __init__(self, epochs: int):
+        self.ends = torch.zeros(epochs, 2, dtype=torch.float64)
+        self._start = _now()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Note the seconds at the end of an epoch, counted from 1."""
+        self.ends[epoch - 1] = _now() - self._start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": _now() - self._start, "ends": self.ends}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._start, self.ends = _now() - state["seconds"], state["ends"].clone()
+
+
+def _now() -> Tensor:
+    """Return the seconds of processors and of the wall, `(2,)`, float64."""
+    return torch.tensor([time.process_time(), time.monotonic()], dtype=torch.float64)
