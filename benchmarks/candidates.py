@@ -21,7 +21,7 @@ from tanglenas_engine import Architecture, SearchSpace, create_space
 from tanglenas_engine.data import Dataset, DataView, make_splits, open_splits
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.plugins import create_dataset
-from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
+from tanglenas_engine.training.measure import measure, recalibrate, statistics_inputs
 
 
 def fitting(space: str, dataset: Dataset) -> SearchSpace:
@@ -36,7 +36,7 @@ def one_by_one(space: SearchSpace, data: DataView, architecture: Architecture, b
     network = space.extract(architecture)
     device = next(network.parameters()).device
     if batches:
-        recalibrate(network, random_inputs(data.weights, batch_size, batches, seed=0, device=device))
+        recalibrate(network, statistics_inputs(network, data.weights, batches, 0, device))
     return measure(network, data.architecture, batch_size).accuracy
 
 

@@ -17,7 +17,7 @@ from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Scale, Study
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.training.cka import similarity
-from tanglenas_engine.training.measure import random_inputs, recalibrate
+from tanglenas_engine.training.measure import recalibrate, statistics_inputs
 
 BATCH, BATCHES = 128, 8
 """The samples of a batch, and the most batches, that networks are compared on. They are of the validation split."""
@@ -35,7 +35,7 @@ def measure(run: Run) -> Measured:
         view = bench.data("weights", "validation")
         device = device_of(os.environ.get("TANGLENAS_DEVICE") or None)
         inherited.to(device)
-        recalibrate(inherited, random_inputs(view.plain("weights"), BATCH, BATCHES, seed=0, device=device))
+        recalibrate(inherited, statistics_inputs(inherited, view.plain("weights"), BATCHES, 0, device))
         final = bench.space.standalone(architecture)
         load_into(final, WEIGHTS)
         inputs = [batch.to(device) for batch in _batches(view.validation)]
