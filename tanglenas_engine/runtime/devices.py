@@ -30,12 +30,16 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def to_device(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets on a device. A copy to a GPU does not wait for what the GPU computes."""
+def to_device(batch: Iterable[Tensor], device: torch.device, last: bool = True) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets on a device. A copy to a GPU does not wait for what the GPU computes.
+
+    Args:
+        last: Whether the channels of images are last in memory on a CPU.
+    """
     if device.type == "cuda":  # a copy from memory that is not pinned would wait
         batch = [tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in batch]
     inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-    return channels_last(inputs), targets
+    return channels_last(inputs) if last else inputs, targets
 
 
 def channels_last(inputs: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
+from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
@@ -212,6 +213,7 @@ class Retraining(Training):
     ):
         self.network, self.validation, self.computation = network, data.validation, computation
         self.device, self.loss = session.find_device(), checked_loss(loss)
+        self._last = learns_with_channels_last(network)
         self.distillation = distillation
         precision = computation.precise(self.device)
         self.autocast, self.scaler = precision.autocast, precision.scaler
@@ -263,7 +265,8 @@ class Retraining(Training):
         if self._iterator is None:  # a resumed training starts its stream where it left off
             self._iterator = self.stream.start(position)
         count = self.computation.accumulate
-        pieces = (tensor.chunk(count) for tensor in to_device(next(self._iterator), self.device))
+        batch = to_device(next(self._iterator), self.device, self._last)
+        pieces = (tensor.chunk(count) for tensor in batch)
         losses, accuracies = [], []
         self.optimizer.zero_grad()
         for inputs, targets in zip(*pieces, strict=True):

@@ -32,6 +32,7 @@ from tanglenas_engine.spaces.units import Importance, magnitude, order_units, ta
 from tanglenas_engine.stages.pace import Pace, taken_back
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.execution import Compiled, executing
+from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import (
@@ -228,6 +229,7 @@ class Search(Training):
         self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.device = session.find_device()
+        self._last = learns_with_channels_last(space)
         self.pace = None if seconds is None else Pace(seconds, clock, self.device)
         self.precision, self.backend = computation.precise(self.device), computation.backend
         self.scaler = self.precision.scaler
@@ -297,7 +299,7 @@ class Search(Training):
     def _few_batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """Return inputs and targets of the weights split, by which units and layers are put in order."""
         batches = Stream(self._data.plain("weights"), batch_size, seed=self.seed).start()
-        taken = [to_device(batch, self.device) for batch in itertools.islice(batches, ORDER_BATCHES)]
+        taken = [to_device(batch, self.device, self._last) for batch in itertools.islice(batches, ORDER_BATCHES)]
         return [(inputs, targets) for inputs, targets in taken]
 
     def result(self) -> SearchResult:
@@ -479,7 +481,8 @@ class Search(Training):
         if not self._iterators:  # a resumed search starts its streams where it left off
             self._iterators.extend(stream.start(position) for stream in self.streams)
         count = self.computation.accumulate
-        batches = [[t.chunk(count) for t in to_device(next(iterator), self.device)] for iterator in self._iterators]
+        taken = (to_device(next(iterator), self.device, self._last) for iterator in self._iterators)
+        batches = [[tensor.chunk(count) for tensor in batch] for batch in taken]
         weight_batches, *others = [list(zip(*batch, strict=True)) for batch in batches]
         return [
             Step(
