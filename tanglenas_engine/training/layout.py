@@ -24,9 +24,5 @@ def _gets_wrong_gradients(layer: nn.Conv2d) -> bool:
         _, channels, *window = (axis.size.values for axis in layer.axes["weight"])
     else:
         channels, *window = ((length,) for length in layer.weight.shape[1:])
-    return (
-        layer.groups == 1
-        and max(layer.stride) > 1
-        and min(channels) < BLOCK
-        and all(1 in lengths for lengths in window)
-    )
+    pointwise = layer.groups == 1 and all(1 in lengths for lengths in window)
+    return pointwise and max(layer.stride) > 1 and min(channels) < BLOCK

@@ -49,8 +49,8 @@ def test_stages_lay_out_images_as_the_network_needs(name, monkeypatch):
     for stage in ("search", "retrain"):
         monkeypatch.setattr(sys.modules[f"tanglenas_engine.stages.{stage}"], "to_device", watched)
     sgd = partial(torch.optim.SGD, lr=0.01)
-    search(space, create_optimizer("spos"), data, epochs=1, weight_optimizer=sgd, device="cpu")
-    retrain(space, space.smallest(), data, epochs=1, optimizer=sgd, device="cpu")
+    search(space, create_optimizer("spos"), data, epochs=1, batch_size=4, weight_optimizer=sgd, device="cpu")
+    retrain(space, space.smallest(), data, epochs=1, batch_size=4, optimizer=sgd, device="cpu")
     assert set(seen) == {name == "mobilenetv3_nano"}
     images = torch.randn(2, 3, 4, 4)
     (kept, _), (laid, _) = (to_device((images, images), torch.device("cpu"), last) for last in (False, True))
