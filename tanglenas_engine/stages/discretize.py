@@ -177,7 +177,7 @@ def discretize(
     Args:
         space: The supernet with its trained weights.
         data: A view of `weights` (for the statistics of batch norms), `architecture` (to rank candidates) and
-            `validation` (to measure the result).
+            `validation` (to measure the result). Nothing is measured on augmented samples (`DataView.plain`).
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
             supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which adds
@@ -225,9 +225,10 @@ def discretize(
         timer = Timer(seconds, clock, device_of(device), "discretize", "candidates")
         candidates = space.size
     with Candidates(
-        space, data.weights, data.architecture, budget=budget, fill=fill, objectives=objectives, cost=cost,
-        limit=candidates, prior=weights if prior == "mixture" else None, recalibration_batches=recalibration_batches,
-        batch_size=batch_size, seed=seed, device=device_of(device), checkpoints=checkpoints, progress=progress,
+        space, data.plain("weights"), data.plain("architecture"), budget=budget, fill=fill, objectives=objectives,
+        cost=cost, limit=candidates, prior=weights if prior == "mixture" else None,
+        recalibration_batches=recalibration_batches, batch_size=batch_size, seed=seed, device=device_of(device),
+        checkpoints=checkpoints, progress=progress,
     ) as tried:  # fmt: skip
         judging = judging_of(methods[method])
         if timer is not None and judging != "one candidate":

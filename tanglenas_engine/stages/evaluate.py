@@ -185,8 +185,8 @@ def rank_correlation(
     every = architectures == "all" or architectures >= space.size
     with Candidates(
         space,
-        data.weights,
-        data.architecture,
+        data.plain("weights"),
+        data.plain("architecture"),
         limit=space.size if architectures == "all" else architectures,
         recalibration_batches=recalibration_batches,
         batch_size=batch_size,

@@ -109,6 +109,17 @@ def test_random_gives_distinct_architectures_best_first():
     assert (result.validation_loss, result.validation_accuracy) == (validated.loss, validated.accuracy)
 
 
+def test_candidates_are_judged_without_augmentation():
+    space = vit()
+    plain = random_data(space, SPLITS, samples=40)
+    augmented = random_data(space, SPLITS, samples=40, seed=1)  # as if every image had been shifted
+    names = ("weights", "architecture")
+    view = DataView({name: getattr(augmented if name in names else plain, name) for name in SPLITS},
+                    {name: getattr(plain, name) for name in names})  # fmt: skip
+    results = [discretize(space, data, None, method="random", candidates=6, seed=0) for data in (plain, view)]
+    assert results[0].candidates == results[1].candidates
+
+
 def test_random_tries_no_more_than_there_are(capsys):
     space = vit(depth=(1,), num_heads=(1, 3), mlp_ratio=(2,))
     assert space.size == 4
