@@ -89,15 +89,12 @@ def _inputs(stage: str) -> dict[str, Any]:
 
 
 def _recipe() -> dict[str, Any]:
-    """Return the arguments of the retrain stage and the digests of its gin files, if the method is a race."""
+    """Return the arguments of the retrain stage and the digests of what it reads, if the method is a race."""
     arguments = stage_arguments("retrain") or []
     if 'discretize.method = "race"' not in (stage_arguments("discretize") or []):
         return {}
-    files = [argument for argument in arguments if argument.endswith(".gin")]
-    return {
-        "arguments": [argument for argument in arguments if not argument.startswith(UNUSED)],
-        "files": {file: _digest(file) for file in files},
-    }
+    alone = [argument for argument in arguments if not argument.startswith(UNUSED)]
+    return {"arguments": alone, **_inputs("retrain")}
 
 
 def _behind_references() -> list[str]:

@@ -7,7 +7,7 @@ from torch import nn
 from tanglenas_engine.elastic.base import Elastic
 
 BLOCK = 16
-"""The most channels that oneDNN takes at a time: with AVX-512, others take 8."""
+"""The number of channels that oneDNN takes at a time with AVX-512. Without it, it takes 8."""
 
 
 def learns_with_channels_last(network: nn.Module) -> bool:

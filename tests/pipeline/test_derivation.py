@@ -212,6 +212,11 @@ def test_dvc_is_told_when_a_table_an_included_file_or_the_code_behind_a_referenc
     Path("gin/common.gin").write_text("retrain.clip = 2.0\n")
     third = inputs()
     assert changed(second, third) == ["retrain"]
+    set_params(project, discretize={"method": "race"})
+    before = (inputs(), Path("out/recipe.json").read_text())
+    Path("gin/common.gin").write_text("retrain.clip = 3.0\n")
+    after = (inputs(), Path("out/recipe.json").read_text())
+    assert changed(before[0], after[0]) == ["retrain"] and before[1] != after[1]  # a race trains by that recipe
     Path("gin/common.gin").write_text("retrain.clp = 2.0\n")  # the stage itself says what is wrong
     assert json.loads(inputs()["retrain"]) == {}
 
