@@ -113,7 +113,7 @@ TASKS = {
         epochs=12,
     ),
     "gpt_nano_shakespeare": Task(
-        "gpt_nano", "text", {}, {"bias": True}, place="path",
+        "gpt_nano", "text", {}, {"bias": True}, place="root",
         epochs=5,
     ),
     # Patches of 7 pixels train in a third of the time of patches of 4.
