@@ -35,9 +35,14 @@ class Block(elastic.Elastic):
         self.conv_dw = elastic.Conv2d(width, width, kernel, groups=width)
         self.norm = elastic.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, hidden)
-        self.gamma = nn.Parameter(torch.full((width.max,), layer_scale))
+        self.layer_scale = layer_scale
+        self.gamma = nn.Parameter(torch.empty(width.max))
         self.declare(gamma=(width,))
         self.drop_path = drop_path
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)

@@ -18,7 +18,6 @@ from tanglenas_engine import (
     Architecture,
     Assignment,
     Choice,
-    Mixture,
     Row,
     Size,
     TangleNASError,
@@ -175,9 +174,9 @@ class Darts(cells.CellSpace):
                 for picks in itertools.product(range(1, len(OPERATIONS)), repeat=KEPT)
             ]
 
-    def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """Return the log-probability of each operation, and 0 for `none`: absent edges have no score."""
-        return {row: [0.0, *scores[1:]] for row, scores in super().scores(mixture).items()}
+    def has_score(self, row: Row, option: int) -> bool:
+        """Return whether an option is an operation: absent edges have no score."""
+        return option != NONE
 
     def nodes(self) -> list[list[Row]]:
         return cells.into_nodes(self.choices.values(), EDGES)

@@ -22,7 +22,7 @@ class FashionMNIST(ImagesInMemory):
             By default they are looked for in `$TANGLENAS_DATA`, or in `data/` in the project, where
             torchvision keeps them.
         download: Let torchvision fetch missing files to that place, unless `root` is given.
-        image_size: 28, or 32 with two rows of background on each side.
+        image_size: Height and width of the inputs: 28, or 32 after bilinear resizing.
         shift: Largest random shift of training images, in pixels.
         flip: Mirror training images at random.
         cutout: Side of a random square that is removed from training images.
@@ -54,8 +54,7 @@ class FashionMNIST(ImagesInMemory):
         if image_size not in (28, 32):
             raise TangleNASError(f"fashion_mnist: image_size is {image_size}; give 28 or 32.")
         self._folder = find(self.name, root, "FashionMNIST/raw", _FILES, _fetch if download else None)
-        margin = (image_size - 28) // 2
-        super().__init__(size=28, image_size=image_size, margin=margin, shift=shift, flip=flip, cutout=cutout)
+        super().__init__(size=28, image_size=image_size, shift=shift, flip=flip, cutout=cutout)
 
     def _read_train(self) -> tuple[Tensor, Tensor]:
         labels = _labels(self._folder, "train")

@@ -6,7 +6,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from tanglenas_engine import TangleNASError
 
@@ -148,6 +148,12 @@ def _chosen(root: Path, test_folder: str | None, parts: bool) -> list[tuple[str,
 
 def _around_test(root: Path, test_folder: str, named: dict[str, list[Path]]) -> list[tuple[str, Path]]:
     """Return the parts where the test part was named."""
+    named_parts = PurePath(test_folder).parts
+    if not named_parts or ".." in named_parts or PurePath(test_folder).is_absolute():
+        raise TangleNASError(
+            f"image_folder: test_folder is {test_folder!r}, expected the name of a folder in {shown(root)}, such as "
+            "'holdout'"
+        )
     test = root / test_folder
     rest = {role: [folder for folder in same if folder != test] for role, same in named.items()}
     train = rest.get("train") or [root / "train"]

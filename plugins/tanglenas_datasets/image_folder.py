@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,16 +13,8 @@ from torchvision.transforms import v2
 
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
-from tanglenas_datasets.images import (
-    UNREADABLE,
-    check_all,
-    decode,
-    opened,
-    reason,
-    twins,
-    unreadable,
-    unreadable_later,
-)
+from tanglenas_datasets.images import check_all, twins, unreadable, unreadable_later
+from tanglenas_datasets.pictures import UNREADABLE, decode, opened, reason
 from tanglenas_engine import Dataset, Progress, TangleNASError, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
@@ -104,13 +97,20 @@ class ImageFolder(Dataset):
             raise TangleNASError(f"image_folder: image_size is {image_size}; give at least 1.")
         if not 0 < crop_pct <= 1:
             raise TangleNASError(f"image_folder: crop_pct is {crop_pct}; give a share of the image, up to 1.")
-        if crop_scale is not None and not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1):
+        if crop_scale is not None and not (
+            isinstance(crop_scale, Sequence) and len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1
+        ):
             raise TangleNASError(
                 f"image_folder: crop_scale is {crop_scale}; give the smallest and the largest share of the area, such "
                 "as (0.35, 1.0), or None."
             )
-        if shift is not None and not 0 <= shift < image_size:
+        if shift is not None and not (isinstance(shift, int) and 0 <= shift < image_size):
             raise TangleNASError(f"image_folder: shift is {shift}; give 0 to {image_size - 1} pixels, or None.")
+        if augment is not None and not (isinstance(augment, str | Sequence) or callable(augment)):
+            raise TangleNASError(
+                f"image_folder: augment is {augment!r}; give a recipe of timm, a transform of PIL images, or a list of "
+                "them."
+            )
         if shift is not None and crop_scale is not None:
             raise TangleNASError(
                 f"image_folder: shift is {shift} and replaces the random crop, so crop_scale would do nothing: set one "
@@ -128,6 +128,7 @@ class ImageFolder(Dataset):
         train, evaluation = self._transforms(crop_scale, shift, flip, augment)
         self._train_transform: Transform = train_transform or train
         self._eval_transform: Transform = eval_transform or evaluation
+        self._described = eval_transform is None
         self._checked = check
         root = data_path(root)
         if not root.is_dir():
@@ -158,6 +159,14 @@ class ImageFolder(Dataset):
         if bad:
             raise unreadable(bad, len(paths))
         self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
+
+    def input_config(self) -> dict[str, Any]:
+        """Return how inputs are made. Of an `eval_transform` of one's own that is not known, so its keys are left out.
+
+        See `Dataset.input_config`.
+        """
+        unknown = () if self._described else ("mean", "std", "crop_pct", "interpolation")
+        return {name: value for name, value in super().input_config().items() if name not in unknown}
 
     def _transforms(
         self,
@@ -308,7 +317,12 @@ def _file_hash(path: Path, root: Path, check: bool) -> str:
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * channels
+    try:
+        values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * channels
+    except (TypeError, ValueError):
+        raise TangleNASError(
+            f"image_folder: {name} is {value!r}. Give one number, or one per channel, as pixels are from 0 to 1."
+        ) from None
     if len(values) != channels:
         raise TangleNASError(
             f"image_folder: {name} has {len(values)} values for {channels} channel(s). Give one number, or "

@@ -1,60 +1,21 @@
-"""Image files of strangers: opened as one of a few formats, within a limit on pixels, and decoded."""
+"""Image files of strangers, all of them: whether they can be decoded, and which are there twice."""
 
 import hashlib
 import io
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tanglenas_datasets.folders import listed, shown
+from tanglenas_datasets.pictures import UNREADABLE, decode, reason
 from tanglenas_engine import Progress, TangleNASError, write_atomic
 
-FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats that are tried, whatever a file is called. Pillow would hand others to programs: EPS to Ghostscript."""
-MAX_PIXELS = 89_478_485
-"""The most pixels of an image: where Pillow begins to warn of decompression bombs. It refuses twice as many."""
 MOST_NAMED = 50
 """The number of unreadable files that a message names."""
 _AT_ONCE = 256
-# Pillow raises these for a file that it cannot read.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-@contextmanager
-def opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open an image file without decoding it.
-
-    Raises:
-        One of `UNREADABLE`: The file is of none of `FORMATS`, damaged, or an image of more than `MAX_PIXELS`.
-    """
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
-        yield image
-
-
-def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
-    """Return an image in a mode, "L" or "RGB", turned as its EXIF data say.
-
-    Raises:
-        One of `UNREADABLE`: As in `opened`, or the pixels are of a kind that has no black and white.
-    """
-    with opened(file) as content:
-        image: Image.Image = ImageOps.exif_transpose(content)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers, of which black and white are not known")
-        if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert(mode)
 
 
 def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[str]:
@@ -163,15 +124,6 @@ def unreadable_later(path: str, error: BaseException) -> TangleNASError:
         "search began, and run the same command again: nothing is lost. With the file changed or removed, the data are "
         "others: the splits are made anew, and search and all stages after it have to run again."
     )
-
-
-def reason(error: BaseException) -> str:
-    """Return why a file is no readable image, as a part of a sentence."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is of no known format ({', '.join(FORMATS)})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).rstrip(".").split())[:200] or type(error).__name__
 
 
 def _cores() -> int:

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
@@ -23,14 +22,11 @@ class ImagesInMemory(Dataset):
 
     Args:
         size: Height and width of the images.
-        image_size: Height and width of the inputs. They are larger by `margin` of background, or by bilinear resizing.
-        margin: Rows of background on each side.
+        image_size: Height and width of the inputs, after bilinear resizing.
         shift, flip, cutout: Augmentation of training images; see `prepare`.
     """
 
-    def __init__(
-        self, *, size: int, image_size: int, margin: int = 0, shift: int = 0, flip: bool = False, cutout: int = 0
-    ) -> None:
+    def __init__(self, *, size: int, image_size: int, shift: int = 0, flip: bool = False, cutout: int = 0) -> None:
         for option, pixels in (("shift", shift), ("cutout", cutout)):
             if not 0 <= pixels < size:
                 raise TangleNASError(f"{self.name}: {option} is {pixels}; give 0 (off) to {size - 1} pixels.")
@@ -38,7 +34,6 @@ class ImagesInMemory(Dataset):
         self.shift = shift
         self.flip = flip
         self.cutout = cutout
-        self._margin = margin
         self._train_images, train_labels = self._read_train()
         test_labels = self._read_test_labels()
         self.labels = torch.cat([train_labels, test_labels])
@@ -68,7 +63,7 @@ class ImagesInMemory(Dataset):
             pool = torch.cat([pool, self._test_images])
         augmentation = {"shift": self.shift, "flip": self.flip, "cutout": self.cutout} if train else {}
         transform = partial(prepare, mean=self.mean, std=self.std, image_size=self.image_size, **augmentation)
-        return TensorSamples(F.pad(pool[indices], (self._margin,) * 4), self.labels[indices], transform)
+        return TensorSamples(pool[indices], self.labels[indices], transform)
 
 
 def find(

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,20 @@ class Text(Dataset):
         test_root: str | os.PathLike[str] | None = None,
         pattern: str = "*.txt",
     ) -> None:
-        text = self._read(root, pattern)
+        if test_root is not None and test_portion is not None:
+            raise TangleNASError(
+                f"{self.name}: test_root gives the test part, so test_portion {test_portion} would do nothing: set one "
+                "of them to None."
+            )
+        test_files = [] if test_root is None else self._files(test_root, pattern)
+        text = self._read(root, pattern, {_identity(path): path for path in test_files})
         test = None if test_root is None else self._read(test_root, pattern)
         self._prepare(text, test, block_size, tokenizer, vocab_size, test_portion)
 
     def _prepare(
         self, text: str, test: str | None, block_size: int, tokenizer: str, vocab_size: int, test_portion: float | None
     ) -> None:
-        if block_size < 1:
+        if not isinstance(block_size, int) or block_size < 1:
             raise TangleNASError(f"{self.name}: block_size is {block_size}; give at least 1 token.")
         if test_portion is not None and not 0 < test_portion < 1:
             raise TangleNASError(f"{self.name}: test_portion is {test_portion}; give a share between 0 and 1.")
@@ -111,17 +117,38 @@ class Text(Dataset):
         text: str = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
         return text
 
-    def _read(self, root: str | os.PathLike[str], pattern: str) -> str:
+    def _files(self, root: str | os.PathLike[str], pattern: str) -> list[Path]:
+        """Return the files of a text in their order.
+
+        Raises:
+            TangleNASError: There is no such file or folder, or a file is there twice, by links.
+        """
         root = data_path(root)
         if not root.exists():
             raise TangleNASError(
                 f"{self.name}: there is no file or folder {root}. Give root=, a text file or a folder."
             )
-        paths = [root]
-        if root.is_dir():
-            found = (path for path in sorted(root.rglob(pattern)) if path.is_file())
-            paths = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-        text = "".join(map(self._decoded, paths))
+        if not root.is_dir():
+            return [root]
+        found = (path for path in sorted(root.rglob(pattern)) if path.is_file())
+        paths = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        seen: dict[tuple[int, int], Path] = {}
+        for path in paths:
+            if (first := seen.setdefault(_identity(path), path)) is not path:
+                raise TangleNASError(
+                    f"{self.name}: {path} and {first} are one file, and its text would be in several splits: remove "
+                    "one of them, or leave it out with pattern=."
+                )
+        return paths
+
+    def _read(
+        self, root: str | os.PathLike[str], pattern: str, apart: Mapping[tuple[int, int], Path] | None = None
+    ) -> str:
+        """Return the text of a file or folder without the files of the test part, which may lie in the same folder."""
+        paths = [path for path in self._files(root, pattern) if _identity(path) not in (apart or {})]
+        text, root = "".join(map(self._decoded, paths)), data_path(root)
+        if apart and not paths:
+            raise TangleNASError(f"{self.name}: all text of {root} is the test part. Give another root= or test_root=.")
         if not text.strip():
             what = f"has no text in files {pattern}" if root.is_dir() else "is empty"
             raise TangleNASError(f"{self.name}: {root} {what}. Put text there, or give another root= or pattern=.")
@@ -243,3 +270,9 @@ def _up_to(characters: int, texts: Iterable[str]) -> str:
             left -= len(text)
 
     return "".join(taken())
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what tells a file from others, whatever its name."""
+    status = path.stat()
+    return status.st_dev, status.st_ino

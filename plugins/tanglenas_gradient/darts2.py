@@ -19,9 +19,10 @@ Weights = Mapping[str, Tensor]
 class SecondOrderDARTS(DARTS):
     """An optimizer that differentiates `L_val(w', alpha)` by alpha, both directly and through w'.
 
-    Here `w' = w - rate * dL_train(w, alpha)/dw` is a step of SGD with the weight optimizer's present learning rate,
-    weight decay and momentum. An optimizer of another kind lends its learning rate and weight decay only. The step is
-    undone: weights, running statistics and random generators are the same afterwards.
+    Here `w'` are the weights after a step of SGD with the weight optimizer's present learning rate, weight decay,
+    momentum, dampening and Nesterov's form. An optimizer of another kind lends its learning rate and weight decay only.
+    The step is undone: weights, running statistics and random generators are the same afterwards. Weights that need no
+    gradient stay.
 
     Args:
         weight_decay: See `darts`.
@@ -51,19 +52,23 @@ class SecondOrderDARTS(DARTS):
         assert step.architecture_batch is not None
         exact = self.hypergradient == "autograd"
         alphas, mixture = list(self.alphas.values()), self.expected()
-        weights = dict(step.space.named_parameters())
+        weights = {name: weight for name, weight in step.space.named_parameters() if weight.requires_grad}
         # Fused attention has no second derivative.
         with _left_alone(step.space), sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
             trained = self._loss_at(step, step.weight_batch, mixture if exact else mixture.detach(), weights)
-            slopes = torch.autograd.grad(trained, list(weights.values()), create_graph=exact)
-            rates = {name: _of(step.weight_optimizer, weight, "lr") for name, weight in weights.items()}
+            # A weight that the forward leaves out has a gradient of 0.
+            slopes = torch.autograd.grad(trained, [*weights.values()], create_graph=exact, materialize_grads=True)
+            rates = {name: _rates(step.weight_optimizer, weight)[0] for name, weight in weights.items()}
             moved = _moved(step.weight_optimizer, weights, averaged(slopes))
             loss = self._loss_at(step, step.architecture_batch, mixture, moved)
-            gradients = torch.autograd.grad(loss, [*alphas, *moved.values()], retain_graph=exact)
+            gradients = torch.autograd.grad(
+                loss, [*alphas, *moved.values()], retain_graph=exact, materialize_grads=True
+            )
             direct, through = gradients[: len(alphas)], averaged(gradients[len(alphas) :])
             vector = {name: rates[name] * v for name, v in zip(weights, through, strict=True)}
             if exact:
-                mixed = torch.autograd.grad(slopes, alphas, list(vector.values()))
+                used = [(slope, v) for slope, v in zip(slopes, vector.values(), strict=True) if slope.requires_grad]
+                mixed = torch.autograd.grad([slope for slope, _ in used], alphas, [v for _, v in used])
             else:
                 mixed = self._differences(step, weights, vector)
         penalties = torch.autograd.grad(self.regularizer(), alphas)
@@ -98,12 +103,26 @@ def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: Iterable[
     """Return the weights after a step of SGD, as leaves."""
     moved = {}
     for (name, weight), slope in zip(weights.items(), slopes, strict=True):
-        step = slope + _of(optimizer, weight, "weight_decay") * weight.detach()
-        velocity = optimizer.state.get(weight, {}).get("momentum_buffer")
-        if velocity is not None:
-            step = step + _of(optimizer, weight, "momentum") * velocity
-        moved[name] = (weight.detach() - _of(optimizer, weight, "lr") * step).requires_grad_()
+        rate, before = _rates(optimizer, weight)
+        step = rate * (slope + _of(optimizer, weight, "weight_decay") * weight.detach())
+        if before:
+            step = step + before * _velocity(optimizer, weight)
+        moved[name] = (weight.detach() - step).requires_grad_()
     return moved
+
+
+def _rates(optimizer: torch.optim.Optimizer, weight: Tensor) -> tuple[float, float]:
+    """Return by how much a step of SGD moves a weight against its slope, and against the velocity that it has."""
+    rate, momentum = _of(optimizer, weight, "lr"), _of(optimizer, weight, "momentum")
+    first = _velocity(optimizer, weight) is None  # its velocity becomes the slope itself
+    slope, velocity = (1.0, 0.0) if first else (1 - _of(optimizer, weight, "dampening"), momentum)
+    if _of(optimizer, weight, "nesterov"):
+        slope, velocity = 1 + momentum * slope, momentum * velocity
+    return rate * slope, rate * velocity
+
+
+def _velocity(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor | None:
+    return optimizer.state.get(weight, {}).get("momentum_buffer")
 
 
 def _of(optimizer: torch.optim.Optimizer, weight: Tensor, option: str) -> float:

@@ -23,7 +23,9 @@ class TuNAS(Optimizer):
 
     A weight step trains one drawn architecture. At the start of the search it is rather the widest of the space, with
     random operations, so that all weights learn (the paper's warm-up of filters). The paper's warm-up of alpha, which
-    does not learn in the first quarter of a search, is `search.warmup_epochs`.
+    does not learn in the first quarter of a search, is `search.warmup_epochs`. A search with a target has no warm-up of
+    filters, as wide architectures are beyond its band. Nor has a simultaneous search, whose weights learn from the
+    samples of alpha.
 
     In a search with a target, architectures are drawn from `softmax(alpha)` under the condition that they are in the
     band. The condition divides their probability by that of the whole band. The logarithm of the latter is the same for
@@ -49,7 +51,7 @@ class TuNAS(Optimizer):
         if isinstance(warmup, bool) or not isinstance(warmup, int | float) or not 0 <= warmup < 1:
             raise TangleNASError(f"the warmup of tunas is {warmup!r}, expected a share of the search from 0 to below 1")
         self.warmup = warmup
-        self._fraction = 0.0
+        self._fraction, self._simultaneous = 0.0, False
 
     def set_progress(self, fraction: float) -> None:
         super().set_progress(fraction)
@@ -61,7 +63,9 @@ class TuNAS(Optimizer):
     @property
     def _widest(self) -> float:
         """The probability of training the widest architecture in a weight step."""
-        return max(0.0, 1 - self._fraction / self.warmup) if self.warmup else 0.0
+        if not self.warmup or self._simultaneous or self.source is not self.space:
+            return 0.0
+        return max(0.0, 1 - self._fraction / self.warmup)
 
     def sample(self, step: int, stream: str) -> Architecture:
         return self._draw(step, f"{stream}/0")
@@ -70,7 +74,8 @@ class TuNAS(Optimizer):
         return self.space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
 
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
-        if step.architecture_batch is not None:
+        self._simultaneous = step.architecture_batch is None
+        if not self._simultaneous:
             self.enter(self.trained(step.index))
             yield self._loss(step, step.weight_batch)
             return
@@ -113,12 +118,7 @@ class TuNAS(Optimizer):
         return self.source.sample(generator, self.space.scores(self.expected()))
 
     def _wide(self, architecture: Architecture) -> Architecture:
-        """Return an architecture with the largest number of every choice between numbers.
-
-        Wide architectures are beyond the band of a search, so one that was drawn there stays as it is.
-        """
-        if self.source is not self.space:
-            return architecture
+        """Return an architecture with the largest number of every choice between numbers."""
         picks = self.space.assignment_of(architecture)
         for row in picks:
             if not isinstance(row.options[0], str):
@@ -134,8 +134,14 @@ class TuNAS(Optimizer):
         for count, alpha in self.alphas.items():
             rows = [row for row in self.space.rows if len(row.options) == count]
             picks = torch.tensor([[picks[row] for row in rows] for picks in assignments], device=alpha.device)
-            # A row beyond the depth is no part of an architecture.
-            active = torch.tensor([[row.active(picks) for row in rows] for picks in assignments], device=alpha.device)
+            # A row beyond the depth is no part of an architecture, and an absent edge no part of its probability.
+            active = torch.tensor(
+                [
+                    [row.active(picks) and self.space.has_score(row, picks[row]) for row in rows]
+                    for picks in assignments
+                ],
+                device=alpha.device,
+            )
             chosen = alpha.log_softmax(1).expand(len(drawn), -1, -1).gather(2, picks[..., None])[..., 0]
             total = total + (advantages[:, None] * chosen * active).sum()
         return total

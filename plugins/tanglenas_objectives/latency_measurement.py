@@ -31,7 +31,14 @@ from tanglenas_engine import (
     device_of,
     elastic,
 )
-from tanglenas_objectives.latency_table import LatencyTable, Machine, Validation, options_of, row_name
+from tanglenas_objectives.latency_table import (
+    LatencyTable,
+    Machine,
+    Validation,
+    cost_of_largest,
+    options_of,
+    row_name,
+)
 
 LEAST_SECONDS = 0.01
 """Seconds that a measurement takes at least: it repeats a call."""
@@ -93,6 +100,7 @@ def measure_latency(
         space=space.name,
         choices=options_of(space),
         input_shape=tuple(example.shape[1:]),
+        largest=cost_of_largest(space),
         batch_size=batch_size,
         machine=Machine.here(target, threads),
         tables={" ".join(map(row_name, rows)): values for rows, values in tables.items()},

@@ -29,7 +29,7 @@ from tanglenas_engine import (
     write_atomic,
 )
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format."""
 
 
@@ -77,6 +77,8 @@ class LatencyTable:
     Attributes:
         choices: The options of each choice of the space, as `options_of` gives them.
         input_shape: The shape of one input, without the batch.
+        largest: What the largest network costs, in parameters and multiply-accumulates. Options of the space that no
+            choice names, such as the number of classes, show in it.
         tables: For each set of rows, their names joined by spaces, the time of the blocks that follow these rows. It
             has one value for every combination of their options, the last row's varying fastest.
         validation: The predictions compared with measurements.
@@ -85,6 +87,7 @@ class LatencyTable:
     space: str
     choices: Mapping[str, Sequence[Any]]
     input_shape: tuple[int, ...]
+    largest: Mapping[str, int]
     batch_size: int
     machine: Machine
     tables: Mapping[str, Sequence[float]]
@@ -144,11 +147,13 @@ class LatencyTable:
             ("space", self.space, space.name),
             ("input shape", self.input_shape, shape),
             ("choices", {k: list(v) for k, v in self.choices.items()}, options_of(space)),
+            ("largest network", dict(self.largest), cost_of_largest(space)),
         ):
             if mine != given:
                 raise TangleNASError(
                     f"the latency table was measured for the {what} {mine!r}, but here it is {given!r}: build one for "
-                    "this with `tanglenas latency build`"
+                    "this with `tanglenas latency build`, and give it the options that the search has, such as "
+                    "-o num_classes=10"
                 )
         rows = {row_name(row): row for row in space.rows}
         try:
@@ -176,6 +181,12 @@ class Latency(Objective):
 
     def terms(self, space: SearchSpace) -> Additive:
         return self.table.terms(space)
+
+
+def cost_of_largest(space: SearchSpace) -> dict[str, int]:
+    """Return the parameters and the multiply-accumulates of the largest network of a space."""
+    cost = space.cost(space.largest())
+    return {"params": cost.params, "macs": cost.macs}
 
 
 def row_name(row: Row) -> str:

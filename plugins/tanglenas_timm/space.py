@@ -67,16 +67,14 @@ class TimmSpace(SearchSpace):
         """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
         `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
-        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names.
+        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names. A dataset that does not say
+        how its inputs are made leaves that out.
         """
         channels = self.settings["in_chans"]
+        usual = {"mean": (0.5,) * channels, "std": (0.5,) * channels, "crop_pct": 1.0, "interpolation": "bilinear"}
         network.pretrained_cfg = {
             "input_size": (channels, self.image_size, self.image_size),
-            "mean": (0.5,) * channels,
-            "std": (0.5,) * channels,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            **(dataset.input_config() if dataset else {}),
+            **(dataset.input_config() if dataset else usual),
             "architecture": self.model,
             "num_classes": self.settings["num_classes"],
             **({"fixed_input_size": True} if self.fixed_size else {}),

@@ -57,6 +57,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except TangleNASError as error:
             raise WrongInput(readable(error)) from error
+        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, FileNotFoundError) as error:
+            if error.filename is None:
+                raise
+            raise WrongInput(f"{error.filename}: {error.strerror}. Name another file or folder") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

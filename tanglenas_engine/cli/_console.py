@@ -32,6 +32,6 @@ def read_text(path: str | Path, expected: str) -> str:
         TangleNASError: The file is missing, not readable or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise TangleNASError(f"cannot read {path}: {error}. Expected {expected}") from None

@@ -65,7 +65,7 @@ def known_beside(weights: Path) -> Known | None:
     config = _json(path)
     entries = {**config, **_mapping(config.get("pretrained_cfg"))}
     known = {name: entries[name] for name in (*IMAGES, *TEXTS) if name in entries}
-    return Known(known, _tokenizer(weights.parent)) if {"mean", "block_size"} & set(known) else None
+    return Known(known, _tokenizer(weights.parent)) if {"input_size", "block_size"} & set(known) else None
 
 
 def open_model(path: Path) -> Model:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, describe
 
 from ._console import read_text
 
@@ -42,8 +42,6 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     """
     from tanglenas_engine.spaces.architecture import Architecture
 
-    from ..plugins import create_space
-
     architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
     config = path.with_name("operative.gin")
     dataset = None
@@ -55,8 +53,45 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
         options, dataset = records.made_with(config)
     else:
         options = {}
-    space = create_space(architecture.space, **options)
+    space = make_space(architecture.space, options)
     return space, space.architecture_of(space.assignment_of(architecture)), options, dataset
+
+
+def make_space(name: str, options: dict[str, Any]) -> "SearchSpace":
+    """Make a space with options that a person gave.
+
+    Raises:
+        TangleNASError: The space is unknown or has no such option, or cannot be made with these values.
+    """
+    from ..plugins import create_space
+
+    try:
+        return create_space(name, **options)
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, TangleNASError):
+            raise
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "its own options"
+        raise TangleNASError(f"the space {name} cannot be made with {given}: {describe(error)}") from error
+
+
+def project_options(space: str) -> dict[str, Any]:
+    """Return the options with which the project in the current folder makes a space; {} if it searches another one.
+
+    Raises:
+        TangleNASError: The project's config is wrong, or its data are missing.
+    """
+    from ..pipeline.config import configured
+    from ..pipeline.configurables import create
+    from ..pipeline.params import stage_arguments
+    from ..pipeline.values import macro_value
+
+    arguments = stage_arguments("search")
+    if arguments is None:
+        return {}
+    with configured(arguments):
+        if macro_value("SPACE") != space:
+            return {}
+        return dict(create()[1].created_with)
 
 
 def parsed(given: Sequence[str]) -> dict[str, Any]:

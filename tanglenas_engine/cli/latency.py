@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ._console import number, print_table
-from ._space import parsed, read, space_options
+from ._space import make_space, parsed, project_options, read, space_options
 
 
 @click.group(short_help="Measure a space here, and predict latencies.")
@@ -20,7 +20,13 @@ def command() -> None:
 @click.option("--batch-size", default=1, show_default=True, help="Inputs a batch.")
 @click.option("--threads", type=int, help="Threads of torch; by default as many as it takes itself.")
 @click.option("--device", help="Such as cpu or cuda:0; by default CUDA where there is one.")
-@click.option("--networks", default=32, show_default=True, help="Whole networks that predictions are compared with.")
+@click.option(
+    "--networks",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Whole networks that predictions are compared with.",
+)
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each part; the median counts.")
 @click.option("--figure", metavar="FILE", type=click.Path(path_type=Path), help="Draw predicted against measured.")
 def build(
@@ -29,15 +35,15 @@ def build(
 ) -> None:  # fmt: skip
     """Measure the parts of SPACE on this machine, in eval mode, and write the file TABLE.
 
-    Use it as an objective: `create_objective.table = "TABLE"` for the objective `latency`. Give the space the options
-    that the search has, such as -o image_size=32.
+    Use it as an objective: `create_objective.table = "TABLE"` for the objective `latency`. The space needs the options
+    that the search has. In a project that searches SPACE they are those of the project; -o gives others.
     """
     from tanglenas_engine.runtime.progress import ConsoleProgress
     from tanglenas_objectives.latency_measurement import measure_latency
 
-    from ..plugins import create_space
-
-    made = create_space(space, **parsed(options))
+    if figure is not None and networks < 2:
+        raise click.UsageError("--figure draws predicted against measured latencies: it needs at least --networks 2")
+    made = make_space(space, {**project_options(space), **parsed(options)})
     measured = measure_latency(
         made,
         batch_size=batch_size,

@@ -1,6 +1,7 @@
 """`tanglenas new-plugin`: the example plugin under a name of one's own."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ def command(name: str, output: Path | None) -> None:
 
     Replace what they do by what you want; drop the one that you do not need, with its hook.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "example":
+    if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z0-9])?", name) or name == "example":
         suggestion = re.sub(r"\W+", "_", name.lower().removeprefix("tanglenas").lstrip("-_")).strip("_0123456789")
         raise TangleNASError(
             f"a plugin cannot be called {name!r}: give a short name of lower-case letters, digits and underscores"
@@ -28,6 +29,10 @@ def command(name: str, output: Path | None) -> None:
     for taken in PluginManager().registrations():
         if taken.name == name:
             raise TangleNASError(f"there is {taken} already: choose another name")
+    if find_spec(f"tanglenas_{name}") is not None:
+        raise TangleNASError(
+            f"there is a package tanglenas_{name} already, which yours would hide: choose another name"
+        )
     output = output or Path(f"tanglenas-{name}")
     if output.exists():
         raise TangleNASError(f"{output} exists already: choose another folder with --output")

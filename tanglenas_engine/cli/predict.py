@@ -18,11 +18,6 @@ from ._model import Model, open_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats of images that are read. Pillow would hand others to programs."""
-MAX_PIXELS = 89_478_485
-"""The most pixels of an image: where Pillow begins to warn of decompression bombs."""
-
 
 @click.command(short_help="Name the classes of images, or continue texts.")
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
@@ -126,6 +121,8 @@ def _transform(model: Model) -> Any:
         )
     from timm.data.transforms_factory import create_transform
 
+    from tanglenas_datasets.pictures import decode, reason
+
     channels, height, width = (int(one) for one in size)
     share = config.get("crop_pct", 1.0)
     transform = create_transform(
@@ -137,24 +134,15 @@ def _transform(model: Model) -> Any:
     )
 
     def make(path: Path) -> Tensor:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
         try:
-            with Image.open(path, formats=FORMATS) as content:
-                if content.width * content.height > MAX_PIXELS:
-                    raise ValueError(f"it has {content.width:,} x {content.height:,} pixels")
-                image = ImageOps.exif_transpose(content).convert("L" if channels == 1 else "RGB")
-        except UnidentifiedImageError:
-            reason = f"it is of no known format ({', '.join(FORMATS)})"
+            image = decode(path, "L" if channels == 1 else "RGB")
         except Exception as error:  # Pillow's decoders raise errors of many types
-            reason = getattr(error, "strerror", None) or shown(error)
-        else:
-            made: Tensor = transform(image)
-            return made
-        raise TangleNASError(
-            f"{shown(path)} is no readable image: {reason}. {model.path} takes images, which it brings to {height} x "
-            f"{width} pixels"
-        )
+            raise TangleNASError(
+                f"{shown(path)} is no readable image: {shown(reason(error))}. {model.path} takes images, which it "
+                f"brings to {height} x {width} pixels"
+            ) from None
+        made: Tensor = transform(image)
+        return made
 
     return make
 
@@ -184,6 +172,8 @@ def _texts(
         )
     try:
         tokenizer = Tokenizer.from_str(model.known.tokenizer)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are no Exception

@@ -71,9 +71,10 @@ class Elasticized(Traced, SearchSpace):
         """Return the newly initialised network of an architecture, a `torch.fx.GraphModule` over plain layers.
 
         Each parameter is drawn with the mean and the deviation that it has in the given model. So the model's own
-        initialisation holds for it.
+        initialisation holds for it. What needs no gradient keeps the values that it has here.
         """
         network = self.plain(self.assignment_of(architecture))
+        del network._example
         there = dict(network.named_parameters())
         for names in tied(self):  # copies of tied weights are tied again
             present = [name for name in names if name in there]
@@ -84,6 +85,9 @@ class Elasticized(Traced, SearchSpace):
             if parameter.requires_grad and name in self._initial:
                 mean, deviation = self._initial[name]
                 nn.init.normal_(parameter, mean, deviation) if deviation else nn.init.constant_(parameter, mean)
+        inherited = self.inherited(architecture)
+        for path, module in network.named_modules():
+            _complete(module, {key: inherited.get(f"{path}.{key}".lstrip(".")) for key in _tensors(module)})
         return network
 
     def example_input(self, batch: int) -> Tensor:
@@ -93,6 +97,27 @@ class Elasticized(Traced, SearchSpace):
             return torch.randn(batch, *example.shape[1:])
         picks = torch.randint(example.numel(), (batch, *example.shape[1:]))
         return example.flatten().cpu()[picks]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by name, without those of its children."""
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+@torch.no_grad()
+def _complete(module: nn.Module, inherited: Mapping[str, Tensor | None]) -> None:
+    """Give frozen parameters of a new layer their values, and let other layers begin with what torch begins with."""
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+    for name, tensor in _tensors(module).items():
+        kept = not tensor.requires_grad if isinstance(tensor, nn.Parameter) else frozen
+        if kept and (value := inherited[name]) is not None:
+            tensor.copy_(value)
+    if isinstance(module, nn.modules.batchnorm._NormBase) and not frozen:
+        module.reset_running_stats()
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and not frozen:
+        module.weight[module.padding_idx].zero_()
 
 
 def elasticize(

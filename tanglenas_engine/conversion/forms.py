@@ -9,13 +9,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine import elastic
 from tanglenas_engine.elastic.base import Elastic
-from tanglenas_engine.elastic.norm import weighted_layer_norm
+from tanglenas_engine.elastic.norm import default_eps, weighted_layer_norm
 from tanglenas_engine.superposition.size import Axis, Size
 
 Axes = Sequence[Axis | None]
@@ -49,6 +48,8 @@ def make_elastic(module: nn.Module, axes: Mapping[str, Axes], groups: Size, widt
     assert isinstance(module, Elastic)
     if isinstance(module, nn.modules.conv._ConvNd):
         module._groups = groups  # type: ignore[assignment]
+        if (padding := equal_padding(module)) is not None:
+            module.padding = padding
         kernel = [Axis(Size.of(length), "window") for length in module.kernel_size]
         first, second, *_ = axes["weight"]
         channels = (first or _fixed(module.weight.shape[0]), second or _fixed(module.weight.shape[1]))
@@ -68,9 +69,20 @@ def make_elastic(module: nn.Module, axes: Mapping[str, Axes], groups: Size, widt
         first, second = axes["weight"]
         axes = {**axes, "weight": (first or _fixed(module.out_features), second or _fixed(module.in_features))}
     if "weight" not in axes and width is not None:  # a norm without gain still covers its output
-        axes = {**axes, "weight": (width,), "bias": (width,)}
+        gain = _in_role(width, "write")
+        axes = {**axes, "weight": (gain,), "bias": (gain,)}
     for name, dimensions in axes.items():
         module.declare("write", **{name: dimensions})
+
+
+def equal_padding(module: nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
+    """Return the padding of a convolution as numbers, or None if "same" needs more on one side than on the other."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    missing = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if module.padding == "valid":
+        return tuple(0 for _ in missing)
+    return None if any(total % 2 for total in missing) else tuple(total // 2 for total in missing)
 
 
 def _fixed(length: int) -> Axis:
@@ -148,7 +160,7 @@ class WidthNorm(Elastic):
     ) -> Tensor:
         coverage = self.factors("statistics")
         if coverage:
-            eps = (1e-5 if self.centre else torch.finfo(input.dtype).eps) if eps is None else eps
+            eps = (1e-5 if self.centre else default_eps(input)) if eps is None else eps
             return weighted_layer_norm(input, coverage[0].whole(), weight, bias, eps, self.centre)
         if self.centre:
             return F.layer_norm(input, input.shape[-1:], weight, bias, 1e-5 if eps is None else eps)

@@ -23,6 +23,7 @@ from tanglenas_engine.conversion.dimensions import (
     resolved,
     unite,
 )
+from tanglenas_engine.conversion.forms import equal_padding
 
 Dims = list[Dim]
 """The dimensions of a tensor."""
@@ -291,6 +292,8 @@ def _convolution_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     x = analysis.of(call.args[0])
     if module.padding_mode != "zeros":
         raise Unknown("its padding is not of zeros")
+    if equal_padding(module) is None:
+        raise Unknown("its padding is not equal on both sides")
     weight, bias = analysis.stored[f"{node.target}.weight"], analysis.stored.get(f"{node.target}.bias", [])
     return _convolved(analysis, node, x, weight, bias, module.groups, module.transposed)
 
@@ -334,11 +337,14 @@ def _batch_norm(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     for position, key in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
         for dim in analysis.of(call.get(position, key)):
             unite(x[1], dim, "its factors do not align in a batch norm")
+    if not analysis.of(call.get(3, "weight")):
+        fix(x[1], "there is no elastic form of batch_norm as a function without a gain")
     return x
 
 
 def _batch_norm_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     x = analysis.of(call.args[0])
+    analysis.norms[node] = x[1]
     for key in ("running_mean", "running_var", "weight", "bias"):
         for dim in analysis.stored.get(f"{node.target}.{key}", []):
             unite(x[1], dim, "its factors do not align in a batch norm")
@@ -405,6 +411,9 @@ def _embedding(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 
 
 def _embedding_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
+    module: Any = analysis.modules[str(node.target)]
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise Unknown("there is no elastic form of nn.Embedding with max_norm, scale_grad_by_freq or sparse")
     table = analysis.stored[f"{node.target}.weight"]
     fix(table[0], "it is the number of rows of a table")
     return [*analysis.of(call.args[0]), table[1]]

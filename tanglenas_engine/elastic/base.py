@@ -107,6 +107,17 @@ class Elastic(nn.Module):
         """Return the part of the parameter or buffer `name` that an architecture uses, as a view if possible."""
         return _cut(getattr(self, name), self._axes[name], assignment)
 
+    def keep(self, name: str, value: Tensor | None) -> None:
+        """Keep what a forward wrote into a buffer that `current` returned. An axis in blocks is sliced by a copy."""
+        assignment = self.assignment
+        if value is None or assignment is None:
+            return
+        if all(axis.blocks == 1 or axis.size.value(assignment) == axis.size.max for axis in self.axes[name]):
+            return
+        whole: Tensor = getattr(self, name)
+        places = torch.arange(whole.numel(), device=whole.device).view_as(whole)
+        whole.view(-1)[_cut(places, self.axes[name], assignment).flatten()] = value.flatten()
+
     def plain(self, assignment: Assignment) -> nn.Module:
         """Return this module's plain torch form for an architecture. Torch layers are newly initialised."""
         return copied(self, assignment)
@@ -197,8 +208,15 @@ def _slicing(module: nn.Module, name: str) -> list[tuple[Any, ...]]:
 
 
 def plain(module: nn.Module, assignment: Assignment) -> nn.Module:
-    """Return an architecture's form of `module`: elastic layers become torch layers, other modules are copied."""
-    return module.plain(assignment) if isinstance(module, Elastic) else copied(module, assignment)
+    """Return an architecture's form of `module`: elastic layers become torch layers, other modules are copied.
+
+    Parameters that need no gradient need none in it.
+    """
+    made = module.plain(assignment) if isinstance(module, Elastic) else copied(module, assignment)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.requires_grad and (own := made._parameters.get(name)) is not None:
+            own.requires_grad_(False)
+    return made
 
 
 def copied(module: nn.Module, assignment: Assignment) -> nn.Module:

@@ -53,7 +53,7 @@ class Embedding(Elastic, nn.Embedding):
     def forward(self, indices: Tensor) -> Tensor:
         table = self.weight if self.assignment is None else self.sliced("weight", self.assignment)
         # Masking the rows that were looked up gives the same as masking the table, and costs less.
-        return self.covered("output", F.embedding(indices, table))
+        return self.covered("output", F.embedding(indices, table, self.padding_idx))
 
     def plain(self, assignment: Assignment) -> nn.Embedding:
-        return nn.Embedding(self.num_embeddings, self.axes["output"][0].entries(assignment))
+        return nn.Embedding(self.num_embeddings, self.axes["output"][0].entries(assignment), self.padding_idx)

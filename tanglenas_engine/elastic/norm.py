@@ -120,6 +120,11 @@ def _sum_to(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1, *like.shape).sum(0)
 
 
+def default_eps(x: Tensor) -> float:
+    """Return the number that `torch.rms_norm` adds by default: the precision of the type in which it computes."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
 class _WidthNorm(Elastic):
     """A norm over an elastic last dimension, with statistics that are weighted by the dimension's coverage."""
 
@@ -192,8 +197,7 @@ class RMSNorm(_WidthNorm, nn.RMSNorm):
     """`nn.RMSNorm` over an elastic last dimension: `(*, width) -> (*, width)`.
 
     Under a mixture with coverage `c`, the gain is covered, and the mean square is weighted: `sum(c x^2) / sum(c)`.
-    `relaxation="paper"` takes the mean over the full width. `eps` None is the precision of the input's type, as in
-    torch.
+    `relaxation="paper"` takes the mean over the full width. `eps` None is `default_eps`.
     """
 
     def __init__(self, width: Dimension, eps: float | None = None, elementwise_affine: bool = True):
@@ -203,7 +207,7 @@ class RMSNorm(_WidthNorm, nn.RMSNorm):
         weight = self.current("weight")
         if coverage is None:
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = default_eps(x) if self.eps is None else self.eps
         return weighted_layer_norm(x, coverage, weight, None, eps, centre=False)
 
     def plain(self, assignment: Assignment) -> nn.RMSNorm:
@@ -288,16 +292,13 @@ class _BatchNorm(Elastic, nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)
             # Momentum None means the plain average over batches, as in torch.
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        x = F.batch_norm(
-            x,
-            self.current("running_mean"),
-            self.current("running_var"),
-            self.current("weight"),
-            self.current("bias"),
-            self.training or self.running_mean is None,
-            momentum,
-            self.eps,
-        )
+        mean, variance = self.current("running_mean"), self.current("running_var")
+        weight, bias = self.current("weight"), self.current("bias")
+        of_batch = self.training or self.running_mean is None
+        x = F.batch_norm(x, mean, variance, weight, bias, of_batch, momentum, self.eps)
+        if of_batch:
+            self.keep("running_mean", mean)
+            self.keep("running_var", variance)
         return x if self.affine else _covered_channels(self, x)
 
     def plain(self, assignment: Assignment) -> nn.Module:

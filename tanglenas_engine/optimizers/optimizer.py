@@ -150,9 +150,9 @@ class Optimizer(abc.ABC):
         return None
 
     def set_progress(self, fraction: float) -> None:
-        """Receive the finished share of the search, from 0 to 1, before each epoch.
+        """Receive how far the search is, before each epoch: from 0 in the first to 1 in the last.
 
-        Temperatures and schedules depend on it.
+        Temperatures and schedules depend on it. A search of one epoch is at 0.
         """
         return None
 

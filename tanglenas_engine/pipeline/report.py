@@ -183,8 +183,14 @@ def _compared(found: records.Records, root: Path) -> list[tuple[str, list[list[l
     return parts
 
 
+MARKERS = "osD^vP*X"
+
+
 def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
-    """Draw test accuracy in % against parameters, with a colour for each space and optimizer, as SVG."""
+    """Draw test accuracy in % against parameters, as SVG.
+
+    Each space, optimizer and dataset has a colour, and every ten of them another marker.
+    """
     from matplotlib import colormaps, style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -198,7 +204,8 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
         axes = figure.subplots()
         for number, (label, members) in enumerate(sorted(groups.items())):
             axes.scatter([run["params"] for run in members], [run["accuracy"] for run in members], s=28,
-                         color=colormaps["tab10"](number % 10), alpha=0.8, linewidths=0, label=label)  # fmt: skip
+                         color=colormaps["tab10"](number % 10), marker=MARKERS[number // 10 % len(MARKERS)],
+                         alpha=0.8, linewidths=0, label=label)  # fmt: skip
         axes.set_title("test accuracy (%)")
         axes.set_xlabel("parameters")
         axes.xaxis.set_major_locator(MaxNLocator(5))

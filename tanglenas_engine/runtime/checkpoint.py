@@ -105,7 +105,7 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
     def load(self) -> dict[str, Any] | None:
         """Return the newest undamaged state with its tensors on the CPU, or None if there is no checkpoint yet.
 
-        It warns if a damaged generation was skipped.
+        It warns if a generation was skipped, with the reason: it is damaged, or of another run or release.
 
         Raises:
             TangleNASError: Every generation is damaged, or belongs to another run or release.
@@ -119,7 +119,7 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
                 continue
             if problems:
                 warnings.warn(
-                    f"damaged checkpoint: {'; '.join(map(str, problems))}. Going on from the one before it, "
+                    f"checkpoint left out: {'; '.join(map(str, problems))}. Going on from the one before it, "
                     f"{self._state_path(generation).name}.",
                     stacklevel=2,
                 )

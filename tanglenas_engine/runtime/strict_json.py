@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tanglenas_engine.errors import TangleNASError
 
@@ -17,7 +17,7 @@ def loads(text: str | bytes) -> Any:
         ValueError: The text is not JSON, is nested too deeply, holds NaN or an infinity, or has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_twins, parse_constant=_refused)
+        return json.loads(text, object_pairs_hook=_without_twins, parse_constant=_refused, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -31,7 +31,14 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _refused(constant: str) -> Any:
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        _refused(text)
+    return number
+
+
+def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number in JSON")
 
 

@@ -14,7 +14,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
-from tanglenas_engine.superposition.size import Assignment, Row
+from tanglenas_engine.superposition.size import Assignment, Row, combinations
 
 
 class Architectures:
@@ -74,13 +74,26 @@ class Architectures:
         return ({row: i} for row in self.rows for i in range(len(row.options)) if i != assignment[row])
 
     def scores(self, mixture: Mixture) -> dict[Row, list[float]]:
-        """Return each option's contribution to an architecture's score. By default this is its log-probability.
+        """Return each option's contribution to an architecture's score: its log-probability, or 0 if it has no score.
 
         If edges have weights, the log of an edge's weight is added to the score of each of its operations.
         """
         stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
         edges = {row: math.log(max(weight.item(), 1e-12)) for row, weight in mixture.edges.items()}
-        return {row: [s + edges.get(row, 0.0) for s in stacks[len(row.options)][row.slot]] for row in self.rows}
+        return {
+            row: [
+                score + edges.get(row, 0.0) if self.has_score(row, option) else 0.0
+                for option, score in enumerate(stacks[len(row.options)][row.slot])
+            ]
+            for row in self.rows
+        }
+
+    def has_score(self, row: Row, option: int) -> bool:
+        """Return whether an option counts in an architecture's score. One that says that something is absent does not.
+
+        Architectures are drawn with probabilities in proportion to the exponential of their scores.
+        """
+        return True
 
     # Methods that follow from the decisions.
 
@@ -125,12 +138,13 @@ class Architectures:
     def _option_sizes(self) -> dict[Row, list[Any]]:
         """Return the size of each option: its number, or its cost if it is a name.
 
-        The cost is that of an assignment in which all other rows take their first option.
+        The cost is that of an assignment in which all other rows take their first option, but for depths: a row of a
+        layer matters where the layer is there.
         """
         first = dict.fromkeys(self.rows, 0)
 
         def named(row: Row, option: int) -> int:
-            cost = self.assigned_cost({**first, row: option})
+            cost = self.assigned_cost({**first, **_deepest(row), row: option})
             return int(cost.params << 64 | cost.macs)  # compares parameters first, then MACs
 
         return {
@@ -257,3 +271,14 @@ def draw(weights: Sequence[float], generator: torch.Generator | None) -> int:
         if point < total:
             return number
     return max((number for number, weight in enumerate(weights) if weight > 0), default=0)
+
+
+def _deepest(row: Row) -> dict[Row, int]:
+    """Return picks of the depths that decide whether a row matters, with which it does."""
+    if row.gate is None:
+        return {}
+    depth, _ = row.gate
+    picks: dict[Row, int] = max(combinations(depth.rows), key=depth.value)
+    for outer in depth.rows:
+        picks = {**_deepest(outer), **picks}
+    return picks

@@ -376,7 +376,7 @@ class Search(Training):
         self._set_progress(last)
 
     def _set_progress(self, position: int) -> None:
-        self.optimizer.set_progress(position // self.steps_per_epoch / self.epochs)
+        self.optimizer.set_progress(position // self.steps_per_epoch / max(1, self.epochs - 1))
 
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {

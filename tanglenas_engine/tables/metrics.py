@@ -24,6 +24,11 @@ LESS = frozenset(
      "energies", "power", "joules", "joule", "mj", "watts", "watt", "edp", "cost", "costs", "price", "memory", "mem",
      "bytes", "kb", "kib", "mb", "mib", "gb", "gib", "size", "footprint", "area", "co", "carbon", "emissions"}
 )  # fmt: skip
+ABOUT = frozenset(
+    {"std", "stdev", "stddev", "deviation", "sigma", "variance", "var", "gap", "epoch", "epochs", "step", "steps",
+     "rank", "ranks", "seed", "seeds", "count", "trials"}
+)  # fmt: skip
+"""Words of what is known of a metric and is not the metric: `test_acc_std` is no accuracy."""
 PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
 """Names that end with a part of the data are accuracies, as NAS-Bench-201's `c10_test200`."""
 
@@ -45,9 +50,11 @@ def words(metric: str) -> list[str]:
 def kind_of(metric: str) -> Kind | None:
     """Return the kind of a metric by the words of its name, or None if they do not tell.
 
-    A word for a cost decides before all others: `top1_err` is an error, `accuracy_drop` a loss.
+    A word for a cost decides before those for gains: `top1_err` is an error, `accuracy_drop` a loss.
     """
     named = words(metric)
+    if not ABOUT.isdisjoint(named):
+        return None
     if not LESS.isdisjoint(named):
         return "less"
     if not ACCURACIES.isdisjoint(named):

@@ -196,14 +196,15 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text  # Python reads 9_1 as 91
 
 
 def _number(where: str, metric: str, value: Any) -> float:
     """Return `value` as a number that the metric can have. `where` names its line or architecture in errors."""
     shown = repr(value)[:60] if isinstance(value, str | float) else f"of type {type(value).__name__}"
     try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+        usable = isinstance(value, str | int | float) and not isinstance(value, bool) and "_" not in str(value)
+        number = float(value) if usable else None
     except (ValueError, OverflowError):
         number = None
     if number is None or not possible(kind_of(_metric(metric)), number):

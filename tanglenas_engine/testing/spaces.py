@@ -53,6 +53,8 @@ def check_architectures(make_space: Callable[[], SearchSpace]) -> None:
 def check_corners(make_space: Callable[[], SearchSpace], tolerance: float = 1e-9) -> None:
     """Check that the supernet computes for an architecture what the network extracted from it computes.
 
+    What a forward writes, such as the statistics of batch norms, is compared, too.
+
     Args:
         tolerance: The largest difference, as a share of the largest output where that is above 1. Networks compute in
             float64 here. One that computes a part of it in float32 all the same, such as its norms, needs 1e-6.
@@ -86,6 +88,12 @@ def check_corners(make_space: Callable[[], SearchSpace], tolerance: float = 1e-9
                 f"{architecture}: the supernet ({path}) and the extracted network differ by up to {difference:.3g} "
                 f"in {mode} mode: a layer of a chosen size is not elastic, or depends on the sizes of others"
             )
+            kept = space.inherited(architecture)
+            for name, own in network.state_dict().items():
+                assert torch.allclose(kept[name], own, rtol=tolerance, atol=tolerance), (
+                    f"{architecture}: after a forward in {mode} mode, {name} of the supernet ({path}) is another than "
+                    "that of the extracted network: does a forward write its statistics into a copy?"
+                )
 
 
 def check_costs(make_space: Callable[[], SearchSpace]) -> None:

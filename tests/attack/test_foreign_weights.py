@@ -204,6 +204,7 @@ def test_a_metric_that_json_cannot_hold_is_named(value):
         ('{"a": {"b": 1, "b": 1}}', "the key 'b' is there twice"),
         ('{"a": NaN}', "NaN is no number in JSON"),
         ('{"a": -Infinity}', "-Infinity is no number in JSON"),
+        ('{"a": 1e999}', "1e999 is no number in JSON"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a": ' + "1" * 5000 + "}", "integer string conversion"),
     ],

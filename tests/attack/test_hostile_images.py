@@ -14,7 +14,7 @@ from PIL import Image
 
 from tanglenas_datasets.folders import SUFFIXES
 from tanglenas_datasets.image_folder import ImageFolder
-from tanglenas_datasets.images import FORMATS, UNREADABLE, decode, opened
+from tanglenas_datasets.pictures import FORMATS, UNREADABLE, decode, opened
 from tanglenas_engine import TangleNASError
 
 ROOT = Path(__file__).resolve().parents[2]

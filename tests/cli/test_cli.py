@@ -145,6 +145,43 @@ def test_wrong_input_is_one_line_and_no_traceback():
     assert "'vti'. Did you mean 'vit'?" in run.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["init", "file/project"], ["new-plugin", "mine", "--output", "file/plugin"], ["init", "/proc/nowhere/project"],
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_one_line(call, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    result = call(*arguments)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert "Name another file or folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["latency", "build", "toy_cell", "t.json", "-o", "channels=a"], "cannot be made with channels='a'"),
+        (["latency", "build", "toy_cell", "t.json", "-o", "channels=-1"], "cannot be made with channels=-1"),
+        (["latency", "build", "toy_cell", "t.json", "--networks", "1", "--figure", "f.png"], "at least --networks 2"),
+        (["latency", "build", "toy_cell", "t.json", "--networks", "-1"], "Invalid value for '--networks'"),
+        (["new-plugin", "engine"], "there is a package tanglenas_engine already"),
+        (["new-plugin", "toy"], "there is a package tanglenas_toy already"),
+        (["new-plugin", "a_"], "cannot be called 'a_'"),
+        (
+            ["study", "stages", "--metric", "foo", "--no-run"],
+            "--metric foo is a column of a table, but stages has none",
+        ),
+    ],
+)
+def test_input_that_would_do_nothing_or_harm_is_refused(call, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_bug_is_not_dressed_up_as_wrong_input(call, monkeypatch):
     class Bug(Exception): ...
 

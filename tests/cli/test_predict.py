@@ -110,6 +110,32 @@ def test_what_is_known_is_the_dataset_s_in_every_format(images):
     assert json.loads(files["config.json"]) == expected
 
 
+def test_an_image_of_16_bits_is_read_as_in_training(images):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray((pixels.astype(np.uint16) << 8) + pixels).save(images / "wide.png")
+    Image.fromarray(pixels.astype(np.float32)).save(images / "floating.tif")
+    Image.fromarray(pixels.astype(np.int32)).save(images / "whole.tif")
+    plain, wide = (run("predict", images / "timm", images / name) for name in ("0.png", "wide.png"))
+    assert plain.splitlines()[1:] == wide.splitlines()[1:]
+    for name, what in (("floating.tif", "floating-point numbers"), ("whole.tif", "whole numbers of 32 bits")):
+        assert what in run("predict", images / "timm", images / name, status=2)
+
+
+def test_what_a_tokenizer_says_of_padding_and_a_mark_before_a_text_change_nothing(texts):
+    from tokenizers import Tokenizer
+
+    how = ["--tokens", "8", "--temperature", "0"]
+    said = run("predict", texts / "torch", texts / "start.txt", *how)
+    shutil.copytree(texts / "torch", texts / "padded")
+    tokenizer = Tokenizer.from_file(str(texts / "padded/tokenizer.json"))
+    tokenizer.enable_padding(length=20)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(texts / "padded/tokenizer.json"))
+    (texts / "marked.txt").write_text((texts / "start.txt").read_text(), "utf-8-sig")
+    assert run("predict", texts / "padded", texts / "start.txt", *how) == said
+    assert run("predict", texts / "torch", texts / "marked.txt", *how) == said
+
+
 @pytest.mark.exhaustive
 def test_a_text_goes_on_alike_in_every_format(texts):
     how = ["--tokens", "30", "--seed", "1"]

@@ -359,3 +359,133 @@ def test_a_space_inside_a_model_of_transformers_keeps_every_promise(name):
     # Its norms compute in float32, whatever its weights are.
     check_corners(lambda: copy.deepcopy(space), 1e-6 if name == "hf llama" else 1e-9)
     check_costs(lambda: copy.deepcopy(space))
+
+
+# What a layer has beside its shape
+
+
+class Pooled(nn.Module):
+    """A norm over the means and the largest values of channels, one after the other, as fastai's head has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        x = torch.cat([F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)], 1)
+        return self.head(self.norm(x.flatten(1)))
+
+
+def test_statistics_of_channels_in_blocks_are_kept_on_the_hard_path():
+    torch.manual_seed(0)
+    space = elasticize(Pooled(), torch.randn(2, 3, 8, 8))
+    assert {axis.blocks for axis in space.get_submodule("norm").axes["running_mean"]} == {2}
+    architecture = space.smallest()
+    network = space.extract(architecture).train()
+    space.select(architecture).train()
+    x = torch.randn(16, 3, 8, 8) * 2 + 1
+    assert torch.allclose(space(x), network(x), atol=1e-5)
+    state = space.inherited(architecture)
+    for name, buffer in network.named_buffers():
+        assert torch.allclose(state[name], buffer, atol=1e-6), name
+    assert float(network.get_submodule("norm").running_mean.abs().sum()) > 0
+
+
+def dense() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def test_a_frozen_layer_stays_frozen_and_keeps_its_values():
+    model = dense()
+    model[0].requires_grad_(False)
+    space = elasticize(model, torch.randn(4, 10))
+    architecture = space.smallest()
+    for network in (space.extract(architecture), space.standalone(architecture)):
+        frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+        assert frozen == ["0.weight", "0.bias"]
+        width = len(network.get_submodule("0").bias)
+        assert width < 32 and torch.equal(network.get_submodule("0").weight, model[0].weight[:width])
+    assert not torch.equal(space.standalone(architecture).get_submodule("4").bias, model[4].bias)
+
+
+def test_a_new_network_has_no_statistics_of_the_given_one():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    model(torch.randn(8, 3, 8, 8) * 30 + 100)
+    space = elasticize(model, torch.randn(2, 3, 8, 8), fixed=["0"])
+    network = space.standalone(space.smallest())
+    for name in ("1", "4"):
+        norm = network.get_submodule(name)
+        assert not norm.running_mean.any() and norm.running_var.eq(1).all() and int(norm.num_batches_tracked) == 0
+    assert int(space.extract(space.smallest()).get_submodule("1").num_batches_tracked) == 1
+
+
+class Tokens(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(20, 32, **options), nn.Linear(32, 16), nn.Linear(16, 4)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.down(self.up(self.table(indices)).relu().mean(1))
+
+
+def test_the_row_that_pads_has_no_gradient_and_is_zero_at_the_start():
+    torch.manual_seed(0)
+    space = elasticize(Tokens(padding_idx=0), torch.randint(1, 20, (4, 6)))
+    assert "table" in {name for name in space.choices}
+    indices = torch.tensor([[0, 1, 2, 0, 0, 3]] * 2)
+    for network in (space, space.extract(space.smallest()), fresh := space.standalone(space.smallest())):
+        network(indices).sum().backward()
+        gradient = network.get_submodule("table").weight.grad
+        assert not gradient[0].any() and gradient[1].any()
+    assert not fresh.get_submodule("table").weight[0].any()
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_a_table_that_does_more_than_look_up_stays_as_it_is(options):
+    space = elasticize(Tokens(**options), torch.randint(1, 20, (4, 6)))
+    assert type(space.get_submodule("table")) is nn.Embedding and [*space.choices] == ["up"]
+    assert any("max_norm" in part.reason for part in space.report.parts if part.reason)
+
+
+@pytest.mark.parametrize(
+    "padding, kernel, norm",
+    [
+        ("same", 3, {}), ("valid", 3, {}), (1, 3, {"affine": False}), ("same", 5, {"track_running_stats": False}),
+    ],
+)  # fmt: skip
+def test_padding_in_words_and_norms_without_a_gain_vary_as_others_do(padding, kernel, norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, kernel, padding=padding), nn.BatchNorm2d(32, **norm), nn.ReLU(),
+        nn.Conv2d(32, 16, kernel, padding=padding), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    space = elasticize(model, torch.randn(2, 3, 12, 12))
+    assert {name: len(choice.options) for name, choice in space.choices.items()} == {"0": 4, "3": 4}
+    check_corners(lambda: copy.deepcopy(space))
+
+
+def test_a_norm_without_any_tensor_keeps_its_channels():
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32, affine=False, track_running_stats=False), nn.ReLU(),
+        nn.Conv2d(32, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    space = elasticize(model, torch.randn(2, 3, 12, 12))
+    assert [*space.choices] == ["3"]
+    assert any("batch_norm as a function without a gain" in part.reason for part in space.report.parts)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_padding_that_is_not_equal_on_both_sides_stays_as_it_is():
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 4, padding="same"), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    space = elasticize(model, torch.randn(2, 3, 12, 12))
+    assert [*space.choices] == ["2"]
+    assert any("not equal on both sides" in part.reason for part in space.report.parts if part.reason)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -172,6 +173,13 @@ def test_the_scatter_names_every_group_and_is_the_same_for_the_same_runs():
     picture = _scatter([*runs, {**run, "optimizer": "untold", "accuracy": None}])
     assert b"s, drnas, d" in picture and b"s, spos, d" in picture and b"untold" not in picture
     assert picture == _scatter([*runs, {**run, "optimizer": "untold", "accuracy": None}])
+
+
+def test_groups_of_the_scatter_differ_by_colour_or_marker():
+    run = {"space": "s", "dataset": "d", "params": 10.0, "accuracy": 50.0}
+    runs = [{**run, "optimizer": f"o{number}", "params": 10.0 + number} for number in range(13)]
+    drawn = re.findall(rb'<use xlink:href="#(\w+)"[^>]*style="([^"]*)"', _scatter(runs))
+    assert len({*drawn}) >= 13
 
 
 def commands() -> list[list[str]]:

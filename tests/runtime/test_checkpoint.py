@@ -95,7 +95,7 @@ def test_a_run_that_never_loaded_keeps_the_generation_before_its_own(folder: Pat
     saved(folder, 1, 2)
     saved(folder, 3)
     next(iter(sorted(folder.glob("*.pt"), reverse=True))).unlink()
-    with pytest.warns(UserWarning, match="damaged checkpoint"):
+    with pytest.warns(UserWarning, match="checkpoint left out"):
         assert resumed_step(folder) == 2
 
 
@@ -172,11 +172,11 @@ def test_after_a_fallback_the_good_generation_outlives_the_damaged_one(folder: P
     saved(folder, 1, 2)
     truncate(folder / "state-000002.pt")
     with CheckpointFolder(folder, "mine") as checkpoints:
-        with pytest.warns(UserWarning, match="damaged"):
+        with pytest.warns(UserWarning, match="left out"):
             checkpoints.load()
         checkpoints.save({"step": 3})
     truncate(folder / "state-000003.pt")
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="left out"):
         assert resumed_step(folder) == 1
 
 

@@ -143,6 +143,34 @@ def test_largest_and_smallest_go_by_value_whatever_the_order_of_options():
     }  # fmt: skip
 
 
+class Operations(SearchSpace):
+    """A named choice for each layer of a depth."""
+
+    def __init__(self, depth=(1, 2), **options):
+        super().__init__(**options)
+        layers = self.choice("depth", depth)
+        kinds = self.choice("kind", ("small", "large"), per=layers)
+        family = {"conv": ({"small": 1, "large": 3}, lambda kernel: elastic.Conv2d(4, 4, kernel, bias=False))}
+        operations = [elastic.MixedOperation.of(kinds[i], family) for i in range(layers.max)]
+        self.layers = elastic.Depth(layers, operations)
+
+    def forward(self, x):
+        return self.layers(x).mean((2, 3))
+
+    def example_input(self, batch):
+        return torch.randn(batch, 4, 8, 8)
+
+
+@pytest.mark.parametrize("depth", [(1, 2), (2, 1)], ids=str)
+def test_the_largest_has_the_largest_of_named_options_in_every_layer(depth):
+    space = Operations(depth)
+    largest = space.largest()
+    assert largest.choices == {"depth": 2, "kind": ("large", "large")}
+    costs = [space.cost(space.sample(torch.Generator().manual_seed(seed))).params for seed in range(40)]
+    assert space.cost(largest).params == max(costs)
+    assert space.cost(space.smallest()).params == min(costs)
+
+
 # Standalone networks and copies.
 
 

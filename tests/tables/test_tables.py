@@ -265,6 +265,7 @@ def test_a_spreadsheet_s_file_is_read(tmp_path):
         ("arch,acc\nx,1\ny,nan\n", "line 3: acc is 'nan', expected an accuracy in %, from 0 to 100: correct or remove"),
         ("arch,acc\nx,100.5\n", "line 2: acc is '100.5'"),
         ("arch,acc\nx,-1\n", "line 2: acc is '-1'"),
+        ("arch,acc\nx,9_1\n", "line 2: acc is '9_1'"),
         ("arch,params\nx,inf\n", "line 2: params is 'inf', expected a finite number, 0 or more"),
         ("arch,acc\nx,1\n\ny,2\nx,3\n", "line 5: x is already in line 2"),
         ("arch,acc\n,1\n", "line 2: an architecture is named ''"),

@@ -106,6 +106,11 @@ def plan(
         params["recipe"] = PAPER[params["space"]]
         params["dataset"] = dataset or PAPER_DATASETS.get(params["space"], "cifar10")
     params["seeds"] = _seeds(seeds if seeds is not None else sizes.seeds)
+    if metric is not None and not table and study.table != "pool":
+        raise TangleNASError(
+            f"--metric {metric} is a column of a table, but {name} has none here: it trains what it finds. Give the "
+            "table with --table, or leave --metric out"
+        )
     known = "test_loss" if study.table == "pool" and not table else "test_acc"
     params |= {"table": table, "metric": metric or known, "bindings": [*sizes.bindings, *bindings]}
     for group in GROUPS:

@@ -302,3 +302,27 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
             ImageFolder(tmp_path)
     finally:
         (tmp_path / "cat").chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../elsewhere", "/elsewhere"])
+def test_a_test_folder_is_below_the_root(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "train")
+    with pytest.raises(TangleNASError, match=r"test_folder is .*, expected the name of a folder in"):
+        ImageFolder(tmp_path, test_folder=name)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mean": "x"}, {"std": [None]}, {"crop_scale": 0.5}, {"augment": 5}, {"shift": 1.5}], ids=str
+)
+def test_options_of_another_type_are_named(tmp_path: Path, options: dict[str, object]) -> None:
+    write(tmp_path)
+    with pytest.raises(TangleNASError, match=f"image_folder: {next(iter(options))} is .*[Gg]ive"):
+        ImageFolder(tmp_path, **options)
+
+
+def test_inputs_of_an_own_transform_are_not_described(tmp_path: Path) -> None:
+    write(tmp_path)
+    known = ImageFolder(tmp_path).input_config()
+    own = ImageFolder(tmp_path, eval_transform=lambda image: torch.zeros(3, 32, 32)).input_config()
+    assert {*known} - {*own} == {"mean", "std", "crop_pct", "interpolation"}
+    assert own == {name: known[name] for name in own}

@@ -356,3 +356,35 @@ def test_a_space_made_with_the_options_of_the_text_learns_it(tokenizer):
 
 def test_a_space_for_images_is_told_their_shape():
     assert Digits(image_size=16).space_options() == {"num_classes": 10, "image_size": 16, "in_channels": 1}
+
+
+# A test text of its own
+
+
+def test_a_test_text_inside_the_folder_of_the_text_is_not_trained_on(tmp_path):
+    text = "".join(random.Random(0).choices("abcdefgh", k=600))
+    written(tmp_path / "data/a.txt", text)
+    written(tmp_path / "data/test/b.txt", text[::-1])
+    apart = Text(tmp_path / "data", block_size=4, test_root=tmp_path / "data/test")
+    assert apart.decode(apart._pool[: apart._first_test].flatten()) in text
+    assert apart.decode(apart._pool[apart._first_test :].flatten()) in text[::-1]
+    for root in (tmp_path / "data/test", tmp_path / "data/test/b.txt"):
+        with pytest.raises(TangleNASError, match=r"all text of .* is the test part"):
+            Text(root, block_size=4, test_root=tmp_path / "data/test")
+
+
+def test_a_file_that_is_there_twice_is_refused(tmp_path):
+    written(tmp_path / "data/a.txt", "abcab" * 100)
+    for link in (os.symlink, os.link):
+        link(tmp_path / "data/a.txt", tmp_path / "data/b.txt")
+        with pytest.raises(TangleNASError, match=r"b.txt and .*a.txt are one file"):
+            Text(tmp_path / "data", block_size=4)
+        (tmp_path / "data/b.txt").unlink()
+
+
+def test_options_that_would_do_nothing_or_are_no_numbers_are_refused(tmp_path):
+    path = written(tmp_path / "a.txt", "abcab" * 100)
+    with pytest.raises(TangleNASError, match=r"test_portion 0.5 would do nothing"):
+        Text(path, test_portion=0.5, test_root=path)
+    with pytest.raises(TangleNASError, match="block_size is x; give at least 1 token"):
+        Text(path, block_size="x")

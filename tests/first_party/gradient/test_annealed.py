@@ -60,7 +60,7 @@ def test_the_history_says_the_temperature(name):
     history = search(
         space, create_optimizer(name, **options), random_data(space, SPLITS), epochs=3, batch_size=4
     ).history
-    assert [row["temperature"] for row in history] == pytest.approx([1.0, 0.75, 0.5])
+    assert [row["temperature"] for row in history] == pytest.approx([1.0, 0.625, 0.25])
 
 
 @pytest.mark.parametrize("name", ANNEALED)

@@ -10,7 +10,7 @@ from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import parameter_groups
-from tanglenas_gradient.darts2 import SecondOrderDARTS
+from tanglenas_gradient.darts2 import SecondOrderDARTS, _moved
 
 RATE, DECAY, MOMENTUM = 0.05, 0.01, 0.9
 
@@ -116,3 +116,34 @@ def test_options_that_cannot_be():
         create_optimizer("darts2", hypergradient="exact")
     with pytest.raises(TangleNASError, match="radius is 0, expected a positive number"):
         create_optimizer("darts2", radius=0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"dampening": 0.5}, {}], ids=str)
+def test_the_step_is_that_of_sgd(options, steps):
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    sgd = torch.optim.SGD([weight], lr=0.1, momentum=MOMENTUM, weight_decay=DECAY, **options)
+    slopes = [torch.tensor([0.5, 1.0]), torch.tensor([-1.0, 0.25]), torch.tensor([2.0, 0.1])]
+    for slope in slopes[:steps]:
+        weight.grad = slope.clone()
+        sgd.step()
+    (moved,) = _moved(sgd, {"weight": weight}, slopes[steps:][:1]).values()
+    weight.grad = slopes[steps].clone()
+    sgd.step()
+    assert torch.allclose(moved, weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("hypergradient", ["autograd", "finite_differences"])
+def test_weights_that_need_no_gradient_or_are_left_out_stay(hypergradient):
+    optimizer, step = setting("vit", hypergradient=hypergradient)
+    optimizer.architecture_backward(step)
+    expected = [alpha.grad.clone() for alpha in optimizer.parameters()]
+    frozen = next(iter(step.space.parameters()))
+    step.space.register_parameter("unused", torch.nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    optimizer.architecture_backward(step)
+    for alpha, value in zip(optimizer.parameters(), expected, strict=True):
+        assert torch.allclose(alpha.grad, value, rtol=1e-5)
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    optimizer.architecture_backward(step)
+    assert torch.equal(frozen, before)

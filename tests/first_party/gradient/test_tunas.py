@@ -7,6 +7,7 @@ import torch
 from tiny import tiny
 
 from tanglenas_engine import create_objective, create_optimizer, search
+from tanglenas_engine.data import SPLITS
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
@@ -141,3 +142,37 @@ def test_a_search_with_a_target_stays_in_the_band_and_resumes():
 def test_options_that_cannot_be(options, message):
     with pytest.raises(TangleNASError, match=message):
         create_optimizer("tunas", **options)
+
+
+def test_the_gradient_is_that_of_the_probability_that_is_drawn_from():
+    """On `darts` an absent edge has no part in an architecture's score."""
+    space = tiny("darts")
+    optimizer = bound(space)
+    (alpha,) = optimizer.alphas.values()
+    alpha.data.normal_(generator=torch.Generator().manual_seed(0))
+    drawn = [optimizer.sample(step, "architecture") for step in range(2)]
+    assert drawn[0] != drawn[1]
+    scores = space.scores(optimizer.expected())
+    logs = []
+    for architecture in drawn:
+        picks = space.assignment_of(architecture)
+        kept = [(row, option) for row, option in picks.items() if scores[row][option]]
+        assert len(kept) < len(picks)
+        logs.append(sum(alpha.log_softmax(1)[row.slot, option] for row, option in kept))
+        assert logs[-1].item() == pytest.approx(sum(scores[row][picks[row]] for row in picks), abs=1e-4)
+    optimizer.samples = 2
+    losses = [torch.tensor(1.0), torch.tensor(3.0)]
+    (got,) = torch.autograd.grad(optimizer._objective(drawn, losses), [alpha])
+    (expected,) = torch.autograd.grad(0.5 * ((1 - 3) * logs[0] + (3 - 1) * logs[1]), [alpha])
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_the_history_has_a_warm_up_only_where_there_is_one():
+    space = tiny("convolutional")
+    told = {}
+    for strategy in ("alternating", "simultaneous"):
+        torch.manual_seed(0)
+        optimizer = create_optimizer("tunas", warmup=0.9)
+        data = random_data(space, SPLITS)
+        told[strategy] = search(space, optimizer, data, epochs=1, batch_size=4, strategy=strategy).history[0]["widest"]
+    assert told == {"alternating": 1.0, "simultaneous": 0.0}

@@ -128,6 +128,7 @@ def written(counted, tmp_path):
     [
         ("vit", {}, "was measured for the space 'toy_conv_macro', but here it is"),
         ("toy_conv_macro", {"image_size": 32}, "was measured for the input shape"),
+        ("toy_conv_macro", {"num_classes": 100}, "was measured for the largest network .* such as -o num_classes=10"),
         ("toy_conv_macro", {"channels": [[4, 8]] * 4}, "was measured for the choices"),
     ],
 )
@@ -143,7 +144,7 @@ def test_a_table_of_another_space_is_refused(written, space, options, message):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"format": 2}, "is a latency table of format 2, but this version reads 1"),
+        ({"format": 1}, "is a latency table of format 1, but this version reads 2"),
         ({"tables": {"": [float("nan")]}}, r"is no latency table \(NaN is no number in JSON\)"),
         ({"tables": {"": [-1.0]}}, "damaged latency table"),
         ({"tables": [1]}, "damaged latency table"),

@@ -1,0 +1,58 @@
+"""Image files of strangers: opened as one of a few formats, within a limit on pixels, and decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats that are tried, whatever a file is called. Pillow would hand others to programs: EPS to Ghostscript."""
+MAX_PIXELS = 89_478_485
+"""The most pixels of an image: where Pillow begins to warn of decompression bombs. It refuses twice as many."""
+# Pillow raises these for a file that it cannot read.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@contextmanager
+def opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open an image file without decoding it.
+
+    Raises:
+        One of `UNREADABLE`: The file is of none of `FORMATS`, damaged, or an image of more than `MAX_PIXELS`.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
+        yield image
+
+
+def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
+    """Return an image in a mode, "L" or "RGB", turned as its EXIF data say.
+
+    Raises:
+        One of `UNREADABLE`: As in `opened`, or the pixels are of a kind that has no black and white.
+    """
+    with opened(file) as content:
+        wide = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}.get(content.mode)
+        if wide is not None and (content.mode == "F" or content.format == "TIFF"):  # other "I" are of 16 bits
+            raise ValueError(f"its pixels are {wide}, of which black and white are not known")
+        image: Image.Image = ImageOps.exif_transpose(content)
+        if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert(mode)
+
+
+def reason(error: BaseException) -> str:
+    """Return why a file is no readable image, as a part of a sentence."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is of no known format ({', '.join(FORMATS)})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).rstrip(".").split())[:200] or type(error).__name__
