@@ -148,17 +148,20 @@ class Method:
         derivations: Names of `DERIVATIONS`. A race gives two results: what it finds, and the candidate that it judged
             best before any training, which is what `random` or `both` finds.
         short: Whether the search takes a quarter of the epochs, and the schedule of the trainings.
+        paths: The epochs at the end in which the weights learn by random architectures.
     """
 
     optimizer: str
     derivations: tuple[str, ...]
     band: bool = True
     short: bool = False
+    paths: int = 0
 
 
 METHODS = {
     "spos band": Method("spos", ("best race",)),
     "drnas target": Method("drnas", ("argmax", "best race")),
+    "drnas target, then paths": Method("drnas", ("argmax", "both"), paths=2),
     "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
@@ -372,6 +375,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
             weight_optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05),
             architecture_optimizer=partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.999)),
             warmup_epochs=max(1, self.task.epochs // 5) if optimizer.learns_architecture else 0,
+            path_epochs=method.paths,
             targets=[Target(create_objective("macs"), value=most) for most in self.limits.values() if method.band],
             clip=5.0,
             seed=seed,

@@ -91,7 +91,7 @@ def project_options(space: str) -> dict[str, Any]:
     with configured(arguments):
         if macro_value("SPACE") != space:
             return {}
-        return dict(create()[1].created_with)
+        return dict(create()[1].created_with or {})
 
 
 def parsed(given: Sequence[str]) -> dict[str, Any]:

@@ -182,6 +182,11 @@ class Optimizer(abc.ABC):
 
     # Shared by all methods.
 
+    def path_losses(self, step: Step) -> Iterator[Tensor]:
+        """Yield the loss of a random architecture of the source, for epochs in which the weights learn by these."""
+        self.enter(self.draw(step.index, "path"))
+        yield self._loss(step, step.weight_batch)
+
     def enter(self, sampled: Mixture | Architecture) -> None:
         """Make the next forwards of the space compute the sampled mixture or architecture."""
         self.space.select(sampled) if isinstance(sampled, Architecture) else self.space.relax(sampled)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,25 +34,24 @@ class Pace(Timer):
         super().__init__(seconds, clock, device, "search", "epochs")
         self.epochs = 0
 
-    def fit(self, before: float, after: float, warmup_epochs: int) -> int:
+    def fit(self, epoch: float, fixed: Sequence[tuple[str, int, float]] = ()) -> int:
         """Set and return the number of epochs that fit into the seconds that are left.
 
         Args:
-            before: The seconds of an epoch of the warm-up.
-            after: The seconds of an epoch after it.
-            warmup_epochs: The number of epochs of the warm-up.
+            epoch: The seconds of an epoch in which alpha learns.
+            fixed: The epochs that every search has beside these: their name, their number, and the seconds of one.
 
         Raises:
-            TangleNASError: No epoch after the warm-up fits.
+            TangleNASError: No epoch in which alpha learns fits.
         """
-        used = self.used()
-        least = used + warmup_epochs * before + after
-        if least > self.seconds:
+        used = self.used() + sum(count * one for _, count, one in fixed)
+        if used + epoch > self.seconds:
+            names = " and ".join(f"{count} {name}" for name, count, _ in fixed if count)
             raise TangleNASError(
-                f"search.seconds is {self.seconds:g}, but {warmup_epochs} warm-up epochs and one more need "
-                f"{least:.1f} {self.clock} seconds: give more seconds, fewer search.warmup_epochs or fewer data"
+                f"search.seconds is {self.seconds:g}, but {f'{names} and one more' if names else 'one epoch'} need "
+                f"{used + epoch:.1f} {self.clock} seconds: give more seconds, fewer of these epochs or fewer data"
             )
-        self.epochs = warmup_epochs + math.floor((self.seconds - used - warmup_epochs * before) / after)
+        self.epochs = sum(count for _, count, _ in fixed) + math.floor((self.seconds - used) / epoch)
         return self.epochs
 
     def state_dict(self) -> dict[str, Any]:

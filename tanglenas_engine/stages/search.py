@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import SequentialLR
 
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.band import Band
@@ -52,6 +53,8 @@ SPLIT_DEVIATIONS = 5.0
 SPLIT_TOLERANCE = 0.05
 """The share of the loss below which a difference between splits does no harm."""
 
+Phase = Literal["warm-up", "search", "path"]
+"""What a step does: the weights learn alone, or alpha too, or the weights by random architectures."""
 Strategy = Literal["alternating", "simultaneous"]
 """The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
 Order = Literal["magnitude", "taylor"]
@@ -99,6 +102,7 @@ def search(
     scheduler: SchedulerFactory | None = cosine,
     strategy: Strategy = "alternating",
     warmup_epochs: int = 0,
+    path_epochs: int = 0,
     targets: Sequence[Target] = (),
     band: tuple[float, float] | None = (0.93, 1.0),
     order: Order | None = None,
@@ -132,6 +136,10 @@ def search(
         strategy: "alternating" takes alpha's gradient from a new batch of the architecture split before each weight
             step (first-order DARTS). "simultaneous" uses one backward pass on the weights split for both.
         warmup_epochs: The number of epochs at the start in which only the weights learn.
+        path_epochs: The number of epochs at the end in which the weights learn by random architectures, while alpha
+            rests, with a learning-rate schedule of their own. Weights that only ever learned in mixtures judge
+            architectures badly, and a few such epochs mend that. A method without architecture parameters draws
+            architectures all the time, so that nothing changes for it.
         targets: Costs to aim for. A method that draws architectures draws within the band. The others, or all with
             architecture parameters if the band is None, limit the costs in expectation: the loss of alpha is charged
             for missing them.
@@ -175,6 +183,7 @@ def search(
         architecture_optimizer=architecture_optimizer,
         scheduler=scheduler,
         warmup_epochs=warmup_epochs,
+        path_epochs=path_epochs,
         targets=targets,
         band=band,
         order=order,
@@ -209,6 +218,7 @@ class Search(Training):
         architecture_optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None,
         warmup_epochs: int,
+        path_epochs: int,
         targets: Sequence[Target],
         band: tuple[float, float] | None,
         order: Order | None,
@@ -221,13 +231,18 @@ class Search(Training):
         computation: Computation,
         session: Session,
     ):
-        _check_options(space, optimizer, epochs if seconds is None else None, warmup_epochs, computation)
+        _check_options(space, optimizer, epochs if seconds is None else None, warmup_epochs, path_epochs, computation)
         if stop is not None:
             stop.check(space, optimizer)
+            if path_epochs:
+                raise TangleNASError(
+                    f"search.stop may end the search before its {path_epochs} path epochs: leave one of the two out"
+                )
         check_fit(space, data.weights)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
         self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
+        self.path_epochs = path_epochs if optimizer.learns_architecture else 0
         self.device = session.find_device()
         self._last = learns_with_channels_last(space)
         self.pace = None if seconds is None else Pace(seconds, clock, self.device)
@@ -244,8 +259,10 @@ class Search(Training):
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
         self.targets, self.active_targets = targets, _bind_targets(targets, space)
-        if self.active_targets and (not optimizer.learns_architecture or (optimizer.draws_in_band and band)):
+        draws = not optimizer.learns_architecture or (optimizer.draws_in_band and band)
+        if self.active_targets and (draws or (self.path_epochs and band)):
             optimizer.draw_from(_band(space, optimizer, self.active_targets, band))
+        if draws:
             self.active_targets = []
         for target in targets:
             if target.objective.source:
@@ -274,10 +291,27 @@ class Search(Training):
         self._one = torch.ones((), device=self.device)
 
     def _make_scheduler(self) -> None:
-        if self._scheduler_factory is not None:
-            self.scheduler = call_factory(
-                "search.scheduler", self._scheduler_factory, self.weight_optimizer, self.steps
-            )
+        """Make the schedule of the learning rate: one for the mixtures, and one for the path epochs after them."""
+        if self._scheduler_factory is None:
+            return
+        lengths = [steps for steps in (self._first_path, self.steps - self._first_path) if steps]
+        schedules = [
+            call_factory("search.scheduler", self._scheduler_factory, self.weight_optimizer, steps) for steps in lengths
+        ]
+        self.scheduler = schedules[0]
+        if len(schedules) > 1:
+            self.scheduler = SequentialLR(self.weight_optimizer, schedules, milestones=lengths[:1])
+
+    @property
+    def _first_path(self) -> int:
+        """The number of the first step of the path epochs."""
+        return (self.epochs - self.path_epochs) * self.steps_per_epoch
+
+    def _phase(self, position: int) -> Phase:
+        """Return what a step does."""
+        if position >= self._first_path:
+            return "path"
+        return "warm-up" if position < self.warmup_epochs * self.steps_per_epoch else "search"
 
     @property
     def takes_architecture_batches(self) -> bool:
@@ -358,25 +392,33 @@ class Search(Training):
         self._make_scheduler()
 
     def _try_steps(self, pace: Pace) -> None:
-        """Take steps of the warm-up and after it, validate once, and let the pace say how many epochs fit."""
-        warmup = self.warmup_epochs if self.architecture_optimizer is not None else 0
+        """Take steps of each phase, validate once, and let the pace say how many epochs fit."""
+        counts: dict[Phase, int] = {"warm-up": 0, "path": self.path_epochs}
+        if self.architecture_optimizer is not None:
+            counts["warm-up"] = self.warmup_epochs
 
-        def step_time(first: int) -> float:
+        def step_time(phase: Phase, first: int) -> float:
             self._iterators.clear()
-            return pace.measure(lambda number: self.step(first + number))
+            return pace.measure(lambda number: self._step(first + number, phase))
 
-        after = step_time(warmup * self.steps_per_epoch)
-        before = step_time(0) if warmup else after
+        after = step_time("search", counts["warm-up"] * self.steps_per_epoch)
+        fixed = {phase: step_time(phase, 0) if count else after for phase, count in counts.items()}
         validation = pace.measure(lambda _: self._measure_current(), untimed=0, timed=1)
-        before, after = (self.steps_per_epoch * one + validation for one in (before, after))
-        pace.fit(before, after, warmup)
+
+        def epoch(step: float) -> float:
+            return self.steps_per_epoch * step + validation
+
+        pace.fit(epoch(after), [(f"{phase} epochs", count, epoch(fixed[phase])) for phase, count in counts.items()])
 
     def resumed(self, last: int) -> None:
         """Tell the optimizer how far the search is. After the last step, no step would."""
         self._set_progress(last)
 
     def _set_progress(self, position: int) -> None:
-        self.optimizer.set_progress(position // self.steps_per_epoch / max(1, self.epochs - 1))
+        last = max(1, self.epochs - self.path_epochs - 1)
+        self.optimizer.set_progress(min(1.0, position // self.steps_per_epoch / last))
+        if self._phase(position) == "path":
+            self.space.superposition.channel_divisor = 1  # architectures have all of their channels
 
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {
@@ -393,9 +435,11 @@ class Search(Training):
     # One iteration.
 
     def step(self, position: int) -> dict[str, Tensor]:
+        return self._step(position, self._phase(position))
+
+    def _step(self, position: int, phase: Phase) -> dict[str, Tensor]:
         pieces = self._next_pieces(position)
-        learns = self.architecture_optimizer is not None and position >= self.warmup_epochs * self.steps_per_epoch
-        measured = self.update(pieces, learns)
+        measured = self.update(pieces, phase)
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -404,11 +448,12 @@ class Search(Training):
             measured["weight_accuracy"] = torch.stack(seen).mean()
         return measured
 
-    def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
-        """Take an architecture step if `learns` is True, and then a weight step."""
+    def update(self, pieces: Sequence[Step], phase: Phase) -> dict[str, Tensor]:
+        """Take an architecture step, if alpha learns in this phase, and then a weight step."""
         self._zero_gradients()  # before the architecture step, which then has the memory of the weights' gradients
+        learns = self.architecture_optimizer is not None and phase == "search"
         measured = self.architecture_step(pieces) if learns else {}
-        return {**measured, **self.weight_step(pieces)}
+        return {**measured, **self.weight_step(pieces, phase)}
 
     def architecture_step(self, pieces: Sequence[Step]) -> dict[str, Tensor]:
         """Move alpha by its mean gradient over the pieces of a batch and the ranks, plus that of the targets."""
@@ -421,16 +466,18 @@ class Search(Training):
         distributed.average(alpha.grad for alpha in self.alphas)
         return {"architecture_loss": torch.stack(losses).mean(), **self._move_alphas()}
 
-    def weight_step(self, pieces: Sequence[Step], learning: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    def weight_step(self, pieces: Sequence[Step], phase: Phase, learning: Sequence[Tensor] = ()) -> dict[str, Tensor]:
         """Move the weights by their mean gradient over the pieces of a batch and over the ranks.
 
         Args:
             pieces: The pieces of the batch.
+            phase: What the step does.
             learning: Further tensors that get a gradient from the same backward pass.
         """
         total = torch.zeros((), device=self.device)
+        losses = self.optimizer.path_losses if phase == "path" else self.optimizer.weight_losses
         for piece in pieces:
-            for term in self.optimizer.weight_losses(piece):
+            for term in losses(piece):
                 term = term / len(pieces)
                 torch.autograd.backward(self.scaler.scale(term))
                 total += term.detach()
@@ -562,20 +609,27 @@ class SimultaneousSearch(Search):
     def takes_architecture_batches(self) -> bool:
         return False
 
-    def update(self, pieces: Sequence[Step], learns: bool) -> dict[str, Tensor]:
-        """Move the weights, and also alpha if `learns` is True."""
+    def update(self, pieces: Sequence[Step], phase: Phase) -> dict[str, Tensor]:
+        """Move the weights, and also alpha if it learns in this phase."""
         self._zero_gradients()
-        measured = self.weight_step(pieces, self.alphas if learns else ())
+        learns = phase == "search"
+        measured = self.weight_step(pieces, phase, self.alphas if learns else ())
         return {**measured, **self._move_alphas(self.optimizer.regularizer())} if learns else measured
 
 
 def _check_options(
-    space: SearchSpace, optimizer: Optimizer, epochs: int | None, warmup_epochs: int, computation: Computation
+    space: SearchSpace,
+    optimizer: Optimizer,
+    epochs: int | None,
+    warmup_epochs: int,
+    path_epochs: int,
+    computation: Computation,
 ) -> None:
     """Check options against each other. A search by seconds has no number of epochs yet."""
-    at_least("search.warmup_epochs", warmup_epochs, 0)
-    if epochs is not None and warmup_epochs >= at_least("search.epochs", epochs, 1) and optimizer.learns_architecture:
-        raise TangleNASError(f"{warmup_epochs} warm-up epochs leave no epoch of {epochs} in which alpha learns")
+    others = at_least("search.warmup_epochs", warmup_epochs, 0) + at_least("search.path_epochs", path_epochs, 0)
+    if epochs is not None and others >= at_least("search.epochs", epochs, 1) and optimizer.learns_architecture:
+        both = f"{warmup_epochs} warm-up epochs" + f" and {path_epochs} path epochs" * bool(path_epochs)
+        raise TangleNASError(f"{both} leave no epoch of {epochs} in which alpha learns")
     if not space.rows:
         raise TangleNASError(f"the space {space.label} has no choices: there is nothing to search")
     if at_least("search.accumulate", computation.accumulate, 1) > 1 and not optimizer.accumulates:

@@ -217,8 +217,8 @@ def test_a_damaged_gin_file_is_read_or_refused(project: Path, data: bytes) -> No
 
 OPTIONS = {
     "search": [
-        "epochs", "batch_size", "warmup_epochs", "clip", "strategy", "checkpoint_every", "weight_optimizer", "loss",
-        "architecture_optimizer", "scheduler", "epohcs",
+        "epochs", "batch_size", "warmup_epochs", "path_epochs", "clip", "strategy", "checkpoint_every",
+        "weight_optimizer", "loss", "architecture_optimizer", "scheduler", "epohcs",
     ],
     "create_space": [
         "embed_dim", "depth", "num_heads", "mlp_ratio", "head_dim", "patch_size", "image_size", "in_channels", "size",

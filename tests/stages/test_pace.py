@@ -80,7 +80,8 @@ def test_the_trial_counts_and_no_epoch_begins_that_does_not_fit(monkeypatch):
     pace = Pace(100.0, "wall", CPU)
     assert pace.measure(lambda number: setattr(clock, "seconds", clock.seconds + 0.5)) == (1 + 20 * 0.5) / 20
     used = clock.seconds
-    assert pace.fit(before=2.0, after=10.0, warmup_epochs=3) == 3 + math.floor((100 - used - 3 * 2) / 10)
+    fixed = [("warm-up epochs", 3, 2.0), ("path epochs", 2, 4.0)]
+    assert pace.fit(10.0, fixed) == 3 + 2 + math.floor((100 - used - 3 * 2 - 2 * 4) / 10)
 
 
 @pytest.mark.slow
