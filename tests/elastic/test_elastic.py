@@ -705,3 +705,11 @@ def test_groups_of_a_norm_are_whole(groups, message):
     _, (channels,) = one(channels=(4, 8))
     with pytest.raises(TangleNASError, match=message):
         elastic.GroupNorm(groups(channels), channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_eps_of_rms_norm_is_that_of_torch_in_every_precision(dtype):
+    x = torch.tensor([[1e-3, -2e-3, 5e-4, 1e-3]], dtype=dtype)
+    norm = elastic.RMSNorm(4, elementwise_affine=False)
+    got = norm.normalised(x, torch.ones(4, dtype=dtype))  # as under a mixture that covers all
+    torch.testing.assert_close(got, torch.nn.functional.rms_norm(x, (4,)), rtol=0.01, atol=0)
