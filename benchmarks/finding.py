@@ -6,11 +6,14 @@
     python -m benchmarks.finding run nb201 --data FOLDER_OF_CIFAR10 --table TABLE
     python -m benchmarks.finding table benchmarks/results/gpt_nano.jsonl
     python -m benchmarks.finding front gpt_nano
+    python -m benchmarks.finding paths gpt_nano
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
 file, so a study that is cut off goes on where it was. All times are of the processor. Nothing is chosen by the test
 split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
 the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
+`paths` goes on from a supernet that learned in mixtures by epochs of random architectures, and ranks the pool after
+each.
 """
 
 from __future__ import annotations
@@ -71,6 +74,8 @@ REPEATED, REPEATS = 5, 3
 OPTIMIZER = partial(torch.optim.AdamW, lr=0.004, weight_decay=0.05)
 SCHEDULER = partial(cosine, warmup=0.2)
 """The schedule of trainings. With a warm-up over 5 %, seeds differ as much as networks do."""
+PATHS = {1: 0.5, 2: 1.0}
+"""Epochs of random architectures after a search by mixtures, with the share of its learning rate."""
 FRONT = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """The budgets of a front, as shares of the largest network's cost."""
 
@@ -128,6 +133,11 @@ TASKS = {
     "toy_cell": Task(
         "toy_cell", "fashion_mnist", {}, {"channels": 16, "dropout": 0.2}, budget=None, place="root", images=6000,
         epochs=12, pool=60, metric="test_acc",
+        search={"weight_optimizer": SGD},
+    ),
+    "toy_cell_small": Task(
+        "toy_cell", "fashion_mnist", {}, {"channels": 8, "dropout": 0.2}, budget=None, place="root", images=3000,
+        epochs=8, pool=60, metric="test_acc",
         search={"weight_optimizer": SGD},
     ),
     # The table's networks have 16 channels and 5 cells a stage.
@@ -359,6 +369,37 @@ class Study(contextlib.AbstractContextManager["Study"]):
             one = Band(Budget(space, self.budget(share)), FILLED).sample(generator)
             self.once(f"front/{name}/{share}/{seed}", partial(self.trained, one, seed))
 
+    def paths(self, optimizer: str, seed: int) -> None:
+        """Search by mixtures, and rank the pool before and after epochs of random architectures that follow."""
+        keys = {epochs: f"paths/{optimizer}/{epochs}/{seed}" for epochs in (0, *PATHS)}
+        if all(key in self.done for key in keys.values()):
+            return
+        space, _, searched = self.searched(Method(optimizer, ()), seed)
+        self.once(keys[0], lambda: {"seconds": searched["search_seconds"], "pool_losses": searched["pool_losses"]})
+        weights = {name: tensor.clone() for name, tensor in space.state_dict().items()}
+        for epochs, share in PATHS.items():
+            space.load_state_dict(weights)
+            self.once(keys[epochs], partial(self._on_paths, space, epochs, share, seed))
+
+    def _on_paths(self, space: SearchSpace, epochs: int, share: float, seed: int) -> dict[str, Any]:
+        """Train a supernet by random architectures, at a share of the learning rate of the search."""
+        usual = partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05)
+        factory = self.task.search.get("weight_optimizer", usual)
+        start = time.process_time()
+        search(
+            space,
+            create_optimizer("spos"),
+            self.data("weights", "architecture", "validation"),
+            epochs=epochs,
+            batch_size=self.task.search.get("batch_size", 32),
+            weight_optimizer=partial(factory, lr=share * factory.keywords["lr"]),
+            targets=[Target(create_objective("macs"), value=most) for most in self.limits.values()],
+            clip=5.0,
+            seed=seed,
+            device="cpu",
+        )
+        return {"seconds": round(time.process_time() - start, 2), **self.ranked(space, seed)}
+
     def found(self, key: str) -> Architecture:
         """Return the architecture of a result."""
         choices = self.done[key]["architecture"]
@@ -568,6 +609,29 @@ def front(task: str, data: str | None, out: Path, methods: str, seeds: str) -> N
         most = Budget(study.space(), study.budget(share)).dearest("params")
         study.once(f"front/most params/{share}/0", partial(study.trained, most, 0))
     _print_fronts(study.done)
+
+
+@main.command()
+@click.argument("task", type=click.Choice(list(TASKS)))
+@click.option("--data", help="The file or folder of the data, where a task needs one.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
+@click.option("--optimizer", default="drnas", help="A method whose weights learn in mixtures.")
+@click.option("--seeds", default="0,1,2", help="The seeds of the searches, with commas between them.")
+@click.option("--table", help="The table of a task that trains nothing.")
+def paths(task: str, data: str | None, out: Path, optimizer: str, seeds: str, table: str | None) -> None:
+    """Rank the pool by a supernet of mixtures, before and after epochs of random architectures."""
+    study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data, table=table))
+    pool = [study.once(f"pool/{i}/0", partial(study.trained, one, 0)) for i, one in enumerate(study.pool())]
+    for seed in map(int, seeds.split(",")):
+        study.paths(optimizer, seed)
+    click.echo("| epochs of random architectures | rank correlation, each seed | mean loss of the pool | seconds |")
+    click.echo("| --- | --- | --- | --- |")
+    for epochs in (0, *PATHS):
+        rows = [study.done[f"paths/{optimizer}/{epochs}/{seed}"] for seed in seeds.split(",")]
+        truth = [row["test_loss"] for row in pool]
+        ranks = ", ".join(f"{stats.spearmanr(row['pool_losses'], truth).statistic:.2f}" for row in rows)
+        means = ", ".join(f"{np.mean(row['pool_losses']):.3f}" for row in rows)
+        click.echo(f"| {epochs} | {ranks} | {means} | {np.mean([row['seconds'] for row in rows]):.0f} |")
 
 
 def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:
