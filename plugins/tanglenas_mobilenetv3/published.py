@@ -71,14 +71,14 @@ class PublishedMobileNetV3(InvertedResiduals):
             size = Size.of(kernel) if K is None or s not in self.chosen else K[self.chosen.index(s), b]
             return Block(like, size, E[s, b] * expansion, squeeze, elastic.Conv2d)
 
+        def searched(s: int, stage: Any) -> elastic.Depth:
+            depth = elastic.Depth(D[s], [block(s, b, like) for b, like in enumerate(stage)])
+            # The first one changes the shape of what it reads, so it always stays.
+            depth.interchangeable = len({layer._replace(stride=1) for layer in self.layers[s][1:]}) <= 1
+            return depth
+
         network = self.standalone(self.largest())
-        self._take_over(
-            network,
-            [
-                elastic.Depth(D[s], [block(s, b, like) for b, like in enumerate(stage)])
-                for s, stage in enumerate(list(network.blocks)[1:-1])
-            ],
-        )
+        self._take_over(network, [searched(s, stage) for s, stage in enumerate(list(network.blocks)[1:-1])])
 
     def arguments(self, architecture: Architecture) -> dict[str, Any]:
         self.assignment_of(architecture)

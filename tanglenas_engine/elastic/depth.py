@@ -28,6 +28,9 @@ class Depth(Elastic, nn.ModuleList):
         TangleNASError: The largest depth differs from the number of layers.
     """
 
+    interchangeable = True
+    """False if the layers differ by more than their weights, and networks are built by the layers' places."""
+
     def __init__(self, depth: Size | int, layers: Iterable[nn.Module]):
         nn.ModuleList.__init__(self, layers)
         self.depth = Size.of(depth)
@@ -52,6 +55,10 @@ class Depth(Elastic, nn.ModuleList):
         """
         if self._superposition is None or sorted(order) != list(range(len(self))):
             raise TangleNASError(f"{list(order)} is no order of the {len(self)} layers of a depth that is chosen")
+        if not self.interchangeable and list(order) != sorted(order):
+            raise TangleNASError(
+                f"the {len(self)} layers differ, so that they cannot be kept in the order {list(order)}"
+            )
         ranks = tuple(order.index(layer) for layer in range(len(self)))
         self._superposition.ranks[self.depth.rows[0], self.depth.values] = ranks
 

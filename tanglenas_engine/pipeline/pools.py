@@ -397,7 +397,8 @@ def _limits(space: SearchSpace, share: float | None) -> dict[str, float]:
                 "discretize.limits has a cost of a plugin, which no table of a pool has: give --budget instead"
             )
         names = ("max_params", "max_macs", "limits", "max_flops")
-        return {name: most for name, most in limits_of(*(bound.get(one) for one in names)).items() if most is not None}
+        found = limits_of(*(bound.get(one) for one in names))
+        return {name: most for name, most in found.items() if most is not None and most != math.inf}
 
 
 def _drawn(space: SearchSpace, budget: Budget, least: float, count: int, seed: int) -> Iterator[str]:

@@ -25,7 +25,8 @@ def order_layers(
 
     Layers are dropped one by one, each time the one without which the mean loss over the batches is lowest, until the
     smallest depth is reached. The layers that then remain stay in front, in their own order. A layer whose output has
-    another shape than its input is never dropped. Other depths keep all their layers meanwhile.
+    another shape than its input is never dropped. Other depths keep all their layers meanwhile. Depths whose layers
+    differ by more than their weights stay as they are, where networks are built by the places of layers.
 
     Args:
         space: The space, with trained weights.
@@ -41,17 +42,21 @@ def order_layers(
     if not batches:
         raise TangleNASError("the order of layers needs a batch of data, but there is none")
     stacks: dict[tuple[object, ...], list[tuple[str, Depth]]] = {}
+    told = []
     for name, module in space.named_modules():
-        if isinstance(module, Depth) and module.depth.min < module.depth.max:
+        if not (isinstance(module, Depth) and module.depth.min < module.depth.max):
+            continue
+        if module.interchangeable:
             stacks.setdefault((*module.depth.rows, *module.depth.values), []).append((name, module))
-    if not stacks:
+        else:
+            told.append(f"layers of {name} differ, so they keep their order")
+    if not stacks and not told:
         return [f"no depth of {space.label} is chosen, so there are no layers to order"]
 
     def measured() -> float:
         with torch.no_grad():
             return sum(float(loss(space(inputs), targets)) for inputs, targets in batches) / len(batches)
 
-    told = []
     with space.as_largest():
         whole = measured()
         for stack in stacks.values():

@@ -99,7 +99,7 @@ def _without_head(space: SearchSpace, state: dict[str, Tensor], own: Mapping[str
     """
     names = _head(space, own)
     given = [name for name in names if name in state]
-    other = not given or any(len(state[name]) != len(own[name]) for name in given)
+    other = not given or any(state[name].shape[:1] != own[name].shape[:1] for name in given)
     if not names or not other or any(state[name].shape[1:] != own[name].shape[1:] for name in given):
         return []
     for name in given:
@@ -169,7 +169,16 @@ def _compare(space: SearchSpace, path: Path, folder: Path) -> str:
             source = space.source(folder)
     except TangleNASError:
         raise
-    except (ImportError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ImportError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         return unknown.format(f"it cannot be built, {describe(error)}")
     if source is None:
         return unknown.format(f"{space.label} cannot build it from this folder")

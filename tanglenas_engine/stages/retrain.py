@@ -31,9 +31,16 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
 from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
-from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
+from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy, in_float32
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
-from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
+from tanglenas_engine.training.optim import (
+    OptimizerFactory,
+    SchedulerFactory,
+    call_factory,
+    cosine,
+    make_scheduler,
+    parameter_groups,
+)
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
 from tanglenas_engine.training.stopwatch import Stopwatch
@@ -107,7 +114,8 @@ def retrain(
             the supernet's weights unchanged, and recalibrates the statistics of batch norms.
         epochs: The number of passes over the training data.
         until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
-            the same checkpoints goes on. None trains to the end.
+            the same checkpoints goes on. None trains to the end. If the checkpoint is beyond, the history and the
+            accuracy are those of `until`, and the network is that of the checkpoint.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.
         scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every
@@ -222,8 +230,10 @@ class Retraining(Training):
         super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
         self.trained = wrap(network).to(self.device) if wrap else network
         self.optimizer = call_factory("retrain.optimizer", optimizer, parameter_groups(self.trained))
-        self.scheduler = call_factory("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
-        self.average = call_factory("retrain.ema", ema, network) if ema else None
+        self.scheduler = (
+            make_scheduler("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
+        )
+        self.average = call_factory("retrain.ema", ema, network, needs=("update", "module")) if ema else None
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
         self._hooks = [h for m in self.trained.modules() if callable(h := getattr(m, "set_progress", None))]
         backend = computation.backend
@@ -273,10 +283,10 @@ class Retraining(Training):
             with self.autocast:
                 watched = [] if self.distillation is None else self.distillation.watched
                 with recorded(self.network, watched) as states:
-                    outputs = self._forward(inputs)
-                value = self.loss(outputs, targets)
-                if self.distillation is not None:
-                    value = self.distillation(value, all_outputs(outputs)[0], inputs, states)
+                    outputs = in_float32(self._forward(inputs))
+            value = self.loss(outputs, targets)
+            if self.distillation is not None:
+                value = self.distillation(value, all_outputs(outputs)[0], inputs, states, self.autocast)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
             accuracies.append(batch_accuracy(all_outputs(outputs)[0], targets))

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import SequentialLR
 
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.band import Band
@@ -44,7 +43,14 @@ from tanglenas_engine.training.measure import (
     running_statistics,
     statistics_inputs,
 )
-from tanglenas_engine.training.optim import OptimizerFactory, SchedulerFactory, call_factory, cosine, parameter_groups
+from tanglenas_engine.training.optim import (
+    OptimizerFactory,
+    SchedulerFactory,
+    call_factory,
+    cosine,
+    make_scheduler,
+    parameter_groups,
+)
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
 
@@ -282,6 +288,10 @@ class Search(Training):
             if optimizer.learns_architecture
             else None
         )
+        self._first_options = [
+            {name: option for name, option in group.items() if name != "params"}
+            for group in self.weight_optimizer.param_groups
+        ]
         self._scheduler_factory = scheduler
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         if self.pace is None:
@@ -290,17 +300,17 @@ class Search(Training):
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
 
-    def _make_scheduler(self) -> None:
-        """Make the schedule of the learning rate: one for the mixtures, and one for the path epochs after them."""
-        if self._scheduler_factory is None:
-            return
-        lengths = [steps for steps in (self._first_path, self.steps - self._first_path) if steps]
-        schedules = [
-            call_factory("search.scheduler", self._scheduler_factory, self.weight_optimizer, steps) for steps in lengths
-        ]
-        self.scheduler = schedules[0]
-        if len(schedules) > 1:
-            self.scheduler = SequentialLR(self.weight_optimizer, schedules, milestones=lengths[:1])
+    def _make_scheduler(self, phase: Phase = "search") -> None:
+        """Make the schedule of the learning rate, for the mixtures or for the path epochs after them.
+
+        Each begins with the options that the optimizer began with.
+        """
+        for group, options in zip(self.weight_optimizer.param_groups, self._first_options, strict=True):
+            group.update(options)
+        self.schedule_start = self._first_path if phase == "path" else 0
+        if self._scheduler_factory is not None:
+            steps = self.steps - self._first_path if phase == "path" else self._first_path
+            self.scheduler = make_scheduler("search.scheduler", self._scheduler_factory, self.weight_optimizer, steps)
 
     @property
     def _first_path(self) -> int:
@@ -375,21 +385,30 @@ class Search(Training):
         return {name: loss.mean for name, loss in found.items()}
 
     def prepare(self, saved: Mapping[str, Any] | None) -> None:
-        """Fix the number of epochs of a search by seconds: that of the checkpoint, or what a trial says."""
-        if self.pace is None:
-            return
+        """Fix the number of epochs of a search by seconds: that of the checkpoint, or what a trial says.
+
+        A search that goes on in its path epochs gets their schedule, for the state to be loaded.
+        """
+        if self.pace is not None:
+            self._plan(self.pace, saved)
+            self._make_scheduler()
+        position = 0 if saved is None else saved.get("position")
+        if isinstance(position, int) and position > self._first_path:
+            self._make_scheduler("path")
+
+    def _plan(self, pace: Pace, saved: Mapping[str, Any] | None) -> None:
+        """Set the number of epochs of a search by seconds."""
         if saved is None:
-            with taken_back({name: part for name, part in self._parts().items() if part is not self.pace}):
-                self._try_steps(self.pace)
+            with taken_back({name: part for name, part in self._parts().items() if part is not pace}):
+                self._try_steps(pace)
             self._iterators.clear()  # the trial took batches from them
             self.session.note(
-                f"search: {self.pace.seconds:g} {self.pace.clock} seconds are {self.pace.epochs} epochs of "
-                f"{self.steps_per_epoch} steps. search.epochs = {self.pace.epochs} gives the same result again"
+                f"search: {pace.seconds:g} {pace.clock} seconds are {pace.epochs} epochs of "
+                f"{self.steps_per_epoch} steps. search.epochs = {pace.epochs} gives the same result again"
             )
         else:
-            self.pace.load_state_dict(saved.get("pace"))
-        self.epochs = self.pace.epochs
-        self._make_scheduler()
+            pace.load_state_dict(saved.get("pace"))
+        self.epochs = pace.epochs
 
     def _try_steps(self, pace: Pace) -> None:
         """Take steps of each phase, validate once, and let the pace say how many epochs fit."""
@@ -412,12 +431,12 @@ class Search(Training):
 
     def resumed(self, last: int) -> None:
         """Tell the optimizer how far the search is. After the last step, no step would."""
-        self._set_progress(last)
+        self._set_progress(last, self._phase(last))
 
-    def _set_progress(self, position: int) -> None:
+    def _set_progress(self, position: int, phase: Phase) -> None:
         last = max(1, self.epochs - self.path_epochs - 1)
         self.optimizer.set_progress(min(1.0, position // self.steps_per_epoch / last))
-        if self._phase(position) == "path":
+        if phase == "path":
             self.space.superposition.channel_divisor = 1  # architectures have all of their channels
 
     def stateful(self) -> Mapping[str, Stateful | None]:
@@ -435,10 +454,12 @@ class Search(Training):
     # One iteration.
 
     def step(self, position: int) -> dict[str, Tensor]:
+        if position == self._first_path:
+            self._make_scheduler("path")
         return self._step(position, self._phase(position))
 
     def _step(self, position: int, phase: Phase) -> dict[str, Tensor]:
-        pieces = self._next_pieces(position)
+        pieces = self._next_pieces(position, phase)
         measured = self.update(pieces, phase)
         self.scaler.update()
         if self.scheduler is not None:
@@ -521,10 +542,10 @@ class Search(Training):
         if self.architecture_optimizer is not None:
             self.architecture_optimizer.zero_grad()
 
-    def _next_pieces(self, position: int) -> list[Step]:
+    def _next_pieces(self, position: int, phase: Phase) -> list[Step]:
         """Return the next batches, cut into the pieces that are accumulated."""
         if position % self.steps_per_epoch == 0:
-            self._set_progress(position)
+            self._set_progress(position, phase)
         if not self._iterators:  # a resumed search starts its streams where it left off
             self._iterators.extend(stream.start(position) for stream in self.streams)
         count = self.computation.accumulate

@@ -7,9 +7,10 @@ projection between the two is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ class Distillation:
     """A loss that draws the logits of a network to a teacher's.
 
     It is `(1 - weight) * loss + weight * T^2 * KL(teacher || network)`, with both distributions at temperature T. The
-    factor T^2 keeps the size of the gradient. Hidden states add `hidden * mean(|x - t|^2 / |t|^2)` over the pairs of
-    layers, with the network's outputs x and the first channels t of the teacher's.
+    factor T^2 keeps the size of the gradient. Hidden states add `hidden * mean(|x - t|^2 / |t|^2)` over the samples and
+    the pairs of layers, with the network's outputs x and the first channels t of the teacher's.
 
     Args:
         teacher: The teacher, which is put into eval mode and never trained.
@@ -61,7 +62,12 @@ class Distillation:
         return [ours for ours, _ in self.pairs]
 
     def __call__(
-        self, loss: Tensor, logits: Tensor, inputs: Tensor, states: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        loss: Tensor,
+        logits: Tensor,
+        inputs: Tensor,
+        states: Mapping[str, Tensor] = MappingProxyType({}),
+        autocast: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         """Return the mixed loss of a batch.
 
@@ -70,11 +76,16 @@ class Distillation:
             logits: The network's logits, `(B, classes)` or `(B, T, tokens)`.
             inputs: The batch.
             states: The outputs of the network's layers in `watched`, by name.
+            autocast: The precision of the teacher's forward; None is that of its weights.
 
         Raises:
             TangleNASError: The teacher has another number of classes.
         """
-        with torch.no_grad(), recorded(self.teacher, [theirs for _, theirs in self.pairs]) as shown:
+        with (
+            torch.no_grad(),
+            autocast or nullcontext(),
+            recorded(self.teacher, [theirs for _, theirs in self.pairs]) as shown,
+        ):
             taught = self.teacher(inputs)
         if taught.shape != logits.shape:
             raise TangleNASError(
@@ -92,7 +103,8 @@ class Distillation:
 
 def _relative_error(x: Tensor, whole: Tensor) -> Tensor:
     t = whole[tuple(slice(size) for size in x.shape)].float()
-    return (x.float() - t).square().mean() / t.square().mean().clamp_min(1e-12)
+    errors, sizes = ((it * it).flatten(1).mean(1) for it in (x.float() - t, t))  # (B,)
+    return (errors / sizes.clamp_min(1e-12)).mean()
 
 
 def hidden_pairs(space: SearchSpace, architecture: Architecture, network: nn.Module) -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ class Training(abc.ABC):
     Attributes:
         parameters: The trained tensors. If one is not finite, the training raises an error instead of saving.
         history: One record per finished epoch.
+        schedule_start: The number of the step at which the schedule of the learning rate began.
     """
 
     parameters: Sequence[Tensor]
@@ -50,7 +51,7 @@ class Training(abc.ABC):
             at_least(f"{name}.checkpoint_every", session.checkpoint_every, 1)
         self.name, self.epochs, self.steps_per_epoch, self.session = name, epochs, steps_per_epoch, session
         self.history: list[Record] = []
-        self._position = 0
+        self._position = self.schedule_start = 0
         self._sums: dict[str, Tensor] = {}
         # The first step, counted from 1, in which a value was not finite, or 0. It stays on the device, so that no
         # step waits for it.
@@ -238,9 +239,10 @@ class Training(abc.ABC):
             raise UnfitError(f"its position is {shown(position, 60)}, expected a step from 0 to {self.steps}")
         if type(state["threads"]) is not int or state["threads"] < 1:
             raise UnfitError(f"it was made by {shown(state['threads'], 60)} threads, expected a number of at least 1")
-        schedule = any(isinstance(part, torch.optim.lr_scheduler.LRScheduler) for part in parts.values())
+        schedules = {key for key, part in parts.items() if isinstance(part, torch.optim.lr_scheduler.LRScheduler)}
         for key, part in parts.items():
-            check_part(key, part, state[key], position, steady=not schedule)
+            taken = position - self.schedule_start if key in schedules else position
+            check_part(key, part, state[key], taken, steady=not schedules)
         check_history(state["history"], self.record_like(), position // self.steps_per_epoch)
         check_ranks(state["ranks"], position % self.steps_per_epoch == 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +55,24 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def call_factory(name: str, factory: Callable[..., T], *arguments: Any) -> T:
+def make_scheduler(
+    name: str, factory: SchedulerFactory, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Call a user's factory for a learning-rate schedule of so many steps, and check its result.
+
+    Raises:
+        TangleNASError: The factory fails, or makes no schedule that is stepped without a measurement.
+    """
+    made = call_factory(name, factory, optimizer, steps, needs=("step",))
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TangleNASError(
+            f"{name} is ReduceLROnPlateau, which waits for a measurement, but it is stepped in every iteration: use "
+            "another one, such as cosine"
+        )
+    return made
+
+
+def call_factory(name: str, factory: Callable[..., T], *arguments: Any, needs: Sequence[str] = ()) -> T:
     """Call a user's factory for an optimizer, a schedule or a moving average, and check its result.
 
     torch optimizers in `FUSED_OPTIMIZERS` take fused steps unless the user chose otherwise.
@@ -64,13 +81,15 @@ def call_factory(name: str, factory: Callable[..., T], *arguments: Any) -> T:
         name: The option's name in messages.
         factory: The user's factory.
         arguments: The arguments of the factory.
+        needs: The attributes that the result needs beside `state_dict`.
 
     Raises:
-        TangleNASError: The factory fails, or its result has no `state_dict`.
+        TangleNASError: The factory fails, or its result lacks an attribute.
     """
     try:
         result = factory(*arguments)
-        what = "" if hasattr(result, "state_dict") else f"it makes a {type(result).__name__}"
+        missing = [attribute for attribute in ("state_dict", *needs) if not hasattr(result, attribute)]
+        what = f"it makes a {type(result).__name__}, which has no {missing[0]}" if missing else ""
     except (TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if what:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import TangleNASError, at_least, positive
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -68,8 +68,10 @@ class Computation:
         """Return this rank's number and the count of ranks that share each batch.
 
         Raises:
-            TangleNASError: The batch does not divide into the ranks' pieces.
+            TangleNASError: The batch does not divide into the ranks' pieces, or the gradient is clipped to no length.
         """
+        if self.clip is not None:
+            positive(f"{stage}.clip", self.clip)
         pieces = distributed.world_size() * at_least(f"{stage}.accumulate", self.accumulate, 1)
         if batch_size % pieces:
             raise TangleNASError(

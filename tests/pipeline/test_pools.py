@@ -33,6 +33,13 @@ def trained(tmp_path_factory):
     return folder, result
 
 
+def test_a_limit_that_is_lifted_is_none(trained, monkeypatch):
+    folder, _ = trained
+    enter(monkeypatch, folder)
+    monkeypatch.setattr(pools, "limits_of", lambda *given: {"params": float("inf"), "macs": 2_000_000})
+    assert pools._limits(create_space("autoformer_nano"), None) == {"macs": 2_000_000}
+
+
 def enter(patch, folder):
     forget_settings(patch)
     patch.chdir(folder)

@@ -10,7 +10,7 @@ from spaces import inputs, make, random_mixture
 from tiny import tiny
 from torch import nn
 
-from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine import SearchSpace, create_space, elastic
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.weights import save_weights
@@ -163,3 +163,23 @@ def test_where_nothing_can_be_ordered_it_is_told():
         order_layers(tiny("gpt_nano"), F.cross_entropy, [])
     with pytest.raises(TangleNASError, match=r"\[0, 0\] is no order of the 2 layers"):
         depths(tiny("gpt_nano"))[0].put_in_order([0, 0])
+
+
+def test_layers_that_differ_keep_their_places_where_networks_are_built_by_these():
+    space = create_space("mobilenetv3_large", image_size=96, num_classes=4).eval()
+    depths = [module for module in space.modules() if isinstance(module, Depth)]
+    fixed = [depth for depth in depths if not depth.interchangeable]
+    assert [len(depth) for depth in fixed] == [4]  # expansions of 6, 2.5, 2.3 and 2.3
+    with pytest.raises(TangleNASError, match="the 4 layers differ, so that they cannot be kept in the order"):
+        fixed[0].put_in_order([0, 2, 3, 1])
+    data = inputs(space, 2)
+    told = order_layers(space, lambda outputs, targets: outputs.square().mean(), [(data, torch.zeros(2))])
+    assert sum("differ, so they keep their order" in sentence for sentence in told) == 1
+    assert sum("are dropped in the order" in sentence for sentence in told) == len(depths) - 1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        architecture = space.sample(generator)
+        network = space.extract(architecture)
+        assert space.cost(architecture).params == sum(p.numel() for p in network.parameters())
+        torch.testing.assert_close(space.select(architecture)(data), network(data), atol=1e-4, rtol=1e-4)
+        space.release()

@@ -227,3 +227,21 @@ def test_loading_draws_no_random_numbers(tmp_path):
     load_pretrained(found, tmp_path)
     assert torch.equal(torch.rand(3), expected)
     assert isinstance(found.standalone(found.largest()), VisionTransformer)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"architecture": null}', '"x"'])
+def test_a_strange_config_is_told(tmp_path, content):
+    space = tiny("resnet_nano")
+    save_file({name: tensor.clone() for name, tensor in space.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    assert any("were not compared" in sentence for sentence in load_pretrained(space, tmp_path))
+
+
+def test_a_head_of_no_shape_is_one_of_other_classes(tmp_path):
+    space = tiny("resnet_nano")
+    state = {name: tensor.clone() for name, tensor in space.state_dict().items()}
+    before = space.get_submodule("fc").weight.clone()
+    save_file({**state, "fc.bias": torch.tensor(1.0), "fc.weight": state["fc.weight"] + 1}, tmp_path / "a.safetensors")
+    told = load_pretrained(space, tmp_path / "a.safetensors")
+    assert any("fc.bias" in sentence for sentence in told)
+    assert torch.equal(space.get_submodule("fc").weight, before)

@@ -6,15 +6,16 @@ import pytest
 import torch
 from spaces import vit
 from tiny import tiny
+from torch.optim import lr_scheduler as schedules
 
-from tanglenas_engine import create_objective, create_optimizer
+from tanglenas_engine import cosine, create_objective, create_optimizer
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.stopping import EarlyStopping
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.stages.search import search
+from tanglenas_engine.stages.search import Search, search
 from tanglenas_engine.testing import check_resume, random_data, same
 
 OPTIMIZERS = manager().names("optimizer")
@@ -64,22 +65,81 @@ class Rates(SilentProgress):
         self.rates.append(self.optimizer.param_groups[0]["lr"])
 
 
-def test_the_learning_rate_has_a_schedule_of_its_own():
+class Own:
+    """A schedule that is none of torch's."""
+
+    def __init__(self, optimizer, steps):
+        self.optimizer, self.done = optimizer, 0
+
+    def step(self):
+        self.done += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.5
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def warm_then_cosine(optimizer, steps):
+    first = schedules.LinearLR(optimizer, 0.1, total_iters=2)
+    return schedules.SequentialLR(optimizer, [first, schedules.CosineAnnealingLR(optimizer, steps)], [2])
+
+
+SCHEDULES = {
+    "cosine": partial(cosine, warmup=0.3),
+    "one cycle": lambda optimizer, steps: schedules.OneCycleLR(optimizer, 0.2, total_steps=steps),
+    "sequential": warm_then_cosine,
+    "chained": lambda optimizer, steps: schedules.ChainedScheduler([schedules.ExponentialLR(optimizer, 0.9)]),
+    "multiplicative": lambda optimizer, steps: schedules.MultiplicativeLR(optimizer, lambda step: 0.9),
+    "of one's own": Own,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_learning_rate_has_a_schedule_of_its_own(schedule):
     def rates(**options):
         seen = Rates()
 
         def make(groups):
-            seen.optimizer = torch.optim.SGD(groups, lr=0.1)
+            seen.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
             return seen.optimizer
 
-        searched(weight_optimizer=make, progress=seen, **options)
+        searched(weight_optimizer=make, scheduler=schedule, progress=seen, **options)
         return seen.rates
 
     both = rates(epochs=5, path_epochs=2)
     first, second = (rates(epochs=epochs, path_epochs=0) for epochs in (3, 2))
-    # A rate is noted after its step, so the last one of the first schedule is the first one of the second.
-    assert both[:5] == pytest.approx(first[:5]) and both[6:] == pytest.approx(second)
-    assert both[5] == pytest.approx(0.1)
+    assert both == pytest.approx([*first, *second])
+
+
+@pytest.mark.parametrize("schedule", ["one cycle", "sequential", "multiplicative"])
+def test_schedules_go_on_in_path_epochs(schedule):
+    options = {"scheduler": SCHEDULES[schedule], "weight_optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)}
+    check_resume(partial(create_optimizer, "drnas"), vit, (3, 4, 5, 7), epochs=4, path_epochs=2, **options)
+
+
+def test_a_schedule_that_waits_for_a_measurement_is_refused():
+    with pytest.raises(TangleNASError, match=r"search.scheduler is ReduceLROnPlateau, which waits for a measurement"):
+        searched(scheduler=lambda optimizer, steps: schedules.ReduceLROnPlateau(optimizer))
+
+
+@pytest.mark.parametrize("epochs", [3, 50])
+def test_the_trial_of_a_search_by_seconds_times_steps_as_they_are(epochs, monkeypatch):
+    """With partial channels, steps of path epochs have all channels and others do not."""
+    space, seen = partial(tiny, "toy_cell"), []
+    own = Search._step
+
+    def step(self, position, phase):
+        found = own(self, position, phase)
+        seen.append((phase, self.space.superposition.channel_divisor))
+        return found
+
+    monkeypatch.setattr(Search, "_step", step)
+    searched("pc_darts", space, seconds=3.0, epochs=epochs, path_epochs=4)
+    assert set(seen) == {("search", 4), ("path", 1)}
 
 
 @pytest.mark.parametrize("strategy", ["alternating", "simultaneous"])

@@ -486,7 +486,10 @@ def test_hidden_states_are_those_before_the_next_layer_that_is_kept():
     for block in (teacher.blocks[1], teacher.blocks[2]):
         block.register_forward_hook(lambda _, __, output: shown.append(output[..., :8]))
     teacher(x)
-    errors = [(s - t).square().sum() / t.square().sum() for s, t in zip(states.values(), shown, strict=True)]
+    errors = [
+        ((s - t).square().sum((1, 2)) / t.square().sum((1, 2))).mean()
+        for s, t in zip(states.values(), shown, strict=True)
+    ]
     found = distillation(torch.tensor(1.5), logits, x, states)
     torch.testing.assert_close(found, 1.5 + 2 * (errors[0] + errors[1]) / 2)
     assert not any(module._forward_hooks for module in network.modules())
@@ -546,3 +549,44 @@ def test_a_teacher_that_cannot_teach_is_refused(options, message):
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(TangleNASError, match=r"\(5, 4\), the network's \(5, 2\): a teacher needs the same classes"):
         Distillation(nn.Linear(3, 4), 0.5, 1.0)(torch.tensor(0.0), torch.randn(5, 2), torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_losses_are_in_float32(precision):
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append(outputs.dtype)
+        return cross_entropy(outputs, targets)
+
+    space = vit()
+    retrain(space, space.smallest(), random_data(space, SPLITS), epochs=1, batch_size=4, loss=loss, precision=precision)
+    assert set(seen) == {torch.float32}
+
+
+def test_hidden_states_weigh_the_same_however_a_batch_is_cut():
+    space = tiny("gpt_nano")
+    losses = []
+    for pieces in (1, 4):
+        torch.manual_seed(0)
+        options = dict(mode="finetune", epochs=1, batch_size=4, teacher="largest", teacher_hidden=1.0)
+        found = retrain(space, space.smallest(), random_data(space, SPLITS), accumulate=pieces, **options)
+        losses.append(found.history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ema": torch.optim.swa_utils.AveragedModel}, "retrain.ema cannot be used .*which has no update"),
+        (
+            {"scheduler": lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)},
+            "retrain.scheduler is ReduceLROnPlateau, which waits for a measurement",
+        ),
+        ({"clip": -1.0}, "retrain.clip is -1.0, expected a positive number"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_at_the_start(options, message):
+    space = vit()
+    with pytest.raises(TangleNASError, match=message):
+        retrain(space, space.smallest(), random_data(space, SPLITS), epochs=1, batch_size=4, **options)

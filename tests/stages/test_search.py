@@ -453,6 +453,9 @@ def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer):
         ({"batch_size": 0}, "batch size 0: give at least 1"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
         ({"checkpoint_every": 0}, "search.checkpoint_every is 0, expected a whole number of at least 1"),
+        ({"clip": -0.5}, "search.clip is -0.5, expected a positive number"),
+        ({"clip": 0}, "search.clip is 0, expected a positive number"),
+        ({"clip": True}, "search.clip is True, expected a positive number"),
     ],
 )
 def test_options_that_cannot_be(options, message):

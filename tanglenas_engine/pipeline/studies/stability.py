@@ -37,13 +37,12 @@ def measure(run: Run) -> Measured:
     turnover = [changed(*pair) for pair in itertools.pairwise(ordered)]
     moved = [movement(*pair) for pair in itertools.pairwise(ordered)]
     shared = max(2, max(epochs) - int(run.measure.get("warmup_epochs", 0)))
-    late = slice((shared - 1) // 2, shared - 1)
-    found |= {
-        "turnover": float(np.mean(turnover[late])),
-        "movement": float(np.mean(moved[late])),
-    }
-    if len(half := ordered[shared // 2 : shared]) > 1:  # one epoch has no variance
-        found["variance"] = variance(half)
+    late = [pair for pair in range((shared - 1) // 2, shared - 1) if not dropped(ordered[pair], ordered[pair + 1])]
+    if late:
+        found["turnover"] = float(np.mean([turnover[pair] for pair in late]))
+        found["movement"] = float(np.mean([moved[pair] for pair in late]))
+    if (varied := variance(ordered[shared // 2 : shared])) is not None:
+        found["variance"] = varied
     x = sorted(epochs)[1:]
     return Measured(found, {"turnover": Curve(x, turnover), "movement": Curve(x, moved)})
 
@@ -58,9 +57,28 @@ def movement(before: dict[tuple[str, str], list[float]], after: dict[tuple[str, 
     return 50 * float(np.mean([np.abs(np.subtract(before[row], after[row])).sum() for row in after]))
 
 
-def variance(epochs: Sequence[dict[tuple[str, str], list[float]]]) -> float:
-    """Return the variance of a mixture weight over epochs, as a mean over all weights."""
-    return float(np.mean(np.concatenate([np.var([epoch[row] for epoch in epochs], axis=0) for row in epochs[0]])))
+def dropped(before: dict[tuple[str, str], list[float]], after: dict[tuple[str, str], list[float]]) -> bool:
+    """Return whether an option was dropped between two epochs: what is left then jumps, whatever alpha does."""
+    return any(b > 0 and a == 0 for row in after for b, a in zip(before[row], after[row], strict=True))
+
+
+def variance(epochs: Sequence[dict[tuple[str, str], list[float]]]) -> float | None:
+    """Return the variance of a mixture weight over epochs, as a mean over all weights; None of single epochs.
+
+    Where options were dropped, the variance is that around the means before and after.
+    """
+    parts: list[list[dict[tuple[str, str], list[float]]]] = [[]]
+    for epoch in epochs:
+        if parts[-1] and dropped(parts[-1][-1], epoch):
+            parts.append([])
+        parts[-1].append(epoch)
+    parts = [part for part in parts if len(part) > 1]
+    if not parts:
+        return None
+    variances = [
+        np.mean(np.concatenate([np.var([one[row] for one in part], axis=0) for row in part[0]])) for part in parts
+    ]
+    return float(np.average(variances, weights=[*map(len, parts)]))
 
 
 def _drnas(**search: object) -> dict[str, object]:
@@ -110,8 +128,8 @@ STUDY = Study(
     ),
     limits=(
         "A steady alpha need not be a good one: one that never learns is the steadiest. Look at the entropy, and at "
-        "the table's value where there is a table. During a warm-up alpha does not move, and shrinking moves it once, "
-        "when options are dropped. The numbers above are of a part of the search in which alpha has learned for as "
+        "the table's value where there is a table. During a warm-up alpha does not move. Shrinking moves the mixture "
+        "once, when options are dropped; that jump is left out. The numbers above are of a part of the search in which alpha has learned for as "
         "many epochs in all arms: the second half of those that a warm-up leaves, from alpha's first one on."
     ),
     scales={

@@ -134,6 +134,10 @@ def test_rows_that_change_and_weights_that_move():
     after = {("a", "0"): [0.4, 0.6], ("b", "0"): [0.5, 0.2, 0.3]}
     assert stability.changed(before, after) == 50
     assert stability.movement(before, after) == pytest.approx(100 * (0.2 + 0.1) / 2)
+    assert stability.variance([before]) is None
+    third = {row: [*weights[:-1], 0.0] for row, weights in after.items()}
+    assert stability.dropped(after, third) and not stability.dropped(before, after)
+    assert stability.variance([before, after, third, third]) == pytest.approx(stability.variance([before, after]) / 2)
     assert stability.variance([before, after]) == pytest.approx((0.01 * 2 + 0.0 + 0.0025 * 2) / 5)
 
 
