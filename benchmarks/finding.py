@@ -7,13 +7,14 @@
     python -m benchmarks.finding table benchmarks/results/gpt_nano.jsonl
     python -m benchmarks.finding front gpt_nano
     python -m benchmarks.finding paths gpt_nano
+    python -m benchmarks.finding alone toy_cell_small --data FOLDER_OF_FASHION_MNIST --table TABLE
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
 file, so a study that is cut off goes on where it was. All times are of the processor. Nothing is chosen by the test
 split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
 the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
 `paths` goes on from a supernet that learned in mixtures by epochs of random architectures, and ranks the pool after
-each.
+each. `alone` trains networks that a table knows, to see what short trainings say.
 """
 
 from __future__ import annotations
@@ -295,10 +296,13 @@ class Study(contextlib.AbstractContextManager["Study"]):
         found, seconds = self.retrained(architecture, 0, epochs)
         return {"validation_loss": found.history[-1]["validation_loss"], "seconds": seconds}
 
-    def trained(self, architecture: Architecture, seed: int) -> dict[str, Any]:
-        """Train a network by itself, and measure it on validation and test; or look up its error in a table, in %."""
+    def trained(self, architecture: Architecture, seed: int, alone: bool = False) -> dict[str, Any]:
+        """Train a network by itself, and measure it on validation and test; or look up its error in a table, in %.
+
+        With `alone` it is trained in any case.
+        """
         space = self.space()
-        if self.table is not None and self.task.metric is not None:
+        if self.table is not None and self.task.metric is not None and not alone:
             judged = self.task.validation_metric or self.task.metric
             return {
                 "architecture": dict(architecture.choices),
@@ -632,6 +636,22 @@ def paths(task: str, data: str | None, out: Path, optimizer: str, seeds: str, ta
         ranks = ", ".join(f"{stats.spearmanr(row['pool_losses'], truth).statistic:.2f}" for row in rows)
         means = ", ".join(f"{np.mean(row['pool_losses']):.3f}" for row in rows)
         click.echo(f"| {epochs} | {ranks} | {means} | {np.mean([row['seconds'] for row in rows]):.0f} |")
+
+
+@main.command()
+@click.argument("task", type=click.Choice([name for name, task in TASKS.items() if task.metric is not None]))
+@click.option("--data", required=True, help="The file or folder of the data.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
+@click.option("--count", default=24, help="Networks of the pool.")
+@click.option("--table", required=True, help="The table.")
+def alone(task: str, data: str, out: Path, count: int, table: str) -> None:
+    """Train networks of the pool by themselves, as short as the task has it, and rank them as the table does."""
+    study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data, table=table))
+    pool = study.pool()[:count]
+    errors = [study.trained(one, 0)["test_loss"] for one in pool]
+    rows = [study.once(f"alone/{i}/0", partial(study.trained, one, 0, alone=True)) for i, one in enumerate(pool)]
+    for name, sign in (("test_accuracy", -1), ("test_loss", 1)):
+        click.echo(f"{name}: {_spearman([sign * row[name] for row in rows], errors)} with the table")
 
 
 def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:

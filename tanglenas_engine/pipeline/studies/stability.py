@@ -130,8 +130,8 @@ STUDY = Study(
         "A steady alpha need not be a good one: one that never learns is the steadiest. Look at the entropy, and at "
         "the table's value where there is a table. During a warm-up alpha does not move. Shrinking moves the mixture "
         "once, when options are dropped; that jump is left out. The numbers above are of a part of the search in which "
-        "alpha has learned for as many epochs in all arms: the second half of those that a warm-up leaves, from alpha's "
-        "first one on."
+        "alpha has learned for as many epochs in all arms: the second half of those that a warm-up leaves, from the "
+        "first one of alpha on."
     ),
     scales={
         "cpu": Scale(
