@@ -107,8 +107,8 @@ class Elastic(nn.Module):
         """Return the part of the parameter or buffer `name` that an architecture uses, as a view if possible."""
         return _cut(getattr(self, name), self._axes[name], assignment)
 
-    def keep(self, name: str, value: Tensor | None) -> None:
-        """Keep what a forward wrote into a buffer that `current` returned. An axis in blocks is sliced by a copy."""
+    def write_back(self, name: str, value: Tensor | None) -> None:
+        """Store what a forward wrote into a buffer that `current` returned: of an axis in blocks that is a copy."""
         assignment = self.assignment
         if value is None or assignment is None:
             return

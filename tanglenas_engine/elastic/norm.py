@@ -297,8 +297,8 @@ class _BatchNorm(Elastic, nn.modules.batchnorm._BatchNorm):
         of_batch = self.training or self.running_mean is None
         x = F.batch_norm(x, mean, variance, weight, bias, of_batch, momentum, self.eps)
         if of_batch:
-            self.keep("running_mean", mean)
-            self.keep("running_var", variance)
+            self.write_back("running_mean", mean)
+            self.write_back("running_var", variance)
         return x if self.affine else _covered_channels(self, x)
 
     def plain(self, assignment: Assignment) -> nn.Module:
