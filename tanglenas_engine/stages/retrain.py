@@ -31,7 +31,7 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
 from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
-from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy, in_float32
+from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
     OptimizerFactory,
@@ -223,8 +223,8 @@ class Retraining(Training):
         self.device, self.loss = session.find_device(), checked_loss(loss)
         self._last = learns_with_channels_last(network)
         self.distillation = distillation
-        precision = computation.precise(self.device)
-        self.autocast, self.scaler = precision.autocast, precision.scaler
+        self.precision = computation.precise(self.device)
+        self.scaler = self.precision.scaler
         share = computation.share("retrain", batch_size)
         self.stream = Stream(data.training, batch_size, seed=seed, num_workers=session.num_workers, part=share)
         super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
@@ -280,13 +280,12 @@ class Retraining(Training):
         losses, accuracies = [], []
         self.optimizer.zero_grad()
         for inputs, targets in zip(*pieces, strict=True):
-            with self.autocast:
-                watched = [] if self.distillation is None else self.distillation.watched
-                with recorded(self.network, watched) as states:
-                    outputs = in_float32(self._forward(inputs))
+            watched = [] if self.distillation is None else self.distillation.watched
+            with recorded(self.network, watched) as states:
+                outputs = self.precision.forward(self._forward, inputs)
             value = self.loss(outputs, targets)
             if self.distillation is not None:
-                value = self.distillation(value, all_outputs(outputs)[0], inputs, states, self.autocast)
+                value = self.distillation(value, all_outputs(outputs)[0], inputs, states, self.precision.autocast)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
             accuracies.append(batch_accuracy(all_outputs(outputs)[0], targets))

@@ -44,13 +44,13 @@ class Precision:
         # A disabled scaler returns its inputs unchanged.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    def forward(self, forward: Forward, *inputs: Tensor) -> Tensor:
-        """Return the outputs of a forward in float32."""
+    def forward(self, forward: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Return the outputs of a forward, a tensor or several, in float32."""
         if not self.autocast._enabled:
             return forward(*inputs)
         with self.autocast:
             outputs = forward(*inputs)
-        return outputs.float()
+        return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 
 class Compiled:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,14 +60,6 @@ def auxiliary(
     """
     logits, *others = all_outputs(outputs)
     return sum((weight * loss(output, targets) for output in others), loss(logits, targets))
-
-
-def in_float32(outputs: Any) -> Any:
-    """Return outputs of lower precision in float32: a tensor, or several."""
-    if isinstance(outputs, tuple | list):
-        return tuple(map(in_float32, outputs))
-    half = isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16)
-    return outputs.float() if half else outputs
 
 
 def all_outputs(outputs: Outputs) -> tuple[Tensor, ...]:
