@@ -72,7 +72,8 @@ class ConvNeXt(PublishedConvNet):
         patch_size: Size and stride of the first convolution: 4, as published, or 1 for small images.
         layer_scale: Initial scale of every block.
         drop: Dropout before the classifier.
-        drop_path: Stochastic depth of the largest network. A block's rate grows with its place.
+        drop_path: Stochastic depth of the largest network. A block's rate grows with its place. A network of less
+            depth, once extracted, spreads the rates over its own blocks, as timm does.
     """
 
     model, first_conv, output_layer = "tanglenas_convnext", "stem.0", "head.fc"

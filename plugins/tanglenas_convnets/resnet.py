@@ -26,7 +26,8 @@ class ResNet(PublishedConvNet):
         width_share: Shares of the channels between the blocks of a stage, 1 included.
         hidden_share: Shares of the channels inside a block, 1 included.
         drop: Dropout before the classifier.
-        drop_path: Stochastic depth of the largest network. A block's rate grows with its place.
+        drop_path: Stochastic depth of the largest network. A block's rate grows with its place. A network of less
+            depth, once extracted, spreads the rates over its own blocks, as timm does.
     """
 
     model, first_conv, output_layer = "tanglenas_resnet", "conv1", "fc"

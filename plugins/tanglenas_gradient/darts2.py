@@ -57,7 +57,8 @@ class SecondOrderDARTS(DARTS):
         with _left_alone(step.space), sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
             trained = self._loss_at(step, step.weight_batch, mixture if exact else mixture.detach(), weights)
             # A weight that the forward leaves out has a gradient of 0.
-            slopes = torch.autograd.grad(trained, [*weights.values()], create_graph=exact, materialize_grads=True)
+            scaled = torch.autograd.grad(trained, [*weights.values()], create_graph=exact, materialize_grads=True)
+            slopes = [slope.detach() / step.scale for slope in scaled]
             rates = {name: _rates(step.weight_optimizer, weight)[0] for name, weight in weights.items()}
             moved = _moved(step.weight_optimizer, weights, averaged(slopes))
             loss = self._loss_at(step, step.architecture_batch, mixture, moved)
@@ -65,19 +66,19 @@ class SecondOrderDARTS(DARTS):
                 loss, [*alphas, *moved.values()], retain_graph=exact, materialize_grads=True
             )
             direct, through = gradients[: len(alphas)], averaged(gradients[len(alphas) :])
-            vector = {name: rates[name] * v for name, v in zip(weights, through, strict=True)}
+            vector = {name: rates[name] * v / step.scale for name, v in zip(weights, through, strict=True)}
             if exact:
-                used = [(slope, v) for slope, v in zip(slopes, vector.values(), strict=True) if slope.requires_grad]
+                used = [(slope, v) for slope, v in zip(scaled, vector.values(), strict=True) if slope.requires_grad]
                 mixed = torch.autograd.grad([slope for slope, _ in used], alphas, [v for _, v in used])
             else:
                 mixed = self._differences(step, weights, vector)
         penalties = torch.autograd.grad(self.regularizer(), alphas)
         for alpha, own, via, penalty in zip(alphas, direct, mixed, penalties, strict=True):
-            alpha.grad = (own - via + penalty) * step.scale
-        return loss.detach()
+            alpha.grad = own - via + penalty * step.scale
+        return loss.detach() / step.scale
 
     def _differences(self, step: Step, weights: Weights, vector: Weights) -> list[Tensor]:
-        """Return `d/dalpha of (dL_train/dw . vector)`, computed from two gradients."""
+        """Return `d/dalpha of (dL_train/dw . vector)` times the scale, computed from two gradients."""
         length = torch.stack([v.norm() for v in vector.values()]).norm()
         radius = self.radius / length.clamp_min(torch.finfo(length.dtype).tiny)
         alphas = list(self.alphas.values())
@@ -89,14 +90,14 @@ class SecondOrderDARTS(DARTS):
         return [(plus - minus) / (2 * radius) for plus, minus in zip(*ends, strict=True)]
 
     def _loss_at(self, step: Step, batch: Batch, mixture: Mixture, weights: Weights) -> Tensor:
-        """Return the loss at other weights.
+        """Return the loss at other weights, scaled for a backward pass in float16.
 
         All calls in a step draw the same dropout, so that it adds nothing to the differences.
         """
         torch.manual_seed(self.derive_seed(step.index, "hypergradient"))
         self.enter(mixture)
         outputs = torch.func.functional_call(step.space, dict(weights), (batch[0],))
-        return step.loss(outputs, batch[1])
+        return step.loss(outputs, batch[1]) * step.scale
 
 
 def _moved(optimizer: torch.optim.Optimizer, weights: Weights, slopes: Iterable[Tensor]) -> dict[str, Tensor]:

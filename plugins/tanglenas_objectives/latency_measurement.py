@@ -219,10 +219,20 @@ def _measurements(
         for picks, calls in inputs.items():
             module = elastic.plain(block.module, dict(zip(block.rows, picks, strict=True))).eval()
             shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-            alike[block, picks] = key = (repr(module), shapes, calls)
+            alike[block, picks] = key = (repr(module), shapes, _plain_attributes(module), calls)
             if key not in measures:
                 measures[key] = _timed(module, calls, device, threads)
     return measures, alike
+
+
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, str, Any], ...]:
+    """Return what a module and its parts hold besides tensors: a number of heads need not show in a shape or a repr."""
+    return tuple(
+        (name, key, value)
+        for name, part in module.named_modules()
+        for key, value in sorted(vars(part).items())
+        if isinstance(value, bool | int | float | str)
+    )
 
 
 def _tables(times: Mapping[tuple[Block, Picks], float]) -> dict[tuple[Row, ...], list[float]]:

@@ -56,6 +56,8 @@ class AutoFormer(TimmSpace):
         weight_init: timm's scheme. "" is its usual `trunc_normal(std=0.02)`, made for wide networks. "jax" scales
             with the width, which narrow networks need.
         relative_position: Use AutoFormer's 2D relative positions. The paper always has them, timm's ViT never.
+        drop_path: Stochastic depth of the largest network. A block's rate grows with its place. A network of less
+            depth, once extracted, spreads the rates over its own blocks, as timm does.
     """
 
     model = "tanglenas_vit"

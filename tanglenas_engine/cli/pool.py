@@ -19,7 +19,8 @@ def command() -> None:
               "their means.")  # fmt: skip
 @click.option("--budget", "share", type=float, metavar="SHARE", help="Of the largest network's MACs; by default the "
               "limits of discretize in params.yaml.")  # fmt: skip
-@click.option("--least", default=0.95, show_default=True, help="Share of the budget that each network uses at least.")
+@click.option("--least", type=float, metavar="SHARE", help="Of the budget, that each network uses at least; by "
+              "default 0.95.")  # fmt: skip
 @click.option("--jobs", default=1, show_default=True, help="Trainings at a time.")
 @click.option("--backend", help="Backend of joblib that runs the trainings: dask or ray, for a cluster.")
 @click.option("--bind", "bindings", multiple=True, metavar="BINDING", help="Such as 'retrain.epochs = 5'; repeatable.")
@@ -28,7 +29,7 @@ def build(
     count: int,
     seeds: int,
     share: float | None,
-    least: float,
+    least: float | None,
     jobs: int,
     backend: str | None,
     bindings: tuple[str, ...],

@@ -287,4 +287,4 @@ def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augme
 
 def _evenly(indices: Tensor, count: int) -> Tensor:
     """Return up to `count` of the indices, evenly spaced."""
-    return indices if len(indices) <= count else indices[torch.linspace(0, len(indices) - 1, count).long()]
+    return indices if len(indices) <= count else indices[torch.arange(count) * (len(indices) - 1) // (count - 1)]

@@ -50,6 +50,8 @@ Tables = Mapping[tuple[Row, ...], Sequence[float]]
 
 LABELS = {"macs": "MACs"}
 """Costs that messages call otherwise than options do."""
+MARGIN = 1 + 1e-12
+"""The factor by which rounding may change fractions of a cost, and sums of them."""
 ROUNDING = 1e-9
 """Gains of log-probability below this are rounding errors."""
 MAX_NODES = 100_000
@@ -272,6 +274,11 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e6 else f"{value:,.7g}"
 
 
+def whole(most: float) -> int:
+    """Return the largest count within a limit. A share of a count may be rounded to just below a whole number."""
+    return most if isinstance(most, int) else math.floor(most * MARGIN)
+
+
 @dataclass(frozen=True)
 class Limit:
     """An upper limit on one cost, and the function that computes the cost of an assignment."""
@@ -285,8 +292,8 @@ class Limit:
     @cached_property
     def allowed(self) -> float:
         """The limit, with a margin for what rounding adds to sums of fractions, in one order of terms or another."""
-        whole = all(isinstance(value, int) for values in (self.tables or {}).values() for value in values)
-        return self.most if whole else self.most * (1 + 1e-12)
+        counts = all(isinstance(value, int) for values in (self.tables or {}).values() for value in values)
+        return self.most if counts else self.most * MARGIN
 
     def counted(self, cost: float) -> str:
         return " ".join(part for part in (amount(cost), self.unit, LABELS.get(self.name, self.name)) if part)
@@ -295,7 +302,7 @@ class Limit:
 def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> Limit:
     positive(f"the limit of {name}", most)
     if name in METRICS and most != math.inf:
-        most = at_least(f"the limit of {name}", math.floor(most), 1)
+        most = at_least(f"the limit of {name}", whole(most), 1)
     if name not in {*METRICS, *known}:
         raise TangleNASError(
             f"{unknown('cost in a budget', name, [*METRICS, *known])} For another cost, pass its objective"

@@ -293,18 +293,8 @@ class Candidates:
     # Drawing.
 
     def sample(self) -> Architecture:
-        """Return a random architecture, within the budget or not, from the prior if there is one.
-
-        Noise of Gumbel's distribution on log-probabilities makes the most probable option of a row a sample of that
-        row, whatever else the space demands of its most probable architecture.
-        """
-        if self.prior is None:
-            return self.space.sample(self.generator)
-        stacks = {}
-        for count, stack in self.prior.detach().stacks.items():
-            exponential = torch.empty(stack.shape).exponential_(generator=self.generator).to(stack)
-            stacks[count] = stack / exponential.clamp_min(1e-30)  # exp(log p + Gumbel noise)
-        return self.space.most_probable(self.space.mixture(stacks))
+        """Return a random architecture, within the budget or not, from the prior if there is one."""
+        return self.space.sample(self.generator, None if self.prior is None else self.space.scores(self.prior))
 
     def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
         """Return the first new candidates.

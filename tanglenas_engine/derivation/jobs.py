@@ -223,7 +223,7 @@ def running_on(backend: str | None, workers: int, option: str = "race.backend") 
     Without an address, both make one of this machine.
 
     Args:
-        workers: The number of processes of a new cluster of Dask.
+        workers: The number of processes of a new cluster of Dask, counted as joblib does: -1 is one for each core.
         option: The name of the option for the backend, for messages.
 
     Raises:
@@ -271,7 +271,8 @@ def _dask(workers: int, option: str) -> Iterator[None]:
             get_client()
         except ValueError:
             address = dask.config.get("scheduler-address", None)
-            own = {} if address else {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+            count = joblib.effective_n_jobs(workers)  # -1 is one for each core
+            own = {} if address else {"n_workers": count, "threads_per_worker": 1, "dashboard_address": None}
             try:
                 client = Client(**own)
             except OSError as error:

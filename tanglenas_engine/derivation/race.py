@@ -74,8 +74,8 @@ def race(
 ) -> Raced | None:
     """Judge candidates as `both` does, train the best of them by rungs, and return the end of the race.
 
-    All networks are trained with one seed and judged on the validation split. A training that fails is last. Where only
-    one candidate was judged, nothing is trained, and the result is None.
+    All networks are trained with one seed and judged on the validation split. A network whose training fails is last.
+    Where only one candidate was judged, nothing is trained, and the result is None.
 
     Args:
         train: The function that trains.
@@ -120,7 +120,19 @@ def race(
     running = runners = spread_over(ranked, count) if spread else ranked[:count]
     for rung in rungs:
         running = _trained(running[: rung.networks], rung.epochs, jobs)
+        if not running:
+            break
     ranked = sorted(runners, key=Runner.order)
+    if failure := ranked[0].last.failure:
+        raise TangleNASError(
+            f"every training of {rung.epochs} epochs failed. The first one: {failure}. Change the recipe of retrain, "
+            "such as its learning rate"
+        )
+    if not running:
+        candidates.note(
+            f"every training of {rung.epochs} epochs failed: the race ends with what networks are worth after "
+            f"{max(ranked[0].results)}"
+        )
     records = [runner.record(place) for place, runner in enumerate(ranked, 1)]
     for sentence in (*map(line, records), reason(records, len(candidates.records))):
         candidates.note(sentence)
@@ -271,19 +283,12 @@ class Runner:
 
 
 def _trained(running: Sequence[Runner], epochs: int, jobs: Jobs) -> list[Runner]:
-    """Train networks for so many epochs, and return those that did not fail, best first.
-
-    Raises:
-        TangleNASError: Every training failed.
-    """
+    """Train networks for so many epochs, and return those that did not fail, best first."""
     for runner, result in zip(running, jobs.results([one.architecture for one in running], epochs), strict=True):
         runner.results[epochs] = result
         if result.failure:
             jobs.candidates.note(f"{runner.architecture} is out of the race: {result.failure}")
-    left = [runner for runner in running if not runner.last.failure]
-    if not left:
-        raise TangleNASError(f"every training of {epochs} epochs failed. The first one: {running[0].last.failure}")
-    return sorted(left, key=lambda runner: runner.last.loss)
+    return sorted((runner for runner in running if not runner.last.failure), key=lambda runner: runner.last.loss)
 
 
 def line(record: Record) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from tanglenas_engine.derivation.budget import amount, cheapest, dearest
+from tanglenas_engine.derivation.budget import MARGIN, amount, cheapest, dearest
 from tanglenas_engine.errors import TangleNASError, positive, unknown
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
@@ -100,11 +100,11 @@ class Target:
         if limit is None:
             limit = (self.share or 1.0) * self.objective.cost(space.largest())
         given = f"the target for {self.name} is {amount(limit)} {self.objective.unit}".rstrip()
-        if limit < least:
+        if limit * MARGIN < least:
             raise TangleNASError(
                 f"{given}, but no architecture of {space.label} has less than {amount(least)}: raise the target"
             )
-        if limit > most:
+        if limit > most * MARGIN:
             raise TangleNASError(
                 f"{given}, but no architecture of {space.label} has more than {amount(most)}: lower the target, or "
                 "leave it out"

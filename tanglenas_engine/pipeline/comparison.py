@@ -40,6 +40,8 @@ OF_DATA = ("create_dataset.", "make_splits.samples")
 """The beginnings of further ones: a text of another folder, or images of another size, are other data of one name."""
 LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
+UNSET = "not set"
+"""What stands for the value of a setting that a run does not have. Settings may be "none" or None."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def seeds_needed(difference: float, deviation: float) -> int | None:
 
     def power(count: int) -> float:
         edge, centre = stats.t.ppf((1 + LEVEL) / 2, count - 1), effect * math.sqrt(count)
-        return float(stats.nct.sf(edge, count - 1, centre) + stats.nct.cdf(-edge, count - 1, centre))
+        # The other tail is NaN where it is too small for SciPy, which it often is, and then adds nothing.
+        return float(stats.nct.sf(edge, count - 1, centre) + np.nan_to_num(stats.nct.cdf(-edge, count - 1, centre)))
 
     # The power is NaN for a very large effect, which `bisect` takes for enough.
     return 2 + bisect.bisect_left(range(2, MOST_SEEDS + 1), POWER, key=power)
@@ -324,10 +327,11 @@ def _listed(what: str, names: Sequence[str]) -> str:
 
 
 def _settings(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of a run by their names in params.yaml. One that is None is left out."""
+    """Return the settings of a run by their names in params.yaml. One that is null there is left out."""
     known = {names.get(name, name): value for name, value in row["settings"].items()}
     known |= {name: row[name] for name in LABELLED if row[name] is not None}
-    return {name: value for name, value in known.items() if value not in ("None", "")}
+    nullable = set(names.values())
+    return {name: value for name, value in known.items() if value and not (value == "None" and name in nullable)}
 
 
 def _conditions(settings: Iterable[Mapping[str, str]]) -> list[str]:
@@ -340,7 +344,7 @@ def _differing(settings: Sequence[Mapping[str, str]], among: Iterable[str]) -> l
 
 
 def _values(settings: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(settings.get(name, "none") for name in names)
+    return tuple(settings.get(name, UNSET) for name in names)
 
 
 def _known(

@@ -24,7 +24,7 @@ import torch
 
 from tanglenas_engine.data import Dataset, Splits
 from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.jobs import as_they_come, running_on
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.pipeline.config import configured
@@ -45,6 +45,8 @@ COLUMNS = ("test_loss", "test_acc", "validation_loss", "validation_acc", "params
 
 The table has the means over the seeds that all its networks were trained with.
 """
+LEAST = 0.95
+"""The share of the budget that architectures of a pool use at least, by default."""
 DRAWS = 100
 """Draws per architecture of a pool after which a band counts as exhausted."""
 
@@ -265,7 +267,7 @@ def build(
     count: int,
     seeds: int = 1,
     share: float | None = None,
-    least: float = 0.95,
+    least: float | None = None,
     jobs: int = 1,
     backend: str | None = None,
     bindings: Sequence[str] = (),
@@ -278,7 +280,7 @@ def build(
         count: The number of random architectures.
         seeds: The trainings of each, with the seed of the project and those after it.
         share: The budget as a share of the largest network's MACs; None takes the limits of discretize, if any.
-        least: The share of the budget that every architecture uses at least.
+        least: The share of the budget that every architecture uses at least; 0.95 if None.
         jobs: The number of trainings at a time.
         backend: A backend of joblib that runs the trainings, such as "dask"; None takes processes of this machine.
         bindings: gin bindings beyond those of the retrain stage.
@@ -300,6 +302,10 @@ def build(
         splits = Splits.from_json(SPLITS.read_text("utf-8")) if SPLITS.exists() else make_splits(dataset, seed=seed)
         splits.check(dataset)
         limits = _limits(space, share)
+    if least is not None and not limits:
+        raise TangleNASError(f"--least is {least}, a share of the budget, but there is none: give --budget")
+    if least is not None and not 0 <= least <= 1:
+        raise TangleNASError(f"--least is {least}, expected a share of the budget from 0 to 1")
     identity = Identity.here(arguments, seed, space, dataset, splits, limits)
     record = Record.read(record_of(path)) if record_of(path).exists() else Record(identity)
     if other := identity.difference(record.identity):
@@ -307,7 +313,7 @@ def build(
             f"{path} is a pool of another {other}: give another file, or go back to the {other} that it was built with"
         )
     budget = Budget(space, limits, [])
-    keys = list(_drawn(space, budget, least, count, seed))
+    keys = list(_drawn(space, budget, LEAST if least is None else least, count, seed))
     if limits:
         record.baselines = {name: space.to_string(budget.dearest(name)) for name in ("params", "macs")}
     # One seed of all networks before the next one: a pool that is cut off is of use.
@@ -389,7 +395,7 @@ def _limits(space: SearchSpace, share: float | None) -> dict[str, float]:
     if share is not None:
         if not 0 < share <= 1:
             raise TangleNASError(f"--budget is {share}, expected a share of the largest network's MACs, up to 1")
-        return {"macs": int(share * space.cost(space.largest()).macs)}
+        return {"macs": whole(share * space.cost(space.largest()).macs)}
     with configured(stage_arguments("discretize") or []):
         bound = gin.get_bindings("discretize")
         if objectives(space):

@@ -134,14 +134,12 @@ def limits_of(
         if count is not None:
             at_least(f"discretize.{option}", count, 1)
     every: dict[str, float | None] = {"params": max_params, "macs": max_flops if max_macs is None else max_macs}
+    options = {"params": "discretize.max_params", "macs": f"discretize.max_{'flops' if max_macs is None else 'macs'}"}
     for given, most in (limits or {}).items():
-        name = FORMER.get(given, given)
+        name, option = FORMER.get(given, given), f"discretize.limits[{given!r}]"
         if every.get(name) is not None:
-            raise TangleNASError(
-                f"discretize.limits has {given!r}: {most!r}, and discretize.max_{name} is {every[name]!r}: leave one "
-                "out"
-            )
-        every[name] = None if most is None else positive(f"discretize.limits[{given!r}]", most)
+            raise TangleNASError(f"{option} is {most!r}, and {options[name]} is {every[name]!r}: leave one out")
+        every[name], options[name] = None if most is None else positive(option, most), option
     return every
 
 

@@ -323,6 +323,9 @@ class Search(Training):
             return "path"
         return "warm-up" if position < self.warmup_epochs * self.steps_per_epoch else "search"
 
+    def _alpha_learns(self, phase: Phase) -> bool:
+        return self.optimizer.learns_architecture and phase == "search"
+
     @property
     def takes_architecture_batches(self) -> bool:
         """True if alpha learns from batches of the architecture split."""
@@ -472,8 +475,7 @@ class Search(Training):
     def update(self, pieces: Sequence[Step], phase: Phase) -> dict[str, Tensor]:
         """Take an architecture step, if alpha learns in this phase, and then a weight step."""
         self._zero_gradients()  # before the architecture step, which then has the memory of the weights' gradients
-        learns = self.architecture_optimizer is not None and phase == "search"
-        measured = self.architecture_step(pieces) if learns else {}
+        measured = self.architecture_step(pieces) if self._alpha_learns(phase) else {}
         return {**measured, **self.weight_step(pieces, phase)}
 
     def architecture_step(self, pieces: Sequence[Step]) -> dict[str, Tensor]:
@@ -633,7 +635,7 @@ class SimultaneousSearch(Search):
     def update(self, pieces: Sequence[Step], phase: Phase) -> dict[str, Tensor]:
         """Move the weights, and also alpha if it learns in this phase."""
         self._zero_gradients()
-        learns = phase == "search"
+        learns = self._alpha_learns(phase)
         measured = self.weight_step(pieces, phase, self.alphas if learns else ())
         return {**measured, **self._move_alphas(self.optimizer.regularizer())} if learns else measured
 

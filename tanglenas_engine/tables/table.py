@@ -198,12 +198,17 @@ class Table:
 
         The header of the first column is `architecture of SPACE`. It names the space whose notation the keys are in.
         A metric whose name does not say which direction is better has it behind its name.
+
+        Raises:
+            TangleNASError: The table is of no space.
         """
+        if self.space is None:
+            raise TangleNASError("a file says which space its architectures are of: tie the table to one by table.of()")
         from tanglenas_engine.runtime.files import write_atomic
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([HEADER + self.space if self.space else "architecture", *map(self._header, self.metrics)])
+        writer.writerow([HEADER + self.space, *map(self._header, self.metrics)])
         for key, *values in zip(self.keys, *self.columns.values(), strict=True):
             writer.writerow([key, *(repr(float(value)).removesuffix(".0") for value in values)])
         data = text.getvalue().encode()

@@ -82,14 +82,19 @@ def measure_inherited(
 
 @contextmanager
 def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequence[Tensor]) -> Iterator[None]:
-    """Compute an architecture with batch norms recalibrated in the block; then the space has its buffers again."""
+    """Compute an architecture with batch norms recalibrated in the block; then the space has its buffers again.
+
+    It has all of its channels, of which a search may use a part.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
+    divisor, space.superposition.channel_divisor = space.superposition.channel_divisor, 1
     space.select(architecture)
     try:
         if statistics:
             recalibrate(space, statistics)
         yield
     finally:
+        space.superposition.channel_divisor = divisor
         for buffer, before in buffers:
             buffer.copy_(before)
 

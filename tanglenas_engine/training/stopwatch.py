@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tanglenas_engine.runtime import distributed
+
 
 class Stopwatch:
     """The seconds of a training in all processes that it ran in: those of processors, and those on the wall.
@@ -27,7 +29,8 @@ class Stopwatch:
 
     def end_epoch(self, epoch: int) -> None:
         """Note the seconds at the end of an epoch, counted from 1."""
-        self.ends[epoch - 1] = _now() - self._start
+        each = torch.stack(distributed.gather(_now() - self._start))  # (ranks, 2)
+        self.ends[epoch - 1] = torch.stack([each[:, 0].sum(), each[:, 1].max()])
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": _now() - self._start, "ends": self.ends}

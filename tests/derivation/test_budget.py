@@ -11,8 +11,10 @@ from torch import nn
 
 import tanglenas_engine.derivation.budget as budgets
 from tanglenas_engine import Objective, SearchSpace, elastic
-from tanglenas_engine.derivation.budget import Budget, cheapest, dearest
+from tanglenas_engine.derivation.budget import Budget, cheapest, dearest, whole
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.plugins import create_objective, create_space
 from tanglenas_engine.spaces.cost import METRICS, Additive
 
 
@@ -444,6 +446,18 @@ def test_without_limits_nothing_changes():
     assert budget.grow(space.smallest(), generator) == budget.shrink(space.smallest(), generator) == space.smallest()
     assert before.equal(generator.get_state())
     budget.check()
+
+
+def test_a_share_that_an_architecture_has_is_no_limit_below_it():
+    space = create_space("autoformer_nano")
+    largest = space.cost(space.largest()).macs
+    generator = torch.Generator().manual_seed(0)
+    for architecture in [space.smallest(), *(space.sample(generator) for _ in range(200))]:
+        macs = space.cost(architecture).macs
+        target = Target(create_objective("macs"), share=macs / largest).bind(space)
+        (limit,) = Budget(space, {"macs": target.limit}).limits
+        assert limit.most == macs == whole(macs / largest * largest)
+    assert whole(macs - 1e-3) == macs - 1
 
 
 def test_a_limit_of_a_count_is_rounded_down_and_another_is_not():

@@ -146,6 +146,20 @@ def test_a_prior_draws_every_option_as_often_as_the_mixture_says():
 
 
 @pytest.mark.slow
+def test_a_prior_counts_the_weights_of_edges():
+    space = tiny("darts")
+    likely = space.sample(torch.Generator().manual_seed(0))
+    kept = [row for row, option in space.assignment_of(likely).items() if space.has_score(row, option)]
+    edges = {row: torch.tensor(0.98 if row in kept else 0.01) for row in space.rows}
+    mixture = space.mixture({count: torch.full((n, count), 1 / count) for count, n in space.stacks.items()})
+    mixture.edges = edges
+    with candidates(space, prior=mixture) as tried:
+        for architecture in [tried.sample() for _ in range(20)]:
+            drawn = space.assignment_of(architecture)
+            assert sum(space.has_score(row, drawn[row]) for row in kept) >= 0.75 * len(kept)
+
+
+@pytest.mark.slow
 def test_a_prior_draws_architectures_only_where_not_every_assignment_is_one():
     space = tiny("darts")
     mixture = space.mixture({count: torch.randn(n, count).softmax(1) for count, n in space.stacks.items()})

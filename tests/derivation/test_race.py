@@ -189,8 +189,20 @@ def test_a_training_that_fails_is_last_and_named(train, leaders, bad):
 
 def test_trainings_that_all_fail_end_the_race(train, leaders):
     broken = dataclasses.replace(train, bad=tuple((digest, "raise") for digest in leaders))
-    with pytest.raises(TangleNASError, match=r"every training of 3 epochs failed. The first one: training diverged"):
+    with pytest.raises(
+        TangleNASError, match=r"every training of 3 epochs failed. The first one: training diverged. Change the recipe"
+    ):
         raced(broken)
+
+
+def test_where_all_that_go_on_fail_those_that_paused_are_ranked(train, leaders):
+    healthy, _ = raced(train)
+    final = [record["digest"] for record in healthy.records if record["epochs"] == 9]
+    result, notes = raced(dataclasses.replace(train, bad=tuple((digest, "late") for digest in final)))
+    assert result.architecture.digest == next(one["digest"] for one in healthy.records if one["digest"] not in final)
+    assert {one["digest"] for one in result.records if one["failure"]} == {*final}
+    assert {*final} == {one["digest"] for one in result.records[-len(final) :]}
+    assert any(line.endswith("failed: the race ends with what networks are worth after 3") for line in notes)
 
 
 # Budgets
@@ -322,6 +334,16 @@ def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
     ):
         raced(losing)
     assert train.calls() == sorted([(leaders[0], 3), (leaders[1], 3), *[(leaders[2], 3)] * 3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: pip install dask")
+@pytest.mark.filterwarnings("ignore")  # of Dask's own
+def test_minus_one_is_a_worker_of_a_new_dask_cluster_for_each_core():
+    from distributed import get_client
+
+    with jobs.running_on("dask", -1, "--backend"):
+        assert len(get_client().scheduler_info()["workers"]) == joblib.cpu_count()
 
 
 @pytest.mark.slow

@@ -78,6 +78,24 @@ def test_the_seeds_of_a_claim_are_those_of_a_paired_t_test(effect, needed):
     assert seeds_needed(effect, 1.0) == needed == seeds_needed(-10 * effect, 10.0)
     assert seeds_needed(0.0, 1.0) is None and seeds_needed(1.0, 0.0) is None
     assert seeds_needed(1e-6, 1.0) == 10000 and seeds_needed(1e6, 1.0) == 2
+    needed = [seeds_needed(0.1 * tenths, 1.0) for tenths in range(10, 200)]
+    assert needed == sorted(needed, reverse=True)
+
+
+@pytest.mark.parametrize("effect", [5.5, 7.0, 10.0])
+def test_two_seeds_are_too_few_where_their_test_mostly_fails(effect):
+    # The power with two seeds is the chance of |mean| > t deviation / sqrt(2).
+    draws = np.random.default_rng(0).standard_normal((200_000, 2)) + effect
+    edge = stats.t.ppf(0.975, 1)
+    power = np.mean(np.abs(draws.mean(1)) > edge * draws.std(1, ddof=1) / math.sqrt(2))
+    assert power < 0.79 and seeds_needed(effect, 1.0) == 3
+
+
+def test_a_setting_called_none_is_another_one_than_none_and_than_no_setting():
+    name = "create_optimizer.regularizer"
+    runs = [row("drnas", 0, 90.0), row("drnas", 0, 80.0, **{name: "none"}), row("drnas", 0, 85.0, **{name: None})]
+    (table,) = compared(*runs).tables
+    assert [group.label for group in table.groups] == [f"{name}={value}" for value in ("None", "none", "not set")]
 
 
 def test_one_seed_has_no_interval_and_the_table_says_so():
@@ -102,7 +120,7 @@ def test_other_spaces_and_budgets_have_tables_of_their_own_unless_asked_for():
     rows = [*RUNS, row("drnas", 0, 60.0, space="gpt_nano"), row("spos", 1, 50.0, **{"search.epochs": 3})]
     comparison = compared(*rows)
     assert [table.title for table in comparison.tables] == [
-        "gpt_nano, search.epochs=none", "toy_cell, search.epochs=3", "toy_cell, search.epochs=none",
+        "gpt_nano, search.epochs=not set", "toy_cell, search.epochs=3", "toy_cell, search.epochs=not set",
     ]  # fmt: skip
     assert comparison.notes[0].startswith("The runs differ in space, search.epochs: there is a table for each")
     assert "the only group here" in comparison.tables[0].notes[-1]
@@ -128,7 +146,7 @@ def test_seeds_with_seconds_of_their_own_are_one_group_where_seconds_are_joined(
 def test_other_data_of_one_name_have_tables_of_their_own():
     other = [row("drnas", seed, 60.0, **{"create_dataset.root": "other"}) for seed in range(2)]
     comparison = compared(*RUNS, *other)
-    assert [table.title for table in comparison.tables] == ["create_dataset.root=none", "create_dataset.root=other"]
+    assert [table.title for table in comparison.tables] == ["create_dataset.root=not set", "create_dataset.root=other"]
     assert comparison.by == ["optimizer"]
     asked = compared(*RUNS, *other, by=["create_dataset.root", "optimizer"])
     assert len(asked.tables) == 1 and len(asked.tables[0].groups) == 3

@@ -307,6 +307,7 @@ def test_a_pool_of_another_budget_is_refused(project):
         (("--budget", "1.5"), "--budget is 1.5, expected a share of the largest network's MACs"),
         (("--jobs", "0"), "--jobs is 0, expected a number of trainings at a time, or -1"),
         (("--seeds", "0"), "--seeds is 0, expected a whole number of at least 1"),
+        (("--least", "5"), "--least is 5.0, expected a share of the budget from 0 to 1"),
         (("--count", "1"), "--count is 1, expected a whole number of at least 2"),
         (("--count", "300"), "but the pool asks for 300: lower --count or --least"),
     ],
@@ -315,6 +316,11 @@ def test_options_that_make_no_pool_are_refused(project, monkeypatch, options, me
     monkeypatch.setattr(pools, "DRAWS", 1)
     result = CliRunner().invoke(main, ["pool", "build", "other.csv", "--budget", "0.3", *options])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_a_share_of_no_budget_is_refused(project):
+    result = CliRunner().invoke(main, ["pool", "build", "other.csv", "--least", "0.9"])
+    assert result.exit_code == 2 and "a share of the budget, but there is none: give --budget" in result.output
 
 
 @pytest.mark.parametrize(

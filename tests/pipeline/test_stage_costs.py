@@ -186,7 +186,7 @@ def test_an_objective_of_a_target_that_discretize_cannot_make_is_refused_before_
 def test_a_limit_is_given_once(project, refused):
     set_params(project, discretize={"max_params": 50_000})
     message = refused("discretize", 'discretize.limits = {"params": 40_000}')
-    assert "discretize.limits has 'params': 40000, and discretize.max_params is 50000: leave one out" in message
+    assert "discretize.limits['params'] is 40000, and discretize.max_params is 50000: leave one out" in message
 
 
 @pytest.mark.exhaustive

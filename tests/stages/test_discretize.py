@@ -79,9 +79,11 @@ def test_former_names_of_multiply_accumulates_are_accepted():
     ):
         derive(space, max_macs=5, max_flops=6)
     with pytest.raises(
-        TangleNASError, match=r"discretize.limits has 'flops': 6, and discretize.max_macs is 5: leave one"
+        TangleNASError, match=r"discretize.limits\['flops'\] is 6, and discretize.max_macs is 5: leave one"
     ):
         derive(space, max_macs=5, limits={"flops": 6})
+    with pytest.raises(TangleNASError, match=r"is 6, and discretize.limits\['flops'\] is 5: leave one"):
+        derive(space, limits={"flops": 5, "macs": 6})
     assert create_objective("flops").name == "macs"
 
 

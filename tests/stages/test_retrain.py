@@ -199,6 +199,14 @@ def test_the_seconds_of_a_retraining_are_those_of_all_its_processes(tmp_path, mo
     assert [(one.seconds, one.wall) for one in found] == [(6, 12), (2, 4)]
 
 
+def test_the_seconds_of_processors_add_up_over_processes_and_those_on_the_wall_do_not(monkeypatch):
+    watch = stopwatch.Stopwatch(1)
+    monkeypatch.setattr(stopwatch, "_now", lambda: watch._start + torch.tensor([2.0, 3.0]))
+    monkeypatch.setattr(stopwatch.distributed, "gather", lambda own: [own, own + torch.tensor([1.0, -1.0])])
+    watch.end_epoch(1)
+    assert watch.ends.tolist() == [[5.0, 3.0]]
+
+
 def test_a_retraining_goes_on_after_an_epoch_whose_validation_loss_is_not_finite(tmp_path):
     space = vit()
     data = random_data(space, SPLITS)

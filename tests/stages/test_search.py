@@ -258,6 +258,14 @@ def test_alpha_waits_for_the_end_of_the_warm_up_and_the_weights_do_not(optimizer
     assert ["architecture_loss" in row for row in result.history] == [False, False, strategy == "alternating"]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", [name for name in SIMULTANEOUS if not create_optimizer(name).learns_architecture])
+def test_a_method_without_alpha_takes_weight_steps_alone(name, strategy):
+    found = searched(vit, create_optimizer(name), strategy=strategy, epochs=1)
+    assert not any(part in row for row in found["history"] for part in ("architecture_loss", "entropy"))
+    assert not found["weights"]["head.weight"].equal(vit().state_dict()["head.weight"])
+
+
 @pytest.mark.slow
 def test_the_architecture_split_trains_alpha_and_not_the_weights():
     # Alternating: the weights see the architecture split through alpha only, and alpha is fixed here.

@@ -9,7 +9,7 @@ from tiny import tiny
 
 from tanglenas_engine import create_dataset, create_optimizer, create_space, make_splits, open_splits, search
 from tanglenas_engine.data import DataView, TensorSamples
-from tanglenas_engine.data.splits import PLAIN_SAMPLES
+from tanglenas_engine.data.splits import PLAIN_SAMPLES, _evenly
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.testing import random_data
@@ -110,3 +110,10 @@ def test_a_view_has_some_samples_without_augmentation():
         assert first.equal(second)
     moved = [view.weights.batch(torch.arange(4))[0] for _ in range(2)]
     assert not moved[0].equal(moved[1])
+
+
+@pytest.mark.parametrize("samples", [1000, 2**24 + 4])
+def test_plain_samples_are_even_places_from_the_first_to_the_last(samples):
+    chosen = _evenly(torch.arange(samples, dtype=torch.int32), 256)
+    steps = chosen.diff()
+    assert (chosen[0], chosen[-1], len(chosen)) == (0, samples - 1, 256) and int(steps.max() - steps.min()) <= 1

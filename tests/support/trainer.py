@@ -22,8 +22,8 @@ class Noted:
 
     Attributes:
         folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
-        bad: What comes instead of a loss, by digest: "nan", "raise", "stop" once, "kill" once, or "lose", as if
-            the worker were lost each time.
+        bad: What comes instead of a loss, by digest: "nan", "raise", "late" after 3 epochs, "stop" once, "kill" once,
+            or "lose", as if the worker were lost each time.
     """
 
     folder: Path
@@ -38,6 +38,8 @@ class Noted:
         match dict(self.bad).get(digest):
             case "nan":
                 return Trained(math.nan, 0.0, epochs)
+            case "late" if epochs > 3:
+                raise TangleNASError("training diverged")
             case "raise":
                 raise TangleNASError("training diverged")
             case "stop" if before == 0:

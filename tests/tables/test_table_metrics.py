@@ -89,11 +89,11 @@ def test_an_unknown_metric_has_values_but_no_ranks_until_someone_says_so():
 
 def test_what_someone_says_outweighs_the_name_and_is_kept_in_the_file(tmp_path):
     found = Table(
-        ["a", "b"], {"depth": [1, 2], "loss": [1, 2], "test_acc": [10, 20]}, None, {"depth": False, "loss": True}
+        ["a", "b"], {"depth": [1, 2], "loss": [1, 2], "test_acc": [10, 20]}, "here", {"depth": False, "loss": True}
     )
     found.write(tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text().splitlines()[0] == (
-        "architecture,depth (less is better),loss (more is better),test_acc"
+        "architecture of here,depth (less is better),loss (more is better),test_acc"
     )
     again = load_table(tmp_path / "t.csv")
     assert again.metrics == ("depth", "loss", "test_acc")

@@ -210,6 +210,11 @@ def test_the_one_missing_architecture_is_named(space):
 # Files.
 
 
+def test_a_file_needs_a_space(tmp_path):
+    with pytest.raises(TangleNASError, match=r"tie the table to one by table.of\(\)"):
+        Table(["a", "b"], {"test_acc": [0.5, 0.9]}, None).write(tmp_path / "table.csv")
+
+
 def test_the_canonical_file_keeps_every_bit(space, tmp_path):
     original = table({"[8]": 1 / 3, "[16, 16]": 91.99999999186198}, params=[129306, 2**40]).of(space)
     path = tmp_path / "stack.csv.gz"

@@ -19,8 +19,9 @@ def measure(run: Run) -> Measured:
     last = run.history()[-1]
     if "table_value" in values and last.get("table_value"):
         # A single-stage search has an architecture after every epoch. Epochs take equally long.
-        total, rows = run.seconds("search"), run.history()
-        x = [total * int(row["epoch"]) / len(rows) for row in rows]
+        each = run.seconds("search") / int(last["epoch"])
+        rows = [row for row in run.history() if row["table_value"]]  # a table may lack architectures
+        x = [each * int(row["epoch"]) for row in rows]
         curves["within"] = Curve(x, [float(row["table_value"]) for row in rows])
     return Measured({**values, "seconds": seconds}, curves)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,8 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
     """Return the mean over seeds of the matrix of each arm that has one: rows, columns, values and a title.
 
     Matrices with other rows or columns have no mean. Those of the largest number of seeds with equal names count, of
-    several such sets that of the first seed. The title then says how many of the seeds these are.
+    several such sets that of the first seed. The title then says how many of the seeds these are. What a seed does not
+    have, such as a layer, does not count in the mean.
     """
     found = {}
     for arm, seeds in runs.items():
@@ -138,7 +140,9 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
         values = np.array([[[math.nan if v is None else v for v in row] for row in one.values] for one in most], float)
         count = sum(map(len, alike.values()))
         title = arm if len(most) == count else f"{arm}\n({len(most)} of {count} seeds)"
-        found[arm] = list(rows), list(columns), values.mean(0), title
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mean of empty slice")  # of a layer that no seed has
+            found[arm] = list(rows), list(columns), np.nanmean(values, 0), title
     return found
 
 

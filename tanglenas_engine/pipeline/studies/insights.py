@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SPOS, moved
 from tanglenas_engine.pipeline.studies.run import Run
@@ -80,7 +81,7 @@ def early_over_late(space: SearchSpace, assignment: Assignment) -> float:
 
 
 def uniform(space: SearchSpace, most: int) -> Assignment | None:
-    """Return the network with equal layers that costs most within so many multiply-accumulates; None for no such one.
+    """Return the network with equal layers that costs most within so many multiply-accumulates, or None without one.
 
     A person who widens or deepens a network by hand keeps its layers alike.
     """
@@ -92,7 +93,10 @@ def uniform(space: SearchSpace, most: int) -> Assignment | None:
         assignment = {
             row: pick for choice, pick in zip(space.choices.values(), picks, strict=True) for row in choice.layer_rows
         }
-        macs = space.cost(space.architecture_of(assignment)).macs
+        try:
+            macs = space.cost(space.architecture_of(assignment)).macs
+        except TangleNASError:  # cells that keep two edges of a node have no network with the same option on all
+            continue
         if cost < macs <= most:
             best, cost = assignment, macs
     return best

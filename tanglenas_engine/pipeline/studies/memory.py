@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create
 from tanglenas_engine.pipeline.studies.run import arguments_of
+from tanglenas_engine.pipeline.values import resolved
 from tanglenas_engine.training.bytes import saved_bytes
 
 BASE = 900 * 2**20
@@ -25,12 +27,13 @@ class Need:
     """The memory of a search in bytes: of the weights with gradients and moments, and of what a step keeps.
 
     Attributes:
+        samples: Those that a step takes at a time.
         advice: The options that lower it, for a message.
     """
 
     weights: int
     kept: int
-    batch_size: int
+    samples: int
     advice: str = "a smaller search.batch_size with -S, more `search.accumulate` with --bind"
 
     @property
@@ -51,13 +54,14 @@ def estimate() -> Need:
 
     with configured(arguments_of("search")):
         _, space, _ = create()
-        batch_size = int(gin.query_parameter("search.batch_size"))
+        bound = {name: resolved(value) for name, value in gin.get_bindings("search").items()}
+    piece = math.ceil(bound["batch_size"] / bound.get("accumulate", 1))
     inputs = space.example_input(SAMPLES)
     weights = {parameter.untyped_storage().data_ptr() for parameter in space.parameters()}
     with space.as_largest():
         kept = saved_bytes(lambda: space(inputs), weights)
     parameters = sum(parameter.nbytes for parameter in space.parameters())
-    return Need(STATES * parameters, kept * batch_size // SAMPLES, batch_size)
+    return Need(STATES * parameters, kept * piece // SAMPLES, piece)
 
 
 def available() -> tuple[int, str]:
@@ -81,7 +85,7 @@ def check(need: Need) -> str:
     free, where = available()
     amount = (
         f"a search needs about {_size(need.total)}: {_size(need.weights)} for weights, gradients and moments, "
-        f"{_size(need.kept)} for what a step with a batch of {need.batch_size} keeps"
+        f"{_size(need.kept)} for what a step with {need.samples} samples at a time keeps"
     )
     if need.total > free:
         raise TangleNASError(

@@ -9,7 +9,7 @@ import torch
 
 from tanglenas_engine.data import open_splits
 from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.pools import agreement
@@ -71,7 +71,7 @@ def compared(space: SearchSpace, options: Any) -> list[Architecture]:
     budget, count = options.get("budget"), int(options.get("architectures", 100))
     source: Any = space
     if budget is not None:
-        source = Band(Budget(space, {"macs": int(budget * space.cost(space.largest()).macs)}), LEAST)
+        source = Band(Budget(space, {"macs": whole(budget * space.cost(space.largest()).macs)}), LEAST)
     generator, found = torch.Generator().manual_seed(0), dict[str, Architecture]()
     for _ in range(100 * count):
         one = source.sample(generator)

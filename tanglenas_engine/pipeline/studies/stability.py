@@ -22,12 +22,14 @@ def measure(run: Run) -> Measured:
     learned for as long in every arm. `warmup_epochs` of the options is the length of that warm-up.
     """
     epochs: Epochs = {}
-    warmup = run.params.get("search", {}).get("warmup_epochs") or 0
+    options, history = run.params.get("search", {}), run.history()
+    first = 1 + (options.get("warmup_epochs") or 0)
+    end = int(history[-1]["epoch"]) - (options.get("path_epochs") or 0)  # alpha rests in the path epochs
     for row in run.mixtures():
-        if int(row["epoch"]) > warmup:
+        if first <= int(row["epoch"]) <= end:
             rows = epochs.setdefault(int(row["epoch"]), {})
             rows.setdefault((row["choice"], row["layer"]), []).append(float(row["weight"]))
-    last = run.history()[-1]
+    last = history[-1]
     found = {"entropy": float(last["entropy"])}
     if last.get("table_value"):
         found["table_value"] = float(last["table_value"])

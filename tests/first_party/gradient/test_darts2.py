@@ -1,5 +1,7 @@
 """Second-order DARTS: its hypergradient against a numerical one, and no traces."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny
@@ -15,14 +17,14 @@ from tanglenas_gradient.darts2 import SecondOrderDARTS, _moved
 RATE, DECAY, MOMENTUM = 0.05, 0.01, 0.9
 
 
-def setting(name, **options):
-    """An optimizer on a tiny space in float64, and a step whose weight optimizer has taken one before."""
-    space = tiny(name).double().train()
+def setting(name, dtype=torch.float64, **options):
+    """An optimizer on a tiny space, and a step whose weight optimizer has taken one before."""
+    space = tiny(name).to(dtype).train()
     optimizer = SecondOrderDARTS(**{"weight_decay": 0.0, **options})
     optimizer.bind(space, 0)
     data = random_data(space, ("weights", "architecture"))
     batches = [
-        tuple(t.double() if t.is_floating_point() else t for t in samples.batch(torch.arange(8)))
+        tuple(t.to(dtype) if t.is_floating_point() else t for t in samples.batch(torch.arange(8)))
         for samples in (data.weights, data.architecture)
     ]
     sgd = torch.optim.SGD(parameter_groups(space), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
@@ -72,6 +74,23 @@ def test_both_hypergradients_are_the_numerical_one(name):
             torch.testing.assert_close(
                 found[way][count], wanted, rtol=1e-5, atol=tolerance, msg=lambda text, way=way: f"{way}: {text}"
             )
+
+
+@pytest.mark.parametrize("hypergradient", ["autograd", "finite_differences"])
+def test_gradients_that_float16_cannot_hold_are_scaled(hypergradient):
+    def small(outputs, targets):
+        return 1e-5 * cross_entropy(outputs, targets)
+
+    found = {}
+    for half in (False, True):
+        torch.manual_seed(0)
+        optimizer, step = setting("vit_relative", torch.float32, hypergradient=hypergradient)
+        step = replace(step, loss=small, scale=torch.tensor(2.0**17))
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = optimizer.architecture_backward(step)
+        found[half] = loss, torch.cat([alpha.grad.flatten() for alpha in optimizer.parameters()])
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=0.01, atol=0)
+    assert (found[True][1] - found[False][1]).norm() < 0.02 * found[False][1].norm()
 
 
 def test_it_is_not_the_first_order_gradient():

@@ -11,6 +11,7 @@ from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.measure import measure_inherited, statistics_inputs
 from tanglenas_engine.training.optim import parameter_groups
 from tanglenas_gradient.partial import PartialDARTS, PartialDrNAS
 
@@ -46,6 +47,16 @@ def test_operations_see_a_share_of_the_channels_and_the_rest_passes_by(name):
     passed = x[:, half:] if stride == 1 else F.max_pool2d(x[:, half:], 2)
     torch.testing.assert_close(apart[:, half:], passed)
     assert not torch.allclose(apart[:, :half], passed)
+
+
+def test_an_architecture_is_validated_with_all_of_its_channels():
+    space = tiny("darts")
+    data = random_data(space, ("weights", "architecture", "validation"))
+    result = search(space, PartialDARTS(channels=(2,)), data, epochs=1, batch_size=8, seed=1)
+    statistics = statistics_inputs(space, data.plain("weights"), 8, 1, torch.device("cpu"))
+    measured = measure_inherited(space, result.architecture, data.validation, statistics)
+    assert result.history[-1]["validation_loss"] == pytest.approx(measured.loss, rel=1e-5)
+    assert result.split_losses["validation"] == pytest.approx(measured.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", CELLS)

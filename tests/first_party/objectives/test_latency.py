@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import DISTINCT, tiny
 
-from tanglenas_engine import create_objective
+from tanglenas_engine import create_objective, create_space
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.cost import Additive
@@ -40,6 +40,15 @@ def test_blocks_add_up_to_the_network(name, counted):
         inside = [p.numel() for key, p in state.items() if any(key.startswith(f"{block.name}.") for block in blocks)]
         assert tables.cost(space.assignment_of(architecture)) == sum(inside)
         assert sum(inside) > 0.4 * parameters(space.standalone(architecture))
+
+
+def test_numbers_of_heads_that_share_every_shape_are_measured_each():
+    heads = (1, 2, 4)
+    options = {"layers": (1,), "embed_dim": (8,), "num_heads": heads, "mlp_ratio": (1,), "block_size": 4}
+    space = create_space("gpt", vocab_size=5, heads="partition", **options)
+    measures, alike = measurement._measurements(space, find_blocks(space), 1, torch.device("cpu"), 1)
+    (block,) = {block for block, _ in alike if block.name == "blocks.0"}
+    assert len({key for (one, _), key in alike.items() if one is block}) == len(heads) and len(measures) >= len(heads)
 
 
 @pytest.mark.exhaustive

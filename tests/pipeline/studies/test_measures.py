@@ -23,7 +23,7 @@ from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.runs import read_measured, take_supernet, write_measured
 from tanglenas_engine.pipeline.studies.sentences import verdict
 from tanglenas_engine.pipeline.studies.sharing import sized
-from tanglenas_engine.pipeline.studies.study import Measured
+from tanglenas_engine.pipeline.studies.study import Curve, Measured
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.cells import CellSpace
 from tanglenas_engine.tables import Table
@@ -129,6 +129,15 @@ def test_a_supernet_of_another_arm_is_copied(done, monkeypatch):
     assert (folder / "metrics" / "search.json").exists() and (folder / "out" / "search.run.json").exists()
 
 
+def test_epochs_whose_architecture_a_table_lacks_are_no_points_of_a_curve(monkeypatch):
+    history = [{"epoch": str(epoch), "table_value": value} for epoch, value in enumerate(("80", "", "82"), start=1)]
+    monkeypatch.setattr(Run, "history", lambda self: history)
+    monkeypatch.setattr(Run, "seconds", lambda self, *stages: 6.0)
+    monkeypatch.setattr("tanglenas_engine.pipeline.studies.anytime.worth", lambda run: {"table_value": 82.0})
+    found = studies.load("anytime").measure(run_of("anytime", Path()))
+    assert found.curves["within"] == Curve([2.0, 6.0], [80.0, 82.0])
+
+
 def test_rows_that_change_and_weights_that_move():
     before = {("a", "0"): [0.6, 0.4], ("b", "0"): [0.5, 0.3, 0.2]}
     after = {("a", "0"): [0.4, 0.6], ("b", "0"): [0.5, 0.2, 0.3]}
@@ -142,15 +151,15 @@ def test_rows_that_change_and_weights_that_move():
 
 
 def test_alpha_has_learned_for_as_long_where_arms_are_compared(monkeypatch):
-    def measured(warmup: int, weights: list[float]) -> Measured:
+    def measured(warmup: int, weights: list[float], rest: int = 0) -> Measured:
         rows = [
             {"epoch": str(epoch), "choice": "kernel", "layer": "1", "weight": str(value)}
-            for epoch, first in enumerate([0.5] * warmup + weights, start=1)
+            for epoch, first in enumerate([0.5] * warmup + weights + weights[-1:] * rest, start=1)
             for value in (first, 1 - first)
         ]
         monkeypatch.setattr(Run, "mixtures", lambda self: rows)
-        monkeypatch.setattr(Run, "history", lambda self: [{"entropy": "1.0"}])
-        params = {"search": {"warmup_epochs": warmup}}
+        monkeypatch.setattr(Run, "history", lambda self: [{"epoch": rows[-1]["epoch"], "entropy": "1.0"}])
+        params = {"search": {"warmup_epochs": warmup, "path_epochs": rest}}
         return stability.measure(Run("stability", Path(), "arm", 0, params, {"warmup_epochs": 3}, None, ""))
 
     course = [0.7, 0.7, 0.6, 0.4]
@@ -158,6 +167,8 @@ def test_alpha_has_learned_for_as_long_where_arms_are_compared(monkeypatch):
     assert late.values == early.values
     assert late.values["turnover"] == 50 and late.values["variance"] == pytest.approx(0.01)
     assert late.curves["turnover"].x == [5, 6, 7]
+    rested = measured(3, course, rest=4)
+    assert (rested.values, rested.curves) == (late.values, late.curves)
 
 
 def test_decisions_that_differ_are_a_share_of_all():
@@ -211,6 +222,7 @@ def test_a_hand_made_network_has_equal_layers_and_costs_most_within_the_budget()
     assert 0.4 * most < cost <= most
     assert all(len(set(value)) == 1 for value in found.choices.values() if isinstance(value, tuple))
     assert insights.uniform(space, 1) is None
+    assert insights.uniform(create_space("darts_nano"), most) is None  # a node keeps two edges
     assert insights.early_over_late(space, space.assignment_of(found)) == 0
 
 

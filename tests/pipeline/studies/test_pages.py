@@ -253,6 +253,12 @@ def test_matrices_of_other_names_are_not_averaged_and_the_panel_says_of_how_many
     assert {"a\n(2 of 3 seeds)", "b"} <= {axes.get_title("left") for axes in figure.axes}
 
 
+def test_a_layer_that_some_seeds_lack_has_the_mean_of_the_others():
+    values = ([[1.0, None]], [[0.0, 0.5]], [[0.5, None]])
+    runs = {"a": {seed: Measured(matrices={"grid": Matrix(["x"], ["1", "2"], v)}) for seed, v in enumerate(values)}}
+    assert matrices(runs, "grid")["a"][2].tolist() == [[0.5, 0.5]]
+
+
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     measured(tmp_path, "a", 0, values={"x": None, "y": 1.0})
     assert read_measured(tmp_path / "a-0.json").values == {"y": 1.0}
