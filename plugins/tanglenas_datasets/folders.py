@@ -109,7 +109,8 @@ def _chosen(root: Path, test_folder: str | None, parts: bool) -> list[tuple[str,
         return [("all", root)]  # a class may be called "train"; its folder then holds images
 
     rename = (
-        "Give root= a folder with train/, and val/ or test/ if there are such parts, each with one folder per class. "
+        "Give root= (create_dataset.root in a gin file) a folder with train/, and val/ or test/ if there are such "
+        "parts, each with one folder per class. "
         "If every folder is a class, set parts=False."
     )
     if "train" not in named:
@@ -159,8 +160,8 @@ def _around_test(root: Path, test_folder: str, named: dict[str, list[Path]]) -> 
     train = rest.get("train") or [root / "train"]
     if missing := [shown(folder) for folder in (train[0], test) if not folder.is_dir()]:
         raise TangleNASError(
-            f"image_folder: there is no folder {' and no '.join(missing)}. Give root=, a folder with train/ and "
-            f"{test_folder}/, each with one folder per class."
+            f"image_folder: there is no folder {' and no '.join(missing)}. Give root= (create_dataset.root in a gin "
+            f"file), a folder with train/ and {test_folder}/, each with one folder per class."
         )
     for role in ("train", "val"):
         if len(rest.get(role, [])) > 1:

@@ -132,7 +132,10 @@ class ImageFolder(Dataset):
         self._checked = check
         root = data_path(root)
         if not root.is_dir():
-            raise TangleNASError(f"image_folder: there is no folder {root}. Give root=, one with a folder per class.")
+            raise TangleNASError(
+                f"image_folder: there is no folder {root}. Give root= (create_dataset.root in a gin file), one with a "
+                "folder per class."
+            )
         read, passed = read_parts(root, test_folder, parts)
         self._set_classes(read, num_classes)
 

@@ -97,13 +97,13 @@ def find(
         except (OSError, RuntimeError) as error:
             raise TangleNASError(
                 f"{name} could not be downloaded to {base}: {error}. Try again with a network, or "
-                f"give root=, a folder with {', '.join(files)}."
+                f"give root= (create_dataset.root in a gin file), a folder with {', '.join(files)}."
             ) from error
         return base / inner
     missing = [file for file in files if not located(base, file)]
     raise TangleNASError(
-        f"{name}: {base} lacks {', '.join(missing)} (each may end in .gz). Give root=, the folder "
-        "that has them, or leave root out and allow download=True."
+        f"{name}: {base} lacks {', '.join(missing)} (each may end in .gz). Give root= (create_dataset.root in a gin "
+        "file), the folder that has them, or leave root out and allow download=True."
     )
 
 

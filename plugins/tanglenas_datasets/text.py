@@ -126,7 +126,8 @@ class Text(Dataset):
         root = data_path(root)
         if not root.exists():
             raise TangleNASError(
-                f"{self.name}: there is no file or folder {root}. Give root=, a text file or a folder."
+                f"{self.name}: there is no file or folder {root}. Give root= (create_dataset.root in a gin file), a "
+                "text file or a folder."
             )
         if not root.is_dir():
             return [root]

@@ -13,7 +13,7 @@ from tanglenas_engine.errors import TangleNASError, closest, describe, quoted
 from tanglenas_engine.runtime import strict_json
 
 from ._console import read_text
-from ._space import ARCHITECTURE_FILE
+from ._space import read_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,11 +126,10 @@ def _timm(folder: Path, config: Mapping[str, Any]) -> Model:
 
 def _space(folder: Path, config: Mapping[str, Any]) -> Model:
     from tanglenas_engine.runtime.weights import load_into
-    from tanglenas_engine.spaces.architecture import Architecture
 
     from ..plugins import create_space
 
-    architecture = Architecture.from_json(read_text(folder / "architecture.json", ARCHITECTURE_FILE))
+    architecture = read_architecture(folder / "architecture.json")
     options = config.get("options")
     if not isinstance(options, dict):
         raise TangleNASError(

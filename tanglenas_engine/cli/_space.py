@@ -31,6 +31,21 @@ def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def read_architecture(path: str | Path) -> "Architecture":
+    """Read the file of an architecture.
+
+    Raises:
+        TangleNASError: The file cannot be read, or holds no architecture.
+    """
+    from tanglenas_engine.spaces.architecture import Architecture
+
+    text = read_text(path, ARCHITECTURE_FILE)
+    try:
+        return Architecture.from_json(text)
+    except TangleNASError as error:
+        raise TangleNASError(f"{path}: {error}") from None
+
+
 def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any], Dataset | None]":
     """Return the space and the architecture of a file, the options that make the space fit it, and the dataset.
 
@@ -40,9 +55,7 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     Raises:
         TangleNASError: The file holds no architecture, or the space is unknown or has no such option.
     """
-    from tanglenas_engine.spaces.architecture import Architecture
-
-    architecture = Architecture.from_json(read_text(path, ARCHITECTURE_FILE))
+    architecture = read_architecture(path)
     config = path.with_name("operative.gin")
     dataset = None
     if given:

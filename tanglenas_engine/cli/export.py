@@ -129,12 +129,21 @@ def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> n
     return network
 
 
-def _timm(export: Export) -> tuple[Forward, str]:
+def _name_in_timm(export: Export) -> str | None:
+    """Write the space's own form of the network, and return the name of its architecture in timm, if it has one."""
     export.space.export(export.network, export.architecture, export.folder, export.known)
     config = export.folder / "config.json"
-    architecture = json.loads(config.read_text("utf-8")).get("architecture") if config.exists() else None
+    name: str | None = json.loads(config.read_text("utf-8")).get("architecture") if config.exists() else None
+    return name
+
+
+def _timm(export: Export) -> tuple[Forward, str]:
+    architecture = _name_in_timm(export)
     if architecture is None:
-        raise TangleNASError(f"the space {export.space.name!r} has no form in timm. Choose torch-export, onnx or torch")
+        own = "" if export.space.to_transformers(export.network) is None else "transformers, "
+        raise TangleNASError(
+            f"the space {export.space.name!r} has no form in timm. Choose {own}torch-export, onnx or torch"
+        )
     import timm  # only this format needs it
 
     home = timm.models.model_entrypoint(architecture).__module__
@@ -150,8 +159,9 @@ def _transformers(export: Export) -> tuple[Forward, str]:
 
     form = export.space.to_transformers(export.network)
     if form is None:
+        own = "" if _name_in_timm(export) is None else "timm, "
         raise TangleNASError(
-            f"the space {export.space.name!r} has no form in transformers. Choose torch-export, onnx or torch"
+            f"the space {export.space.name!r} has no form in transformers. Choose {own}torch-export, onnx or torch"
         )
     AutoModelForCausalLM = transformers_model()
     weights, config, code = form

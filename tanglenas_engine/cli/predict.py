@@ -46,7 +46,7 @@ def command(
     import torch
 
     if prompt is None and not files:
-        raise click.UsageError("Missing argument 'FILE...'.")
+        raise click.UsageError("give images or texts as FILE..., or --prompt TEXT for a language model")
     if prompt is not None and files:
         raise click.UsageError("give files or --prompt, not both")
     opened = open_model(model)

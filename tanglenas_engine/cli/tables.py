@@ -8,8 +8,8 @@ import click
 
 from tanglenas_engine.errors import TangleNASError
 
-from ._console import number, print_table, read_text
-from ._space import ARCHITECTURE_FILE
+from ._console import number, print_table
+from ._space import read_architecture
 
 if TYPE_CHECKING:
     from tanglenas_engine.tables import Table
@@ -64,7 +64,7 @@ def query(table: str, architecture: str, metric: str | None) -> None:
     asked: Architecture | str = architecture
     space = found.space
     if architecture.endswith(".json"):
-        asked = Architecture.from_json(read_text(architecture, ARCHITECTURE_FILE))
+        asked = read_architecture(architecture)
         space = asked.space
     if asked not in found and space is not None:  # not before, as a space needs torch
         found = found.of(create_space(space))

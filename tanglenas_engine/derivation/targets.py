@@ -69,7 +69,8 @@ class Target:
             positive(f"the target for {self.name}", value)
         if share is not None and positive(f"the target's share for {self.name}", share) > 1:
             raise TangleNASError(
-                f"the target's share for {self.name} is {share!r}, expected one of the largest, above 0 and up to 1"
+                f"the target's share for {self.name} is {share!r}, expected a share of the largest network's, above "
+                "0 and up to 1"
             )
         if penalty not in PENALTIES:
             raise unknown(f"penalty of the target for {self.name}", penalty, PENALTIES)

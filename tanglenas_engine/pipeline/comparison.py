@@ -242,6 +242,10 @@ def compare(
         found = records.read(root)
     except Exception as error:  # of the store, its server and its database
         raise TangleNASError(f"the MLflow store {Store.of(root).name} cannot be read ({reason(error)})") from None
+    if not (found.evaluated or found.unfinished or (root / "dvc.yaml").exists()):
+        raise TangleNASError(
+            f"{root} is no project, as it has no dvc.yaml: change into one, or lay one out with `tanglenas init DIR`"
+        )
     return compare_rows(found, records.names_of_params(root), by, metrics, against, joined)
 
 

@@ -218,7 +218,10 @@ def _register_reference(path: str) -> None:
         return
     module, _, attribute = path.rpartition(".")
     try:
-        target = getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        if not hasattr(found, attribute):
+            raise AttributeError(f"{module} has no {attribute}.{closest(attribute, dir(found))}")
+        target = getattr(found, attribute)
         gin.external_configurable(target, attribute, module=module)
     except Exception as error:  # importing a module may raise anything
         raise TangleNASError(f"configuration: @{path} cannot be used: {describe(error)}") from None

@@ -82,7 +82,7 @@ def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
     if candidates is None:
         source = ""
     elif derived.get("digest") != evaluated.get("digest", derived.get("digest")):
-        source = "the architecture was picked from the Pareto front"
+        source = "the architecture is another one than discretize took: picked from its front, or changed by hand"
     elif candidates > 1:
         source = f"the architecture comes from judging {candidates:,.0f} candidates"
         if (raced := _number(derived, "race_networks")) is not None:

@@ -651,8 +651,10 @@ def _check_options(
     """Check options against each other. A search by seconds has no number of epochs yet."""
     others = at_least("search.warmup_epochs", warmup_epochs, 0) + at_least("search.path_epochs", path_epochs, 0)
     if epochs is not None and others >= at_least("search.epochs", epochs, 1) and optimizer.learns_architecture:
-        both = f"{warmup_epochs} warm-up epochs" + f" and {path_epochs} path epochs" * bool(path_epochs)
-        raise TangleNASError(f"{both} leave no epoch of {epochs} in which alpha learns")
+        given = f"search.warmup_epochs is {warmup_epochs}" + f", search.path_epochs {path_epochs}" * bool(path_epochs)
+        raise TangleNASError(
+            f"{given} and search.epochs {epochs}, so alpha would learn in no epoch: lower the first, or raise the last"
+        )
     if not space.rows:
         raise TangleNASError(f"the space {space.label} has no choices: there is nothing to search")
     if at_least("search.accumulate", computation.accumulate, 1) > 1 and not optimizer.accumulates:

@@ -213,7 +213,7 @@ def damaged(folder: Path, name: str, content: str) -> Path:
         (lambda i, t: ["nowhere", "x.png"], "there is no file or folder nowhere"),
         (lambda i, t: [".", "x.png"], ". holds no network: expected config.json, model.pt2 or model.onnx"),
         (lambda i, t: [i / "digit.png", "x"], "is no network that can be opened: expected a folder"),
-        (lambda i, t: [i / "out"], "Missing argument 'FILE...'"),
+        (lambda i, t: [i / "out"], "give images or texts as FILE..., or --prompt TEXT"),
         (lambda i, t: [i / "out", "x.png"], "x.png is no readable image: No such file"),
         (lambda i, t: [i / "out", t / "start.txt"], "start.txt is no readable image: it is of no kno"),
         (lambda i, t: [i / "out", i / "0.png", "--seed", "0"], "takes images, so --seed would do"),

@@ -162,8 +162,14 @@ def test_architectures_are_drawn_at_random_within_the_band_of_a_target(strategy)
     "options, message",
     [
         ({"path_epochs": -1}, "search.path_epochs is -1, expected a whole number of at least 0"),
-        ({"path_epochs": 3}, "0 warm-up epochs and 3 path epochs leave no epoch of 3 in which alpha learns"),
-        ({"warmup_epochs": 2}, "2 warm-up epochs and 1 path epochs leave no epoch of 3 in which alpha learns"),
+        (
+            {"path_epochs": 3},
+            "search.warmup_epochs is 0, search.path_epochs 3 and search.epochs 3, so alpha would learn",
+        ),
+        (
+            {"warmup_epochs": 2},
+            "search.warmup_epochs is 2, search.path_epochs 1 and search.epochs 3, so alpha would learn",
+        ),
         ({"stop": EarlyStopping()}, "search.stop may end the search before its 1 path epochs: leave one of the two"),
         ({"seconds": 1e-9}, "search.seconds is 1e-09, but 1 path epochs and one more need"),
     ],

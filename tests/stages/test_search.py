@@ -455,7 +455,10 @@ def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer):
         ({"epochs": 0}, "search.epochs is 0, expected a whole number of at least 1"),
         ({"epochs": 1.5}, "search.epochs is 1.5, expected"),
         ({"warmup_epochs": -1}, "search.warmup_epochs is -1, expected a whole number of at least 0"),
-        ({"warmup_epochs": 2}, "2 warm-up epochs leave no epoch of 2 in which alpha learns"),
+        (
+            {"warmup_epochs": 2},
+            "search.warmup_epochs is 2 and search.epochs 2, so alpha would learn in no epoch: lower the first",
+        ),
         ({"strategy": "both"}, "search.strategy is 'both', expected 'alternating' or 'simultaneous'"),
         ({"batch_size": 9}, "batch size 9 is larger than the 8 samples to draw from"),
         ({"batch_size": 0}, "batch size 0: give at least 1"),

@@ -15,6 +15,7 @@ from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SP
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Runs, Scale, Study
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.size import Assignment
 
 MOST_UNIFORM = 10**5
@@ -32,24 +33,37 @@ def measure(run: Run) -> Measured:
         cost = space.cost(found).macs
         hand = uniform(space, cost)
     values = {"macs": float(cost), "early_over_late": early_over_late(space, assignment)}
-    matrices = {"size": sizes(space, assignment), "frequency": frequency(space, assignment)}
+    matrices = {"frequency": frequency(space, assignment)}
     if hand is not None:
         values["from_uniform"] = moved(dict(found.choices), dict(space.architecture_of(hand).choices))
-        matrices["hand-made size"] = sizes(space, hand)
+    if sized(space):
+        matrices["size"] = sizes(space, assignment)
+        if hand is not None:
+            matrices["hand-made size"] = sizes(space, hand)
     return Measured(values, matrices=matrices, choices=dict(found.choices))
+
+
+def sized(space: SearchSpace) -> list[Choice]:
+    """Return the choices whose options are sizes. Operations have names, and no order."""
+    return [
+        choice
+        for choice in space.choices.values()
+        if len(choice.options) > 1 and not any(isinstance(option, str) for option in choice.options)
+    ]
 
 
 def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
     """Return the place of each layer's option among the options of its choice, from 0 (smallest) to 1 (largest)."""
-    layers = max(len(choice.layer_rows) for choice in space.choices.values())
+    choices = sized(space)
+    layers = max(len(choice.layer_rows) for choice in choices)
     values = []
-    for choice in space.choices.values():
+    for choice in choices:
         row = [math.nan] * layers
         for number, one in enumerate(choice.layer_rows):
-            if one.active(assignment) and len(choice.options) > 1:
+            if one.active(assignment):
                 row[number] = assignment[one] / (len(choice.options) - 1)
         values.append(row)
-    return Matrix(list(space.choices), [str(layer + 1) for layer in range(layers)], values)
+    return Matrix([choice.name for choice in choices], [str(layer + 1) for layer in range(layers)], values)
 
 
 def frequency(space: SearchSpace, assignment: Assignment) -> Matrix:
@@ -67,12 +81,12 @@ def frequency(space: SearchSpace, assignment: Assignment) -> Matrix:
 def early_over_late(space: SearchSpace, assignment: Assignment) -> float:
     """Return by how much options of the first half of the layers are larger, as places from -1 to 1.
 
-    Choices without layers, and layers that the network does not have, do not count.
+    Choices without layers or without sizes, and layers that the network does not have, do not count.
     """
     early, late = [], []
-    for choice in space.choices.values():
+    for choice in sized(space):
         used = [row for row in choice.layer_rows if row.active(assignment)]
-        if not choice.layered or len(choice.options) < 2 or len(used) < 2:
+        if not choice.layered or len(used) < 2:
             continue
         places = [assignment[row] / (len(choice.options) - 1) for row in used]
         early += places[: len(places) // 2]

@@ -226,7 +226,7 @@ def test_targets_that_nothing_meets_are_refused_before_training():
         ({"value": -3}, "the target for energy is -3, expected a positive number"),
         ({"value": float("nan")}, "the target for energy is nan, expected a positive number"),
         ({"share": 0}, "the target's share for energy is 0, expected a positive number"),
-        ({"share": 60}, "the target's share for energy is 60, expected one of the largest, above 0 and up to 1"),
+        ({"share": 60}, "the target's share for energy is 60, expected a share of the largest network's, above 0"),
         ({"weight": 0}, "the weight of the target for energy is 0, expected a positive number"),
         ({"penalty": "hinges"}, "unknown penalty of the target for energy 'hinges'. Did you mean 'hinge'?"),
     ],

@@ -235,6 +235,12 @@ def test_sizes_are_places_among_the_options_and_missing_layers_are_left_out():
     assert missing[0] > missing[1]
 
 
+def test_operations_of_a_cell_have_no_size():
+    space = create_space("toy_cell_nano")
+    assert insights.sized(space) == [] and math.isnan(insights.early_over_late(space, dict.fromkeys(space.rows, 0)))
+    assert insights.sized(create_space("autoformer_nano"))
+
+
 def test_the_frequencies_of_the_options_of_a_layer_are_on_the_page():
     space = create_space("autoformer_nano")
     assert "frequency" in {panel.name for panel in studies.load("insights").panels}
