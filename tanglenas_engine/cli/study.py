@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @click.option("--dataset", metavar="NAME", help="What to train on.")
 @click.option("--seeds", metavar="NUMBERS", help="Such as 0,1,2; by default three, and the paper's four.")
 @click.option("--arms", metavar="NAMES", help="Only these arms of the study, such as drnas,spos.")
+@click.option("--seconds", type=float, metavar="N", help="Time of the longest search with its derivation, in studies "
+              "by time: anytime, stages.")  # fmt: skip
 @click.option("--scale", default="cpu", show_default=True, help="cpu, at most half an hour on two cores, or paper.")
 @click.option("--table", type=click.Path(path_type=Path), help="Networks of known worth: "
               "a benchmark table, or a pool.")  # fmt: skip
@@ -46,6 +48,7 @@ def command(
     dataset: str | None,
     seeds: str | None,
     arms: str | None,
+    seconds: float | None,
     scale: str,
     table: Path | None,
     metric: str | None,
@@ -81,7 +84,7 @@ def command(
     template = _nested(parsed((source / "params.yaml").read_text("utf-8")))
     plan = planned(
         name, template, command=typed, scale=scale, space=space, dataset=dataset, seeds=_numbers(seeds),
-        arms=[arm.strip() for arm in arms.split(",")] if arms else None,
+        arms=[arm.strip() for arm in arms.split(",")] if arms else None, seconds=seconds,
         table=table.name if table else None, metric=metric, changes=dict(map(_change, changes)), bindings=bindings,
     )  # fmt: skip
     check_fit(manager, *(manager.resolve(kind, plan.params[kind]) for kind in ("space", "dataset")))

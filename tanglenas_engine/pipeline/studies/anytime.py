@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tanglenas_engine.pipeline.studies.methods import HIGHER, ONE_STAGE, PAPER_SEEDS, SECONDS, SPOS, TEST, worth
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Scale, Study
@@ -88,10 +90,11 @@ STUDY = Study(
     scales={
         "cpu": Scale(
             {"retrain": {"epochs": 15}},
-            arms=_sizes(48.0, 0.4, 9),
+            seconds=48.0,
+            timed=partial(_sizes, derivation=0.4, entrants=9),
             without=(*(f"{method}-half" for method in METHODS), "halving-quarter"),
         ),
-        "paper": Scale(seeds=PAPER_SEEDS, arms=_sizes(40_000.0, 0.5, 27)),
+        "paper": Scale(seeds=PAPER_SEEDS, seconds=40_000.0, timed=partial(_sizes, derivation=0.5, entrants=27)),
     },
     table="optional",
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tanglenas_engine.errors import TangleNASError, closest, unknown
+from tanglenas_engine.errors import TangleNASError, closest, positive, unknown
 from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.runs import GROUPS
 from tanglenas_engine.pipeline.studies.study import SCALES, Arm, Scale, Study
@@ -31,7 +31,7 @@ PAPER_EPOCHS = {
 }
 """The epochs of a search that the paper gives a method on a space."""
 
-OPTIONS = ("space", "dataset", "seeds", "arms", "scale", "table", "metric")
+OPTIONS = ("space", "dataset", "seeds", "arms", "scale", "seconds", "table", "metric")
 """Values of params.yaml that the command has options for."""
 
 
@@ -64,6 +64,7 @@ def plan(
     dataset: str | None = None,
     seeds: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
+    seconds: float | None = None,
     table: str | None = None,
     metric: str | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -79,18 +80,20 @@ def plan(
         space, dataset: Names of plugins; None takes those of the scale.
         seeds: The seeds; None takes those of the scale.
         arms: Names of arms; None takes all. One whose supernet another arm trains brings that arm.
+        seconds: The time that the longest search takes with its derivation; None takes that of the scale.
         table: A file with networks of known worth, below the folder of the study.
         metric: The metric of the table. None takes the test accuracy, and the test loss of a pool, which is finer.
         changes: Values by their names in the study's params.yaml, such as `search.epochs`.
         bindings: gin bindings for all runs.
 
     Raises:
-        TangleNASError: A name is unknown, the scale does not fit the space, or a seed is there twice.
+        TangleNASError: A name is unknown, the scale does not fit the space, a seed is there twice, or the study has no
+            searches that end by time.
     """
     study = load(name)
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    sizes = study.scales[scale]
+    sizes = _timed(name, study.scales[scale], scale, seconds)
     params: dict[str, Any] = {
         "study": name, "command": command, "scale": scale,
         "space": space or sizes.params.get("space") or ("toy_cell" if scale == "paper" else template["space"]),
@@ -121,6 +124,22 @@ def plan(
     params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, paper) for arm in chosen}
     notes = [_change(params, key, value) for key, value in (changes or {}).items()]
     return Plan(name, params, [note for note in notes if note])
+
+
+def _timed(name: str, sizes: Scale, scale: str, seconds: float | None) -> Scale:
+    """Return the sizes of a scale with the seconds of each arm.
+
+    Raises:
+        TangleNASError: Seconds are given, but searches count epochs here.
+    """
+    if sizes.timed is None or sizes.seconds is None:
+        if seconds is not None:
+            raise TangleNASError(
+                f"--seconds {seconds:g}: searches of {name} count epochs at --scale {scale}. Give -S search.epochs=N"
+            )
+        return sizes
+    timed = sizes.timed(sizes.seconds if seconds is None else positive("--seconds", seconds))
+    return replace(sizes, arms={**sizes.arms, **timed})
 
 
 def _chosen(study: Study, arms: Sequence[str] | None, without: Sequence[str]) -> list[str]:

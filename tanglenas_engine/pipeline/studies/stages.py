@@ -12,6 +12,16 @@ def measure(run: Run) -> Measured:
     return Measured({**worth(run), "seconds": run.seconds("search", "discretize")})
 
 
+def _sizes(seconds: float) -> dict[str, dict[str, object]]:
+    """Return the sizes of the arms for a supernet and a derivation of so many seconds together."""
+    judging: dict[str, object] = {"discretize": {"seconds": 0.4 * seconds}}
+    return {
+        "spos-evolution": {"search": {"seconds": 0.6 * seconds}, **judging},
+        "spos-random": judging,
+        "drnas-evolution": judging,
+    }
+
+
 STUDY = Study(
     question="Is one stage better than two at equal time?",
     paper=(
@@ -42,10 +52,7 @@ STUDY = Study(
         "worth. Networks found may differ in cost; set search.target_share for equal ones."
     ),
     scales={
-        "cpu": Scale(
-            {"discretize": {"seconds": 24.0}, "retrain": {"epochs": 20}},
-            arms={"spos-evolution": {"search": {"seconds": 36.0}}},
-        ),
+        "cpu": Scale({"retrain": {"epochs": 20}}, seconds=60.0, timed=_sizes),
         "paper": Scale({"discretize": {"candidates": 1050}}, seeds=PAPER_SEEDS),
     },
     table="optional",

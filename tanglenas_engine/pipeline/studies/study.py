@@ -136,6 +136,8 @@ class Scale:
         seeds: The seeds, unless a person gives others.
         without: Arms that this scale leaves out, unless a person asks for them.
         arms: Changes of the arms at this scale, by name.
+        seconds: The time that the longest search takes with its derivation, in a study whose searches end by time.
+        timed: A function from such a time to further changes of the arms.
     """
 
     params: Params = field(default_factory=dict)
@@ -143,6 +145,8 @@ class Scale:
     seeds: Sequence[int] = (0, 1, 2)
     arms: Mapping[str, Params] = field(default_factory=dict)
     without: Sequence[str] = ()
+    seconds: float | None = None
+    timed: Callable[[float], Mapping[str, Params]] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.params import parsed
 from tanglenas_engine.pipeline.studies import calls, runs
-from tanglenas_engine.pipeline.studies.memory import Need, check
+from tanglenas_engine.pipeline.studies.memory import Need, check, estimate
 from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.run import arguments_of
+from tanglenas_engine.pipeline.studies.runs import GROUPS
 from tanglenas_engine.pipeline.studies.study import SCALES, Claim
 from tanglenas_engine.plugins import manager
 
@@ -222,6 +223,23 @@ def test_some_arms_bring_those_that_they_need():
         plan("stages", layout_template(), command="", arms=["drnas-evolutoin"])
 
 
+@pytest.mark.parametrize("name, longest", [("anytime", "drnas-full"), ("stages", "spos-evolution")])
+def test_searches_take_longer_in_proportion(name, longest):
+    def seconds(**given: float) -> list[float]:
+        params = plan(name, layout_template(), command="", **given).params
+        own = params["arms"][longest]
+        assert sum(own[group].get("seconds") or 0 for group in GROUPS) == pytest.approx(
+            given.get("seconds") or studies.load(name).scales["cpu"].seconds
+        )
+        named = [own[group].get("seconds") for own in params["arms"].values() for group in GROUPS]
+        races = re.findall(r"race.seconds = ([\d.]+)", str(params["arms"]))
+        return [float(one) for one in [*named, *races] if one is not None]
+
+    usual = seconds()
+    assert len(usual) >= 4
+    assert seconds(seconds=10 * studies.load(name).scales["cpu"].seconds) == pytest.approx([10 * one for one in usual])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -235,6 +253,13 @@ def test_some_arms_bring_those_that_they_need():
             "--scale paper has no recipe for the space 'gpt_nano'",
         ),
         (["ranking", "--table", "none.csv"], "--table none.csv: there is no such file"),
+        (
+            ["ranking", "--seconds", "60"],
+            "--seconds 60: searches of ranking count epochs at --scale cpu",
+        ),
+        (["stages", "--seconds", "60", "--scale", "paper"], "searches of stages count epochs at --scale paper"),
+        (["anytime", "--seconds", "0"], "--seconds is 0.0, expected a positive number"),
+        (["anytime", "-S", "seconds=5"], "-S seconds: a study has no such value to change. --seconds gives it."),
         (["ranking", "--seeds", "0,0"], "--seeds has a number twice"),
         (["ranking", "--seeds", "a"], "expected whole numbers with commas"),
         (["ranking", "--seeds", ","], "--seeds is empty"),
@@ -277,9 +302,24 @@ def test_a_search_that_memory_cannot_hold_is_refused_before_it_starts(monkeypatc
     monkeypatch.setattr("tanglenas_engine.pipeline.studies.memory.available", lambda: (4 * 2**30, "this machine"))
     assert "keeps; this machine has 4.0 GiB free" in check(Need(2**20, 2**30, 64))
     with pytest.raises(
-        Exception, match=r"about 9\.9 GiB.*a batch of 512 keeps\. this machine has 4\.0 GiB free\. Take"
+        Exception, match=r"about 9\.9 GiB.*512 samples at a time keeps\. this machine has 4\.0 GiB free\. Take"
     ):
         check(Need(2**30, 8 * 2**30, 512))
+
+
+def test_a_step_that_is_cut_into_pieces_needs_the_memory_of_a_piece(study, tmp_path, monkeypatch):
+    kept = {}
+    for pieces in (1, 8):
+        (tmp_path / str(pieces)).mkdir()
+        monkeypatch.chdir(tmp_path / str(pieces))
+        bindings = ("BATCH = 32", "search.batch_size = %BATCH", f"search.accumulate = {pieces}")
+        given = [part for binding in bindings for part in ("--bind", binding)]
+        assert study("stability", *given).exit_code == 0
+        monkeypatch.chdir("here")
+        with runs.entered("plain", "0"):
+            kept[pieces] = estimate()
+    assert kept[1].samples == 32 and kept[8].samples == 4
+    assert kept[8].kept == pytest.approx(kept[1].kept / 8, rel=0.01)
 
 
 def test_a_measurement_that_memory_cannot_hold_is_refused_and_leaves_the_folder(tmp_path, monkeypatch):
