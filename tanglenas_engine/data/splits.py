@@ -176,7 +176,7 @@ def make_splits(
     letters = np.full(len(dataset), b"t", "S1")
     pool = np.arange(len(dataset))
     if dataset.test_indices is not None:
-        pool = np.setdiff1d(pool, dataset.test_indices.numpy())
+        pool = np.setdiff1d(pool, _official_test(dataset))
     pool = _dealt(pool, block, generator) if labels is None else pool[_spread(labels[pool], generator)]
     if dataset.test_indices is None:
         pool = pool[round(test_portion * len(pool)) :]
@@ -282,6 +282,23 @@ def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augme
     return DataView(
         {name: dataset.subset(chosen, train=name in augmented) for name, chosen in indices.items()},
         {name: dataset.subset(_evenly(indices[name], PLAIN_SAMPLES), train=False) for name in augmented},
+    )
+
+
+def _official_test(dataset: Dataset) -> Any:
+    """Return the positions of the official test samples.
+
+    Raises:
+        TangleNASError: They are no distinct positions in the pool.
+    """
+    found: Any = dataset.test_indices  # of somebody's plugin
+    if isinstance(found, Tensor) and found.dtype == torch.int64 and found.dim() == 1:
+        if len(found) == len({*found.tolist()}) and bool(((found >= 0) & (found < len(dataset))).all()):
+            return found.numpy()
+    given = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise TangleNASError(
+        f"test_indices of {dataset.name} is {given}, expected a tensor of int64 with distinct positions from 0 to "
+        f"{len(dataset) - 1}"
     )
 
 

@@ -11,7 +11,9 @@ import inspect
 import io
 import os
 import re
+import sys
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +191,7 @@ class _Names:
                 self.scopes.update(scopes)
                 if "." in path:
                     _register_reference(path)
-        for included in re.findall(r"^\s*include\s+['\"](.+)['\"]", text, re.MULTILINE):
+        for included in re.findall(r"^\s*include\s+['\"]([^'\"]+)['\"]", text, re.MULTILINE):
             self.read(included)
 
     def check(self) -> None:
@@ -209,6 +211,15 @@ class _Names:
                 )
 
 
+def register_references(text: str) -> None:
+    """Make what the text of a config names in full, such as `@torch.optim.AdamW`, known to gin.
+
+    Raises:
+        TangleNASError: There is no such thing, or a file that the text includes cannot be read.
+    """
+    _Names(text)
+
+
 def _register_reference(path: str) -> None:
     """Import what a config names in full, such as `@torch.optim.AdamW`, and make it configurable.
 
@@ -217,6 +228,8 @@ def _register_reference(path: str) -> None:
     if path in configurable:
         return
     module, _, attribute = path.rpartition(".")
+    if (here := os.getcwd()) not in sys.path:  # `python -m` finds a project's own modules, and so do commands
+        sys.path.append(here)
     try:
         found = importlib.import_module(module)
         if not hasattr(found, attribute):
@@ -230,11 +243,21 @@ def _register_reference(path: str) -> None:
 
 def bound_parameters() -> dict[str, Any]:
     """Return all bindings as scalars with dotted names: people compare runs by them."""
+    bound = [
+        (scope, selector, name, value)
+        for (scope, selector), values in gin.config._CONFIG.items()
+        for name, value in values.items()
+    ]
+
+    def short(scope: str, selector: str, name: str) -> str:
+        return scope if selector == "gin.macro" else f"{scope or selector.split('.')[-1]}.{name}"
+
+    uses = Counter(short(scope, selector, name) for scope, selector, name, _ in bound)
     parameters = {}
-    for (scope, selector), values in gin.config._CONFIG.items():
-        for name, value in values.items():
-            key = f"{scope or selector.split('.')[-1]}.{name}"
-            parameters[scope if selector == "gin.macro" else key] = value
+    for scope, selector, name, value in bound:
+        key = short(scope, selector, name)
+        whole = f"{scope}{'/' if scope else ''}{selector}.{name}"  # where functions of two modules have one name
+        parameters[key if uses[key] == 1 else whole] = value
     return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in sorted(parameters.items())}
 
 

@@ -274,5 +274,6 @@ def _readable(key: str, value: object) -> str:
     """Return a metric as a person reads it, with its unit. A penalty has none: it is a share of a cost."""
     unit = "" if key.startswith("penalty_") else next((unit for end, unit in UNITS.items() if key.endswith(end)), "")
     if isinstance(value, float):
-        return f"{value:,.0f}{unit}" if abs(value) >= 1e4 else f"{value:.2f}{unit}"
+        digits = 4 if unit == " nats" else 0 if abs(value) >= 1e4 else 2
+        return f"{value:,.{digits}f}{unit}"
     return f"{value:,}{unit}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

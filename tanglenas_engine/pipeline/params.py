@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, closest
+
+TEMPLATE = re.compile(r"\$\{\s*([^{}\s]+)\s*\}")
+"""A value of params.yaml in dvc.yaml, such as `${search.epochs}` or `${seeds[0]}`."""
 
 
 def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")) -> None:
@@ -29,7 +31,7 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
         raise TangleNASError(f"params.yaml cannot be read: {error}") from None
     if not isinstance(content, dict | None):
         raise TangleNASError(f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line")
-    used = set(re.findall(r"\$\{([\w.]+)\}", pipeline.read_text("utf-8")))
+    used = {name.partition("[")[0] for name in TEMPLATE.findall(pipeline.read_text("utf-8"))}
     known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
     for key in _keys(content):
         if key not in known:
@@ -52,11 +54,14 @@ def stage_arguments(
     values = yaml.load(params.read_text("utf-8"))
 
     def value(key: re.Match[str]) -> str:
-        return str(functools.reduce(lambda group, name: group[name], key[1].split("."), values))
+        found = values
+        for name in re.split(r"[.\[\]]+", key[1].rstrip("]")):
+            found = found[int(name) if isinstance(found, list) else name]
+        return str(found).lower() if isinstance(found, bool) else str(found)
 
     try:
-        command = re.sub(r"\$\{([\w.]+)\}", value, yaml.load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
-    except (KeyError, TypeError, YAMLError):  # a person changed the file; DVC says what is wrong with it
+        command = TEMPLATE.sub(value, yaml.load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
+    except (LookupError, TypeError, ValueError, YAMLError):  # a person changed the file; DVC says what is wrong with it
         return None
     start, _, rest = command.partition(f"pipelines.{stage} ")
     arguments = shlex.split(rest)

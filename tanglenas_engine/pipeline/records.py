@@ -14,7 +14,7 @@ import gin
 
 from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError, shown
-from tanglenas_engine.pipeline.config import required
+from tanglenas_engine.pipeline.config import register_references, required
 from tanglenas_engine.pipeline.configurables import create_dataset
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.store import PARENT, Store
@@ -56,12 +56,13 @@ def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
     """
     gin.clear_config()
     try:
+        text = config.read_text("utf-8")
+        register_references(text)
         # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
-        gin.parse_config(config.read_text("utf-8"), skip_unknown=True)
+        gin.parse_config(text, skip_unknown=True)
+        bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
     except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
-        reason = shown(error)
-        raise TangleNASError(f"{config} cannot be read ({reason}). Give the space's options instead") from None
-    bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
+        raise TangleNASError(f"{config} cannot be read ({shown(error)}). Give the space's options instead") from None
     dataset: Dataset = create_dataset(name=required("DATASET", str))
     return {**dataset.space_options(), **bound}, dataset
 

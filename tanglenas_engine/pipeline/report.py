@@ -78,7 +78,7 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         runs=list(reversed(runs)),
         trouble=trouble,
         scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
-        commands=_commands(root, params, runs, architecture.digest, defaults) if architecture else [],
+        commands=_commands(root, runs, architecture.digest, defaults) if architecture else [],
         environment=_versions(root / "environment.json"),
     )
     return html, len(runs), mixed
@@ -155,8 +155,10 @@ def _text(path: Path) -> str:
 
 def _shown(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.2f}{' %' if key.endswith('accuracy') else ''}"
-    return f"{value:,}" if isinstance(value, int) and abs(value) < 10**30 else shown(value)
+        digits = 4 if key.endswith(("loss", "lead")) else 2
+        return f"{value:,.{digits}f}{' %' if key.endswith('accuracy') else ''}"
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30
+    return f"{value:,}" if whole else shown(value)
 
 
 def _image(content: bytes, kind: str = "image/png") -> str:
@@ -218,9 +220,7 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def _commands(
-    root: Path, params: dict[str, Any], runs: Sequence[dict[str, Any]], digest: str, defaults: Path | None
-) -> list[str]:
+def _commands(root: Path, runs: Sequence[dict[str, Any]], digest: str, defaults: Path | None) -> list[str]:
     """Return the commands that repeat the last run.
 
     They set what differs from params.yaml in the commit of the run, or in a new project where no commit is known.
@@ -231,7 +231,7 @@ def _commands(
         commit, known = None, swept(defaults) if defaults else {}
     settings = [
         f"-S {shlex.quote(f'{name}={_setting(value)}')}"
-        for name, value in params.items()
+        for name, value in swept(root / "params.yaml").items()
         if name not in known or known[name] != value
     ]
     return [*([f"git checkout {commit}"] if commit else []), " ".join(["dvc exp run", *settings])]
@@ -251,5 +251,7 @@ def _committed(root: Path, commit: str) -> dict[str, Any] | None:
 
 
 def _setting(value: Any) -> Any:
-    """Write a value in Hydra's grammar, which `-S` uses."""
+    """Write a value in Hydra's grammar, which `-S` uses. Text that is more than a name or a path is quoted there."""
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./:@+-]*", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else value

@@ -60,7 +60,11 @@ def accepts(hint: Any, value: Any) -> bool:
         kind = int | float if hint is float else hint
         return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
     if origin in (Sequence, list, tuple):
-        return isinstance(value, list | tuple) and all(accepts(args[0], item) for item in value)
+        if not isinstance(value, list | tuple) or not args:
+            return isinstance(value, list | tuple)
+        if origin is tuple and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(map(accepts, args, value))
+        return all(accepts(args[0], item) for item in value)
     return callable(value) if origin is Callable else True
 
 
@@ -108,8 +112,10 @@ def _in_words(hint: Any) -> str:
         return " or ".join(map(_in_words, args))
     if origin is Literal:
         return " or ".join(map(repr, args))
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"a list of {len(args)}: {', '.join(map(_in_words, args))}"
     if origin in (Sequence, list, tuple):
-        return f"a list, each item {_in_words(args[0])}"
+        return f"a list, each item {_in_words(args[0])}" if args else "a list"
     if origin is Callable:
         arguments, result = _signature(args)
         takes = "" if arguments is None else f" takes {len(arguments)} argument{'s' * (len(arguments) > 1)} and"

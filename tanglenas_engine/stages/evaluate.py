@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +24,6 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.training.measure import measure
 
 MAX_ASSIGNMENTS = 10**6
@@ -213,14 +214,14 @@ def rank_correlation(
 
 def _all_architectures(space: SearchSpace) -> list[Architecture]:
     """Return all architectures of a space."""
-    assignments = math.prod(len(row.options) for row in space.rows)
-    if assignments > MAX_ASSIGNMENTS:
+    decisions = [list(alternatives) for alternatives in space.decisions()]
+    if math.prod(map(len, decisions)) > MAX_ASSIGNMENTS:
         raise TangleNASError(
             f"{space.label} has {space.size:,} architectures, too many to go through: set "
             "rank_correlation.architectures to a number, such as 200"
         )
     found: dict[str, Architecture] = {}
-    for picks in combinations(space.rows):
-        architecture = space.architecture_of(picks)
+    for picks in itertools.product(*decisions):
+        architecture = space.architecture_of(dict(ChainMap(*picks)))
         found.setdefault(architecture.digest, architecture)
     return list(found.values())

@@ -27,7 +27,15 @@ from .optimizers import (
     same,
 )
 from .planted import TRUTHS, Finding, Truth, check_finds, find
-from .spaces import check_architectures, check_corners, check_costs, check_learning, check_search, check_space
+from .spaces import (
+    check_architectures,
+    check_corners,
+    check_costs,
+    check_learning,
+    check_search,
+    check_space,
+    check_standalone,
+)
 
 __all__ = [
     "TRUTHS",
@@ -52,6 +60,7 @@ __all__ = [
     "check_slope",
     "check_space",
     "check_stages",
+    "check_standalone",
     "find",
     "random_data",
     "same",

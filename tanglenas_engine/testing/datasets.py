@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from tanglenas_engine.data import Dataset, make_splits, open_splits
+from tanglenas_engine.data import Dataset, Samples, make_splits, open_splits
+from tanglenas_engine.errors import describe
+from tanglenas_engine.runtime.seeding import seeded
+
+CHECKED = 64
+"""The samples of a split that are looked at, evenly spaced."""
 
 
 def check_dataset(make_dataset: Callable[[], Dataset]) -> None:
@@ -35,7 +42,12 @@ def check_pool(make_dataset: Callable[[], Dataset]) -> None:
         assert 0 <= low and high < dataset.num_classes, (
             f"labels go from {low} to {high}, expected 0 to {dataset.num_classes - 1}"
         )
-        assert len(dataset.class_names) == dataset.num_classes, "class_names does not name every class once"
+        assert len({*dataset.class_names}) == len(dataset.class_names) == dataset.num_classes, (
+            "class_names does not name every class once"
+        )
+        assert again.labels is not None and again.labels.equal(dataset.labels), (
+            "two datasets of one fingerprint have other labels"
+        )
     try:
         json.dumps([dataset.input_config(), dataset.files()])
     except TypeError as error:
@@ -45,21 +57,61 @@ def check_pool(make_dataset: Callable[[], Dataset]) -> None:
 
 
 def check_batches(make_dataset: Callable[[], Dataset]) -> None:
-    """Check that batches have the right shapes and, without augmentation, never change."""
+    """Check that batches hold the samples of their split, have the right shapes, and follow from the seed."""
     dataset = make_dataset()
     splits = make_splits(dataset, seed=0)
-    view = open_splits(dataset, splits, ("weights", "validation"))
+    view, other = (open_splits(one, splits, ("weights", "validation")) for one in (dataset, make_dataset()))
     for name in ("weights", "validation"):
-        samples = getattr(view, name)
-        count = min(4, len(samples))
-        torch.manual_seed(0)
-        inputs, targets = samples.batch(torch.arange(count))
-        assert len(inputs) == len(targets) == count, f"a batch of {count} has {len(inputs)} inputs"
+        samples, indices = getattr(view, name), splits.indices(name)
+        assert len(samples) == len(indices), (
+            f"subset() gives {len(samples)} samples for the {len(indices)} of the {name} split: does it ignore them?"
+        )
+        places = torch.arange(min(CHECKED, len(samples))) * len(samples) // min(CHECKED, len(samples))
+        inputs, targets = _batch(samples, places)
+        assert len(inputs) == len(targets) == len(places), f"a batch of {len(places)} has {len(inputs)} inputs"
         assert targets.dtype == torch.int64, f"targets are {targets.dtype}, expected int64"
         if dataset.labels is not None:
-            shape = (count, dataset.in_channels, dataset.image_size, dataset.image_size)
+            shape = (len(places), dataset.in_channels, dataset.image_size, dataset.image_size)
             assert inputs.shape == shape, f"inputs have shape {tuple(inputs.shape)}, expected {shape}"
             assert inputs.dtype == torch.float32, f"inputs are {inputs.dtype}, expected float32"
+            assert bool(inputs.isfinite().all()), f"inputs of the {name} split are not finite"
+            right = dataset.labels[indices]
+            assert samples.labels is not None and samples.labels.equal(right) and targets.equal(right[places]), (
+                f"labels or targets of the {name} split are not those of its indices in the pool"
+            )
+        else:
+            _check_tokens(dataset, inputs, targets)
+        for again in (samples, getattr(other, name)):
+            repeated = _batch(again, places)
+            assert all(map(torch.equal, repeated, (inputs, targets))), (
+                f"a batch of the {name} split differs when it is drawn again with one seed: augmentation must draw "
+                "from the global generators of torch, random and numpy"
+            )
+        try:
+            pickle.dumps(samples)
+        except Exception as error:
+            raise AssertionError(
+                f"samples of the {name} split cannot be pickled, as spawned workers need: {describe(error)}"
+            ) from None
     torch.manual_seed(1)
-    again, _ = view.validation.batch(torch.arange(count))
+    again, _ = view.validation.batch(places)
     assert again.equal(inputs), "the validation split is augmented: subset(indices, train=False) must not draw anything"
+
+
+def _batch(samples: Samples, places: Tensor) -> tuple[Tensor, Tensor]:
+    with seeded(0):
+        return samples.batch(places)
+
+
+def _check_tokens(dataset: Dataset, inputs: Tensor, targets: Tensor) -> None:
+    options = dataset.space_options()
+    if not {"vocab_size", "block_size"} <= {*options}:
+        return
+    shape, most = (len(inputs), options["block_size"]), options["vocab_size"]
+    for what, tokens in (("inputs", inputs), ("targets", targets)):
+        assert tokens.dtype == torch.int64 and tokens.shape == shape, (
+            f"{what} are {tokens.dtype} of shape {tuple(tokens.shape)}, expected int64 of shape {shape}"
+        )
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < most, (
+            f"{what} have tokens from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {most - 1}"
+        )

@@ -42,6 +42,11 @@ def check_measure(make_objective: MakeObjective, make_space: MakeSpace) -> None:
     for architecture, cost in costs.items():
         repeated = objective.cost(architecture), again.cost(architecture)
         assert repeated == (cost, cost), f"{architecture} costs {cost}, and asked again {repeated}"
+        if objective.additive is not None:
+            summed = float(objective.additive.cost(space.assignment_of(architecture)))
+            assert _close(summed, cost), (
+                f"{architecture} costs {cost} by measure(), but {summed} by terms(), which hard budgets are kept in"
+            )
     smallest, largest = costs[space.smallest()], costs[space.largest()]
     assert largest >= smallest, f"the largest architecture costs {largest}, less than the smallest: {smallest}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tanglenas_engine.superposition.size import Row
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import parameter_groups
 
+SCALE = 1024.0
+"""A factor of the loss, as half precision has it."""
 SEED = 3
 SAMPLES = 8
 BATCH = 4
@@ -75,8 +78,26 @@ def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable
     if any(_plain(sample) != _plain(weight[0]) for sample in weight):
         pairs = zip(weight, architecture, strict=True)
         assert any(_plain(w) != _plain(a) for w, a in pairs), "the streams 'weight' and 'architecture' draw the same"
-    if not learns and all(isinstance(sample, Architecture) for sample in first):
+    draws = any(_plain(sample) != _plain(weight[0]) for sample in weight)
+    if space.size > 1 and not learns:
+        assert draws, "sample() gives the same architecture in each step: every step would train one network"
+    if draws:
+        reseeded = make_optimizer()
+        reseeded.bind(space, SEED + 1)
+        third = [reseeded.sample(step, "weight") for step in range(4)]
+        assert any(_plain(a) != _plain(b) for a, b in zip(weight, third, strict=True)), (
+            "sample() gives the same for another seed of the search: draw by self.derive_seed(step, stream)"
+        )
+    if (not learns or optimizer.draws_in_band) and all(isinstance(sample, Architecture) for sample in first):
         _check_source(_bound(make_optimizer, space), space)
+    again.set_progress(1.0)
+    for what, last in (("expected()", again.expected()), ("sample()", again.sample(0, "weight"))):
+        if isinstance(last, Mixture):
+            _check_simplex(last, f"at the end of the search, {what}")
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [torch.zeros_like(a) if a.grad is None else a.grad.clone() for a in optimizer.alphas.values()]
 
 
 class _Single:
@@ -124,7 +145,7 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
         weight_optimizer=torch.optim.SGD(parameter_groups(space), lr=0.1),
     )
     if optimizer.learns_architecture:
-        before = [parameter.detach().clone() for parameter in space.parameters()]
+        before = [(parameter.detach().clone(), parameter.requires_grad) for parameter in space.parameters()]
         for step.index in range(DRAWS):
             loss = optimizer.architecture_backward(step)
             if any(bool(alpha.grad is not None and alpha.grad.any()) for alpha in optimizer.alphas.values()):
@@ -132,9 +153,21 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
         assert loss.isfinite(), f"architecture_backward gives the loss {float(loss)}"
         assert not loss.requires_grad, "architecture_backward must give a detached loss: it would keep the graph alive"
         _check_gradient(optimizer.alphas.values(), "alpha, after architecture_backward,")
-        for (name, parameter), value in zip(space.named_parameters(), before, strict=True):
+        for (name, parameter), (value, learning) in zip(space.named_parameters(), before, strict=True):
             assert parameter.grad is None, f"architecture_backward leaves a gradient in {name}"
             assert parameter.equal(value), f"architecture_backward changes {name}"
+            assert parameter.requires_grad == learning, f"architecture_backward leaves {name} frozen, or thawed"
+        first = _gradients(optimizer)
+        optimizer.architecture_backward(replace(step, scale=torch.tensor(SCALE)))
+        for own, scaled in zip(first, _gradients(optimizer), strict=True):
+            assert torch.allclose(SCALE * own, scaled, rtol=1e-2, atol=SCALE * 1e-6), (
+                "alpha's gradient does not grow with step.scale: multiply the loss by it before a backward pass, as "
+                "half precision needs"
+            )
+        optimizer.architecture_backward(replace(step, architecture_batch=step.weight_batch))
+        assert not all(map(torch.equal, first, _gradients(optimizer))), (
+            "alpha's gradient does not depend on the architecture batch"
+        )
         for alpha in optimizer.alphas.values():
             alpha.grad = None
 
@@ -158,13 +191,14 @@ def check_gradients(make_optimizer: Callable[[], Optimizer], make_space: Callabl
 def check_resume(
     make_optimizer: Callable[[], Optimizer],
     make_space: Callable[[], SearchSpace],
-    cuts: Sequence[int] = (3,),
+    cuts: Sequence[int] = (3, 6),
     **options: Any,
 ) -> None:
     """Check that a search that is cut off and resumed ends in the same state, bit for bit, as one that is not.
 
     Args:
-        cuts: The steps after which the search is cut off, one after another. It has 4 steps in 2 epochs.
+        cuts: The steps at which the search is cut off, one after another, before they are saved: it goes on from the
+            step before. It has 6 steps in 3 epochs, so it goes on at an epoch's start and within one.
         options: Options of `search`; they override the small ones of this check.
     """
     ends = []
@@ -176,7 +210,7 @@ def check_resume(
                     space, optimizer = make_space(), make_optimizer()
                     data = random_data(space, ("weights", "architecture", "validation"))
                     try:
-                        small = dict(epochs=2, batch_size=BATCH, seed=SEED, checkpoint_every=1)
+                        small = dict(epochs=3, batch_size=BATCH, seed=SEED, checkpoint_every=1)
                         search(
                             space,
                             optimizer,

@@ -23,6 +23,7 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
     "space": (
         spaces.check_architectures,
         spaces.check_corners,
+        spaces.check_standalone,
         spaces.check_costs,
         spaces.check_learning,
         spaces.check_search,

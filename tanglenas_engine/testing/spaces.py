@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable
 from itertools import product
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tanglenas_engine.errors import describe
@@ -14,22 +20,29 @@ from tanglenas_engine.plugins import create_optimizer
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.products import count_products
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.testing.optimizers import check_stages
+from tanglenas_engine.testing.optimizers import check_resume, check_stages
 
+M = TypeVar("M", bound=nn.Module)
+ENUMERATED = 1000
+"""The largest number of combinations of decisions that are gone through."""
+PLANTED = 7.0
+"""A value that no new weight has."""
 OPTIMIZERS = ("drnas", "spos")
 """An optimizer that learns the architecture, and one that samples it."""
 
 
-def check_space(make_space: Callable[[], SearchSpace]) -> None:
+def check_space(make_space: Callable[[], SearchSpace], idle: Collection[str] = ()) -> None:
     """Run all checks of this module.
 
     Args:
         make_space: Makes the space anew, with the same options each time; small ones are checked faster.
+        idle: Choices that do nothing, on purpose.
     """
     check_architectures(make_space)
     check_corners(make_space)
+    check_standalone(make_space)
     check_costs(make_space)
-    check_learning(make_space)
+    check_learning(make_space, idle)
     check_search(make_space)
 
 
@@ -43,10 +56,23 @@ def check_architectures(make_space: Callable[[], SearchSpace]) -> None:
     for architecture in found:
         read = Architecture.from_json(architecture.to_json())
         assert read == architecture, f"{architecture} is {read} when it is read back"
-        whole = space.architecture_of(space.assignment_of(read))
-        assert whole == architecture, f"the space takes {architecture} for {whole}"
+        for what, whole in (
+            ("assignment_of", space.architecture_of(space.assignment_of(read))),
+            ("from_string(to_string)", space.from_string(space.to_string(architecture))),
+            ("most_probable(one_hot)", space.most_probable(space.one_hot(architecture))),
+        ):
+            assert whole == architecture, f"the space takes {architecture} for {whole} by {what}"
+    decisions = [list(alternatives) for alternatives in space.decisions()]
+    if math.prod(map(len, decisions)) <= ENUMERATED:
+        every = {space.architecture_of(dict(ChainMap(*picks))).digest for picks in product(*decisions)}
+        assert space.size == len(every), f"the size is {space.size}, but the decisions make {len(every)} architectures"
     distinct = len({architecture.digest for architecture in found})
     assert space.size >= distinct, f"the size is {space.size}, but {distinct} different architectures were drawn"
+    assignment = space.assignment_of(space.largest())
+    moved = [space.architecture_of({**assignment, **move}) for move in space.moves(assignment)]
+    for architecture in moved:
+        space.assignment_of(architecture)
+    assert space.size == 1 or any(one != space.largest() for one in moved), "moves() leads to no other architecture"
 
 
 @torch.no_grad()
@@ -59,17 +85,21 @@ def check_corners(make_space: Callable[[], SearchSpace], tolerance: float = 1e-9
         tolerance: The largest difference, as a share of the largest output where that is above 1. Networks compute in
             float64 here. One that computes a part of it in float32 all the same, such as its norms, needs 1e-6.
     """
-    space = _moved(make_space().double())
+    space = _without_dropout(_moved(make_space().double()))
     saved = {name: tensor.clone() for name, tensor in space.state_dict().items()}
     for architecture, training in product([space.smallest(), space.largest(), *_samples(space, 3)], (False, True)):
         space.load_state_dict(saved)
-        network, inputs = space.train(training).extract(architecture), _inputs(space, 3)
+        network, inputs = _without_dropout(space.train(training).extract(architecture)), _inputs(space, 3)
         if training and not _deterministic(network, inputs):
-            continue  # dropout draws one number for each unit, so the two networks draw different ones
+            continue  # what draws numbers all the same draws others in a network of another size
+        assert training or _deterministic(network, inputs), (
+            f"two forwards of the network of {architecture} in evaluation mode differ: is there dropout that does not "
+            "ask for self.training?"
+        )
         mode = "training" if training else "evaluation"
         for path in ("slices", "exact", "gated"):
             space.load_state_dict(saved)
-            network = space.extract(architecture)
+            network = _without_dropout(space.extract(architecture))
             if path == "slices":
                 space.select(architecture)
             else:
@@ -88,12 +118,52 @@ def check_corners(make_space: Callable[[], SearchSpace], tolerance: float = 1e-9
                 f"{architecture}: the supernet ({path}) and the extracted network differ by up to {difference:.3g} "
                 f"in {mode} mode: a layer of a chosen size is not elastic, or depends on the sizes of others"
             )
+            if not training:
+                assert space(inputs).equal(got), (
+                    f"{architecture}: two forwards of the supernet ({path}) in evaluation mode differ: it keeps "
+                    "something from one to the next"
+                )
+                alone = float((space(inputs[:1]) - got[:1]).abs().max())
+                assert alone <= tolerance * max(1.0, float(got.abs().max())), (
+                    f"{architecture}: in evaluation mode, the output of a sample depends on others of its batch"
+                )
             kept = space.inherited(architecture)
             for name, own in network.state_dict().items():
                 assert torch.allclose(kept[name], own, rtol=tolerance, atol=tolerance), (
                     f"{architecture}: after a forward in {mode} mode, {name} of the supernet ({path}) is another than "
                     "that of the extracted network: does a forward write its statistics into a copy?"
                 )
+
+
+def check_standalone(make_space: Callable[[], SearchSpace]) -> None:
+    """Check that a standalone network is a new one, and that `export` writes the network that it is given."""
+    space = make_space()
+    for parameter in space.parameters():
+        parameter.data.fill_(PLANTED)
+    own = {parameter.untyped_storage().data_ptr() for parameter in space.parameters()}
+    learning = {name for name, parameter in space.named_parameters() if parameter.requires_grad}
+    for architecture in (space.smallest(), space.largest(), *_samples(space, 1)):
+        network = space.standalone(architecture)
+        for name, parameter in network.named_parameters():
+            assert parameter.untyped_storage().data_ptr() not in own, (
+                f"{name} of a standalone network is that of the supernet"
+            )
+            assert not bool((parameter == PLANTED).all()), (
+                f"{name} of a standalone network has the supernet's values: initialise it anew, by reset_parameters() "
+                "of its layer"
+            )
+            assert parameter.requires_grad or name not in learning, f"{name} of a standalone network is frozen"
+    _moved(network)
+    with tempfile.TemporaryDirectory() as folder:
+        space.export(network, architecture, Path(folder))
+        written: dict[str, Tensor] = {}
+        for path in Path(folder).rglob("*.safetensors"):
+            written |= load_file(path)
+    state = network.state_dict()
+    known = {name for name in written if name in state}
+    assert known or space.to_transformers(network) is not None, "export() writes no weights of the network"
+    for name in known:
+        assert written[name].equal(state[name]), f"export() writes another {name} than that of the network"
 
 
 def check_costs(make_space: Callable[[], SearchSpace]) -> None:
@@ -109,7 +179,14 @@ def check_costs(make_space: Callable[[], SearchSpace]) -> None:
         counted = sum(parameter.numel() for parameter in network.parameters())
         assert cost.params == counted, f"{architecture} costs {cost.params} parameters, its network has {counted}"
         assert cost.macs > 0, f"{architecture} costs {cost.macs} multiply-accumulates"
-        products = count_products(network, _inputs(space, 1))
+        try:
+            products = count_products(network, _inputs(space, 1))
+        except Exception as error:
+            raise AssertionError(
+                f"the products of {architecture} cannot be counted on tensors without values: make other tensors that "
+                "a forward uses buffers, on the device of its inputs, and read no value from a tensor. "
+                f"{describe(error)}"
+            ) from error
         assert cost.macs == products, (
             f"{architecture} costs {cost.macs} multiply-accumulates, torch counts {products} in its network: give "
             "elastic layers of your own a method `macs`, and compute products of chosen sizes in elastic layers only"
@@ -120,9 +197,13 @@ def check_costs(make_space: Callable[[], SearchSpace]) -> None:
             assert abs(soft - exact) <= 1e-6 * exact, f"{architecture}: {exact} {metric}, but {soft} expected"
 
 
-def check_learning(make_space: Callable[[], SearchSpace]) -> None:
-    """Check that every weight of the supernet and every architecture parameter gets a finite gradient."""
-    space = make_space().train()
+def check_learning(make_space: Callable[[], SearchSpace], idle: Collection[str] = ()) -> None:
+    """Check that every weight of the supernet gets a finite gradient, and every architecture parameter one that counts.
+
+    Args:
+        idle: Choices that do nothing, on purpose.
+    """
+    space = _moved(make_space()).train()
     alphas = {name: torch.zeros(choice.shape, requires_grad=True) for name, choice in space.choices.items()}
     space.relax({name: alpha.softmax(-1) for name, alpha in alphas.items()})
     outputs = space(_inputs(space, 4))
@@ -133,12 +214,22 @@ def check_learning(make_space: Callable[[], SearchSpace]) -> None:
         what = f"alpha of the choice {name!r}" if name in alphas else f"the weight {name}"
         assert parameter.grad is not None, f"{what} gets no gradient: the output does not depend on it"
         assert bool(parameter.grad.isfinite().all()), f"{what} gets a gradient that is not finite"
+    for name, alpha in alphas.items():
+        choice = space.choices[name]
+        if name not in idle and len(choice.options) > 1:
+            assert alpha.grad is not None
+            for row, gradient in zip(choice.layer_rows, alpha.grad.reshape(-1, len(choice.options)), strict=True):
+                assert bool(gradient.any()), (
+                    f"alpha of {row!r} gets a gradient of zeros only: the output does not depend on this choice. One "
+                    "that is meant to do nothing is named in `idle`"
+                )
 
 
 def check_search(make_space: Callable[[], SearchSpace]) -> None:
-    """Check that a gradient search and a sampling search run through all stages."""
+    """Check that a gradient search and a sampling search run through all stages, and that a search resumes."""
     for name in OPTIMIZERS:
         check_stages(lambda name=name: create_optimizer(name), make_space)  # type: ignore[misc]
+    check_resume(lambda: create_optimizer(OPTIMIZERS[0]), make_space)
 
 
 def _samples(space: SearchSpace, count: int) -> list[Architecture]:
@@ -146,8 +237,8 @@ def _samples(space: SearchSpace, count: int) -> list[Architecture]:
     return [space.sample(generator) for _ in range(count)]
 
 
-def _moved(space: SearchSpace) -> SearchSpace:
-    """Return the space with all parameters moved away from 0 and 1.
+def _moved(space: M) -> M:
+    """Return a module with all parameters moved away from 0 and 1.
 
     Fresh biases and gains would hide mistakes.
     """
@@ -156,6 +247,15 @@ def _moved(space: SearchSpace) -> SearchSpace:
         for parameter in space.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
     return space
+
+
+def _without_dropout(module: M) -> M:
+    """Return a module whose dropout and stochastic depth drop nothing."""
+    for part in module.modules():
+        for name in ("p", "drop_prob"):
+            if "Drop" in type(part).__name__ and hasattr(part, name):
+                setattr(part, name, 0.0)
+    return module
 
 
 def _inputs(space: SearchSpace, batch: int) -> Tensor:

@@ -1,8 +1,11 @@
 """`tanglenas show`: every choice of an architecture, and what it costs."""
 
+import sys
+
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from tiny import ALL, tiny
 
 from tanglenas_engine import Architecture, create_space
@@ -65,6 +68,23 @@ def test_the_stage_that_wrote_the_file_says_which_options_the_space_had(show, tm
     params = f"{space.cost(space.smallest()).params:,}"
     assert params in show(space.smallest())
     assert params not in show(space.smallest(), "-o", "image_size=8")
+
+
+def test_a_config_that_refers_to_functions_of_the_project_is_read(show, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_transforms_of_show.py").write_text("def train(image):\n    return image\n")
+    for kind in "ab":
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / kind / f"{number}.png")
+    (tmp_path / "operative.gin").write_text(
+        "SPACE = 'autoformer_nano'\nDATASET = 'image_folder'\nSEED = 0\ncreate_dataset.root = 'pictures'\n"
+        "create_dataset.image_size = 16\ncreate_dataset.train_transform = @my_transforms_of_show.train\n"
+        "create_dataset.eval_transform = @torchvision.transforms.v2.ToImage()\n"
+    )
+    space = create_space("autoformer_nano", image_size=16, in_channels=3, num_classes=2)
+    assert f"{space.cost(space.smallest()).params:,}" in show(space.smallest())
 
 
 @pytest.mark.slow

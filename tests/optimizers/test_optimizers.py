@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -384,6 +385,55 @@ class Roaming(SPOS):
         return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
 
 
+class Seedless(SPOS):
+    """Draws the same in every search."""
+
+    def sample(self, step, stream):
+        return self.source.sample(torch.Generator().manual_seed(hash((step, stream == "weight"))))
+
+
+class OnePath(SPOS):
+    """Trains one network all the time."""
+
+    def sample(self, step, stream):
+        return super().sample(0, stream)
+
+
+class Unscaled(DARTS):
+    """Takes the gradient of the loss as it is, which float16 may not hold."""
+
+    def architecture_backward(self, step):
+        return super().architecture_backward(replace(step, scale=torch.tensor(1.0)))
+
+
+class OneBatch(DARTS):
+    """Trains alpha on what the weights are trained on."""
+
+    def architecture_backward(self, step):
+        return super().architecture_backward(replace(step, architecture_batch=step.weight_batch))
+
+
+class Freezing(DARTS):
+    """Leaves a weight without gradient."""
+
+    def architecture_backward(self, step):
+        loss = super().architecture_backward(step)
+        next(step.space.parameters()).requires_grad_(False)
+        return loss
+
+
+class Dissolving(DARTS):
+    """Is no distribution any more at the end."""
+
+    def expected(self):
+        return self.space.mixture({k: (2 if self.last else 1) * a.softmax(1) for k, a in self.alphas.items()})
+
+    last = False
+
+    def set_progress(self, fraction):
+        self.last = fraction == 1
+
+
 class Undecided(DARTS):
     """Has no mixture, and asks for argmax."""
 
@@ -402,6 +452,12 @@ class Undecided(DARTS):
         (check_sampling, Restless, "global generator"),
         (check_sampling, Counting, "in another order"),
         (check_sampling, OneStream, "draw the same"),
+        (check_sampling, Seedless, "the same for another seed"),
+        (check_sampling, OnePath, "the same architecture in each step"),
+        (check_sampling, Dissolving, "at the end of the search, expected() is not on the simplex"),
+        (check_gradients, Unscaled, "does not grow with step.scale"),
+        (check_gradients, OneBatch, "does not depend on the architecture batch"),
+        (check_gradients, Freezing, "frozen, or thawed"),
         (check_sampling, Sums, "not on the simplex"),
         (check_sampling, Constant, "does not depend on alpha"),
         (check_sampling, Roaming, "that draw_from() left out"),

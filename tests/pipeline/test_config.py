@@ -1,7 +1,9 @@
 """Every gin file is read, and what it configures is built."""
 
+import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import gin
@@ -16,8 +18,10 @@ from project import STAGES, lay_out
 from pipelines import discretize, evaluate, retrain, search
 from tanglenas_datasets.cifar import CIFAR10, CIFAR100
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configurable, configure
+from tanglenas_engine.pipeline.config import bound_parameters, configurable, configure
 from tanglenas_engine.pipeline.configurables import create_dataset, create_optimizer, create_space
+from tanglenas_engine.pipeline.params import check_params, stage_arguments
+from tanglenas_engine.pipeline.values import accepts
 from tanglenas_engine.training.optim import parameter_groups
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))
@@ -126,6 +130,41 @@ def test_a_file_may_include_others_and_refer_to_any_package(project: Path) -> No
     configure(["mine.gin", *BASE, 'create_dataset.root = "me@example.org #1 %NOTHING"'])
     optimizer = gin.get_bindings("search")["weight_optimizer"](parameter_groups(torch.nn.Linear(1, 1)))
     assert type(optimizer) is torch.optim.SGD and optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_comment_behind_an_include_may_have_quotes(project: Path) -> None:
+    Path("other.gin").write_text("search.epochs = 3\n")
+    Path("mine.gin").write_text('include "other.gin"  # the "small" one\n')
+    configure(["mine.gin", *BASE])
+    assert gin.query_parameter("search.epochs") == 3
+
+
+def test_functions_of_one_name_in_two_modules_keep_their_parameters_apart(project: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for module in ("first_of_two", "second_of_two"):
+        Path(f"{module}.py").write_text("def lean(optimizer, steps, size=1):\n    return None\n")
+    Path("mine.gin").write_text(
+        "search.scheduler = @first_of_two.lean\nretrain.scheduler = @second_of_two.lean\n"
+        "first_of_two.lean.size = 5\nsecond_of_two.lean.size = 7\n"
+    )
+    configure(["mine.gin", *BASE])
+    found = bound_parameters()
+    assert (found["first_of_two.lean.size"], found["second_of_two.lean.size"]) == (5, 7)
+    assert "lean.size" not in found and found["search.scheduler"] == "@first_of_two.lean"
+
+
+def test_options_of_several_types_are_checked_one_by_one() -> None:
+    assert accepts(tuple[str, int], ("a", 1)) and not accepts(tuple[str, int], ("a", "b"))
+    assert not accepts(tuple[str, int], ("a",)) and accepts(tuple[int, ...], (1, 2, 3))
+    assert accepts(typing.Sequence, (1, "a")) and not accepts(typing.Sequence, 1)
+
+
+def test_templates_are_found_as_dvc_finds_them(project: Path) -> None:
+    Path("params.yaml").write_text("my-key: 1\nseeds: [4, 5]\nflag: true\nsearch: {rate: 0.5}\n")
+    command = "python -m pipelines.search '${my-key} ${seeds[1]} ${ search.rate }' x=${flag}"
+    Path("dvc.yaml").write_text(f"stages:\n  search:\n    cmd: {json.dumps(command)}\n")
+    check_params()
+    assert stage_arguments("search") == ["1 5 0.5", "x=true"]
 
 
 def test_a_file_may_use_the_names_that_functions_had_before_they_were_public() -> None:

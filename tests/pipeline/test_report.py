@@ -192,6 +192,11 @@ def test_the_commands_set_what_differs_from_a_new_project(project):
     assert commands() == [["dvc", "exp", "run"]]
     set_params(project, seed=3, search={"epochs": 3}, discretize={"max_params": None})
     assert commands() == [["dvc", "exp", "run", "-S", "seed=3", "-S", "search.epochs=3"]]
+    weights = f"runs/lr=0.1/my model's{'/deep' * 80}.safetensors"
+    set_params(project, seed=0, search={"epochs": None, "weights": weights}, retrain={"pick": "12e45"})
+    ((*_, given, picked),) = ([one for one in line if one != "-S"] for line in commands())
+    quoted = weights.replace("'", "\\'")
+    assert (given, picked) == (f"search.weights='{quoted}'", "retrain.pick='12e45'")
 
 
 @pytest.mark.exhaustive

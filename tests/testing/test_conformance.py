@@ -10,7 +10,7 @@ from torch import nn
 
 from tanglenas_engine import Dataset, Objective, SearchSpace, create_dataset, create_objective, create_space, elastic
 from tanglenas_engine.cli import main
-from tanglenas_engine.data import TensorSamples
+from tanglenas_engine.data import TensorSamples, make_splits
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.cost import Cost
@@ -28,6 +28,7 @@ from tanglenas_engine.testing import (
     check_pool,
     check_slope,
     check_space,
+    check_standalone,
 )
 from tanglenas_objectives.latency_measurement import measure_latency
 
@@ -89,6 +90,71 @@ class Restless(Right):
         return super().sample(None)
 
 
+class Ignored(Right):
+    """Has a choice that nothing reads."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.choice("spare", (1, 2, 3))  # as many as the width has, so that they are stacked
+
+
+class Counting(Right):
+    """Keeps something from one forward to the next."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return Right.forward(self, x) + 0.1 * self.calls
+
+
+class Mixing(Right):
+    """Looks at the other samples of the batch."""
+
+    def forward(self, x):
+        return Right.forward(self, x - x.mean(0))
+
+
+class Dropping(Right):
+    def forward(self, x):
+        return Right.forward(self, nn.functional.dropout(x, 0.5))
+
+
+class Reversed(Right):
+    def most_probable(self, mixture):
+        return self.smallest()
+
+
+class Unread(Right):
+    def from_string(self, text):
+        return self.largest()
+
+
+class Overstated(Right):
+    size = 4
+
+
+class Stuck(Right):
+    def moves(self, assignment):
+        return iter(())
+
+
+class Inheriting(Right):
+    """Its new networks have the supernet's weights."""
+
+    def standalone(self, architecture):
+        network = super().standalone(architecture)
+        network.load_state_dict(self.inherited(architecture))
+        return network
+
+
+class OfTheSupernet(Right):
+    """Writes other weights than it is given."""
+
+    def export(self, network, architecture, folder, dataset=None):
+        super().export(self.extract(architecture), architecture, folder, dataset)
+
+
 class Crash(Right):
     def __init__(self):
         raise ZeroDivisionError("nothing to divide by")
@@ -115,6 +181,16 @@ def test_a_space_that_keeps_the_contract_passes(space):
         (check_learning, Infinite, "not finite"),
         (check_costs, Miscounted, "its network has"),
         (check_architectures, Restless, "give other architectures"),
+        (check_architectures, Reversed, r"by most_probable\(one_hot\)"),
+        (check_architectures, Unread, r"by from_string\(to_string\)"),
+        (check_architectures, Overstated, "the size is 4, but the decisions make 3"),
+        (check_architectures, Stuck, "leads to no other architecture"),
+        (check_corners, Dropping, "is there dropout that does not"),
+        (check_corners, Mixing, "depends on others of its batch"),
+        (check_corners, Counting, "evaluation mode differ"),
+        (check_standalone, Inheriting, "has the supernet's values"),
+        (check_standalone, OfTheSupernet, r"export\(\) writes another"),
+        (check_learning, Ignored, "zeros only: the output does not depend on this choice"),
         (check_architectures, Choiceless, "no choice"),
     ],
 )
@@ -161,6 +237,47 @@ class Larger(Images):
     image_size = 8
 
 
+class Whole(Images):
+    """Gives every split the whole pool."""
+
+    def subset(self, indices, *, train):
+        return super().subset(torch.arange(60), train=train)
+
+
+class Swapped(Images):
+    """Gives samples the labels of others."""
+
+    def subset(self, indices, *, train):
+        return TensorSamples(self.images[indices], self.labels[: len(indices)], self.prepare)
+
+
+class OwnNoise(Images):
+    """Augments by a generator that no seed of a batch reaches."""
+
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(self, rows):
+        return rows + torch.rand(rows.shape, generator=self.generator)
+
+
+class Unpicklable(Images):
+    def subset(self, indices, *, train):
+        return TensorSamples(self.images[indices], self.labels[indices], lambda rows: rows)
+
+
+class Broken(Images):
+    def prepare(self, rows):
+        return rows / 0
+
+
+class Masked(Images):
+    test_indices = torch.arange(60) >= 50
+
+
+class Twice(Images):
+    class_names = ("a", "b", "b")
+
+
 @pytest.mark.parametrize("dataset", [Images, lambda: create_dataset("digits")])
 def test_a_dataset_that_keeps_the_contract_passes(dataset):
     check_dataset(dataset)
@@ -170,7 +287,13 @@ def test_a_dataset_that_keeps_the_contract_passes(dataset):
     "check, dataset, message",
     [
         (check_batches, Noisy, "the validation split is augmented"),
-        (check_batches, Larger, r"expected \(4, 1, 8, 8\)"),
+        (check_batches, Larger, r"expected \(\d+, 1, 8, 8\)"),
+        (check_batches, Whole, "does it ignore them"),
+        (check_batches, Swapped, "are not those of its indices in the pool"),
+        (check_batches, OwnNoise, "must draw from the global generators"),
+        (check_batches, Unpicklable, "cannot be pickled"),
+        (check_batches, Broken, "are not finite"),
+        (check_pool, Twice, "class_names"),
         (check_pool, Renamed, "differs from time to time"),
         (check_pool, Fewer, "labels go from 0 to 2, expected 0 to 1"),
         (check_pool, Unnamed, "class_names"),
@@ -179,6 +302,11 @@ def test_a_dataset_that_keeps_the_contract_passes(dataset):
 def test_a_dataset_that_breaks_the_contract_is_told_how(check, dataset, message):
     with pytest.raises(AssertionError, match=message):
         check(dataset)
+
+
+def test_a_mask_is_no_list_of_official_test_samples():
+    with pytest.raises(TangleNASError, match=r"test_indices of images is torch.bool of shape \(60,\), expected"):
+        make_splits(Masked(), seed=0)
 
 
 class Weight(Objective):
@@ -245,6 +373,18 @@ class Halved(Weight):
         return (expected + expected.detach()) / 2
 
 
+class TwoPrices(Objective):
+    """Measures another cost than its tables hold."""
+
+    name, unit = "two", "g"
+
+    def terms(self, space):
+        return space.terms("params")
+
+    def measure(self, architecture):
+        return 2.0 * super().measure(architecture)
+
+
 class Square(Right):
     """Two choices, one of which counts twice."""
 
@@ -280,6 +420,7 @@ def test_our_latency_keeps_the_contract(tmp_path):
         (check_measure, Unitless, "no unit"),
         (check_measure, Falling, "less than the smallest"),
         (check_measure, Moody, "asked again"),
+        (check_measure, TwoPrices, r"by terms\(\), which hard budgets are kept in"),
         (check_expectation, OfTheMean, "under a mixture over .* the architectures cost"),
         (check_expectation, Offset, "at its corner"),
         (check_slope, Flat, "does not depend on the mixing weights"),
@@ -331,7 +472,7 @@ def check(tmp_path, monkeypatch):
 def test_one_name_is_checked_and_passes(check):
     result = check("right")
     assert result.exit_code == 0
-    assert result.stdout.count("\n  ok  ") == 6 and result.stdout.startswith("space right\n")
+    assert result.stdout.count("\n  ok  ") == 7 and result.stdout.startswith("space right\n")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +508,7 @@ def test_a_plugin_is_checked_whole_and_each_fault_is_in_the_report(check):
     reasons = [lines[i + 1].strip() for i in failed]
     assert ["differ by up to" in reason for reason in reasons].count(True) == 1
     assert any("has no attribute 'Absent'" in reason for reason in reasons)
-    assert reasons.count("ZeroDivisionError: nothing to divide by") == 5
+    assert reasons.count("ZeroDivisionError: nothing to divide by") == 6
     assert any("has no summary" in reason for reason in reasons)
     assert any("no subclass of tanglenas_engine.SearchSpace" in reason for reason in reasons)
     assert result.stderr == f"\n{len(failed)} checks failed.\n"

@@ -69,7 +69,7 @@ def test_what_is_planted_is_best(name):
 @pytest.mark.slow
 def test_the_spaces_keep_the_contract(name):
     torch.manual_seed(0)
-    check_space(TRUTHS[name].make_space)
+    check_space(TRUTHS[name].make_space, idle=["idle"] if name == "bottleneck" else ())
 
 
 # These find what darts finds, at more cost.
