@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
+from types import CellType, FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -387,13 +387,10 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
 
     def _standalone(self, assignment: Assignment) -> nn.Module:
         """Return a module with this class' methods over plain layers. It has no choices and needs no search space."""
-        own: dict[str, Any] = {}
-        for base in reversed(type(self).__mro__[: type(self).__mro__.index(SearchSpace)]):
-            own.update({k: v for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")})
         network = copied(self, assignment)
         for attribute in ("superposition", "choices", "_costs", "stacks", "execute", "created_with"):
             network.__dict__.pop(attribute, None)
-        network.__class__ = type(f"{type(self).__name__}Network", (Elastic,), own)
+        network.__class__ = _network_class(type(self))
         there = dict(network.named_parameters())  # copying unties weights, so they are tied again below
         for names in tied(self):
             present = [name for name in names if name in there]
@@ -401,6 +398,31 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
                 owner, _, key = name.rpartition(".")
                 setattr(network.get_submodule(owner), key, there[present[0]])
         return network
+
+
+def _network_class(space: type[SearchSpace]) -> type[nn.Module]:
+    """Return a class with the methods of a space's class, and of those that it extends, that is no search space."""
+    made: type[nn.Module] = Elastic
+    for base in reversed(space.__mro__[: space.__mro__.index(SearchSpace)]):
+        cell = CellType()
+
+        def own(value: Any, cell: CellType = cell) -> Any:
+            """Return a method whose `super()` is the network's."""
+            if isinstance(value, classmethod | staticmethod):
+                return type(value)(own(value.__func__))
+            if isinstance(value, property):
+                return property(own(value.fget), own(value.fset), own(value.fdel), value.__doc__)
+            if not isinstance(value, FunctionType) or "__class__" not in value.__code__.co_freevars:
+                return value
+            cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)) | {"__class__": cell}
+            closure = tuple(cells.values())
+            method = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+            method.__kwdefaults__ = value.__kwdefaults__
+            return method
+
+        left = {k: own(v) for k, v in vars(base).items() if k not in ("__init__", "__dict__", "__weakref__")}
+        cell.cell_contents = made = type(f"{base.__name__}Network", (made,), left)
+    return made
 
 
 def _joined(name: str, key: str) -> str:

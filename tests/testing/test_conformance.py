@@ -105,19 +105,19 @@ class Counting(Right):
 
     def forward(self, x):
         self.calls += 1
-        return Right.forward(self, x) + 0.1 * self.calls
+        return super().forward(x) + 0.1 * self.calls
 
 
 class Mixing(Right):
     """Looks at the other samples of the batch."""
 
     def forward(self, x):
-        return Right.forward(self, x - x.mean(0))
+        return super().forward(x - x.mean(0))
 
 
 class Dropping(Right):
     def forward(self, x):
-        return Right.forward(self, nn.functional.dropout(x, 0.5))
+        return super().forward(nn.functional.dropout(x, 0.5))
 
 
 class Reversed(Right):
@@ -128,6 +128,28 @@ class Reversed(Right):
 class Unread(Right):
     def from_string(self, text):
         return self.largest()
+
+
+class Scaled:
+    """Goes on from what it is mixed into."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Extended(Scaled, Right):
+    """Extends the forward of another space, and of its parts."""
+
+    @property
+    def shift(self):
+        return self.offset()
+
+    @staticmethod
+    def offset():
+        return 1.0
+
+    def forward(self, x, *, scale=0.5):
+        return scale * super().forward(x) + self.shift
 
 
 class Overstated(Right):
@@ -166,7 +188,7 @@ class Choiceless(SearchSpace):
         self.layer = nn.Linear(5, 3)
 
 
-@pytest.mark.parametrize("space", [Right, lambda: Right(relaxation="gated")])
+@pytest.mark.parametrize("space", [Right, lambda: Right(relaxation="gated"), Extended])
 @pytest.mark.slow
 def test_a_space_that_keeps_the_contract_passes(space):
     check_space(space)
