@@ -107,4 +107,4 @@ def test_evaluate_ends_with_the_facts_first_and_a_unit_for_every_number(finished
     assert lines[1].split("  ")[0] == "test accuracy" and lines[1].endswith(f"{evaluated['test_accuracy']:.2f} %")
     assert f"entropy {metrics['search']['entropy']:.2f} of 1" in said and "decided" in said
     assert f"{evaluated['macs']:,} multiply-accumulates" in said and f"{evaluated['params']:,} parameters" in said
-    assert f"test loss {evaluated['test_loss']:.2f} nats" in said
+    assert f"test loss {evaluated['test_loss']:.4f} nats" in said
