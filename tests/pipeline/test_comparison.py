@@ -253,8 +253,14 @@ def test_the_command_reads_the_store_of_the_project(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     (tmp_path / ".dvc").mkdir()
     monkeypatch.chdir(tmp_path)
-    nothing = CliRunner().invoke(main, ["compare"])
-    assert nothing.exit_code == 2 and "no finished run to compare" in nothing.output
+    for written, message in (
+        ([], "is no project, as it has no dvc.yaml"),
+        (["dvc.yaml"], "no finished run to compare"),
+    ):
+        for name in written:
+            (tmp_path / name).touch()
+        nothing = CliRunner().invoke(main, ["compare"])
+        assert nothing.exit_code == 2 and message in nothing.output
     for name, offset in (("drnas", 0.0), ("spos", 1.0)):
         for seed in range(2):
             curve = {"validation_accuracy": [50.0, 60.0 + seed], "processor_seconds": [10.0, 20.0 + offset]}
