@@ -276,7 +276,7 @@ def test_the_pipeline_in_two_processes(tmp_path):
         "retrain": ["retrain.epochs = 1"],
         "evaluate": [],
     }
-    last = {"discretize": "discretize 3/3  best loss", "evaluate": "autoformer_nano on digits"}
+    last = {"discretize": "discretize 3/3  loss", "evaluate": "autoformer_nano on digits"}
     for name in STAGES:
         bindings = ["SPACE = 'autoformer_nano'", "DATASET = 'digits'", "SEED = 0", *options[name]]
         command = [sys.executable, "-m", f"pipelines.{name}", f"gin/stages/{name}.gin", *bindings]

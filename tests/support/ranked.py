@@ -86,7 +86,7 @@ def bfloat16():
 def paced():
     """A search by seconds. The clocks of the ranks go on with every look at them, by 1 and 2 seconds."""
     ticks = itertools.count(step=1 + distributed.rank())
-    with mock.patch("tanglenas_engine.stages.pace.time.process_time", lambda: float(next(ticks))):
+    with mock.patch("tanglenas_engine.runtime.timer.time.process_time", lambda: float(next(ticks))):
         return searched("drnas", seconds=40.0, warmup_epochs=1)
 
 
