@@ -53,7 +53,7 @@ from tanglenas_engine import (
 )
 from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.candidates import Candidates, held
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.derivation.race import plan, race
@@ -260,7 +260,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
     def budget(self, share: float) -> dict[str, float]:
         """Return the limits at a share of the largest network's multiply-accumulates."""
         space = self.space()
-        return {"macs": int(share * space.cost(space.largest()).macs)}
+        return {"macs": whole(share * space.cost(space.largest()).macs)}
 
     def retrained(self, architecture: Architecture, seed: int, until: int | None = None) -> tuple[RetrainResult, float]:
         """Train a network by itself, to the end or until so many epochs, and return its seconds so far, too.

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tanglenas_engine.errors import shown
 from tanglenas_engine.optimizers.optimizer import DECIDED, UNDECIDED
 
 LARGEST = 1e18
 """The size from which a metric counts as none."""
 COSTS = {"params": ("parameters", ""), "macs": ("MACs", "multiply-accumulates for one input")}
 """The costs of the headline: the key of the metrics, the unit, and what the unit is."""
+UNITS = {
+    **{"accuracy": " %", "params": " parameters", "macs": " multiply-accumulates", "entropy": " of 1"},
+    **dict.fromkeys(("validation_loss", "test_loss", "split_loss", "race_loss", "race_lead"), " nats"),
+}
+"""The units of metrics, by the end of their names. Losses of training have that of the loss that was configured."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,17 @@ def headline(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
     """
     evaluated = metrics.get("evaluate", {})
     return [*_quality(evaluated), *_costs(evaluated), *_decision(metrics)]
+
+
+def metric_text(key: str, value: object) -> str:
+    """Return a metric as a person reads it, with its unit. A penalty has none: it is a share of a cost."""
+    unit = "" if key.startswith("penalty_") else next((unit for end, unit in UNITS.items() if key.endswith(end)), "")
+    if isinstance(value, float):
+        digits = 4 if key.endswith(("loss", "lead")) else 0 if abs(value) >= 1e4 else 2
+        return f"{value:,.{digits}f}{unit}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
+        return f"{value:,}{unit}"
+    return shown(value)
 
 
 def _quality(evaluated: Mapping[str, Any]) -> list[Fact]:

@@ -35,7 +35,7 @@ from tanglenas_engine.pipeline.files import (
     SUPERNET,
     read_splits,
 )
-from tanglenas_engine.pipeline.headline import headline
+from tanglenas_engine.pipeline.headline import headline, metric_text
 from tanglenas_engine.pipeline.pools import agreement, incomparable
 
 LARGEST_LOSS = 700
@@ -242,7 +242,7 @@ def print_summary(architecture: Architecture, title: str, sample: str = "") -> N
     table = Table("stage", "result", "files")
     for name, numbers in metrics.items():
         lines = [
-            f"{key.replace('_', ' ')} {_readable(key, value)}"
+            f"{key.replace('_', ' ')} {metric_text(key, value)}"
             for key, value in numbers.items()
             if not key.startswith(("largest_", "smallest_"))
         ]  # the facts have these
@@ -261,19 +261,3 @@ def _numbers(stage: str) -> dict[str, Any]:
     path = METRICS / f"{stage}.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return found
-
-
-UNITS = {
-    **{"accuracy": " %", "params": " parameters", "macs": " multiply-accumulates", "entropy": " of 1"},
-    **dict.fromkeys(("validation_loss", "test_loss", "split_loss", "race_loss", "race_lead"), " nats"),
-}
-"""The units of metrics, by the end of their names. Losses of training have that of the loss that was configured."""
-
-
-def _readable(key: str, value: object) -> str:
-    """Return a metric as a person reads it, with its unit. A penalty has none: it is a share of a cost."""
-    unit = "" if key.startswith("penalty_") else next((unit for end, unit in UNITS.items() if key.endswith(end)), "")
-    if isinstance(value, float):
-        digits = 4 if unit == " nats" else 0 if abs(value) >= 1e4 else 2
-        return f"{value:,.{digits}f}{unit}"
-    return f"{value:,}{unit}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

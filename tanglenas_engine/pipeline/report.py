@@ -19,7 +19,7 @@ from tanglenas_engine.pipeline.comparison import compare_rows
 from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.figures import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
-from tanglenas_engine.pipeline.headline import headline
+from tanglenas_engine.pipeline.headline import headline, metric_text
 from tanglenas_engine.pipeline.params import parsed, swept
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
@@ -68,7 +68,7 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         title=f"{params.get('optimizer')} on {params.get('space')}" if architecture else f"{count} of {root.name}",
         params=params,
         facts=headline(metrics) if architecture else [],
-        metrics=[(stage, key, _shown(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
+        metrics=[(stage, key, metric_text(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
         architecture=architecture,
         figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.is_file()],
         sample=_text(root / OUT / "evaluate" / "sample.txt") if architecture else "",
@@ -151,14 +151,6 @@ def _text(path: Path) -> str:
         raise TangleNASError(
             f"{path} cannot be read ({shown(error)}): run `dvc repro` to have it written anew"
         ) from None
-
-
-def _shown(key: str, value: Any) -> str:
-    if isinstance(value, float):
-        digits = 4 if key.endswith(("loss", "lead")) else 2
-        return f"{value:,.{digits}f}{' %' if key.endswith('accuracy') else ''}"
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30
-    return f"{value:,}" if whole else shown(value)
 
 
 def _image(content: bytes, kind: str = "image/png") -> str:

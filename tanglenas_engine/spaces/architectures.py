@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,15 @@ class Architectures:
         return True
 
     # Methods that follow from the decisions.
+
+    def all_architectures(self) -> Iterator[Architecture]:
+        """Yield each architecture of the space once. `size` says how many there are."""
+        seen: set[str] = set()
+        for picks in itertools.product(*self.decisions()):
+            architecture = self.architecture_of(dict(ChainMap(*picks)))
+            if architecture.digest not in seen:
+                seen.add(architecture.digest)
+                yield architecture
 
     def best(self, scores: Mapping[Row, Sequence[Any]]) -> Architecture:
         """Return the architecture with the highest sum of scores. The first one wins a tie."""

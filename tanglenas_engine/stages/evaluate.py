@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -214,14 +212,9 @@ def rank_correlation(
 
 def _all_architectures(space: SearchSpace) -> list[Architecture]:
     """Return all architectures of a space."""
-    decisions = [list(alternatives) for alternatives in space.decisions()]
-    if math.prod(map(len, decisions)) > MAX_ASSIGNMENTS:
+    if math.prod(map(len, space.decisions())) > MAX_ASSIGNMENTS:
         raise TangleNASError(
             f"{space.label} has {space.size:,} architectures, too many to go through: set "
             "rank_correlation.architectures to a number, such as 200"
         )
-    found: dict[str, Architecture] = {}
-    for picks in itertools.product(*decisions):
-        architecture = space.architecture_of(dict(ChainMap(*picks)))
-        found.setdefault(architecture.digest, architecture)
-    return list(found.values())
+    return list(space.all_architectures())

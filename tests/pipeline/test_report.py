@@ -98,7 +98,7 @@ def test_the_page_tells_what_was_found_and_loads_nothing_from_elsewhere(project)
     assert all(address.startswith("data:image/") for address in page.loads)
     assert not {"script", "link", "iframe"} & set(page.elements)  # and the sample's markup is text
     assert ("pre", "<script>alert('text')</script>") in page.text
-    assert {"embed_dim", "48", "num_heads", "2, 3", "91.23 %", "52,762"} <= set(page.cells())
+    assert {"embed_dim", "48", "num_heads", "2, 3", "91.23 %", "52,762 parameters"} <= set(page.cells())
     assert ("title", "drnas on autoformer_nano") in page.text
     assert "0 evaluated runs" in said
     assert "MLflow knows no evaluated run" in dict(page.text)["p"]
