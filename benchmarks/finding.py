@@ -7,6 +7,7 @@
     python -m benchmarks.finding table benchmarks/results/gpt_nano.jsonl
     python -m benchmarks.finding front gpt_nano
     python -m benchmarks.finding paths gpt_nano
+    python -m benchmarks.finding ablate gpt_nano
     python -m benchmarks.finding alone toy_cell_small --data FOLDER_OF_FASHION_MNIST --table TABLE
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
@@ -14,12 +15,14 @@ file, so a study that is cut off goes on where it was. All times are of the proc
 split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
 the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
 `paths` goes on from a supernet that learned in mixtures by epochs of random architectures, and ranks the pool after
-each. `alone` trains networks that a table knows, to see what short trainings say.
+each. `ablate` changes one thing of a search at a time. `alone` trains networks that a table knows, to see what short
+trainings say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import tempfile
@@ -28,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 import numpy as np
@@ -160,6 +163,8 @@ class Method:
             best before any training, which is what `random` or `both` finds.
         short: Whether the search takes a quarter of the epochs, and the schedule of the trainings.
         paths: The epochs at the end in which the weights learn by random architectures.
+        relaxation: How the supernet computes a mixture.
+        segments: Whether the architecture split is the second half of the training samples, and not dealt.
     """
 
     optimizer: str
@@ -167,6 +172,8 @@ class Method:
     band: bool = True
     short: bool = False
     paths: int = 0
+    relaxation: str = "exact"
+    segments: bool = False
 
 
 METHODS = {
@@ -181,6 +188,19 @@ METHODS = {
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
 }
+ABLATIONS = {
+    "spos": Method("spos", ("judged",)),
+    "spos, whole space": Method("spos", ("judged",), band=False),
+    "spos, architecture split from elsewhere": Method("spos", ("judged",), segments=True),
+    "sandwich": Method("sandwich", ("judged",)),
+    "gdas": Method("gdas", ("argmax", "judged")),
+    "tunas": Method("tunas", ("argmax", "judged")),
+    "drnas": Method("drnas", ("argmax", "judged")),
+    "drnas, architecture split from elsewhere": Method("drnas", ("argmax", "judged"), segments=True),
+    "drnas, gated": Method("drnas", ("argmax", "judged"), relaxation="gated"),
+    "drnas, paper": Method("drnas", ("argmax", "judged"), relaxation="paper"),
+}
+"""Searches that differ from `spos` within the band, or from `drnas` with a target, in one thing."""
 DERIVATIONS: dict[str, dict[str, Any]] = {
     "argmax": {"method": "argmax"},
     "random": {"method": "random", "candidates": 300},
@@ -227,9 +247,20 @@ class Study(contextlib.AbstractContextManager["Study"]):
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def space(self, seed: int = 0) -> SearchSpace:
+    def space(self, seed: int = 0, relaxation: str = "exact") -> SearchSpace:
         torch.manual_seed(seed)
-        return create_space(self.task.space, **{**self.dataset.space_options(), **self.task.options})
+        options = {**self.dataset.space_options(), **self.task.options, "relaxation": relaxation}
+        return create_space(self.task.space, **options)
+
+    def segments(self) -> Self:
+        """Return the study with training samples that are cut in two, not dealt: the second half judges."""
+        training = self.splits.training
+        letters = np.array([*self.splits.assignment])
+        letters[training[: len(training) // 2]], letters[training[len(training) // 2 :]] = "w", "a"
+        study = copy.copy(self)
+        study.splits = replace(self.splits, assignment="".join(letters))
+        vars(study).pop("_images", None)
+        return study
 
     @cached_property
     def _images(self) -> DataView:
@@ -404,6 +435,17 @@ class Study(contextlib.AbstractContextManager["Study"]):
         )
         return {"seconds": round(time.process_time() - start, 2), **self.ranked(space, seed)}
 
+    def ablation(self, name: str, seed: int) -> None:
+        """Search in one of the ways of `ABLATIONS`, and derive, unless the file has it all."""
+        method = ABLATIONS[name]
+        keys = {derivation: f"ablation/{name}/{derivation}/{seed}" for derivation in method.derivations}
+        if all(key in self.done for key in keys.values()):
+            return
+        study = self.segments() if method.segments else self
+        space, mixture, searched = study.searched(method, seed)
+        for derivation, key in keys.items():
+            self.once(key, partial(study.derived, space, mixture, derivation, seed, searched, self.limits))
+
     def found(self, key: str) -> Architecture:
         """Return the architecture of a result."""
         choices = self.done[key]["architecture"]
@@ -413,7 +455,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
 
     def searched(self, method: Method, seed: int) -> tuple[SearchSpace, dict[str, torch.Tensor] | None, dict[str, Any]]:
         """Search with a method, and return the supernet, the mixture and what is known of the search."""
-        space, optimizer = self.space(seed), create_optimizer(method.optimizer)
+        space, optimizer = self.space(seed, method.relaxation), create_optimizer(method.optimizer)
         recipe: dict[str, Any] = dict(
             epochs=max(1, self.task.epochs // 4) if method.short else self.task.epochs,
             batch_size=32,
@@ -503,11 +545,11 @@ class Study(contextlib.AbstractContextManager["Study"]):
         }
 
     def ranked(self, space: SearchSpace, seed: int) -> dict[str, Any]:
-        """Return the loss of each network of the pool with a supernet's weights, in the pool's order."""
+        """Return loss and accuracy of each network of the pool with a supernet's weights, in the pool's order."""
         view = self.data("weights", "architecture")
         with Candidates(space, view.weights, view.architecture, limit=self.task.pool, seed=seed) as judged:
             rows = judged.judge(self.pool(), race=False)
-        return {"pool_losses": [row["loss"] for row in rows]}
+        return {"pool_losses": [row["loss"] for row in rows], "pool_accuracies": [row["accuracy"] for row in rows]}
 
 
 class Training:
@@ -636,6 +678,49 @@ def paths(task: str, data: str | None, out: Path, optimizer: str, seeds: str, ta
         ranks = ", ".join(f"{stats.spearmanr(row['pool_losses'], truth).statistic:.2f}" for row in rows)
         means = ", ".join(f"{np.mean(row['pool_losses']):.3f}" for row in rows)
         click.echo(f"| {epochs} | {ranks} | {means} | {np.mean([row['seconds'] for row in rows]):.0f} |")
+
+
+@main.command()
+@click.argument("task", type=click.Choice([name for name, task in TASKS.items() if task.metric is None]))
+@click.option("--data", help="The file or folder of the data, where a task needs one.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
+@click.option("--seeds", default="0,1,2", help="The seeds of the searches, with commas between them.")
+@click.option("--train/--no-train", default=True, help="Whether networks that were found are trained.")
+def ablate(task: str, data: str | None, out: Path, seeds: str, train: bool) -> None:
+    """Change one thing of a search at a time, and say how its supernet ranks the pool and what it finds."""
+    study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data))
+    pool = [study.once(f"pool/{i}/0", partial(study.trained, one, 0)) for i, one in enumerate(study.pool())]
+    for seed in map(int, seeds.split(",")):
+        for name in ABLATIONS:
+            study.ablation(name, seed)
+    for key in [key for key in study.done if key.startswith("ablation/") and train]:
+        architecture = study.found(key)
+        study.once(f"trained/{architecture.digest}/0", partial(study.trained, architecture, 0))
+    _print_ablations(study.done, [row["test_loss"] for row in pool])
+
+
+def _print_ablations(rows: dict[str, dict[str, Any]], truth: Sequence[float]) -> None:
+    """Print how each search ranks the pool, by loss and by accuracy, and the test losses of what it found."""
+    click.echo("| search | ranks by loss | by accuracy | derived by | test loss, 95 % interval | each seed | seconds |")
+    click.echo("| --- | --- | --- | --- | --- | --- | ---: |")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, row in rows.items():
+        if key.startswith("ablation/"):
+            _, name, derivation, _ = key.split("/")
+            groups.setdefault((name, derivation), []).append(row)
+    for (name, derivation), results in groups.items():
+        losses = [stats.spearmanr(row["pool_losses"], truth).statistic for row in results]
+        right = [stats.spearmanr(-np.array(row["pool_accuracies"]), truth).statistic for row in results]
+        worth = np.array([rows[key]["test_loss"] for row in results if (key := f"trained/{row['digest']}/0") in rows])
+        seconds = np.mean([row["search_seconds"] + row["derive_seconds"] for row in results])
+        click.echo(
+            f"| {name} | {_listed(losses, 2)} | {_listed(right, 2)} | {derivation} | "
+            f"{_told(worth) if len(worth) else ''} | {_listed(worth, 3)} | {seconds:.0f} |"
+        )
+
+
+def _listed(values: Sequence[float] | np.ndarray[Any, Any], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 @main.command()

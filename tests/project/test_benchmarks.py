@@ -274,3 +274,25 @@ def test_fronts_are_compared_over_budgets(tiny, tmp_path):
         "| spos whole space", "| random", "| another random", "| most params", "| the better random one by validation"
     ]  # fmt: skip
     assert all("nan" not in line for line in lines)
+
+
+@pytest.mark.exhaustive
+def test_ablations_change_one_thing_and_rank_the_pool(tiny, tmp_path, monkeypatch):
+    names = ["spos", "drnas, architecture split from elsewhere", "drnas, gated"]
+    monkeypatch.setattr(finding, "ABLATIONS", {name: finding.ABLATIONS[name] for name in names})
+    options = ["ablate", "gpt_nano", "--out", str(tmp_path), "--seeds", "0"]
+    result = CliRunner().invoke(finding.main, options, catch_exceptions=False)
+    lines = [line for line in result.output.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == [
+        "spos",
+        names[1],
+        names[1],
+        names[2],
+        names[2],
+    ]
+    assert all("nan" not in line for line in lines)
+    with finding.Study("gpt_nano", tmp_path / "gpt_nano.jsonl") as study:
+        splits = study.segments().splits
+        assert int(splits.weights.max()) < int(splits.architecture.min())
+        assert splits.training.tolist() == study.splits.training.tolist()
+        assert splits.weights.tolist() != study.splits.weights.tolist()
