@@ -64,7 +64,7 @@ from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages.discretize import METHODS as DERIVATION_METHODS
 from tanglenas_engine.stages.retrain import RetrainResult
-from tanglenas_engine.tables import load_table
+from tanglenas_engine.tables import load_table, rank_correlations
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 0.95
@@ -703,14 +703,17 @@ def _print_ablations(rows: dict[str, dict[str, Any]], truth: Sequence[float]) ->
     """Print how each search ranks the pool, by loss and by accuracy, and the test losses of what it found."""
     click.echo("| search | ranks by loss | by accuracy | derived by | test loss, 95 % interval | each seed | seconds |")
     click.echo("| --- | --- | --- | --- | --- | --- | ---: |")
+    good = [-loss for loss in truth]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, row in rows.items():
         if key.startswith("ablation/"):
             _, name, derivation, _ = key.split("/")
             groups.setdefault((name, derivation), []).append(row)
     for (name, derivation), results in groups.items():
-        losses = [stats.spearmanr(row["pool_losses"], truth).statistic for row in results]
-        right = [stats.spearmanr(-np.array(row["pool_accuracies"]), truth).statistic for row in results]
+        losses, right = (
+            [rank_correlations([sign * value for value in row[key]], good)["spearman"] for row in results]
+            for key, sign in (("pool_losses", -1), ("pool_accuracies", 1))
+        )
         worth = np.array([rows[key]["test_loss"] for row in results if (key := f"trained/{row['digest']}/0") in rows])
         seconds = np.mean([row["search_seconds"] + row["derive_seconds"] for row in results])
         click.echo(

@@ -290,7 +290,7 @@ def test_ablations_change_one_thing_and_rank_the_pool(tiny, tmp_path, monkeypatc
         names[2],
         names[2],
     ]
-    assert all("nan" not in line for line in lines)
+    assert all(line.split(" | ")[1] in ("1.00", "-1.00") for line in lines[2:])  # two networks; accuracies may tie
     with finding.Study("gpt_nano", tmp_path / "gpt_nano.jsonl") as study:
         splits = study.segments().splits
         assert int(splits.weights.max()) < int(splits.architecture.min())
