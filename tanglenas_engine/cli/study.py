@@ -155,16 +155,19 @@ def _check_memory(folder: Path, plan: Plan) -> None:
     """Print what a search needs.
 
     Raises:
-        TangleNASError: The machine has less, or the config is wrong.
+        TangleNASError: The machine has less, the table does not fit the study, or the config is wrong.
     """
     from ..pipeline.studies import memory
+    from ..pipeline.studies.methods import check_table
     from ..pipeline.studies.runs import entered
 
     if plan.study.needed is not None:
         need = plan.study.needed(plan.params)
     else:
         arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
-        with chdir(folder), entered(arm, str(seed)):
+        with chdir(folder), entered(arm, str(seed)) as run:
+            if plan.study.with_table:
+                check_table(run)
             need = memory.estimate()
     click.echo(memory.check(need))
 

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
         accuracy: Its accuracy there, in %.
         seconds: The processor seconds of the training from its first epoch on, also of those that an earlier call took.
         failure: The reason why the training failed, or an empty string.
-        wall: Its seconds on the wall, counted likewise; NaN lets the job measure those of this call alone.
+        wall: Its seconds on the wall, counted likewise; NaN lets the jobs measure the calls and add them up.
     """
 
     loss: float
@@ -157,29 +157,38 @@ class Jobs:
     def _key(self, digest: str, epochs: int) -> str:
         return f"{self.train.identity}/{digest}/{epochs}"
 
+    def _wall(self, digest: str, epochs: int) -> float:
+        """Return the seconds on the wall of the part of a training before so many epochs; 0 if there is none."""
+        parts = (self.candidates.kept.get(self._key(digest, before)) for before in range(epochs - 1, 0, -1))
+        return next((Trained(*part).wall for part in parts if part), 0.0)
+
     def _finished(self, architectures: Sequence[Architecture], epochs: int) -> Iterator[tuple[str, Trained]]:
         """Yield digests and results of trainings as they come."""
+        earlier = {one.digest: self._wall(one.digest, epochs) for one in architectures}
         ranks = distributed.world_size()
         if ranks > 1:  # a training for each rank at a time, so that what is finished is kept
             for start in range(0, len(architectures), ranks):
                 wave = architectures[start : start + ranks]
-                for digest, result in distributed.map_over_ranks(lambda one: run(self.train, one, epochs), wave):
+                for digest, result in distributed.map_over_ranks(
+                    lambda one: run(self.train, one, epochs, earlier=earlier[one.digest]), wave
+                ):
                     yield digest, Trained(*result)
             return
         threads = max(1, torch.get_num_threads() // self.workers)
-        tasks = [joblib.delayed(run)(self.train, one, epochs, threads) for one in architectures]
+        tasks = [joblib.delayed(run)(self.train, one, epochs, threads, earlier[one.digest]) for one in architectures]
         with running_on(self.backend, self.workers):
             for digest, result in as_they_come(tasks, self.workers):
                 yield digest, Trained(*result)
 
 
 def run(
-    train: Train, architecture: Architecture, epochs: int, threads: int | None = None
+    train: Train, architecture: Architecture, epochs: int, threads: int | None = None, earlier: float = 0.0
 ) -> tuple[str, tuple[float, float, float, str, float]]:
     """Train one network, in this process or another; return the digest and the result, that of a failure included.
 
     Args:
         threads: The number of torch's threads; None leaves it.
+        earlier: The seconds on the wall of the part of the training before this call.
     """
     with _one_at_a_time, distributed.apart(), seeded(0):
         before, start, began = torch.get_num_threads(), time.process_time(), time.monotonic()
@@ -193,7 +202,7 @@ def run(
         finally:
             torch.set_num_threads(before)
     if math.isnan(result.wall):
-        result = result._replace(wall=time.monotonic() - began)
+        result = result._replace(wall=earlier + time.monotonic() - began)
     if math.isnan(result.loss) and not result.failure:
         result = result._replace(failure="the validation loss is not a number")
     return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure, result.wall)

@@ -189,7 +189,8 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         # People compare runs of later stages by the optimizer of their search.
         optimizer = lineage.get("optimizer") or macro_value("OPTIMIZER") or ""
         if distributed.rank() > 0:
-            yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, weights, SilentProgress())
+            meter.begin()
+            yield Stage(name, seed, dataset, space, pipeline_id, NullTracker(), None, weights, SilentProgress(), meter)
             return
         resume = root / ".tanglenas" / "resume" / f"{name}-{identity}"
         checkpoints = stack.enter_context(_Checkpoints(resume, identity, code, meter))

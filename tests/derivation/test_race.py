@@ -7,6 +7,8 @@ import itertools
 import math
 import pickle
 import tempfile
+import time
+from types import SimpleNamespace
 
 import joblib
 import pytest
@@ -254,6 +256,25 @@ def test_a_job_measures_the_wall_where_a_training_does_not(monkeypatch):
     for given, expected in ((math.nan, 1.0), (7.0, 7.0)):
         _, found = jobs.run(lambda one, epochs, wall=given: jobs.Trained(0.5, 50, 3, wall=wall), space.largest(), 1)
         assert jobs.Trained(*found).wall == expected
+
+
+def test_seconds_on_the_wall_that_jobs_measure_add_up_over_calls():
+    took = []
+
+    class Train:
+        epochs, identity = 20, "recipe"
+
+        def __call__(self, architecture, epochs):
+            start = time.monotonic()
+            time.sleep(0.05)
+            took.append(time.monotonic() - start)
+            return jobs.Trained(0.5, 50.0, 0.0)
+
+    space = vit()
+    candidates = SimpleNamespace(kept={}, save=lambda: None, note=lambda text: None, space=space)
+    afforded = jobs.Jobs(candidates, Train(), 1, None).afforded([space.largest()], 100, "wall")
+    first, second = took
+    assert afforded == pytest.approx((100 - first - second) / (first + 19 * second), rel=0.2)
 
 
 def test_the_smaller_of_two_budgets_counts(train):

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tanglenas_engine.pipeline.meter import Meter
+from tanglenas_engine.runtime import distributed
 
 
 def test_a_stage_that_goes_on_adds_its_time_and_keeps_the_highest_peak():
@@ -28,6 +29,20 @@ def test_the_work_of_a_stage_is_what_lies_between_its_start_and_its_result():
     assert 100 <= ended["work_seconds"] < 160 and 50 <= ended["work_processor_seconds"] < 60
     sum(range(10**6))
     assert meter.read()["work_processor_seconds"] == ended["work_processor_seconds"]
+
+
+def test_the_processors_of_all_ranks_count(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 11.0, 13.0])  # made, begun, read, ended, read
+    monkeypatch.setattr("tanglenas_engine.pipeline.meter._processor_seconds", lambda: next(times))
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda own: [own[0] + 30, own[1] + 29])
+    meter = Meter()
+    meter.begin()
+    running = meter.read()  # the others are not known yet
+    assert (running["processor_seconds"], running["work_processor_seconds"]) == (12, 8)
+    meter.end()
+    ended = meter.read()  # this rank goes on alone
+    assert (ended["processor_seconds"], ended["work_processor_seconds"]) == (43, 39)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "3"])

@@ -17,6 +17,7 @@ from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.page import write_page
 from tanglenas_engine.pipeline.studies.run import arguments_of
 from tanglenas_engine.pipeline.studies.runs import entered, take_supernet, write_measured
+from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.progress import ConsoleProgress
@@ -25,15 +26,23 @@ __all__ = ["build_pool", "compare_runs", "measure_run", "stage_of", "take_supern
 
 
 @contextmanager
-def stage_of(arm: str, seed: str, stage: str) -> Iterator[list[str]]:
+def stage_of(arm: str, seed: str, stage: str, share: bool = True) -> Iterator[list[str]]:
     """Enter the folder of a run until the block ends, and give the arguments of a stage there.
 
-    A TangleNASError or an interruption ends the process with one sentence and a status other than 0.
+    A TangleNASError or an interruption ends the process with one sentence and a status other than 0. With
+    TANGLENAS_NPROC the script runs in that many processes, which share the stage.
+
+    Args:
+        share: Whether there is work to share.
     """
     print_anything()
-    with one_sentence(stage), entered(arm, seed):
-        print(f"{stage} of {arm}, seed {seed}")
-        yield arguments_of(stage)
+    with one_sentence(stage):
+        if share:
+            distributed.relaunch("pipelines.run", [arm, seed, stage])
+        with distributed.process_group(), entered(arm, seed):
+            if distributed.rank() == 0:
+                print(f"{stage} of {arm}, seed {seed}")
+            yield arguments_of(stage)
 
 
 def measure_run(arm: str, seed: str) -> None:

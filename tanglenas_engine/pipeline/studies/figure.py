@@ -54,7 +54,7 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
                 place.supxlabel(look.heading, fontsize=axes.xaxis.label.get_fontsize())  # it may be wider than the axes
 
             drawn.append((height, by_arm))
-        if panel.kind == "curves" and (found := curves(study.arms, runs, panel.name)):
+        if panel.kind == "curves" and (found := curves(study.arms, runs, panel.name, timed(panel))):
 
             def by_x(place: Any, panel: Panel = panel, found: Mapping[str, Any] = found) -> None:
                 _curves(place.subplots(), panel, found, colours)
@@ -92,17 +92,33 @@ def series(arms: Mapping[str, Arm], arm: str) -> str:
     return arms[arm].series or arm if arm in arms else arm
 
 
-def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[Any, Any, Any]]:
+def timed(panel: Panel) -> bool:
+    """Return whether a panel is over time, so that a value holds until there is a next one."""
+    return panel.x.startswith("time")
+
+
+def curves(arms: Mapping[str, Arm], runs: Runs, name: str, holding: bool = False) -> dict[str, tuple[Any, Any, Any]]:
     """Return a curve for each arm that has one: x and the mean, `(points,)`, and the ends of the band or None.
 
-    Points of arms of one series are one curve of each seed. A few points are averaged one by one, in both directions.
-    Longer curves are averaged where all seeds have a value; where that is one moment, the curve is a point.
+    Arms of one series that have one point each are one curve of each seed. A few points are averaged one by one, in
+    both directions. Longer curves are averaged where all seeds have a value; where that is one moment, the curve is a
+    point.
+
+    Args:
+        holding: Whether the last value of a seed holds as long as another seed has values.
     """
     parts: dict[str, dict[int, dict[tuple[str, int], tuple[float, float]]]] = {}  # points by arm and place
+    lines = {
+        series(arms, arm)
+        for arm, seeds in runs.items()
+        for one in seeds.values()
+        if name in one.curves and len(one.curves[name].x) > 1
+    }
     for arm, seeds in runs.items():
+        label = arm if series(arms, arm) in lines else series(arms, arm)
         for seed, one in seeds.items():
             if name in one.curves:
-                points = parts.setdefault(series(arms, arm), {}).setdefault(seed, {})
+                points = parts.setdefault(label, {}).setdefault(seed, {})
                 found_here = enumerate(zip(one.curves[name].x, one.curves[name].y, strict=True))
                 points |= {(arm, place): point for place, point in found_here if None not in point}
     found = {}
@@ -111,12 +127,12 @@ def curves(arms: Mapping[str, Arm], runs: Runs, name: str) -> dict[str, tuple[An
         if not several:
             continue
         paths = [np.array([point for _, point in points]).T for points in several]
-        first, end = max(path[0][0] for path in paths), max(path[0][-1] for path in paths)
+        first, end = max(path[0][0] for path in paths), (max if holding else min)(path[0][-1] for path in paths)
         alike = all([key for key, _ in points] == [key for key, _ in several[0]] for points in several)
         if alike and (len(several[0]) <= FEW or all(np.allclose(path[0], paths[0][0]) for path in paths)):
             x, each = np.mean([path[0] for path in paths], 0), np.stack([path[1] for path in paths])
         else:
-            x = np.linspace(first, end, POINTS) if first < end else np.array([end])
+            x = np.linspace(first, end, POINTS) if first < end else np.array([max(first, end)])
             each = np.stack([path[1][np.searchsorted(path[0], x, side="right") - 1] for path in paths])
         found[label] = x, each.mean(0), bootstrap(each, RESAMPLES) if len(each) > 1 else None
     return found
@@ -149,10 +165,9 @@ def matrices(runs: Runs, name: str) -> dict[str, tuple[list[str], list[str], Any
 def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    timed = panel.x.startswith("time")
     for label, (x, mean, band) in found.items():
         look, few = colours[label], len(x) <= FEW
-        steps = timed and not few  # a value holds until there is a next one
+        steps = timed(panel) and not few
         style, marker = "steps-post" if steps else "default", "o" if few else ""
         axes.plot(x, mean, label=plain(label), drawstyle=style, marker=marker, **look)
         if band is not None and few:
@@ -164,7 +179,7 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
                 x, low, high, step="post" if steps else None, color=look["color"], alpha=0.18, linewidth=0
             )
     axes.set_title(f"mean, {100 * LEVEL:.0f} % interval over seeds")
-    if timed:
+    if timed(panel):
         axes.set_xlim(left=0)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)

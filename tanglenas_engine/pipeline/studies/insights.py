@@ -52,6 +52,11 @@ def sized(space: SearchSpace) -> list[Choice]:
     ]
 
 
+def place(choice: Choice, pick: int) -> float:
+    """Return the place of an option among the sizes of its choice, from 0 (smallest) to 1 (largest)."""
+    return sorted(choice.options).index(choice.options[pick]) / (len(choice.options) - 1)
+
+
 def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
     """Return the place of each layer's option among the options of its choice, from 0 (smallest) to 1 (largest)."""
     choices = sized(space)
@@ -61,7 +66,7 @@ def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
         row = [math.nan] * layers
         for number, one in enumerate(choice.layer_rows):
             if one.active(assignment):
-                row[number] = assignment[one] / (len(choice.options) - 1)
+                row[number] = place(choice, assignment[one])
         values.append(row)
     return Matrix([choice.name for choice in choices], [str(layer + 1) for layer in range(layers)], values)
 
@@ -88,7 +93,7 @@ def early_over_late(space: SearchSpace, assignment: Assignment) -> float:
         used = [row for row in choice.layer_rows if row.active(assignment)]
         if not choice.layered or len(used) < 2:
             continue
-        places = [assignment[row] / (len(choice.options) - 1) for row in used]
+        places = [place(choice, assignment[row]) for row in used]
         early += places[: len(places) // 2]
         late += places[-(len(places) // 2) :]
     return float(np.mean(early) - np.mean(late)) if early else math.nan

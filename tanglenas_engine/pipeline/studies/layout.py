@@ -114,8 +114,7 @@ def _stage(stage: Stage, plan: Plan, arm: str) -> dict[str, Any]:
     params = [*SHARED, *PARAMS[stage], "arms.${item.arm}.optimizer", "arms.${item.arm}.bindings"]
     params += [f"arms.${{item.arm}}.{group}" for group in PARAMS[stage]]
     gin = _gin(stage)
-    races = any((own["discretize"].get("method") == "race") for own in plan.params["arms"].values())
-    if stage == "discretize" and races:
+    if stage == "discretize":  # which may be a race
         params += ["retrain", "arms.${item.arm}.retrain"]
         gin += _gin("retrain")[:2]
     return {

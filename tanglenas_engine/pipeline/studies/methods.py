@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.studies.run import Run
+from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.studies.run import Run, arguments_of
+from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.tables import Benchmark, load_table
 
 TEST = {
@@ -32,14 +37,34 @@ def worth(run: Run) -> dict[str, float]:
     if run.table is None:
         return run.tested()
     with run.opened() as bench:
-        from tanglenas_engine.errors import TangleNASError
         from tanglenas_engine.pipeline.configurables import read_architecture
 
-        benchmark = Benchmark(load_table(run.table, bench.space), run.metric)
-        if benchmark.listed is not None:
-            raise TangleNASError(f"{run.table.name} is a pool, which has few architectures: leave --table out")
-        row = benchmark.row(read_architecture(bench.space))
+        row = _benchmark(run.table, run.metric, bench.space).row(read_architecture(bench.space))
         return {name: row[name] for name in ("table_value", "table_regret") if name in row}
+
+
+def check_table(run: Run) -> None:
+    """Check before anything runs that the table of a run has the whole space.
+
+    Raises:
+        TangleNASError: The table is a pool, or of another space.
+    """
+    from tanglenas_engine.pipeline.configurables import create
+
+    if run.table is not None:
+        with configured(arguments_of("search")):
+            _, space, _ = create()
+        _benchmark(run.table, run.metric, space)
+
+
+def _benchmark(table: Path, metric: str, space: SearchSpace) -> Benchmark:
+    benchmark = Benchmark(load_table(table, space), metric)
+    if benchmark.listed is not None:
+        raise TangleNASError(
+            f"{table.name} is a pool, which has few architectures of {space.label}: give a table of the whole space, "
+            "or leave --table out, and what is found is trained"
+        )
+    return benchmark
 
 
 def moved(one: dict[str, object], other: dict[str, object]) -> float:

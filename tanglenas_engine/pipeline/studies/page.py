@@ -10,6 +10,7 @@ from typing import Any
 from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Group, Table, absent, table_of
 from tanglenas_engine.pipeline.comparison_tables import (
     DIFFERENCES,
+    INTERVAL,
     MEANING,
     difference_rows,
     estimate_rows,
@@ -131,9 +132,9 @@ def text(study: Study, results: Results, comparison: Comparison) -> str:
     said = [one for table in tables for one in sentences(study.claims, comparison, table)]
     nothing = "The study has no statement about these arms alone." if results.runs else "Nothing was measured yet."
     parts += ["## What the data say", "\n".join(f"- {one}" for one in said) or nothing]
-    if len(said) > 1 and len(seeds) > 1:
+    if (count := sum(INTERVAL in one for one in said)) > 1:
         parts.append(
-            f"These are {len(said)} statements, each by a {100 * LEVEL:.0f} % interval of Student's t over seeds. "
+            f"{count} statements are by a {100 * LEVEL:.0f} % interval of Student's t over seeds. "
             "Where nothing differs, one in twenty misses 0 by chance: a single one that stands out is weak evidence."
         )
     parts += study.notes(results.runs) if study.notes else []

@@ -10,7 +10,7 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError, closest, positive, unknown
 from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.runs import GROUPS
-from tanglenas_engine.pipeline.studies.study import SCALES, Arm, Scale, Study
+from tanglenas_engine.pipeline.studies.study import BUDGET, SCALES, Arm, Scale, Study
 
 PAPER = {
     "toy_cell": "paper/toy_cell", "toy_conv_macro": "paper/toy_conv_macro", "nb201": "paper/nb201",
@@ -122,7 +122,9 @@ def plan(
     chosen = _chosen(study, arms, sizes.without)
     paper = PAPER_EPOCHS.get(params["space"], {}) if scale == "paper" and "search.epochs" not in (changes or {}) else {}
     params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, paper) for arm in chosen}
-    notes = [_change(params, key, value) for key, value in (changes or {}).items()]
+    notes = [_change(study, params, key, value) for key, value in (changes or {}).items()]
+    for own in params["arms"].values():
+        own["search"] = {k: params["measure"]["budget"] if v == BUDGET else v for k, v in own["search"].items()}
     return Plan(name, params, [note for note in notes if note])
 
 
@@ -183,21 +185,22 @@ def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], paper: Ma
     own: dict[str, Any] = {"optimizer": "drnas", **copy.deepcopy(dict(arm.params))}
     for group in GROUPS:
         own[group] = dict(own.get(group, {}))
-    epochs = paper.get(own["optimizer"].removeprefix("pc_"))
-    if epochs is not None and params["search"].get("seconds") is None:
-        own["search"].setdefault("epochs", epochs)
     for group, values in sizes.arms.get(name, {}).items():
         own[group] = {**own[group], **values} if isinstance(values, Mapping) else values
+    epochs = paper.get(own["optimizer"].removeprefix("pc_"))
+    seconds = arm.as_long_as or {**params["search"], **own["search"]}.get("seconds")
+    if epochs is not None and not (seconds or arm.supernet):
+        own["search"] = {"epochs": epochs, **own["search"]}
     own |= {name: other for name in ("as_long_as", "beside") if (other := getattr(arm, name))}
     own["bindings"] = [*arm.bindings, *sizes.arms.get(name, {}).get("bindings", ())]
     return own
 
 
-def _change(params: dict[str, Any], key: str, value: Any) -> str:
+def _change(study: Study, params: dict[str, Any], key: str, value: Any) -> str:
     """Change a value by its dotted name. Return a sentence about arms that keep their own, or "".
 
     Raises:
-        TangleNASError: There is no such value.
+        TangleNASError: There is no such value, or it would have no effect.
     """
     places: dict[str, tuple[dict[str, Any], set[str]]] = {  # what can be changed, and the names in it
         group: (params[group], {*params[group]}) for group in (*GROUPS, "measure")
@@ -211,8 +214,28 @@ def _change(params: dict[str, Any], key: str, value: Any) -> str:
         known = [f"{outer}.{inner}" for outer, (_, several) in places.items() for inner in several]
         advice = f"--{key} gives it." if key in OPTIONS else f"{closest(key, known).strip()} Look at its params.yaml"
         raise TangleNASError(f"-S {key}: a study has no such value to change. {advice.strip()}")
+    if place.startswith("arms."):
+        _check_effect(study, place.split(".")[1], key, place.split(".")[2:] or [name])
     values[name] = value
     apart = {arm: own[place][name] for arm, own in params["arms"].items() if name in own.get(place, {})}
     told = ", ".join(f"{arm} ({one})" for arm, one in apart.items())
     first = next(iter(apart), "")
     return f"{key} is not for {told}, which have their own. -S arms.{first}.{key}=VALUE changes it." if apart else ""
+
+
+def _check_effect(study: Study, arm: str, key: str, group: Sequence[str]) -> None:
+    """Check that an arm searches, where a setting of its search is given, and for as long as that says.
+
+    Raises:
+        TangleNASError: The setting would have no effect.
+    """
+    own = study.arms[arm]
+    if own.supernet and group[0] in ("search", "optimizer"):
+        raise TangleNASError(
+            f"-S {key}: {arm} takes the supernet of {own.supernet}, so it has no search of its own. Change "
+            f"arms.{own.supernet}.{key.removeprefix(f'arms.{arm}.')}"
+        )
+    if own.as_long_as and key.endswith((".search.epochs", ".search.seconds")):
+        raise TangleNASError(
+            f"-S {key}: {arm} searches for as long as {own.as_long_as} took. Change the time of that arm"
+        )

@@ -14,7 +14,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.pools import agreement
 from tanglenas_engine.pipeline.studies.run import Run
-from tanglenas_engine.pipeline.studies.study import Arm, Claim, Measured, Panel, Runs, Scale, Study
+from tanglenas_engine.pipeline.studies.study import BUDGET, Arm, Claim, Measured, Panel, Runs, Scale, Study
 from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
@@ -86,7 +86,7 @@ STUDY = Study(
     paper="The authors' own logs have Spearman 0.44 for SPOS and 0.26 for DrNAS, on ten language models.",
     arms={
         "spos": Arm({"optimizer": "spos"}),
-        "spos-band": Arm({"optimizer": "spos", "search": {"target_share": 0.6}}),
+        "spos-band": Arm({"optimizer": "spos", "search": {"target_share": BUDGET}}),
         "sandwich": Arm({"optimizer": "sandwich"}),
         "drnas": Arm({"optimizer": "drnas"}),
         "drnas-paths": Arm({"optimizer": "drnas", "search": {"path_epochs": 2}}),

@@ -23,7 +23,7 @@ from tanglenas_engine.pipeline.files import METRICS, OUT
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, Run, clock_of, work_seconds
 from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
 from tanglenas_engine.pipeline.studies.text import yaml_text
-from tanglenas_engine.runtime import strict_json
+from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.files import write_atomic
 
 RUNS = Path("runs")
@@ -89,11 +89,13 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     if table:
         bindings += [f'benchmark.path = "../../{table}"', f'benchmark.metric = "{params["metric"]}"']
     folder = root / RUNS / f"{arm}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "gin", ignore_errors=True)
-    shutil.copytree(root / "gin", folder / "gin")
-    write_atomic(folder / "params.yaml", yaml_text(own))
-    write_atomic(folder / "dvc.yaml", yaml_text(_stages(root, bindings)))
+    with distributed.first():
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / "gin", ignore_errors=True)
+            shutil.copytree(root / "gin", folder / "gin")
+            write_atomic(folder / "params.yaml", yaml_text(own))
+            write_atomic(folder / "dvc.yaml", yaml_text(_stages(root, bindings)))
     # Runs of one supernet share the id of their pipeline. MLflow tells them apart by the name of their experiment.
     environment = {
         "DVC_EXP_NAME": "-".join(filter(None, [os.environ.get("DVC_EXP_NAME"), folder.name])),

@@ -7,7 +7,7 @@ twenty. The bootstrap of the tables is too short for few seeds: of two it is the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -76,7 +76,7 @@ def sentences(claims: Sequence[Claim], comparison: Comparison, table: Table) -> 
             base = next((other for other in table.groups if other.label == claim.against), None)
             if base is not None:
                 compared, _ = differences_to([group], base, [claim.metric])
-                found += [_against_arm(claim, one, look, table.estimates) for one in compared]
+                found += [_against_arm(claim, one, look) for one in compared]
     return found
 
 
@@ -95,14 +95,13 @@ def _against_number(claim: Claim, arm: str, look: Metric, estimate: Estimate, va
     return f"{arm}: {title} is **not told apart from {shown}**: {mean} ({ends}).{_paper(claim, reached)}"
 
 
-def _against_arm(claim: Claim, one: Difference, look: Metric, estimates: Mapping[tuple[str, str], Estimate]) -> str:
+def _against_arm(claim: Claim, one: Difference, look: Metric) -> str:
     reached, title = verdict(one.estimate, 0.0, claim.higher), look.title
     difference, ends = _numbers(look, one.estimate, signed=True)
     if reached == "one seed":
-        ours, theirs = (_numbers(look, estimates[one.metric, arm])[0] for arm in (one.group, one.against))
         return (
-            f"{one.group} against {one.against}: {title} is {ours} and {theirs}. One seed has no interval, so nothing "
-            "follows."
+            f"{one.group} against {one.against}: {title} differs by {difference} with the one seed that both have, so "
+            "nothing follows."
         )
     if reached == "equal":
         return f"{one.group} and {one.against} have equal values of {title} with every seed."

@@ -195,7 +195,7 @@ STUDY = Study(
     needed=needed,
     on=_on,
     metrics={
-        "seconds": Metric("search step, processor time", "ms", 1, 1e-3),
+        "seconds": Metric("search step, time", "ms", 1, 1e-3),
         "kept": Metric("kept for the backward pass", "MiB", 2, MIB),
         "peak": Metric("peak of a step", "MiB", 2, MIB),
         "weights": Metric("weights", "MiB", 3, MIB),

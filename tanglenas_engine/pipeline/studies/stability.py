@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Scale, Study
@@ -38,7 +39,13 @@ def measure(run: Run) -> Measured:
         return Measured(found)
     turnover = [changed(*pair) for pair in itertools.pairwise(ordered)]
     moved = [movement(*pair) for pair in itertools.pairwise(ordered)]
-    shared = max(2, max(epochs) - int(run.measure.get("warmup_epochs", 0)))
+    shared = max(2, max(epochs) - (longest := int(run.measure.get("warmup_epochs", 0))))
+    if shared > len(ordered):
+        raise TangleNASError(
+            f"alpha learns for {len(ordered)} epochs in the arm {run.arm!r}, but measure.warmup_epochs, {longest}, "
+            f"leaves {shared}, and is to be the longest warm-up of all arms. Set it to {max(epochs) - len(ordered)} in "
+            "params.yaml: the searches are kept"
+        )
     late = [pair for pair in range((shared - 1) // 2, shared - 1) if not dropped(ordered[pair], ordered[pair + 1])]
     if late:
         found["turnover"] = float(np.mean([turnover[pair] for pair in late]))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SCALES = ("cpu", "paper")
 Params = Mapping[str, Any]
 """Values of params.yaml, in groups as there."""
+BUDGET = "measure.budget"
+"""What stands for the budget of the measurement as `search.target_share` of an arm."""
 Stage = Literal["search", "discretize", "retrain", "evaluate"]
 
 

@@ -14,7 +14,7 @@ from tanglenas_engine.pipeline import studies
 def main(arguments: Sequence[str]) -> None:
     """Run the stage in the folder of the run."""
     arm, seed, stage, *other = arguments
-    with studies.stage_of(arm, seed, stage) as given:
+    with studies.stage_of(arm, seed, stage, share=not other) as given:
         if other:
             studies.take_supernet(*other, seed)
         else:

@@ -85,7 +85,10 @@ def test_a_supernet_is_compared_with_a_pool_or_a_table(done):
     assert "ceiling" not in measured.values  # a table without a record says nothing about its trainings
     with pytest.raises(TangleNASError, match="give --table, or keep the stage `pool`"):
         studies.load("ranking").measure(run_of("ranking", done))
-    with pytest.raises(TangleNASError, match="is a pool, which has few architectures: leave --table out"):
+    with pytest.raises(
+        TangleNASError,
+        match=r"is a pool, which has few architectures of .*: give a table of the whole space, or leave --table out",
+    ):
         studies.load("stages").measure(run_of("stages", done, table=table))
 
 
@@ -169,6 +172,8 @@ def test_alpha_has_learned_for_as_long_where_arms_are_compared(monkeypatch):
     assert late.curves["turnover"].x == [5, 6, 7]
     rested = measured(3, course, rest=4)
     assert (rested.values, rested.curves) == (late.values, late.curves)
+    with pytest.raises(TangleNASError, match=r"alpha learns for 4 epochs in the arm 'arm'.*Set it to 5 in params.yaml"):
+        measured(5, course)
 
 
 def test_decisions_that_differ_are_a_share_of_all():
@@ -233,6 +238,14 @@ def test_sizes_are_places_among_the_options_and_missing_layers_are_left_out():
     assert {value for row in small.values for value in row if not math.isnan(value)} == {0.0}
     missing = [sum(math.isnan(value) for row in one.values for value in row) for one in (small, large)]
     assert missing[0] > missing[1]
+
+
+def test_a_size_has_its_place_whatever_the_order_in_which_options_were_given():
+    space = create_space("toy_conv_macro_nano", kernel_size=(7, 3, 5))
+    kernel = space.choices["kernel_size"]
+    assert [insights.place(kernel, pick) for pick in range(3)] == [1.0, 0.0, 0.5]
+    large = insights.sizes(space, space.assignment_of(space.largest()))
+    assert {value for row in large.values for value in row if not math.isnan(value)} == {1.0}
 
 
 def test_operations_of_a_cell_have_no_size():

@@ -80,7 +80,7 @@ def test_the_interval_of_the_difference_chooses_the_sentence(b, higher, start, e
 
 def test_one_seed_claims_nothing():
     assert said(Claim("accuracy", "b", "a"), a=[90.0], b=[99.0]) == (
-        "b against a: accuracy is 99.0 % and 90.0 %. One seed has no interval, so nothing follows."
+        "b against a: accuracy differs by +9.0 % with the one seed that both have, so nothing follows."
     )
     assert "one seed, which shows nothing of chance" in said(Claim("accuracy", "a", 0.0), a=[90.0])
 
@@ -158,6 +158,14 @@ def test_a_page_of_one_seed_says_that_there_is_no_interval():
     found = results(a=[90.0], b=[92.0])
     page = text(STUDY, found, compared(STUDY, found))
     assert "One seed gives no interval, and shows nothing of chance: a, b." in page and "ahead" not in page
+    assert "Student's t" not in page
+
+
+def test_a_sentence_about_one_common_seed_agrees_with_the_table():
+    found = results(a=[90.0, 91.0, 92.0], b=[95.0])
+    page = text(STUDY, found, compared(STUDY, found))
+    assert re.search(r"b against a: .* differs by \+5\.0 % with the one seed that both have", page), page
+    assert "Student's t" not in page  # a single statement has an interval, if any
 
 
 def measured(folder: Path, arm: str, seed: int, **content: object) -> None:
@@ -219,13 +227,28 @@ def test_points_of_a_series_are_one_curve_and_bands_need_two_seeds():
         "c": {0: Measured(curves={"line": Curve([3.0], [6.0])}), 1: Measured(curves={"line": Curve([], [])})},
         "d": {1: Measured(curves={"line": Curve([9.0], [9.0])})},
     }
-    x, mean, _ = curves({**STUDY.arms, "d": Arm(series="both")}, apart, "line")["both"]
+    x, mean, _ = curves({**STUDY.arms, "d": Arm(series="both")}, apart, "line", holding=True)["both"]
     assert (x[0], x[-1], mean[0]) == (1.0, 9.0, 6.0) and 6.0 not in x  # arms that not all seeds have are no point
     long = [Curve(list(range(start, start + 20)), [float(start)] * 20) for start in (0, 5)]
     x, mean, band = curves(
         STUDY.arms, {"a": {seed: Measured(curves={"line": one}) for seed, one in enumerate(long)}}, "line"
     )["a"]
-    assert (x[0], x[-1]) == (5, 24) and set(mean) == {2.5} and band is not None
+    assert (x[0], x[-1]) == (5, 19) and set(mean) == {2.5} and band is not None
+    held = curves(
+        STUDY.arms, {"a": {seed: Measured(curves={"line": one}) for seed, one in enumerate(long)}}, "line", holding=True
+    )
+    assert held["a"][0][-1] == 24  # over time the last value holds
+
+
+def test_whole_curves_of_a_series_are_lines_of_their_own():
+    ways = {"b": [(1.0, 80.0), (2.0, 90.0)], "c": [(1.0, 52.0), (2.0, 58.0), (4.0, 82.0)]}
+    runs = {
+        arm: {0: Measured(curves={"line": Curve([x for x, _ in points], [y for _, y in points])})}
+        for arm, points in ways.items()
+    }
+    assert STUDY.arms["b"].series == STUDY.arms["c"].series
+    found = curves(STUDY.arms, runs, "line")
+    assert {arm: [*zip(x.tolist(), y.tolist(), strict=True)] for arm, (x, y, _) in found.items()} == ways
 
 
 @pytest.mark.parametrize("xs", [(3.0, 3.0), (1.0, 1.5)])

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from paths import ROOT
 
-from tanglenas_engine import TangleNASError
+from tanglenas_engine import TangleNASError, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.config import configured
@@ -223,6 +223,22 @@ def test_some_arms_bring_those_that_they_need():
         plan("stages", layout_template(), command="", arms=["drnas-evolutoin"])
 
 
+def test_the_band_of_an_arm_is_that_of_the_budget():
+    def band(**changes: object) -> object:
+        return plan("ranking", layout_template(), command="", changes=changes).params["arms"]["spos-band"]["search"]
+
+    assert band() == {"target_share": 0.6} and band(**{"measure.budget": 0.8}) == {"target_share": 0.8}
+
+
+def test_a_pool_is_no_table_of_the_whole_space(study, tmp_path, monkeypatch):
+    space = create_space("autoformer_nano")
+    pool = Path("pool.csv")
+    pool.write_text(f'architecture,test_loss\n"{space.to_string(space.smallest())}",2.5\n')
+    result = CliRunner().invoke(main, ["study", "stages", "--table", "pool.csv", "--metric", "test_loss"])
+    assert result.exit_code == 2 and "pool.csv is a pool, which has few architectures" in result.stderr
+    assert not Path("study-stages").exists()
+
+
 @pytest.mark.parametrize("name, longest", [("anytime", "drnas-full"), ("stages", "spos-evolution")])
 def test_searches_take_longer_in_proportion(name, longest):
     def seconds(**given: float) -> list[float]:
@@ -272,6 +288,13 @@ def test_searches_take_longer_in_proportion(name, longest):
         (["ranking", "-S", "arms.extra=3"], "-S arms.extra: a study has no such value to change."),
         (["ranking", "-S", "arms.drnas.optimiser=darts"], "Did you mean 'arms.drnas.optimizer'?"),
         (["ranking", "-S", "arms.drnas.search=3"], "-S arms.drnas.search: a study has no such value to change."),
+        (
+            ["stages", "-S", "arms.spos-random.search.epochs=3"],
+            "spos-random takes the supernet of spos-evolution, so it has no search of its own. Change "
+            "arms.spos-evolution.search.epochs",
+        ),
+        (["stages", "-S", "arms.drnas-evolution.optimizer=gdas"], "drnas-evolution takes the supernet of drnas"),
+        (["stages", "-S", "arms.drnas.search.epochs=7"], "drnas searches for as long as spos-evolution took"),
         (["ranking", "--arms", "spso"], "unknown arm of the study 'spso'. Did you mean 'spos'?"),
     ],
 )

@@ -47,9 +47,26 @@ def test_a_study_goes_on_where_it_was_cut_off_and_ends_in_a_page(tmp_path):
     measured = json.loads((folder / "measured" / "spos-inherit-0.json").read_text("utf-8"))
     assert measured["values"]["cka"] == pytest.approx(1, abs=1e-3)
     page = (folder / "page" / "inheritance.md").read_text("utf-8")
-    assert "One seed has no interval, so nothing follows." in page and "ahead of" not in page
+    assert "with the one seed that both have, so nothing follows." in page and "ahead of" not in page
     assert (folder / "page" / "inheritance.png").exists()
     again = dvc(folder, "repro", PYTHONPATH=PATHS)
     assert "Running stage 'environment'" in again and again.count("Running stage") == 1
     compared = execute(folder, "tanglenas", "compare", "--metric", "test_accuracy", PYTHONPATH=PATHS)
     assert "test accuracy (%)" in compared
+
+
+def test_a_stage_of_a_study_runs_in_several_processes(tmp_path):
+    def study(folder: str, *more: str, **options: object) -> str:
+        return execute(
+            tmp_path, "tanglenas", "study", "stability", "--arms", "plain", "--seeds", "0", "--out", folder,
+            "-S", "search.epochs=2", "-S", "measure.warmup_epochs=0", *more, PYTHONPATH=PATHS, TANGLENAS_NPROC="2",
+            **options,
+        )  # fmt: skip
+
+    said = study("odd", "--bind", "search.batch_size = 33", status=2)
+    assert "search.batch_size is 33, expected a multiple of 2: every batch is shared by 2 process" in said, said
+    said = study("even")
+    assert said.count("search of plain, seed 0") == said.count("search 2/2 ") == 1, said
+    run = tmp_path / "even" / "runs" / "plain-0"
+    assert json.loads((run / "out" / "search.run.json").read_text())["used"]["processor_seconds"] > 0
+    assert (tmp_path / "even" / "page" / "stability.md").exists()
