@@ -42,8 +42,9 @@ SAVE_SECONDS = 30.0
 PROPOSALS_PER_CANDIDATE = 20
 """Proposals per new candidate after which a space counts as exhausted."""
 
-TRIED, MOST = 8, 10**6
-"""The candidates of a trial that tells how many fit into some seconds, and the largest number of them."""
+TRIED, TRIED_LONG, MOST = 8, 2, 10**6
+"""The candidates of a trial that tells how many fit into some seconds, those of them that are timed on more samples,
+and the largest number that it may tell."""
 
 RUNG = 4
 """Factor between the rungs of a race: a quarter of the candidates goes on, to about four times as many samples."""
@@ -78,7 +79,7 @@ class Trial(NamedTuple):
         drawing: The seconds to draw one.
         few, short: A number of samples, and the seconds to judge a candidate on them.
         many, long: The same for more samples.
-        left: The seconds that are left for others.
+        left: The seconds that are left to judge candidates, those of the trial included.
     """
 
     drawing: float
@@ -284,11 +285,17 @@ class Candidates:
         drawing = (timer.used() - start) / len(tried)
         few, many = (min(batches * self._batch_size, len(self._samples)) for batches in (1, RUNG))
 
-        def judging(count: int) -> float:
-            return timer.measure(lambda number: self.measured(tried[number % len(tried)], self._part(count)), 1, TRIED)
+        def judging(count: int, timed: int) -> float:
+            def judge(number: int) -> None:
+                one = tried[number % len(tried)]
+                found = self.measured(one, self._part(count))
+                self._scores[f"{one.digest}/{count}"] = found.loss, found.accuracy
 
-        short, long = judging(few), judging(many)
-        return Trial(drawing, few, short, many, long, timer.seconds - timer.used())
+            return timer.measure(judge, 1, timed)
+
+        short, long = judging(few, TRIED), judging(many, TRIED_LONG)
+        # What was judged here is known when it is drawn again.
+        return Trial(drawing, few, short, many, long, timer.seconds - timer.used() + len(tried) * short)
 
     # Drawing.
 

@@ -15,6 +15,7 @@ from torch import nn
 from tanglenas_engine import SearchSpace, create_objective
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import methods
@@ -300,6 +301,21 @@ def test_the_tables_of_costs_are_no_cost_of_each_candidate(monkeypatch):
             return super().cost(architecture)
 
     assert len(derive(Building(), method="random", seconds=90.0).candidates) >= 8
+
+
+def test_what_a_trial_judged_is_not_judged_again(monkeypatch):
+    judged, measured = [], Candidates.measured
+    ticks = itertools.count()
+    monkeypatch.setattr(timer.time, "process_time", lambda: float(next(ticks)))
+
+    def noted(self, architecture, samples):
+        judged.append((architecture.digest, len(samples)))
+        return measured(self, architecture, samples)
+
+    monkeypatch.setattr(Candidates, "measured", noted)
+    derive(vit(), method="random", seconds=40.0)
+    first = judged[0]
+    assert {one for one in judged if judged.count(one) > 1} <= {first}  # the first one is judged before the clock runs
 
 
 def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):
