@@ -293,7 +293,8 @@ class Candidates:
 
             return timer.measure(judge, 1, timed)
 
-        short, long = judging(few, TRIED), judging(many, TRIED_LONG)
+        short = judging(few, TRIED)
+        long = judging(many, TRIED_LONG) if many > few else short
         # What was judged here is known when it is drawn again.
         return Trial(drawing, few, short, many, long, timer.seconds - timer.used() + len(tried) * short)
 
