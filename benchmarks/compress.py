@@ -31,7 +31,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor, nn
 
@@ -54,6 +53,7 @@ from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import held
 from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.runtime.weights import save_weights, weights_metadata
 from tanglenas_engine.spaces.layers import order_layers
 from tanglenas_engine.spaces.products import count_products
 from tanglenas_engine.spaces.units import order_units, taylor
@@ -138,11 +138,15 @@ TASKS = {
 
 
 class Study:
-    """A task in progress: its data, its trained networks, and the file of results."""
+    """A task in progress: its data, its trained networks, and the file of results.
 
-    def __init__(self, task: Task, path: Path, data: str | None = None, threads: int = 1, weights: Path | None = None):
+    Attributes:
+        scored: The networks that FastNAS has scored for its sensitivities, and the seconds that took, by seed.
+    """
+
+    def __init__(self, name: str, path: Path, data: str | None = None, threads: int = 1, weights: Path | None = None):
         torch.set_num_threads(threads)
-        self.task, self.path = task, path
+        self.name, self.task, self.path = name, TASKS[name], path
         place = {self.task.place: data} if self.task.place else {}
         self.dataset = create_dataset(self.task.dataset, **place)
         self.data = self._data()
@@ -150,8 +154,8 @@ class Study:
         self.largest = self.cost(space.standalone(space.largest()))
         self.weights = weights or Path(tempfile.mkdtemp(prefix="compress"))
         self.weights.mkdir(parents=True, exist_ok=True)
-        self.charged: dict[int, tuple[int, float]] = {}
-        self.charged_folder = Path(tempfile.mkdtemp(prefix="fastnas"))
+        self.scored: dict[int, tuple[int, float]] = {}
+        self.sensitivities = Path(tempfile.mkdtemp(prefix="fastnas"))
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
@@ -243,16 +247,18 @@ class Study:
         }
 
     def trained(self, seed: int) -> Path:
-        """Train the largest network, unless its weights are there, and return their file."""
-        path = self.weights / f"{seed}.safetensors"
+        """Train the largest network, unless its weights are there, and return their file.
+
+        The file has the result of the training, too, so that every file of results has it.
+        """
+        path = self.weights / f"{self.name}-{seed}.safetensors"
         if not path.exists():
             space = self.space()
             torch.manual_seed(seed)
             network = space.standalone(space.largest())
             found = self.train(network, self.task.epochs[0], RATE, seed)
-            state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-            save_file({key: tensor.clone() for key, tensor in state.items()}, path)
-            self.once(f"largest/{seed}", lambda: {"cost": self.largest, **found})
+            save_weights(path, network.state_dict(), {"result": json.dumps({"cost": self.largest, **found})})
+        self.once(f"largest/{seed}", lambda: json.loads(weights_metadata(path)["result"]))
         return path
 
     def started(self, seed: int) -> SearchSpace:
@@ -275,7 +281,7 @@ class Study:
 
     def compress(self, method: str, share: float, seed: int) -> dict[str, Any]:
         """Compress the network by a method, and fine-tune what it returns."""
-        self.trained(seed)
+        self.started(seed)  # weights that do not load are an error of the study, and no result of a method
         most = math.floor(share * self.largest)
         start = time.process_time()
         try:
@@ -421,22 +427,33 @@ def pruned(study: Study, most: int, seed: int, importance: str) -> Found:
 def fastnas(study: Study, most: int, seed: int) -> Found:
     network = study.network(seed)
     count = STATISTICS if running_statistics(network) else 0
-    network, details = peers.fastnas(
-        network,
-        study.example,
-        study.cost,
-        most,
-        {"macs": "flops", "params": "params"}[study.task.cost],
-        lambda found: -measure(found, study.data.architecture).loss,
-        list(random_inputs(study.data.weights, 256, count, seed=seed, device=torch.device("cpu"))) if count else [],
-        str(study.charged_folder / f"fastnas-{seed}.pth"),
-    )
-    # The sensitivities are measured once for all budgets, and every budget is charged for them.
-    if details["scored"]:
-        study.charged[seed] = details["scored"], details["scoring_seconds"]
-    else:
-        details["scored"], details["charged_seconds"] = study.charged[seed]
-    return network, details
+    times: list[float] = []
+
+    def score(found: nn.Module) -> float:
+        times.append(time.process_time())
+        value = -measure(found, study.data.architecture).loss
+        times.append(time.process_time())
+        return value
+
+    # The sensitivities are measured once for all budgets, and every budget is charged for them: the first one as well,
+    # and if the library finds no network for it, the next.
+    scored, seconds = study.scored.get(seed, (0, 0.0))
+    try:
+        network, details = peers.fastnas(
+            network,
+            study.example,
+            study.cost,
+            most,
+            {"macs": "flops", "params": "params"}[study.task.cost],
+            score,
+            list(random_inputs(study.data.weights, 256, count, seed=seed, device=torch.device("cpu"))) if count else [],
+            str(study.sensitivities / f"{seed}.pth"),
+        )
+    finally:
+        if times:
+            study.scored[seed] = scored + len(times) // 2, round(seconds + times[-1] - times[0], 2)
+    all_scored, all_seconds = study.scored.get(seed, (0, 0.0))
+    return network, {**details, "scored": all_scored, "scoring_seconds": all_seconds, "charged_seconds": seconds}
 
 
 def longer(study: Study, most: int, seed: int, method: Callable[[Study, int, int], Found]) -> Found:
@@ -485,7 +502,7 @@ def run(
     threads: int,
 ) -> None:
     """Train the network, and compress and fine-tune it with each method, budget and seed."""
-    study = Study(TASKS[task], out / f"compress_{task}.jsonl", data, threads, weights)
+    study = Study(task, out / f"compress_{task}.jsonl", data, threads, weights)
     shares = tuple(map(float, budgets.split(";"))) if budgets else study.task.budgets
     for seed in range(seeds):
         for share in shares:
@@ -499,6 +516,8 @@ def table(path: Path) -> None:
     """Print the results in the file PATH as a table for each budget, and what ours gains over each method."""
     rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
     whole = [row for key, row in rows.items() if key.startswith("largest/")]
+    if not whole:
+        raise click.UsageError(f"{path} has no largest network: give a file that `benchmarks.compress run` wrote")
     click.echo(
         f"the largest network, {whole[0]['cost']:,}: test loss {_mean(whole, 'test_loss'):.4f}, accuracy "
         f"{_mean(whole, 'test_accuracy'):.1f} %, {_mean(whole, 'train_seconds'):.0f} s, {len(whole)} seeds"

@@ -322,10 +322,12 @@ class Running:
             time.sleep(0.05)
 
     def measure(self) -> None:
-        """Let the process measure."""
+        """Let the process measure, unless it has ended before: it failed, or its preparation overran."""
+        if self.ended():
+            return
         assert self.process.stdin is not None
         self.limit = time.monotonic() + self.part.seconds
-        with suppress(BrokenPipeError):  # it has failed
+        with suppress(BrokenPipeError):  # it fails just now
             self.process.stdin.write(b"\n")
             self.process.stdin.close()
 

@@ -141,7 +141,8 @@ def measured(name: str) -> dict[str, Any]:
 @torch.no_grad()
 def _corners(space: SearchSpace) -> tuple[float, float, bool]:
     """Return the largest relative errors in evaluation and in train mode, and whether costs are exact."""
-    space, errors, exact = space.double(), {True: 0.0, False: 0.0}, True
+    space, exact = space.double(), True
+    errors: dict[bool, list[Tensor]] = {True: [], False: []}
     x = space.example_input(3)
     x = x.double() if x.is_floating_point() else x
     for parameter in space.parameters():
@@ -161,8 +162,7 @@ def _corners(space: SearchSpace) -> tuple[float, float, bool]:
                 for one in (network, space):
                     torch.manual_seed(1)  # equal numbers for dropouts of whole layers
                     outputs.append(one(x))
-                error = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-6))
-                errors[training] = max(errors[training], error)
+                errors[training].append((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-6))
         network = space.release().eval().extract(architecture)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -170,7 +170,7 @@ def _corners(space: SearchSpace) -> tuple[float, float, bool]:
         one = space.example_input(1)
         exact &= cost.params == sum(p.numel() for p in network.parameters())
         exact &= cost.macs == count_products(network, one)
-    return errors[False], errors[True], exact
+    return float(torch.stack(errors[False]).max()), float(torch.stack(errors[True]).max()), exact
 
 
 @click.group()

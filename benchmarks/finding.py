@@ -718,7 +718,7 @@ def _print_ablations(rows: dict[str, dict[str, Any]], truth: Sequence[float]) ->
         seconds = np.mean([row["search_seconds"] + row["derive_seconds"] for row in results])
         click.echo(
             f"| {name} | {_listed(losses, 2)} | {_listed(right, 2)} | {derivation} | "
-            f"{_told(worth) if len(worth) else ''} | {_listed(worth, 3)} | {seconds:.0f} |"
+            f"{_told(worth)} | {_listed(worth, 3)} | {seconds:.0f} |"
         )
 
 
@@ -754,15 +754,18 @@ def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:
             fronts.setdefault(name, {}).setdefault(seed, {})[share] = trained
     for name, runs in [*fronts.items()]:  # a front that was cut off counts when it is complete
         fronts[name] = {seed: points for seed, points in runs.items() if len(points) == len(FRONT)}
+    random, another = fronts.get("random", {}), fronts.get("another random", {})
     fronts["the better random one by validation"] = {
         seed: {
-            share: min(one, fronts["another random"][seed][share], key=lambda row: row["validation_loss"])
+            share: min(one, another[seed][share], key=lambda row: row["validation_loss"])
             for share, one in points.items()
         }
-        for seed, points in fronts["random"].items()
-        if seed in fronts.get("another random", {})
+        for seed, points in random.items()
+        if seed in another
     }
     fronts = {name: runs for name, runs in fronts.items() if runs}
+    if not fronts:
+        raise click.UsageError(f"there is no whole front, of the budgets {FRONT}: run `benchmarks.finding front`")
     every = [row for runs in fronts.values() for points in runs.values() for row in points.values()]
     dearest, worst = max(row["macs"] for row in every), max(row["test_loss"] for row in every)
     volume = HV(ref_point=np.array([1.1, worst]))
@@ -778,9 +781,7 @@ def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:
     for name, by_seed in volumes.items():
         values = np.array([*by_seed.values()])
         means = np.mean([[points[str(share)]["test_loss"] for share in FRONT] for points in fronts[name].values()], 0)
-        ahead = np.array(
-            [value - volumes["random"][seed] for seed, value in by_seed.items() if seed in volumes["random"]]
-        )
+        ahead = np.array([value - volumes["random"][seed] for seed, value in by_seed.items() if seed in random])
         click.echo(
             f"| {name} | {_told(values)} | {_told(ahead)} | {', '.join(f'{v:.4f}' for v in values)} "
             f"| {', '.join(f'{mean:.3f}' for mean in means)} |"
@@ -788,8 +789,11 @@ def _print_fronts(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def _told(values: np.ndarray[Any, Any]) -> str:
-    """Return a mean with its 95 % interval, if there are several values."""
-    return f"{values.mean():.4f}" + (f" +- {_half_width(values):.4f}" if len(values) > 1 else "")
+    """Return a mean, with its 95 % interval if there are several values; "" for none."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}" if len(values) else ""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():.4f} +- {half:.4f}"
 
 
 @main.command()
@@ -797,15 +801,17 @@ def _told(values: np.ndarray[Any, Any]) -> str:
 def table(path: Path) -> None:
     """Print what the results in the file PATH say, as far as they are there."""
     rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    if any(key.startswith("front/") for key in rows):
+        _print_fronts(rows)
+        return
     pool = [row for key, row in rows.items() if key.startswith("pool/") and key.endswith("/0")]
-    trainings: dict[str, list[float]] = {}
-    for key, row in rows.items():
-        if "test_loss" in row and not key.startswith("short/"):
-            trainings.setdefault(row["digest"], []).append(row["test_loss"])
+    if not pool:
+        raise click.UsageError(f"{path} has no training of the pool: give a file that `benchmarks.finding run` wrote")
+    trainings = _trainings(rows)
     # A network is worth what it is over its seeds: one training of many goes wrong.
-    worth = {digest: float(np.mean(values)) for digest, values in trainings.items()}
+    worth = {digest: float(np.mean([*by_seed.values()])) for digest, by_seed in trainings.items()}
     losses = np.array([worth[row["digest"]] for row in pool])
-    repeated = [np.var(values, ddof=1) for values in trainings.values() if len(values) > 1]
+    repeated = [np.var([*by_seed.values()], ddof=1) for by_seed in trainings.values() if len(by_seed) > 1]
     deviation = f"{np.mean(repeated) ** 0.5:.4f} ({len(repeated)} networks)" if repeated else "unknown"
     click.echo(
         f"pool of {len(pool)}: test loss {losses.min():.4f} best, {np.median(losses):.4f} median, {losses.max():.4f} "
@@ -830,7 +836,7 @@ def table(path: Path) -> None:
         "| seconds |"
     )
     click.echo("| --- | --- | --- | --- | --- | --- | --- |")
-    first = {row["digest"]: row["test_loss"] for key, row in rows.items() if "test_loss" in row and key.endswith("/0")}
+    first = {digest: by_seed[0] for digest, by_seed in trainings.items() if 0 in by_seed}
     single = np.mean([row["test_loss"] for row in pool])
     each = np.mean([row["seconds"] for row in pool])
     click.echo(f"| one random network | {losses.mean():.4f} | {single:.4f} | | 50 | | {each:.0f} |")
@@ -859,7 +865,7 @@ def table(path: Path) -> None:
         ]
         once = np.mean([first[row["digest"]] for row in results])
         click.echo(
-            f"| {name} | {values.mean():.4f} +- {_half_width(values):.4f} | {once:.4f} "
+            f"| {name} | {_told(values)} | {once:.4f} "
             f"| {', '.join(f'{value:.3f}' for value in values)} "
             f"| {100 * np.mean(losses[None] > values[:, None]):.0f} | {', '.join(f'{rank:.2f}' for rank in ranks)} "
             f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
@@ -867,11 +873,18 @@ def table(path: Path) -> None:
         )
 
 
-def _half_width(values: np.ndarray[Any, Any]) -> float:
-    """Return half the width of the 95 % interval of a mean; 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+def _trainings(rows: dict[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the test loss of each network by digest and seed.
+
+    A network of the pool that was found, too, has one training for a seed under two keys. Other recipes, such as those
+    of `alone`, do not count.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for key, row in rows.items():
+        kind, *_, seed = key.split("/")
+        if kind in ("pool", "trained", "most params", "most macs"):
+            found.setdefault(row["digest"], {})[int(seed)] = row["test_loss"]
+    return found
 
 
 def _repeated(key: str) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import importlib
 import io
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -145,18 +144,12 @@ def fastnas(
         kind: {"*": {**rule, **{key: DIVISOR for key in ("channel_divisor", "feature_divisor") if key in rule}}}
         for kind, rule in mode._get_fastnas_default_rules().items()
     }
-    told, times = io.StringIO(), list[float]()
-
-    def timed(found: nn.Module) -> float:
-        times.append(time.process_time())
-        value = score(found)
-        times.append(time.process_time())
-        return value
+    told = io.StringIO()
 
     def searched(share: float) -> nn.Module:
         found = copy.deepcopy(network).eval()
         separate_activations(found)
-        options: dict[str, Any] = {"score_func": timed, "checkpoint": sensitivities, "verbose": True}
+        options: dict[str, Any] = {"score_func": score, "checkpoint": sensitivities, "verbose": True}
         if statistics:
             options |= {"data_loader": statistics, "collect_func": lambda batch: batch}
             options["max_iter_data_loader"] = len(statistics)
@@ -177,9 +170,7 @@ def fastnas(
     else:
         raise TangleNASError(f"FastNAS found no network within {most:,}: the last one costs {used:,}")
     lines = {line for line in told.getvalue().splitlines() if line.startswith("*")}
-    seconds = round(times[-1] - times[0], 2) if times else 0.0
-    details = {"asked": round(share, 4), "scored": len(times) // 2, "scoring_seconds": seconds, "choices": len(lines)}
-    return found, details
+    return found, {"asked": round(share, 4), "choices": len(lines)}
 
 
 def separate_activations(network: nn.Module) -> None:

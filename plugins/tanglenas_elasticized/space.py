@@ -15,12 +15,14 @@ from tanglenas_engine import SearchSpace, TangleNASError, elasticize
 SHARES = (0.5, 0.75, 1)
 NAMES = {"image_size": ("img_size", "image_size"), "in_channels": ("in_chans", "in_channels")}
 """The names that a function of a model may have for the options of a space, beside the option's own."""
+OUTPUTS = ("num_classes", "vocab_size")
+"""The options that set the number of outputs. A function with `**kwargs` gets them, too."""
 
 
 def elasticized(
     model: str | Callable[..., nn.Module] = "resnet18",
     arguments: Mapping[str, Any] | None = None,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     image_size: int | None = None,
     in_channels: int = 3,
     vocab_size: int | None = None,
@@ -39,7 +41,8 @@ def elasticized(
     Args:
         model: The name of a model of timm, or a function that makes one, such as `@timm.create_model` in a gin file.
         arguments: More arguments of the model, such as `{"embed_dim": 96}`.
-        num_classes: The number of classes. The function gets it, and the next ones, if it takes them.
+        num_classes: The number of classes; None is the number that the model has by itself. The function gets it, and
+            the next ones, if it takes them.
         image_size: The height and width of images, in pixels; None is 224.
         in_channels: The number of channels of images.
         vocab_size: The number of tokens, for a model of texts.
@@ -52,7 +55,8 @@ def elasticized(
         fixed: Names of choices that stay as they are.
 
     Raises:
-        TangleNASError: The model is unknown to timm or takes no such arguments, or it cannot become a space.
+        TangleNASError: The model is unknown to timm or takes no such arguments, has another number of outputs, or
+            cannot become a space.
     """
     texts = vocab_size is not None
     given: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size}
@@ -66,10 +70,26 @@ def elasticized(
             torch.manual_seed(0)  # so that a network trained from scratch depends on its own seed alone
             initial = _made(model, given, dict(arguments or {}))
         example = torch.randint(vocab_size, (2, block_size or 64)) if texts else torch.randn(2, in_channels, size, size)
-        return elasticize(
+        space = elasticize(
             network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
             initial=initial, relaxation=relaxation, sharing=sharing,
         )  # fmt: skip
+    _check_outputs(space, *("vocab_size", vocab_size) if texts else ("num_classes", num_classes))
+    return space
+
+
+def _check_outputs(space: SearchSpace, option: str, wanted: int | None) -> None:
+    """Refuse a space whose number of outputs is not the one that was asked for; timm has networks of 0 classes."""
+    mode = space.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        shape = tuple(space.eval()(space.example_input(2)).shape)
+    space.train(mode)
+    if wanted and wanted not in shape[1:]:
+        raise TangleNASError(
+            f"{option} is {wanted}, but the model returns a tensor of shape (batch, {', '.join(map(str, shape[1:]))}): "
+            "give the number under the name that the model's function has for it, in create_space.arguments, such as "
+            f'{{"classes": {wanted}}}'
+        )
 
 
 def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
@@ -93,7 +113,15 @@ def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], argument
     for option, value in given.items():
         if (name := next((n for n in (option, *NAMES.get(option, ())) if n in parameters), None)) is not None:
             named[name] = value
-    network = model(**{**named, **arguments})
+    passed_on = {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        passed_on = {name: value for name, value in given.items() if name in OUTPUTS and name not in named}
+    try:
+        network = model(**{**named, **passed_on, **arguments})
+    except TypeError as error:  # what `**kwargs` go to may have another name for it, which `arguments` may hold
+        if not any(name in str(error) for name in passed_on):
+            raise
+        network = model(**{**named, **arguments})
     if not isinstance(network, nn.Module):
         raise TangleNASError(f"create_space.model makes a {type(network).__name__}, expected a torch module")
     return network

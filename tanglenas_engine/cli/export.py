@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,29 @@ import click
 
 from tanglenas_engine.errors import TangleNASError
 
+from ._console import read_text
 from ._model import CONFIG, TOKENIZER, known_beside, transformers_model
-from ._space import read, space_options
+from ._space import read, read_architecture, space_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
-    from tanglenas_engine.data import Described
+    from tanglenas_engine.data import Dataset, Described
     from tanglenas_engine.spaces.architecture import Architecture
     from tanglenas_engine.spaces.space import SearchSpace
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest output: other runtimes sum in another order."""
+ARCHITECTURE, SPLITS = "architecture.json", "splits.json"
+WRITTEN = (
+    ARCHITECTURE, CONFIG, TOKENIZER, "tokenizer_config.json", "modeling_tanglenas_*.py",
+    "model.safetensors", "model.pt2", "model.onnx",
+)  # fmt: skip
+"""The files that formats write. One that another export left would be read as a part of this one."""
+STATISTICS = 8
+"""Batches that set the statistics of batch norms, as many as `retrain.mode = "inherit"` takes by default."""
 
 
 @dataclass
@@ -57,7 +66,7 @@ Format = Callable[[Export], tuple[Forward, str]]
 @click.option(
     "--format", "name", type=click.Choice(["timm", "transformers", "torch", "onnx", "torch-export"]), required=True
 )
-@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), required=True)
+@click.option("--output", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), required=True)
 @space_options
 def command(file: Path, weights: Path, name: str, output: Path, options: tuple[str, ...]) -> None:
     """Write the network of the file ARCH with its weights into DIR, and compare what was written with the network.
@@ -75,7 +84,7 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
     import torch
 
     space, architecture, made_with, dataset = read(file, options)
-    network = _network(space, architecture, weights).eval()
+    network = _network(space, architecture, weights, dataset).eval()
     known = known_beside(weights) or dataset
     torch.manual_seed(0)
     batches = [space.example_input(3)]  # another batch size than the traced one
@@ -86,13 +95,15 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
         folder.mkdir()
         forward, code = FORMATS[name](Export(space, architecture, made_with, network, folder, known))
         pairs = [(network(inputs), forward(inputs)) for inputs in batches]
-        difference = max(float((expected - got).abs().max()) for expected, got in pairs)
-        largest = max(float(expected.abs().max()) for expected, _ in pairs)
+        # torch's maximum of values with a NaN is NaN, where Python's may be any of them.
+        difference = float(torch.stack([(expected - got).abs().max() for expected, got in pairs]).max())
+        largest = float(torch.stack([expected.abs().max() for expected, _ in pairs]).max())
         if not difference <= TOLERANCE * largest:
             raise TangleNASError(
                 f"the export as {name} is wrong: it differs from the network by up to {difference:.3g}, where outputs "
                 f"go up to {largest:.3g}. Nothing was written; another format may do"
             )
+        _refuse_others(folder, output)
         written = [output / path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         shutil.copytree(folder, output, dirs_exist_ok=True)
     for path in written:
@@ -107,26 +118,97 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
         )
 
 
-def _network(space: SearchSpace, architecture: Architecture, weights: Path) -> nn.Module:
-    """Return the network with its weights, cut from the supernet's if need be."""
-    from tanglenas_engine.runtime.weights import OtherWeightsError, load_into
+def _refuse_others(folder: Path, output: Path) -> None:
+    """Refuse an output folder with files of another export, which `predict` and others would take for this one's.
 
-    network = space.standalone(architecture)
-    try:
-        prefix = load_into(network, weights)
-    except OtherWeightsError:
+    Files of equal names are written anew, so a network may be exported again in the same format.
+    """
+    names = sorted({path.name for pattern in WRITTEN for path in output.glob(pattern)})
+    if others := [name for name in names if not (folder / name).exists()]:
+        raise TangleNASError(
+            f"{output} has {', '.join(others)} of another network or format, which would be read in place of what is "
+            "exported now or as a part of it. Nothing was written: give a new folder as --output, or delete these files"
+        )
+
+
+def _network(space: SearchSpace, architecture: Architecture, weights: Path, dataset: Dataset | None) -> nn.Module:
+    """Return the network with its own weights, or with those that it inherits from the supernet."""
+    from tanglenas_engine.runtime.weights import OtherWeightsError, load_into, weights_metadata
+
+    metadata, own = weights_metadata(weights), space.standalone(architecture)
+    # Names and shapes do not tell the supernet's weights from those of its largest network. Only search, which wrote
+    # the supernet's, says by which optimizer they were trained.
+    for network in (space,) if "optimizer" in metadata else (own, space):
         try:
-            prefix = load_into(space, weights)
+            prefix = load_into(network, weights)
+            break
         except OtherWeightsError as error:
-            raise TangleNASError(
-                f"{weights} holds the weights of another network than the one of this architecture of {space.name!r}, "
-                f"and of another supernet {str(error)[str(error).index('(') :]}. Give the file that retrain wrote for "
-                "it, or set the space's options with -o"
-            ) from None
-        network = space.extract(architecture)
+            reason = str(error)[str(error).index("(") :]
+    else:
+        raise TangleNASError(
+            f"{weights} holds the weights of another network than the one of this architecture of {space.name!r}, "
+            f"and of another supernet {reason}. Give the file that retrain wrote for it, or set the space's options "
+            "with -o"
+        )
     if prefix:
         click.echo(f"{weights}: all names begin with {prefix!r}, which was left out", err=True)
+    if network is space:
+        return _recalibrated(space.extract(architecture).eval(), weights, dataset)
+    _check_architecture(space, architecture, weights, metadata)
+    return own
+
+
+def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None) -> nn.Module:
+    """Return the network with statistics of batch norms of its own, as `retrain.mode = "inherit"` sets them.
+
+    Those of the supernet are of many architectures.
+
+    Raises:
+        TangleNASError: The network needs statistics, and the data of the run are not known.
+    """
+    import torch
+
+    from tanglenas_engine.data import Splits, open_splits
+    from tanglenas_engine.training.measure import recalibrate, running_statistics, statistics_inputs
+
+    if not running_statistics(network):
+        return network
+    path = weights.with_name(SPLITS)
+    if dataset is None or not path.is_file():
+        needs = (
+            f"give the supernet.safetensors of the run, which lies beside its {SPLITS}"
+            if dataset is not None
+            else "leave -o out, and give the architecture.json of the run, which lies beside its operative.gin"
+        )
+        raise TangleNASError(
+            f"{weights} holds the supernet's weights. Its batch norms have statistics of many architectures, with "
+            f"which this network computes something else. To measure its own on the data of the run, {needs}. Or set "
+            "retrain.mode=inherit, run `dvc repro`, and export the weights that retrain writes"
+        )
+    splits = Splits.from_json(read_text(path, "the splits that search writes"))
+    samples = open_splits(dataset, splits, ("training",)).plain("training")
+    recalibrate(network, statistics_inputs(network, samples, STATISTICS, splits.seed, torch.device("cpu")))
+    click.echo(f"{weights}: the statistics of batch norms were set anew, on training data of the run", err=True)
     return network
+
+
+def _check_architecture(
+    space: SearchSpace, architecture: Architecture, weights: Path, metadata: Mapping[str, str]
+) -> None:
+    """Refuse the weights of another architecture, whose tensors may have equal names and shapes.
+
+    The weights' metadata has the digest of their architecture, or else the architecture.json beside them is theirs.
+    """
+    digest, told_by, beside = metadata.get("architecture"), weights, weights.with_name(ARCHITECTURE)
+    if digest is None and beside.is_file():
+        other, told_by = read_architecture(beside), beside
+        digest = (space.architecture_of(space.assignment_of(other)) if other.space == space.name else other).digest
+    if digest not in (None, architecture.digest):
+        raise TangleNASError(
+            f"{weights} holds the weights of another architecture than ARCH: {told_by} says {digest}, and ARCH is "
+            f"{architecture.digest}. Give the file that retrain wrote for ARCH, or the architecture.json beside it as "
+            "ARCH"
+        )
 
 
 def _name_in_timm(export: Export) -> str | None:
@@ -192,6 +274,14 @@ def _torch(export: Export) -> tuple[Forward, str]:
     from tanglenas_engine.spaces.architecture import Architecture
     from tanglenas_engine.spaces.space import SearchSpace
 
+    for name, value in export.options.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise TangleNASError(
+                f"the space {export.space.name!r} was made with the option {name}={value!r}, which no file of this "
+                "format can hold, and without which nobody can make the network. Choose torch-export or onnx"
+            ) from None
     SearchSpace.export(export.space, export.network, export.architecture, export.folder, export.known)
     options = "".join(f", {name}={value!r}" for name, value in export.options.items())
     code = f"""\
@@ -202,7 +292,7 @@ from tanglenas_engine import Architecture, create_space
 space = create_space({export.space.name!r}{options})
 model = space.standalone(Architecture.from_json(Path("DIR/architecture.json").read_text())).eval()
 model.load_state_dict(load_file("DIR/model.safetensors"))"""
-    read_again = Architecture.from_json((export.folder / "architecture.json").read_text("utf-8"))
+    read_again = Architecture.from_json((export.folder / ARCHITECTURE).read_text("utf-8"))
     network = export.space.standalone(read_again).eval()
     network.load_state_dict(load_weights(export.folder / "model.safetensors"))
     return network, code

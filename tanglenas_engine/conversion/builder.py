@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +44,10 @@ class _Candidate:
 class Builder:
     """The way from a recording to the choices and layers of a space.
 
+    Attributes:
+        names: The names of the choices, with those that are refused.
+        still: The names that choices would have whose sizes stay for another reason.
+
     Args:
         model: The model, which the space takes over.
         recorder: Its recording.
@@ -65,6 +72,8 @@ class Builder:
         self.refused = refused
         self.plan = Plan(self.analysis)
         self.report = Report()
+        self.names: set[str] = set()
+        self.still: set[str] = set()
 
     def build(self, space: Any) -> Report:
         """Declare the choices of a space with the model's tensors, make its layers elastic, and write its programs.
@@ -72,6 +81,7 @@ class Builder:
         Raises:
             TangleNASError: No size varies.
         """
+        self._fix_unequal_positions()
         self._fix_what_has_no_form()
         depths = self._choose(space)
         self._make_layers(space)
@@ -89,6 +99,18 @@ class Builder:
                 for name, _ in [*module.named_parameters(), *module.named_buffers()]:
                     found.setdefault(f"{node.target}.{name}", node)
         return found
+
+    def _fix_unequal_positions(self) -> None:
+        """Fix positions of a linear layer that vary in some of its calls only: it has one count for all calls."""
+        calls: dict[nn.Module, list[Counter[Atom]]] = {}
+        for node, dims in self.analysis.positions.items():
+            varying = Counter(atom for atom in resolved(itertools.chain(*dims)) if atom.fixed is None)
+            calls.setdefault(self.analysis.modules[str(node.target)], []).append(varying)
+        for found in calls.values():
+            common = functools.reduce(operator.and_, found)
+            for varying in found:
+                for atom in varying - common:
+                    atom.fix("a linear layer goes along it in one call and not in another")
 
     def _fix_what_has_no_form(self) -> None:
         """Fix dimensions of tensors that are not used, and all but one factor of each dimension of a tensor."""
@@ -128,8 +150,9 @@ class Builder:
         rows: dict[str, list[_Candidate]] = {}  # those that differ in the layer of a stack only are one choice
         for atom, places in found.items():
             candidate = self._candidate(atom, places)
-            reason = self.refused.get(candidate.label) or atom.fixed or candidate.reason
+            reason = atom.fixed or candidate.reason
             if reason is not None:
+                self.still.add(candidate.label)
                 atom.fix(reason)
                 if reason != DATA:
                     name, position = places[0]
@@ -166,6 +189,7 @@ class Builder:
             label, largest = f"{stack.path}.depth", len(stack.names)
             found = {max(stack.least, round(share * largest)) for share in self.shares["depth"]}
             options = tuple(sorted({n for n in found if n < largest} | {largest}))
+            self.names.add(label)
             if len(options) == 1 or label in self.refused:
                 self.stacks.remove(stack)
                 if label in self.refused:
@@ -208,12 +232,15 @@ class Builder:
         for group in groups:
             number += 1
             name, first = label if number == 1 else f"{label}.{number}", group[0]
-            while name in space.choices:
+            while name in self.names:
                 number += 1
                 name = f"{label}.{number}"
-            self.report.parts.append(
-                Part(name, first.kind, first.atom.length, first.options, "", sum(c.tensors for c in group))
-            )
+            self.names.add(name)
+            largest, tensors = first.atom.length, sum(c.tensors for c in group)
+            if name in self.refused:
+                self.report.parts.append(Part(name, "fixed", largest, (largest,), self.refused[name], tensors))
+                continue
+            self.report.parts.append(Part(name, first.kind, largest, first.options, "", tensors))
             if first.stack is None:
                 self.plan.sizes[first.atom] = space.choice(name, first.options)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.products import count_products
 from tanglenas_engine.spaces.space import SearchSpace
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -87,9 +89,12 @@ def _failing(
 
 
 def _is_extracted(space: SearchSpace, architecture: Architecture, x: Tensor, precision: torch.dtype) -> str | None:
-    """Return None if the supernet computes an architecture as its network does, else the reason."""
+    """Return None if the supernet computes an architecture as its network does, at its cost, else the reason."""
     try:
-        expected = space.extract(architecture)(x)
+        network = space.extract(architecture).eval()
+        if (reason := _miscounted(space, architecture, network)) is not None:
+            return reason
+        expected = network(x)
         for relaxation in (None, "exact", "gated"):
             if relaxation is None:
                 space.select(architecture)
@@ -104,6 +109,17 @@ def _is_extracted(space: SearchSpace, architecture: Architecture, x: Tensor, pre
     finally:
         space.release()
     return None
+
+
+def _miscounted(space: SearchSpace, architecture: Architecture, network: nn.Module) -> str | None:
+    """Return None if the cost of an architecture is what its network multiplies, else the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the cost of the space itself warns
+            counted, cost = count_products(network, space.example_input(1)), space.cost(architecture).macs
+    except Exception:  # a module that is called as a whole may not run without numbers
+        return None
+    return None if counted == cost else "its multiply-accumulates do not follow from its sizes"
 
 
 def _close(expected: Tensor, got: Tensor, precision: torch.dtype) -> bool:

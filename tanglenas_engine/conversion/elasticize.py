@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tanglenas_engine.conversion.record import DataDependent, Recorder, record
 from tanglenas_engine.conversion.report import Part, Report
 from tanglenas_engine.conversion.traced import Traced
 from tanglenas_engine.elastic.base import Elastic, tied
-from tanglenas_engine.errors import TangleNASError, describe
+from tanglenas_engine.errors import TangleNASError, at_least, describe, quoted, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 
@@ -154,7 +154,7 @@ def elasticize(
         heads: The same for numbers of heads.
         depth: The same for numbers of repeated layers.
         divisor: Sizes are multiples of this number, or of a smaller power of two where there are few entries.
-        fixed: Names of choices that stay as they are.
+        fixed: Names of choices that stay as they are, as the report has them.
         output: A function that returns a tensor from what the model returns. By default it is the tensor itself, its
             `logits`, or the first element.
         initial: A module of the same kind whose weights say how a network is initialised: each parameter is drawn with
@@ -162,13 +162,16 @@ def elasticize(
         options: Options of every space, such as `relaxation`.
 
     Raises:
-        TangleNASError: The module cannot be recorded, does not take the example, or has nothing that can vary.
+        TangleNASError: The module cannot be recorded, does not take the example, or has nothing that can vary; or an
+            option is not one that the module has.
     """
     _check_model(model, example)
-    shares = {"hidden": hidden, "residual": residual, "heads": heads, "depth": depth}
-    for kind, listed in shares.items():
-        if not listed or any(not 0 < share <= 1 for share in listed):
-            raise TangleNASError(f"{kind} is {listed!r}: expected shares of the model's size, such as (0.5, 1)")
+    shares = {
+        kind: _shares(kind, given)
+        for kind, given in {"hidden": hidden, "residual": residual, "heads": heads, "depth": depth}.items()
+    }
+    at_least("divisor", divisor, 1)
+    fixed = _names(fixed)
     reference = next(model.parameters(), example)
     example = example.detach().to(reference.device)
     recorder, whole = _record(model, example, output)
@@ -177,6 +180,9 @@ def elasticize(
         builder = Builder(copy.deepcopy(model), recorder, shares, divisor, refused)
         space = Elasticized(builder.model, example, **options)
         space.report = builder.build(space)
+        for name in fixed:
+            if name not in builder.names | builder.still:
+                raise unknown("choice in fixed", name, builder.names)
         space.report.parts[:0] = [Part(name, "fixed", 0, (), reason) for name, reason in whole.items()]
         failing = failing_choices(space, model, output)
         if not failing:
@@ -186,6 +192,23 @@ def elasticize(
     raise TangleNASError(
         f"{type(model).__name__} cannot become a space: its architectures differ from the networks extracted for them"
     )
+
+
+def _shares(kind: str, given: Any) -> tuple[float, ...]:
+    """Return the shares that an option lists."""
+    shares = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not shares or not all(isinstance(s, int | float) and not isinstance(s, bool) and 0 < s <= 1 for s in shares):
+        raise TangleNASError(f"{kind} is {quoted(given)}: expected shares of the model's size, such as (0.5, 1)")
+    return shares
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Return the names that the option `fixed` lists."""
+    names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if names is None or not all(isinstance(name, str) for name in names):
+        example = [given] if isinstance(given, str) else ["blocks.depth"]
+        raise TangleNASError(f"fixed is {quoted(given)}: expected a list of names of choices, such as {example!r}")
+    return names
 
 
 def _check_model(model: nn.Module, example: Tensor) -> None:
@@ -244,7 +267,10 @@ def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> 
             return record(model, example, output, whole), whole
         except DataDependent as error:
             if not error.owner or error.owner in whole:
-                raise TangleNASError(f"{name} cannot become a space: {error.reason}") from None
+                advice = "put the part that does so into a module of its own, which is then called as a whole"
+                raise TangleNASError(
+                    f"{name} cannot become a space: {error.reason}{'' if error.owner else f'; {advice}'}"
+                ) from None
             whole[error.owner] = error.reason
         except TangleNASError:
             raise

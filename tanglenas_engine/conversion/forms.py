@@ -114,21 +114,21 @@ class Product(Elastic):
 
     Args:
         function: The function.
-        factors: Its multiply-accumulates for the recorded batch: a constant and Sizes.
-        recorded: The length of the batch that the constant is for.
+        constant: Its multiply-accumulates for one input, as the product of this number and the sizes.
+        sizes: The sizes.
     """
 
-    def __init__(self, function: Callable[..., Any], constant: int, sizes: tuple[Size, ...], recorded: int):
+    def __init__(self, function: Callable[..., Any], constant: int, sizes: tuple[Size, ...]):
         super().__init__()
         self.function = function
-        self._constant, self._sizes, self._recorded = constant, sizes, recorded
+        self._constant, self._sizes = constant, sizes
         self.declare(role="fixed", sizes=sizes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def macs(self, output: Any) -> list[tuple[int, tuple[Size, ...]]]:
-        return [(self._constant // self._recorded, self._sizes)]
+        return [(self._constant, self._sizes)]
 
 
 class FixedProduct(nn.Module):

@@ -210,4 +210,6 @@ class Program:
         if dims is None or not varying:
             return FixedProduct(function)
         constant = math.prod(a.length for dim in dims for a in resolved(dim) if a not in self.plan.sizes)
-        return Product(function, constant, tuple(self.plan.sizes[a] for a in varying), BATCHES[0])
+        if any(source.meta.get("batched") for source in (node, *node.all_input_nodes)):
+            constant //= BATCHES[0]  # a product of parameters alone is computed once for all inputs
+        return Product(function, constant, tuple(self.plan.sizes[a] for a in varying))

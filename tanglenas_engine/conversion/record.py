@@ -1,9 +1,10 @@
 """Recordings of a model's forward as a torch.fx graph.
 
 A tracer with symbolic values stops at the first `if` about a shape. A recording runs the model on an example, so that
-all shapes are numbers, and notes every call of a torch function and of a torch layer with parameters. Three runs make
-up for what one run cannot tell: a batch of another length, in another precision, shows which numbers depend on the
-batch and which types on the weights; a run in train mode shows what depends on the mode.
+all shapes are numbers, and notes every call of a torch function and of a torch layer with parameters. More runs make up
+for what one run cannot tell: a batch of another length, in another precision, shows which numbers depend on the batch
+and which types on the weights; a run in train mode shows what depends on the mode; a run with gradients and autocast
+shows which modules turn these on or off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +35,19 @@ INPLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and 
 """Operators that write into their first argument."""
 
 
+BLOCKS = {
+    "autocasts": "its forward turns autocast on or off",
+    "gradients": "its forward turns gradients off, or has gradients of its own",
+}
+"""The reasons for which a module is not taken apart whose forward has a block that a recording would leave out.
+
+Keys are those of `_Mode`.
+"""
+
+UNREAD = {"device", "dtype"}
+"""Attributes that are the same for every size of a tensor."""
+
+
 class DataDependent(Exception):
     """An error for a forward that a recording cannot repeat.
 
@@ -48,7 +62,7 @@ class DataDependent(Exception):
 
 
 class Recorder(TorchFunctionMode):
-    """A recording of one forward.
+    """A recording of one forward, with gradients and autocast as they are where the recording is made.
 
     Args:
         model: The model.
@@ -56,6 +70,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         graph: The graph. The `meta` of a node has `owner`, the name of the module that made the call, and `shapes`.
+            That of a module called as a whole has `read`, the inputs of which it uses more than device and type.
         constants: Tensors of the forward that are neither stored in the model nor computed by torch's functions.
         spans: For each module that is no leaf, its calls: the nodes, the tensors given, and the tensors returned.
         unchanged: The modules that returned their input in a call.
@@ -73,6 +88,8 @@ class Recorder(TorchFunctionMode):
         self.changed: set[str] = set()
         self._leaves = leaves
         self._off = False
+        self._modes = [_mode()]  # at the start of the call of each owner
+        self._read: set[int] | None = None  # the ids of tensors that a module called as a whole uses
         self._nodes: dict[int, fx.Node] = {}
         self._listed: list[fx.Node] = []  # all nodes in order
         self._alias: dict[int, int] = {}  # the ids of tensors that stand for others, and of those
@@ -91,9 +108,12 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._off:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if self._off:
+            if self._read is not None and not (name == "__get__" and attribute in UNREAD):
+                self._read.update(map(id, tree_leaves((args, kwargs))))
+            return func(*args, **kwargs)
         if name == "__iter__":  # what it returns is no tensor, but gives tensors
             return iter(self.__torch_function__(Tensor.unbind, types, (args[0], 0)))
         if name in READS | VARYING or (name == "__getitem__" and _by_mask(args[1])):
@@ -104,7 +124,6 @@ class Recorder(TorchFunctionMode):
                 )
         inplace = name == "__setitem__" or _is_inplace(name)
         written = args[0] if inplace else kwargs.get("out")
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" or (name == "__get__" and attribute == "data" and id(args[0]) in self._stored):
             raise DataDependent(self.owners[-1], "its forward replaces the numbers of a tensor")
         if isinstance(written, Tensor) and id(written) in self._stored and not self._counts(written):
@@ -121,6 +140,7 @@ class Recorder(TorchFunctionMode):
         if name in ("__setitem__", "backward", "register_hook") or any(
             isinstance(v, Tensor) for v in tree_leaves(result)
         ):
+            self._check_blocks((args, kwargs))
             self._note(func, name, args, kwargs, result)
         return result
 
@@ -133,20 +153,29 @@ class Recorder(TorchFunctionMode):
             own = [*module._parameters.values(), *module._buffers.values()]
             if any(tensor is not None and id(tensor) not in self._stored for tensor in own):
                 raise DataDependent(self.owners[-1], f"its forward calls {target} with other weights than its own")
+            self._check_blocks((args, kwargs, list(module.parameters())))
             self._off = True
+            read = self._read = None if type(module).__module__.startswith("torch.nn.modules.") else set()
             try:
                 result = forward(module, *args, **kwargs)
             finally:
-                self._off = False
-            self._bind_results(self._create("call_module", target, args, kwargs), result)
+                self._off, self._read = False, None
+            node = self._create("call_module", target, args, kwargs)
+            if read is not None:
+                read.update(map(id, tree_leaves(result)))  # an input may be returned
+                tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+                node.meta["read"] = [self._argument(tensor) for tensor in tensors if id(tensor) in read]
+            self._bind_results(node, result)
             return result
         self.owners.append(name)
+        self._modes.append(_mode())
         given = [self._argument(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         start = len(self._listed)
         try:
             result = forward(module, *args, **kwargs)
         finally:
             self.owners.pop()
+            self._modes.pop()
         returned = [self._argument(value) for value in tree_leaves(result) if isinstance(value, Tensor)]
         self.spans.setdefault(name, []).append((self._listed[start:], given, returned))
         same = (
@@ -156,6 +185,20 @@ class Recorder(TorchFunctionMode):
         )
         (self.unchanged if same else self.changed).add(name)
         return result
+
+    def _check_blocks(self, given: Any) -> None:
+        """Raise an error for a call in a block that turns autocast or gradients on or off, where these matter to it."""
+        mode, outside = _mode(), self._modes[0]
+        if mode == outside:
+            return
+        tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor) and value.is_floating_point()]
+        learning = outside.gradients and any(tensor.requires_grad for tensor in tensors)
+        for block, matters in (("autocasts", bool(tensors)), ("gradients", learning)):
+            plain = getattr(outside, block)
+            if matters and getattr(mode, block) != plain:
+                # The innermost module that was called outside of the block has it.
+                calls = zip(self.owners, self._modes, strict=True)
+                raise DataDependent([owner for owner, at in calls if getattr(at, block) == plain][-1], BLOCKS[block])
 
     def _counts(self, tensor: Tensor) -> bool:
         """Return True for the number of batches that a batch norm saw."""
@@ -237,6 +280,23 @@ class Recorder(TorchFunctionMode):
         return value
 
 
+class _Mode(NamedTuple):
+    """The state of torch that blocks such as `torch.no_grad()` change.
+
+    Attributes:
+        gradients: True if gradients are on.
+        autocasts: The number of blocks of autocast, on or off, around the caller.
+    """
+
+    gradients: bool
+    autocasts: int
+
+
+def _mode() -> _Mode:
+    torch.autocast_decrement_nesting()  # torch has no function that only returns the number
+    return _Mode(torch.is_grad_enabled(), torch.autocast_increment_nesting())
+
+
 def _is_inplace(name: str) -> bool:
     """Return True for the name of a function that writes into its first argument, such as `add_` or `__iadd__`."""
     dunder = name.startswith("__")
@@ -275,10 +335,22 @@ def run(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any
     """Record one forward of a model. Calls of the modules named in `whole` are noted as such, like those of layers."""
     recorder = Recorder(model, _leaves(model, set(whole)))
     recorder.input("x", x)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _calls_of(recorder):
+    with torch.random.fork_rng(devices=[]), _calls_of(recorder):
         result = output(model(x))
     recorder.output(result)
     return recorder
+
+
+@torch.enable_grad()
+def _run_as_trained(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any], Any]) -> Recorder:
+    """Record one forward with gradients, and with autocast if the model runs in it."""
+    try:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return run(copy.deepcopy(model), whole, x, output)
+    except DataDependent:
+        raise
+    except Exception:  # a model may insist on its own types
+        return run(copy.deepcopy(model), whole, x, output)
 
 
 def _leaves(model: nn.Module, whole: set[str]) -> dict[nn.Module, str]:
@@ -295,6 +367,7 @@ def _holds(module: nn.Module) -> bool:
     return any(tensor is not None for tensor in own)
 
 
+@torch.no_grad()
 def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any], whole: Iterable[str] = ()) -> Recorder:
     """Return the recording of a model's forward, in which numbers that depend on the batch or the mode are nodes.
 
@@ -313,7 +386,7 @@ def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any], whol
     """
     model = copy.deepcopy(model).eval()
     batches = [_batch(example, length) for length in BATCHES]
-    first = run(model, whole, batches[0], output)
+    first = _run_as_trained(model, whole, batches[0], output)
     modules = dict(model.named_modules())
     regularisers = {
         name
@@ -370,7 +443,7 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
     columns = _aligned(evaluated, trained, longer, model)
     merging = _Merging(evaluated.graph, columns, model, example)
     for node, train, long in zip(*columns, strict=True):
-        node.meta["batch"] = None
+        node.meta["batched"] = node.meta.get("shapes") != long.meta.get("shapes")
         args = merging.merged(node, node.args, train.args, long.args)
         kwargs = merging.merged(node, node.kwargs, train.kwargs, long.kwargs)
         node.meta["numbers"] = (node.args, node.kwargs)

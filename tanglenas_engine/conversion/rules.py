@@ -129,8 +129,8 @@ class Analysis:
         return ALIASES.get(name, name)
 
     def refuse(self, node: fx.Node, reason: str) -> None:
-        """Fix every dimension that a node touches."""
-        for source in node.all_input_nodes:
+        """Fix every dimension that a node touches. A module called as a whole touches what it reads."""
+        for source in node.meta.get("read", node.all_input_nodes):
             self.fix(source, reason)
         if node.op == "call_module":
             for name, _ in self.modules[str(node.target)].named_parameters():

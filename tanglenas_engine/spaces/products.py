@@ -98,8 +98,23 @@ def run_on_meta(network: nn.Module, example: Tensor) -> None:
                 tensors[f"{prefix}.{key}" if prefix else key] = meta[tensor]
     reference = next((parameter.dtype for parameter in network.parameters()), torch.get_default_dtype())
     example = example.to("meta", reference if example.is_floating_point() else None)
-    with torch.no_grad():
+    with torch.no_grad(), _autocast_on_meta():
         torch.func.functional_call(network, tensors, (example,), tie_weights=False)
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Let modules turn autocast on or off for the meta device inside the block. Torch knows none there and refuses."""
+    original = torch.autocast.__init__
+
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        original(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -157,7 +157,8 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
 
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "architecture.json", architecture.to_json())
-        save_weights(folder / "model.safetensors", network.state_dict(), {"space": self.name})
+        about = {"space": self.name, "architecture": architecture.digest}
+        save_weights(folder / "model.safetensors", network.state_dict(), about)
         config: dict[str, Any] = {"space": self.name, "pretrained_cfg": dataset.input_config() if dataset else {}}
         with suppress(TypeError):  # an option may be a function, which JSON cannot hold
             json.dumps(self.created_with)

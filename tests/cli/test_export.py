@@ -13,9 +13,12 @@ import torch
 from click.testing import CliRunner
 from paths import ROOT
 from tiny import TINY, tiny
+from torch import nn
 
+from tanglenas_engine import create_dataset, create_space, make_splits, open_splits, retrain
 from tanglenas_engine.cli import export, main
-from tanglenas_engine.runtime.weights import save_weights
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.weights import load_weights, save_weights
 
 # One of each library: timm's transformer and MobileNetV3, cells, language models, convolutions.
 SPACES = ["autoformer_nano", "mobilenetv3_nano", "nb201", "gpt_nano", "toy_conv_macro"]
@@ -80,6 +83,13 @@ def run(arguments: list[str], *more: str) -> str:
     result = CliRunner().invoke(main, [*arguments, *more])
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def refused(arguments: list[str], *more: str) -> str:
+    """Return the error of an export that is refused."""
+    result = CliRunner().invoke(main, [*arguments, *more])
+    assert result.exit_code == 2, (result.output, result.exception)
+    return result.stderr
 
 
 def load_elsewhere(exported: list[Exported], blocked: str) -> None:
@@ -167,7 +177,7 @@ def test_weights_of_the_supernet_are_sliced(found):
     _, network, arguments = found("autoformer_nano")
     run(arguments, "--weights", "supernet.safetensors", "--format", "torch")
     assert Path("exported/model.safetensors").stat().st_size < Path("supernet.safetensors").stat().st_size
-    exported = export._network(tiny("autoformer_nano"), *_read("exported/model.safetensors"))
+    exported = export._network(tiny("autoformer_nano"), *_read("exported/model.safetensors"), None)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(exported.state_dict()[key], value)
 
@@ -187,9 +197,107 @@ def test_weights_of_another_network_are_refused(found):
     assert result.exit_code == 2 and "other.safetensors holds the weights of another network" in result.stderr
 
 
-@pytest.mark.parametrize("wrong", [lambda y: y + 1e-2, lambda y: y * float("nan")])
-def test_an_export_that_computes_something_else_is_refused_and_not_written(found, monkeypatch, wrong):
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """A run on digits whose supernet has batch norms: its space, data, and a function that writes its files."""
+    monkeypatch.chdir(tmp_path)
+    dataset = create_dataset("digits", image_size=28)
+    splits = make_splits(dataset, seed=3)
+    options = {**TINY["mobilenetv3_nano"], **dataset.space_options()}
+    space = create_space("mobilenetv3_nano", **options)
+    data = open_splits(dataset, splits, ("training", "validation"))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):  # statistics of other architectures than the one that is exported
+        space.select(space.sample(generator))
+        space.train()(data.training.batch(torch.arange(32))[0])
+    Path("splits.json").write_text(splits.to_json())
+    save_weights("supernet.safetensors", space.release().state_dict(), {"space": space.name, "optimizer": "spos"})
+    bound = [f"create_space.{name} = {value!r}" for name, value in options.items()]
+    config = ["DATASET = 'digits'", "create_dataset.image_size = 28", *bound]
+    Path("operative.gin").write_text("\n".join(config) + "\n")
+    return space, data
+
+
+@pytest.mark.parametrize("which", ["smallest", "largest"])
+def test_a_network_of_the_supernet_gets_statistics_of_its_own_as_inherit_sets_them(searched, which):
+    space, data = searched
+    architecture = getattr(space, which)()
+    Path("architecture.json").write_text(architecture.to_json())
+    arguments = ["export", "architecture.json", "--weights", "supernet.safetensors", "--format", "torch"]
+    run(arguments, "--output", "exported")
+    expected = retrain(space, architecture, data, mode="inherit", seed=3, device="cpu").network.state_dict()
+    written = load_weights("exported/model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def test_without_the_data_a_network_of_the_supernet_with_batch_norms_is_refused(searched):
+    space, _ = searched
+    Path("architecture.json").write_text(space.smallest().to_json())
+    arguments = ["export", "architecture.json", "--weights", "supernet.safetensors", "--format", "torch"]
+    arguments += ["--output", "exported"]
+    options = [word for key, value in space.created_with.items() for word in ("-o", f"{key}={value!r}")]
+    for more, missing in ((options, "leave -o out"), ([], "beside its splits.json")):
+        Path("splits.json").unlink(missing_ok=not more)
+        said = refused(arguments, *more)
+        assert missing in said and "retrain.mode=inherit" in said
+        assert not Path("exported").exists()
+
+
+@pytest.mark.parametrize("told_by", ["metadata", "architecture.json"])
+def test_weights_of_another_architecture_with_equal_shapes_are_refused(tmp_path, monkeypatch, told_by):
+    monkeypatch.chdir(tmp_path)
+    space = create_space("nb201_nano")
+    one, other = (space.architecture(operation=[name] * 6) for name in ("skip_connect", "avg_pool_3x3"))
+    space.export(space.extract(one), one, Path("model"))
+    weights = Path("model/model.safetensors")
+    if told_by == "metadata":
+        weights = weights.rename("copied.safetensors")
+    else:
+        save_weights(weights, load_weights(weights))
+    for name, architecture in (("one", one), ("other", other)):
+        Path(f"{name}.json").write_text(architecture.to_json())
+    more = ["--weights", str(weights), "--format", "torch", "--output", "exported"]
+    said = refused(["export", "other.json"], *more)
+    assert "holds the weights of another architecture" in said and one.digest in said and other.digest in said
+    run(["export", "one.json"], *more)
+
+
+def test_a_folder_with_another_export_is_refused_and_one_with_the_same_is_written_anew(found):
     _, _, arguments = found("autoformer_nano")
+    arguments += ["--weights", "model.safetensors"]
+    run(arguments, "--format", "timm")
+    Path("exported/README.md").write_text("a person's own")
+    before = {path.name: path.read_bytes() for path in Path("exported").iterdir()}
+    said = refused(arguments, "--format", "torch-export")
+    assert "exported has config.json, model.safetensors of another network or format" in said
+    run(arguments, "--format", "timm")
+    assert {path.name: path.read_bytes() for path in Path("exported").iterdir()} == before
+
+
+def test_a_space_that_needs_a_function_has_no_form_that_this_project_reads(tmp_path):
+    options = {"model": mlp, "num_classes": 10, "image_size": 8}
+    space = create_space("elasticized", **options)
+    network = space.standalone(space.smallest()).eval()
+    made = export.Export(space, space.smallest(), options, network, tmp_path, None)
+    with pytest.raises(TangleNASError, match=r"the option model=<function mlp .* Choose torch-export"):
+        export._torch(made)
+
+
+def mlp(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y + 1e-2, lambda y: y * NAN, lambda y: y if y.shape[1] == 6 else y * NAN],
+    ids=["larger", "no numbers", "no numbers for a shorter text"],
+)  # fmt: skip
+def test_an_export_that_computes_something_else_is_refused_and_not_written(found, monkeypatch, wrong):
+    _, _, arguments = found("gpt_nano")
 
     def format_(exported):
         forward, code = export._torch(exported)
@@ -199,4 +307,4 @@ def test_an_export_that_computes_something_else_is_refused_and_not_written(found
     result = CliRunner().invoke(main, [*arguments, "--weights", "model.safetensors", "--format", "torch"])
     assert result.exit_code == 2 and "the export as torch is wrong" in result.stderr
     assert not Path("exported").exists()
-    assert json.loads(Path("architecture.json").read_text())["space"] == "autoformer_nano"
+    assert json.loads(Path("architecture.json").read_text())["space"] == "gpt_nano"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import time
@@ -13,7 +14,8 @@ from spaces import SPACES, inputs, make, random_mixture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import device, finding, profile
+import tanglenas_engine
+from benchmarks import device, elasticize, finding, profile
 from benchmarks.candidates import compared
 from benchmarks.options_figure import options
 from benchmarks.pad_and_sum import pad_and_sum
@@ -148,13 +150,15 @@ def test_parts_of_the_figures_of_a_gpu_run_on_a_cpu():
 @pytest.mark.exhaustive
 def test_a_part_that_fails_or_overruns_leaves_the_others(tmp_path):
     script = (
-        "import pathlib, sys, time; _, name, stem = sys.argv[-3:]; pathlib.Path(stem + '.ready').touch();"
+        "import pathlib, sys, time; _, name, stem = sys.argv[-3:]; time.sleep(60 * (name == 'stuck'));"
+        "pathlib.Path(stem + '.ready').touch();"
         "sys.stdin.readline(); sys.exit('no such card') if name == 'bad' else time.sleep(60 * (name == 'slow'));"
         "pathlib.Path(stem + '.json').write_text('{\"plain\": 1}')"
     )
     parts = [
         device.Part("good", 30, "first"),
         device.Part("bad", 30, "first"),
+        device.Part("stuck", 1, "first"),
         device.Part("slow", 1, "first", clock=False),
         device.Part("late", 30, "second"),
     ]
@@ -167,7 +171,8 @@ def test_a_part_that_fails_or_overruns_leaves_the_others(tmp_path):
             time.sleep(max(0.0, deadline - device.GRACE - time.monotonic()))
     assert found["good"]["status"] == "ok" and found["good"]["plain"] == 1
     assert found["bad"]["status"] == "failed: 1" and found["bad"]["log"] == ["no such card"]
-    assert found["slow"]["status"] == "overran" and found["late"]["status"].startswith("skipped")
+    assert found["stuck"]["status"] == found["slow"]["status"] == "overran"
+    assert found["late"]["status"].startswith("skipped")
 
 
 def test_the_plugins_of_a_checkout_are_found_without_an_installation(tmp_path):
@@ -187,6 +192,14 @@ def test_candidates_are_worth_what_the_networks_are_that_a_loop_builds():
     assert found["largest_difference"] == 0
     assert found["median_engine"] < found["median_naive"] / 5  # four are looked up
     assert found["engine_over_naive"] == pytest.approx(found["engine"] / found["naive"])
+
+
+def test_errors_of_spaces_of_models_are_no_number_where_outputs_are_none(monkeypatch):
+    space = tanglenas_engine.elasticize(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(2, 6))
+    in_eval, in_training, exact = elasticize._corners(space)
+    assert in_eval < 1e-12 and in_training < 1e-12 and exact
+    monkeypatch.setattr(torch, "randn_like", lambda tensor: torch.full_like(tensor, math.nan))  # the noise on weights
+    assert all(math.isnan(error) for error in elasticize._corners(space)[:2])
 
 
 @pytest.mark.parametrize("relaxation", ["exact", "gated"])
@@ -262,6 +275,47 @@ def test_a_study_of_what_searches_find_goes_on_and_has_a_table(tiny, tmp_path):
     assert [json.loads(row)["key"] for row in again] == [json.loads(row)["key"] for row in rows]
     table = said("table", str(tmp_path / "gpt_nano.jsonl"))
     assert "| best of 3 by validation loss |" in table and "| drnas target, best race |" in table
+
+
+def told(path, rows, status=0):
+    """Return what `table` says of rows by key."""
+    path.write_text("".join(json.dumps({"key": key, **row}) + "\n" for key, row in rows.items()))
+    result = CliRunner().invoke(finding.main, ["table", str(path)])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.output
+
+
+def test_each_training_of_a_network_counts_once(tmp_path):
+    losses = {"a": 6.0, "b": 8.0, "c": 10.0}
+    pool = {
+        f"pool/{i}/0": {"digest": digest, "test_loss": loss, "validation_loss": loss, "seconds": 1}
+        for i, (digest, loss) in enumerate(losses.items())
+    }
+    searched = {"digest": "a", "search_seconds": 1, "derive_seconds": 1, "pool_losses": [1, 2, 3]}
+    rows = {
+        **pool,
+        "found/spos band, random/0": searched,
+        "ablation/spos/judged/0": searched,
+        "trained/a/0": pool["pool/0/0"],  # the same training
+        "trained/a/1": {**pool["pool/0/0"], "test_loss": 7.0},
+        "alone/1/0": {**pool["pool/1/0"], "test_loss": 0.7},  # a loss, where a table has errors in %
+    }
+    lines = told(tmp_path / "task.jsonl", rows).splitlines()
+    assert lines[0].startswith("pool of 3: test loss 6.5000 best, 8.0000 median, 10.0000 worst")
+    assert "between seeds 0.7071 (1 networks)" in lines[0]
+    assert lines[-1].startswith("| spos band, random | 6.5000 | 6.0000 | 6.500 |")  # one seed has no interval
+
+
+def test_fronts_need_no_random_networks_and_files_without_results_say_so(tmp_path):
+    points = {
+        f"front/spos whole space/{share}/0": {"digest": "a", "test_loss": 2 - share, "macs": 100 * share}
+        for share in finding.FRONT
+    }
+    lines = told(tmp_path / "task_front.jsonl", points).splitlines()
+    assert len(lines) == 3 and lines[-1].startswith("| spos whole space | 0.") and " |  | " in lines[-1]
+    points.popitem()
+    assert "there is no whole front" in told(tmp_path / "task_front.jsonl", points, status=2)
+    assert "has no training of the pool" in told(tmp_path / "task.jsonl", {"begun/a/3": {"seconds": 1}}, status=2)
 
 
 @pytest.mark.exhaustive

@@ -1,6 +1,7 @@
 """The comparison of compressed networks: budgets are met, results are kept, and peers that are missing say so."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks import compress, peers
-from tanglenas_engine import create_space
+from tanglenas_engine import TangleNASError, create_space
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +21,7 @@ TINY = compress.Task(
 def compressed(folder, methods, monkeypatch):
     monkeypatch.setattr(compress, "CANDIDATES", {"search": 4, "direct": 4})
     monkeypatch.setattr(compress, "TASKS", {"tiny": TINY})
-    study = compress.Study(TINY, folder / "compress_tiny.jsonl")
+    study = compress.Study("tiny", folder / "compress_tiny.jsonl")
     return {m: study.once(f"{m}/0.5/0", partial(study.compress, m, 0.5, 0)) for m in methods}
 
 
@@ -70,6 +71,52 @@ def test_what_a_method_cannot_do_is_a_result(tmp_path, monkeypatch):
     assert "ValueError: no such network" in printed.output
 
 
+def test_tasks_may_keep_their_networks_in_one_folder(tmp_path, monkeypatch):
+    narrow = replace(TINY, options={**TINY.options, "embed_dim": (8, 16), "head_dim": 4})
+    monkeypatch.setattr(compress, "TASKS", {"tiny": TINY, "narrow": narrow})
+    largest = {}
+    for name in ("tiny", "narrow"):
+        study = compress.Study(name, tmp_path / f"{name}.jsonl", weights=tmp_path / "kept")
+        assert study.cost(study.network(0)) == study.largest
+        largest[name] = study.done["largest/0"]
+    assert largest["tiny"]["cost"] > largest["narrow"]["cost"]
+    monkeypatch.setattr(compress.Study, "train", lambda *_: pytest.fail("the weights are kept"))
+    again = compress.Study("tiny", tmp_path / "again.jsonl", weights=tmp_path / "kept")
+    again.trained(0)
+    assert again.done["largest/0"] == largest["tiny"]
+
+
+def test_weights_that_do_not_load_are_no_result_of_a_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(compress, "TASKS", {"tiny": TINY})
+    study = compress.Study("tiny", tmp_path / "tiny.jsonl", weights=tmp_path)
+    study.trained(0).write_bytes(b"cut off")
+    with pytest.raises(TangleNASError, match=r"tiny-0\.safetensors"):
+        study.compress("uniform", 0.5, 0)
+
+
+def test_fastnas_is_charged_for_the_scores_of_a_budget_that_it_could_not_meet(tmp_path, monkeypatch):
+    failing = iter([True])
+
+    def prune(network, example, cost, most, constraint, score, statistics, sensitivities):
+        if next(failing, False):
+            score(network), score(network)
+            raise ValueError("NOT all constraints can be satisfied")
+        return network, {"asked": 1.0, "choices": 1}  # the library reads its sensitivities from a file
+
+    monkeypatch.setattr(peers, "fastnas", prune)
+    monkeypatch.setattr(compress, "TASKS", {"tiny": TINY})
+    study = compress.Study("tiny", tmp_path / "tiny.jsonl")
+    rows = [study.compress("fastnas", share, 0) for share in (0.3, 0.5, 0.7)]
+    assert "failed" in rows[0] and [row["scored"] for row in rows[1:]] == [2, 2]
+    assert all(row["compress_seconds"] >= row["scoring_seconds"] == study.scored[0][1] for row in rows[1:])
+
+
+def test_a_table_of_no_largest_network_says_what_is_missing(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"key": "uniform/0.5/0", "failed": "OtherWeightsError"}\n')
+    printed = CliRunner().invoke(compress.main, ["table", str(tmp_path / "results.jsonl")])
+    assert printed.exit_code == 2 and "has no largest network" in printed.output
+
+
 def test_norms_without_activations_compute_the_same():
     space = create_space("mobilenetv3_nano")
     network = space.standalone(space.largest()).eval()
@@ -79,12 +126,13 @@ def test_norms_without_activations_compute_the_same():
     assert network(x).equal(before)
 
 
-def test_a_part_of_a_folder_has_every_class(tmp_path):
+def test_a_part_of_a_folder_has_every_class(tmp_path, monkeypatch):
     for part, number in (("train", 40), ("test", 20)):
         for value, name in enumerate(("dark", "grey", "light")):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(number):
                 Image.new("RGB", (8, 8), (80 * value, i, 0)).save(tmp_path / part / name / f"{i}.png")
     task = compress.Task("autoformer_nano", "image_folder", {}, "root", (24, 6, 6, 12), by_class=True)
-    data = compress.Study(task, tmp_path / "out.jsonl", str(tmp_path)).data
+    monkeypatch.setitem(compress.TASKS, "folder", task)
+    data = compress.Study("folder", tmp_path / "out.jsonl", str(tmp_path)).data
     assert {len(set(getattr(data, name).labels.tolist())) for name in ("weights", "training", "test")} == {3}
