@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,8 @@ def elasticized(
         fixed: Names of choices that stay as they are.
 
     Raises:
-        TangleNASError: The model is unknown to timm or takes no such arguments, has another number of outputs, or
-            cannot become a space.
+        TangleNASError: The model is unknown to timm or takes no such arguments, has too few outputs, or cannot
+            become a space.
     """
     texts = vocab_size is not None
     given: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size}
@@ -79,17 +80,22 @@ def elasticized(
 
 
 def _check_outputs(space: SearchSpace, option: str, wanted: int | None) -> None:
-    """Refuse a space whose number of outputs is not the one that was asked for; timm has networks of 0 classes."""
+    """Refuse a space with fewer outputs than asked for, and warn of more: these are costs of each network, too."""
     mode = space.training
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         shape = tuple(space.eval()(space.example_input(2)).shape)
     space.train(mode)
-    if wanted and wanted not in shape[1:]:
-        raise TangleNASError(
-            f"{option} is {wanted}, but the model returns a tensor of shape (batch, {', '.join(map(str, shape[1:]))}): "
-            "give the number under the name that the model's function has for it, in create_space.arguments, such as "
-            f'{{"classes": {wanted}}}'
-        )
+    outputs = shape[-1] if option == "vocab_size" or len(shape) < 3 else shape[1]
+    if not wanted or outputs == wanted or outputs == 0:  # timm has networks of 0 classes
+        return
+    advice = (
+        f"{option} is {wanted}, but the model returns a tensor of shape (batch, {', '.join(map(str, shape[1:]))}). If "
+        "its function has another name for the number, give it in create_space.arguments, such as "
+        f'{{"classes": {wanted}}}'
+    )
+    if outputs < wanted:
+        raise TangleNASError(advice)
+    warnings.warn(advice, stacklevel=2)
 
 
 def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
@@ -118,7 +124,8 @@ def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], argument
         passed_on = {name: value for name, value in given.items() if name in OUTPUTS and name not in named}
     try:
         network = model(**{**named, **passed_on, **arguments})
-    except TypeError as error:  # what `**kwargs` go to may have another name for it, which `arguments` may hold
+    except (TypeError, ValueError) as error:
+        # What `**kwargs` go to may have another name for it, which `arguments` may hold, or weights of another number.
         if not any(name in str(error) for name in passed_on):
             raise
         network = model(**{**named, **arguments})

@@ -49,21 +49,22 @@ def read_architecture(path: str | Path) -> "Architecture":
 def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any], Dataset | None]":
     """Return the space and the architecture of a file, the options that make the space fit it, and the dataset.
 
-    A stage writes `operative.gin` beside the architecture: its dataset and bindings give the options, unless a person
-    gives some. The dataset is None where no such file was read.
+    A stage writes `operative.gin` beside the architecture, or above the folder of a front. Its dataset and bindings
+    give the options, unless a person gives some. The dataset is None where no such file was read.
 
     Raises:
         TangleNASError: The file holds no architecture, or the space is unknown or has no such option.
     """
     architecture = read_architecture(path)
-    config = path.with_name("operative.gin")
+    folder = path.absolute().parent
+    configs = [one for one in (folder / "operative.gin", folder.parent / "operative.gin") if one.is_file()]
     dataset = None
     if given:
         options = parsed(given)
-    elif config.is_file():
+    elif configs:
         from ..pipeline import records
 
-        options, dataset = records.made_with(config)
+        options, dataset = records.made_with(configs[0])
     else:
         options = {}
     space = make_space(architecture.space, options)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -285,16 +286,16 @@ class _Mode(NamedTuple):
 
     Attributes:
         gradients: True if gradients are on.
-        autocasts: The number of blocks of autocast, on or off, around the caller.
+        autocasts: The type that autocast sets on a CPU and on a GPU; None where it is off.
     """
 
     gradients: bool
-    autocasts: int
+    autocasts: tuple[torch.dtype | None, ...]
 
 
 def _mode() -> _Mode:
-    torch.autocast_decrement_nesting()  # torch has no function that only returns the number
-    return _Mode(torch.is_grad_enabled(), torch.autocast_increment_nesting())
+    types = (torch.get_autocast_dtype(at) if torch.is_autocast_enabled(at) else None for at in ("cpu", "cuda"))
+    return _Mode(torch.is_grad_enabled(), tuple(types))
 
 
 def _is_inplace(name: str) -> bool:
@@ -342,15 +343,32 @@ def run(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any
 
 
 @torch.enable_grad()
-def _run_as_trained(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any], Any]) -> Recorder:
-    """Record one forward with gradients, and with autocast if the model runs in it."""
+def _check_training(model: nn.Module, whole: Iterable[str], x: Tensor, output: Callable[[Any], Any]) -> None:
+    """Run a forward as in training, with gradients, and with autocast if the model runs in it.
+
+    Raises:
+        DataDependent: A module turns gradients or autocast on or off in it.
+    """
+    with _without_checkpoints():
+        try:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                run(copy.deepcopy(model).train(), whole, x, output)
+        except DataDependent:
+            raise
+        except Exception:  # a model may insist on its own types
+            run(copy.deepcopy(model).train(), whole, x, output)
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Run the blocks of gradient checkpointing as they are: it turns gradients off to compute them again later."""
+    function = torch.utils.checkpoint.CheckpointFunction
+    original = function.apply
+    function.apply = lambda forward, preserve, *inputs: forward(*inputs)
     try:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return run(copy.deepcopy(model), whole, x, output)
-    except DataDependent:
-        raise
-    except Exception:  # a model may insist on its own types
-        return run(copy.deepcopy(model), whole, x, output)
+        yield
+    finally:
+        function.apply = original
 
 
 def _leaves(model: nn.Module, whole: set[str]) -> dict[nn.Module, str]:
@@ -386,7 +404,8 @@ def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any], whol
     """
     model = copy.deepcopy(model).eval()
     batches = [_batch(example, length) for length in BATCHES]
-    first = _run_as_trained(model, whole, batches[0], output)
+    first = run(model, whole, batches[0], output)
+    _check_training(model, whole, batches[0], output)
     modules = dict(model.named_modules())
     regularisers = {
         name

@@ -79,7 +79,7 @@ class Trial(NamedTuple):
         drawing: The seconds to draw one.
         few, short: A number of samples, and the seconds to judge a candidate on them.
         many, long: The same for more samples.
-        left: The seconds that are left to judge candidates, those of the trial included.
+        left: The seconds that are left for others.
     """
 
     drawing: float
@@ -263,6 +263,9 @@ class Candidates:
             last = 1 + (math.log(candidates) if afforded.race else 0.0)
             judged = whole * generation(size or together) + generation(rest)
             judged += (candidates - together) * (generation(1) + judging(self._rungs(together)[0]))
+            first = self._rungs(size or together)[0] if afforded.race else len(self._samples)
+            if first == trial.few:  # the candidates of the trial are drawn again, and their scores are known
+                judged -= min(candidates, TRIED) * judging(first)
             return candidates * trial.drawing + judged + last * judging(len(self._samples))
 
         self.limit = bisect.bisect_right(range(1, min(self.space.size, MOST) + 1), trial.left, key=needed)
@@ -295,8 +298,7 @@ class Candidates:
 
         short = judging(few, TRIED)
         long = judging(many, TRIED_LONG) if many > few else short
-        # What was judged here is known when it is drawn again.
-        return Trial(drawing, few, short, many, long, timer.seconds - timer.used() + len(tried) * short)
+        return Trial(drawing, few, short, many, long, timer.seconds - timer.used())
 
     # Drawing.
 

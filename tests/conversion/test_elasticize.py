@@ -648,6 +648,34 @@ class PreciseInAutocast(Precise):
     always = False
 
 
+class Learning(WithoutGradients):
+    """A block that leaves gradients on where the model is trained, and autocast as it is."""
+
+    def between(self, x: Tensor) -> Tensor:
+        kept = torch.is_autocast_enabled("cpu")
+        with torch.set_grad_enabled(self.training), torch.autocast("cpu", torch.bfloat16, enabled=kept):
+            return self.other(x)
+
+
+class NotLearning(WithoutGradients):
+    """A block that turns gradients off where the model is trained, and on elsewhere."""
+
+    def between(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(not self.training):
+            return self.other(x)
+
+
+class Checkpointed(WithoutGradients):
+    def between(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.other, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of a checkpoint in evaluation
+@pytest.mark.parametrize("kind", [Learning, Checkpointed])
+def test_blocks_that_change_nothing_in_training_are_taken_apart(kind):
+    assert [*elasticize(kind(), torch.randn(2, 8)).choices] == ["first", "other"]
+
+
 class Around(nn.Module):
     """A module between layers that vary."""
 
@@ -663,6 +691,7 @@ class Around(nn.Module):
     "kind, reason",
     [
         (WithoutGradients, "turns gradients off"),
+        (NotLearning, "turns gradients off"),
         (OwnGradient, "has gradients of its own"),
         (Precise, "turns autocast on or off"),
         (PreciseInAutocast, "turns autocast on or off"),

@@ -37,15 +37,30 @@ def test_a_function_gets_the_number_of_classes(model):
 
 
 @pytest.mark.parametrize("model", [another_name, passing_on_another_name])
-def test_another_number_of_outputs_than_asked_for_is_refused(model):
+def test_more_outputs_than_asked_for_are_warned_of(model):
     sentence = (
-        r"num_classes is 7, but the model returns a tensor of shape \(batch, 100\): .* in create_space.arguments, such "
-        r'as {"classes": 7}'
+        r"num_classes is 7, but the model returns a tensor of shape \(batch, 100\)\. .* in create_space.arguments, "
+        r'such as {"classes": 7}'
     )
-    with pytest.raises(TangleNASError, match=sentence):
+    with pytest.warns(UserWarning, match=sentence):
         create_space("elasticized", model=model, num_classes=7, image_size=8)
     space = create_space("elasticized", model=model, num_classes=7, image_size=8, arguments={"classes": 7})
     assert space(space.example_input(2)).shape == (2, 7)
+
+
+def test_fewer_outputs_than_asked_for_are_refused():
+    with pytest.raises(TangleNASError, match="num_classes is 101, but the model returns a tensor of shape"):
+        create_space("elasticized", model=another_name, num_classes=101, image_size=8)
+
+
+def test_weights_of_another_number_of_classes_keep_it():
+    def pretrained(**options):
+        if options.get("num_classes", 100) != 100:
+            raise ValueError("The parameter 'num_classes' expected value 100")
+        return network(100)
+
+    with pytest.warns(UserWarning, match="num_classes is 7, but"):
+        create_space("elasticized", model=pretrained, num_classes=7, image_size=8)
 
 
 def test_a_model_has_its_own_number_of_classes_where_none_is_given():

@@ -19,7 +19,7 @@ from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import front, nsga2
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import methods
-from tanglenas_engine.runtime import timer
+from tanglenas_engine.runtime import distributed, timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.spaces.objective import Objective
@@ -317,6 +317,17 @@ def test_what_a_trial_judged_is_not_judged_again(monkeypatch):
     derive(vit(), method="random", seconds=40.0)
     first = judged[0]
     assert {one for one in judged if judged.count(one) > 1} <= {first}  # the first one is judged before the clock runs
+
+
+@pytest.mark.parametrize("ranks, seconds", [(1, 30.0), (4, 120.0)])
+def test_known_scores_are_credited_once_for_all_ranks(monkeypatch, ranks, seconds):
+    """Each judging takes a second of each rank; the candidates after the trial fit into what it leaves."""
+    space, data = vit(), random_data(vit(), SPLITS, samples=40)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    with Candidates(space, data.weights, data.architecture, recalibration_batches=1) as candidates:
+        candidates.kept["trial"] = [0.0, 40, float(ranks), 40, float(ranks), seconds - 9 * ranks]
+        candidates.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", ""), race=False)
+        assert (candidates.limit - 8) + 1 == (seconds - 9 * ranks)  # the result is measured, too
 
 
 def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):

@@ -119,12 +119,16 @@ def plan(
     for group in GROUPS:
         params[group] = {**template[group], **sizes.params.get(group, {})}
     params["measure"] = dict(sizes.params.get("measure", {}))
-    chosen = _chosen(study, arms, sizes.without)
+    chosen, given = _chosen(study, arms, sizes.without), dict(changes or {})
+    params["arms"] = {}
+    for key in [key for key in given if key.startswith("measure.")]:  # arms may depend on them
+        _change(study, params, key, given.pop(key))
     paper = PAPER_EPOCHS.get(params["space"], {}) if scale == "paper" and "search.epochs" not in (changes or {}) else {}
     params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, paper) for arm in chosen}
-    notes = [_change(study, params, key, value) for key, value in (changes or {}).items()]
-    for own in params["arms"].values():
-        own["search"] = {k: params["measure"]["budget"] if v == BUDGET else v for k, v in own["search"].items()}
+    notes = [_change(study, params, key, value) for key, value in given.items()]
+    if bandless := [arm for arm in chosen if BUDGET in study.arms[arm].params.get("search", {}).values()]:
+        if params["measure"].get("budget") is None:
+            notes.append(f"{BUDGET} is none, so {', '.join(bandless)} has no band and draws from the whole space")
     return Plan(name, params, [note for note in notes if note])
 
 
@@ -185,6 +189,7 @@ def _arm(name: str, arm: Arm, sizes: Scale, params: Mapping[str, Any], paper: Ma
     own: dict[str, Any] = {"optimizer": "drnas", **copy.deepcopy(dict(arm.params))}
     for group in GROUPS:
         own[group] = dict(own.get(group, {}))
+    own["search"] = {k: params["measure"]["budget"] if v == BUDGET else v for k, v in own["search"].items()}
     for group, values in sizes.arms.get(name, {}).items():
         own[group] = {**own[group], **values} if isinstance(values, Mapping) else values
     epochs = paper.get(own["optimizer"].removeprefix("pc_"))

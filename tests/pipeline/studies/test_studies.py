@@ -228,6 +228,9 @@ def test_the_band_of_an_arm_is_that_of_the_budget():
         return plan("ranking", layout_template(), command="", changes=changes).params["arms"]["spos-band"]["search"]
 
     assert band() == {"target_share": 0.6} and band(**{"measure.budget": 0.8}) == {"target_share": 0.8}
+    made = plan("ranking", layout_template(), command="", changes={"search.target_share": 0.5, "measure.budget": None})
+    assert "search.target_share is not for spos-band (None), which have their own" in made.notes[0]
+    assert made.notes[1:] == ["measure.budget is none, so spos-band has no band and draws from the whole space"]
 
 
 def test_a_pool_is_no_table_of_the_whole_space(study, tmp_path, monkeypatch):
