@@ -9,27 +9,33 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tanglenas_engine import Architecture, Optimizer, Source, Step, at_least
+from tanglenas_engine import Architecture, Optimizer, Source, Step, TangleNASError, at_least
 
 
 class Sandwich(Optimizer):
     """An optimizer that trains the largest network, the smallest and a few random ones in every step, on one batch.
 
-    The largest network learns from the labels. The others learn from its predictions: the loss is the cross-entropy to
-    its softmax, without a gradient to it. Gradients add up, as in the papers. In a search within a band, the largest
-    and the smallest are those of the band.
+    The largest network learns from the labels. The others learn from labels and from its predictions: a share of their
+    loss is the cross-entropy to its softmax, without a gradient to it. Gradients add up, as in the papers. In a search
+    within a band, the largest and the smallest are those of the band.
 
     Args:
         random: Random architectures in a step.
-        distillation: Let the smaller networks learn from the largest; otherwise they learn from the labels.
+        distillation: The share of the largest network's predictions in the loss of the others, from 0 to 1. In the
+            papers it is 1. A largest network that knows nothing yet is then held back by the others, which share its
+            weights, and a short search may not get beyond the frequencies of the classes.
     """
 
     learns_architecture = False
     derivation = "random"
 
-    def __init__(self, random: int = 2, distillation: bool = True):
+    def __init__(self, random: int = 2, distillation: float = 0.5):
         super().__init__()
         self.random, self.distillation = at_least("random", random, 0), distillation
+        if not 0 <= distillation <= 1:
+            raise TangleNASError(
+                f"distillation is {distillation!r}, expected a share from 0 (labels) to 1 (predictions)"
+            )
 
     def draw_from(self, source: Source) -> None:
         super().draw_from(source)
@@ -48,7 +54,16 @@ class Sandwich(Optimizer):
         for architecture in others:
             self.enter(architecture)
             outputs = step.space(inputs)
-            yield _distilled(outputs, teacher) if self.distillation else step.loss(outputs, targets)
+            yield self._taught(step, outputs, targets, teacher)
+
+    def _taught(self, step: Step, outputs: Tensor, targets: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of a smaller network, by the labels and by the largest network's predictions."""
+        if self.distillation == 0:
+            return step.loss(outputs, targets)
+        taught = _distilled(outputs, teacher)
+        if self.distillation == 1:
+            return taught
+        return (1 - self.distillation) * step.loss(outputs, targets) + self.distillation * taught
 
 
 def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def test_a_step_trains_the_largest_the_smallest_and_random_ones(monkeypatch):
 
 
 def test_smaller_networks_learn_from_the_largest_and_it_from_the_labels():
-    optimizer, step = setting(random=0)
+    optimizer, step = setting(random=0, distillation=1)
     largest, smallest = optimizer.weight_losses(step)
     inputs, targets = step.weight_batch
     teacher = step.space.select(step.space.largest())(inputs)
@@ -50,8 +50,23 @@ def test_smaller_networks_learn_from_the_largest_and_it_from_the_labels():
             torch.testing.assert_close(one, other)
 
 
+def test_a_share_of_the_loss_is_that_of_the_labels():
+    losses = {share: [loss.item() for loss in both(share)] for share in (0, 0.25, 1)}
+    assert losses[0][0] == losses[0.25][0] == losses[1][0]
+    assert losses[0.25][1] == pytest.approx(0.75 * losses[0][1] + 0.25 * losses[1][1])
+    assert losses[0][1] != pytest.approx(losses[1][1])
+    with pytest.raises(TangleNASError, match="distillation is 2, expected a share from 0"):
+        Sandwich(distillation=2)
+
+
+def both(share):
+    torch.manual_seed(0)
+    optimizer, step = setting(random=0, distillation=share)
+    return optimizer.weight_losses(step)
+
+
 def test_distillation_can_be_turned_off():
-    optimizer, step = setting(random=0, distillation=False)
+    optimizer, step = setting(random=0, distillation=0)
     _, smallest = optimizer.weight_losses(step)
     inputs, targets = step.weight_batch
     student = step.space.select(step.space.smallest())(inputs)
@@ -60,7 +75,7 @@ def test_distillation_can_be_turned_off():
 
 def test_text_is_distilled_token_by_token():
     space = tiny("language").double().train()
-    optimizer = Sandwich(random=0)
+    optimizer = Sandwich(random=0, distillation=1)
     optimizer.bind(space, 0)
     batch = random_data(space, ("weights",)).weights.batch(torch.arange(4))
     step = Step(0, space, cross_entropy, batch, None, torch.optim.SGD(parameter_groups(space), lr=0.1))

@@ -15,7 +15,6 @@ from tanglenas_gradient.darts import DARTS
 SOFT = "the weights learned under mixtures, so that they rank single architectures badly"
 SIGN = "alpha moves before the weights know the sign of the product"
 SLOPE = "a larger option has no gradient while a smaller one is sampled, and the slope of its mask says less"
-TEACHER = "all learn from the largest network, which cannot read the signal"
 NOT_PROMISED = {  # found in so many of 5 seeds, the numbers of docs/own-optimizer.md
     **{
         optimizer: {
@@ -28,7 +27,6 @@ NOT_PROMISED = {  # found in so many of 5 seeds, the numbers of docs/own-optimiz
     "drnas": {"bottleneck_in_budget": SOFT},  # 4
     "pc_drnas": {"together_small": SIGN, "together_large": SIGN},  # 4, 4
     "gdas": {"kernel_large": SLOPE, "width_large": SLOPE},  # 4, 4; by alpha alone 4 of 8 and 1 of 8
-    "sandwich": {"depth_small": TEACHER, "noise": TEACHER, "together_small": TEACHER},  # 4, 4, 4
 }
 """What an optimizer finds in some seeds only, with the reason."""
 
