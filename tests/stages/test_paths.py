@@ -1,5 +1,6 @@
 """Epochs at the end of a search in which the weights learn by random architectures."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.stopping import EarlyStopping
 from tanglenas_engine.plugins import manager
+from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.stages.search import Search, search
@@ -138,7 +140,9 @@ def test_the_trial_of_a_search_by_seconds_times_steps_as_they_are(epochs, monkey
         return found
 
     monkeypatch.setattr(Search, "_step", step)
-    searched("pc_darts", space, seconds=3.0, epochs=epochs, path_epochs=4)
+    ticks = itertools.count()  # a second for each look at the clock, however busy the machine is
+    monkeypatch.setattr(timer.time, "process_time", lambda: float(next(ticks)))
+    searched("pc_darts", space, seconds=20.0, epochs=epochs, path_epochs=4)
     assert set(seen) == {("search", 4), ("path", 1)}
 
 
