@@ -75,7 +75,7 @@ def elasticized(
             network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
             initial=initial, relaxation=relaxation, sharing=sharing,
         )  # fmt: skip
-    _check_outputs(space, *("vocab_size", vocab_size) if texts else ("num_classes", num_classes))
+        _check_outputs(space, *("vocab_size", vocab_size) if texts else ("num_classes", num_classes))
     return space
 
 
