@@ -53,6 +53,7 @@ class Watched(Search):
             architecture_optimizer=partial(torch.optim.Adam, lr=3e-4, betas=(0.5, 0.999)),
             scheduler=cosine,
             warmup_epochs=0,
+            path_epochs=0,
             targets=(),
             band=None,
             order=None,

@@ -133,7 +133,6 @@ def test_a_precision_is_that_of_the_stages():
     assert bench.space.execute is None
 
 
-@pytest.mark.exhaustive
 def test_parts_of_the_figures_of_a_gpu_run_on_a_cpu():
     names = [part.name for part in device.all_parts()]
     assert len(set(names)) == len(names)
