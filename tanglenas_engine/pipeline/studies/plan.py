@@ -126,9 +126,9 @@ def plan(
     paper = PAPER_EPOCHS.get(params["space"], {}) if scale == "paper" and "search.epochs" not in (changes or {}) else {}
     params["arms"] = {arm: _arm(arm, study.arms[arm], sizes, params, paper) for arm in chosen}
     notes = [_change(study, params, key, value) for key, value in given.items()]
-    if bandless := [arm for arm in chosen if BUDGET in study.arms[arm].params.get("search", {}).values()]:
+    if banded := [arm for arm in chosen if BUDGET in study.arms[arm].params.get("search", {}).values()]:
         if params["measure"].get("budget") is None:
-            notes.append(f"{BUDGET} is none, so {', '.join(bandless)} has no band and draws from the whole space")
+            notes.append(f"{BUDGET} is none, so {', '.join(banded)} has no band and draws from the whole space")
     return Plan(name, params, [note for note in notes if note])
 
 
