@@ -104,15 +104,15 @@ def command(
             shutil.copy(file, copy)
     count = len(plan.params["arms"]) * len(plan.params["seeds"])
     click.echo(f"{folder}: {name}, {count} runs ({', '.join(plan.params['arms'])}; seeds {plan.params['seeds']})")
-    if not run:
-        click.echo(f"\nNext:\n    cd {folder}\n    git init && git add . && git commit -m study && dvc repro")
-        return
     try:
-        _check_memory(folder, plan)
+        (_check_memory if run else _check_config)(folder, plan)
     except TangleNASError:
         if new:  # so that other settings can be tried in its place
             layout.take_back(folder)
         raise
+    if not run:
+        click.echo(f"\nNext:\n    cd {folder}\n    git init && git add . && git commit -m study && dvc repro")
+        return
     if not new:
         click.echo("It is there already, and goes on.")
     _repro(folder)
@@ -149,6 +149,22 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         group, _, name = key.rpartition(".")
         (found.setdefault(group, {}) if group else found)[name] = value
     return found
+
+
+def _check_config(folder: Path, plan: Plan) -> None:
+    """Read the config of a search, unless the study has none.
+
+    Raises:
+        TangleNASError: The config is wrong.
+    """
+    from ..pipeline.config import configured
+    from ..pipeline.studies.run import arguments_of
+    from ..pipeline.studies.runs import entered
+
+    if plan.study.needed is None:
+        arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
+        with chdir(folder), entered(arm, str(seed)), configured(arguments_of("search")):
+            pass
 
 
 def _check_memory(folder: Path, plan: Plan) -> None:

@@ -172,6 +172,15 @@ def test_entropy_goes_from_1_undecided_to_0_decided():
     assert normalized_entropy(decided.one_hot(decided.largest())) == 0
 
 
+def test_entropy_is_relative_to_the_options_that_are_left():
+    space = tiny("stages")
+    left = {count: torch.zeros(rows, count) for count, rows in space.stacks.items()}
+    for stack in left.values():
+        stack[:, :2] = 0.5
+    assert {3} & {*space.stacks}, "a row has dropped an option"
+    assert normalized_entropy(space.mixture(left)) == pytest.approx(1)
+
+
 def test_l2_has_the_gradient_of_weight_decay():
     alphas = [torch.randn(2, 3, requires_grad=True), torch.randn(1, 2, requires_grad=True)]
     gradients = torch.autograd.grad(l2(alphas), alphas)

@@ -299,6 +299,7 @@ def test_searches_take_longer_in_proportion(name, longest):
         (["stages", "-S", "arms.drnas-evolution.optimizer=gdas"], "drnas-evolution takes the supernet of drnas"),
         (["stages", "-S", "arms.drnas.search.epochs=7"], "drnas searches for as long as spos-evolution took"),
         (["ranking", "--arms", "spso"], "unknown arm of the study 'spso'. Did you mean 'spos'?"),
+        (["ranking", "--bind", "search.acumulate = 2"], "search has no parameter 'acumulate'"),
     ],
 )
 def test_what_is_typed_wrong_is_told_in_a_sentence(study, tmp_path, arguments, message):
