@@ -65,7 +65,8 @@ def _row(
 @click.option("options", "-o", "--option", metavar="NAME=VALUE", multiple=True,
               help="An option for whatever takes it, such as image_size=32.")  # fmt: skip
 @click.option("--space", metavar="SPACE", help="What optimizers and objectives are checked on; else two small ones.")
-def check(name: str, options: tuple[str, ...], space: str | None) -> None:
+@click.option("--idle", metavar="CHOICE", multiple=True, help="A choice of a space that does nothing, on purpose.")
+def check(name: str, options: tuple[str, ...], space: str | None, idle: tuple[str, ...]) -> None:
     """Run the checks of tanglenas_engine.testing on what a plugin registered.
 
     NAME is a distribution, an entry point, or one registered name. The exit status is 1 where a check fails.
@@ -73,7 +74,7 @@ def check(name: str, options: tuple[str, ...], space: str | None) -> None:
     from ..testing.report import run
 
     failed, subject = 0, ""
-    for outcome in run(name, parsed(options), space):
+    for outcome in run(name, parsed(options), space, idle):
         if outcome.subject != subject:
             click.echo(("\n" if subject else "") + (subject := outcome.subject))
         mark = click.style("FAIL", fg="red", bold=True) if outcome.problem else click.style("ok  ", fg="green")

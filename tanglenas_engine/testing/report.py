@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,13 +51,16 @@ class Outcome:
     seconds: float
 
 
-def run(name: str, options: Mapping[str, Any] | None = None, space: str | None = None) -> Iterator[Outcome]:
+def run(
+    name: str, options: Mapping[str, Any] | None = None, space: str | None = None, idle: Collection[str] = ()
+) -> Iterator[Outcome]:
     """Check what a plugin registered.
 
     Args:
         name: A distribution, an entry point, or one registered name.
         options: Options for everything that takes them: small spaces are checked faster, some datasets need a folder.
         space: The space on which optimizers and objectives are checked, instead of `SPACES`; it takes options too.
+        idle: Choices of a space that do nothing, on purpose.
 
     Raises:
         TangleNASError: No installed plugin has that name.
@@ -68,7 +71,7 @@ def run(name: str, options: Mapping[str, Any] | None = None, space: str | None =
             yield Outcome(str(plugin_fault.plugin), "loads", f"{plugin_fault.problem}. {plugin_fault.remedy}", 0.0)
             return
     for registration in _named(plugins, name):
-        yield from _checks(registration, dict(options or {}), space)
+        yield from _checks(registration, dict(options or {}), space, idle)
 
 
 def _named(plugins: PluginManager, name: str) -> list[Registration]:
@@ -85,7 +88,9 @@ def _is_called(plugin: Plugin, name: str) -> bool:
     return canonical_name(name) in map(canonical_name, (plugin.distribution, plugin.entry_point))
 
 
-def _checks(registration: Registration, options: dict[str, Any], space: str | None) -> Iterator[Outcome]:
+def _checks(
+    registration: Registration, options: dict[str, Any], space: str | None, idle: Collection[str]
+) -> Iterator[Outcome]:
     subject = f"{registration.kind} {registration.name}"
     base = BASES.get(registration.kind)
 
@@ -111,7 +116,8 @@ def _checks(registration: Registration, options: dict[str, Any], space: str | No
     for check in CHECKS[registration.kind]:
         sentence = _sentence(check)
         if registration.kind in ("space", "dataset"):
-            yield _outcome(subject, sentence, partial(check, make))
+            more = {"idle": idle} if check is spaces.check_learning else {}
+            yield _outcome(subject, sentence, partial(check, make, **more))
         else:
             for make_space in on:
                 yield _outcome(subject, f"{sentence} ({make_space.args[1]})", partial(check, make, make_space))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tanglenas_engine.errors import describe
+from tanglenas_engine.errors import describe, unknown
 from tanglenas_engine.plugins import create_optimizer
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.products import count_products
@@ -202,6 +202,9 @@ def check_learning(make_space: Callable[[], SearchSpace], idle: Collection[str] 
         idle: Choices that do nothing, on purpose.
     """
     space = _moved(make_space()).train()
+    for name in idle:
+        if name not in space.choices:
+            raise unknown(f"idle choice of {space.label}", name, space.choices)
     alphas = {name: torch.zeros(choice.shape, requires_grad=True) for name, choice in space.choices.items()}
     space.relax({name: alpha.softmax(-1) for name, alpha in alphas.items()})
     outputs = space(_inputs(space, 4))
@@ -219,7 +222,7 @@ def check_learning(make_space: Callable[[], SearchSpace], idle: Collection[str] 
             for row, gradient in zip(choice.layer_rows, alpha.grad.reshape(-1, len(choice.options)), strict=True):
                 assert bool(gradient.any()), (
                     f"alpha of {row!r} gets a gradient of zeros only: the output does not depend on this choice. One "
-                    "that is meant to do nothing is named in `idle`"
+                    "that is meant to do nothing is named in `idle`, or with --idle"
                 )
 
 

@@ -461,6 +461,7 @@ from tanglenas_engine import hookimpl
 def tanglenas_register_spaces(register):
     register("right", "test_conformance:Right", summary="keeps the contract")
     register("plain_norm", "test_conformance:PlainNorm", summary="does not")
+    register("ignored", "test_conformance:Ignored", summary="has a choice that does nothing")
     register("absent", "test_conformance:Absent", summary="cannot be imported")
     register("crash", "test_conformance:Crash", summary="fails in its constructor")
     register("silent", "test_conformance:Right")
@@ -510,6 +511,13 @@ def test_an_objective_is_checked_on_the_space_that_is_named(check, name, status,
     result = check(name, "--space", "right")
     assert result.exit_code == status and message in result.stdout
     assert result.stdout.count("\n  ok  ") == passed and result.stdout.count("(right)") == 3
+
+
+@pytest.mark.slow
+def test_a_choice_may_do_nothing_if_it_is_named(check):
+    assert "zeros only" in check("ignored").stdout
+    assert "zeros only" not in check("ignored", "--idle", "spare").stdout
+    assert "Did you mean 'spare'?" in check("ignored", "--idle", "spares").stdout
 
 
 @pytest.mark.slow
