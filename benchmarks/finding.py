@@ -137,6 +137,10 @@ TASKS = {
         "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=6000, validation=0.5,
         epochs=6,
     ),
+    "mobilenetv3_nano_10000": Task(
+        "mobilenetv3_nano", "fashion_mnist", {}, {"drop": 0.1}, place="root", images=13_000, validation=3 / 13,
+        epochs=4,
+    ),
     "toy_cell": Task(
         "toy_cell", "fashion_mnist", {}, {"channels": 16, "dropout": 0.2}, budget=None, place="root", images=6000,
         epochs=12, pool=60, metric="test_acc",

@@ -6,6 +6,7 @@ from .errors import TangleNASError as TangleNASError
 from .errors import at_least as at_least
 from .errors import positive as positive
 from .errors import unknown as unknown
+from .errors import within as within
 from .plugins import create_dataset as create_dataset
 from .plugins import create_objective as create_objective
 from .plugins import create_optimizer as create_optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -102,6 +103,22 @@ def positive(name: str, value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise TangleNASError(f"{name} is {quoted(value)}, expected a positive number")
+    return value
+
+
+def within(name: str, value: float, least: float, most: float = math.inf) -> float:
+    """Return `value` if it is a number from `least` to `most`, which is finite.
+
+    Raises:
+        TangleNASError: `value` is no number, or is outside.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (least <= value <= most and math.isfinite(value))
+    ):
+        expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise TangleNASError(f"{name} is {quoted(value)}, expected a number {expected}")
     return value
 
 

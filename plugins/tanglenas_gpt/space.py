@@ -70,9 +70,14 @@ class GPT(SearchSpace):
         L, E = self.choice("layers", layers), self.choice("embed_dim", embed_dim)
         per = L if per_layer else None
         H, R = self.choice("num_heads", num_heads, per), self.choice("mlp_ratio", mlp_ratio, per)
-        head_dim = {"slices": head_dim or E.max // max(H.values), "partition": None}.get(heads, 0)
-        if head_dim == 0:
+        if heads not in ("slices", "partition"):
             raise unknown("heads", heads, ("slices", "partition"))
+        if heads == "slices" and not head_dim and E.max < max(H.values):
+            raise TangleNASError(
+                f"{max(H.values)} heads share {E.max} dimensions, so that a head has none: give fewer num_heads, a "
+                "larger embed_dim, or head_dim"
+            )
+        head_dim = None if heads == "partition" else head_dim or E.max // max(H.values)
         if gelu not in ("none", "tanh"):
             raise unknown("gelu", gelu, ("none", "tanh"))
         self.settings = dict(

@@ -5,7 +5,7 @@ It differs from the code of the TangleNAS paper, which uses sparsemax where weig
 
 from torch import Tensor
 
-from tanglenas_engine import Mixture, l2
+from tanglenas_engine import Mixture, l2, within
 from tanglenas_gradient.annealed import Annealed
 
 
@@ -21,7 +21,7 @@ class DARTS(Annealed):
 
     def __init__(self, weight_decay: float = 1e-3, temperature: float = 1.0, final_temperature: float | None = None):
         super().__init__(temperature, final_temperature)
-        self.weight_decay = weight_decay
+        self.weight_decay = within("weight_decay", weight_decay, 0)
 
     def sample(self, step: int, stream: str) -> Mixture:
         return self.expected()

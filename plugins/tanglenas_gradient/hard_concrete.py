@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tanglenas_engine import Mixture, TangleNASError, l2
+from tanglenas_engine import Mixture, TangleNASError, l2, within
 from tanglenas_gradient.annealed import Annealed
 
 
@@ -46,7 +46,7 @@ class HardConcrete(Annealed):
                 f"the gates of {self.name or type(self).__name__} are clamped from {low!r} to {high!r}: expected low "
                 "below 0 and high above 1, as other gates are never exactly 0 or 1"
             )
-        self.low, self.high, self.weight_decay = low, high, weight_decay
+        self.low, self.high, self.weight_decay = low, high, within("weight_decay", weight_decay, 0)
 
     def sample(self, step: int, stream: str) -> Mixture:
         generator = torch.Generator().manual_seed(self.derive_seed(step, stream))

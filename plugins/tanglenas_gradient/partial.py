@@ -25,7 +25,8 @@ class Progressive(Optimizer):
 
     Args:
         channels: For each stage, the reciprocal of the share of channels that operations see; 1 means all channels.
-        keep: For each stage, the share of every row's options that is left, at least one option; the first share is 1.
+        keep: For each stage, the share of every row's options that is left, at least two options, so that nothing is
+            decided before the end; the first share is 1.
         edge_normalization: Weigh the edges into a node by a softmax over parameters of their own. The weights then also
             count when a space derives which edges to keep.
     """
@@ -38,6 +39,10 @@ class Progressive(Optimizer):
         **options: Any,
     ):
         super().__init__(**options)
+        if not isinstance(channels, Sequence) or not isinstance(keep, Sequence):
+            raise TangleNASError(
+                f"channels {channels!r} and keep {keep!r}: give a tuple of each, with a number for every stage"
+            )
         self.channels, self.keep = tuple(channels), tuple(keep)
         if not self.channels or len(self.channels) != len(self.keep):
             raise TangleNASError(
@@ -87,8 +92,8 @@ class Progressive(Optimizer):
         self.space.superposition.channel_divisor = self.channels[self.stage]
 
     def schedules(self) -> dict[str, float]:
-        share = self.keep[self.stage]
-        return {**super().schedules(), "channel_parts": self.channels[self.stage], "options_kept": share}
+        parts = {"channel_parts": self.channels[self.stage]} if isinstance(self.space, cells.CellSpace) else {}
+        return {**super().schedules(), **parts, "options_kept": self.keep[self.stage]}
 
     def sample(self, step: int, stream: str) -> Mixture:
         return self._shrunk(super().sample(step, stream))
@@ -113,7 +118,7 @@ class Progressive(Optimizer):
     def _prune(self, share: float) -> None:
         """Keep the most probable options of every row."""
         for count, weights in self.expected().detach().stacks.items():
-            best = weights.topk(max(1, math.ceil(share * count)), dim=1).indices
+            best = weights.topk(max(min(2, count), math.ceil(share * count)), dim=1).indices
             self._kept[count] = torch.zeros_like(self._kept[count]).scatter_(1, best, True)
 
     def _shrunk(self, mixture: Mixture) -> Mixture:
@@ -155,8 +160,10 @@ class PartialDrNAS(Progressive, DrNAS):
     """An optimizer that is DrNAS with partial channels and progressive shrinking.
 
     The options are those of `Progressive` and `drnas`. The paper's cells have 36 channels; its two stages of 25 epochs
-    see 1/6 and 1/4 of them. The second stage keeps 4 of 8 operations. Alpha rests in the first 10 epochs of each stage.
-    It differs from the paper in that optimizer and learning rate continue from stage to stage.
+    see 1/6 and 1/4 of them. The second stage keeps 4 of 8 operations.
+
+    Differs from the paper in two points. There, alpha rests in the first 10 epochs of each stage; here, it rests in
+    `search.warmup_epochs` of the first stage only. And optimizer and learning rate continue from stage to stage.
     """
 
     def __init__(

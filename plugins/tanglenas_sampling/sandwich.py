@@ -9,14 +9,15 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tanglenas_engine import Architecture, Optimizer, Source, Step, TangleNASError, at_least
+from tanglenas_engine import Architecture, Optimizer, Source, Step, at_least, within
 
 
 class Sandwich(Optimizer):
     """An optimizer that trains the largest network, the smallest and a few random ones in every step, on one batch.
 
     The largest network learns from the labels. The others learn from labels and from its predictions: a share of their
-    loss is the cross-entropy to its softmax, without a gradient to it. Gradients add up, as in the papers. In a search
+    loss is the cross-entropy to its softmax, without a gradient to it. Gradients add up, as in the papers, and
+    `search.clip` clips their sum. The search reports the loss and the accuracy of the largest network. In a search
     within a band, the largest and the smallest are those of the band.
 
     Args:
@@ -31,11 +32,7 @@ class Sandwich(Optimizer):
 
     def __init__(self, random: int = 2, distillation: float = 0.5):
         super().__init__()
-        self.random, self.distillation = at_least("random", random, 0), distillation
-        if not 0 <= distillation <= 1:
-            raise TangleNASError(
-                f"distillation is {distillation!r}, expected a share from 0 (labels) to 1 (predictions)"
-            )
+        self.random, self.distillation = at_least("random", random, 0), within("distillation", distillation, 0, 1)
 
     def draw_from(self, source: Source) -> None:
         super().draw_from(source)
@@ -47,9 +44,10 @@ class Sandwich(Optimizer):
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
         inputs, targets = step.weight_batch
         self.enter(self._largest)
-        step.outputs = outputs = step.space(inputs)
-        yield step.loss(outputs, targets)
-        step.outputs = teacher = outputs.detach()
+        outputs = step.space(inputs)
+        loss = step.loss(outputs, targets)
+        step.outputs, step.reported = (teacher := outputs.detach()), loss.detach()
+        yield loss
         others = [self._smallest, *(self.draw(step.index, f"weight/{i}") for i in range(self.random))]
         for architecture in others:
             self.enter(architecture)

@@ -59,17 +59,17 @@ def make_elastic(module: nn.Module, axes: Mapping[str, Axes], groups: Size, widt
         single = module.num_groups == 1
         module.declare(
             role="statistics" if single else "buffer",
-            statistics=(_in_role(width, "statistics" if single else "buffer"),),
+            statistics=(width and width.in_role("statistics" if single else "buffer"),),
         )
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        module.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
+        module.declare(role="statistics", statistics=(width and width.in_role("statistics"),))
     elif isinstance(module, nn.Embedding):
         module.declare(output=axes["weight"][1:])
     elif isinstance(module, nn.Linear):
         first, second = axes["weight"]
         axes = {**axes, "weight": (first or _fixed(module.out_features), second or _fixed(module.in_features))}
     if "weight" not in axes and width is not None:  # a norm without gain still covers its output
-        gain = _in_role(width, "write")
+        gain = width.in_role("write")
         axes = {**axes, "weight": (gain,), "bias": (gain,)}
     for name, dimensions in axes.items():
         module.declare("write", **{name: dimensions})
@@ -87,10 +87,6 @@ def equal_padding(module: nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
 
 def _fixed(length: int) -> Axis:
     return Axis(Size.of(length))
-
-
-def _in_role(axis: Axis | None, role: str) -> Axis | None:
-    return None if axis is None else Axis(axis.size, axis.layout, axis.blocks, role, axis.unit)
 
 
 class Holder(Elastic):
@@ -148,7 +144,7 @@ class WidthNorm(Elastic):
     def __init__(self, width: Axis, centre: bool):
         super().__init__()
         self.centre = centre
-        self.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
+        self.declare(role="statistics", statistics=(width.in_role("statistics"),))
 
     def forward(
         self,
@@ -179,7 +175,7 @@ class WidthMean(Elastic):
     def __init__(self, function: Callable[..., Tensor], width: Axis, dim: int):
         super().__init__()
         self.function, self.dim = function, dim
-        self.declare(role="statistics", statistics=(_in_role(width, "statistics"),))
+        self.declare(role="statistics", statistics=(width.in_role("statistics"),))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         coverage = self.factors("statistics")

@@ -42,6 +42,12 @@ class _Convolution(Elastic):
         bias: bool = True,
         **options: Any,
     ):
+        mode = options.get("padding_mode", "zeros")
+        if mode != "zeros" or isinstance(padding, str):
+            raise TangleNASError(
+                f"padding {padding!r} in the mode {mode!r}: an elastic convolution pads by a number of zeros, or by as "
+                "many as keep the length for None"
+            )
         kernel, inputs, outputs, groups = map(Size.of, (kernel_size, in_channels, out_channels, groups))
         if padding is None:
             padding = dilation * (kernel.max - 1) // 2

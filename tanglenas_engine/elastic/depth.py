@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.mixture import Factor
-from tanglenas_engine.superposition.size import Assignment, Axis, Size
+from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size
 
 
 class Depth(Elastic, nn.ModuleList):
@@ -25,7 +25,7 @@ class Depth(Elastic, nn.ModuleList):
     `order` of the `state_dict`.
 
     Raises:
-        TangleNASError: The largest depth differs from the number of layers.
+        TangleNASError: The largest depth differs from the number of layers, or a layer is given twice.
     """
 
     interchangeable = True
@@ -36,15 +36,25 @@ class Depth(Elastic, nn.ModuleList):
         self.depth = Size.of(depth)
         if self.depth.max != len(self):
             raise TangleNASError(f"the depth can be {self.depth.max}, but {len(self)} layers are given")
+        if len({*self}) < len(self):
+            raise TangleNASError(
+                "a layer of the depth is given twice. Give layers of their own, which may share their parameters: "
+                "second.weight = first.weight"
+            )
         self._depths = sorted({int(value) for value in self.depth.values})
         self.declare(outputs=(Axis(self.depth, layout="value", role="value"),))
+
+    @property
+    def _key(self) -> tuple[Row, tuple[Any, ...]]:
+        """The key of the layers' ranks, which depths of equal sizes share."""
+        return self.depth.rows[0], self.depth.values
 
     @property
     def order(self) -> tuple[int, ...] | None:
         """The numbers of the layers from the one that is kept longest to the one that goes first; None for 0, 1, ..."""
         if self._superposition is None or not self._superposition.ranks:
             return None
-        ranks = self._superposition.ranks.get((self.depth.rows[0], self.depth.values))
+        ranks = self._superposition.ranks.get(self._key)
         return ranks and tuple(sorted(range(len(ranks)), key=ranks.__getitem__))
 
     def put_in_order(self, order: Sequence[int]) -> None:
@@ -60,11 +70,11 @@ class Depth(Elastic, nn.ModuleList):
                 f"the {len(self)} layers differ, so that they cannot be kept in the order {list(order)}"
             )
         ranks = tuple(order.index(layer) for layer in range(len(self)))
-        self._superposition.ranks[self.depth.rows[0], self.depth.values] = ranks
+        self._superposition.ranks[self._key] = ranks
 
-    def kept(self, assignment: Assignment) -> list[nn.Module]:
-        """Return the layers of an architecture, in sequence."""
-        return [layer for name, layer in self.named_children() if self.gate(name).value(assignment)]
+    def kept(self, assignment: Assignment) -> dict[str, nn.Module]:
+        """Return the layers of an architecture by their names in the stack, in sequence."""
+        return {name: layer for name, layer in self.named_children() if self.gate(name).value(assignment)}
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.order is not None:
@@ -105,6 +115,9 @@ class Depth(Elastic, nn.ModuleList):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if (order := state_dict.pop(f"{prefix}order", None)) is not None:
             self.put_in_order(order.tolist())
+        elif self.order is not None and any(key.startswith(prefix) for key in state_dict):
+            assert self._superposition is not None
+            del self._superposition.ranks[self._key]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def factors(self, name: str) -> list[Factor]:
@@ -121,7 +134,16 @@ class Depth(Elastic, nn.ModuleList):
         return self.depth.map(lambda depth: int(int(depth) > rank))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
-        return nn.Sequential(*(plain(layer, assignment) for layer in self.kept(assignment)))
+        return InSequence(*(plain(layer, assignment) for layer in self.kept(assignment).values()))
+
+
+class InSequence(nn.Sequential):
+    """Layers that are called with the same context, `layer(x, *context)`."""
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, *context)
+        return x
 
 
 def walk(
@@ -129,6 +151,8 @@ def walk(
 ) -> Iterator[tuple[str, nn.Module, tuple[Size, ...]]]:
     """Yield all modules with their names and gates. A gate is a Size: 1 if an architecture has the module, else 0."""
     yield name, module, gates
-    for key, child in module.named_children():
+    for key, child in module._modules.items():  # named_children() leaves the second name of a module out
+        if child is None:
+            continue
         gate = module.gate(key) if isinstance(module, Elastic) else None
         yield from walk(child, f"{name}.{key}" if name else key, gates if gate is None else (*gates, gate))

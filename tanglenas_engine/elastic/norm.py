@@ -134,7 +134,7 @@ class _WidthNorm(Elastic):
         axis = Axis.of(width, "write")
         super().__init__(axis.length, *options)
         self.declare(weight=(axis,), bias=(axis,))
-        self.declare(role="statistics", statistics=(width,))
+        self.declare(statistics=(axis.in_role("statistics"),))
 
     def forward(self, x: Tensor) -> Tensor:
         coverage = self.factors("statistics")
@@ -282,7 +282,8 @@ class _BatchNorm(Elastic, nn.modules.batchnorm._BatchNorm):
         axis = Axis.of(num_features, "write")
         super().__init__(axis.length, eps, momentum, affine, track_running_stats)
         self.declare(weight=(axis,), bias=(axis,))
-        self.declare(role="buffer", running_mean=(num_features,), running_var=(num_features,))
+        statistics = axis.in_role("buffer")
+        self.declare(running_mean=(statistics,), running_var=(statistics,))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in self.shapes:

@@ -108,7 +108,11 @@ class MixedOperation(Elastic, nn.ModuleDict):
     def _mixed(self, x: Tensor) -> Tensor:
         if self.assignment is not None:
             name = self._chosen(self.assignment)
-            return self.covered(name, self[name](x))
+            if name not in self.members:
+                return self.covered(name, self[name](x))
+            with self._selected(self.assignment):  # kernels inside are those of the option, without a mask
+                y = self[name](x)
+            return self.covered(name, y)
         terms = list(self._terms(x))
         return sum(terms[1:], terms[0])
 
@@ -164,15 +168,15 @@ class MixedOperation(Elastic, nn.ModuleDict):
 
     @contextmanager
     def _selected(self, picks: Assignment) -> Iterator[None]:
-        """Take the hard path inside the block."""
+        """Take the hard path inside the block, without a mixture."""
         state = self._superposition
         assert state is not None
-        mixture = state.mixture
+        before = state.mixture, state.assignment
         state.mixture, state.assignment = None, picks
         try:
             yield
         finally:
-            state.mixture, state.assignment = mixture, None
+            state.mixture, state.assignment = before
 
     def _check_members(self, name: str) -> None:
         layers = [module for module in self[name].modules() if isinstance(module, Elastic)]

@@ -39,6 +39,7 @@ class Step:
             backward pass serves weights and alpha.
         weight_optimizer: The torch optimizer of the supernet's weights.
         outputs: The supernet's last outputs for the weight batch, from which the loop computes the training accuracy.
+        reported: The loss of `outputs`, where the terms that train the weights add up to another one; else None.
         scale: The factor of the loss in alpha's gradient. It exceeds 1 in half precision.
     """
 
@@ -49,6 +50,7 @@ class Step:
     architecture_batch: Batch | None
     weight_optimizer: torch.optim.Optimizer
     outputs: Tensor | None = None
+    reported: Tensor | None = None
     scale: Tensor | float = 1.0
 
 

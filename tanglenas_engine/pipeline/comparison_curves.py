@@ -40,7 +40,7 @@ class Curve:
         mean: The mean over seeds, of shape `(points,)`.
         band: The ends of its interval, two of shape `(points,)`, or None for one seed.
         derived: True if the value is that of the current architecture. A method that draws architectures has none
-            before discretize, and its value is the largest network's.
+            before discretize, and its value is that of one fixed network.
         spread: True if a search logged no time by epoch: its total is spread over the epochs evenly.
     """
 

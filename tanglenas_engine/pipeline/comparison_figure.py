@@ -104,7 +104,7 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
     seconds, unit = next((own, sign) for least, own, sign in UNITS if longest >= least)
     for curve in drawn.curves:
         look = colours[curve.label]
-        label = curve.label if curve.derived else f"{curve.label} (largest network)"
+        label = curve.label if curve.derived else f"{curve.label} (a fixed network)"
         axes.plot(curve.seconds / seconds, curve.mean, label=plain(label), drawstyle="steps-post", **look)
         if curve.band is not None:
             axes.fill_between(curve.seconds / seconds, *curve.band, step="post", color=look["color"], alpha=0.18,

@@ -99,7 +99,7 @@ def alphas(history: Sequence[Record], choices: Mapping[str, Choice | Sequence[An
 def anytime(history: Sequence[Record], path: str | Path) -> None:
     """Draw what the search would have given at any epoch: accuracy in %, cost and how decided the mixture is.
 
-    A sampled search has no architecture before discretize: the accuracy is then the largest network's.
+    A sampled search has no architecture before discretize: the accuracy is then that of one fixed network.
     """
     if not history:
         return _note("No epoch was searched.", path)
@@ -107,7 +107,7 @@ def anytime(history: Sequence[Record], path: str | Path) -> None:
     found = "architecture" in history[-1]
     with _drawing(path, 5.1 if found else 3.0) as figure:
         axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.2)
-        network = "current architecture" if found else "largest network"
+        network = "current architecture" if found else "a fixed network"
         _curve(axes, epochs, [row["validation_accuracy"] for row in history], BLUE, f"validation, {network}")
         _curve(axes, epochs, [row["weight_accuracy"] for row in history], FAINT, "training, supernet")
         if found:

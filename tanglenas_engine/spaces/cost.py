@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.elastic.depth import walk
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.products import ProductCounter, in_plain_products, run_on_meta
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
@@ -164,6 +165,26 @@ def _anywhere(places: list[tuple[Size, ...]]) -> tuple[Size, ...]:
     return (functools.reduce(lambda a, b: a.map(max, b), products),)
 
 
+Place = tuple[str, tuple[Size, ...]]
+"""The name of a module, and its gates."""
+
+
+def _only(places: list[Place]) -> tuple[Size, ...]:
+    """Return the gates of a module that computes products.
+
+    Raises:
+        TangleNASError: It has several places, which are not in the same architectures.
+    """
+    (name, gates), *others = places
+    for other, differing in others:
+        if [(gate.rows, gate.values) for gate in differing] != [(gate.rows, gate.values) for gate in gates]:
+            raise TangleNASError(
+                f"{name} and {other} are one module, but not in the same architectures, so that its products cannot be "
+                "counted. Give each place a module of its own; they may share parameters: second.weight = first.weight"
+            )
+    return gates
+
+
 def _mac_terms(
     network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]
 ) -> tuple[list[Term], list[str]]:
@@ -178,7 +199,8 @@ def _mac_terms(
     hooks: list[Any] = []
     counted_by: list[nn.Module | None] = []  # for each running module the elastic layer whose `macs` covers it
 
-    def register(name: str, module: nn.Module, gates: tuple[Size, ...]) -> None:
+    def register(module: nn.Module, found: list[Place]) -> None:
+        name = found[0][0]
         before: list[int] = []
 
         def enter(_: nn.Module, inputs: Any) -> None:
@@ -189,9 +211,9 @@ def _mac_terms(
             counter.leave()
             own, covering = counter.own[module] - before.pop(), counted_by.pop()
             if covering is module:
-                terms.extend((constant, (*gates, *factors)) for constant, factors in module.macs(output))  # type: ignore[operator]
+                terms.extend((constant, (*_only(found), *factors)) for constant, factors in module.macs(output))  # type: ignore[operator]
             elif covering is None and own:
-                terms.append((own, gates))
+                terms.append((own, _only(found)))
                 if isinstance(module, Elastic):
                     unknown[
                         f"{name or 'the space'} ({type(module).__name__}) computes products of its own, but has no "
@@ -205,14 +227,14 @@ def _mac_terms(
 
         hooks.extend((module.register_forward_pre_hook(enter), module.register_forward_hook(leave)))
 
-    places: dict[nn.Module, list[tuple[str, tuple[Size, ...]]]] = {}
+    places: dict[nn.Module, list[Place]] = {}
     for name, module, gates in walk(network):
         places.setdefault(module, []).append((name, gates))
     state = superposition.mixture, superposition.assignment
     training = {module: module.training for module in network.modules()}
     superposition.release()
     for module, found in places.items():
-        register(found[0][0], module, _anywhere([gates for _, gates in found]))
+        register(module, found)
     try:
         with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
             example = example_input(1)

@@ -340,20 +340,30 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     def inherited(self, architecture: Architecture) -> dict[str, Tensor]:
         """Return the slices of the supernet's weights for an architecture, as its standalone network's `state_dict`."""
         assignment = self.assignment_of(architecture)
-        state: dict[str, Tensor] = {}
-        renamed: dict[str, str] = {}  # layers of a network are numbered without those that it lacks
+        names = self._names(assignment)
+        return {
+            _joined(names[name], key): value
+            for name, module, _ in walk(self)
+            if name in names
+            for key, value in sliced_state(module, assignment).items()
+            if key not in module._non_persistent_buffers_set
+        }
+
+    def _names(self, assignment: Assignment) -> dict[str, str]:
+        """Return the names in the network of an architecture of all modules that it has, by their names here.
+
+        Layers of a network are numbered without those that it lacks.
+        """
+        names: dict[str, str] = {}
+        numbers: dict[str, str] = {}
         for name, module, gates in walk(self):
             if not all(gate.value(assignment) for gate in gates):
                 continue
             parent, _, key = name.rpartition(".")
-            renamed[name] = _joined(renamed.get(parent, ""), renamed.get(name, key))
+            names[name] = _joined(names.get(parent, ""), numbers.get(name, key))
             if isinstance(module, Depth):
-                kept = {id(layer): str(number) for number, layer in enumerate(module.kept(assignment))}
-                renamed |= {_joined(name, k): kept[id(m)] for k, m in module.named_children() if id(m) in kept}
-            for key, value in sliced_state(module, assignment).items():
-                if key not in module._non_persistent_buffers_set:
-                    state[_joined(renamed[name], key)] = value
-        return state
+                numbers |= {_joined(name, k): str(number) for number, k in enumerate(module.kept(assignment))}
+        return names
 
     # Cost.
 
@@ -392,12 +402,21 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         for attribute in ("superposition", "choices", "_costs", "stacks", "execute", "created_with"):
             network.__dict__.pop(attribute, None)
         network.__class__ = _network_class(type(self))
-        there = dict(network.named_parameters())  # copying unties weights, so they are tied again below
-        for names in tied(self):
-            present = [name for name in names if name in there]
-            for name in present[1:]:
-                owner, _, key = name.rpartition(".")
-                setattr(network.get_submodule(owner), key, there[present[0]])
+        # Copying makes several modules of one with several names, and unties weights.
+        names, called = self._names(assignment), dict[nn.Module, list[str]]()
+        for name, module, _ in walk(self):
+            if name in names:
+                called.setdefault(module, []).append(names[name])
+        for first, *others in called.values():
+            for other in others:
+                network.set_submodule(other, network.get_submodule(first))
+        there = dict(network.named_parameters())
+        for group in tied(self):
+            parts = [name.rpartition(".") for name in group]
+            places = [(names[owner], key) for owner, _, key in parts if owner in names]
+            present = [place for place in places if _joined(*place) in there]
+            for owner, key in present[1:]:
+                setattr(network.get_submodule(owner), key, there[_joined(*present[0])])
         return network
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -369,7 +369,7 @@ class Search(Training):
         Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's,
         it has other data, and what is found there does not hold elsewhere.
         """
-        network = self.optimizer.current() or self.space.largest()
+        network = self.optimizer.current() or self._stand_in
         splits = ("weights", "architecture", "validation")
         with inherited(self.space, network, self._statistics):
             found = {name: estimate_loss(self.space, self._data.plain(name)) for name in splits}
@@ -500,10 +500,11 @@ class Search(Training):
         total = torch.zeros((), device=self.device)
         losses = self.optimizer.path_losses if phase == "path" else self.optimizer.weight_losses
         for piece in pieces:
+            terms = torch.zeros((), device=self.device)
             for term in losses(piece):
-                term = term / len(pieces)
-                torch.autograd.backward(self.scaler.scale(term))
-                total += term.detach()
+                torch.autograd.backward(self.scaler.scale(term / len(pieces)))
+                terms += term.detach()
+            total += (terms if piece.reported is None else piece.reported) / len(pieces)
         # Running statistics are means over batches. Averaged in every step, they are means over all ranks' batches.
         distributed.average([*(tensor.grad for tensor in (*self.weights, *learning)), *self.statistics])
         self.scaler.unscale_(self.weight_optimizer)
@@ -580,17 +581,29 @@ class Search(Training):
         mixture = self.optimizer.expected()
         if mixture is None or current is None:
             return record
-        record |= self._current_record(mixture.detach(), current)
+        # A table may lack some architectures, so its values are no part of what a record must have.
+        record |= {**self._current_record(mixture.detach(), current), **(self.table(current) if self.table else {})}
         if self.stop is not None and epoch > self.warmup_epochs and (reason := self.stop(current, record)):
             record["stopped"] = reason
             self.session.note(f"search: stopped after epoch {epoch} of {self.epochs}: {reason}")
         return record
 
     def _measure_current(self) -> tuple[Architecture | None, Measured]:
-        """Measure the current architecture as discretize does. Without one, the largest network is measured."""
+        """Measure the current architecture as discretize does, or one that stands for all where there is none."""
         current = self.optimizer.current()
-        network = current or self.space.largest()
+        network = current or self._stand_in
         return current, measure_inherited(self.space, network, self.validation, self._statistics, together=True)
+
+    @cached_property
+    def _stand_in(self) -> Architecture:
+        """The network that is validated where no architecture is the current one.
+
+        It is the largest of the space, or a random one of the band: beyond the band, weights do not learn.
+        """
+        source = self.optimizer.source
+        if source is self.space:
+            return self.space.largest()
+        return source.sample(torch.Generator().manual_seed(self.optimizer.derive_seed(-1, "validation")))
 
     def record_like(self) -> Record:
         like: Record = {"weight_loss": 0.0, "validation_accuracy": 0.0, "validation_loss": math.nan}
@@ -612,7 +625,6 @@ class Search(Training):
             "digest": current.digest,
             "architecture": str(current),
             "mixture": {name: mixture[name].tolist() for name in mixture},
-            **(self.table(current) if self.table else {}),
         }
         for target in self.targets:
             record.setdefault(f"expected_{target.name}", float(target.objective.expected(mixture)))
@@ -621,7 +633,8 @@ class Search(Training):
 
     def describe(self, record: Record) -> str:
         train = f"  train {record['weight_accuracy']:.1f} %" if "weight_accuracy" in record else ""
-        what = record.get("architecture", "(largest network)")
+        stand_in = "largest network" if self.optimizer.source is self.space else "a network of the band"
+        what = record.get("architecture", f"({stand_in})")
         return f"loss {record['weight_loss']:.3f}{train}  valid {record['validation_accuracy']:.1f} %  {what}"
 
 

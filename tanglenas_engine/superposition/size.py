@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tanglenas_engine.errors import TangleNASError
@@ -211,6 +211,10 @@ class Axis:
     def of(cls, dimension: Axis | Size | Number, role: str) -> Axis:
         """Return the axis of a number or Size in `role`. An Axis keeps its own role."""
         return dimension if isinstance(dimension, Axis) else cls(Size.of(dimension), role=role)
+
+    def in_role(self, role: str) -> Axis:
+        """Return the same entries in another use."""
+        return replace(self, role=role)
 
     @property
     def length(self) -> int:

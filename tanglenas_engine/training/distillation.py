@@ -120,7 +120,7 @@ def hidden_pairs(space: SearchSpace, architecture: Architecture, network: nn.Mod
     pairs: list[tuple[str, str]] = []
     for name, module in space.named_modules():
         if isinstance(module, Depth):
-            kept = [int(key) for key, _ in module.named_children() if module.gate(key).value(assignment)]
+            kept = [*map(int, module.kept(assignment))]
             ends = [layer - 1 for layer in [*kept[1:], len(module)]] if kept else []
             pairs += [(f"{name}.{place}", f"{name}.{end}") for place, end in enumerate(ends)]
     if not pairs or not {ours for ours, _ in pairs} <= dict(network.named_modules()).keys():

@@ -84,17 +84,19 @@ def measure_inherited(
 def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequence[Tensor]) -> Iterator[None]:
     """Compute an architecture with batch norms recalibrated in the block; then the space has its buffers again.
 
-    It has all of its channels, of which a search may use a part.
+    It has all of its channels, of which a search may use a part, and the precision of its weights, which a search may
+    lower.
     """
     buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
     divisor, space.superposition.channel_divisor = space.superposition.channel_divisor, 1
+    execute, space.execute = space.execute, None
     space.select(architecture)
     try:
         if statistics:
             recalibrate(space, statistics)
         yield
     finally:
-        space.superposition.channel_divisor = divisor
+        space.superposition.channel_divisor, space.execute = divisor, execute
         for buffer, before in buffers:
             buffer.copy_(before)
 

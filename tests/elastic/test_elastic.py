@@ -1,5 +1,6 @@
 """Every elastic layer against Algorithm 1 (oracle.py): outputs, weight gradients and alpha gradients in float64."""
 
+import copy
 from types import SimpleNamespace
 from unittest import mock
 
@@ -15,7 +16,7 @@ from torch import nn
 from tanglenas_engine import SearchSpace, elastic
 from tanglenas_engine.elastic import masked as products
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.superposition.size import make_divisible
+from tanglenas_engine.superposition.size import Axis, make_divisible
 from tanglenas_engine.training.measure import recalibrate
 
 H, K = Dimension("H", lambda v: v.H), Dimension("K", lambda v: v.K)
@@ -646,6 +647,46 @@ def test_a_depth_needs_as_many_layers_as_its_largest_option():
     _, (depth,) = one(depth=(1, 3))
     with pytest.raises(TangleNASError, match="the depth can be 3, but 2 layers are given"):
         elastic.Depth(depth, [nn.Identity(), nn.Identity()])
+
+
+def test_a_layer_of_a_depth_is_given_once():
+    _, (depth,) = one(depth=(1, 2))
+    layer = nn.Linear(2, 2)
+    with pytest.raises(TangleNASError, match=r"a layer of the depth is given twice\. .* may share their parameters"):
+        elastic.Depth(depth, [layer, layer])
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding_mode": "circular"}, {"padding": "same"}, {"padding": "valid", "padding_mode": "reflect"}]
+)
+def test_padding_is_a_number_of_zeros(options):
+    with pytest.raises(TangleNASError, match="pads by a number of zeros"):
+        elastic.Conv2d(2, 2, 3, **options)
+
+
+@pytest.mark.parametrize("relaxation", ["exact", "gated"])
+@pytest.mark.parametrize("role", ["unit", "write", "read"])
+@pytest.mark.parametrize("kind", [elastic.LayerNorm, elastic.RMSNorm, elastic.BatchNorm1d])
+def test_a_norm_over_an_axis_has_the_statistics_of_the_architecture(kind, role, relaxation):
+    class Normed(SearchSpace):
+        def __init__(self):
+            super().__init__(relaxation=relaxation)
+            width = self.choice("width", (4, 8))
+            self.first, self.norm = elastic.Linear(3, width), kind(Axis(width, role=role))
+
+        def forward(self, x):
+            return self.norm(self.first(x))[..., :4]
+
+    space, x = Normed().double().train(), torch.randn(5, 3, dtype=torch.float64)
+    small = space.architecture(width=4)
+    before = copy.deepcopy(space.state_dict())
+    hard = space.select(small)(x)
+    moved = {name: buffer.clone() for name, buffer in space.named_buffers()}
+    space.load_state_dict(before)
+    torch.testing.assert_close(space.relax(space.one_hot(small))(x), hard)
+    for name, buffer in space.named_buffers():
+        used = slice(4) if buffer.dim() else ...
+        torch.testing.assert_close(buffer[used], moved[name][used])
 
 
 @pytest.mark.parametrize(

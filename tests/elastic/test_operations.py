@@ -135,6 +135,17 @@ def test_entangled_mixes_the_outputs_of_slices_of_one_weight(relaxation):
     assert space.edge["conv"][1].num_batches_tracked == 1
 
 
+def test_a_hard_sample_of_entangled_kernels_has_the_slope_of_the_chosen_option_only():
+    space = OneEdge(sharing="entangled").double()
+    x, target = torch.randn(2, 4, 2, 6, 6, dtype=torch.float64)
+    p = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    gradients = [
+        torch.autograd.grad((enter({"op": p})(x) * target).sum(), p)[0]
+        for enter in (space.relax, lambda weights: space.select(space.mixture(weights)))
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0] * p.detach())
+
+
 def test_entangled_leaves_the_statistics_of_operations_that_no_option_has():
     space = OneEdge(sharing="entangled").double()
     before = space.edge["conv"][1].running_var.clone()

@@ -1,9 +1,12 @@
 """The sandwich rule: which networks a step trains, and from what they learn."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import tiny
 
+from tanglenas_engine import search
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.testing import random_data
@@ -55,7 +58,7 @@ def test_a_share_of_the_loss_is_that_of_the_labels():
     assert losses[0][0] == losses[0.25][0] == losses[1][0]
     assert losses[0.25][1] == pytest.approx(0.75 * losses[0][1] + 0.25 * losses[1][1])
     assert losses[0][1] != pytest.approx(losses[1][1])
-    with pytest.raises(TangleNASError, match="distillation is 2, expected a share from 0"):
+    with pytest.raises(TangleNASError, match="distillation is 2, expected a number from 0 to 1"):
         Sandwich(distillation=2)
 
 
@@ -63,6 +66,16 @@ def both(share):
     torch.manual_seed(0)
     optimizer, step = setting(random=0, distillation=share)
     return optimizer.weight_losses(step)
+
+
+def test_a_search_reports_the_loss_of_the_largest_network():
+    space = tiny("vit")
+    data = random_data(space, ("weights", "architecture", "validation"))
+    result = search(space, Sandwich(), data, epochs=1, batch_size=4, weight_optimizer=partial(torch.optim.SGD, lr=0.0))
+    inputs, targets = data.weights.batch(torch.arange(len(data.weights)))
+    with torch.no_grad():
+        loss = cross_entropy(space.select(space.largest()).train()(inputs), targets)
+    assert result.history[0]["weight_loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_distillation_can_be_turned_off():

@@ -156,6 +156,71 @@ def test_layers_go_by_the_loss_that_is_left(shared):
     assert small(torch.zeros(1, 1)).item() == (7.5 if shared else 5.0)
 
 
+class Wide(nn.Module):
+    """A residual layer, which may share its linear layer, or only the weight of it."""
+
+    def __init__(self, width, linear=None):
+        super().__init__()
+        self.linear = linear or elastic.Linear(width, width)
+
+    def forward(self, x, shift=0.0):
+        return x + torch.relu(self.linear(x)) + shift
+
+
+class Sharing(SearchSpace):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, width, depth = kind, self.choice("width", (2, 4)), self.choice("depth", (1, 2, 3))
+        self.first = elastic.Linear(3, width)
+        linear = elastic.Linear(width, width) if kind == "module" else None
+        layers = [Wide(width, linear) for _ in range(3)]
+        if kind == "parameter":
+            layers[2].linear.weight = layers[0].linear.weight
+        self.stack = elastic.Depth(depth, layers)
+        self.once = nn.Sequential(Wide(width), elastic.BatchNorm1d(width))
+        self.again = self.once if kind == "names" else nn.Identity()
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.stack(x, 2 * x) if self.kind == "context" else self.stack(x)
+        return self.again(self.once(x))
+
+    def example_input(self, batch):
+        return torch.zeros(batch, 3)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "names", "context"])
+def test_layers_may_share_parameters_have_two_names_and_take_more_than_one_input(kind):
+    space = Sharing(kind).double().eval()
+    space.stack.put_in_order([0, 2, 1])
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for architecture in space.all_architectures():
+        network = space.extract(architecture)
+        torch.testing.assert_close(network(x), space.select(architecture)(x))
+        assert counted(network, x[:1]) == (space.cost(architecture).params, space.cost(architecture).macs)
+        assert (kind == "names") == (network.again is network.once)
+        if kind == "parameter":
+            layers = [*network.stack]
+            tied = len(layers) > 1 and layers[-1].linear.weight is layers[0].linear.weight
+            assert tied == (len(layers) > 1), "a depth of 2 keeps the first and the last layer"
+
+
+def test_a_module_in_several_layers_is_not_counted():
+    space = Sharing("module")
+    with pytest.raises(
+        TangleNASError, match=r"stack\.0\.linear and stack\.1\.linear are one module, but not in the same"
+    ):
+        space.cost(space.largest())
+
+
+def test_weights_without_an_order_bring_back_the_first_one():
+    space, other = Sharing("parameter"), Sharing("parameter")
+    other.load_state_dict(space.state_dict())
+    space.stack.put_in_order([2, 0, 1])
+    space.load_state_dict(other.state_dict())
+    assert space.stack.order is None and "stack.order" not in space.state_dict()
+
+
 def test_where_nothing_can_be_ordered_it_is_told():
     (said,) = order_layers(tiny("nb201_nano"), F.cross_entropy, [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())])
     assert "no depth of 'nb201_nano' is chosen" in said

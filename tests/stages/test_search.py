@@ -14,10 +14,11 @@ from torch import nn
 
 from tanglenas_engine import Dataset, SearchSpace, elastic
 from tanglenas_engine.data import DataView, TensorSamples, TokenSamples, make_splits, open_splits
+from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
 from tanglenas_engine.optimizers.optimizer import l2
 from tanglenas_engine.optimizers.stopping import EarlyStopping
-from tanglenas_engine.plugins import create_optimizer, create_space, manager
+from tanglenas_engine.plugins import create_objective, create_optimizer, create_space, manager
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.runtime.weights import load_into, save_weights
@@ -28,6 +29,7 @@ from tanglenas_engine.testing import check_resume, random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
 from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.measure import measure_inherited
 from tanglenas_gradient.annealed import Annealed
 from tanglenas_gradient.darts import DARTS
 from tanglenas_gradient.drnas import DrNAS
@@ -745,3 +747,37 @@ def test_a_search_with_an_order_of_layers_that_is_killed_ends_like_one_that_is_n
 def test_an_order_that_is_none_is_refused():
     with pytest.raises(TangleNASError, match=r"unknown search\.order 'size'"):
         searched(vit, order="size")
+
+
+def test_a_search_whose_table_lacks_an_architecture_goes_on(tmp_path):
+    """The first epoch's architecture is not in the table, and the one at the start is."""
+
+    def run(table, steps):
+        with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+            return searched(table=table, checkpoints=checkpoints, checkpoint_every=1, progress=CutAfter(steps))
+
+    with pytest.raises(CutOff):
+        run(lambda architecture: {}, 3)
+    found = run(lambda architecture: {"table_value": 1.0}, None)
+    assert [record.get("table_value") for record in found["history"]] == [None, 1.0]
+
+
+def test_a_search_in_low_precision_measures_as_discretize_does():
+    space = noisy_vit()
+    data = random_data(space, SPLITS)
+    found = searched(space, data=data, precision="bfloat16")
+    measured = measure_inherited(space, space.from_string(found["architecture"]), data.validation, [])
+    assert found["history"][-1]["validation_loss"] == measured.loss
+
+
+def test_a_sampled_search_in_a_band_validates_a_network_of_the_band(monkeypatch):
+    space, optimizer, validated = noisy_vit(), create_optimizer("spos"), set()
+
+    def measuring(space, architecture, *rest, **options):
+        validated.add(architecture)
+        return measure_inherited(space, architecture, *rest, **options)
+
+    monkeypatch.setattr("tanglenas_engine.stages.search.measure_inherited", measuring)
+    searched(space, optimizer, targets=[Target(create_objective("macs"), share=0.5)])
+    (network,) = validated
+    assert optimizer.source.holds(network) and network != space.largest()
