@@ -170,7 +170,6 @@ class Candidates:
         self.objectives = tuple(objectives)
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
-        self.records: list[Record] = []
         self.kept: dict[str, list[Any]] = {}
         self._device = device_of(None) if device is None else device
         self._batch_size = batch_size
@@ -180,10 +179,12 @@ class Candidates:
         self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
         self._band = self._filled(fill) if prior is None else None
         self._drawn: set[str] = set()
-        self._judged: dict[str, Record] = {}
-        self._rungs_used: set[int] = set()
+        self._judged: dict[str, Record] = {}  # by digest, in the order of judging
+        self._losses: dict[int, dict[str, float]] = {}  # of this derivation, by number of samples and digest
         self._generation, self._done, self._best = 0, 0, math.inf
-        self._scores: dict[str, tuple[float, float]] = {}  # loss and accuracy by digest and number of samples
+        # A cache of losses and accuracies by digest and number of samples. A trial and earlier runs write into it, too, so
+        # that a score does not say that its candidate came so far in this derivation.
+        self._scores: dict[str, tuple[float, float]] = {}
         self._saved = time.monotonic()
         self._stack = ExitStack()
         self._afforded: Afforded | None = None
@@ -300,6 +301,10 @@ class Candidates:
         long = judging(many, TRIED_LONG) if many > few else short
         return Trial(drawing, few, short, many, long, timer.seconds - timer.used())
 
+    @property
+    def records(self) -> list[Record]:
+        return [*self._judged.values()]
+
     # Drawing.
 
     def sample(self) -> Architecture:
@@ -387,7 +392,7 @@ class Candidates:
                 f"{self._afforded.seconds:g} {self._afforded.clock} seconds are {self.limit} candidates. "
                 f"{self._label}.candidates = {self.limit} gives the same result again"
             )
-        if not self.records:
+        if not self._judged:
             self._total = len(architectures) if total is None else total
             self._line = self._stack.enter_context(self._progress.stage(self._label, self._total, 0))
         new = list({one.digest: one for one in architectures if one.digest not in self._judged}.values())
@@ -397,15 +402,15 @@ class Candidates:
             if number:
                 left = sorted(left, key=lambda one: _rank(self._judged[one.digest]))[: math.ceil(len(left) / RUNG)]
             self._measure(left, count)
-        self.records += [self._judged[one.digest] for one in new]
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
 
     def early(self, architectures: Sequence[Architecture]) -> list[float]:
         """Return losses on the first rung of the races so far, on which architectures can be compared."""
-        first = min(self._rungs_used)
-        self._measure([one for one in architectures if f"{one.digest}/{first}" not in self._scores], first, keep=True)
-        return [self._scores[f"{one.digest}/{first}"][0] for one in architectures]
+        first = min(self._losses)
+        losses = self._losses[first]
+        self._measure([one for one in architectures if one.digest not in losses], first, keep=True)
+        return [losses[one.digest] for one in architectures]
 
     def save(self) -> None:
         """Write scores, and what a method keeps, into the folder for them, if there is one."""
@@ -424,12 +429,9 @@ class Candidates:
         Args:
             keep: Returns those that go on, of records with the loss on the samples of one rung.
         """
-        for count, following in itertools.pairwise(sorted(self._rungs_used)):
-            scored = [
-                {**record, "loss": self._scores[key][0]}
-                for record in self.records
-                if (key := f"{record['digest']}/{count}") in self._scores
-            ]
+        for count, following in itertools.pairwise(sorted(self._losses)):
+            losses = self._losses[count]
+            scored = [{**one, "loss": losses[digest]} for digest, one in self._judged.items() if digest in losses]
             early = [one for one in keep(scored) if self._judged[one["digest"]]["samples"] < following]
             self._measure([record["architecture"] for record in early], following)
 
@@ -469,10 +471,11 @@ class Candidates:
 
     def _measure(self, architectures: Sequence[Architecture], count: int, keep: bool = False) -> None:
         """Write the scores of architectures on `count` samples into their records, or keep those that records have."""
-        self._rungs_used.add(count)
+        losses = self._losses.setdefault(count, {})
         scores = distributed.map_over_ranks(partial(self._score, count=count), architectures)
         for architecture, (loss, accuracy) in zip(architectures, scores, strict=True):
             self._scores[f"{architecture.digest}/{count}"] = loss, accuracy
+            losses[architecture.digest] = loss
             if keep:
                 continue
             if architecture.digest not in self._judged:

@@ -15,6 +15,7 @@ from tanglenas_engine.derivation import candidates as module
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates, Part
 from tanglenas_engine.derivation.pareto import final_front
+from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.testing import random_data, same
 
@@ -342,6 +343,32 @@ def test_a_loss_that_is_no_number_is_last_and_in_the_record():
         assert math.isnan(records[0]["loss"]) and records[0]["samples"] == 10
         assert tried.best(8)[-1] is records[0]
         assert broken not in [record["architecture"] for record in final_front(tried)]
+
+
+def test_what_a_trial_judged_does_not_bring_a_candidate_further_than_its_race_did(monkeypatch):
+    """One candidate is the best on 64 samples, which a trial looks at, but its race drops it on 16."""
+    spent, late = [0.0], []
+    monkeypatch.setattr(timer.time, "process_time", lambda: spent[0])
+    space = vit(depth=(1, 2, 3))
+
+    class Late(Raced):
+        def measured(self, architecture, samples):
+            spent[0] += len(samples) / 256
+            late[:] = late or [architecture.digest]  # the first one of the trial
+            found = super().measured(architecture, samples)
+            return found._replace(loss=1e3 if len(samples) == 16 else 0.0) if architecture.digest in late else found
+
+    def judged(limit, seconds=None):
+        with Late(space, additive(space, 0), samples=256, batch_size=16, limit=limit) as tried:
+            if seconds is not None:
+                tried.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates"))
+            tried.judge(tried.first(tried.limit))
+            front = [record["digest"] for record in final_front(tried)]
+        return tried.limit, tried.records, front
+
+    found = judged(space.size, 20.0)
+    assert {record["samples"] for record in found[1] if record["digest"] in late} == {16}
+    assert found == judged(found[0])
 
 
 @pytest.mark.parametrize("cut, spared", [(17, 16), (18 + 13, 18 + 10)])

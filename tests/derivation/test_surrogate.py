@@ -30,7 +30,8 @@ class Notes(SilentProgress):
 @pytest.mark.parametrize("seconds", [20.0, 35.0])
 def test_seconds_are_those_of_a_race_and_of_all_samples_for_each_proposal(proposals, seconds, monkeypatch):
     spent = seconds_of(partial(surrogate, proposals=proposals), seconds, monkeypatch)
-    assert 0.85 * seconds < spent < 1.05 * seconds
+    # A second is kept for the measurement of the result, and some for the front, of which this race has judged most.
+    assert 0.8 * seconds < spent < 1.05 * seconds
 
 
 def interacting(space, seed):
