@@ -16,6 +16,13 @@ class TangleNASError(ValueError):
     """
 
 
+class DivergedError(TangleNASError):
+    """The error for a training with values that are not finite. Training again gives it again.
+
+    A race takes it as a result of the network. All other errors end the race.
+    """
+
+
 class OutOfReachError(TangleNASError):
     """The error for a stage that asked for a data split that it must not see."""
 

@@ -182,8 +182,8 @@ class Candidates:
         self._judged: dict[str, Record] = {}  # by digest, in the order of judging
         self._losses: dict[int, dict[str, float]] = {}  # of this derivation, by number of samples and digest
         self._generation, self._done, self._best = 0, 0, math.inf
-        # A cache of losses and accuracies by digest and number of samples. A trial and earlier runs write into it, too, so
-        # that a score does not say that its candidate came so far in this derivation.
+        # A cache of losses and accuracies by digest and number of samples. A trial and earlier runs write into it, too,
+        # so a score does not say that its candidate came so far in this derivation.
         self._scores: dict[str, tuple[float, float]] = {}
         self._saved = time.monotonic()
         self._stack = ExitStack()

@@ -19,7 +19,7 @@ import joblib
 import torch
 
 from tanglenas_engine.derivation.candidates import Candidates
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import DivergedError, TangleNASError
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.timer import Clock
@@ -37,10 +37,10 @@ class Trained(NamedTuple):
     """The result of one training.
 
     Attributes:
-        loss: The network's mean cross-entropy on the validation split; NaN for a training that failed.
+        loss: The network's mean cross-entropy on the validation split; NaN for a training that diverged.
         accuracy: Its accuracy there, in %.
         seconds: The processor seconds of the training from its first epoch on, also of those that an earlier call took.
-        failure: The reason why the training failed, or an empty string.
+        failure: The reason why the training gave no loss, which belongs to the network, or an empty string.
         wall: Its seconds on the wall, counted likewise; NaN lets the jobs measure the calls and add them up.
     """
 
@@ -69,7 +69,8 @@ class Train(Protocol):
         as if it could.
 
         Raises:
-            TangleNASError: The training failed.
+            DivergedError: The training diverged. This is a result: the network is out of the race.
+            TangleNASError: Another error, such as a full disk. It ends the race, and is kept nowhere.
         """
 
 
@@ -94,7 +95,7 @@ class Jobs:
         """Return the results of trainings after equally many epochs, in order. Those that are not known run now.
 
         Raises:
-            TangleNASError: Workers were lost time after time.
+            TangleNASError: Workers were lost time after time, or a training ended in an error other than divergence.
         """
         keys = [self._key(one.digest, epochs) for one in architectures]
         names = dict(zip(keys, architectures, strict=True))
@@ -131,7 +132,8 @@ class Jobs:
         also where several run at the same time.
 
         Raises:
-            TangleNASError: The time is shorter than one training, or every training failed.
+            TangleNASError: The time is shorter than one training, every training diverged, or one ended in
+                another error.
         """
         dear = sorted(architectures, key=lambda one: -self.candidates.space.cost(one).macs)
         for architecture in dear:
@@ -184,19 +186,27 @@ class Jobs:
 def run(
     train: Train, architecture: Architecture, epochs: int, threads: int | None = None, earlier: float = 0.0
 ) -> tuple[str, tuple[float, float, float, str, float]]:
-    """Train one network, in this process or another; return the digest and the result, that of a failure included.
+    """Train one network, in this process or another; return the digest and the result, also of one that diverged.
 
     Args:
         threads: The number of torch's threads; None leaves it.
         earlier: The seconds on the wall of the part of the training before this call.
+
+    Raises:
+        TangleNASError: The training ended in an error other than divergence. The message has the architecture.
     """
     with _one_at_a_time, distributed.apart(), seeded(0):
         before, start, began = torch.get_num_threads(), time.process_time(), time.monotonic()
         torch.set_num_threads(threads or before)
         try:
             result = train(architecture, epochs)
-        except TangleNASError as error:
+        except DivergedError as error:
             result = Trained(math.nan, math.nan, time.process_time() - start, str(error))
+        except TangleNASError as error:
+            raise TangleNASError(
+                f"the training of {architecture} ended in an error: {error} Finished trainings are kept: run the same "
+                "command again to go on"
+            ) from error
         except Interrupted:  # the message of a training is about checkpoints that it does not have here
             raise KeyboardInterrupt from None
         finally:

@@ -74,8 +74,9 @@ def race(
 ) -> Raced | None:
     """Judge candidates as `both` does, train the best of them by rungs, and return the end of the race.
 
-    All networks are trained with one seed and judged on the validation split. A network whose training fails is last.
-    Where only one candidate was judged, nothing is trained, and the result is None.
+    All networks are trained with one seed and judged on the validation split. A network whose training diverges is
+    last. Any other error of a training ends the race. Finished trainings are kept, and the same call goes on with the
+    others. Where only one candidate was judged, nothing is trained, and the result is None.
 
     Args:
         train: The function that trains.
@@ -95,8 +96,8 @@ def race(
             `workers` processes here.
 
     Raises:
-        TangleNASError: An option is out of its range, the budget is shorter than one training, every training failed,
-            or workers are lost time after time.
+        TangleNASError: An option is out of its range, the budget is shorter than one training, every training diverged,
+            one ended in another error, or workers are lost time after time.
     """
     _check_options(entrants, eta, shortest, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)

@@ -140,7 +140,8 @@ class ProjectTraining:
         """Train the network of an architecture until so many epochs of its training are finished.
 
         Raises:
-            TangleNASError: The training failed.
+            DivergedError: The training diverged.
+            TangleNASError: An option is out of its range, or a file cannot be written.
         """
         with self.recipe.open() as bench:
             # The network of the recipe may be larger than that of the search.

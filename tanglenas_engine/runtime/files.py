@@ -24,6 +24,10 @@ NOTE_BYTES = 100_000
 """The most bytes of a file in which a process leaves a note, such as owner.json."""
 
 
+class HeldError(TangleNASError):
+    """The error for a folder that another process holds."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a folder.
@@ -111,7 +115,8 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     A killed `dvc repro` can leave its stage running. The next `dvc repro` would then start a second one beside it.
 
     Raises:
-        TangleNASError: Another process holds the folder (the message has its pid), or the folder cannot be created.
+        HeldError: Another process holds the folder (the message has its pid).
+        TangleNASError: The folder cannot be created or written.
     """
     folder = Path(folder)
     owner = folder / "owner.json"
@@ -120,7 +125,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=ACQUIRE_SECONDS)
     except filelock.Timeout:
-        raise TangleNASError(_told(folder, _claimant(folder))) from None
+        raise HeldError(_told(folder, _claimant(folder))) from None
     except OSError as error:
         raise TangleNASError(
             f"cannot hold the folder {folder}: {error.strerror or error} ({error.filename}). "

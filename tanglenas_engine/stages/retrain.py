@@ -23,6 +23,7 @@ from tanglenas_engine.optimizers.optimizer import Batch
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import to_device
+from tanglenas_engine.runtime.files import HeldError
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -138,7 +139,8 @@ def retrain(
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
 
     Raises:
-        TangleNASError: An option is out of its range, the architecture is of another space, or the training diverged.
+        TangleNASError: An option is out of its range, or the architecture is of another space.
+        DivergedError: The training diverged.
         Interrupted: The process was asked to stop, and the state is saved.
     """
     if mode not in MODES:
@@ -348,7 +350,8 @@ class Recipe:
         """Train the network until so many epochs of its training are finished.
 
         Raises:
-            TangleNASError: The training failed.
+            DivergedError: The training diverged.
+            TangleNASError: An option is out of its range, or a file cannot be written.
         """
         given = {**self.options, "mode": "scratch", "epochs": self.epochs, "until": epochs}
         kept = Kept(self.folder or Path(self._own), self.identity)
@@ -365,12 +368,15 @@ class Kept(NamedTuple):
         """Hold the folder of a network's training. Damaged checkpoints are deleted, so that it begins anew.
 
         It is None if another process holds the folder: a worker that counts as lost may still train there.
+
+        Raises:
+            TangleNASError: The folder cannot be created or written.
         """
         name = architecture.digest
         folder = CheckpointFolder(self.folder / name, f"{self.identity}/{name}")
         try:
             stack.enter_context(folder)
-        except TangleNASError:
+        except HeldError:
             return None
         try:
             folder.load()
@@ -388,7 +394,8 @@ def trained(training: Callable[..., RetrainResult], architecture: Architecture, 
         kept: The place of checkpoints, from which a training that was paused goes on.
 
     Raises:
-        TangleNASError: The training failed.
+        DivergedError: The training diverged.
+        TangleNASError: The folder cannot be written, or the training raised the error.
     """
     with ExitStack() as stack:
         checkpoints = kept.open(architecture, stack)

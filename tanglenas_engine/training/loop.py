@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tanglenas_engine.errors import TangleNASError, at_least, describe, shown
+from tanglenas_engine.errors import DivergedError, TangleNASError, at_least, describe, shown
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import Line, SilentProgress
@@ -115,7 +115,7 @@ class Training(abc.ABC):
                 takes all steps.
 
         Raises:
-            TangleNASError: The training diverged. The message names the first step in which a value was not finite. The
+            DivergedError: The training diverged. The message names the first step in which a value was not finite. The
                 last checkpoint before it is kept.
             Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved.
         """
@@ -172,7 +172,7 @@ class Training(abc.ABC):
         broken = [pair for pairs in distributed.gather(broken) for pair in pairs]
         if broken:
             first, what = min(broken, key=lambda pair: pair[0])
-            raise TangleNASError(
+            raise DivergedError(
                 f"{self.name}: {what} is not finite by step {first} of {self.steps}: training diverged. Lower the "
                 "learning rate, or clip gradients"
             )

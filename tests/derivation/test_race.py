@@ -8,6 +8,7 @@ import math
 import pickle
 import tempfile
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import joblib
@@ -325,6 +326,21 @@ def test_an_interrupted_race_ends_as_if_it_had_not_been(train, leaders, tmp_path
     assert "discretize: 5 trainings were done before" in notes
 
 
+@pytest.mark.parametrize("number", [0, 5])
+def test_an_error_that_passes_ends_a_race_which_then_goes_on(train, leaders, tmp_path, number):
+    whole, _ = raced(train)
+    done = train.calls()
+    for path in train.folder.iterdir():
+        path.unlink()
+    troubled = dataclasses.replace(train, bad=((leaders[number], "full"),))
+    with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
+        with pytest.raises(TangleNASError, match=r"training of .*: cannot write state.pt: No space .* again to go on"):
+            raced(troubled, checkpoints)
+        assert len(train.calls()) == number + 1
+        assert raced(troubled, checkpoints)[0] == whole
+    assert train.calls() == sorted([*done, (leaders[number], 3)])
+
+
 @pytest.mark.slow
 def test_results_of_another_recipe_are_not_used(train, tmp_path):
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
@@ -501,6 +517,23 @@ def test_a_recipe_without_a_folder_has_one_of_its_own_which_is_deleted_with_it(t
     assert len(list(tmp_path.iterdir())) == 2
     del recipe, again
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_trainings_that_cannot_be_written_is_refused(tmp_path):
+    space = vit()
+    (tmp_path / "file").touch()
+    data = random_data(space, ("training", "validation"), samples=24)
+    recipe = Recipe(space, data, 3, {"batch_size": 8}, folder=tmp_path / "file")
+    with pytest.raises(TangleNASError, match=r"cannot hold the folder .*file"):
+        recipe(space.smallest(), 1)
+
+
+def test_a_training_that_diverges_is_a_result_of_its_network():
+    space = vit()
+    data = random_data(space, ("training", "validation"), samples=24)
+    recipe = Recipe(space, data, 3, {"batch_size": 8, "optimizer": partial(torch.optim.SGD, lr=1e30)})
+    _, result = jobs.run(recipe, space.smallest(), 1)
+    assert "is not finite by step" in jobs.Trained(*result).failure
 
 
 @pytest.mark.slow

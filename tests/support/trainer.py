@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tanglenas_engine.derivation.jobs import Trained
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import DivergedError, TangleNASError
 
 
 def loss_of(digest: str, epochs: int) -> float:
@@ -23,7 +23,7 @@ class Noted:
     Attributes:
         folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
         bad: What comes instead of a loss, by digest: "nan", "raise", "late" after 3 epochs, "stop" once, "kill" once,
-            or "lose", as if the worker were lost each time.
+            "full" once, as if the disk were, or "lose", as if the worker were lost each time.
     """
 
     folder: Path
@@ -39,9 +39,11 @@ class Noted:
             case "nan":
                 return Trained(math.nan, 0.0, epochs)
             case "late" if epochs > 3:
-                raise TangleNASError("training diverged")
+                raise DivergedError("training diverged")
             case "raise":
-                raise TangleNASError("training diverged")
+                raise DivergedError("training diverged")
+            case "full" if before == 0:
+                raise TangleNASError("cannot write state.pt: No space left on device.")
             case "stop" if before == 0:
                 raise KeyboardInterrupt
             case "kill" if before == 0:
