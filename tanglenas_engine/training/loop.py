@@ -117,7 +117,8 @@ class Training(abc.ABC):
         Raises:
             DivergedError: The training diverged. The message names the first step in which a value was not finite. The
                 last checkpoint before it is kept.
-            Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved.
+            Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved. If it was the last one, a
+                later call returns the history at once.
         """
         progress = self.session.progress or SilentProgress()
         self._resume()
@@ -131,7 +132,7 @@ class Training(abc.ABC):
                     self._save()
                 elif self.session.checkpoint_every and self._position % self.session.checkpoint_every == 0:
                     self._save()
-                if distributed.any_rank(stop.is_set()) and self._position < end:
+                if distributed.any_rank(bool(stop)):  # also after the last step: what called this training may go on
                     self._save()
                     raise Interrupted(self._interruption())
         return self.history[:until]
@@ -267,22 +268,27 @@ def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT or SIGTERM sets. A second signal of the same kind acts as usual."""
-    event = threading.Event()
+def _stop_requests() -> Iterator[list[int]]:
+    """Yield a list that gets the number of each SIGINT and SIGTERM. A second signal of the same kind acts as usual.
+
+    A block that ends without an exception has not seen the signals in the list. They act as usual then.
+    """
+    arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield arrived
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, frame: Any) -> None:
-        event.set()
+        arrived.append(number)
         signal.signal(number, previous[signal.Signals(number)])
 
     for number in previous:
         signal.signal(number, request)
     try:
-        yield event
+        yield arrived
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    for missed in arrived:
+        signal.raise_signal(missed)

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import pickle
+import signal
 import tempfile
 import time
 from functools import partial
@@ -526,6 +527,24 @@ def test_a_folder_for_trainings_that_cannot_be_written_is_refused(tmp_path):
     recipe = Recipe(space, data, 3, {"batch_size": 8}, folder=tmp_path / "file")
     with pytest.raises(TangleNASError, match=r"cannot hold the folder .*file"):
         recipe(space.smallest(), 1)
+
+
+def test_a_stop_in_the_last_step_of_a_training_is_passed_on_to_the_race():
+    """The training is complete then, so that only the request itself can end the race."""
+    space, steps = vit(), []
+    data = random_data(space, ("training", "validation"), samples=24)
+
+    def loss(outputs, targets):
+        if torch.is_grad_enabled():
+            steps.append(1)
+            if len(steps) == 2:
+                signal.raise_signal(signal.SIGINT)
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    recipe = Recipe(space, data, 1, {"batch_size": len(data.training) // 2, "loss": loss})
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run(recipe, space.smallest(), 1)
+    assert len(steps) == 2
 
 
 def test_a_training_that_diverges_is_a_result_of_its_network():

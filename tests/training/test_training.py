@@ -1,5 +1,6 @@
 """The loop under search and retrain: what it reports, saves and resumes, and what stops it."""
 
+import contextlib
 import io
 import itertools
 import random
@@ -98,7 +99,7 @@ def test_a_run_that_is_killed_ends_like_one_that_is_not(tmp_path, cut, every):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("cut", range(1, EPOCHS * STEPS))
+@pytest.mark.parametrize("cut", range(1, EPOCHS * STEPS + 1))
 def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, cut, number):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     module = Walk()
@@ -113,8 +114,30 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, cut, number):
         same(walk(checkpoints), walk(), "the resumed run")
 
 
-def test_a_stop_in_the_last_step_comes_too_late():
-    same(walk(progress=SignalAfter(EPOCHS * STEPS, signal.SIGTERM)), walk(), "the run")
+@pytest.mark.parametrize("where", ["validation", "line"])
+def test_a_stop_at_the_end_of_the_last_epoch_is_not_lost(tmp_path, where):
+    """Other trainings may follow, as in a race. The signal comes in the validation, or when nobody looks any more."""
+
+    def validate(epoch, means):
+        if where == "validation" and epoch == EPOCHS:
+            signal.raise_signal(signal.SIGINT)
+        return {**means, "noise": float(torch.rand(()))}
+
+    class Closing(SilentProgress):
+        @contextlib.contextmanager
+        def stage(self, *args):
+            yield self
+            if where == "line":
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with folder(tmp_path) as checkpoints, pytest.raises(KeyboardInterrupt):
+            walk(checkpoints, progress=Closing(), end_epoch=validate)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with folder(tmp_path) as checkpoints:
+        same(walk(checkpoints), walk(), "the resumed run")
 
 
 def test_a_stop_without_a_place_to_save_says_so():
