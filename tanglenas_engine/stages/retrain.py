@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 import tempfile
@@ -51,11 +52,15 @@ Mode = Literal["scratch", "inherit", "finetune"]
 
 
 class EMA(Protocol):
-    """A moving average of a network's weights, such as timm's `ModelEmaV3`."""
+    """A moving average of a network's weights, such as timm's `ModelEmaV3`.
+
+    If `update` has an argument `step`, it gets the number of steps that were taken, counted from 1 as in timm.
+    """
 
     module: nn.Module
 
-    def update(self, model: nn.Module) -> None: ...
+    @property
+    def update(self) -> Callable[..., None]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -124,6 +129,7 @@ def retrain(
         wrap: A function from the network to the module that is trained, which contains the network, such as one with an
             auxiliary head. The network itself is validated and returned.
         ema: A function from the network to a moving average of its weights. The average is then validated and returned.
+            It is told the step if its `update` takes one.
         loss: A function of outputs and targets. The outputs are those of train mode: a tensor, or several with the
             logits first.
         teacher: "largest" lets the network also learn from the logits of the space's largest network, with the
@@ -236,6 +242,7 @@ class Retraining(Training):
             make_scheduler("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
         )
         self.average = call_factory("retrain.ema", ema, network, needs=("update", "module")) if ema else None
+        self._counts = self.average is not None and "step" in inspect.signature(self.average.update).parameters
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
         self._hooks = [h for m in self.trained.modules() if callable(h := getattr(m, "set_progress", None))]
         backend = computation.backend
@@ -300,7 +307,7 @@ class Retraining(Training):
         if self.scheduler is not None:
             self.scheduler.step()
         if self.average is not None:
-            self.average.update(self.network)
+            self.average.update(self.network, **({"step": position + 1} if self._counts else {}))
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}
 
     def end_epoch(self, epoch: int, means: Record) -> Record:

@@ -347,6 +347,24 @@ def test_an_average_of_the_weights_is_what_is_judged_and_returned():
     same({**network.state_dict()}, retrained(noisy_vit)["weights"], "the network that was trained")
 
 
+def test_an_average_is_told_the_steps_from_1_if_it_takes_them():
+    late = partial(ModelEmaV3, decay=0.7, update_after_step=100)
+    same(retrained(vit, ema=late)["weights"], retrained(vit)["weights"], "an average that has not begun")
+    steps = []
+
+    class Noted(ModelEmaV3):
+        def update(self, model, step=None):
+            steps.append(step)
+            super().update(model)
+
+    class Plain(ModelEmaV3):
+        def update(self, model):
+            super().update(model)
+
+    same(retrained(vit, ema=Noted), retrained(vit, ema=Plain), "the same average without a step")
+    assert steps == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_training_fits_the_data():
     space = vit()
