@@ -188,6 +188,11 @@ class TokenSamples:
     def __len__(self) -> int:
         return len(self._followed)
 
+    @property
+    def largest(self) -> int:
+        """The largest token of all rows."""
+        return int(self._tokens.max())
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         start = indices * self._length
         if self._shift:

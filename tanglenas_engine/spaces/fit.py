@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tanglenas_engine.data import Samples, batches
+from tanglenas_engine.data import Samples, TokenSamples, batches
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.space import SearchSpace
 
 
 def check_fit(space: SearchSpace, samples: Samples) -> None:
-    """Check that a space accepts a dataset's inputs and has an output for every class.
+    """Check that a space accepts a dataset's inputs and has an output for every class or token.
+
+    Shapes and numbers are those of the first batch, so that no data are read twice. Labels and `TokenSamples` are in
+    memory, and all of them are checked. Other samples of tokens are checked in the first 256 windows.
 
     Raises:
         TangleNASError: The shapes or types of the inputs differ (the message has both shapes), inputs are not finite,
@@ -35,7 +38,10 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
     wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
     with torch.no_grad(), space.as_largest():
         classes = space(wanted).shape[-1]
-    largest = int(max(inputs.max(), targets.max()) if labels is None else labels.max())
+    if labels is not None:
+        largest = int(labels.max())
+    else:
+        largest = samples.largest if isinstance(samples, TokenSamples) else int(max(inputs.max(), targets.max()))
     if largest >= classes:
         kind, option = ("token", "vocab_size") if labels is None else ("class", "num_classes")
         raise TangleNASError(
