@@ -28,7 +28,10 @@ _VERSION = 1
 """The version of the splits file format."""
 
 PLAIN_SAMPLES = 4096
-"""Samples of an augmented split that a view also has without augmentation, at most."""
+"""Samples of an augmented split that a view also has without augmentation, at most: evenly spaced in the split.
+
+Stages that measure networks on an augmented split, such as the candidates of discretize, measure them on these.
+"""
 
 _STRATUM = 20
 """Blocks of consecutive samples among which every split has its share."""

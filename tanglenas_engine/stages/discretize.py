@@ -175,7 +175,9 @@ def discretize(
     Args:
         space: The supernet with its trained weights.
         data: A view of `weights` (for the statistics of batch norms), `architecture` (to rank candidates) and
-            `validation` (to measure the result). Nothing is measured on augmented samples (`DataView.plain`).
+            `validation` (to measure the result). Nothing is measured on augmented samples. Of an augmented split, up to
+            4,096 samples are held without augmentation (`DataView.plain`), and these are all that candidates are judged
+            on.
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
             supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which adds
@@ -222,8 +224,14 @@ def discretize(
     if seconds is not None:
         timer = Timer(seconds, clock, device_of(device), "discretize", "candidates")
         candidates = space.size
+    judged_on = data.plain("architecture")
+    if len(judged_on) < (every := len(data.architecture)):
+        progress.note(
+            f"discretize: candidates are judged on {len(judged_on):,} of the {every:,} samples of the architecture "
+            "split, those that are held without augmentation"
+        )
     with Candidates(
-        space, data.plain("weights"), data.plain("architecture"), budget=budget, fill=fill, objectives=objectives,
+        space, data.plain("weights"), judged_on, budget=budget, fill=fill, objectives=objectives,
         cost=cost, limit=candidates, prior=weights if prior == "mixture" else None,
         recalibration_batches=recalibration_batches, batch_size=batch_size, seed=seed, device=device_of(device),
         checkpoints=checkpoints, progress=progress,

@@ -250,6 +250,17 @@ def test_an_interrupted_derivation_ends_as_if_it_had_not_been(method, tmp_path):
         assert space.forwards < 0.6 * forwards
 
 
+@pytest.mark.parametrize("kept", [20, 40])
+def test_how_many_samples_of_an_augmented_split_candidates_are_judged_on_is_told(kept, capsys):
+    space = vit()
+    data = random_data(space, SPLITS, samples=40)
+    few = random_data(space, ["architecture"], samples=kept).architecture
+    data = DataView({name: getattr(data, name) for name in SPLITS}, {"architecture": few})
+    result = discretize(space, data, None, method="random", candidates=3, progress=ConsoleProgress())
+    assert {record["samples"] for record in result.candidates} == {kept}
+    assert ("are judged on 20 of the 40 samples" in capsys.readouterr().out) == (kept == 20)
+
+
 # Seconds
 
 
