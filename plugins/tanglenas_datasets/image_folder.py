@@ -60,14 +60,14 @@ class ImageFolder(Dataset):
             decode every file once before a search. Without the check, the fingerprint covers names and sizes; this
             takes about a minute for ImageNet.
         train_transform: A function from a PIL image to a float tensor (in_channels, image_size, image_size). It
-            replaces cropping, mirroring, `augment` and normalisation.
+            replaces cropping, mirroring, `augment` and normalisation, whose options are refused beside it.
         eval_transform: The same for validation and test. It replaces resizing of the shorter side, the centre crop and
-            normalisation.
+            normalisation. If both transforms are given, mean, std and crop_pct are refused.
 
     Raises:
-        TangleNASError: The folder is missing or has too few classes, its folders look like parts and are none, a class
-            has no image, train and test differ in their classes, a file is there twice, or a file is no image (at the
-            start, or when it is decoded).
+        TangleNASError: An option is out of its range or would do nothing, the folder is missing or has too few classes,
+            its folders look like parts and are none, a class has no image, train and test differ in their classes, a
+            file is there twice, or a file is no image (at the start, or when it is decoded).
     """
 
     name = "image_folder"
@@ -116,9 +116,17 @@ class ImageFolder(Dataset):
                 f"image_folder: shift is {shift} and replaces the random crop, so crop_scale would do nothing: set one "
                 "of them to None."
             )
-        if augment and train_transform:
+        replaced: dict[str, tuple[Any, Any]] = {}  # what was given, and what asks for nothing
+        if train_transform:
+            replaced |= {"crop_scale": (crop_scale, None), "shift": (shift, None)}
+            replaced |= {"flip": (flip, False), "augment": (augment or None, None)}
+        if train_transform and eval_transform:
+            replaced |= {"mean": (mean, 0.5), "std": (std, 0.5), "crop_pct": (crop_pct, 1.0)}
+        if idle := {name: none for name, (given, none) in replaced.items() if given != none}:
+            whole = "train_transform and eval_transform replace" if eval_transform else "train_transform replaces"
             raise TangleNASError(
-                "image_folder: train_transform replaces all augmentation, so augment would do nothing: set one of them."
+                f"image_folder: {whole} all augmentation and normalisation, so {', '.join(idle)} would do nothing: set "
+                f"{', '.join(f'{name} = {none}' for name, none in idle.items())}, or leave out the transform."
             )
         self.image_size = image_size
         self.in_channels = in_channels

@@ -662,6 +662,30 @@ def test_own_transforms_replace_both_pipelines(pictures):
     assert everything(dataset)[0].unique().tolist() == [0]
 
 
+@pytest.mark.parametrize(
+    "given", [{"flip": True}, {"shift": 2}, {"crop_scale": (0.1, 1.0)}, {"augment": "v0"}, {"shift": 0, "flip": True}]
+)
+def test_options_that_a_transform_of_ones_own_replaces_are_refused(pictures, given):
+    def own(image):
+        return torch.zeros(3, 8, 8)
+
+    with pytest.raises(TangleNASError, match=rf"train_transform replaces .*, so {', '.join(given)} would do nothing"):
+        ImageFolder(pictures, image_size=8, train_transform=own, **dict(sorted(given.items(), reverse=True)))
+    ImageFolder(pictures, image_size=8, eval_transform=own, **given)
+
+
+@pytest.mark.parametrize("given", [{"mean": 0.1}, {"std": (0.1, 0.2, 0.3)}, {"crop_pct": 0.9}])
+def test_options_that_both_transforms_of_ones_own_replace_are_refused(pictures, given):
+    def own(image):
+        return torch.zeros(3, 8, 8)
+
+    with pytest.raises(
+        TangleNASError, match=rf"and eval_transform replace .*, so {next(iter(given))} would do nothing"
+    ):
+        ImageFolder(pictures, image_size=8, train_transform=own, eval_transform=own, **given)
+    ImageFolder(pictures, image_size=8, train_transform=own, **given)
+
+
 def test_a_transform_of_another_shape_is_named(pictures):
     dataset = ImageFolder(pictures, image_size=4, eval_transform=lambda image: torch.zeros(1, 4, 4))
     with pytest.raises(TangleNASError, match=r"made \(1, 4, 4\) of .*0\.png.* ask for \(3, 4, 4\)"):
