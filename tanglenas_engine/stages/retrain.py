@@ -30,7 +30,7 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.distillation import Distillation, hidden_pairs, recorded
+from tanglenas_engine.training.distillation import Distillation, check_teaching, hidden_pairs, recorded
 from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
@@ -155,6 +155,7 @@ def retrain(
         raise TangleNASError(f"retrain.teacher is {teacher!r}, expected 'largest' or None")
     if teacher and mode == "inherit":
         raise TangleNASError("retrain.mode 'inherit' trains nothing that a teacher could teach: use 'finetune'")
+    check_teaching(teacher_weight, temperature, teacher_hidden)  # also where no teacher is asked for yet
     if teacher_hidden and not teacher:
         raise TangleNASError(
             f"retrain.teacher_hidden is {teacher_hidden!r}, but retrain.teacher is None: set the teacher to 'largest', "

@@ -22,6 +22,19 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 
 
+def check_teaching(weight: float, temperature: float, hidden: float) -> None:
+    """Check the options of a teacher.
+
+    Raises:
+        TangleNASError: The weight is not from 0 to 1, the temperature is not positive, or `hidden` is negative.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise TangleNASError(f"retrain.teacher_weight is {weight!r}, expected a share from 0 to 1")
+    positive("retrain.temperature", temperature)
+    if isinstance(hidden, bool) or not isinstance(hidden, int | float) or not 0 <= hidden < float("inf"):
+        raise TangleNASError(f"retrain.teacher_hidden is {hidden!r}, expected a number of at least 0")
+
+
 class Distillation:
     """A loss that draws the logits of a network to a teacher's.
 
@@ -48,12 +61,8 @@ class Distillation:
         hidden: float = 0.0,
         pairs: Sequence[tuple[str, str]] = (),
     ):
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-            raise TangleNASError(f"retrain.teacher_weight is {weight!r}, expected a share from 0 to 1")
-        self.weight, self.temperature = weight, positive("retrain.temperature", temperature)
-        if isinstance(hidden, bool) or not isinstance(hidden, int | float) or not 0 <= hidden < float("inf"):
-            raise TangleNASError(f"retrain.teacher_hidden is {hidden!r}, expected a number of at least 0")
-        self.hidden, self.pairs = hidden, list(pairs)
+        check_teaching(weight, temperature, hidden)
+        self.weight, self.temperature, self.hidden, self.pairs = weight, temperature, hidden, list(pairs)
         self.teacher = teacher.eval().requires_grad_(False)
 
     @property

@@ -562,6 +562,8 @@ def test_hidden_states_that_cannot_be_learned_are_refused(space, options, messag
     [
         ({"teacher": "smallest"}, "retrain.teacher is 'smallest', expected 'largest' or None"),
         ({"teacher_hidden": 1.0}, "retrain.teacher_hidden is 1.0, but retrain.teacher is None"),
+        ({"teacher_weight": 7.0}, "retrain.teacher_weight is 7.0, expected a share from 0 to 1"),
+        ({"temperature": -3}, "retrain.temperature is -3, expected a positive number"),
         ({"teacher": "largest", "mode": "inherit"}, "trains nothing that a teacher could teach"),
         ({"teacher": "largest", "teacher_weight": 1.5}, "retrain.teacher_weight is 1.5, expected a share from 0 to 1"),
         ({"teacher": "largest", "temperature": 0.0}, "retrain.temperature is 0.0, expected a positive number"),
