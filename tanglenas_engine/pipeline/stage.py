@@ -50,6 +50,7 @@ from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 from tanglenas_engine.runtime.weights import weights_metadata
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.training.execution import batch_norms_named
 
 SHARED = ("OPTIMIZER", "SPACE", "DATASET", "SEED")
 """The parameters that all stages of a pipeline have in common."""
@@ -265,7 +266,8 @@ def _identity(
 def one_sentence(name: str) -> Iterator[None]:
     """End the process with one sentence where a stage fails for a reason that a person can mend, or is stopped."""
     try:
-        yield
+        with batch_norms_named():
+            yield
     except (distributed.LostError, KeyboardInterrupt) as problem:
         stopped = isinstance(problem, KeyboardInterrupt)
         if os.environ.get("RANK", "0") == "0":  # only the first of several processes speaks
@@ -277,15 +279,6 @@ def one_sentence(name: str) -> Iterator[None]:
         print(
             f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr
         )  # the training loop may have named the stage
-        raise SystemExit(2) from None
-    except ValueError as problem:
-        if not str(problem).startswith("Expected more than 1 value per channel"):
-            raise
-        print(
-            f"{name}: a batch norm in training mode got one value per channel ({problem}), whose deviation is 0. "
-            "Raise the batch size to 2 or more, or the size of the images",
-            file=sys.stderr,
-        )
         raise SystemExit(2) from None
     except OSError as problem:
         place = problem.filename or "a file"  # the engine's writers name the file

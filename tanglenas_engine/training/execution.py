@@ -21,6 +21,24 @@ PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.
 """The data type of autocast by name; None switches it off."""
 
 
+@contextmanager
+def batch_norms_named() -> Iterator[None]:
+    """Name the cause where a batch norm in training mode gets one value per channel.
+
+    Raises:
+        TangleNASError: It got one, whose deviation is 0.
+    """
+    try:
+        yield
+    except ValueError as problem:
+        if not str(problem).startswith("Expected more than 1 value per channel"):  # torch has no type for it
+            raise
+        raise TangleNASError(
+            f"a batch norm in training mode got one value per channel ({problem}), whose deviation is 0. Raise the "
+            "batch size, or lower accumulate, to 2 or more samples at a time, or raise the size of the images"
+        ) from problem
+
+
 class Precision:
     """The precision of matrix products. Parameters, alphas, masks and losses stay float32.
 
@@ -45,11 +63,16 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def forward(self, forward: Callable[..., Any], *inputs: Tensor) -> Any:
-        """Return the outputs of a forward, a tensor or several, in float32."""
-        if not self.autocast._enabled:
-            return forward(*inputs)
-        with self.autocast:
-            outputs = forward(*inputs)
+        """Return the outputs of a forward, a tensor or several, in float32.
+
+        Raises:
+            TangleNASError: A batch norm got one value per channel.
+        """
+        with batch_norms_named():
+            if not self.autocast._enabled:
+                return forward(*inputs)
+            with self.autocast:
+                outputs = forward(*inputs)
         return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 

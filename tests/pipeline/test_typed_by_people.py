@@ -248,4 +248,4 @@ def test_a_batch_norm_on_one_value_is_one_sentence(monkeypatch, capsys, network)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("search: a batch norm in training mode got one value per channel (Expected more than 1")
-    assert "Raise the batch size to 2 or more" in said and said.count("\n") == 1
+    assert "Raise the batch size, or lower accumulate, to 2 or more samples" in said and said.count("\n") == 1

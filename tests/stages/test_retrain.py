@@ -15,7 +15,7 @@ from tiny import tiny
 from torch import nn
 
 from tanglenas_darts.training import WithAuxiliaryHead
-from tanglenas_engine import SearchSpace
+from tanglenas_engine import SearchSpace, elastic
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -601,6 +601,29 @@ def test_hidden_states_weigh_the_same_however_a_batch_is_cut():
         found = retrain(space, space.smallest(), random_data(space, SPLITS), accumulate=pieces, **options)
         losses.append(found.history[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+class Pooled(SearchSpace):
+    """A batch norm behind a pool: one value per channel and sample."""
+
+    def __init__(self):
+        super().__init__()
+        width = self.choice("width", (2, 4))
+        self.conv, self.norm = elastic.Conv2d(2, width, 3), elastic.BatchNorm2d(width)
+        self.head = elastic.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x).mean((2, 3), keepdim=True)).flatten(1))
+
+    def example_input(self, batch):
+        return torch.randn(batch, 2, 4, 4)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 4, "accumulate": 4}])
+def test_a_batch_norm_that_gets_one_value_per_channel_is_named(options):
+    with pytest.raises(TangleNASError, match=r"a batch norm .* got one value per channel .* or lower accumulate, to 2"):
+        retrained(Pooled, **{"epochs": 1, **options})
+    retrained(Pooled, epochs=1, batch_size=4, accumulate=2)
 
 
 @pytest.mark.parametrize(
