@@ -160,9 +160,9 @@ def make_splits(
         samples: The number of samples outside test that are used, of every class its share. None takes all.
 
     Raises:
-        TangleNASError: A portion is not strictly between 0 and 1, there are fewer than `samples`, a split would be
-            empty, or a class has too few samples to be in both the weights and the architecture split. (A rare class
-            may be missing from validation or test.)
+        TangleNASError: The seed is no whole number of at least 0, a portion is not strictly between 0 and 1, there are
+            fewer than `samples`, a split would be empty, or a class has too few samples to be in both the weights and
+            the architecture split. (A rare class may be missing from validation or test.)
     """
     portions = {
         "train_portion": train_portion,
@@ -173,6 +173,7 @@ def make_splits(
         if not 0 < portion < 1:
             raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
 
+    at_least("make_splits.seed", seed, 0)
     at_least("make_splits.block", block, 1)
     generator = np.random.default_rng(seed)
     labels = None if dataset.labels is None else dataset.labels.numpy()

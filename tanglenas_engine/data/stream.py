@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.runtime.seeding import seeded
 
 from .dataset import Samples
@@ -35,14 +35,15 @@ class Stream:
             the ranks of a job share the batches. Each part has its own augmentation.
 
     Raises:
-        TangleNASError: The batch size is below 1, above the number of samples, or not a multiple of the number of
-            parts.
+        TangleNASError: The batch size is no whole number, below 1, above the number of samples, or not a multiple of
+            the number of parts, or the number of workers is no whole number or below 0.
     """
 
     def __init__(
         self, samples: Samples, batch_size: int, *, seed: int, num_workers: int = 0, part: tuple[int, int] = (0, 1)
     ) -> None:
-        _check_batch_size(batch_size)
+        at_least("batch_size", batch_size, 1)
+        at_least("num_workers", num_workers, 0)
         if batch_size > len(samples):
             raise TangleNASError(
                 f"batch size {batch_size} is larger than the {len(samples)} samples to draw from. "
@@ -97,20 +98,16 @@ def batches(
     Augmented samples are the same in every call.
 
     Raises:
-        TangleNASError: The batch size is below 1.
+        TangleNASError: The batch size is no whole number of at least 1, or the number of workers none of at least 0.
     """
-    _check_batch_size(batch_size)
+    at_least("batch_size", batch_size, 1)
+    at_least("num_workers", num_workers, 0)
     order = torch.arange(len(samples)) if indices is None else indices
     plan = (
         (_derive(0, "sequential", start), order[start : start + batch_size])
         for start in range(0, len(order), batch_size)
     )
     return _load(samples, plan, num_workers)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise TangleNASError(f"batch size {batch_size}: give at least 1.")
 
 
 def _derive(seed: int, purpose: str, number: int) -> int:

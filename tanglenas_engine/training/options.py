@@ -68,8 +68,10 @@ class Computation:
         """Return this rank's number and the count of ranks that share each batch.
 
         Raises:
-            TangleNASError: The batch does not divide into the ranks' pieces, or the gradient is clipped to no length.
+            TangleNASError: The batch size is no whole number of at least 1, or does not divide into the ranks' pieces,
+                or the gradient is clipped to no length.
         """
+        at_least(f"{stage}.batch_size", batch_size, 1)
         if self.clip is not None:
             positive(f"{stage}.clip", self.clip)
         pieces = distributed.world_size() * at_least(f"{stage}.accumulate", self.accumulate, 1)

@@ -350,13 +350,27 @@ def test_the_global_generators_come_back_after_a_failed_batch():
     assert torch.get_rng_state().equal(before[0]) and random.getstate() == before[1]
 
 
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_a_seed_that_seeds_nothing_is_refused(seed):
+    with pytest.raises(TangleNASError, match=f"make_splits.seed is {seed}, expected a whole number of at least 0"):
+        make_splits(Numbers([0, 1] * 20), seed=seed)
+
+
 def test_impossible_batch_sizes_and_steps_are_named(samples):
     with pytest.raises(TangleNASError, match="batch size 51 is larger than the 50 samples"):
         Stream(samples, 51, seed=0)
-    with pytest.raises(TangleNASError, match="batch size 0"):
+    with pytest.raises(TangleNASError, match="batch_size is 0"):
         Stream(samples, 0, seed=0)
-    with pytest.raises(TangleNASError, match="batch size -1"):
+    with pytest.raises(TangleNASError, match="batch_size is -1"):
         batches(samples, -1)
+    with pytest.raises(TangleNASError, match=r"batch_size is 5\.0, expected a whole number"):
+        Stream(samples, 5.0, seed=0)
+    for workers in (-1, 1.0):
+        for made in (partial(Stream, seed=0), batches):
+            with pytest.raises(
+                TangleNASError, match=f"num_workers is {workers}, expected a whole number of at least 0"
+            ):
+                made(samples, 5, num_workers=workers)
     with pytest.raises(TangleNASError, match="not at -1"):
         Stream(samples, 5, seed=0).start(-1)
 

@@ -224,7 +224,7 @@ def test_whatever_is_bound_is_taken_or_refused_in_words(finished: Path, bindings
         ("create_dataset.image_size = 99", "digits: image_size is 99"),
         ("search.epochs = -1", "search.epochs is -1, expected a whole number of at least 1"),
         ("search.warmup_epochs = 2", "search.warmup_epochs is 2 and search.epochs 2, so alpha"),
-        ("search.batch_size = 0", "batch size 0"),
+        ("search.batch_size = 0", "search.batch_size is 0"),
         ("search.batch_size = 100000", "batch size 100000 is larger than the 647 samples"),
         ("make_splits.test_portion = 1.0", "test_portion"),
     ],

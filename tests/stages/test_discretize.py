@@ -542,7 +542,7 @@ def test_a_budget_that_nothing_meets_is_refused(method, metric):
         ({"limits": {"params": 0}}, "discretize.limits['params'] is 0, expected a positive number"),
         ({"limits": {"flops": "3"}}, "discretize.limits['flops'] is '3', expected a positive number"),
         ({"targets": {"latency": 2.5}}, "unknown cost in a budget 'latency'. Choose one of: macs, params. For another"),
-        ({"batch_size": 0}, "batch size 0: give at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number of at least 1"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
         ({"method": "argmax"}, "'argmax' needs the mixture of a gradient search, and the search has none: use method"),
         ({"method": "argmax", "mixture": {}}, "'argmax' needs the mixture of a gradient search"),

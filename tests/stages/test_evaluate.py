@@ -59,7 +59,7 @@ def test_data_that_do_not_fit_or_are_out_of_reach():
         evaluate(space, architecture, network, random_data(space, ("validation",)))
     with pytest.raises(TangleNASError, match="device 'tpu' cannot be used"):
         evaluate(space, architecture, network, random_data(space, ("test",)), device="tpu")
-    with pytest.raises(TangleNASError, match="batch size 0: give at least 1"):
+    with pytest.raises(TangleNASError, match="batch_size is 0, expected a whole number of at least 1"):
         evaluate(space, architecture, network, random_data(space, ("test",)), batch_size=0)
 
 

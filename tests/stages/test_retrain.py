@@ -387,6 +387,8 @@ def test_training_fits_the_data():
         ({"epochs": 0}, "retrain.epochs is 0, expected a whole number of at least 1"),
         ({"until": 0}, "retrain.until is 0, expected a whole number of at least 1"),
         ({"recalibration_batches": -1}, "retrain.recalibration_batches is -1, expected a whole number of at least 0"),
+        ({"batch_size": 4.0}, "retrain.batch_size is 4.0, expected a whole number of at least 1"),
+        ({"num_workers": -1}, "num_workers is -1, expected a whole number of at least 0"),
         ({"batch_size": 9}, "batch size 9 is larger than the 8 samples to draw from"),
         ({"checkpoint_every": 0}, "retrain.checkpoint_every is 0"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),

@@ -463,7 +463,7 @@ def test_the_search_finds_the_one_kernel_that_can_see_the_difference(optimizer):
         ),
         ({"strategy": "both"}, "search.strategy is 'both', expected 'alternating' or 'simultaneous'"),
         ({"batch_size": 9}, "batch size 9 is larger than the 8 samples to draw from"),
-        ({"batch_size": 0}, "batch size 0: give at least 1"),
+        ({"batch_size": 0}, "search.batch_size is 0, expected a whole number of at least 1"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
         ({"checkpoint_every": 0}, "search.checkpoint_every is 0, expected a whole number of at least 1"),
         ({"clip": -0.5}, "search.clip is -0.5, expected a positive number"),
