@@ -162,7 +162,8 @@ def rank_correlation(
         progress: The progress output for a person.
 
     Raises:
-        TangleNASError: There is no table, or "all" are more than can be listed.
+        TangleNASError: There is no table, it lists fewer than 2 of the architectures, or "all" are more than can be
+            listed.
     """
     if listed is not None:
         architectures = len(listed)
@@ -198,6 +199,12 @@ def rank_correlation(
         drawn = listed or (_all_architectures(space) if every else candidates.fresh(candidates.limit))
         looked_up = [(architecture, row) for architecture in drawn if (row := table(architecture))]
         compared, known = [architecture for architecture, _ in looked_up], [row for _, row in looked_up]
+        if len(compared) < 2:
+            raise TangleNASError(
+                f"rank_correlation.architectures is {architectures!r}, but the table lists {len(compared)} of the "
+                f"{len(drawn)} architectures that were drawn, expected 2 or more: raise "
+                "rank_correlation.architectures, or set it to 'all', or benchmark.path to a table with more of them"
+            )
         scored = candidates.judge(compared, race=False)
     rows = [
         {key: row[key] for key in ("digest", "loss", "accuracy")}

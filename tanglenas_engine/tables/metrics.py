@@ -32,6 +32,9 @@ ABOUT = frozenset(
 PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
 """Names that end with a part of the data are accuracies, as NAS-Bench-201's `c10_test200`."""
 
+COUNTS = frozenset({"n", "num", "nr", "number", "total"})
+"""Words before a part of the data that make it a count of samples: `n_train` is no accuracy."""
+
 TOLD = re.compile(r"(.*\S) \((more|less) is better\)")
 """A column's name in a file, with the direction that someone gave for it."""
 
@@ -61,7 +64,7 @@ def kind_of(metric: str) -> Kind | None:
         return "accuracy"
     if not MORE.isdisjoint(named):
         return "more"
-    return "accuracy" if named and named[-1] in PARTS else None
+    return "accuracy" if named and named[-1] in PARTS and COUNTS.isdisjoint(named) else None
 
 
 def possible(kind: Kind | None, value: float) -> bool:

@@ -46,7 +46,12 @@ class CKA:
 
         A layer whose features do not differ between inputs has NaN, and so has one whose own HSIC is estimated below 0.
         The estimate may be slightly below 0 or above 1.
+
+        Raises:
+            TangleNASError: No batch was added.
         """
+        if not self._sums:
+            raise TangleNASError(f"CKA compares features, but no batch was given: give one of {LEAST} samples or more")
         between, one, other = self._sums
         known = (one > 0)[:, None] & (other > 0)[None]
         return torch.where(known, between / (one[:, None] * other[None]).clamp_min(1e-300).sqrt(), torch.nan)
@@ -113,11 +118,15 @@ def similarity(one: nn.Module, other: nn.Module, batches: Iterable[Tensor]) -> t
     Args:
         one, other: Networks with the same inputs. They are put into eval mode.
         batches: Inputs, `(B, ...)` with 4 or more samples each.
+
+    Raises:
+        TangleNASError: There is no batch, or one has fewer than 4 samples.
     """
     one.eval()
     other.eval()
     found = CKA()
     rows: list[str] = []
+    columns: list[str] = []
     with recorded(one) as first, recorded(other) as second:
         for inputs in batches:
             if not rows:

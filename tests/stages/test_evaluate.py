@@ -11,6 +11,7 @@ from torch import nn
 
 from tanglenas_engine import SearchSpace, elastic
 from tanglenas_engine.data import DataView, TensorSamples
+from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
 from tanglenas_engine.pipeline import figures
 from tanglenas_engine.stages.evaluate import evaluate, rank_correlation
@@ -194,6 +195,19 @@ def test_an_incomplete_table_is_told_before_anything_is_judged(judged):
         rank_correlation(space, data, table, architectures=20)
     hook.remove()
     assert len(forwards) <= 1  # a look at the shapes
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_table_that_lists_too_few_of_the_architectures_is_named_before_anything_is_judged(known, monkeypatch):
+    space, row = Small(), {"table_value": 90.0, "table_rank": 1}
+    rows = iter([row] * known)
+    monkeypatch.setattr(Candidates, "measured", None)
+    with pytest.raises(
+        TangleNASError,
+        match=rf"architectures is 5, but the table lists {known} of the 5 .* or benchmark.path to a table",
+    ):
+        data = random_data(space, ("weights", "architecture"), samples=20)
+        rank_correlation(space, data, lambda _: next(rows, {}), architectures=5)
 
 
 @pytest.mark.slow

@@ -103,6 +103,12 @@ def test_an_embedding_of_positions_is_no_layer_of_samples_even_if_a_batch_has_as
     assert rows == columns == ["tokens", "head"] and found.shape == (2, 2)
 
 
+def test_networks_without_a_batch_to_compare_them_on_are_refused():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(TangleNASError, match="no batch was given: give one of 4 samples or more"):
+        similarity(network, network, [])
+
+
 def test_layers_without_parameters_are_left_out():
     network = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
     assert list(layers(network)) == ["0", "2.0", "2.1"]
