@@ -1,6 +1,7 @@
 """Pools: what is trained, what goes on after an interruption, and what is refused."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import outputs, pools, trainings
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create, make_splits
+from tanglenas_engine.stages.retrain import Retraining
 from tanglenas_engine.tables import Benchmark, load_table
 
 
@@ -106,6 +108,20 @@ def test_a_network_whose_test_loss_is_no_number_has_failed(project, monkeypatch)
     measured = SimpleNamespace(test_loss=float("nan"))
     monkeypatch.setattr(pools, "evaluate", lambda *_: measured)
     assert pools.Job(recipe, key, 0).run() == (key, 0, "its test loss is nan")
+
+
+def test_a_stop_in_the_last_validation_of_a_network_ends_the_pool(project, monkeypatch):
+    validated, end_epoch = [], Retraining.end_epoch
+
+    def stopped(training, epoch, means):
+        if epoch == training.epochs:
+            validated.append(epoch)
+            signal.raise_signal(signal.SIGINT)
+        return end_epoch(training, epoch, means)
+
+    monkeypatch.setattr(Retraining, "end_epoch", stopped)
+    result = build("--count", "4")
+    assert result.exit_code == 1 and "Aborted" in result.output and len(validated) == 1
 
 
 @pytest.mark.exhaustive
