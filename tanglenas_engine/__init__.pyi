@@ -2,6 +2,7 @@
 """The public surface of the engine, by kind of reader. Plugins import from here and `tanglenas_engine.testing` only."""
 
 # Everyone.
+from .errors import DivergedError as DivergedError
 from .errors import TangleNASError as TangleNASError
 from .errors import at_least as at_least
 from .errors import positive as positive

@@ -6,6 +6,7 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -97,9 +98,9 @@ def at_least(name: str, value: Any, least: int) -> int:
     Raises:
         TangleNASError: `value` is no int, or is smaller than `least`.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise TangleNASError(f"{name} is {quoted(value)}, expected a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def positive(name: str, value: float) -> float:
@@ -108,7 +109,7 @@ def positive(name: str, value: float) -> float:
     Raises:
         TangleNASError: `value` is no number, or is not greater than 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
         raise TangleNASError(f"{name} is {quoted(value)}, expected a positive number")
     return value
 
@@ -119,11 +120,7 @@ def within(name: str, value: float, least: float, most: float = math.inf) -> flo
     Raises:
         TangleNASError: `value` is no number, or is outside.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (least <= value <= most and math.isfinite(value))
-    ):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (least <= value <= most) or value == math.inf:
         expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise TangleNASError(f"{name} is {quoted(value)}, expected a number {expected}")
     return value

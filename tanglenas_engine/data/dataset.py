@@ -191,7 +191,8 @@ class TokenSamples:
     @property
     def largest(self) -> int:
         """The largest token of all rows."""
-        return int(self._tokens.max())
+        parts = torch.split(self._tokens, 2**20)
+        return max(int(part.long().max()) for part in parts)  # torch has no maximum of uint16
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         start = indices * self._length

@@ -173,7 +173,7 @@ def make_splits(
         if not 0 < portion < 1:
             raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
 
-    at_least("make_splits.seed", seed, 0)
+    seed = at_least("make_splits.seed", seed, 0)
     at_least("make_splits.block", block, 1)
     generator = np.random.default_rng(seed)
     labels = None if dataset.labels is None else dataset.labels.numpy()

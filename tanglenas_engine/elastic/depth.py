@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class Depth(Elastic, nn.ModuleList):
     After `put_in_order`, a depth keeps the layers of the lowest ranks, in their sequence. Under a mixture, a layer then
     counts by the probability that it is kept, `x + P(depth > rank) (layer(x) - x)`. This is exact at the corners. In
     between, it is not the expectation over depths, which would need a pass for every depth. The order is an entry
-    `order` of the `state_dict`.
+    `order` of the `state_dict`. Loading weights of the layers without one brings back the first order.
 
     Raises:
         TangleNASError: The largest depth differs from the number of layers, or a layer is given twice.
@@ -134,7 +135,9 @@ class Depth(Elastic, nn.ModuleList):
         return self.depth.map(lambda depth: int(int(depth) > rank))
 
     def plain(self, assignment: Assignment) -> nn.Sequential:
-        return InSequence(*(plain(layer, assignment) for layer in self.kept(assignment).values()))
+        layers = [plain(layer, assignment) for layer in self.kept(assignment).values()]
+        contextual = any(len(inspect.signature(layer.forward).parameters) > 1 for layer in layers)
+        return (InSequence if contextual else nn.Sequential)(*layers)
 
 
 class InSequence(nn.Sequential):

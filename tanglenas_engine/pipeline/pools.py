@@ -26,7 +26,7 @@ from tanglenas_engine.data import Dataset, Splits
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.jobs import as_they_come, running_on
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import DivergedError, TangleNASError, at_least
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives
 from tanglenas_engine.pipeline.files import SPLITS
@@ -230,7 +230,7 @@ class Job:
     threads: int | None = None
 
     def run(self) -> tuple[str, int, Row | str]:
-        """Train and test the network; return the architecture and the seed with its row, or the message of an error."""
+        """Train and test the network; return the architecture and the seed with its row, or why its training failed."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         with self.recipe.open(self.seed) as bench:
@@ -238,7 +238,7 @@ class Job:
             start = time.process_time()
             try:
                 found = bench.train(architecture)
-            except TangleNASError as error:
+            except DivergedError as error:
                 return self.architecture, self.seed, str(error)
             seconds = time.process_time() - start
             tested = evaluate(bench.space, architecture, found.network.eval(), bench.data("test"))

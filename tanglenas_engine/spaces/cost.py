@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,20 +170,27 @@ Place = tuple[str, tuple[Size, ...]]
 """The name of a module, and its gates."""
 
 
-def _only(places: list[Place]) -> tuple[Size, ...]:
-    """Return the gates of a module that computes products.
+def _gates(places: list[Place], calls: int) -> tuple[Size, ...]:
+    """Return the gates of a module that computes products in so many calls.
 
     Raises:
-        TangleNASError: It has several places, which are not in the same architectures.
+        TangleNASError: It is called in several places, which are not in the same architectures.
     """
     (name, gates), *others = places
-    for other, differing in others:
-        if [(gate.rows, gate.values) for gate in differing] != [(gate.rows, gate.values) for gate in gates]:
-            raise TangleNASError(
-                f"{name} and {other} are one module, but not in the same architectures, so that its products cannot be "
-                "counted. Give each place a module of its own; they may share parameters: second.weight = first.weight"
-            )
-    return gates
+    differing = [other for other, its in others if _decisive(its) != _decisive(gates)]
+    if not differing:
+        return gates
+    if calls > 1:
+        raise TangleNASError(
+            f"{name} and {differing[0]} are one module, but not in the same architectures, so that its products cannot "
+            "be counted. Give each place a module of its own; they may share parameters: second.weight = first.weight"
+        )
+    return _anywhere([its for _, its in places])
+
+
+def _decisive(gates: tuple[Size, ...]) -> set[tuple[Any, ...]]:
+    """Return what tells gates apart. A gate that is 1 in every architecture is none."""
+    return {(gate.rows, gate.values) for gate in gates if not gate.min}
 
 
 def _mac_terms(
@@ -193,14 +201,14 @@ def _mac_terms(
     Elastic layers say how their count follows from their sizes (`Elastic.macs`). All other modules have a constant
     count: that of the products that they compute themselves, outside of the modules that they call.
     """
-    terms: list[Term] = []
+    computed: list[tuple[nn.Module, Term]] = []
+    calls = Counter[nn.Module]()
     unknown: dict[str, None] = {}
     counter = ProductCounter()
     hooks: list[Any] = []
     counted_by: list[nn.Module | None] = []  # for each running module the elastic layer whose `macs` covers it
 
-    def register(module: nn.Module, found: list[Place]) -> None:
-        name = found[0][0]
+    def register(name: str, module: nn.Module) -> None:
         before: list[int] = []
 
         def enter(_: nn.Module, inputs: Any) -> None:
@@ -210,10 +218,11 @@ def _mac_terms(
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
             counter.leave()
             own, covering = counter.own[module] - before.pop(), counted_by.pop()
+            calls[module] += 1
             if covering is module:
-                terms.extend((constant, (*_only(found), *factors)) for constant, factors in module.macs(output))  # type: ignore[operator]
+                computed.extend((module, term) for term in module.macs(output))  # type: ignore[operator]
             elif covering is None and own:
-                terms.append((own, _only(found)))
+                computed.append((module, (own, ())))
                 if isinstance(module, Elastic):
                     unknown[
                         f"{name or 'the space'} ({type(module).__name__}) computes products of its own, but has no "
@@ -234,7 +243,7 @@ def _mac_terms(
     training = {module: module.training for module in network.modules()}
     superposition.release()
     for module, found in places.items():
-        register(module, found)
+        register(found[0][0], module)
     try:
         with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
             example = example_input(1)
@@ -250,7 +259,8 @@ def _mac_terms(
             superposition.select(assignment, mixture)
         elif mixture is not None:
             superposition.relax(mixture)
-    return terms, list(unknown)
+    gated = {module: _gates(places[module], calls[module]) for module, _ in computed}
+    return [(constant, (*gated[module], *factors)) for module, (constant, factors) in computed], list(unknown)
 
 
 def _covering(module: nn.Module, outer: nn.Module | None) -> nn.Module | None:

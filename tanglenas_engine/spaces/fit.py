@@ -10,18 +10,23 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.space import SearchSpace
 
 
-def check_fit(space: SearchSpace, samples: Samples) -> None:
+def check_fit(space: SearchSpace, *splits: Samples) -> None:
     """Check that a space accepts a dataset's inputs and has an output for every class or token.
 
-    Shapes and numbers are those of the first batch, so that no data are read twice. Labels and `TokenSamples` are in
-    memory, and all of them are checked. Other samples of tokens are checked in the first 256 windows.
+    Shapes and numbers are those of the first batch of the first split, so that no data are read twice. Labels and
+    `TokenSamples` are in memory, and all of them are checked. Other samples of tokens are checked in the first 256
+    windows.
+
+    Args:
+        space: The space.
+        splits: The splits that a stage reads.
 
     Raises:
         TangleNASError: The shapes or types of the inputs differ (the message has both shapes), inputs are not finite,
             or outputs are missing.
     """
-    labels = samples.labels
-    inputs, targets = next(batches(samples, 256 if labels is None else 1))
+    labels = splits[0].labels
+    inputs, _ = next(batches(splits[0], 1))
     with torch.random.fork_rng(devices=[]):  # this check must not change the random numbers of a run
         wanted = space.example_input(1)
     if inputs.shape[1:] != wanted.shape[1:] or inputs.is_floating_point() != wanted.is_floating_point():
@@ -38,16 +43,22 @@ def check_fit(space: SearchSpace, samples: Samples) -> None:
     wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
     with torch.no_grad(), space.as_largest():
         classes = space(wanted).shape[-1]
-    if labels is not None:
-        largest = int(labels.max())
-    else:
-        largest = samples.largest if isinstance(samples, TokenSamples) else int(max(inputs.max(), targets.max()))
+    largest = max(map(_largest, splits))
     if largest >= classes:
         kind, option = ("token", "vocab_size") if labels is None else ("class", "num_classes")
         raise TangleNASError(
             f"the data have a {kind} {largest}, but the space {space.label} has {classes} outputs: create it with "
             f"the dataset's {option}, which is at least {largest + 1}"
         )
+
+
+def _largest(samples: Samples) -> int:
+    """Return the largest label or token of a split, as far as it is in memory."""
+    if samples.labels is not None:
+        return int(samples.labels.max())
+    if isinstance(samples, TokenSamples):
+        return samples.largest
+    return max(int(tokens.max()) for tokens in next(batches(samples, 256)))
 
 
 def _shape(inputs: Tensor) -> str:

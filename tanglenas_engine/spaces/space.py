@@ -407,16 +407,17 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         for name, module, _ in walk(self):
             if name in names:
                 called.setdefault(module, []).append(names[name])
-        for first, *others in called.values():
-            for other in others:
-                network.set_submodule(other, network.get_submodule(first))
+        modules = {name for name, _ in network.named_modules(remove_duplicate=False)}
+        for own in called.values():
+            for other in (present := [name for name in own if name in modules])[1:]:
+                network.set_submodule(other, network.get_submodule(present[0]))
         there = dict(network.named_parameters())
         for group in tied(self):
             parts = [name.rpartition(".") for name in group]
             places = [(names[owner], key) for owner, _, key in parts if owner in names]
-            present = [place for place in places if _joined(*place) in there]
-            for owner, key in present[1:]:
-                setattr(network.get_submodule(owner), key, there[_joined(*present[0])])
+            tied_here = [place for place in places if _joined(*place) in there]
+            for owner, key in tied_here[1:]:
+                setattr(network.get_submodule(owner), key, there[_joined(*tied_here[0])])
         return network
 
 

@@ -218,7 +218,7 @@ def discretize(
     budget = Budget(space, given, objectives)
     budget.check()
     _note_sources(progress, objectives)
-    check_fit(space, data.validation)
+    check_fit(space, data.validation, data.architecture, data.weights)
     weights = space.mixture(mixture) if mixture else None
     timer = None
     if seconds is not None:

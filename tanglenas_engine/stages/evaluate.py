@@ -202,8 +202,9 @@ def rank_correlation(
         if len(compared) < 2:
             raise TangleNASError(
                 f"rank_correlation.architectures is {architectures!r}, but the table lists {len(compared)} of the "
-                f"{len(drawn)} architectures that were drawn, expected 2 or more: raise "
-                "rank_correlation.architectures, or set it to 'all', or benchmark.path to a table with more of them"
+                f"{len(drawn)} architectures that were drawn, expected 2 or more: "
+                + ("" if every else "raise rank_correlation.architectures, or set it to 'all', or ")
+                + "set benchmark.path to a table with more of them"
             )
         scored = candidates.judge(compared, race=False)
     rows = [

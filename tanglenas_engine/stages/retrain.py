@@ -165,7 +165,7 @@ def retrain(
     if until is not None:
         at_least("retrain.until", until, 1)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
-    check_fit(space, data.training)
+    check_fit(space, data.training, data.validation)
     space.assignment_of(architecture)  # an overridden `standalone` might accept an architecture of another space
     device = session.find_device()
     computation.check(device)

@@ -244,7 +244,7 @@ class Search(Training):
                 raise TangleNASError(
                     f"search.stop may end the search before its {path_epochs} path epochs: leave one of the two out"
                 )
-        check_fit(space, data.weights)
+        check_fit(space, data.weights, data.architecture, data.validation)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
         self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
@@ -504,7 +504,9 @@ class Search(Training):
             for term in losses(piece):
                 torch.autograd.backward(self.scaler.scale(term / len(pieces)))
                 terms += term.detach()
-            total += (terms if piece.reported is None else piece.reported) / len(pieces)
+            # Terms that are not finite are reported in any case: the training diverged.
+            reported = terms if piece.reported is None else torch.where(terms.isfinite(), piece.reported, terms)
+            total += reported / len(pieces)
         # Running statistics are means over batches. Averaged in every step, they are means over all ranks' batches.
         distributed.average([*(tensor.grad for tensor in (*self.weights, *learning)), *self.statistics])
         self.scaler.unscale_(self.weight_optimizer)

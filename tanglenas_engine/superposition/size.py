@@ -213,8 +213,8 @@ class Axis:
         return dimension if isinstance(dimension, Axis) else cls(Size.of(dimension), role=role)
 
     def in_role(self, role: str) -> Axis:
-        """Return the same entries in another use."""
-        return replace(self, role=role)
+        """Return the same entries in another use. A fixed dimension stays one."""
+        return self if self.role == "fixed" else replace(self, role=role)
 
     @property
     def length(self) -> int:

@@ -70,8 +70,22 @@ def run(
         if _is_called(plugin_fault.plugin, name):
             yield Outcome(str(plugin_fault.plugin), "loads", f"{plugin_fault.problem}. {plugin_fault.remedy}", 0.0)
             return
-    for registration in _named(plugins, name):
-        yield from _checks(registration, dict(options or {}), space, idle)
+    registrations, given = _named(plugins, name), dict(options or {})
+    choices = {it.name: _choices(it, given) for it in registrations if it.kind == "space"} if idle else {}
+    for choice in idle:
+        if not any(choice in names for names in choices.values()):
+            raise errors.unknown("idle choice", choice, set().union(*choices.values()))
+    for registration in registrations:
+        own = {*idle} & choices.get(registration.name, set()) if registration.kind == "space" else ()
+        yield from _checks(registration, given, space, own)
+
+
+def _choices(registration: Registration, options: dict[str, Any]) -> set[str]:
+    """Return the names of a space's choices; none of a space that cannot be made, which its checks tell."""
+    try:
+        return {*_make("space", registration.name, options).choices}
+    except Exception:  # a plugin can raise anything
+        return set()
 
 
 def _named(plugins: PluginManager, name: str) -> list[Registration]:

@@ -102,6 +102,7 @@ def test_the_official_test_part_is_the_test_split():
 
 def test_the_seed_decides_the_splits(digits):
     assert make_splits(digits, seed=5) == make_splits(digits, seed=5)
+    assert make_splits(digits, seed=np.int64(5)).to_json() == make_splits(digits, seed=5).to_json()
     assert make_splits(digits, seed=5) != make_splits(digits, seed=6)
 
 

@@ -547,6 +547,19 @@ def test_a_stop_in_the_last_step_of_a_training_is_passed_on_to_the_race():
     assert len(steps) == 2
 
 
+def test_a_stop_is_passed_on_from_a_training_that_diverges():
+    space = vit()
+    data = random_data(space, ("training", "validation"), samples=24)
+
+    def loss(outputs, targets):
+        if torch.is_grad_enabled():
+            signal.raise_signal(signal.SIGINT)
+        return torch.nn.functional.cross_entropy(outputs, targets) * torch.nan
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run(Recipe(space, data, 1, {"batch_size": len(data.training), "loss": loss}), space.smallest(), 1)
+
+
 def test_a_training_that_diverges_is_a_result_of_its_network():
     space = vit()
     data = random_data(space, ("training", "validation"), samples=24)

@@ -1,5 +1,6 @@
 """The sandwich rule: which networks a step trains, and from what they learn."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_search_reports_the_loss_of_the_largest_network():
     with torch.no_grad():
         loss = cross_entropy(space.select(space.largest()).train()(inputs), targets)
     assert result.history[0]["weight_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_smaller_networks_that_overflow_are_told_though_the_largest_does_not():
+    space = tiny("vit")
+    data = random_data(space, ("weights", "architecture", "validation"))
+    calls = itertools.count()
+
+    def loss(outputs, targets):  # of the largest network in every fourth call
+        return cross_entropy(outputs, targets) * (1 if next(calls) % 4 == 0 else float("inf"))
+
+    with pytest.raises(TangleNASError, match="weight_loss is not finite by step 1 of"):
+        search(space, Sandwich(), data, epochs=1, batch_size=4, loss=loss, precision="float32", clip=None)
 
 
 def test_distillation_can_be_turned_off():

@@ -124,6 +124,15 @@ def test_a_stop_in_the_last_validation_of_a_network_ends_the_pool(project, monke
     assert result.exit_code == 1 and "Aborted" in result.output and len(validated) == 1
 
 
+def test_an_error_that_is_no_divergence_ends_the_pool(project, monkeypatch):
+    def full(bench, architecture):
+        raise TangleNASError("cannot write state.pt: No space left on device")
+
+    monkeypatch.setattr(trainings.Bench, "train", full)
+    result = build("--count", "3")
+    assert result.exit_code == 2 and "No space left on device" in result.stderr and "left out" not in result.output
+
+
 @pytest.mark.exhaustive
 def test_a_training_that_fails_is_left_out_and_named(project, monkeypatch):
     monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, job.seed, "the loss is nan"))

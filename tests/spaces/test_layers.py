@@ -200,6 +200,7 @@ def test_layers_may_share_parameters_have_two_names_and_take_more_than_one_input
         assert counted(network, x[:1]) == (space.cost(architecture).params, space.cost(architecture).macs)
         assert (kind == "names") == (network.again is network.once)
         if kind == "parameter":
+            assert type(network.stack) is not nn.Sequential, "its layers may take a second input"
             layers = [*network.stack]
             tied = len(layers) > 1 and layers[-1].linear.weight is layers[0].linear.weight
             assert tied == (len(layers) > 1), "a depth of 2 keeps the first and the last layer"
@@ -211,6 +212,76 @@ def test_a_module_in_several_layers_is_not_counted():
         TangleNASError, match=r"stack\.0\.linear and stack\.1\.linear are one module, but not in the same"
     ):
         space.cost(space.largest())
+
+
+class Elsewhere(SearchSpace):
+    """A linear layer that is called in the first layer of a depth and behind it, or there alone, or in two depths."""
+
+    def __init__(self, kind):
+        super().__init__()
+        depth, other = self.choice("depth", (1, 2)), self.choice("other", (1, 2))
+        self.linear, self.kind = nn.Linear(2, 2), kind
+        first = Refers(self.linear) if kind == "referred" else nn.Sequential(self.linear)
+        self.stack = elastic.Depth(depth, [first, nn.Linear(2, 2)])
+        again = nn.Sequential(self.linear) if kind == "depths" else nn.Identity()
+        self.second = elastic.Depth(other, [again, nn.Identity()])
+
+    def forward(self, x):
+        x = self.second(self.stack(x))
+        return x if self.kind == "depths" else self.linear(x)
+
+    def example_input(self, batch):
+        return torch.zeros(batch, 2)
+
+
+class Refers(nn.Module):
+    """Knows a layer that it does not call."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("behind", 2), ("depths", 2), ("referred", 1)])
+def test_a_module_in_several_places_that_are_always_there_is_counted(kind, calls):
+    space = Elsewhere(kind)
+    assert [space.cost(space.architecture(depth=depth, other=1)).macs for depth in (1, 2)] == [4 * calls, 4 * calls + 4]
+
+
+class Own(elastic.Elastic):
+    """A block whose network is another module, without the activation that it shares."""
+
+    def __init__(self, width, activation):
+        super().__init__()
+        self.linear, self.activation = elastic.Linear(width, width), activation
+
+    def forward(self, x):
+        return self.activation(self.linear(x))
+
+    def plain(self, assignment):
+        return nn.Sequential(self.linear.plain(assignment), nn.ReLU())
+
+
+class WithOwn(SearchSpace):
+    def __init__(self):
+        super().__init__()
+        width, activation = self.choice("width", (2, 4)), nn.ReLU()
+        self.first, self.activation = elastic.Linear(3, width), activation
+        self.block = Own(width, activation)
+
+    def forward(self, x):
+        return self.block(self.activation(self.first(x)))
+
+    def example_input(self, batch):
+        return torch.zeros(batch, 3)
+
+
+def test_a_network_may_lack_a_module_that_its_layers_share():
+    network = WithOwn().standalone(WithOwn().smallest())
+    assert network(torch.zeros(1, 3)).shape == (1, 2)
 
 
 def test_weights_without_an_order_bring_back_the_first_one():

@@ -517,7 +517,9 @@ def test_an_objective_is_checked_on_the_space_that_is_named(check, name, status,
 def test_a_choice_may_do_nothing_if_it_is_named(check):
     assert "zeros only" in check("ignored").stdout
     assert "zeros only" not in check("ignored", "--idle", "spare").stdout
-    assert "Did you mean 'spare'?" in check("ignored", "--idle", "spares").stdout
+    assert "Did you mean 'spare'?" in check("ignored", "--idle", "spares").stderr
+    told = check("theirs", "--idle", "spare").stdout
+    assert "unknown idle choice" not in told and "zeros only" not in told
 
 
 @pytest.mark.slow
