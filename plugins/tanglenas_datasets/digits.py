@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
@@ -33,6 +32,9 @@ class Digits(Dataset):
             raise TangleNASError(f"digits: image_size is {image_size}; give 8 (as they are) to 32.")
         if not 0 <= shift < image_size:
             raise TangleNASError(f"digits: shift is {shift}; give 0 (off) to {image_size - 1} pixels.")
+        # This import takes a second, which `dvc repro` would wait for each time that it asks for the class.
+        from sklearn.datasets import load_digits
+
         data = load_digits()
         self.image_size = image_size
         self.shift = shift

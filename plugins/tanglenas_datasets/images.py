@@ -122,7 +122,7 @@ def unreadable_later(path: str, error: BaseException) -> TangleNASError:
     return TangleNASError(
         f"image_folder: {shown(path)} is no readable image: {reason(error)}. Put the file back as it was when the "
         "search began, and run the same command again: nothing is lost. With the file changed or removed, the data are "
-        "others: the splits are made anew, and search and all stages after it have to run again."
+        "others: `dvc repro` makes the splits anew, and runs search and all stages after it again."
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -243,6 +244,10 @@ class StdlibText(Text):
                 "characters=, or use the dataset 'text', if this Python comes without its sources."
             )
         self._prepare(text, None, block_size, tokenizer, vocab_size, test_portion)
+
+    @classmethod
+    def edition(cls) -> str:
+        return f"Python {platform.python_version()}"
 
 
 def _stdlib() -> Path:

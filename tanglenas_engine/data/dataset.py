@@ -118,6 +118,15 @@ class Dataset(ABC):
         """Return lines for a person about what the data hold, printed at the start of a search; "" prints none."""
         return ""
 
+    @classmethod
+    def edition(cls) -> str:
+        """Return a text that changes when data change that no option names, such as the version of their package.
+
+        `dvc repro` runs the stages again where it does. "" is for data that never change, and for files and folders
+        that options of the dataset name, as their contents count.
+        """
+        return ""
+
     def verify(self, progress: Progress, folder: Path) -> None:
         """Read all the data once. Search calls this before it trains: what cannot be read is told before it costs.
 

@@ -126,7 +126,8 @@ class Splits:
             text = "{} (fingerprint {:.12}, {} samples)"
             raise TangleNASError(
                 f"these splits were made for {text.format(*made_for)} and do not fit {text.format(*given)}. "
-                "Open the data they were made for, or make new ones with make_splits(dataset, seed=...)."
+                "Put the data back as they were, or search with those that are there now: in a project `dvc repro` "
+                "runs the search again, and elsewhere make_splits(dataset, seed=...) makes new splits"
             )
 
 

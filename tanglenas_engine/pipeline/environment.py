@@ -6,7 +6,8 @@ library's digest covers the stages' code in this package. Weights that a search 
 are on this machine, because they are no dependency in dvc.yaml.
 
 out/inputs/STAGE.json has the digests of what one stage reads: gin files, also those that others include, the code
-behind an @, and the files of benchmarks and objectives. So a pool that grew runs `evaluate` again, and no search.
+behind an @, the data, and the files of benchmarks and objectives. So a pool that grew runs `evaluate` again, and no
+search. Stages of a study have no such file: environment.json has the digests of their data.
 
 out/recipe.json tells which recipe of the retrain stage a race trains by. Other methods of discretize do not depend on
 that recipe, and have an empty one there, so that only a race runs again when the recipe changes.
@@ -26,9 +27,13 @@ import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config import configured, referred
 from tanglenas_engine.pipeline.configurables import tables
+from tanglenas_engine.pipeline.data_digests import DataDigests, data_digests
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
+from tanglenas_engine.pipeline.store import project_root
+from tanglenas_engine.pipeline.studies.run import STAGES_FILE, arguments_of
+from tanglenas_engine.pipeline.studies.runs import entered
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version
@@ -63,23 +68,40 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
     versions.update((it.distribution, it.version) for it in used)
     modules = {package: importlib.import_module(package) for package in map(_package, used)}
     modules["tanglenas_engine"] = tanglenas_engine
+    root = project_root()
+    digests_of_data = DataDigests(root / ".tanglenas" / "data-digests.json", root)
+    data = _data_of_study(digests_of_data) if STAGES_FILE.exists() else {}
     content = {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "versions": dict(sorted(versions.items())),
         "sources": {name: code_version(module) for name, module in sorted(modules.items())},
         **({"weights": digests} if digests else {}),
+        **({"data": data} if data else {}),
     }
     write_atomic(path, json.dumps(content, indent=2) + "\n")
-    write_atomic(RECIPE, json.dumps(_recipe(), indent=2) + "\n")
+    write_atomic(RECIPE, json.dumps(_recipe(digests_of_data), indent=2) + "\n")
     for stage in STAGES:
-        write_atomic(INPUTS / f"{stage}.json", json.dumps(_inputs(stage), indent=2, sort_keys=True) + "\n")
+        text = json.dumps(_inputs(stage, digests_of_data), indent=2, sort_keys=True) + "\n"
+        write_atomic(INPUTS / f"{stage}.json", text)
+    digests_of_data.save()
 
 
-def _inputs(stage: str) -> dict[str, Any]:
+def _data_of_study(digests: DataDigests) -> dict[str, Any]:
+    """Return the digests of the data that the runs of a study have in common."""
+    try:
+        with entered("pool", "0"), configured(arguments_of("retrain")):
+            return data_digests(digests)
+    except TangleNASError:
+        return {}
+
+
+def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
     """Return the digests of what a stage reads, or nothing where its config is wrong: the stage itself says how."""
     try:
-        with configured(stage_arguments(stage) or []) as files:
+        arguments = stage_arguments(stage) or []
+        with configured(arguments) as files:
             return {
+                "data": data_digests(digests) if arguments else {},
                 "files": {file: _digest(file) for file in files},
                 "sources": {name: code_version(sys.modules[name]) for name in _behind_references()},
                 "tables": tables(),
@@ -88,13 +110,13 @@ def _inputs(stage: str) -> dict[str, Any]:
         return {}
 
 
-def _recipe() -> dict[str, Any]:
+def _recipe(digests: DataDigests) -> dict[str, Any]:
     """Return the arguments of the retrain stage and the digests of what it reads, if the method is a race."""
     arguments = stage_arguments("retrain") or []
     if 'discretize.method = "race"' not in (stage_arguments("discretize") or []):
         return {}
     alone = [argument for argument in arguments if not argument.startswith(UNUSED)]
-    return {"arguments": alone, **_inputs("retrain")}
+    return {"arguments": alone, **_inputs("retrain", digests)}
 
 
 def _behind_references() -> list[str]:
