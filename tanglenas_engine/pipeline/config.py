@@ -37,6 +37,9 @@ GIVEN = {
 }
 """The parameters that a stage passes itself, with the place where a person sets each."""
 
+MACRO = re.compile(r"\s*[\w/]+\s*=")
+"""The beginning of a binding that sets a macro, such as `SEED = 0`."""
+
 MOVED = re.compile(r"\btanglenas_engine\.(?:training|retrain)\.(auxiliary|cosine|cross_entropy)\b")
 """Names that gin files used before these functions had public ones, `tanglenas_engine.cosine`, which stay."""
 
@@ -71,7 +74,8 @@ def configure(arguments: Sequence[str]) -> set[str]:
     files = [argument for argument in arguments if argument.endswith(".gin") and "=" not in argument]
     bindings = [_current(argument) for argument in arguments if argument not in files]
     names = _Names("\n".join(bindings))
-    _parse(gin.parse_config, bindings)
+    # Macros say which files to read, and the files make known what other bindings may be about.
+    _parse(gin.parse_config, [binding for binding in bindings if MACRO.match(binding)])
     named = [
         path.as_posix()
         for macro, kind in KINDS.items()

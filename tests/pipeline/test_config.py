@@ -186,6 +186,16 @@ def test_bindings_win_over_files_and_the_last_one_over_all() -> None:
     assert gin.query_parameter("search.clip") is None
 
 
+@pytest.mark.parametrize("name", ["torch.optim.Adadelta", "weights/torch.optim.ASGD"])
+def test_a_binding_is_about_what_only_a_file_refers_to(project: Path, name: str) -> None:
+    Path("mine.gin").write_text(f"search.weight_optimizer = @{name}\n{name}.lr = 0.5\n")
+    assert name.split("/")[-1] not in configurable
+    configure(["mine.gin", *BASE, f"{name}.lr = 0.01"])
+    assert gin.query_parameter(f"{name}.lr") == 0.01
+    with pytest.raises(TangleNASError, match=r"nothing called 'torch\.optim\.AdamV' to configure\. Did you mean"):
+        configure(["mine.gin", *BASE, "torch.optim.AdamV.lr = 0.01"])
+
+
 def test_stages_are_configurable_under_their_own_names() -> None:
     modules = (search, discretize, retrain, evaluate)
     assert [module.__name__ for module in modules] == [f"pipelines.{stage}" for stage in STAGES]
