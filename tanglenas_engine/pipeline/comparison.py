@@ -18,6 +18,7 @@ import numpy as np
 
 from tanglenas_engine.errors import TangleNASError, closest, shown, unknown
 from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline.config import is_material
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.pipeline.store import Store
 
@@ -40,6 +41,8 @@ OF_DATA = ("create_dataset.", "make_splits.samples")
 """The beginnings of further ones: a text of another folder, or images of another size, are other data of one name."""
 LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
+BY_HAND = "architecture changed by hand"
+"""What the label of a group ends with whose networks no method found."""
 UNSET = "not set"
 """What stands for the value of a setting that a run does not have. Settings may be "none" or None."""
 
@@ -331,8 +334,11 @@ def _listed(what: str, names: Sequence[str]) -> str:
 
 
 def _settings(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of a run by their names in params.yaml. One that is null there is left out."""
-    known = {names.get(name, name): value for name, value in row["settings"].items()}
+    """Return the settings of a run that results depend on, by their names in params.yaml.
+
+    One that is null there is left out.
+    """
+    known = {names.get(name, name): value for name, value in row["settings"].items() if is_material(name)}
     known |= {name: row[name] for name in LABELLED if row[name] is not None}
     nullable = set(names.values())
     return {name: value for name, value in known.items() if value and not (value == "None" and name in nullable)}
@@ -419,10 +425,14 @@ def _groups(
     """Return the groups of some runs, sorted by label, and a sentence for each that mixes settings.
 
     Settings that are joined may differ between seeds. Where they differ between runs of one seed, the group mixes them.
+    Runs whose architecture was changed by hand have a group of their own: they are no results of their method.
     """
     members: dict[str, list[int]] = {}
     for number in numbers:
-        members.setdefault(_label(by, _values(settings[number], by)) or "all runs", []).append(number)
+        label = _label(by, _values(settings[number], by))
+        if rows[number].get("by_hand"):
+            label = f"{label}, {BY_HAND}" if label else BY_HAND
+        members.setdefault(label or "all runs", []).append(number)
     groups, notes = [], []
     for label, own in sorted(members.items()):
         groups.append(Group(label, {rows[number]["seed"]: rows[number] for number in own}))

@@ -37,6 +37,9 @@ GIVEN = {
 }
 """The parameters that a stage passes itself, with the place where a person sets each."""
 
+IMMATERIAL_FUNCTIONS, IMMATERIAL = ("benchmark.",), (".checkpoint_every", ".num_workers")
+"""The beginnings and the ends of parameters that no result depends on."""
+
 MACRO = re.compile(r"\s*[\w/]+\s*=")
 """The beginning of a binding that sets a macro, such as `SEED = 0`."""
 
@@ -263,6 +266,27 @@ def bound_parameters() -> dict[str, Any]:
         whole = f"{scope}{'/' if scope else ''}{selector}.{name}"  # where functions of two modules have one name
         parameters[key if uses[key] == 1 else whole] = value
     return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in sorted(parameters.items())}
+
+
+def is_material(parameter: str) -> bool:
+    """Return whether results depend on a parameter, which is given with its function, as `retrain.epochs`."""
+    return not parameter.startswith(IMMATERIAL_FUNCTIONS) and not parameter.endswith(IMMATERIAL)
+
+
+def material_config() -> str:
+    """Return the config as text, as `gin.config_str` does, without the parameters that no result depends on."""
+    config = gin.config._CONFIG
+    kept = config.copy()
+    try:
+        config.clear()
+        for (scope, selector), values in kept.items():
+            function = selector.split(".")[-1]
+            if material := {name: value for name, value in values.items() if is_material(f"{function}.{name}")}:
+                config[scope, selector] = material
+        return str(gin.config_str())
+    finally:
+        config.clear()
+        config.update(kept)
 
 
 def bindings_of(name: str) -> list[dict[str, Any]]:

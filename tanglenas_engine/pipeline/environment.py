@@ -25,7 +25,7 @@ from typing import Any
 
 import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configured, referred
+from tanglenas_engine.pipeline.config import configured, is_material, referred
 from tanglenas_engine.pipeline.configurables import tables
 from tanglenas_engine.pipeline.data_digests import DataDigests, data_digests
 from tanglenas_engine.pipeline.files import STAGES
@@ -40,7 +40,7 @@ from tanglenas_engine.runtime.fingerprint import code_version
 
 RECIPE, INPUTS = Path("out", "recipe.json"), Path("out", "inputs")
 UNUSED = ("retrain.mode", "read_architecture.")
-"""Bindings of the retrain stage that no race depends on, by their beginnings."""
+"""Bindings of the retrain stage that no race depends on, by their beginnings, though results do."""
 KINDS = ("space", "optimizer", "dataset")
 LIBRARIES = ("tanglenas", "timm", "torch")
 
@@ -115,7 +115,7 @@ def _recipe(digests: DataDigests) -> dict[str, Any]:
     arguments = stage_arguments("retrain") or []
     if 'discretize.method = "race"' not in (stage_arguments("discretize") or []):
         return {}
-    alone = [argument for argument in arguments if not argument.startswith(UNUSED)]
+    alone = [it for it in arguments if not it.startswith(UNUSED) and is_material(it.partition("=")[0].strip())]
     return {"arguments": alone, **_inputs("retrain", digests)}
 
 

@@ -27,7 +27,7 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.jobs import as_they_come, running_on
 from tanglenas_engine.errors import DivergedError, TangleNASError, at_least
-from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.config import configured, material_config
 from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives
 from tanglenas_engine.pipeline.files import SPLITS
 from tanglenas_engine.pipeline.params import stage_arguments
@@ -47,6 +47,8 @@ The table has the means over the seeds that all its networks were trained with.
 """
 LEAST = 0.95
 """The share of the budget that architectures of a pool use at least, by default."""
+SAME = ("SEED = 0", 'read_architecture.pick = "best"')
+"""Bindings in place of those that may differ between a pool and a network that is compared with it."""
 DRAWS = 100
 """Draws per architecture of a pool after which a band counts as exhausted."""
 
@@ -62,7 +64,7 @@ class Identity:
 
     Attributes:
         test: A digest of the test split.
-        recipe: A digest of the config of the retrain stage, but for the seed.
+        recipe: A digest of the config of the retrain stage, without what no result depends on, and with SAME.
     """
 
     space: str
@@ -84,8 +86,8 @@ class Identity:
         limits: Mapping[str, float],
     ) -> Identity:
         """Return the identity of a pool by a recipe, which is given as arguments of the retrain stage."""
-        with configured((*arguments, "SEED = 0")):
-            bound = [gin.config_str(), space.name, space.to_string(space.largest()), space.to_string(space.smallest())]
+        with configured((*arguments, *SAME)):
+            bound = [material_config(), space.name, space.to_string(space.largest()), space.to_string(space.smallest())]
         return cls(
             space.name, dataset.fingerprint, fingerprint(splits=splits.assignment),
             fingerprint(test=splits.test.tolist()), fingerprint(bound=bound), seed, dict(limits),

@@ -37,8 +37,9 @@ class Records:
     Attributes:
         evaluated: One row for each finished evaluation, oldest first. A row has `run_id`, `search_id` (the run of its
             search), `name`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs`,
-            `accuracy` in % and, for a text, `perplexity`, each None where the run lacks it. `settings` has the
-            parameters of all stages of its pipeline but the seed. `metrics` has the numbers of the evaluation, and
+            `accuracy` in % and, for a text, `perplexity`, each None where the run lacks it. `by_hand` is True if
+            someone changed the architecture after discretize. `settings` has the parameters of all stages of its
+            pipeline but the seed. `metrics` has the numbers of the evaluation, and
             what the stages cost: `search_seconds`, `search_processor_seconds`, `seconds`, `processor_seconds` and
             `peak_memory_MiB`. A number that is not finite is NaN.
         unfinished: The names of pipelines without a finished evaluation, with the stage and the status of each.
@@ -92,7 +93,8 @@ def read(root: Path) -> Records:
             known = {name: finished.get(run.data.tags.get(f"{AFTER}{name}", "")) for name in STAGES[:-1]}
             parts = {name: part for name in known if (part := known[name] or _before(run, name, siblings))}
             parts["evaluate"] = run
-            rows.append(_row(parts, pipelines.get(run.data.tags.get(PARENT))))
+            changed = _changed_by_hand(run, known["discretize"])
+            rows.append({**_row(parts, pipelines.get(run.data.tags.get(PARENT))), "by_hand": changed})
     done = {run.data.tags.get(PARENT) for (_, stage), runs in siblings.items() if stage == "evaluate" for run in runs}
     unfinished = [
         f"{_name(pipeline)} ({_last(stages, run_id)})" for run_id, pipeline in pipelines.items() if run_id not in done
@@ -119,6 +121,17 @@ def _before(evaluation: Any, stage: str, siblings: Mapping[tuple[str | None, str
     runs = siblings.get((tags.get(PARENT, ""), stage)) or siblings.get((tags.get(PIPELINE_ID, ""), stage)) or []
     earlier = [run for run in runs if run.info.start_time <= evaluation.info.start_time]
     return earlier[-1] if earlier else next(iter(runs), None)
+
+
+def _changed_by_hand(evaluation: Any, discretize: Any) -> bool:
+    """Return whether an evaluation is about another architecture than the run of discretize derived that it followed.
+
+    `read_architecture.pick` takes another point of the front, which discretize derived too.
+    """
+    if discretize is None or evaluation.data.params.get("read_architecture.pick", "best") != "best":
+        return False
+    found, derived = (run.data.tags.get("architecture.digest") for run in (evaluation, discretize))
+    return None not in (found, derived) and found != derived
 
 
 def _row(parts: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:

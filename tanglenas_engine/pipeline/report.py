@@ -85,9 +85,10 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
 
 
 def _mixed(root: Path, metrics: dict[str, dict[str, Any]], digest: str) -> str:
-    """Return what is wrong if the metrics are about another architecture than the one in out/, else "".
+    """Return a sentence if the metrics are about another architecture than the one in out/, else "".
 
-    git brings metrics/ back and not out/, so that `git checkout` alone leaves files of two runs.
+    A person may change the architecture after discretize, and retrain and evaluate it. git brings metrics/ back and not
+    out/, so that `git checkout` alone leaves files of two runs.
     """
     about = {stage: shown(metrics[stage].get("digest", digest), 80) for stage in ("discretize", "evaluate")}
     front = {path.stem for path in (root / FRONT).glob("*.json")}
@@ -97,6 +98,11 @@ def _mixed(root: Path, metrics: dict[str, dict[str, Any]], digest: str) -> str:
     ]
     if not foreign:
         return ""
+    if foreign == ["discretize"] and metrics["evaluate"].get("digest") == digest:
+        return (
+            f"The architecture {digest} was changed by hand: discretize derived {about['discretize']}, and evaluate is "
+            "about the former. `dvc repro` brings the derived one back."
+        )
     told = " and ".join(f"metrics/{stage}.json is about architecture {about[stage]}" for stage in foreign)
     return (
         f"This page mixes two runs: {told}, and {ARCHITECTURE} is {digest}. Run `dvc checkout` to have the files of "

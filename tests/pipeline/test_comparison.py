@@ -305,3 +305,38 @@ def test_an_evaluation_has_the_stages_that_it_followed_also_where_dvc_skipped_th
     settings = [row["settings"] for row in records.read(tmp_path).evaluated]
     assert [one["discretize.method"] for one in settings] == ["evolution", "random", "evolution"]
     assert [one["retrain.epochs"] for one in settings] == ["50", "50", "100"]
+
+
+def test_an_architecture_that_was_changed_by_hand_is_no_result_of_its_method():
+    changed = {**row("drnas", 2, 10.0), "by_hand": True}
+    for by in ([], ["optimizer"]):
+        (table,) = compared(*RUNS, changed, by=by).tables
+        assert [group.label for group in table.groups] == ["drnas", "drnas, architecture changed by hand", "spos"]
+        assert table.estimates["test_accuracy", "drnas"].mean == 92.0
+    (table,) = compared(*RUNS[:3], changed).tables
+    assert [group.label for group in table.groups] == ["all runs", "architecture changed by hand"]
+
+
+@pytest.mark.parametrize(
+    "pick, found, changed", [("best", "a", False), ("best", "b", True), ("b12", "b", False), ("best", None, False)]
+)
+def test_an_evaluation_knows_whether_its_architecture_is_that_of_discretize(
+    monkeypatch, tmp_path, pick, found, changed
+):
+    def run(stage, digest, params, **tags):
+        tags |= {"tanglenas.stage": stage} | ({"architecture.digest": digest} if digest else {})
+        info = SimpleNamespace(run_id=stage, run_name=stage, status="FINISHED", start_time=0)
+        return SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, params=params, metrics={}))
+
+    after = {f"{AFTER}discretize": "discretize"}
+    runs = [run("discretize", "a", {}), run("evaluate", found, {"read_architecture.pick": pick}, **after)]
+    monkeypatch.setattr(records, "_runs", lambda client: runs)
+    monkeypatch.setattr(records.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
+    assert [one["by_hand"] for one in records.read(tmp_path).evaluated] == [changed]
+
+
+def test_what_no_result_depends_on_makes_no_groups():
+    own = {"benchmark.path": "pool.csv", "search.checkpoint_every": 5, "retrain.num_workers": 2}
+    comparison = compared(*RUNS[:2], row("drnas", 2, 94.0, **own), row("spos", 0, 89.0))
+    assert [group.label for group in comparison.tables[0].groups] == ["drnas", "spos"]
+    assert not [note for note in comparison.tables[0].notes if "mixes" in note]

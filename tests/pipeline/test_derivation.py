@@ -184,6 +184,11 @@ def test_dvc_is_told_when_the_recipe_of_a_race_changes(project):
     first = recipe(discretize={"method": "race"})
     assert first != recipe(retrain={"epochs": 4}) != recipe(retrain={"epochs": 4}, recipe="cpu")
     assert first == recipe(retrain={"epochs": 3, "mode": "finetune", "pick": "12"}, recipe="demo")
+    with open("dvc.yaml", "a+") as file:
+        file.seek(0)
+        text = file.read().replace("'retrain.mode =", "'retrain.checkpoint_every = 3' 'retrain.mode =")
+    Path("dvc.yaml").write_text(text)
+    assert recipe() == first
     Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
     assert first != recipe()
 

@@ -17,7 +17,7 @@ from stages import forget_settings
 from tanglenas_engine import TangleNASError, create_dataset, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import outputs, pools, trainings
-from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.config import configured, material_config
 from tanglenas_engine.pipeline.configurables import create, make_splits
 from tanglenas_engine.stages.retrain import Retraining
 from tanglenas_engine.tables import Benchmark, load_table
@@ -287,6 +287,25 @@ def test_a_network_is_compared_with_a_pool_of_its_own_recipe_and_data(project, c
         splits = make_splits(dataset, seed=seed)
     assert reason in pools.incomparable(Path("pool.csv"), space, dataset, splits, macs)
     assert reason or not pools.incomparable(Path("pool.csv"), space, dataset, splits, macs)
+
+
+@pytest.mark.parametrize(
+    "bindings", [[], ['read_architecture.pick = "12"'], ["retrain.checkpoint_every = 7"], ['benchmark.path = "x.csv"']]
+)
+def test_a_recipe_has_nothing_that_no_result_depends_on(project, bindings):
+    arguments = trainings.project_arguments(*bindings)
+    with configured(arguments):
+        seed, space, dataset = create()
+    splits, known = make_splits(dataset, seed=seed), pools.Record.read(Path("pool.json")).identity.recipe
+    assert pools.Identity.here(arguments, seed, space, dataset, splits, {}).recipe == known
+    other = trainings.project_arguments("retrain.clip = 7.5")
+    assert pools.Identity.here(other, seed, space, dataset, splits, {}).recipe != known
+
+
+def test_pools_of_earlier_versions_stay_of_their_recipe(project):
+    with configured((*trainings.project_arguments(), "SEED = 0")):
+        before = gin.config_str()
+        assert material_config() == before and gin.config_str() == before
 
 
 def test_a_network_is_not_compared_with_a_pool_of_other_data(project):

@@ -231,6 +231,15 @@ def test_an_architecture_that_a_person_changed_needs_no_digest(project):
     assert digest in Page(Path("report.html").read_text()).cells()
 
 
+def test_an_architecture_that_was_changed_by_hand_and_trained_is_no_mix_of_two_runs(project):
+    digest = json.loads(Path("out/discretize/architecture.json").read_text())["digest"]
+    Path("metrics/discretize.json").write_text(json.dumps({"digest": "0" * 16}))
+    Path("metrics/evaluate.json").write_text(json.dumps({"digest": digest, "test_accuracy": 91.2}))
+    result = CliRunner().invoke(main, ["report"])
+    assert f"The architecture {digest} was changed by hand: discretize derived {'0' * 16}" in result.output
+    assert "mixes" not in result.output and "changed by hand" in Path("report.html").read_text()
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
