@@ -293,15 +293,15 @@ def _runs(root: Path, fix: bool) -> Iterator[Finding]:
             )
     try:
         stale = spool.stale_runs(root)
-        if fix and stale:
-            spool.mark_killed([run.run_id for run in stale], root)
+        killed = spool.mark_killed([run.run_id for run in stale], root) if fix and stale else []
     except TangleNASError as error:
         yield Finding("problem", str(error))
         return
     for run in stale:
         what = f"run {run.run_id} ({run.name}, since {run.since:%Y-%m-%d %H:%M}) is RUNNING, but its process is gone"
         if fix:
-            yield ok(f"run {run.run_id} ({run.name}) is marked KILLED")
+            done = "is marked KILLED" if run.run_id in killed else "goes on again, in a process of its own"
+            yield ok(f"run {run.run_id} ({run.name}) {done}")
         elif run.resumable:
             yield Finding("note", what, "run the same command again to go on with it; or tanglenas doctor --fix")
         else:

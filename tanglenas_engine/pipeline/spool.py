@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -277,52 +277,68 @@ def stale_runs(root: str | Path | None = None) -> list[StaleRun]:
     Raises:
         TangleNASError: The store does not answer.
     """
-    store = Store.of(_root(root))
-    folders = {_run_id(folder): folder for folder in _folders(root)}
-    own = store.own
-    if not folders and (not own or not (store.root / "mlflow.db").exists()):
-        return []
-    resumable = set()
-    for path in (store.root / ".tanglenas" / "resume").glob("*/run"):
-        with suppress(OSError):
-            resumable.add(read_note(path).decode(errors="replace"))
-    found, running = [], _running(store, folders)
-    busy = {run.data.tags.get(PARENT) for run in running}
-    for run in running:
-        folder = folders.get(run.info.run_id)
-        # A pipeline's run has no process of its own: it ends with its stages.
-        if (folder is None and not own) or (folder is not None and holder(folder)) or run.info.run_id in busy:
-            continue
-        since = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
-        names = {run.info.run_id, folder.name if folder else ""}
-        found.append(StaleRun(run.info.run_id, run.info.run_name, since, bool(names & resumable)))
-    return found
+    return _looked(root)[0]
 
 
-def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> None:
-    """End runs that `stale_runs` found, with the status KILLED. A run that goes on after all is RUNNING again.
+def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> list[str]:
+    """End runs that `stale_runs` found, with the status KILLED, and return the ids of those that are still stale.
+
+    The others have a process again. A run that goes on later is RUNNING again.
 
     Raises:
         TangleNASError: The store does not answer.
     """
     store = Store.of(_root(root))
+    stale, alive = _looked(root)
+    ended = [run_id for run_id in run_ids if run_id in {run.run_id for run in stale}]
     folders = {_run_id(folder): folder for folder in _folders(root)}
-    for run_id in run_ids:
+    for run_id in ended:
         try:
             client = store.connect()
-            within(15.0, _kill, client, run_id)
+            within(15.0, _kill, client, run_id, alive)
         except Exception as error:
             raise TangleNASError(f"the MLflow store {store.name} did not end run {run_id} ({reason(error)})") from error
         if (folder := folders.get(run_id)) and not Spool(folder).events:
             with suppress(TangleNASError), exclusive(folder):
                 Spool(folder).discard()
+    return ended
 
 
-def _kill(client: MlflowClient, run_id: str) -> None:
-    """End a run in the store, and the pipeline's run in which it is nested."""
+def _looked(root: str | Path | None) -> tuple[list[StaleRun], set[str | None]]:
+    """Return the runs whose process is gone, and the pipelines in which a run of a living process is nested."""
+    store = Store.of(_root(root))
+    known = {_run_id(folder) for folder in _folders(root)}
+    own = store.own
+    if not known and (not own or not (store.root / "mlflow.db").exists()):
+        return [], set()
+    resumable = set()
+    for path in (store.root / ".tanglenas" / "resume").glob("*/run"):
+        with suppress(OSError):
+            resumable.add(read_note(path).decode(errors="replace"))
+    found, running = [], _running(store, known)
+    # The query takes seconds, in which stages begin: their folders are there only now.
+    folders = {_run_id(folder): folder for folder in _folders(root)}
+    busy = {run.data.tags.get(PARENT) for run in running}
+    alive = set()
+    for run in running:
+        folder = folders.get(run.info.run_id)
+        if (folder is None and not own) or (folder is not None and holder(folder)):
+            alive.add(run.data.tags.get(PARENT))
+            continue
+        if run.info.run_id in busy:  # a pipeline's run has no process of its own: it ends with its stages
+            continue
+        since = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+        names = {run.info.run_id, folder.name if folder else ""}
+        found.append(StaleRun(run.info.run_id, run.info.run_name, since, bool(names & resumable)))
+    return found, alive
+
+
+def _kill(client: MlflowClient, run_id: str, alive: Collection[str | None]) -> None:
+    """End a run in the store, and the pipeline's run in which it is nested, unless that one is `alive`."""
     parent = client.get_run(run_id).data.tags.get(PARENT)
-    for ended in filter(None, (run_id, parent)):
-        client.set_terminated(ended, "KILLED")
+    for ended in (run_id, parent):
+        if ended and ended not in alive:
+            client.set_terminated(ended, "KILLED")
 
 
 def _running(store: Store, known: Iterable[str | None]) -> list[Any]:

@@ -1,5 +1,6 @@
 """What a stage leaves in MLflow, and that a store in trouble costs a warning and nothing else."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 from forked import Forked
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import store, tracking
+from tanglenas_engine.pipeline import spool, store, tracking
 from tanglenas_engine.pipeline.tracking import (
     MlflowTracker,
     lineage,
@@ -519,6 +520,34 @@ def test_a_killed_run_is_found_and_marked_and_may_go_on_after_all(root: Path) ->
         again.log_metrics({"loss": 3}, step=3)
     assert client(root).get_run(run_id).info.status == "FINISHED"
     assert not stale_runs(root) and not kept(root)
+
+
+def test_a_stage_that_begins_while_the_store_answers_is_no_killed_run(root: Path, monkeypatch) -> None:
+    with contextlib.ExitStack() as stages, MlflowTracker.open(stage="search", root=root) as living:
+        query = spool._running
+
+        def slow(store, known):
+            stages.enter_context(MlflowTracker.open(stage="retrain", root=root))
+            return query(store, known)
+
+        monkeypatch.setattr(spool, "_running", slow)
+        assert stale_runs(root) == []
+        assert client(root).get_run(living.run_id).info.status == "RUNNING"
+
+
+def test_a_run_that_goes_on_again_is_not_marked_killed_nor_is_the_pipeline_of_a_living_stage(root: Path) -> None:
+    with MlflowTracker.open(stage="search", root=root, pipeline_id="p", pipeline="drnas s0") as tracker:
+        run_id = tracker.run_id
+    parent = client(root).get_run(run_id).data.tags["mlflow.parentRunId"]
+    client(root).update_run(run_id, status="RUNNING")
+    assert [stale.run_id for stale in stale_runs(root) if stale.run_id != parent] == [run_id]
+    with MlflowTracker.open(stage="search", root=root, run_id=run_id):
+        assert mark_killed([run_id], root) == []
+        assert client(root).get_run(run_id).info.status == "RUNNING"
+    client(root).update_run(run_id, status="RUNNING")
+    with MlflowTracker.open(stage="retrain", root=root, pipeline_id="p", pipeline="drnas s0"):
+        assert mark_killed([run_id], root) == [run_id]
+        assert [client(root).get_run(one).info.status for one in (run_id, parent)] == ["KILLED", "RUNNING"]
 
 
 @pytest.mark.exhaustive
