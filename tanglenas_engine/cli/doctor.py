@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -221,7 +222,7 @@ def _cut_off(folder: Path, root: Path) -> Finding:
     saved = max(_saved(folder))
     finished = root / "out" / f"{stage}.run.json"  # the last thing that a stage writes
     delete = f"rm -r {shlex.quote(str(folder))}"
-    if changed := _changed_since(folder):
+    if changed := _changed_since(folder, root):
         what, remedy = f"cannot go on: {changed}", f"delete it, unless you go back to that code: {delete}"
     elif finished.exists() and finished.stat().st_mtime > saved:
         what, remedy = "has run with other settings since", f"run the command that was cut off again; or {delete}"
@@ -232,7 +233,7 @@ def _cut_off(folder: Path, root: Path) -> Finding:
     return Finding("note", f"{stage} was cut off, and {what} ({where})", remedy)
 
 
-def _changed_since(folder: Path) -> str:
+def _changed_since(folder: Path, root: Path) -> str:
     """Return which code has changed since a checkpoint was made, or "". A stage goes on with the same code only."""
     import torch
 
@@ -240,7 +241,7 @@ def _changed_since(folder: Path) -> str:
 
     try:
         made = json.loads(read_note(folder / MADE_BY))
-        changed = [name for name, version in made["code"].items() if _version_of(str(name)) != version]
+        changed = [name for name, version in made["code"].items() if _version_of(str(name), root) != version]
         if made["torch"] != torch.__version__:
             changed.append("torch")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError):
@@ -248,10 +249,14 @@ def _changed_since(folder: Path) -> str:
     return f"{shown(' and '.join(changed))} {'have' if len(changed) > 1 else 'has'} changed" if changed else ""
 
 
-def _version_of(package: str) -> str | None:
-    """Return the version of the sources of an installed package, without importing it."""
+def _version_of(package: str, root: Path) -> str | None:
+    """Return the version of the sources of a package, or of a file of the project, without importing it."""
     from tanglenas_engine.runtime.fingerprint import code_version
 
+    if package.endswith(".py"):
+        return hashlib.sha256((root / package).read_bytes()).hexdigest()[:16]
+    if str(root) not in sys.path:  # modules of the project, which a command does not find by itself
+        sys.path.append(str(root))
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     return code_version(importlib.util.module_from_spec(spec)) if spec else None
 

@@ -6,8 +6,9 @@ library's digest covers the stages' code in this package. Weights that a search 
 are on this machine, because they are no dependency in dvc.yaml.
 
 out/inputs/STAGE.json has the digests of what one stage reads: gin files, also those that others include, the code
-behind an @, the data, and the files of benchmarks and objectives. So a pool that grew runs `evaluate` again, and no
-search. Stages of a study have no such file: environment.json has the digests of their data.
+behind an @ with what it imports of the project, the data, and the files of benchmarks and objectives. So a pool that
+grew runs `evaluate` again, and no search. Stages of a study have no such file: environment.json has the digests of
+their data.
 
 out/recipe.json tells which recipe of the retrain stage a race trains by. Other methods of discretize do not depend on
 that recipe, and have an empty one there, so that only a race runs again when the recipe changes.
@@ -29,6 +30,7 @@ from tanglenas_engine.pipeline.config import configured, is_material, referred
 from tanglenas_engine.pipeline.configurables import tables
 from tanglenas_engine.pipeline.data_digests import DataDigests, data_digests
 from tanglenas_engine.pipeline.files import STAGES
+from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
 from tanglenas_engine.pipeline.store import project_root
@@ -103,7 +105,7 @@ def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
             return {
                 "data": data_digests(digests) if arguments else {},
                 "files": {file: _digest(file) for file in files},
-                "sources": {name: code_version(sys.modules[name]) for name in _behind_references()},
+                "sources": {name: code_version(sys.modules[name]) for name in _behind_references()} | own_code(),
                 "tables": tables(),
             }
     except TangleNASError:

@@ -39,6 +39,7 @@ from tanglenas_engine.pipeline.config import bound_parameters, configure, operat
 from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_splits, read_told
 from tanglenas_engine.pipeline.meter import Meter
+from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.tracking import AFTER, MlflowTracker, project_root
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json
@@ -183,7 +184,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
                 dataset.verify(ConsoleProgress(), root / ".tanglenas")
             weights = pretrained(space, dataset) if name == "search" else ""
         config = gin.config_str()
-        code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}}
+        code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}} | own_code()
         identity = _identity(name, config, dataset, inputs, code, weights)
         lineage = weights_metadata(SUPERNET) if SUPERNET in inputs else {"pipeline_id": identity}
         pipeline_id = lineage.get("pipeline_id", "")

@@ -24,6 +24,7 @@ from tanglenas_engine.pipeline import configurables
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create, packages, race, retrain
 from tanglenas_engine.pipeline.files import SPLITS
+from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed
@@ -127,7 +128,7 @@ class ProjectTraining:
         with configured(arguments):
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
             epochs = gin.get_bindings("retrain").get("epochs", default)
-            code = {package.__name__: code_version(package) for package in packages()}
+            code = {package.__name__: code_version(package) for package in packages()} | own_code()
             identity = fingerprint(config=gin.config_str(), splits=splits, code=code)
         return cls(Recipe(arguments, str(Path.cwd()), splits), epochs, identity)
 

@@ -222,6 +222,11 @@ def test_dvc_is_told_when_a_table_an_included_file_or_the_code_behind_a_referenc
     Path("gin/common.gin").write_text("retrain.clip = 3.0\n")
     after = (inputs(), Path("out/recipe.json").read_text())
     assert changed(before[0], after[0]) == ["retrain"] and before[1] != after[1]  # a race trains by that recipe
+    Path("my_losses.py").write_text("import torch\nimport helper\n\ndef loss(outputs, targets):\n    return 0\n")
+    first = inputs()
+    Path("helper.py").write_text("SIZE = 1\n")
+    second = inputs()
+    assert changed(first, second) == ["retrain"] and "helper.py" in second["retrain"]
     Path("gin/common.gin").write_text("retrain.clp = 2.0\n")  # the stage itself says what is wrong
     assert json.loads(inputs()["retrain"]) == {}
 
