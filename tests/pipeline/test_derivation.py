@@ -8,6 +8,7 @@ from pathlib import Path
 import gin
 import pytest
 from project import lay_out, set_params
+from ruamel.yaml import YAML
 from stages import forget_settings
 
 from pipelines import discretize, evaluate, retrain, search
@@ -191,6 +192,20 @@ def test_dvc_is_told_when_the_recipe_of_a_race_changes(project):
     assert recipe() == first
     Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
     assert first != recipe()
+
+
+def test_a_gin_file_that_no_stage_reads_runs_no_stage_again(project):
+    write_environment(["toy_cell", "spos", "digits"])
+    before = {path.name: path.read_text() for path in Path("out/inputs").iterdir()}
+    for unread in ("gin/spaces/darts.gin", "gin/optimizers/spos.gin", "gin/datasets/cifar10.gin"):
+        with open(unread, "a") as file:
+            file.write("# changed\n")
+    write_environment(["toy_cell", "spos", "digits"])
+    assert {path.name: path.read_text() for path in Path("out/inputs").iterdir()} == before
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    assert not [
+        dep for stage in stages.values() for dep in stage["deps"] if dep.startswith("gin") and Path(dep).is_dir()
+    ]
 
 
 def test_dvc_is_told_when_a_table_an_included_file_or_the_code_behind_a_reference_changes(project, monkeypatch):
