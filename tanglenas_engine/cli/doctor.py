@@ -141,6 +141,8 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _project(root: Path) -> Iterator[Finding]:
+    from ..pipeline.params import check_params, read_params
+
     if not (root / "dvc.yaml").exists():
         yield Finding("note", "there is no dvc.yaml: this is no project", "tanglenas init DIR")
         return
@@ -167,6 +169,12 @@ def _project(root: Path) -> Iterator[Finding]:
     if b"__pycache__" not in _content(ignored):
         yield Finding("note", "compiled files count as changes of code", "write the line __pycache__/ into .dvcignore")
     if (root / "params.yaml").exists() and not missing:
+        try:
+            if "study" not in read_params(root / "params.yaml"):  # whose stages depend on keys by their names
+                check_params(root / "params.yaml", root / "dvc.yaml")
+        except TangleNASError as error:
+            yield Finding("problem", str(error))
+            return
         yield ok("dvc.yaml, params.yaml, gin/ and pipelines/ are there")
 
 

@@ -18,19 +18,12 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
     """Check that dvc.yaml uses every key of params.yaml: DVC itself ignores a misspelt one.
 
     Raises:
-        TangleNASError: dvc.yaml does not use a key. The message has the closest key that it uses.
+        TangleNASError: params.yaml is damaged, or dvc.yaml does not use a key. The message has the closest key that it
+            uses.
     """
     if not (params.exists() and pipeline.exists()):
         return
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        content = YAML(typ="safe").load(params.read_text("utf-8"))
-    except (YAMLError, ValueError, RecursionError) as error:  # impossible bytes and dates raise a ValueError
-        raise TangleNASError(f"params.yaml cannot be read: {error}") from None
-    if not isinstance(content, dict | None):
-        raise TangleNASError(f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line")
+    content = read_params(params)
     used = {name.partition("[")[0] for name in TEMPLATE.findall(pipeline.read_text("utf-8"))}
     known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
     for key in _keys(content):
@@ -41,17 +34,42 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
             )
 
 
+def read_params(params: Path) -> dict[str, Any]:
+    """Return the content of a params.yaml.
+
+    Raises:
+        TangleNASError: The file cannot be read, or is no mapping.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    advice = "Correct it, or bring it back with `git checkout params.yaml`"
+    try:
+        content = YAML(typ="safe").load(params.read_text("utf-8"))
+    # Impossible bytes and dates raise a ValueError.
+    except (YAMLError, OSError, ValueError, RecursionError) as error:
+        raise TangleNASError(f"params.yaml cannot be read: {' '.join(str(error).split())}. {advice}") from None
+    if not isinstance(content, dict | None):
+        raise TangleNASError(
+            f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line. {advice}"
+        )
+    return content or {}
+
+
 def stage_arguments(
     stage: str, params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")
 ) -> list[str] | None:
-    """Return the arguments with which `dvc repro` runs a stage; None if dvc.yaml lacks it, or a gin file is missing."""
+    """Return the arguments with which `dvc repro` runs a stage; None if dvc.yaml lacks it, or a gin file is missing.
+
+    Raises:
+        TangleNASError: params.yaml is damaged.
+    """
     if not (params.exists() and pipeline.exists()):
         return None
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    yaml = YAML(typ="safe")
-    values = yaml.load(params.read_text("utf-8"))
+    values: Any = read_params(params)
 
     def value(key: re.Match[str]) -> str:
         found = values
@@ -60,7 +78,7 @@ def stage_arguments(
         return str(found).lower() if isinstance(found, bool) else str(found)
 
     try:
-        command = TEMPLATE.sub(value, yaml.load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
+        command = TEMPLATE.sub(value, YAML(typ="safe").load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
     except (LookupError, TypeError, ValueError, YAMLError):  # a person changed the file; DVC says what is wrong with it
         return None
     start, _, rest = command.partition(f"pipelines.{stage} ")

@@ -92,6 +92,27 @@ def test_what_is_wrong_with_a_project_is_told_with_what_to_do(ask, project, brea
     assert status == 1 and message in problem and remedy in problem.partition(" -> ")[2]
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"space: [", "params.yaml cannot be read"),
+        (b"\xff\xfe", "params.yaml cannot be read"),
+        (b"- 1", "params.yaml holds a list"),
+        (None, "nothing in dvc.yaml uses the key 'spce'. Did you mean 'space'?"),
+    ],
+)
+def test_a_damaged_params_file_is_told_by_every_command_in_one_sentence(ask, project, content, message):
+    params = project / "params.yaml"
+    params.write_bytes(params.read_bytes() + b"spce: toy_cell\n" if content is None else content)
+    status, found = ask()
+    (problem,) = those(found, "problem")
+    assert status == 1 and message in problem
+    for command in (["pool", "build", "pool.csv"], ["latency", "build", "autoformer_nano", "t.json"]):
+        result = CliRunner().invoke(main, command)
+        assert isinstance(result.exception, SystemExit) and "Traceback" not in result.output, result.exception
+        assert result.exit_code == 2 and message in result.output
+
+
 def test_a_folder_without_a_project_is_no_problem(ask, project, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     status, found = ask()
