@@ -26,12 +26,14 @@ def number(value: float) -> str:
 
 
 def read_text(path: str | Path, expected: str) -> str:
-    """Return the text of a file that a person named. `expected` says in words what the file should be.
+    """Return the text of a file that a person named, with its ends of lines as they are, as datasets of text read it.
+
+    `expected` says in words what the file should be.
 
     Raises:
         TangleNASError: The file is missing, not readable or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        return Path(path).read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise TangleNASError(f"cannot read {path}: {error}. Expected {expected}") from None

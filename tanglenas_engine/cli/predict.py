@@ -209,5 +209,6 @@ def _continued(model: Model, start: list[int], block: int, tokens: int, temperat
 
 def _printable(text: str) -> str:
     """Return a text of several lines without codes that a terminal would act upon."""
-    safe = (char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+    lines = text.replace("\r\n", "\n")
+    safe = (char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in lines)
     return "".join(safe)

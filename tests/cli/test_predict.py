@@ -13,8 +13,10 @@ from click.testing import CliRunner
 from paths import ROOT
 from PIL import Image
 
+from tanglenas_datasets.text import Text
 from tanglenas_engine import create_dataset, create_space
-from tanglenas_engine.cli import main
+from tanglenas_engine.cli import main, predict
+from tanglenas_engine.cli._console import read_text
 
 pytest.importorskip("onnxruntime", reason="it comes with the extra 'onnx'")
 pytest.importorskip("onnxscript", reason="it comes with the extra 'onnx'")
@@ -266,3 +268,13 @@ def test_codes_for_a_terminal_are_escaped(images, texts, tmp_path):
     assert "\x1b" not in run("predict", folder, images / "0.png")
     (tmp_path / "codes.txt").write_text("def \x1b[31m")
     assert "\x1b" not in run("predict", texts / "out", tmp_path / "codes.txt", "--tokens", "1")
+
+
+def test_a_text_with_the_ends_of_lines_of_windows_is_read_as_in_training(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfdef a():\r\n    pass\r\n" * 9)
+    dataset = Text(path, block_size=4)
+    text = read_text(path, "a text")
+    assert text == dataset._decoded(path) and "\r" in text
+    assert dataset.decode(dataset.encode(text)) == text and "<unk>" not in text
+    assert predict._printable("a\r\nb\rc") == "a\nb\\rc"
