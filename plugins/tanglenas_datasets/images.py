@@ -15,6 +15,10 @@ from tanglenas_engine import Progress, TangleNASError, write_atomic
 
 MOST_NAMED = 50
 """The number of unreadable files that a message names."""
+MOST_GROUPS = 3
+"""The number of groups of equal files that a message names."""
+MOST_ALIKE = 10
+"""The number of equal files of one group that a message names."""
 _AT_ONCE = 256
 
 
@@ -88,7 +92,8 @@ def twins(paths: Sequence[str], digests: Sequence[str], test: Collection[int]) -
         return ""
     shared = [group for group in groups if 0 < sum(number in test for number in group) < len(group)]
     told = shared or groups
-    pairs = listed((" = ".join(shown(paths[number]) for number in (group[0], group[-1])) for group in told), 3)
+    named = [_named([paths[number] for number in group]) for group in told[:MOST_GROUPS]]
+    pairs = ", ".join(named) + (f" and {len(told) - MOST_GROUPS:,} more" if len(told) > MOST_GROUPS else "")
     if shared:
         count = sum(number in test for group in shared for number in group)
         return (
@@ -98,6 +103,12 @@ def twins(paths: Sequence[str], digests: Sequence[str], test: Collection[int]) -
     where = "" if test else ", and a copy may fall into the test split of an image that is trained on"
     copies = sum(len(group) - 1 for group in groups)
     return f"image_folder: {copies:,} images are copies of others, byte for byte{where}: {pairs}. Remove one of each"
+
+
+def _named(alike: Sequence[str]) -> str:
+    """Return the paths of equal files, the first of them if they are many."""
+    more = f" and {len(alike) - MOST_ALIKE:,} more" if len(alike) > MOST_ALIKE else ""
+    return " = ".join(map(shown, alike[:MOST_ALIKE])) + more
 
 
 def unreadable(bad: Mapping[str, str], total: int, more: str = "") -> TangleNASError:

@@ -29,6 +29,7 @@ from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrained
 from tanglenas_engine.pipeline.values import check_types, macro_value
 from tanglenas_engine.plugins import manager
+from tanglenas_engine.plugins.manager import options_of
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.objective import Objective
@@ -202,6 +203,14 @@ def create() -> tuple[int, SearchSpace, Dataset]:
                 f"the space {names['space']!r} is not for data such as {dataset.name!r}, which need a space with "
                 f"{', '.join(dataset.space_options())}: choose another space or dataset"
             ) from None
+        known, _ = options_of(manager().resolve("dataset", names["dataset"]).load())
+        reason = str(error).split("\n  In call to configurable")[0].rstrip(".")  # gin appends its own call stack
+        for option, value in fitted.items():
+            if f"{option} is {value}" in reason and (known is None or option in known):
+                raise TangleNASError(
+                    f"{reason}. The dataset {names['dataset']!r} says so: bind create_dataset.{option} in "
+                    f"gin/datasets/{names['dataset']}.gin, or choose another space or dataset"
+                ) from None
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # options that make no network
         options = ", ".join(f"{option}={value!r}" for option, value in {**fitted, **bound}.items())

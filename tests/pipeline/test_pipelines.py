@@ -219,6 +219,10 @@ def test_whatever_is_bound_is_taken_or_refused_in_words(finished: Path, bindings
             'SPACE = "gpt_nano"',
             "'gpt_nano' is not for data such as 'digits', which need a space with num_classes, image",
         ),
+        (
+            'SPACE = "toy_conv_macro"\ncreate_dataset.image_size = 9',
+            "from 16 on, such as 28, 32 or 64. The dataset 'digits' says so: bind create_dataset.image_size in gin/",
+        ),
         ("create_optimizer.regularisation = 'kl'", "takes no option 'regularisation'"),
         ("create_optimizer.scale = 'small'", "create_optimizer.scale is 'small', expected a number"),
         ("create_dataset.image_size = 99", "digits: image_size is 99"),
