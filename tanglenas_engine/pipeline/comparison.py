@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tanglenas_engine.errors import TangleNASError, closest, shown, unknown
+from tanglenas_engine.errors import TangleNASError, closest, shown
 from tanglenas_engine.pipeline import records
 from tanglenas_engine.pipeline.config import is_material
 from tanglenas_engine.pipeline.redaction import reason
@@ -304,7 +304,11 @@ def compare_rows(
     }
     labels = {group.label for groups, _ in drafts.values() for group in groups}
     if against is not None and against not in labels:
-        raise unknown("group", against, labels)
+        known = ", ".join(f"'{label}'" for label in sorted(labels))  # labels have commas
+        raise TangleNASError(
+            f"--against: unknown group '{shown(against, 80)}'.{closest(against, labels)} Choose one of: "
+            f"{shown(known, 2000)}"
+        )
     if against is not None and len(labels) == 1:
         raise TangleNASError(f"--against {against}: it is the only group. Name what differs with --by, or leave it out")
     tables = [
@@ -326,6 +330,11 @@ def _usable(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     if broken:
         notes.append(_listed("left out, because they have no finite test metric", [row["name"] for row in broken]))
     return [row for row in rows if row not in broken], notes
+
+
+def _apart(labels: Sequence[str]) -> str:
+    """Return labels with commas between them. Those that have commas themselves are quoted."""
+    return ", ".join(f"'{label}'" if "," in label else label for label in labels)
 
 
 def _listed(what: str, names: Sequence[str]) -> str:
@@ -475,7 +484,7 @@ def table_of(
     labels = [group.label for group in groups]
     alone = [group.label for group in groups if len(group.runs) == 1]
     if alone:
-        notes.append(f"One seed gives no interval, and shows nothing of chance: {', '.join(alone)}.")
+        notes.append(f"One seed gives no interval, and shows nothing of chance: {_apart(alone)}.")
     differences: list[Difference] = []
     if len(groups) == 1:
         notes.append(f"{labels[0]} is the only group here, so there is nothing to compare it with.")

@@ -206,6 +206,11 @@ def test_groups_without_a_common_seed_have_no_difference():
         (RUNS, {"by": ["space"], "joined": ["space"]}, "--by and --join both have space: leave it out of one"),
         (RUNS, {"metrics": ["test_acuracy"]}, "no run has a finite 'test_acuracy'. Did you mean 'test_accuracy'?"),
         (RUNS, {"against": "drna"}, "unknown group 'drna'. Did you mean 'drnas'?"),
+        (
+            [*RUNS[:3], row("spos", 0, 1.0, **{"search.clip": 2.0})],
+            {"against": "spos", "by": ["optimizer", "search.clip"]},
+            "unknown group 'spos'. Choose one of: 'drnas, search.clip=not set', 'spos, search.clip=2.0'",
+        ),
         (RUNS[:3], {"against": "all runs"}, "it is the only group"),
     ],
 )
