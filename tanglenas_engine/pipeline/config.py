@@ -240,7 +240,7 @@ def _register_reference(path: str) -> None:
     try:
         found = importlib.import_module(module)
         if not hasattr(found, attribute):
-            raise AttributeError(f"{module} has no {attribute}.{closest(attribute, dir(found))}")
+            raise AttributeError(f"{module} has no attribute {attribute!r}.{closest(attribute, dir(found))}")
         target = getattr(found, attribute)
         gin.external_configurable(target, attribute, module=module)
     except Exception as error:  # importing a module may raise anything
