@@ -204,7 +204,7 @@ def test_a_table_that_lists_too_few_of_the_architectures_is_named_before_anythin
     monkeypatch.setattr(Candidates, "measured", None)
     with pytest.raises(
         TangleNASError,
-        match=rf"architectures is 5, but the table lists {known} of the 5 .* or benchmark.path to a table",
+        match=rf"architectures is 5, but the table lists {known} of the 5 .* or set benchmark.path to a table",
     ):
         data = random_data(space, ("weights", "architecture"), samples=20)
         rank_correlation(space, data, lambda _: next(rows, {}), architectures=5)
