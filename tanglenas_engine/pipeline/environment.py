@@ -98,18 +98,24 @@ def _data_of_study(digests: DataDigests) -> dict[str, Any]:
 
 
 def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
-    """Return the digests of what a stage reads, or nothing where its config is wrong: the stage itself says how."""
+    """Return the digests of what a stage reads.
+
+    All files in gin/ count where dvc.yaml does not tell what the stage reads, and where its config is wrong: the stage
+    itself says how, or its command makes it right, as `PYTHONPATH=src python -m pipelines.search` may.
+    """
+    everything = {path.as_posix(): _digest(path) for path in sorted(Path("gin").rglob("*")) if path.is_file()}
     try:
-        arguments = stage_arguments(stage) or []
+        if (arguments := stage_arguments(stage)) is None:
+            return {"files": everything}
         with configured(arguments) as files:
             return {
-                "data": data_digests(digests) if arguments else {},
+                "data": data_digests(digests),
                 "files": {file: _digest(file) for file in files},
                 "sources": {name: code_version(sys.modules[name]) for name in _behind_references()} | own_code(),
                 "tables": tables(),
             }
     except TangleNASError:
-        return {}
+        return {"files": everything}
 
 
 def _recipe(digests: DataDigests) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def _behind_references() -> list[str]:
     return sorted({name.split(".")[0] for name in referred()} - {"torch", "timm", "tanglenas_engine"})
 
 
-def _digest(file: str) -> str:
+def _digest(file: str | Path) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

@@ -12,6 +12,8 @@ from tanglenas_engine.errors import TangleNASError, closest
 
 TEMPLATE = re.compile(r"\$\{\s*([^{}\s]+)\s*\}")
 """A value of params.yaml in dvc.yaml, such as `${search.epochs}` or `${seeds[0]}`."""
+ONE_COMMAND = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^'"\\;&|()<>\n])*""", re.DOTALL)
+"""What a shell reads as one command: no pipe, no end of a line and the like outside quotes."""
 
 
 def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")) -> None:
@@ -61,6 +63,9 @@ def stage_arguments(
 ) -> list[str] | None:
     """Return the arguments with which `dvc repro` runs a stage; None if dvc.yaml lacks it, or a gin file is missing.
 
+    They follow `-m pipelines.STAGE` in the stage's command, wherever that is: `OMP_NUM_THREADS=1 python`, `srun` or
+    `torchrun` may come before it, and a command may be a list.
+
     Raises:
         TangleNASError: params.yaml is damaged.
     """
@@ -78,13 +83,29 @@ def stage_arguments(
         return str(found).lower() if isinstance(found, bool) else str(found)
 
     try:
-        command = TEMPLATE.sub(value, YAML(typ="safe").load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"])
+        written = YAML(typ="safe").load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"]
+        command = TEMPLATE.sub(value, "\n".join(written) if isinstance(written, list) else written)
+        started = re.search(rf"(?:^|\s)-m\s+pipelines\.{re.escape(stage)}(?=\s|$)", command)
+        arguments = _words(command[started.end() :]) if started else []
     except (LookupError, TypeError, ValueError, YAMLError):  # a person changed the file; DVC says what is wrong with it
         return None
-    start, _, rest = command.partition(f"pipelines.{stage} ")
-    arguments = shlex.split(rest)
     there = all(Path(argument).exists() for argument in arguments if argument.endswith(".gin"))
-    return arguments if start == "python -m " and there else None
+    return arguments if started and there else None
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of the first command in a text, as a shell reads them, without what it redirects.
+
+    Raises:
+        ValueError: A quote is not closed.
+    """
+    text = text.replace("\\\n", " ")
+    own = ONE_COMMAND.match(text)
+    end = own.end() if own else 0
+    if text[end : end + 1] in ("'", '"'):
+        raise ValueError("a quote is not closed")
+    redirected = text[end : end + 1] in ("<", ">")  # as in `2> errors.log`
+    return shlex.split(re.sub(r"\s\d+$", "", text[:end]) if redirected else text[:end])
 
 
 def swept(params: Path) -> dict[str, Any]:

@@ -167,6 +167,31 @@ def test_templates_are_found_as_dvc_finds_them(project: Path) -> None:
     assert stage_arguments("search") == ["1 5 0.5", "x=true"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "OMP_NUM_THREADS=1 python -m pipelines.search 'SEED = 4' x='(1)'",
+        "srun -n 2 torchrun --nproc-per-node 2 -m pipelines.search 'SEED = 4' x='(1)' 2>errors.log",
+        ["mkdir -p logs", "python -m pipelines.search 'SEED = ${seed}' x='(1)' > logs/search.txt", "echo done"],
+        "cd . && python -u -m pipelines.search 'SEED = 4' \\\n  x='(1)' && python -m pipelines.discretize 'SEED = 5'",
+        "python -m pipelines.search 'SEED = 4' x='(1)' | tee 'log of; search'",
+    ],
+)
+def test_the_arguments_of_a_stage_are_found_wherever_its_command_runs_it(project: Path, command: str | list) -> None:
+    Path("params.yaml").write_text("seed: 4\n")
+    Path("dvc.yaml").write_text(f"stages:\n  search:\n    cmd: {json.dumps(command)}\n")
+    assert stage_arguments("search") == ["SEED = 4", "x=(1)"]
+
+
+@pytest.mark.parametrize(
+    "command", ["./mine.sh", "python -m pipelines.searching x=1", "bash -c \"python -m pipelines.search 'x = 1'\"", 7]
+)
+def test_a_command_that_does_not_tell_has_no_arguments(project: Path, command: str | int) -> None:
+    Path("params.yaml").write_text("seed: 4\n")
+    Path("dvc.yaml").write_text(f"stages:\n  search:\n    cmd: {json.dumps(command)}\n")
+    assert stage_arguments("search") is None
+
+
 def test_a_file_may_use_the_names_that_functions_had_before_they_were_public() -> None:
     before = "tanglenas_engine.training"
     Path("base.gin").write_text(f"search.scheduler = @{before}.cosine\n{before}.cosine.final = 0.5\n")

@@ -60,7 +60,7 @@ def reads(monkeypatch):
 
 def inputs(dataset: str = "image_folder") -> dict:
     write_environment(["autoformer_nano", "drnas", dataset])
-    return {stage: json.loads(Path(f"out/inputs/{stage}.json").read_text())["data"] for stage in STAGES}
+    return {stage: json.loads(Path(f"out/inputs/{stage}.json").read_text()).get("data", {}) for stage in STAGES}
 
 
 def test_every_stage_depends_on_the_names_and_the_contents_of_its_images(project):
@@ -134,6 +134,25 @@ def test_a_text_is_read_by_its_bytes_and_a_word_that_names_no_file_is_none(proje
         file.write('create_dataset.tokenizer = "data/tokenizer.json"\n')
     Path("data/tokenizer.json").write_text("{}")
     assert inputs("text")["search"].keys() == {"root", "tokenizer"}
+
+
+def files_of_search() -> dict:
+    inputs()
+    return json.loads(Path("out/inputs/search.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("command", ["python -m pipelines.search", "./mine.sh -m pipelines.searching", "OUTSIDE"])
+def test_a_changed_gin_file_counts_whatever_command_runs_the_search(project, command):
+    pipeline = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(pipeline.replace("python -m pipelines.search", f"OMP_NUM_THREADS=1 {command}"))
+    if command == "OUTSIDE":  # the command finds a module that the stage environment does not
+        Path("dvc.yaml").write_text(pipeline)
+        with open("gin/stages/search.gin", "a") as file:
+            file.write("search.scheduler = @module_of_the_command.schedule\n")
+    first = files_of_search()
+    with open("gin/optimizers/drnas.gin", "a") as file:
+        file.write("# changed\n")
+    assert "gin/optimizers/drnas.gin" in first and files_of_search() != first
 
 
 def test_missing_data_do_not_stop_the_environment(project):
