@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.data import data_path
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.pipeline.config import bindings_of
 from tanglenas_engine.pipeline.files import read_told
-from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.pipeline.values import macro_value, resolved
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.files import write_atomic
 
@@ -30,6 +32,14 @@ MOST_READ = 4 << 30
 """The size in bytes up to which the contents of a folder count. Of a larger folder, names and sizes do."""
 SETTLED = 2_000_000_000
 """Nanoseconds after which a change of a file shows in its times. A digest of younger files is not remembered."""
+
+
+UNREADABLE = "unreadable"
+"""What stands for the content of a file or folder that cannot be read."""
+
+
+class EditionError(TangleNASError):
+    """`Dataset.edition` of a plugin failed, which no stage would tell."""
 
 
 class DataDigests:
@@ -54,8 +64,10 @@ class DataDigests:
     def of(self, path: Path) -> str:
         """Return the digest of a file or folder, 64 hexadecimal digits.
 
+        What cannot be read in it has its name there, and that it is unreadable.
+
         Raises:
-            OSError: Something in it cannot be read.
+            OSError: It is not there, or cannot be looked at.
         """
         key = str(path.resolve())
         if key not in self._found:
@@ -63,31 +75,43 @@ class DataDigests:
         return self._found[key]
 
     def save(self) -> None:
-        """Write what is new to the file. Entries of folders that are gone leave it."""
+        """Write what is new to the file, if it can be written. Entries of folders that are gone leave it."""
         if self._changed:
             known = {path: it for path, it in sorted(self._known.items()) if os.path.lexists(path)}
-            write_atomic(self._memory, json.dumps(known, indent=1) + "\n")
+            with suppress(OSError):  # where nothing can be written, the files are read again the next time
+                write_atomic(self._memory, json.dumps(known, indent=1) + "\n")
 
     def _digest(self, path: Path, key: str) -> str:
-        seen, total, newest = hashlib.sha256(), 0, 0
-        for name, _, status in self._files(path):
+        seen, total, newest, whole = hashlib.sha256(), 0, 0, True
+        for name, file, status in self._files(path):
+            if status is None:
+                whole = whole and not file
+                seen.update(b"%s\0\n" % name)
+                continue
             seen.update(b"%s\0%d %d %d\n" % (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
             total += status.st_size
             newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
         signature, known = seen.hexdigest(), self._known.get(key)
-        if known and known[0] == signature:
+        if whole and known and known[0] == signature:
             return str(known[1])
         digest = hashlib.sha256()
         for name, file, status in self._files(path):
-            content = str(status.st_size) if total > MOST_READ and path.is_dir() else _content(file)
+            content = UNREADABLE if file else "again"
+            with suppress(OSError):
+                if status is not None:
+                    content = str(status.st_size) if total > MOST_READ and path.is_dir() else _content(file)
+            whole = whole and content != UNREADABLE
             digest.update(b"%s\0%s\n" % (name, content.encode()))
-        if newest < time.time_ns() - SETTLED:
+        if whole and newest < time.time_ns() - SETTLED:
             self._known[key] = [signature, digest.hexdigest()]
             self._changed = True
         return digest.hexdigest()
 
-    def _files(self, path: Path) -> Iterator[tuple[bytes, str, os.stat_result]]:
-        """Yield the files of a folder in the order of their names: the name from there on, the path, and the status."""
+    def _files(self, path: Path) -> Iterator[tuple[bytes, str, os.stat_result | None]]:
+        """Yield the files of a folder in the order of their names: the name from there on, the path, and the status.
+
+        What cannot be read has no status. A folder that came before has no path either.
+        """
         status = path.stat()
         if path.is_dir():
             yield from self._below(os.fspath(path), b"", {self._apart}, _identity(status))
@@ -95,44 +119,75 @@ class DataDigests:
             yield b"", os.fspath(path), status
 
     def _below(
-        self, folder: str, start: bytes, above: set[tuple[int, int]], own: tuple[int, int]
-    ) -> Iterator[tuple[bytes, str, os.stat_result]]:
-        if own in above:  # a link to a folder above, or the project itself
+        self, folder: str, start: bytes, visited: set[tuple[int, int]], own: tuple[int, int]
+    ) -> Iterator[tuple[bytes, str, os.stat_result | None]]:
+        if own in visited:  # links lead to a folder again, or to the project itself
+            yield start, "", None
             return
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+        visited.add(own)
+        try:
+            with os.scandir(folder) as entries:
+                ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name)))
+        except OSError:
+            yield start, folder, None
+            return
         for entry in ordered:
             name = start + os.fsencode(entry.name)
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                yield from self._below(entry.path, name + b"/", above | {own}, _identity(os.stat(entry.path)))
-            elif entry.is_file():
-                yield name, entry.path, entry.stat()
+            try:
+                status = os.stat(entry.path)
+            except FileNotFoundError:  # a link to nothing, which is no file of the data
+                continue
+            except OSError:
+                yield name, entry.path, None
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                yield from self._below(entry.path, name + b"/", visited, _identity(status))
+            elif stat.S_ISREG(status.st_mode):
+                yield name, entry.path, status
 
 
 def data_digests(digests: DataDigests) -> dict[str, Any]:
-    """Return the digests of the files and folders that the config's options of the dataset name, by option.
+    """Return the digests of the files and folders that the options of the dataset name, by option.
 
-    If no option names any, the data lie where the class of the dataset says: in a default of an option, or in a
-    package, which has a version (`Dataset.edition`). What is missing, or cannot be read, is left out: the stage says
-    so.
+    Options have their values from the config, or else from the signature of the dataset's class. Data that no option
+    names come with a package, and have its version as `edition`; see `Dataset.edition`. What is missing is left out:
+    the stage says so.
 
     Raises:
-        TangleNASError: No plugin has a dataset of that name, or its class cannot be imported.
+        TangleNASError: No plugin has a dataset of that name, its class cannot be imported, or its `edition` fails.
     """
     registered = manager().resolve("dataset", str(macro_value("DATASET")))
-    options = dict(registered.defaults)
-    for values in bindings_of("create_dataset"):
-        options.update(values)
-    if found := _named(options, digests):
-        return found
     target = registered.load()
+    options: dict[str, Any] = {}
     with suppress(TypeError, ValueError):  # a callable without a signature
         parameters = inspect.signature(target).parameters.values()
-        options = {**{it.name: it.default for it in parameters if it.default is not it.empty}, **options}
-    edition = getattr(target, "edition", str)()
+        options = {it.name: it.default for it in parameters if it.default is not it.empty}
+    options.update(registered.defaults)
+    for values in bindings_of("create_dataset"):
+        options.update(values)
+    edition = _edition(target, registered.name)
     return {**_named(options, digests), **({"edition": edition} if edition else {})}
+
+
+def _edition(target: Any, name: str) -> str:
+    """Return what the class of a dataset tells of data that no option names, or "". Other attributes do not count.
+
+    Raises:
+        EditionError: It fails.
+    """
+    told = getattr(target, "edition", None)
+    if not callable(told):
+        return ""
+    try:
+        inspect.signature(told).bind()
+    except (TypeError, ValueError):  # a method of its instances, which the library does not know
+        return ""
+    try:
+        return str(told() or "")
+    except Exception as error:  # of a plugin's code
+        raise EditionError(f"the dataset {name!r} cannot tell its edition: {describe(error)}") from None
 
 
 def _named(options: Mapping[str, Any], digests: DataDigests) -> dict[str, Any]:
@@ -140,7 +195,7 @@ def _named(options: Mapping[str, Any], digests: DataDigests) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in options.items():
         several = isinstance(value, list | tuple)
-        of_option = [it for part in (value if several else [value]) if (it := _digest(part, digests))]
+        of_option = [it for part in (value if several else [value]) if (it := _digest(resolved(part), digests))]
         if of_option:
             found[name] = of_option if several else of_option[0]
     return found

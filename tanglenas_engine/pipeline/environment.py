@@ -21,6 +21,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config import configured, is_material, referred
 from tanglenas_engine.pipeline.configurables import tables
-from tanglenas_engine.pipeline.data_digests import DataDigests, data_digests
+from tanglenas_engine.pipeline.data_digests import DataDigests, EditionError, data_digests
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
 from tanglenas_engine.pipeline.store import project_root
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, arguments_of
-from tanglenas_engine.pipeline.studies.runs import entered
+from tanglenas_engine.pipeline.studies.runs import entered, read_params
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version
@@ -54,17 +55,21 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
     Write the recipe of a race, too.
 
     gin files may name an objective anywhere, so all objectives that are installed count. A name that no plugin has
-    ends the process with one sentence and the status 2.
+    ends the process with one sentence and the status 2, as a dataset does whose `edition` fails.
     """
     try:
-        if len(names) not in (len(KINDS), len(KINDS) + 1):
-            raise TangleNASError(f"got the arguments {list(names)}, expected the names of {', '.join(KINDS)}")
-        kinds = zip(KINDS, names, strict=False)
-        used = [manager().resolve(kind, name) for kind, several in kinds for name in several.split(",")]
-        digests = {source: digest for source in names[len(KINDS) :] if (digest := local_digest(source))}
+        _write(names, path)
     except TangleNASError as problem:
         print(f"environment: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _write(names: Sequence[str], path: Path) -> None:
+    if len(names) not in (len(KINDS), len(KINDS) + 1):
+        raise TangleNASError(f"got the arguments {list(names)}, expected the names of {', '.join(KINDS)}")
+    kinds = zip(KINDS, names, strict=False)
+    used = [manager().resolve(kind, name) for kind, several in kinds for name in several.split(",")]
+    digests = {source: digest for source in names[len(KINDS) :] if (digest := local_digest(source))}
     used += manager().registrations("objective")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     versions.update((it.distribution, it.version) for it in used)
@@ -89,10 +94,25 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
 
 
 def _data_of_study(digests: DataDigests) -> dict[str, Any]:
-    """Return the digests of the data that the runs of a study have in common."""
+    """Return the digests of the data of a study, by arm and stage where these have different data."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm in read_params(Path())["arms"]:
+        with suppress(TangleNASError), entered(arm, "0", Path(".tanglenas", "study")):
+            for stage in STAGES:
+                found[f"{arm}: {stage}"] = _data_of(arguments_of(stage), digests)
+    if not found:
+        return {}
+    first = next(iter(found.values()))
+    return first if all(data == first for data in found.values()) else found
+
+
+def _data_of(arguments: Sequence[str], digests: DataDigests) -> dict[str, Any]:
+    """Return the digests of the data of a stage's config, or nothing where that is wrong: the stage says how."""
     try:
-        with entered("pool", "0"), configured(arguments_of("retrain")):
+        with configured(arguments):
             return data_digests(digests)
+    except EditionError:
+        raise
     except TangleNASError:
         return {}
 
@@ -114,6 +134,8 @@ def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
                 "sources": {name: code_version(sys.modules[name]) for name in _behind_references()} | own_code(),
                 "tables": tables(),
             }
+    except EditionError:
+        raise
     except TangleNASError:
         return {"files": everything}
 

@@ -100,9 +100,14 @@ def _signature(args: tuple[Any, ...]) -> tuple[list[Any] | None, Any]:
 
 
 def resolved(value: Any) -> Any:
-    """Return the value of a macro, and any other value as it is."""
-    if isinstance(value, gin.config.ConfigurableReference) and value.selector == "gin.macro":
-        return macro_value("/".join(value.scopes))
+    """Return the value of a macro, also of one that is set to a macro, and any other value as it is."""
+    passed: set[str] = set()
+    while isinstance(value, gin.config.ConfigurableReference) and value.selector == "gin.macro":
+        name = "/".join(value.scopes)
+        if name in passed:  # they are set to each other
+            return None
+        passed.add(name)
+        value = macro_value(name)
     return value
 
 

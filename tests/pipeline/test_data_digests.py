@@ -10,6 +10,7 @@ from pathlib import Path
 import gin
 import pytest
 from project import lay_out, set_params
+from ruamel.yaml import YAML
 from stages import forget_settings
 
 from tanglenas_datasets.text import StdlibText
@@ -163,7 +164,45 @@ def test_missing_data_do_not_stop_the_environment(project):
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is unreadable here")
 def test_data_that_cannot_be_read_do_not_stop_the_environment(project):
     Path("data/images/cat/1.png").chmod(0)
-    assert inputs()["search"] == {}
+    assert inputs()["search"].keys() == {"root"}
+
+
+def test_an_entry_that_cannot_be_read_hides_no_other(project, monkeypatch):
+    def denied(file):
+        raise PermissionError(file)
+
+    content, scan = data_digests._content, os.scandir
+    monkeypatch.setattr(data_digests, "_content", lambda file: denied(file) if "cat/1" in file else content(file))
+    first = inputs()["search"]
+    (project / "data/images/dog/1.png").write_text("other")
+    other = inputs()["search"]
+    monkeypatch.setattr(os, "scandir", lambda path: denied(path) if str(path).endswith("cat") else scan(path))
+    without = inputs()["search"]
+    (project / "data/images/dog/1.png").write_text("another")
+    assert len({json.dumps(it) for it in ({}, first, other, without, inputs()["search"])}) == 5
+    assert not MEMORY.exists()
+
+
+def test_folders_that_link_to_each_other_are_walked_once(project, tmp_path, reads):
+    folders = [tmp_path / "many" / str(number) for number in range(9)]
+    for folder in folders:
+        images(folder, "x.png")
+        for other in folders:
+            (folder / f"to{other.name}").symlink_to(other)
+    (tmp_path / "many" / "again").symlink_to(tmp_path / "many" / "1")
+    first = DataDigests(MEMORY, project).of(tmp_path / "many")
+    assert len(reads) == 9
+    (tmp_path / "many" / "again").unlink()
+    assert DataDigests(MEMORY, project).of(tmp_path / "many") != first
+
+
+def test_a_project_that_cannot_be_written_has_digests(project, monkeypatch):
+    def full(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(data_digests, "SETTLED", -(10**12))
+    monkeypatch.setattr(data_digests, "write_atomic", full)
+    assert inputs()["search"]
 
 
 def test_links_in_a_circle_end_and_the_project_itself_is_no_data(project):
@@ -186,6 +225,50 @@ def test_data_of_a_package_have_an_edition(project, monkeypatch):
     assert inputs("digits")["search"] == {}
 
 
+class Mine(Dataset):
+    """A dataset whose place is the default of an option."""
+
+    def __init__(self, root: str = "data/images", labels: str = ""):
+        """Nothing here makes it: only its signature is read."""
+
+
+@pytest.fixture
+def mine(project, monkeypatch):
+    """The dataset `Mine` in the place of image_folder."""
+    monkeypatch.setattr("tanglenas_datasets.image_folder.ImageFolder", Mine, raising=True)
+    return Mine
+
+
+def test_an_option_that_names_a_file_hides_neither_defaults_nor_the_edition(project, mine, monkeypatch):
+    Path("labels.csv").write_text("cat")
+    Path("gin/datasets/image_folder.gin").write_text('create_dataset.labels = "labels.csv"\n')
+    monkeypatch.setattr(Mine, "edition", lambda: 7, raising=False)
+    assert inputs()["search"].keys() == {"root", "labels", "edition"} and inputs()["search"]["edition"] == "7"
+
+
+def test_macros_of_macros_and_in_lists_name_data(project, mine):
+    text = 'A = "data/images"\nROOT = %A\ncreate_dataset.root = %ROOT\ncreate_dataset.labels = [%ROOT, %LOOP]\n'
+    Path("gin/datasets/image_folder.gin").write_text(text + "LOOP = %ROUND\nROUND = %LOOP\n")
+    found = inputs()["search"]
+    assert found.keys() == {"root", "labels"} and found["labels"] == [found["root"]]
+
+
+@pytest.mark.parametrize("edition", ["second", 2, property(lambda self: "2"), lambda self: "2", lambda: None])
+def test_an_attribute_that_is_no_edition_does_not_count(project, mine, monkeypatch, edition):
+    monkeypatch.setattr(Mine, "edition", edition)
+    Path("gin/datasets/image_folder.gin").write_text("")
+    assert inputs()["search"].keys() == {"root"}
+
+
+def test_an_edition_that_fails_is_told_in_a_sentence(project, mine, monkeypatch, capsys):
+    monkeypatch.setattr(Mine, "edition", lambda: 1 / 0)
+    Path("gin/datasets/image_folder.gin").write_text("")
+    with pytest.raises(SystemExit):
+        inputs()
+    told = "environment: the dataset 'image_folder' cannot tell its edition: ZeroDivisionError: division by zero\n"
+    assert capsys.readouterr().err == told
+
+
 def test_the_runs_of_a_study_depend_on_their_data(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
@@ -200,11 +283,23 @@ def test_the_runs_of_a_study_depend_on_their_data(tmp_path, monkeypatch):
         write_environment(["autoformer_nano", "drnas", "image_folder"])
         return json.loads(Path("environment.json").read_text()).get("data", {})
 
+    shutil.rmtree("runs")
     assert data() == {}
     images(Path("data/images"), "cat/1.png", "dog/1.png")
     first = data()
     images(Path("data/images"), "dog/2.png")
     assert first.keys() == {"root"} and data() != first
+    params = Path("params.yaml").read_text()
+    arm = next(iter(YAML(typ="safe").load(params)["arms"]))
+    content = YAML(typ="safe").load(params)
+    content["arms"][arm]["bindings"] = ["search: create_dataset.root = 'data/other'"]
+    Path("params.yaml").write_text(json.dumps(content))
+    images(Path("data/other"), "cat/1.png", "dog/1.png")
+    before = data()
+    images(Path("data/other"), "dog/3.png")
+    after = data()
+    assert [name for name in after if after[name] != before[name]] == [f"{arm}: search"]
+    assert not Path("runs").exists()  # a run may be under way there
 
 
 def test_splits_of_other_data_say_what_makes_them_anew(project):

@@ -56,12 +56,13 @@ def read_params(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def entered(arm: str, seed: str) -> Iterator[Run]:
+def entered(arm: str, seed: str, aside: Path | None = None) -> Iterator[Run]:
     """Lay out the folder of a run, and make it the current one until the block ends. Begin in the study's folder.
 
     Args:
         arm: The name of an arm; "pool" stands for what the arms have in common.
         seed: The seed.
+        aside: A folder of the study to lay out instead, for a look at the settings of the run, which may be under way.
 
     Raises:
         TangleNASError: There is no such arm, or the folder is no study.
@@ -81,14 +82,14 @@ def entered(arm: str, seed: str) -> Iterator[Run]:
     own["optimizer"] = arms[arm].get("optimizer")
     own["seed"] = int(seed)
     clock: list[str] = []
-    if other := arms[arm].get("as_long_as"):
+    if (other := arms[arm].get("as_long_as")) and aside is None:
         own["search"]["seconds"] = _time(root / RUNS / f"{other}-{seed}")
         clock = [f'search.clock = "{_clock(root / RUNS / f"{other}-{seed}")}"']
     table = params.get("table")
     bindings = [*(params.get("bindings") or ()), *(arms[arm].get("bindings") or ()), *clock]
     if table:
         bindings += [f'benchmark.path = "../../{table}"', f'benchmark.metric = "{params["metric"]}"']
-    folder = root / RUNS / f"{arm}-{seed}"
+    folder = root / (aside or RUNS / f"{arm}-{seed}")
     with distributed.first():
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
