@@ -262,10 +262,14 @@ def _version_of(package: str, root: Path) -> str | None:
     from tanglenas_engine.runtime.fingerprint import code_version
 
     if package.endswith(".py"):
-        return hashlib.sha256((root / package).read_bytes()).hexdigest()[:16]
-    if str(root) not in sys.path:  # modules of the project, which a command does not find by itself
-        sys.path.append(str(root))
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        file = root / package
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else None
+    sys.path.insert(0, str(root))  # as `python -m` does for a stage
+    try:
+        importlib.invalidate_caches()
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    finally:
+        sys.path.remove(str(root))
     return code_version(importlib.util.module_from_spec(spec)) if spec else None
 
 

@@ -15,35 +15,47 @@ from pathlib import Path
 from types import ModuleType
 
 from tanglenas_engine.pipeline.config import referred
+from tanglenas_engine.pipeline.store import project_root
 
 INSTALLED = ("site-packages", "dist-packages")
 """Folders of installed packages, whose versions stand for their code."""
 
 
 def own_code() -> dict[str, str]:
-    """Return 16 hexadecimal digits over each such file, by its path from the folder where Python finds it.
+    """Return 16 hexadecimal digits over each such file, by its path from the root of the project.
 
     The modules and packages that an @ names are left out: `code_version` has them.
     """
     found: dict[str, str] = {}
     for name in sorted({path.split(".")[0] for path in referred()}):
-        own, base = _files(sys.modules[name])
-        if base is not None and _is_own(base):
-            for file in _imported_by(own, base) - {*own}:
-                content = file.read_bytes()
-                found[file.relative_to(base).as_posix()] = hashlib.sha256(content).hexdigest()[:16]
+        for own, base in _portions(sys.modules[name]):
+            if _is_own(base):
+                for file in _imported_by(own, base) - {*own}:
+                    content = file.read_bytes()
+                    found[file.relative_to(_root(base)).as_posix()] = hashlib.sha256(content).hexdigest()[:16]
     return dict(sorted(found.items()))
 
 
-def _files(module: ModuleType) -> tuple[list[Path], Path | None]:
-    """Return the files of a module or package, and the folder in which Python finds it, or None for one in C."""
-    roots = [Path(folder).resolve() for folder in getattr(module, "__path__", ())]
+def _portions(module: ModuleType) -> list[tuple[list[Path], Path]]:
+    """Return the files of a module or package, and the folder in which Python finds it; nothing for one in C.
+
+    A package without `__init__.py` may have parts in several folders. A link to a file counts where the link lies, as
+    Python looks there for what the file imports.
+    """
+    places = [Path(folder) for folder in getattr(module, "__path__", ())]
+    roots = [place.absolute().parent.resolve() / place.name for place in places]
     if roots:
-        return [file for root in roots for file in root.rglob("*.py")], roots[0].parent
+        return [(list(root.rglob("*.py")), root.parent) for root in roots]
     if not (place := getattr(module, "__file__", None)) or not place.endswith(".py"):
-        return [], None
-    file = Path(place).resolve()
-    return [file], file.parent
+        return []
+    base = Path(place).absolute().parent.resolve()
+    return [([base / Path(place).name], base)]
+
+
+def _root(base: Path) -> Path:
+    """Return the root of the project that has a folder, which is the current folder or, in a study, one above."""
+    roots = (Path.cwd().resolve(), project_root().resolve())
+    return next((root for root in roots if base.is_relative_to(root)), base)
 
 
 def _is_own(base: Path) -> bool:
