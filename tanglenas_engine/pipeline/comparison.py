@@ -18,7 +18,7 @@ import numpy as np
 
 from tanglenas_engine.errors import TangleNASError, closest, shown
 from tanglenas_engine.pipeline import records
-from tanglenas_engine.pipeline.config import is_material
+from tanglenas_engine.pipeline.config import IMMATERIAL, OF_TABLE
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.pipeline.store import Store
 
@@ -39,6 +39,8 @@ CONDITIONS = (
 """The settings without which runs are not comparable: what is searched, on which data, and within which budgets."""
 OF_DATA = ("create_dataset.", "make_splits.samples")
 """The beginnings of further ones: a text of another folder, or images of another size, are other data of one name."""
+TABLE_METRICS = "table_"
+"""The beginning of metrics that a benchmark table has looked up."""
 LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
 BY_HAND = "architecture changed by hand"
@@ -284,10 +286,16 @@ def compare_rows(
         raise TangleNASError(f"--by and --join both have {both[0]}: leave it out of one")
     if equal := _differing(settings, joined):
         notes.insert(0, f"The runs differ in {', '.join(equal)}, which --join takes for equal.")
+    metrics = _chosen_metrics(metrics, rows)
+    if not any(metric.startswith(TABLE_METRICS) for metric in metrics):
+        named = {*by, *joined}
+        settings = [
+            {name: value for name, value in one.items() if name in named or not name.startswith(OF_TABLE)}
+            for one in settings
+        ]
     whole = settings
     settings = [{name: value for name, value in one.items() if name not in joined} for one in settings]
     by = by or _fewest(settings, names)
-    metrics = _chosen_metrics(metrics, rows)
     split: dict[tuple[str, ...], list[int]] = {}
     conditions = [name for name in _differing(settings, _conditions(settings)) if name not in by]
     for number, one in enumerate(settings):
@@ -347,7 +355,7 @@ def _settings(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str
 
     One that is null there is left out.
     """
-    known = {names.get(name, name): value for name, value in row["settings"].items() if is_material(name)}
+    known = {names.get(name, name): value for name, value in row["settings"].items() if not name.endswith(IMMATERIAL)}
     known |= {name: row[name] for name in LABELLED if row[name] is not None}
     nullable = set(names.values())
     return {name: value for name, value in known.items() if value and not (value == "None" and name in nullable)}

@@ -37,8 +37,11 @@ GIVEN = {
 }
 """The parameters that a stage passes itself, with the place where a person sets each."""
 
-IMMATERIAL_FUNCTIONS, IMMATERIAL = ("benchmark.",), (".checkpoint_every", ".num_workers")
-"""The beginnings and the ends of parameters that no result depends on."""
+OF_TABLE, IMMATERIAL = "benchmark.", ".checkpoint_every"
+"""The beginning of parameters that only metrics of a table depend on, and the end of those that no result does.
+
+Results do depend on `num_workers` where a stage has a time, as processors that load data do not count in it.
+"""
 
 MACRO = re.compile(r"\s*[\w/]+\s*=")
 """The beginning of a binding that sets a macro, such as `SEED = 0`."""
@@ -269,12 +272,12 @@ def bound_parameters() -> dict[str, Any]:
 
 
 def is_material(parameter: str) -> bool:
-    """Return whether results depend on a parameter, which is given with its function, as `retrain.epochs`."""
-    return not parameter.startswith(IMMATERIAL_FUNCTIONS) and not parameter.endswith(IMMATERIAL)
+    """Return whether trainings depend on a parameter, which is given with its function, as `retrain.epochs`."""
+    return not parameter.startswith(OF_TABLE) and not parameter.endswith(IMMATERIAL)
 
 
 def material_config() -> str:
-    """Return the config as text, as `gin.config_str` does, without the parameters that no result depends on."""
+    """Return the config as text, as `gin.config_str` does, without the parameters that no training depends on."""
     config = gin.config._CONFIG
     kept = config.copy()
     try:

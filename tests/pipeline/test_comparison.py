@@ -341,7 +341,27 @@ def test_an_evaluation_knows_whether_its_architecture_is_that_of_discretize(
 
 
 def test_what_no_result_depends_on_makes_no_groups():
-    own = {"benchmark.path": "pool.csv", "search.checkpoint_every": 5, "retrain.num_workers": 2}
+    own = {"benchmark.path": "pool.csv", "search.checkpoint_every": 5}
     comparison = compared(*RUNS[:2], row("drnas", 2, 94.0, **own), row("spos", 0, 89.0))
     assert [group.label for group in comparison.tables[0].groups] == ["drnas", "spos"]
     assert not [note for note in comparison.tables[0].notes if "mixes" in note]
+
+
+@pytest.mark.parametrize(
+    ("metric", "by", "name", "groups"),
+    [
+        ("test_accuracy", [], "search.num_workers", 2),  # within a time, processes that load data are free
+        ("test_accuracy", [], "benchmark.metric", 1),
+        ("test_accuracy", ["benchmark.metric"], "benchmark.metric", 2),
+        ("table_regret", [], "benchmark.metric", 2),
+        ("table_regret", ["benchmark.metric"], "benchmark.metric", 2),
+    ],
+)
+def test_options_of_a_table_make_groups_for_its_metrics_and_by_name(metric, by, name, groups):
+    rows = [row("drnas", seed, 90.0 + seed, **{name: value}) for seed in range(2) for value in ("1", "2")]
+    for one in rows:
+        one["metrics"]["table_regret"] = 0.5
+    comparison = compared(*rows, by=by, metrics=[metric])
+    assert len(comparison.tables[0].groups) == groups
+    mixes = [note for note in comparison.tables[0].notes if "mixes" in note]
+    assert not mixes and all(name in group.label for group in comparison.tables[0].groups if groups == 2)
