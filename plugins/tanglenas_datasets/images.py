@@ -133,7 +133,8 @@ def unreadable_later(path: str, error: BaseException) -> TangleNASError:
     return TangleNASError(
         f"image_folder: {shown(path)} is no readable image: {reason(error)}. Put the file back as it was when the "
         "search began, and run the same command again: nothing is lost. With the file changed or removed, the data are "
-        "others: `dvc repro` makes the splits anew, and runs search and all stages after it again."
+        "others: `dvc repro` makes the splits anew, and runs search and all stages after it again. Where no option "
+        "names the data, `dvc repro --force-downstream search` does."
     )
 
 

@@ -127,7 +127,8 @@ class Splits:
             raise TangleNASError(
                 f"these splits were made for {text.format(*made_for)} and do not fit {text.format(*given)}. "
                 "Put the data back as they were, or search with those that are there now: in a project `dvc repro` "
-                "runs the search again, and elsewhere make_splits(dataset, seed=...) makes new splits"
+                "runs the search again, or `dvc repro --force-downstream search` where no option names the data, and "
+                "elsewhere make_splits(dataset, seed=...) makes new splits"
             )
 
 

@@ -305,8 +305,9 @@ def test_the_runs_of_a_study_depend_on_their_data(tmp_path, monkeypatch):
 def test_splits_of_other_data_say_what_makes_them_anew(project):
     from tanglenas_engine import create_dataset
 
+    forced = r"`dvc repro --force-downstream search` where no option names the data"
     digits, stdlib = create_dataset("digits"), create_dataset("stdlib_text", characters=20_000)
-    with pytest.raises(TangleNASError, match=r"do not fit .* in a project `dvc repro` runs the search again"):
+    with pytest.raises(TangleNASError, match=rf"do not fit .* `dvc repro` runs the search again, or {forced}"):
         make_splits(digits, seed=0).check(stdlib)
 
 
