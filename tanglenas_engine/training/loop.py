@@ -271,8 +271,8 @@ def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]
 def _stop_requests() -> Iterator[list[int]]:
     """Yield a list that gets the number of each SIGINT and SIGTERM. A second signal of the same kind acts as usual.
 
-    A block that ends without an exception has not acted on the signals in the list. They act as usual then. A divergence
-    is told first.
+    A block that ends without an exception has not acted on the signals in the list. They act as usual then. A
+    divergence is told first.
     """
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
