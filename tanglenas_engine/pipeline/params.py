@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, closest
+from tanglenas_engine.runtime.files import read_note
 
 TEMPLATE = re.compile(r"\$\{\s*([^{}\s]+)\s*\}")
 """A value of params.yaml in dvc.yaml, such as `${search.epochs}` or `${seeds[0]}`."""
@@ -26,7 +27,13 @@ def check_params(params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.
     if not (params.exists() and pipeline.exists()):
         return
     content = read_params(params)
-    used = {name.partition("[")[0] for name in TEMPLATE.findall(pipeline.read_text("utf-8"))}
+    try:
+        stages = read_note(pipeline).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise TangleNASError(
+            f"dvc.yaml cannot be read: {' '.join(str(error).split())}. Bring it back with `git checkout dvc.yaml`"
+        ) from None
+    used = {name.partition("[")[0] for name in TEMPLATE.findall(stages)}
     known = {".".join(key.split(".")[:depth]) for key in used for depth in range(1, key.count(".") + 2)}
     for key in _keys(content):
         if key not in known:
@@ -47,7 +54,7 @@ def read_params(params: Path) -> dict[str, Any]:
 
     advice = "Correct it, or bring it back with `git checkout params.yaml`"
     try:
-        content = YAML(typ="safe").load(params.read_text("utf-8"))
+        content = YAML(typ="safe").load(read_note(params).decode("utf-8"))
     # Impossible bytes and dates raise a ValueError.
     except (YAMLError, OSError, ValueError, RecursionError) as error:
         raise TangleNASError(f"params.yaml cannot be read: {' '.join(str(error).split())}. {advice}") from None

@@ -375,6 +375,7 @@ def _late(path: Path) -> None:
         ".dvcignore", ".tanglenas/resume/search-0/state-000001.pt", ".tanglenas/resume/search-0/made-by.json",
         ".tanglenas/resume/search-0/run", ".tanglenas/runs/abc/spool.jsonl", ".tanglenas/locks/search-0/owner.json",
         ".tanglenas/locks/search-0/lock", ".tanglenas/locks", ".tanglenas/runs", "out/search.run.json", "params.yaml",
+        "dvc.yaml",
     ],
 )  # fmt: skip
 @pytest.mark.part(4)
