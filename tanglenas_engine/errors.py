@@ -126,8 +126,9 @@ def within(name: str, value: float, least: float, most: float = math.inf) -> flo
         TangleNASError: `value` is no number, or is outside.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not (least <= value <= most) or value == math.inf:
+        kind = "share" if (least, most) == (0, 1) else "number"
         expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise TangleNASError(f"{name} is {quoted(value)}, expected a number {expected}")
+        raise TangleNASError(f"{name} is {quoted(value)}, expected a {kind} {expected}")
     return value
 
 

@@ -15,7 +15,7 @@ from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.derivation.surrogate import surrogate
-from tanglenas_engine.errors import TangleNASError, at_least, positive, unknown
+from tanglenas_engine.errors import TangleNASError, at_least, positive, unknown, within
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
@@ -280,8 +280,7 @@ def _check_options(
     at_least("discretize.recalibration_batches", recalibration_batches, 0)
     if cost not in costs:
         raise unknown("discretize.cost", cost, costs)
-    if isinstance(fill, bool) or not isinstance(fill, int | float) or not 0 <= fill <= 1:
-        raise TangleNASError(f"discretize.fill is {fill!r}, expected a share from 0 to 1")
+    within("discretize.fill", fill, 0, 1)
     if prior not in ("uniform", "mixture"):
         raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
     if prior == "mixture" and not mixture:

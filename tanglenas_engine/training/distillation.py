@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.depth import Depth
-from tanglenas_engine.errors import TangleNASError, positive
+from tanglenas_engine.errors import TangleNASError, positive, within
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 
@@ -28,11 +28,9 @@ def check_teaching(weight: float, temperature: float, hidden: float) -> None:
     Raises:
         TangleNASError: The weight is not from 0 to 1, the temperature is not positive, or `hidden` is negative.
     """
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise TangleNASError(f"retrain.teacher_weight is {weight!r}, expected a share from 0 to 1")
+    within("retrain.teacher_weight", weight, 0, 1)
     positive("retrain.temperature", temperature)
-    if isinstance(hidden, bool) or not isinstance(hidden, int | float) or not 0 <= hidden < float("inf"):
-        raise TangleNASError(f"retrain.teacher_hidden is {hidden!r}, expected a number of at least 0")
+    within("retrain.teacher_hidden", hidden, 0)
 
 
 class Distillation:

@@ -59,7 +59,7 @@ def test_a_share_of_the_loss_is_that_of_the_labels():
     assert losses[0][0] == losses[0.25][0] == losses[1][0]
     assert losses[0.25][1] == pytest.approx(0.75 * losses[0][1] + 0.25 * losses[1][1])
     assert losses[0][1] != pytest.approx(losses[1][1])
-    with pytest.raises(TangleNASError, match="distillation is 2, expected a number from 0 to 1"):
+    with pytest.raises(TangleNASError, match="distillation is 2, expected a share from 0"):
         Sandwich(distillation=2)
 
 
