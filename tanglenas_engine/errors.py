@@ -21,12 +21,7 @@ class DivergedError(TangleNASError):
     """The error for a training with values that are not finite. Training again gives it again.
 
     A race takes it as a result of the network. All other errors end the race.
-
-    Attributes:
-        stopped: True if the training was asked to stop, too, so that a race ends.
     """
-
-    stopped = False
 
 
 class OutOfReachError(TangleNASError):

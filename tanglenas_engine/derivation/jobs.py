@@ -201,8 +201,6 @@ def run(
         try:
             result = train(architecture, epochs)
         except DivergedError as error:
-            if error.stopped:
-                raise KeyboardInterrupt from error
             result = Trained(math.nan, math.nan, time.process_time() - start, str(error))
         except TangleNASError as error:
             raise TangleNASError(

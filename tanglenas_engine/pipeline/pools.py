@@ -241,8 +241,6 @@ class Job:
             try:
                 found = bench.train(architecture)
             except DivergedError as error:
-                if error.stopped:
-                    raise KeyboardInterrupt from error
                 return self.architecture, self.seed, str(error)
             seconds = time.process_time() - start
             tested = evaluate(bench.space, architecture, found.network.eval(), bench.data("test"))

@@ -117,8 +117,8 @@ class Training(abc.ABC):
         Raises:
             DivergedError: The training diverged. The message names the first step in which a value was not finite. The
                 last checkpoint before it is kept.
-            Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved. If it was the last one, a
-                later call returns the history at once.
+            Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved, unless it diverged. If it
+                was the last one, a later call returns the history at once.
         """
         progress = self.session.progress or SilentProgress()
         self._resume()
@@ -271,8 +271,8 @@ def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]
 def _stop_requests() -> Iterator[list[int]]:
     """Yield a list that gets the number of each SIGINT and SIGTERM. A second signal of the same kind acts as usual.
 
-    A block that ends without an exception has not acted on the signals in the list. They act as usual then. A
-    divergence is told first.
+    A block that ends without an exception has not acted on the signals in the list. They act as usual then. Where a
+    training diverged, too, the exception is `Interrupted`, which says so: what called it has to stop.
     """
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -289,7 +289,8 @@ def _stop_requests() -> Iterator[list[int]]:
     try:
         yield arrived
     except DivergedError as error:
-        error.stopped = bool(arrived)
+        if arrived:
+            raise Interrupted(str(error)) from error
         raise
     finally:
         for number, handler in previous.items():

@@ -207,9 +207,9 @@ def test_a_parameter_that_is_not_finite_is_caught_before_it_is_saved(tmp_path, p
         assert checkpoints.load()["position"] == position
 
 
-def test_divergence_is_told_rather_than_a_stop(tmp_path):
+def test_a_stop_of_a_training_that_diverges_tells_of_the_divergence(tmp_path):
     module = Walk()
-    with folder(tmp_path) as checkpoints, pytest.raises(TangleNASError, match="diverged"):
+    with folder(tmp_path) as checkpoints, pytest.raises(Interrupted, match="diverged"):
         walk(checkpoints, module, step=broken_at(module, 1, float("nan")), progress=SignalAfter(2, signal.SIGTERM))
 
 
