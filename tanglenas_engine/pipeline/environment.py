@@ -123,10 +123,9 @@ def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
     All files in gin/ count where dvc.yaml does not tell what the stage reads, and where its config is wrong: the stage
     itself says how, or its command makes it right, as `PYTHONPATH=src python -m pipelines.search` may.
     """
-    everything = {path.as_posix(): _digest(path) for path in sorted(Path("gin").rglob("*")) if path.is_file()}
     try:
         if (arguments := stage_arguments(stage)) is None:
-            return {"files": everything}
+            return {"files": _all_files()}
         with configured(arguments) as files:
             return {
                 "data": data_digests(digests),
@@ -137,7 +136,12 @@ def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
     except EditionError:
         raise
     except TangleNASError:
-        return {"files": everything}
+        return {"files": _all_files()}
+
+
+def _all_files() -> dict[str, str]:
+    """Return the digest of each file in gin/, by its path."""
+    return {path.as_posix(): _digest(path) for path in sorted(Path("gin").rglob("*")) if path.is_file()}
 
 
 def _recipe(digests: DataDigests) -> dict[str, Any]:
