@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from tanglenas_engine.derivation.candidates import Candidates
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import TangleNASError, at_least, within
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
@@ -102,7 +102,7 @@ class Variation:
         single_probability: The probability of a move of each choice that is made once.
 
     Raises:
-        TangleNASError: A probability is not a number from 0 to 1.
+        TangleNASError: A probability is not a share from 0 to 1.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Variation:
         single_probability: float = 0.4,
     ):
         self.space, self.generator = space, generator
-        self._probability = _share(f"{name}.mutation_probability", mutation_probability)
-        self._single = _share(f"{name}.single_probability", single_probability)
+        self._probability = within(f"{name}.mutation_probability", mutation_probability, 0, 1)
+        self._single = within(f"{name}.single_probability", single_probability, 0, 1)
         self._groups = [list(alternatives[0]) for alternatives in space.decisions()]
 
     def crossed(self, one: Architecture, other: Architecture) -> Architecture:
@@ -160,10 +160,3 @@ class Variation:
     def _integers(self, high: int, count: int) -> list[int]:
         numbers: list[int] = torch.randint(high, (count,), generator=self.generator).tolist()
         return numbers
-
-
-def _share(name: str, value: float) -> float:
-    """Check that a value is a number from 0 to 1, and return it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise TangleNASError(f"{name} is {value!r}, expected a number from 0 to 1")
-    return value

@@ -169,7 +169,7 @@ def test_equal_seeds_give_equal_fronts_and_a_small_space_ends_the_search():
     "options, message",
     [
         ({"population": 1}, "nsga2.population is 1, expected a whole number of at least 2"),
-        ({"mutation_probability": 2}, "nsga2.mutation_probability is 2, expected a number from 0 to 1"),
+        ({"mutation_probability": 2}, "nsga2.mutation_probability is 2, expected a share from 0 to 1"),
         ({"single_probability": None}, "nsga2.single_probability is None"),
     ],
 )
