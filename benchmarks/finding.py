@@ -190,7 +190,7 @@ METHODS = {
     "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
-    "short spos band": Method("spos", ("best race",), short=True),
+    "short spos band": Method("spos", ("best race", "exploring race", "race of proposals"), short=True),
     "spos whole space": Method("spos", ("random",), band=False),
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
@@ -214,15 +214,17 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "both": {"method": "both", "candidates": 300},
     "judged": {"method": "both", "candidates": 100},
     "race": {"method": "race", "candidates": 300},
-    "spread race": {"method": "race", "candidates": 100},
     "best race": {"method": "race", "candidates": 100},
+    "exploring race": {"method": "race", "candidates": 100},
+    "race of proposals": {"method": "race", "candidates": 100},
 }
 RACES: dict[str, dict[str, Any]] = {
-    "race": {"entrants": 3, "trainings": 3},
-    "spread race": {"spread": True},
-    "best race": {},
+    "race": {"entrants": 3, "trainings": 3, "explore": 0.0},
+    "best race": {"explore": 0.0, "propose": 0.0},
+    "exploring race": {"propose": 0.0},
+    "race of proposals": {},
 }
-"""The options of races: three complete trainings of the supernet's best, entrants of its better half, the defaults."""
+"""The options of races: three complete trainings of the supernet's best, the best, half of any rank, the defaults."""
 
 
 class Study(contextlib.AbstractContextManager["Study"]):

@@ -9,8 +9,9 @@ gpt_nano as their test losses in the end do, with a Spearman correlation of 0.92
 epochs has 0.56, and that after 2 of 12 epochs, within the warm-up, 0.53 (benchmarks/README.md). So the first rung is no
 shorter than `shortest`, and a small budget admits fewer networks.
 
-A supernet tells bad candidates from good ones better than it tells good ones from the best. Its first ones may be
-alike, where its weights favour one depth and width. Then entrants can be spread over its better half (`spread_over`).
+A supernet tells bad candidates from good ones better than it tells good ones from the best, and on some data its order
+says nothing. So only some entrants are its best. As many are of any rank (`entering`), and when these have trained for
+the first rung, a regression on their losses proposes the others (`regression.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import NamedTuple
 
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.jobs import Jobs, Train, Trained
-from tanglenas_engine.errors import TangleNASError, at_least, positive
+from tanglenas_engine.derivation.regression import LEAST, features_of, predicted
+from tanglenas_engine.errors import TangleNASError, at_least, positive, within
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.timer import Clock, check_clock
 from tanglenas_engine.runtime.tracking import Record
@@ -63,7 +65,8 @@ def race(
     train: Train,
     *,
     entrants: int = 8,
-    spread: bool = False,
+    explore: float = 0.5,
+    propose: float = 0.5,
     eta: int = 3,
     shortest: float = 1 / 3,
     trainings: float | None = None,
@@ -81,7 +84,10 @@ def race(
     Args:
         train: The function that trains.
         entrants: The largest number of networks that are trained.
-        spread: False takes the best candidates as entrants. True takes some at equal steps through the better half.
+        explore: The share of the first entrants, from 0 to 1, that are taken at equal steps through all candidates but
+            the best. The rest are the best by the supernet.
+        propose: The share of the entrants, from 0 to 1, that a regression proposes after the first rung of the first
+            ones. At least four are first.
         eta: The factor between rungs: this part of the networks goes on. As many of them, at most, train to the end.
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
         trainings: The budget in complete trainings. None trains all entrants; 8 of them take 4.7 trainings at the
@@ -99,7 +105,7 @@ def race(
         TangleNASError: An option is out of its range, the budget is shorter than one training, every training diverged,
             one ended in another error, or workers are lost time after time.
     """
-    _check_options(entrants, eta, shortest, trainings, seconds, clock, workers, backend)
+    _check_options(entrants, explore, propose, eta, shortest, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
     ranked = [Runner(record, rank) for rank, record in enumerate(candidates.best(len(candidates.records)), 1)]
     if len(ranked) < 2:
@@ -107,7 +113,7 @@ def race(
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        among = better_half(ranked, entrants) if spread else ranked[:entrants]
+        among = ranked if explore or propose else ranked[:entrants]
         afforded = jobs.afforded([runner.architecture for runner in among], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
@@ -117,8 +123,7 @@ def race(
         f"a race of {described(rungs)}: {planned:.1f} trainings of {train.epochs} epochs"
         + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if left >= 1 else "")
     )
-    count = rungs[0].networks
-    running = runners = spread_over(ranked, count) if spread else ranked[:count]
+    running = runners = _entered(ranked, rungs[0], explore, propose, jobs)
     for rung in rungs:
         running = _trained(running[: rung.networks], rung.epochs, jobs)
         if not running:
@@ -142,6 +147,8 @@ def race(
 
 def _check_options(
     entrants: int,
+    explore: float,
+    propose: float,
     eta: int,
     shortest: float,
     trainings: float | None,
@@ -151,6 +158,8 @@ def _check_options(
     backend: str | None,
 ) -> None:
     at_least("race.entrants", entrants, 2)
+    within("race.explore", explore, 0, 1)
+    within("race.propose", propose, 0, 1)
     at_least("race.eta", eta, 2)
     at_least("race.workers", workers, 1)
     if positive("race.shortest", shortest) > 1:
@@ -169,15 +178,35 @@ def _check_options(
         )
 
 
-def better_half(ranked: Sequence[Runner], least: int) -> Sequence[Runner]:
-    """Return the better half of a ranking, or the best `least` candidates where these are more."""
-    return ranked[: max(math.ceil(len(ranked) / 2), least)]
+def entering(ranked: Sequence[Runner], count: int, explore: float) -> list[Runner]:
+    """Return the first entrants: the best of a ranking, and a share of others in the middle of equal steps."""
+    taken = int(explore * count)
+    best, others = ranked[: count - taken], ranked[count - taken :]
+    explored = [others[(2 * place + 1) * len(others) // (2 * taken)] for place in range(taken)]
+    for runner in explored:
+        runner.entered = "explored"
+    return [*best, *explored]
 
 
-def spread_over(ranked: Sequence[Runner], count: int) -> list[Runner]:
-    """Return candidates at equal steps through the better half of a ranking, the best one first."""
-    better = better_half(ranked, count)
-    return [better[place * len(better) // count] for place in range(min(count, len(better)))]
+def _entered(ranked: Sequence[Runner], rung: Rung, explore: float, propose: float, jobs: Jobs) -> list[Runner]:
+    """Return the entrants of a race. Those that the last proposals rest on have trained for the first rung."""
+    count = min(int(propose * rung.networks), max(rung.networks - LEAST, 0))
+    entrants = entering(ranked, rung.networks - count, explore)
+    if not count:
+        return entrants
+    features = features_of(
+        jobs.candidates.space,
+        [runner.architecture for runner in ranked],
+        jobs.candidates.early([runner.architecture for runner in ranked]),
+    )
+    for wave in (count - count // 2, count // 2):
+        _trained(entrants, rung.epochs, jobs)
+        guesses = predicted(features, {runner.rank - 1: runner.last.loss for runner in entrants})
+        left = [runner for runner in ranked if runner not in entrants]
+        for runner in sorted(left, key=lambda runner: guesses[runner.rank - 1])[:wave]:
+            runner.entered = "proposed"
+            entrants.append(runner)
+    return entrants
 
 
 def plan(
@@ -247,10 +276,11 @@ class Runner:
 
     Attributes:
         results: The results of its trainings by the number of epochs.
+        entered: Why it entered: "best" by the supernet, "explored" whatever its rank, or "proposed" by the regression.
     """
 
     def __init__(self, judged: Record, rank: int):
-        self.judged, self.rank = judged, rank
+        self.judged, self.rank, self.entered = judged, rank, "best"
         self.architecture: Architecture = judged["architecture"]
         self.results: dict[int, Trained] = {}
 
@@ -269,6 +299,7 @@ class Runner:
         return {
             "place": place,
             "digest": self.architecture.digest,
+            "entered": self.entered,
             "supernet_rank": self.rank,
             "supernet_loss": self.judged["loss"],
             **{f"loss_{epochs}_epochs": result.loss for epochs, result in self.results.items()},
@@ -284,8 +315,9 @@ class Runner:
 
 
 def _trained(running: Sequence[Runner], epochs: int, jobs: Jobs) -> list[Runner]:
-    """Train networks for so many epochs, and return those that did not fail, best first."""
-    for runner, result in zip(running, jobs.results([one.architecture for one in running], epochs), strict=True):
+    """Train networks for so many epochs, unless they have, and return those that did not fail, best first."""
+    new = [runner for runner in running if epochs not in runner.results]
+    for runner, result in zip(new, jobs.results([one.architecture for one in new], epochs), strict=True):
         runner.results[epochs] = result
         if result.failure:
             jobs.candidates.note(f"{runner.architecture} is out of the race: {result.failure}")
@@ -298,8 +330,8 @@ def line(record: Record) -> str:
         f"{loss:.4f} after {name.split('_')[1]}" for name, loss in record.items() if name.startswith("loss_")
     )
     return (
-        f"{record['place']}. validation loss {losses} epochs, {record['seconds']:.0f} s; supernet rank "
-        f"{record['supernet_rank']}, loss {record['supernet_loss']:.4f}  {record['architecture']}"
+        f"{record['place']}. validation loss {losses} epochs, {record['seconds']:.0f} s; {record['entered']}, "
+        f"supernet rank {record['supernet_rank']}, loss {record['supernet_loss']:.4f}  {record['architecture']}"
     )
 
 

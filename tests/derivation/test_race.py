@@ -45,10 +45,14 @@ def train(tmp_path):
     return Noted(tmp_path / "calls")
 
 
-def raced(train, checkpoints=None, limit=20, **options):
-    """The end of a race among 20 candidates, and what it said. Entrants are the best of all unless options differ."""
+BEST = {"explore": 0.0, "propose": 0.0}
+
+
+def raced(train, checkpoints=None, limit=20, worth=None, **options):
+    """The end of a race among 20 candidates, and what it said. With `BEST`, the best by the supernet are trained."""
     space, notes = vit(depth=(1, 2, 3)), Notes()
-    with Known(space, additive(space, 0), limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
+    worth = worth or additive(space, 0)
+    with Known(space, worth, limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
         return race(candidates, None, train, **options), notes.lines
 
 
@@ -124,7 +128,7 @@ def test_the_work_of_a_race_is_that_of_trainings_which_go_on(rungs, epochs):
 
 
 def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train, leaders):
-    result, notes = raced(train)
+    result, notes = raced(train, **BEST)
     entrants = leaders[:8]
     first = sorted(entrants, key=lambda digest: loss_of(digest, 3))
     assert train.calls() == sorted([*((one, 3) for one in entrants), *((one, 9) for one in first[:3])])
@@ -149,24 +153,85 @@ def test_the_best_of_the_supernet_are_trained_and_the_better_part_goes_on(train,
     assert any(line.startswith("discretize: 1. validation loss") and str(result.architecture) in line for line in notes)
 
 
+def entered(result):
+    """The ranks of the entrants by the supernet, by how they entered."""
+    return {
+        how: sorted(record["supernet_rank"] for record in result.records if record["entered"] == how)
+        for how in ("best", "explored", "proposed")
+    }
+
+
 @pytest.mark.parametrize(
-    "limit, trainings, ranks",
+    "limit, trainings, best, explored",
     [
-        (20, None, [1, 2, 3, 4, 6, 7, 8, 9]),  # of the first 10
-        (20, 4, [1, 2, 4, 6, 7, 9]),
-        (20, 2, [1, 6]),
-        (36, None, [1, 3, 5, 7, 10, 12, 14, 16]),  # of the first 18
-        (9, None, [1, 2, 3, 4, 5, 6, 7, 8]),
-        (5, None, [1, 2, 3, 4, 5]),
+        (20, None, [1, 2, 3, 4], [7, 11, 15, 19]),  # the middle of each fourth of the others
+        (20, 4, [1, 2, 3], [6, 12, 18]),
+        (20, 2, [1], [11]),
+        (20, 3, [1, 2, 3], [8, 16]),
+        (8, None, [1, 2, 3, 4], [5, 6, 7, 8]),
+        (5, None, [1, 2, 3], [4, 5]),
     ],
 )
-def test_entrants_are_spread_over_the_better_half(train, limit, trainings, ranks):
-    def entrants(**options):
-        result, _ = raced(train, trainings=trainings, limit=limit, **options)
-        return sorted(record["supernet_rank"] for record in result.records)
+def test_a_part_of_the_entrants_is_of_any_rank(train, limit, trainings, best, explored):
+    result, _ = raced(train, trainings=trainings, limit=limit, propose=0.0)
+    assert entered(result) == {"best": best, "explored": explored, "proposed": []}
+    result, _ = raced(train, trainings=trainings, limit=limit, **BEST)
+    assert entered(result) == {"best": [*range(1, len(best + explored) + 1)], "explored": [], "proposed": []}
 
-    assert entrants(spread=True) == ranks
-    assert entrants() == [*range(1, len(ranks) + 1)]
+
+@pytest.mark.parametrize(
+    "entrants, propose, counts", [(8, 0.5, 4), (8, 1.0, 4), (8, 0.2, 1), (12, 0.5, 6), (5, 0.5, 1), (4, 0.5, 0)]
+)
+def test_no_fewer_than_four_losses_are_behind_a_proposal(train, entrants, propose, counts):
+    result, _ = raced(train, entrants=entrants, propose=propose)
+    assert len(result.records) == entrants and len(entered(result)["proposed"]) == counts
+
+
+def _small_is_good(architecture):
+    """The sum of the places of the options in use, from 0 to 1."""
+    space = vit(depth=(1, 2, 3))
+    places = [
+        pick / (len(row.options) - 1) for row, pick in space.assignment_of(architecture).items() if len(row.options) > 1
+    ]
+    return sum(places) / len(places)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_proposals_are_better_than_what_they_rest_on_though_the_supernet_is_wrong(sign):
+    """The supernet ranks the candidates in the reverse order of what they are worth."""
+
+    def train(architecture, epochs):
+        return jobs.Trained(10 + sign * _small_is_good(architecture) - epochs / 10, 50.0, epochs)
+
+    train.epochs, train.identity = 9, "recipe"
+    space = vit(depth=(1, 2, 3))
+    result, _ = raced(train, limit=60, worth=lambda one: 50 + 10 * sign * _small_is_good(one))
+    first = [record["loss_3_epochs"] for record in result.records if record["entered"] != "proposed"]
+    proposed = [record["loss_3_epochs"] for record in result.records if record["entered"] == "proposed"]
+    assert result.records[0]["entered"] == "proposed" and sum(proposed) / 4 < min(first)
+    trusting, _ = raced(train, limit=60, worth=lambda one: 50 + 10 * sign * _small_is_good(one), **BEST)
+    assert result.records[0]["loss"] < trusting.records[0]["loss"] and space.size > 60
+
+
+def test_proposals_follow_the_supernet_where_it_is_right(train):
+    """Losses that no option explains: only the supernet's tell candidates apart."""
+
+    def train(architecture, epochs):
+        return jobs.Trained(known(architecture) - epochs, 50.0, epochs)
+
+    def known(architecture):
+        return int(architecture.digest[:8], 16) / 2**32
+
+    train.epochs, train.identity = 9, "recipe"
+    result, _ = raced(train, limit=60, worth=lambda one: 100 - known(one))
+    assert entered(result)["proposed"][0] == 3 and sum(entered(result)["proposed"]) / 4 < 15  # of all, the mean is 30
+
+
+def test_without_a_loss_the_supernet_s_next_ones_are_trained(train, leaders):
+    failing = [leaders[rank - 1] for rank in (1, 2, 7, 16)]  # the first ones
+    result, notes = raced(dataclasses.replace(train, bad=tuple((digest, "raise") for digest in failing)))
+    assert entered(result)["proposed"][:2] == [3, 4]
+    assert sum("is out of the race" in line for line in notes) == 4
 
 
 def test_fewer_candidates_than_entrants_all_take_part(train):
@@ -229,7 +294,7 @@ def test_a_budget_that_is_not_used_up_is_told(train):
 
 def test_seconds_are_a_budget_by_a_training_of_two_epochs(train):
     result, notes = raced(train, seconds=37)  # an epoch takes a second, and a training 9
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the two epochs are an entrant's
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6 + 2) / 9  # two epochs are of no entrant
     assert "discretize: a training takes about 9.0 processor seconds; race.seconds is 37" in notes
     assert sorted(epochs for _, epochs in train.calls()) == [1, 2, *[3] * 6, 9, 9]
 
@@ -242,12 +307,12 @@ def test_a_slow_first_epoch_does_not_stand_for_the_others(train):
     slow.epochs, slow.identity = train.epochs, train.identity
     result, notes = raced(slow, seconds=55)
     assert "discretize: a training takes about 13.0 processor seconds; race.seconds is 55" in notes
-    assert result.trainings == (6 * 3 + 2 * 6) / 9
+    assert result.trainings == (6 * 3 + 2 * 6 + 2) / 9
 
 
 def test_seconds_on_the_wall_are_a_budget_too(train):
     result, notes = raced(train, seconds=18.5, clock="wall")  # an epoch takes half a second, and a training 4.5
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6 + 2) / 9
     assert "discretize: a training takes about 4.5 wall seconds; race.seconds is 18.5" in notes
 
 
@@ -298,6 +363,8 @@ def test_the_smaller_of_two_budgets_counts(train):
         ({"entrants": 1}, "race.entrants is 1, expected a whole number of at least 2"),
         ({"shortest": 0.0}, "race.shortest is 0.0, expected a positive number"),
         ({"shortest": 1.5}, "race.shortest is 1.5, expected a share of a training, at most 1"),
+        ({"explore": 1.5}, "race.explore is 1.5, expected a share from 0 to 1"),
+        ({"propose": -0.5}, "race.propose is -0.5, expected a share from 0 to 1"),
         ({"eta": 1}, "race.eta is 1, expected a whole number of at least 2"),
         ({"workers": 0}, "race.workers is 0, expected a whole number of at least 1"),
         ({"backend": "slurm"}, "race.backend is 'slurm', expected a backend of joblib such as 'loky', 'dask' or 'ray'"),
@@ -311,34 +378,37 @@ def test_options_that_make_no_race_are_refused(train, options, message):
 # Workers and interruptions
 
 
-def test_an_interrupted_race_ends_as_if_it_had_not_been(train, leaders, tmp_path):
+@pytest.mark.parametrize("how", ["best", "explored", "proposed"])
+def test_an_interrupted_race_ends_as_if_it_had_not_been(train, tmp_path, how):
     whole, _ = raced(train)
     done = train.calls()
     for path in train.folder.iterdir():
         path.unlink()
-    stopping = dataclasses.replace(train, bad=((leaders[5], "stop"),))
+    stopped = next(one["digest"] for one in whole.records if one["entered"] == how)
+    stopping = dataclasses.replace(train, bad=((stopped, "stop"),))
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         with pytest.raises(KeyboardInterrupt):
             raced(stopping, checkpoints)
+    before = len(train.calls()) - 1
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         result, notes = raced(stopping, checkpoints)
     assert result == whole
-    assert train.calls() == sorted([*done, (leaders[5], 3)])
-    assert "discretize: 5 trainings were done before" in notes
+    assert train.calls() == sorted([*done, (stopped, 3)])
+    assert not before or f"discretize: {before} trainings were done before" in notes
 
 
 @pytest.mark.parametrize("number", [0, 5])
 def test_an_error_that_passes_ends_a_race_which_then_goes_on(train, leaders, tmp_path, number):
-    whole, _ = raced(train)
+    whole, _ = raced(train, **BEST)
     done = train.calls()
     for path in train.folder.iterdir():
         path.unlink()
     troubled = dataclasses.replace(train, bad=((leaders[number], "full"),))
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         with pytest.raises(TangleNASError, match=r"training of .*: cannot write state.pt: No space .* again to go on"):
-            raced(troubled, checkpoints)
+            raced(troubled, checkpoints, **BEST)
         assert len(train.calls()) == number + 1
-        assert raced(troubled, checkpoints)[0] == whole
+        assert raced(troubled, checkpoints, **BEST)[0] == whole
     assert train.calls() == sorted([*done, (leaders[number], 3)])
 
 
@@ -354,12 +424,12 @@ def test_results_of_another_recipe_are_not_used(train, tmp_path):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_training_that_is_lost_with_its_worker_runs_again(train, leaders, tmp_path):
-    whole, _ = raced(train)
+    whole, _ = raced(train, **BEST)
     for path in train.folder.iterdir():
         path.unlink()
     killing = dataclasses.replace(train, bad=((leaders[3], "kill"),))
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
-        result, notes = raced(killing, checkpoints, workers=2)
+        result, notes = raced(killing, checkpoints, workers=2, **BEST)
     assert told(result) == told(whole)
     assert train.calls().count((leaders[3], 3)) == 2
     assert any("a worker was lost" in line and line.endswith("its trainings run again") for line in notes)
@@ -370,7 +440,7 @@ def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
     with pytest.raises(
         TangleNASError, match=r"the race lost workers 3 times in a row \(A worker was terminated\). Memory .* lower"
     ):
-        raced(losing)
+        raced(losing, **BEST)
     assert train.calls() == sorted([(leaders[0], 3), (leaders[1], 3), *[(leaders[2], 3)] * 3])
 
 

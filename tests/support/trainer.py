@@ -44,7 +44,7 @@ class Noted:
                 raise DivergedError("training diverged")
             case "full" if before == 0:
                 raise TangleNASError("cannot write state.pt: No space left on device.")
-            case "stop" if before == 0:
+            case "stop" if len(list(self.folder.glob(f"{digest}-*"))) == 1:
                 raise KeyboardInterrupt
             case "kill" if before == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -56,7 +56,12 @@ def _sizes(seconds: float, derivation: float, entrants: int) -> dict[str, dict[s
         sizes[f"spos-evolution-{share}"] = {"discretize": {"seconds": seconds * part * derivation}}
         sizes[f"halving-{share}"] = {
             "discretize": {"candidates": entrants},
-            "bindings": [f"race.entrants = {entrants}", f"race.seconds = {seconds * part}"],
+            "bindings": [
+                f"race.entrants = {entrants}",
+                f"race.seconds = {seconds * part}",
+                "race.explore = 1",
+                "race.propose = 0",
+            ],
         }
     return sizes
 

@@ -1,0 +1,58 @@
+"""The regression behind a race's proposals: its features, and what it learns from a few losses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from spaces import REGISTERED, SPACES, make, vit
+
+from tanglenas_engine.derivation.regression import features_of, predicted
+
+
+def drawn(space, count):
+    generator = torch.Generator().manual_seed(0)
+    found = {one.digest: one for one in (space.sample(generator) for _ in range(4 * count))}
+    return [*found.values()][:count]
+
+
+def test_features_are_places_of_numbers_and_the_supernet_s_loss():
+    space = vit(depth=(3, 1, 2), embed_dim=(8, 12))
+    some = drawn(space, 12)
+    features = features_of(space, some, [*range(12)])
+    names = [row.choice for row in space.rows]
+    assert features.shape == (12, len(names) + 1)
+    assert features[:, names.index("depth")].tolist() == [one.choices["depth"] - 2 for one in some]
+    assert features[:, names.index("embed_dim")].tolist() == [{8: -1, 12: 1}[one.choices["embed_dim"]] for one in some]
+    assert features[:, -1].mean() == pytest.approx(0) and features[:, -1].std() == pytest.approx(1)
+    assert (np.diff(features[:, -1]) > 0).all()
+    for one, values in zip(some, features, strict=True):
+        unused = [place for place, row in enumerate(space.rows) if not row.active(space.assignment_of(one))]
+        assert (values[unused] == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted([*SPACES, *REGISTERED]))
+def test_what_options_add_is_learned_from_a_third_of_the_networks(name):
+    """Of any space, though the supernet says nothing: losses to which every row in use adds a number."""
+    space = make(name)
+    some = drawn(space, 60)
+    known = len(some) // 3
+    if known < 10:
+        pytest.skip(f"{name} has {len(some)} architectures")
+    values = {row: np.random.default_rng(place).permutation(len(row.options)) for place, row in enumerate(space.rows)}
+    values |= {row: np.arange(len(row.options)) for row in space.rows if isinstance(row.options[0], int | float)}
+    picks = [space.assignment_of(one) for one in some]
+    losses = [sum(values[row][each[row]] for row in each if row.active(each)) for each in picks]
+    guesses = predicted(features_of(space, some, [0.0] * len(some)), dict(enumerate(losses[:known])))
+    assert np.corrcoef(guesses[known:], losses[known:])[0, 1] > 0.3
+
+
+def test_losses_that_are_no_numbers_count_as_the_largest():
+    space = vit()
+    some = drawn(space, 4)
+    features = features_of(space, some, [1.0, math.nan, 2.0, math.inf])
+    assert features[1, -1] == features[2, -1] == features[3, -1]
+    assert predicted(features, {0: 1.0, 1: math.nan, 2: 3.0}) == pytest.approx(
+        predicted(features, {0: 1.0, 1: 3.0, 2: 3.0})
+    )
+    assert np.ptp(predicted(features, {0: math.nan, 1: math.nan})) == 0
