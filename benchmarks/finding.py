@@ -172,6 +172,7 @@ class Method:
         paths: The epochs at the end in which the weights learn by random architectures.
         relaxation: How the supernet computes a mixture.
         segments: Whether the architecture split is the second half of the training samples, and not dealt.
+        trained: Whether there is a search at all. Without one, the weights that rank candidates are random.
     """
 
     optimizer: str
@@ -181,6 +182,7 @@ class Method:
     paths: int = 0
     relaxation: str = "exact"
     segments: bool = False
+    trained: bool = True
 
 
 METHODS = {
@@ -191,6 +193,7 @@ METHODS = {
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
     "short spos band": Method("spos", ("best race", "exploring race", "race of proposals"), short=True),
+    "no search": Method("spos", ("searchless race",), trained=False),
     "spos whole space": Method("spos", ("random",), band=False),
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
@@ -217,14 +220,17 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "best race": {"method": "race", "candidates": 100},
     "exploring race": {"method": "race", "candidates": 100},
     "race of proposals": {"method": "race", "candidates": 100},
+    "searchless race": {"method": "race", "candidates": 100},
 }
 RACES: dict[str, dict[str, Any]] = {
     "race": {"entrants": 3, "trainings": 3, "explore": 0.0},
     "best race": {"explore": 0.0, "propose": 0.0},
     "exploring race": {"propose": 0.0},
     "race of proposals": {},
+    "searchless race": {"explore": 1.0},
 }
-"""The options of races: three complete trainings of the supernet's best, the best, half of any rank, the defaults."""
+"""The options of races: three complete trainings of the supernet's best, the best, half of any rank, the defaults, and
+random ones with proposals that rest on them."""
 
 
 class Study(contextlib.AbstractContextManager["Study"]):
@@ -392,7 +398,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
         space, mixture, searched = self.searched(method, seed)
         for derivation, key in keys.items():
             row = self.once(key, partial(self.derived, space, mixture, derivation, seed, searched, self.limits))
-            if "judged" in row:
+            if "judged" in row and method.trained:
                 judged = f"found/{name}, {'both' if mixture else 'random'}/{seed}"
                 self.once(judged, lambda first=row["judged"]: {**first, **searched})
 
@@ -467,6 +473,8 @@ class Study(contextlib.AbstractContextManager["Study"]):
     def searched(self, method: Method, seed: int) -> tuple[SearchSpace, dict[str, torch.Tensor] | None, dict[str, Any]]:
         """Search with a method, and return the supernet, the mixture and what is known of the search."""
         space, optimizer = self.space(seed, method.relaxation), create_optimizer(method.optimizer)
+        if not method.trained:
+            return space, None, {"search_seconds": 0.0, **self.ranked(space, seed)}
         recipe: dict[str, Any] = dict(
             epochs=max(1, self.task.epochs // 4) if method.short else self.task.epochs,
             batch_size=32,
