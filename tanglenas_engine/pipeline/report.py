@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from tanglenas_engine.spaces.architecture import Architecture
 COMPARED = ("test_accuracy", "test_loss", "test_perplexity", "macs", "search_processor_seconds")
 """The metrics by which the page compares runs. `tanglenas compare` has more."""
 TEMPLATE = Path(__file__).with_name("report.html")
+BOUND = re.compile(r"^([\w./]+) = (.+)$", re.MULTILINE)
+"""A binding of a line in `operative.gin`."""
 FIGURES = {
     "Anytime curve": "search/anytime.png",
     "Mixing weights": "search/alphas.png",
@@ -59,14 +63,16 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
     if architecture is None and not runs:
         why = f", and the MLflow store could not be read ({trouble})" if trouble else ""
         raise TangleNASError(f"{root} has no {ARCHITECTURE}{why}: run `dvc repro` first")
-    mixed = _mixed(root, metrics, architecture.digest) if architecture else ""
     params = _params(root / "params.yaml")
+    ran = _ran_with(root, params) if architecture else {}
+    mixed = " ".join(filter(None, (_mixed(root, metrics, architecture.digest), _edited(ran)))) if architecture else ""
+    params |= ran
     figures = {title: root / OUT / name for title, name in FIGURES.items()} if architecture else {}
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     html = _render(
         mixed=mixed,
-        title=f"{params.get('optimizer')} on {params.get('space')}" if architecture else f"{count} of {root.name}",
-        params=params,
+        title=shown(f"{params['optimizer']} on {params['space']}") if architecture else f"{count} of {root.name}",
+        params={name: shown(value) for name, value in params.items()},
         facts=headline(metrics) if architecture else [],
         metrics=[(stage, key, metric_text(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
         architecture=architecture,
@@ -78,7 +84,7 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         runs=list(reversed(runs)),
         trouble=trouble,
         scatter=_image(_scatter(runs), "image/svg+xml") if _points(runs) else "",
-        commands=_commands(root, runs, architecture.digest, defaults) if architecture else [],
+        commands=_commands(root, params, runs, architecture.digest, defaults) if architecture else [],
         environment=_versions(root / "environment.json"),
     )
     return html, len(runs), mixed
@@ -119,10 +125,32 @@ def _params(path: Path) -> dict[str, Any]:
         raise TangleNASError(
             f"{path} has no value for {' and '.join(missing)}: restore it with `git checkout {path.name}`"
         )
-    return {
-        shown(name, 80): value if isinstance(value, int | float | None) else shown(value)
-        for name, value in found.items()
-    }
+    return found
+
+
+def _ran_with(root: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run in out/ that differ from params.yaml, as `operative.gin` of the stages says.
+
+    What is null in params.yaml comes from the recipe, and is not compared.
+    """
+    names, ran = records.names_of_params(root), dict[str, Any]()
+    for stage in STAGES:
+        for binding, text in BOUND.findall(_text(root / OUT / stage / "operative.gin")):
+            if (name := names.get(binding)) and params.get(name) is not None:
+                with suppress(ValueError, SyntaxError):  # a reference, or a value of several lines
+                    ran[name] = ast.literal_eval(text)
+    return {name: value for name, value in ran.items() if str(value) != str(params[name])}
+
+
+def _edited(ran: Mapping[str, Any]) -> str:
+    """Return a sentence about settings that were edited after the run, or ""."""
+    if not ran:
+        return ""
+    told = shown(", ".join(f"{name} {value}" for name, value in ran.items()), 1000)
+    return (
+        f"params.yaml differs from the run in {OUT}, which had {told}. Title and commands are those of the run. Run "
+        "`dvc repro` to have the results of params.yaml."
+    )
 
 
 def _versions(path: Path) -> dict[str, str]:
@@ -218,8 +246,10 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def _commands(root: Path, runs: Sequence[dict[str, Any]], digest: str, defaults: Path | None) -> list[str]:
-    """Return the commands that repeat the last run.
+def _commands(
+    root: Path, params: Mapping[str, Any], runs: Sequence[dict[str, Any]], digest: str, defaults: Path | None
+) -> list[str]:
+    """Return the commands that repeat the last run, whose settings are `params`.
 
     They set what differs from params.yaml in the commit of the run, or in a new project where no commit is known.
     """
@@ -229,7 +259,7 @@ def _commands(root: Path, runs: Sequence[dict[str, Any]], digest: str, defaults:
         commit, known = None, swept(defaults) if defaults else {}
     settings = [
         f"-S {shlex.quote(f'{name}={_setting(value)}')}"
-        for name, value in swept(root / "params.yaml").items()
+        for name, value in params.items()
         if name not in known or known[name] != value
     ]
     return [*([f"git checkout {commit}"] if commit else []), " ".join(["dvc exp run", *settings])]

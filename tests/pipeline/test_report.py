@@ -240,6 +240,23 @@ def test_an_architecture_that_was_changed_by_hand_and_trained_is_no_mix_of_two_r
     assert "mixes" not in result.output and "changed by hand" in Path("report.html").read_text()
 
 
+def test_a_params_yaml_that_was_edited_after_the_run_changes_nothing_of_the_page_and_is_told(project):
+    stages = {"search": "OPTIMIZER = 'spos'\nSEED = 4", "evaluate": "SPACE = 'autoformer_nano'\nSEED = 4"}
+    for stage, macros in stages.items():
+        Path(f"out/{stage}/operative.gin").write_text(f"{macros}\nsearch.epochs = 5\nsearch.batch_size = 32\n")
+    set_params(project, optimizer="spos", seed=4, search={"epochs": 5})
+    assert "params.yaml" not in CliRunner().invoke(main, ["report"]).output
+    (expected,) = commands()
+    set_params(project, optimizer="darts", seed=7, search={"epochs": 9})
+    result = CliRunner().invoke(main, ["report"])
+    assert "differs from the run in out, which had optimizer spos, seed 4, search.epochs 5" in " ".join(
+        result.stderr.split()
+    )
+    assert commands() == [expected]
+    text = Path("report.html").read_text()
+    assert "<h1>spos on autoformer_nano" in text and "seed 4" in text and "differs from the run" in text
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
