@@ -12,7 +12,6 @@ from tanglenas_engine.errors import TangleNASError, describe
 from ._console import read_text
 
 if TYPE_CHECKING:
-    from tanglenas_engine.data import Dataset
     from tanglenas_engine.spaces.architecture import Architecture
     from tanglenas_engine.spaces.space import SearchSpace
 
@@ -27,7 +26,8 @@ def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--option",
         metavar="NAME=VALUE",
         multiple=True,
-        help="An option of the space, such as image_size=32. By default those of the operative.gin beside ARCH.",
+        help="An option of the space, such as image_size=32, in place of that of the project, or of the operative.gin "
+        "beside ARCH.",
     )(function)
 
 
@@ -46,11 +46,11 @@ def read_architecture(path: str | Path) -> "Architecture":
         raise TangleNASError(f"{path}: {error}") from None
 
 
-def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any], Dataset | None]":
-    """Return the space and the architecture of a file, the options that make the space fit it, and the dataset.
+def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any], Path | None]":
+    """Return the space and the architecture of a file, the options that make the space fit it, and the stage's config.
 
-    A stage writes `operative.gin` beside the architecture, or above the folder of a front. Its dataset and bindings
-    give the options, unless a person gives some. The dataset is None where no such file was read.
+    A stage writes `operative.gin` beside the architecture, or above the folder of a front. It has the options but for
+    those that a person gives. The config is None where there is no such file.
 
     Raises:
         TangleNASError: The file holds no architecture, or the space is unknown or has no such option.
@@ -58,17 +58,14 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     architecture = read_architecture(path)
     folder = path.absolute().parent
     configs = [one for one in (folder / "operative.gin", folder.parent / "operative.gin") if one.is_file()]
-    dataset = None
-    if given:
-        options = parsed(given)
-    elif configs:
+    options: dict[str, Any] = {}
+    if configs:
         from ..pipeline import records
 
-        options, dataset = records.made_with(configs[0])
-    else:
-        options = {}
+        options = records.made_with(configs[0])
+    options |= parsed(given)
     space = make_space(architecture.space, options)
-    return space, space.architecture_of(space.assignment_of(architecture)), options, dataset
+    return space, space.architecture_of(space.assignment_of(architecture)), options, configs[0] if configs else None
 
 
 def make_space(name: str, options: dict[str, Any]) -> "SearchSpace":

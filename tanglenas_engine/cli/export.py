@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, shown
 
 from ._console import read_text
 from ._model import CONFIG, TOKENIZER, known_beside, transformers_model
@@ -83,8 +83,9 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
     """
     import torch
 
-    space, architecture, made_with, dataset = read(file, options)
-    network = _network(space, architecture, weights, dataset).eval()
+    space, architecture, made_with, config = read(file, options)
+    dataset, trouble = _dataset(config)
+    network = _network(space, architecture, weights, dataset, trouble).eval()
     known = known_beside(weights) or dataset
     torch.manual_seed(0)
     batches = [space.example_input(3)]  # another batch size than the traced one
@@ -112,10 +113,22 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
     click.echo(code.replace("DIR", output.as_posix()))
     if known is None:
         click.echo(
-            f"{weights.parent} has no config.json, and no run is known that made {file}: the network has no names of "
-            "classes, and nothing says how its inputs are made",
+            f"{weights.parent} has no config.json, and {trouble or f'no run is known that made {file}'}: the network "
+            "has no names of classes, and nothing says how its inputs are made",
             err=True,
         )
+
+
+def _dataset(config: Path | None) -> tuple[Dataset | None, str]:
+    """Return the dataset of the run, or None and why it is not known, where a run is known."""
+    if config is None:
+        return None, ""
+    from ..pipeline import records
+
+    try:
+        return records.dataset_of(config), ""
+    except TangleNASError as error:
+        return None, f"the dataset of the run cannot be opened ({shown(error)})"
 
 
 def _refuse_others(folder: Path, output: Path) -> None:
@@ -131,7 +144,9 @@ def _refuse_others(folder: Path, output: Path) -> None:
         )
 
 
-def _network(space: SearchSpace, architecture: Architecture, weights: Path, dataset: Dataset | None) -> nn.Module:
+def _network(
+    space: SearchSpace, architecture: Architecture, weights: Path, dataset: Dataset | None, trouble: str
+) -> nn.Module:
     """Return the network with its own weights, or with those that it inherits from the supernet."""
     from tanglenas_engine.runtime.weights import OtherWeightsError, load_into, weights_metadata
 
@@ -153,12 +168,12 @@ def _network(space: SearchSpace, architecture: Architecture, weights: Path, data
     if prefix:
         click.echo(f"{weights}: all names begin with {prefix!r}, which was left out", err=True)
     if network is space:
-        return _recalibrated(space.extract(architecture).eval(), weights, dataset)
+        return _recalibrated(space.extract(architecture).eval(), weights, dataset, trouble)
     _check_architecture(space, architecture, weights, metadata)
     return own
 
 
-def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None) -> nn.Module:
+def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None, trouble: str) -> nn.Module:
     """Return the network with statistics of batch norms of its own, as `retrain.mode = "inherit"` sets them.
 
     Those of the supernet are of many architectures.
@@ -178,7 +193,9 @@ def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None) ->
         needs = (
             f"give the supernet.safetensors of the run, which lies beside its {SPLITS}"
             if dataset is not None
-            else "leave -o out, and give the architecture.json of the run, which lies beside its operative.gin"
+            else f"bring them back ({trouble})"
+            if trouble
+            else "give the architecture.json of the run, which lies beside its operative.gin"
         )
         raise TangleNASError(
             f"{weights} holds the supernet's weights. Its batch norms have statistics of many architectures, with "

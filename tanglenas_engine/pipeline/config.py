@@ -14,7 +14,7 @@ import re
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -320,6 +320,13 @@ def required(macro: str, kind: type) -> Any:
     if not accepts(kind, value):
         raise TangleNASError(f"{macro} is {value!r}, expected {WORDS[kind]}")
     return value
+
+
+def record(name: str, values: Mapping[str, Any]) -> None:
+    """Add values to the operative config with which a stage called a function itself, as if gin had bound them."""
+    for (scope, selector), recorded in gin.config._OPERATIVE_CONFIG.items():
+        if not scope and selector.split(".")[-1] == name:
+            recorded.update(values)
 
 
 def operative_config() -> str:

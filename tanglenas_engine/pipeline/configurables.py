@@ -23,7 +23,7 @@ from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.race import race as engine_race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import KINDS, bindings_of, configured, referred, register, required
+from tanglenas_engine.pipeline.config import KINDS, bindings_of, configured, record, referred, register, required
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrained
@@ -197,6 +197,7 @@ def create() -> tuple[int, SearchSpace, Dataset]:
     torch.manual_seed(seed)
     try:
         space = create_space(name=required("SPACE", str), **fitted)
+        record("create_space", fitted)  # the space can be made again without the data
     except TangleNASError as error:
         if any(f"takes no option {option!r}" in str(error) for option in fitted):
             raise TangleNASError(

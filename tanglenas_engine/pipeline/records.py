@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1e18
 """The size from which a number of a run counts as none. An axis has no room for it."""
+FITTED = frozenset({"num_classes", "vocab_size"})
+"""Options of a space that say what a dataset holds. Earlier versions did not write them into `operative.gin`."""
 STAGE, PIPELINE_ID = "tanglenas.stage", "tanglenas.pipeline_id"
 BINDING = re.compile(r"""'([\w./]+) = "?\$\{([\w.]+)\}"?'""")
 """A binding in dvc.yaml whose value is one of params.yaml, such as `'target.share = ${search.target_share}'`."""
@@ -49,23 +51,45 @@ class Records:
     unfinished: list[str] = field(default_factory=list)
 
 
-def made_with(config: Path) -> tuple[dict[str, Any], Dataset]:
-    """Return the options with which a stage made its space, and its dataset, from the `operative.gin` that it wrote.
+def made_with(config: Path) -> dict[str, Any]:
+    """Return the options with which a stage made its space, from the `operative.gin` that it wrote.
 
     Raises:
-        TangleNASError: The config is damaged, or its dataset is missing.
+        TangleNASError: The config is damaged. Or an earlier version wrote it, without what the dataset says of the
+            space, and the dataset is missing.
     """
+    _read_config(config)
+    bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
+    return bound if FITTED & {*bound} else {**dataset_of(config).space_options(), **bound}
+
+
+def dataset_of(config: Path) -> Dataset:
+    """Return the dataset of a stage, from the `operative.gin` that it wrote.
+
+    Raises:
+        TangleNASError: The config is damaged, or the dataset is missing.
+    """
+    _read_config(config)
+    try:
+        dataset: Dataset = create_dataset(name=required("DATASET", str))
+    except TangleNASError as error:
+        raise TangleNASError(str(error).split("\n  In call to configurable")[0]) from None  # gin adds its call stack
+    return dataset
+
+
+def _read_config(config: Path) -> None:
     gin.clear_config()
     try:
         text = config.read_text("utf-8")
         register_references(text)
         # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
         gin.parse_config(text, skip_unknown=True)
-        bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
+        gin.get_bindings("create_space")  # resolves what it refers to
     except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
-        raise TangleNASError(f"{config} cannot be read ({shown(error)}). Give the space's options instead") from None
-    dataset: Dataset = create_dataset(name=required("DATASET", str))
-    return {**dataset.space_options(), **bound}, dataset
+        raise TangleNASError(
+            f"{config} cannot be read ({shown(error)}). Copy ARCH into another folder, and give the space's options "
+            "with -o"
+        ) from None
 
 
 def read(root: Path) -> Records:

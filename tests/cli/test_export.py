@@ -177,7 +177,7 @@ def test_weights_of_the_supernet_are_sliced(found):
     _, network, arguments = found("autoformer_nano")
     run(arguments, "--weights", "supernet.safetensors", "--format", "torch")
     assert Path("exported/model.safetensors").stat().st_size < Path("supernet.safetensors").stat().st_size
-    exported = export._network(tiny("autoformer_nano"), *_read("exported/model.safetensors"), None)
+    exported = export._network(tiny("autoformer_nano"), *_read("exported/model.safetensors"), None, "")
     for key, value in network.state_dict().items():
         torch.testing.assert_close(exported.state_dict()[key], value)
 
@@ -238,8 +238,15 @@ def test_without_the_data_a_network_of_the_supernet_with_batch_norms_is_refused(
     arguments = ["export", "architecture.json", "--weights", "supernet.safetensors", "--format", "torch"]
     arguments += ["--output", "exported"]
     options = [word for key, value in space.created_with.items() for word in ("-o", f"{key}={value!r}")]
-    for more, missing in ((options, "leave -o out"), ([], "beside its splits.json")):
-        Path("splits.json").unlink(missing_ok=not more)
+    config = Path("operative.gin").read_text()
+    cases = [
+        ("operative.gin", "", options, "beside its operative.gin"),
+        ("operative.gin", config.replace("digits", "digts"), [], "cannot be opened (unknown dataset 'digts'"),
+        ("splits.json", "", [], "beside its splits.json"),
+    ]
+    for file, content, more, missing in cases:
+        Path("operative.gin").write_text(config)
+        Path(file).write_text(content) if content else Path(file).unlink()
         said = refused(arguments, *more)
         assert missing in said and "retrain.mode=inherit" in said
         assert not Path("exported").exists()

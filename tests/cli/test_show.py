@@ -70,6 +70,24 @@ def test_the_stage_that_wrote_the_file_says_which_options_the_space_had(show, tm
     assert params not in show(space.smallest(), "-o", "image_size=8")
 
 
+def test_options_that_a_person_gives_replace_those_of_the_stage_one_by_one(show, tmp_path):
+    (tmp_path / "operative.gin").write_text(
+        "SPACE = 'autoformer_nano'\nDATASET = 'digits'\ncreate_space.relative_position = True\n"
+        "create_dataset.image_size = 16\n"
+    )
+    smallest = create_space("autoformer_nano").smallest()
+    assert show(smallest, "-o", "image_size=16") == show(smallest, "-o", "relaxation=paper") == show(smallest)
+
+
+def test_an_architecture_is_shown_without_the_data_once_the_stage_has_written_its_sizes(show, tmp_path):
+    (tmp_path / "operative.gin").write_text(
+        "SPACE = 'gpt_nano'\nDATASET = 'text'\ncreate_dataset.path = 'gone.txt'\n"
+        "create_space.vocab_size = 23\ncreate_space.block_size = 32\n"
+    )
+    space = create_space("gpt_nano", vocab_size=23, block_size=32)
+    assert f"{space.cost(space.smallest()).params:,}" in show(space.smallest())
+
+
 def test_a_config_that_refers_to_functions_of_the_project_is_read(show, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -349,6 +349,7 @@ def test_the_operative_config_runs_a_stage_again_with_the_same_result(done: Path
     for folder in ("stages", "spaces", "optimizers", "datasets"):
         shutil.rmtree(done / "gin" / folder)
     shutil.copy("out/search/operative.gin", "mine.gin")
+    assert "create_space.num_classes = 10" in Path("mine.gin").read_text()  # so the space is known without the data
     search.main(["mine.gin"])
     again = load_weights("out/search/supernet.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
