@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Metric, Table
-from tanglenas_engine.pipeline.comparison_curves import VALUES, Curves
+from tanglenas_engine.pipeline.comparison_curves import VALUES, Curve, Curves
 from tanglenas_engine.pipeline.figures import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 WIDTH = 3.4  # inches: a column of most conferences
 ROW = 0.24  # inches of a group whose label is beside its line
-LONG = 0.36  # inches of one whose label is above
+LONG = 0.23  # inches of one whose label is above, and each line of the label
+LINE = 0.13  # inches of a line of text
+LETTERS = 42  # letters that a line has room for
 BESIDE = 14  # letters of the longest label beside a line
 CURVES = 1.9  # inches of the anytime curves
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
@@ -46,11 +49,12 @@ def draw(comparison: Comparison, curves: Sequence[Curves]) -> bytes:
 
     labels = dict.fromkeys(group.label for table in comparison.tables for group in table.groups)
     colours = looks(list(labels))
-    heights = []
+    heights, around = [], 0.0
     for table, drawn in zip(comparison.tables, curves, strict=True):
-        heights += [(ROW if short(table) else LONG) * len(table.groups) + 0.1] + [CURVES] * bool(drawn.curves)
+        heights += [room(table)] + [CURVES, LINE * _lines(drawn)] * bool(drawn.curves)
+        around += 0.7 + LINE * plain(table.title).count("\n") + 0.8 * bool(drawn.curves)
     with style.context(["default", COLUMN]):
-        figure = Figure(figsize=(WIDTH, sum(heights) + 0.7 * len(heights)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, sum(heights) + around), layout="constrained")
         panels = iter(figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0])
         for table, drawn in zip(comparison.tables, curves, strict=True):
             axes = next(panels)
@@ -58,7 +62,9 @@ def draw(comparison: Comparison, curves: Sequence[Curves]) -> bytes:
                 axes.set_title(plain(table.title), fontweight="bold")
             means(axes, table, comparison.metrics[0], comparison.metric(comparison.metrics[0]), colours)
             if drawn.curves:
-                _anytime(next(panels), drawn, colours)
+                axes = next(panels)
+                _anytime(axes, drawn, colours)
+                _legend(next(panels), axes, drawn)
         return png(figure)
 
 
@@ -72,21 +78,21 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def means(axes: Axes, table: Table, metric: str, shown: Metric, colours: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw a line for each group: a ring for each seed, the mean as a dot, and its interval."""
-    beside = short(table)
-    for number, group in enumerate(table.groups):
+    beside, places = short(table), _places(table)
+    for place, group in zip(places, table.groups, strict=True):
         colour = colours[group.label]["color"]
         if not beside:
             at_left = axes.get_yaxis_transform()
-            axes.text(0.01, number - 0.38, plain(group.label), color=colour, va="center", transform=at_left)
+            axes.text(0.01, place - 0.07, plain(group.label), color=colour, va="bottom", transform=at_left)
         values = [value / shown.scale for value in group.values(metric).values()]
-        axes.plot(values, [number] * len(values), "o", markersize=4, markerfacecolor="white", color=colour, zorder=3)
+        axes.plot(values, [place] * len(values), "o", markersize=4, markerfacecolor="white", color=colour, zorder=3)
         if (estimate := table.estimates.get((metric, group.label))) is None:
             continue
-        axes.plot(estimate.mean / shown.scale, number, "o", markersize=5, color=colour, zorder=4)
+        axes.plot(estimate.mean / shown.scale, place, "o", markersize=5, color=colour, zorder=4)
         if estimate.interval is not None:
-            axes.plot([end / shown.scale for end in estimate.interval], [number] * 2, linewidth=1.8, color=colour)
-    axes.set_ylim(len(table.groups) - 0.5, -0.5 if beside else -0.7)
-    axes.set_yticks(range(len(table.groups)) if beside else [])
+            axes.plot([end / shown.scale for end in estimate.interval], [place] * 2, linewidth=1.8, color=colour)
+    axes.set_ylim(room(table), 0)
+    axes.set_yticks(places if beside else [])
     if beside:
         axes.set_yticklabels([plain(group.label) for group in table.groups], fontsize=8)
         axes.tick_params(axis="y", length=0)
@@ -104,8 +110,7 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
     seconds, unit = next((own, sign) for least, own, sign in UNITS if longest >= least)
     for curve in drawn.curves:
         look = colours[curve.label]
-        label = curve.label if curve.derived else f"{curve.label} (a fixed network)"
-        axes.plot(curve.seconds / seconds, curve.mean, label=plain(label), drawstyle="steps-post", **look)
+        axes.plot(curve.seconds / seconds, curve.mean, label=_name(curve), drawstyle="steps-post", **look)
         if curve.band is not None:
             axes.fill_between(curve.seconds / seconds, *curve.band, step="post", color=look["color"], alpha=0.18,
                               linewidth=0)  # fmt: skip
@@ -115,7 +120,39 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
     axes.set_ylabel(VALUES[drawn.value])
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.5)
-    axes.legend(loc="best", fontsize=7)
+
+
+def _legend(axes: Axes, panel: Axes, drawn: Curves) -> None:
+    """Name the curves of a panel in axes of their own below it, where names cover nothing, however many and long."""
+    axes.set_axis_off()
+    names = axes.legend(*panel.get_legend_handles_labels(), loc="upper left", fontsize=7, borderaxespad=0,
+                        labelspacing=0.2, ncols=_columns(drawn))  # fmt: skip
+    names.set_in_layout(False)
+
+
+def _name(curve: Curve) -> str:
+    return plain(curve.label if curve.derived else f"{curve.label} (a fixed network)")
+
+
+def _columns(drawn: Curves) -> int:
+    return 2 if all(len(_name(curve)) <= LETTERS // 2 for curve in drawn.curves) else 1
+
+
+def _lines(drawn: Curves) -> int:
+    """Return the lines of the longer column of the names of curves."""
+    return -(-sum(1 + _name(curve).count("\n") for curve in drawn.curves) // _columns(drawn))
+
+
+def room(table: Table) -> float:
+    """Return the inches of the lines of a table's groups, with their labels."""
+    return (_places(table) or [0.0])[-1] + ROW / 2
+
+
+def _places(table: Table) -> list[float]:
+    """Return how far from the top the line of each group is, in inches."""
+    beside = short(table)
+    heights = [ROW if beside else LONG + LINE * (1 + plain(group.label).count("\n")) for group in table.groups]
+    return [sum(heights[: number + 1]) - ROW / 2 for number in range(len(heights))]
 
 
 def short(table: Table) -> bool:
@@ -124,5 +161,5 @@ def short(table: Table) -> bool:
 
 
 def plain(text: str) -> str:
-    """Return text that matplotlib takes for no formula."""
-    return (text if len(text) <= 60 else f"{text[:57]}...").replace("$", r"\$")
+    """Return text in lines that have room, which matplotlib takes for no formula."""
+    return "\n".join(textwrap.fill(line, LETTERS) for line in text.splitlines()).replace("$", r"\$")

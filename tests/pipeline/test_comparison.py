@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -249,6 +250,28 @@ def test_the_figure_is_the_same_for_the_same_runs():
     curves = [Curves("validation_accuracy", [curve])]
     assert draw(comparison, curves) == draw(comparison, curves)
     assert draw(comparison, [Curves("validation_accuracy", [])]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count, more", [(2, ""), (22, ""), (4, ", search.warmup_epochs=1, retrain.mode=finetune")])
+def test_names_of_groups_are_whole_and_apart_and_leave_the_panels_their_room(count, more, monkeypatch):
+    monkeypatch.setattr("tanglenas_engine.pipeline.comparison_figure.png", lambda figure: figure)
+    methods = [f"spos, discretize.method=evolution{more}, relaxation={n}" if more else f"m{n}" for n in range(count)]
+    comparison = compared(*(row(name, seed, 80.0 + seed) for name in methods for seed in range(2)))
+    moments = np.linspace(1.0, 400.0, 200)
+    curves = [Curve(group.label, moments, moments, None, False, False) for group in comparison.tables[0].groups]
+    figure = draw(comparison, [Curves("validation_accuracy", curves)])
+    figure.draw_without_rendering()
+    means, anytime, names = figure.axes
+    assert min(axes.bbox.width for axes in (means, anytime)) > 0.7 * figure.bbox.width
+    above = means.get_yticklabels() if not more else means.texts
+    legend = names.get_legend().get_texts()
+    for texts in (above, legend):
+        boxes = [text.get_window_extent() for text in texts]
+        assert len({text.get_text() for text in texts}) == len(texts) == count
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert names.get_legend().get_window_extent().y1 < anytime.xaxis.get_tightbbox().y0
 
 
 @pytest.mark.exhaustive

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Table, bootstrap
-from tanglenas_engine.pipeline.comparison_figure import COLUMN, LONG, ROW, WIDTH, looks, means, plain, short
+from tanglenas_engine.pipeline.comparison_figure import COLUMN, WIDTH, looks, means, plain, room
 from tanglenas_engine.pipeline.figures import FAINT, png
 from tanglenas_engine.pipeline.studies.study import Arm, Matrix, Panel, Runs, Study
 
@@ -44,7 +44,7 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
         for table in comparison.tables if panel.kind == "means" else ():
             if not any(metric == panel.name for metric, _ in table.estimates):
                 continue
-            height = (ROW if short(table) else LONG) * len(measured(table, panel.name).groups) + 0.1
+            height = room(measured(table, panel.name))
 
             def by_arm(place: Any, table: Table = table, name: str = panel.name) -> None:
                 axes, look = place.subplots(), comparison.metric(name)
