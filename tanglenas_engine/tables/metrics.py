@@ -13,8 +13,12 @@ Kind = Literal["accuracy", "more", "less"]
 ACCURACIES = frozenset({"acc", "accs", "accuracy", "accuracies", "top"})
 MORE = frozenset(
     {"precision", "recall", "f", "auc", "auroc", "auprc", "map", "miou", "iou", "dice", "bleu", "rouge", "psnr", "ssim",
-     "score", "scores", "throughput", "fps", "reward", "rewards", "return", "correlation", "speedup"}
+     "score", "scores", "throughput", "fps", "reward", "rewards", "return", "correlation"}
 )  # fmt: skip
+GAINS = frozenset(
+    {"efficiency", "gain", "gains", "improvement", "reduction", "saved", "saving", "savings", "speedup"}
+)  # fmt: skip
+"""Words with which more is better, and which turn a cost before them around: `energy_efficiency` is no energy."""
 LESS = frozenset(
     {"loss", "losses", "err", "errs", "error", "errors", "nll", "ce", "crossentropy", "perplexity", "perplexities",
      "ppl", "bpc", "bpb", "mse", "rmse", "mae", "mape", "wer", "cer", "fid", "kl", "regret", "drop", "misclassified",
@@ -26,7 +30,7 @@ LESS = frozenset(
 )  # fmt: skip
 ABOUT = frozenset(
     {"std", "stdev", "stddev", "deviation", "sigma", "variance", "var", "gap", "epoch", "epochs", "step", "steps",
-     "rank", "ranks", "seed", "seeds", "count", "trials"}
+     "rank", "ranks", "seed", "seeds", "count", "trials", "compression"}
 )  # fmt: skip
 """Words of what is known of a metric and is not the metric: `test_acc_std` is no accuracy."""
 PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
@@ -40,26 +44,28 @@ TOLD = re.compile(r"(.*\S) \((more|less) is better\)")
 
 
 def words(metric: str) -> list[str]:
-    """Return the words of a name in lower case. Anything but a letter ends a word, and so does `testLoss`'s capital.
-
-    What follows "per" is a unit, and left out: `images_per_second` is no time.
-    """
+    """Return the words of a name in lower case. Anything but a letter ends a word, and so does `testLoss`'s capital."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", metric)
-    found = [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]
-    return found[: found.index("per")] if "per" in found else found
+    return [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]
 
 
 @functools.cache
 def kind_of(metric: str) -> Kind | None:
     """Return the kind of a metric by the words of its name, or None if they do not tell.
 
-    A word for a cost decides before those for gains: `top1_err` is an error, `accuracy_drop` a loss.
+    A word for a cost decides before those for gains: `top1_err` is an error, `accuracy_drop` a loss. What follows "per"
+    is a unit: `images_per_second` is no time, and `gflops_per_watt`, of two costs, is unknown.
     """
     named = words(metric)
+    unit = named[named.index("per") :] if "per" in named else []
+    named = named[: len(named) - len(unit)]
     if not ABOUT.isdisjoint(named):
         return None
-    if not LESS.isdisjoint(named):
-        return "less"
+    costs = not LESS.isdisjoint(named)
+    if not GAINS.isdisjoint(named):
+        return None if costs else "more"
+    if costs:
+        return "less" if LESS.isdisjoint(unit) else None
     if not ACCURACIES.isdisjoint(named):
         return "accuracy"
     if not MORE.isdisjoint(named):
