@@ -21,8 +21,8 @@ def print_table(columns: list[str], rows: list[list[str]], styles: Iterable[str]
 
 
 def number(value: float) -> str:
-    """Write a number with three decimals at most and three digits at least: 94.373, 73306, 0.000214."""
-    return f"{value:.3g}" if 0 < value < 0.1 else f"{value:.3f}".rstrip("0").rstrip(".")
+    """Write a number with three decimals at most and three digits at least: 94.373, 73306, -0.000214."""
+    return f"{value:.3g}" if 0 < abs(value) < 0.1 else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def read_text(path: str | Path, expected: str) -> str:

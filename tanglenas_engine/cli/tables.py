@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,7 +24,7 @@ def command() -> None:
 @command.command("import", short_help="Convert a table to the canonical CSV and check it.")
 @click.argument("file")
 @click.option("--space", "space_name", metavar="NAME", required=True, help="The space that the table is of.")
-@click.option("--out", metavar="PATH", help="Where to write; by default NAME.table.csv.gz in this folder.")
+@click.option("--out", metavar="PATH", help="Where to write; by default NAME.table.csv.gz, if this folder has none.")
 @click.option("--higher", metavar="METRIC", multiple=True, help="More of this metric is better; may be repeated.")
 @click.option("--lower", metavar="METRIC", multiple=True, help="Less of this metric is better; may be repeated.")
 def import_table(file: str, space_name: str, out: str | None, higher: tuple[str, ...], lower: tuple[str, ...]) -> None:
@@ -36,14 +37,16 @@ def import_table(file: str, space_name: str, out: str | None, higher: tuple[str,
     from ..plugins import create_space
     from ..tables import load_table
 
+    target = out or f"{space_name}.table.csv.gz"
+    if out is None and Path(target).exists():
+        raise TangleNASError(f"{target} exists: name the file to write with --out PATH, or {target} to replace it")
     space = create_space(space_name)
     if both := sorted({*higher} & {*lower}):
         raise TangleNASError(f"--higher and --lower both name {both[0]!r}: leave one out")
     table = load_table(file, space, {**dict.fromkeys(higher, True), **dict.fromkeys(lower, False)})
     check = table.check(space)
-    out = out or f"{space_name}.table.csv.gz"
-    table.write(out)
-    click.echo(f"{out}: {check}; {', '.join(f'{metric} ({_better(table, metric)})' for metric in table.metrics)}")
+    table.write(target)
+    click.echo(f"{target}: {check}; {', '.join(f'{metric} ({_better(table, metric)})' for metric in table.metrics)}")
     _notes(table)
     if not check.complete:
         click.echo("Warning: the table is incomplete: rank and regret count what is there.", err=True)
@@ -90,15 +93,18 @@ def show(table: str) -> None:
 
     shown = load_table(table)
     click.echo(f"{len(shown)} architectures of {shown.space or 'a space that the file does not name'}\n")
-    rows = []
+    rows, best_ones = [], []
     for metric in shown.metrics:
         if shown.higher_is_better(metric) is None:
-            rows.append([metric, _better(shown, metric), "-", number(shown.median(metric)), "-", "-"])
+            rows.append([metric, _better(shown, metric), "-", number(shown.median(metric)), "-"])
             continue
         best = shown.best(metric)
         numbers = shown.value(best, metric), shown.median(metric), shown.value(shown.worst(metric), metric)
-        rows.append([metric, _better(shown, metric), *map(number, numbers), best])
-    print_table(["metric", "better", "best", "median", "worst", "best architecture"], rows)
+        rows.append([metric, _better(shown, metric), *map(number, numbers)])
+        best_ones.append(f"best {metric}: {best}")
+    print_table(["metric", "better", "best", "median", "worst"], rows)
+    if best_ones:  # below the table, which a narrow terminal cuts
+        click.echo("\n" + "\n".join(best_ones))
     _notes(shown)
 
 

@@ -288,12 +288,18 @@ def build(
         bindings: gin bindings beyond those of the retrain stage.
 
     Raises:
-        TangleNASError: This is no project, the file holds a pool of something else, or too few architectures fit.
+        TangleNASError: This is no project, the file holds a pool of something else or no pool, or too few architectures
+            fit.
     """
     at_least("--count", count, 2)
     at_least("--seeds", seeds, 1)
     if not jobs:
         raise TangleNASError("--jobs is 0, expected a number of trainings at a time, or -1 for one on each core")
+    if path.exists() and not record_of(path).exists():
+        raise TangleNASError(
+            f"{path} exists, and is no pool that can go on, as {record_of(path).name} is not beside it: name another "
+            "file, which is written"
+        )
     arguments = project_arguments(*bindings)
     if arguments is None:
         raise TangleNASError(

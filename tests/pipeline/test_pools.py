@@ -326,6 +326,14 @@ def test_a_pool_that_was_measured_elsewhere_is_taken_as_it_is(project):
     assert not pools.incomparable(Path("pool.csv"), space, dataset, splits, 10**9)
 
 
+def test_a_table_that_was_measured_elsewhere_is_not_written_over(project):
+    (project / "pool.json").unlink()
+    before = (project / "pool.csv").read_bytes()
+    result = build("--count", "2")
+    assert result.exit_code == 2 and "pool.csv exists, and is no pool that can go on" in result.output
+    assert (project / "pool.csv").read_bytes() == before and not (project / "pool.json").exists()
+
+
 def test_a_pool_of_another_seed_is_refused_where_the_splits_are_a_file(project):
     with configured(trainings.project_arguments()):
         seed, _, dataset = create()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tiny import ALL, tiny
 
 from tanglenas_engine import Architecture, SearchSpace, elastic
 from tanglenas_engine.cli import main
+from tanglenas_engine.cli._console import number
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import create_space, manager
 from tanglenas_engine.tables import Table, kendall_tau, load_table, pickles, read_pickle, reading, spearman
@@ -693,6 +695,11 @@ def test_import_writes_the_canonical_file_and_says_that_it_is_complete(call, spa
     assert result.stdout == "stack.table.csv.gz: all 6 architectures of stack; test_acc (more)\n"
     assert load_table("stack.table.csv.gz", space).value(space.largest(), "test_acc") == 90
     assert call("import", "stack.table.csv.gz", "--space", "stack", "--out", "sub/again.csv").exit_code == 0
+    kept = Path("stack.table.csv.gz").read_bytes()
+    release(STACKS | {"[8]": 1.0})
+    again = call("import", "release.pkl", "--space", "stack")
+    assert again.exit_code == 2 and "stack.table.csv.gz exists: name the file to write with --out" in again.stderr
+    assert Path("stack.table.csv.gz").read_bytes() == kept
     assert Path("sub/again.csv").read_text().startswith("architecture of stack,test_acc\n[8],70\n")
 
 
@@ -750,10 +757,26 @@ def test_show_summarises(call):
     Path("t.csv").write_text("arch,test_acc,params\nx,90.25,1000\ny,91.5,3000\nz,10,2000\n")
     lines = call("show", "t.csv").stdout.splitlines()
     assert lines[0] == "3 architectures of a space that the file does not name"
-    assert [line.split() for line in lines[3:]] == [
-        ["test_acc", "more", "91.5", "90.25", "10", "y"],
-        ["params", "less", "1000", "2000", "3000", "x"],
+    assert [line.split() for line in lines[3:5]] == [
+        ["test_acc", "more", "91.5", "90.25", "10"],
+        ["params", "less", "1000", "2000", "3000"],
     ]
+    assert lines[5:] == ["", "best test_acc: y", "best params: x"]
+
+
+def test_show_has_the_best_architecture_whole_in_a_narrow_terminal(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("tanglenas_engine.cli._console.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: 1)))
+    best = "|avg_pool_3x3~0|+|none~0|none~1|+|none~0|none~1|nor_conv_3x3~2|"
+    Path("t.csv").write_text(f"arch,test_acc\n{best},90.25\nother,10\n")
+    assert f"best test_acc: {best}" in call("show", "t.csv").stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "value, text", [(-0.0002, "-0.0002"), (0.0002, "0.0002"), (-0.05, "-0.05"), (0.0, "0"), (94.3732, "94.373")]
+)
+def test_small_numbers_keep_their_digits_whatever_their_sign(value, text):
+    assert number(value) == text
 
 
 @pytest.mark.slow
