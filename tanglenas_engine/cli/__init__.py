@@ -57,7 +57,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except TangleNASError as error:
             raise WrongInput(readable(error)) from error
-        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, FileNotFoundError) as error:
+        except OSError as error:
             if error.filename is None:
                 raise
             raise WrongInput(f"{error.filename}: {error.strerror}. Name another file or folder") from error

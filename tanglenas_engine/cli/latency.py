@@ -38,11 +38,14 @@ def build(
     Use it as an objective: `create_objective.table = "TABLE"` for the objective `latency`. The space needs the options
     that the search has. In a project that searches SPACE they are those of the project; -o gives others.
     """
+    from tanglenas_engine.runtime.files import check_writable
     from tanglenas_engine.runtime.progress import ConsoleProgress
     from tanglenas_objectives.latency_measurement import measure_latency
 
     if figure is not None and networks < 2:
         raise click.UsageError("--figure draws predicted against measured latencies: it needs at least --networks 2")
+    for path in filter(None, (table, figure)):
+        check_writable(path)
     made = make_space(space, {**project_options(space), **parsed(options)})
     measured = measure_latency(
         made,

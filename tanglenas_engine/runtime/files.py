@@ -1,5 +1,6 @@
 """Files that are complete even if the process is killed, and folders that only one process can hold."""
 
+import errno
 import json
 import os
 import secrets
@@ -53,15 +54,35 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
         TangleNASError: The disk is full or the path is not writable. The previous content is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as temporary:
         with open(temporary, "xb") as file:
             file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Check that `write_atomic` can write a file, before long work whose result it holds.
+
+    Raises:
+        TangleNASError: The path is a folder or is not writable.
+    """
+    path = Path(path)
+    with _beside(path) as temporary:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file beside a file, and tell in a sentence why it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
         raise TangleNASError(
             f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "

@@ -149,6 +149,7 @@ def test_wrong_input_is_one_line_and_no_traceback():
     "arguments",
     [
         ["init", "file/project"], ["new-plugin", "mine", "--output", "file/plugin"], ["init", "/proc/nowhere/project"],
+        ["init", "a" * 300], ["predict", "a" * 300, "x.png"],
     ],
 )  # fmt: skip
 def test_a_place_that_cannot_be_written_is_one_line(call, arguments, tmp_path, monkeypatch):
@@ -166,6 +167,8 @@ def test_a_place_that_cannot_be_written_is_one_line(call, arguments, tmp_path, m
         (["latency", "build", "toy_cell", "t.json", "-o", "channels=-1"], "cannot be made with channels=-1"),
         (["latency", "build", "toy_cell", "t.json", "--networks", "1", "--figure", "f.png"], "at least --networks 2"),
         (["latency", "build", "toy_cell", "t.json", "--networks", "-1"], "Invalid value for '--networks'"),
+        (["latency", "build", "no_space", "/proc/nowhere/t.json"], "cannot write /proc/nowhere/t.json"),
+        (["latency", "build", "no_space", "t.json", "--figure", "/proc"], "cannot write /proc"),
         (["new-plugin", "engine"], "there is a package tanglenas_engine already"),
         (["new-plugin", "toy"], "there is a package tanglenas_toy already"),
         (["new-plugin", "a_"], "cannot be called 'a_'"),
