@@ -16,6 +16,7 @@ from ._console import read_text
 from ._model import Model, open_model
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
 
 
@@ -187,8 +188,14 @@ def _texts(
             raise TangleNASError(f"{name} is empty: give a text of at least one token, which is continued")
         added = _continued(model, start, block, tokens, temperature, seed)
         lines += [f"==> {name} <=="] * (len(texts) > 1)
-        lines.append(_printable(text + tokenizer.decode(added, skip_special_tokens=False)))
+        lines.append(_printable(text + _text_after(tokenizer, start, added)))
     return lines
+
+
+def _text_after(tokenizer: Tokenizer, start: list[int], added: list[int]) -> str:
+    """Return the text of tokens that follow others. Decoders such as Llama's drop a space at the start of a text."""
+    before, whole, alone = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (start, start + added, added))
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def _continued(model: Model, start: list[int], block: int, tokens: int, temperature: float, seed: int) -> list[int]:

@@ -138,6 +138,20 @@ def test_what_a_tokenizer_says_of_padding_and_a_mark_before_a_text_change_nothin
     assert run("predict", texts / "torch", texts / "marked.txt", *how) == said
 
 
+@pytest.mark.parametrize("kind", ["Metaspace", "WordPiece", "ByteLevel"])
+def test_the_space_before_a_continuation_stays(kind):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = {"Metaspace": ["▁on", "▁a", "▁time"], "WordPiece": ["on", "a", "time"], "ByteLevel": ["on", "Ġa", "Ġtime"]}
+    vocabulary = {word: number for number, word in enumerate([*words[kind], "?"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if kind == "Metaspace" else pre_tokenizers.Whitespace()
+    tokenizer.decoder = getattr(decoders, kind)()
+    start = tokenizer.encode("on").ids
+    assert predict._text_after(tokenizer, start, [1, 2]) == " a time"
+    assert predict._text_after(tokenizer, start, []) == ""
+
+
 @pytest.mark.exhaustive
 def test_a_text_goes_on_alike_in_every_format(texts):
     how = ["--tokens", "30", "--seed", "1"]
