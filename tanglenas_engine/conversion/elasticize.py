@@ -94,7 +94,7 @@ class Elasticized(Traced, SearchSpace):
         """Return random inputs of the example's shape and type; whole numbers are drawn from the example's."""
         example: Tensor = self._example  # type: ignore[assignment]
         if example.is_floating_point():
-            return torch.randn(batch, *example.shape[1:])
+            return torch.randn(batch, *example.shape[1:]).to(example.dtype)
         picks = torch.randint(example.numel(), (batch, *example.shape[1:]))
         return example.flatten().cpu()[picks]
 

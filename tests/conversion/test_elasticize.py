@@ -756,3 +756,11 @@ def test_a_module_called_as_a_whole_keeps_only_what_it_reads():
     assert {*space.choices} == {"table", "up"} and "turns autocast on or off" in str(space.report)
     check_corners(lambda: copy.deepcopy(space))
     check_costs(lambda: copy.deepcopy(space))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_example_inputs_are_of_the_type_of_the_example(dtype):
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10)).to(dtype)
+    space = elasticize(model, torch.randn(4, 16).to(dtype))
+    example = space.example_input(3)
+    assert example.dtype == dtype and space(example).shape == (3, 10)
