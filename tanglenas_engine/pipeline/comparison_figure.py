@@ -160,6 +160,6 @@ def short(table: Table) -> bool:
     return all(len(group.label) <= BESIDE for group in table.groups)
 
 
-def plain(text: str) -> str:
-    """Return text in lines that have room, which matplotlib takes for no formula."""
-    return "\n".join(textwrap.fill(line, LETTERS) for line in text.splitlines()).replace("$", r"\$")
+def plain(text: str, letters: int = LETTERS) -> str:
+    """Return text in lines of some letters at most, which matplotlib takes for no formula."""
+    return "\n".join(textwrap.fill(line, letters) for line in text.splitlines()).replace("$", r"\$")

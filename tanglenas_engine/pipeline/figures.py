@@ -167,7 +167,9 @@ def architecture(space: SearchSpace, architecture: Architecture, path: str | Pat
     cost = space.cost(architecture)
     once = [choice for choice in space.choices.values() if not choice.layered]
     layered = [choice for choice in space.choices.values() if choice.layered]
-    grid = [layered[i : i + 4] for i in range(0, len(layered), 4)]
+    widest = 0.07 * max((len(_heading(choice)) for choice in layered), default=0) + 0.3  # inches of a column
+    columns = min(4, max(1, int((WIDTH - 0.2) / widest)))
+    grid = [layered[i : i + columns] for i in range(0, len(layered), columns)]
     layers = [max(len(choice) for choice in line) for line in grid]
     table: list[Block] = []
     trouble = ""
@@ -500,6 +502,15 @@ def _short(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters - 3]}..."
 
 
+def _heading(choice: Choice) -> str:
+    """Return the name of a choice with its options, if they are numbers."""
+    options = sorted(choice.options)
+    if isinstance(options[0], str):
+        return choice.name
+    listed = ", ".join(map(str, options)) if len(options) <= 4 else f"{options[0]} to {options[-1]}"
+    return f"{choice.name} ({listed})"
+
+
 def _layer_bars(axes: Axes, choice: Choice, assignment: Assignment) -> None:
     """Draw a bar per layer up to its option, on a ground as long as the largest option. Unused layers are hatched."""
     options = sorted(choice.options)
@@ -520,8 +531,7 @@ def _layer_bars(axes: Axes, choice: Choice, assignment: Assignment) -> None:
                   color="white" if inside else INK)  # fmt: skip
     if min((b - a for a, b in pairwise(options)), default=0) > 0.1 * inch:  # where options can be told apart
         axes.vlines(options[:-1], 0.5, len(choice) + 0.5, color="white", linewidth=0.8)
-    listed = ", ".join(map(str, options)) if len(options) <= 4 else f"{options[0]} to {options[-1]}"
-    axes.set_title(f"{choice.name} ({listed})")
+    axes.set_title(_heading(choice))
     axes.set(xlim=(0, largest), ylim=(len(choice) + 0.5, 0.5), xticks=[])
     axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.layer_rows])
     axes.spines[:].set_visible(False)
@@ -537,7 +547,7 @@ def _layer_names(axes: Axes, choice: Choice, assignment: Assignment) -> None:
         for x, option in enumerate(choice.options):
             axes.barh(layer, 0.06, 0.8, 0.08 * x, color=BLUE if option == name else PALE)
         axes.text(0.08 * len(choice.options) + 0.02, layer, name, va="center_baseline")
-    axes.set_title(choice.name)
+    axes.set_title(_heading(choice))
     axes.set(xlim=(0, 1), ylim=(len(choice) + 0.5, 0.5), xticks=[])
     axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.layer_rows])
     axes.spines[:].set_visible(False)

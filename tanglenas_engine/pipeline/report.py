@@ -18,6 +18,7 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import records
 from tanglenas_engine.pipeline.comparison import compare_rows
+from tanglenas_engine.pipeline.comparison_figure import plain
 from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.figures import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
@@ -226,9 +227,10 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in _points(runs):
         label = f"{run['space']}, {run['optimizer']}, {run['dataset']}"
-        groups.setdefault(shown(label, 80).replace("$", r"\$"), []).append(run)  # between two dollars is mathematics
+        groups.setdefault(plain(label, 56), []).append(run)
+    lines = sum(1 + label.count("\n") for label in groups)
     with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
-        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.8 + 0.2 * lines), layout="constrained")
         axes = figure.subplots()
         for number, (label, members) in enumerate(sorted(groups.items())):
             axes.scatter([run["params"] for run in members], [run["accuracy"] for run in members], s=28,

@@ -1,7 +1,9 @@
 """Figures are valid, the same bytes for the same input, show what they are given, and need no pyplot."""
 
+import itertools
 import subprocess
 import sys
+from collections import OrderedDict
 
 import matplotlib
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from spaces import SPACES, make, random_mixture, vit
 from torch import nn
 
-from tanglenas_engine import SearchSpace, create_optimizer, elastic
+from tanglenas_engine import SearchSpace, create_optimizer, elastic, elasticize
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import normalized_entropy
@@ -230,6 +232,32 @@ def test_longer_bars_mean_larger_options_and_layers_beyond_the_depth_have_none(t
     blue = {name: shows(drawn(tmp_path / f"{name}.png"), figures.BLUE) for name in ("few", "more", "deep")}
     assert blue["few"] < blue["more"]
     assert blue["few"] < blue["deep"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first_projection, self.second_projection = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        return x + self.second_projection(torch.relu(self.first_projection(x)))
+
+
+@pytest.mark.parametrize("count", [2, 4, 22])
+def test_headings_of_layered_choices_are_apart_and_on_the_page(count, tmp_path, monkeypatch):
+    def checked(figure):
+        figure.draw_without_rendering()
+        titles = [axes.title if axes.get_title() else axes._left_title for axes in figure.axes]
+        boxes = [title.get_window_extent() for title in titles if "projection" in title.get_text()]
+        assert len(boxes) == count
+        assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        return b""
+
+    stages = OrderedDict((f"stage{n}", nn.Sequential(Block(), Block())) for n in range(count))
+    space = elasticize(nn.Sequential(stages), torch.randn(2, 64))
+    monkeypatch.setattr(figures, "png", checked)
+    figures.architecture(space, space.smallest(), tmp_path / "drawn.png")
 
 
 def test_the_order_in_which_options_are_listed_does_not_matter(tmp_path):

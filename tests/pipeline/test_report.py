@@ -182,6 +182,17 @@ def test_groups_of_the_scatter_differ_by_colour_or_marker():
     assert len({*drawn}) >= 13
 
 
+@pytest.mark.parametrize("count, name", [(2, "o"), (22, "o"), (2, "a_method_with_a_rather_long_name_of_a_plugin")])
+def test_names_of_the_groups_leave_the_scatter_its_room(count, name):
+    run = {"space": "a_space_of_somebody", "dataset": "image_folder", "accuracy": 50.0}
+    runs = [{**run, "optimizer": f"{name}{number}", "params": 10.0 + number} for number in range(count)]
+    picture = _scatter(runs).decode()
+    axes = float(re.search(r'<clipPath.*? height="([\d.]+)"', picture, re.DOTALL)[1])  # points
+    below = float(re.search(r' y="([\d.]+)"[^>]*>parameters<', picture)[1])
+    names = [float(y) for y in re.findall(r' ([\d.]+)\)">a_space', picture)]
+    assert axes > 130 and len(names) == count and min(names) > below
+
+
 def commands() -> list[list[str]]:
     page, _ = report()
     lines = [line for tag, text in page.text if tag == "pre" for line in text.splitlines()]
