@@ -132,13 +132,14 @@ def _params(path: Path) -> dict[str, Any]:
 def _ran_with(root: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the run in out/ that differ from params.yaml, as `operative.gin` of the stages says.
 
-    What is null in params.yaml comes from the recipe, and is not compared.
+    What is null in params.yaml comes from the recipe, and is not compared. Neither are values that are no literal of
+    one line.
     """
     names, ran = records.names_of_params(root), dict[str, Any]()
     for stage in STAGES:
         for binding, text in BOUND.findall(_text(root / OUT / stage / "operative.gin")):
             if (name := names.get(binding)) and params.get(name) is not None:
-                with suppress(ValueError, SyntaxError):  # a reference, or a value of several lines
+                with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                     ran[name] = ast.literal_eval(text)
     return {name: value for name, value in ran.items() if str(value) != str(params[name])}
 
@@ -227,7 +228,7 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in _points(runs):
         label = f"{run['space']}, {run['optimizer']}, {run['dataset']}"
-        groups.setdefault(plain(label, 56), []).append(run)
+        groups.setdefault(plain(shown(label), 56), []).append(run)
     lines = sum(1 + label.count("\n") for label in groups)
     with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
         figure = Figure(figsize=(5.4, 2.8 + 0.2 * lines), layout="constrained")
