@@ -192,8 +192,8 @@ METHODS = {
     "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
-    "short spos band": Method("spos", ("best race", "exploring race", "race of proposals"), short=True),
-    "no search": Method("spos", ("searchless race",), trained=False),
+    "short spos band": Method("spos", ("best race", "proposing race"), short=True),
+    "no search": Method("spos", ("proposing race",), trained=False),
     "spos whole space": Method("spos", ("random",), band=False),
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
@@ -218,19 +218,14 @@ DERIVATIONS: dict[str, dict[str, Any]] = {
     "judged": {"method": "both", "candidates": 100},
     "race": {"method": "race", "candidates": 300},
     "best race": {"method": "race", "candidates": 100},
-    "exploring race": {"method": "race", "candidates": 100},
-    "race of proposals": {"method": "race", "candidates": 100},
-    "searchless race": {"method": "race", "candidates": 100},
+    "proposing race": {"method": "race", "candidates": 100},
 }
 RACES: dict[str, dict[str, Any]] = {
-    "race": {"entrants": 3, "trainings": 3, "explore": 0.0},
-    "best race": {"explore": 0.0, "propose": 0.0},
-    "exploring race": {"propose": 0.0},
-    "race of proposals": {},
-    "searchless race": {"explore": 1.0},
+    "race": {"entrants": 3, "trainings": 3},
+    "best race": {"entrants": 8, "propose": 0.0},
+    "proposing race": {},
 }
-"""The options of races: three complete trainings of the supernet's best, the best, half of any rank, the defaults, and
-random ones with proposals that rest on them."""
+"""The options of races: three complete trainings of the supernet's best, its best 8, the defaults."""
 
 
 class Study(contextlib.AbstractContextManager["Study"]):
@@ -533,13 +528,12 @@ class Study(contextlib.AbstractContextManager["Study"]):
             **searched,
         }
         if found.raced:
-            (first,) = (record["digest"] for record in found.raced.records if record["supernet_rank"] == 1)
-            cost = space.cost(training.seen[first])
+            first = found.candidates[0]
             row["judged"] = {
-                "architecture": dict(training.seen[first].choices),
-                "digest": first,
-                "macs": cost.macs,
-                "params": cost.params,
+                "architecture": dict(space.from_string(first["architecture"]).choices),
+                "digest": first["digest"],
+                "macs": first["macs"],
+                "params": first["params"],
                 "derive_seconds": seconds,
             }
         return row
@@ -578,7 +572,6 @@ class Training:
         epochs: The number of epochs of a complete training.
         seconds: The processor seconds of all trainings that were asked for, whether they ran now or before.
         now: The processor seconds of those that ran now.
-        seen: The architectures by digest.
         paid: The part of the seconds that each of them took, by digest.
     """
 
@@ -586,7 +579,6 @@ class Training:
 
     def __init__(self, study: Study):
         self.study, self.epochs, self.seconds, self.now = study, study.task.epochs, 0.0, 0.0
-        self.seen: dict[str, Architecture] = {}
         self.paid: dict[str, float] = {}
 
     def __call__(self, architecture: Architecture, epochs: int) -> Trained:
@@ -597,7 +589,7 @@ class Training:
             row = study.once(f"begun/{digest}/{epochs}", lambda: study.begun(architecture, epochs))
         self.now += time.process_time() - start
         self.seconds += row["seconds"] - self.paid.get(digest, 0.0)
-        self.paid[digest], self.seen[digest] = row["seconds"], architecture
+        self.paid[digest] = row["seconds"]
         return Trained(row["validation_loss"], math.nan, row["seconds"])
 
 

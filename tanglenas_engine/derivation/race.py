@@ -10,8 +10,8 @@ epochs has 0.56, and that after 2 of 12 epochs, within the warm-up, 0.53 (benchm
 shorter than `shortest`, and a small budget admits fewer networks.
 
 A supernet tells bad candidates from good ones better than it tells good ones from the best, and on some data its order
-says nothing. So only some entrants are its best. As many are of any rank (`entering`), and when these have trained for
-the first rung, a regression on their losses proposes the others (`regression.py`).
+says nothing. So half of the entrants are of any rank, and when these have trained for the first rung, a regression on
+their losses proposes the others (`regression.py`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def race(
     mixture: Mixture | None,
     train: Train,
     *,
-    entrants: int = 8,
-    explore: float = 0.5,
+    entrants: int = 12,
     propose: float = 0.5,
     eta: int = 3,
     shortest: float = 1 / 3,
@@ -84,13 +83,12 @@ def race(
     Args:
         train: The function that trains.
         entrants: The largest number of networks that are trained.
-        explore: The share of the first entrants, from 0 to 1, that are taken at equal steps through all candidates but
-            the best. The rest are the best by the supernet.
-        propose: The share of the entrants, from 0 to 1, that a regression proposes after the first rung of the first
-            ones. At least four are first.
+        propose: The share of the entrants, from 0 to 1, that a regression proposes after the first rung of the others.
+            These are taken at equal steps through the supernet's ranking, and are at least four. Where none is
+            proposed, all entrants are the supernet's best.
         eta: The factor between rungs: this part of the networks goes on. As many of them, at most, train to the end.
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
-        trainings: The budget in complete trainings. None trains all entrants; 8 of them take 4.7 trainings at the
+        trainings: The budget in complete trainings. None trains all entrants; 12 of them take 5.8 trainings at the
             defaults.
         seconds: The budget in seconds. A first training of two epochs tells how long one takes, so another
             machine may plan another race. The seconds of trainings add up, also of those at the same time.
@@ -105,7 +103,7 @@ def race(
         TangleNASError: An option is out of its range, the budget is shorter than one training, every training diverged,
             one ended in another error, or workers are lost time after time.
     """
-    _check_options(entrants, explore, propose, eta, shortest, trainings, seconds, clock, workers, backend)
+    _check_options(entrants, propose, eta, shortest, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
     ranked = [Runner(record, rank) for rank, record in enumerate(candidates.best(len(candidates.records)), 1)]
     if len(ranked) < 2:
@@ -113,7 +111,8 @@ def race(
         return None
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
-        among = ranked if explore or propose else ranked[:entrants]
+        among = ranked if _proposals(min(entrants, len(ranked)), propose) else ranked[:entrants]
+        among = sorted(among, key=lambda runner: -runner.judged["macs"])[:entrants]  # the dearest that may enter
         afforded = jobs.afforded([runner.architecture for runner in among], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
@@ -123,7 +122,7 @@ def race(
         f"a race of {described(rungs)}: {planned:.1f} trainings of {train.epochs} epochs"
         + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if left >= 1 else "")
     )
-    running = runners = _entered(ranked, rungs[0], explore, propose, jobs)
+    running = runners = _entered(ranked, rungs[0], propose, jobs)
     for rung in rungs:
         running = _trained(running[: rung.networks], rung.epochs, jobs)
         if not running:
@@ -147,7 +146,6 @@ def race(
 
 def _check_options(
     entrants: int,
-    explore: float,
     propose: float,
     eta: int,
     shortest: float,
@@ -158,7 +156,6 @@ def _check_options(
     backend: str | None,
 ) -> None:
     at_least("race.entrants", entrants, 2)
-    within("race.explore", explore, 0, 1)
     within("race.propose", propose, 0, 1)
     at_least("race.eta", eta, 2)
     at_least("race.workers", workers, 1)
@@ -178,22 +175,20 @@ def _check_options(
         )
 
 
-def entering(ranked: Sequence[Runner], count: int, explore: float) -> list[Runner]:
-    """Return the first entrants: the best of a ranking, and a share of others in the middle of equal steps."""
-    taken = int(explore * count)
-    best, others = ranked[: count - taken], ranked[count - taken :]
-    explored = [others[(2 * place + 1) * len(others) // (2 * taken)] for place in range(taken)]
-    for runner in explored:
-        runner.entered = "explored"
-    return [*best, *explored]
+def _proposals(entrants: int, propose: float) -> int:
+    """Return how many of the entrants of a race are proposed."""
+    return min(int(propose * entrants), max(entrants - LEAST, 0))
 
 
-def _entered(ranked: Sequence[Runner], rung: Rung, explore: float, propose: float, jobs: Jobs) -> list[Runner]:
+def _entered(ranked: Sequence[Runner], rung: Rung, propose: float, jobs: Jobs) -> list[Runner]:
     """Return the entrants of a race. Those that the last proposals rest on have trained for the first rung."""
-    count = min(int(propose * rung.networks), max(rung.networks - LEAST, 0))
-    entrants = entering(ranked, rung.networks - count, explore)
+    count = _proposals(rung.networks, propose)
     if not count:
-        return entrants
+        return list(ranked[: rung.networks])
+    steps = 2 * (rung.networks - count)
+    entrants = [ranked[place * len(ranked) // steps] for place in range(1, steps, 2)]  # the middle of each step
+    for runner in entrants:
+        runner.entered = "any rank"
     features = features_of(
         jobs.candidates.space,
         [runner.architecture for runner in ranked],
@@ -276,7 +271,7 @@ class Runner:
 
     Attributes:
         results: The results of its trainings by the number of epochs.
-        entered: Why it entered: "best" by the supernet, "explored" whatever its rank, or "proposed" by the regression.
+        entered: Why it entered: "best" by the supernet, of "any rank", or "proposed" by the regression.
     """
 
     def __init__(self, judged: Record, rank: int):

@@ -34,7 +34,7 @@ def features_of(space: SearchSpace, architectures: Sequence[Architecture], losse
     supernet's loss, with a mean of 0 and a deviation of 1.
 
     Args:
-        losses: The losses with the supernet's weights; NaN counts as the largest.
+        losses: The losses with the supernet's weights.
     """
     picks = [space.assignment_of(one) for one in architectures]
     columns = [
@@ -42,7 +42,7 @@ def features_of(space: SearchSpace, architectures: Sequence[Architecture], losse
         for row in space.rows
         for column in _columns(row)
     ]
-    judged = _filled(losses)
+    judged = _bounded(losses)
     return np.array([*columns, (judged - judged.mean()) / (judged.std() or 1.0)]).T
 
 
@@ -59,18 +59,23 @@ def predicted(features: Vector, losses: Mapping[int, float]) -> Vector:
 
     Args:
         features: Their features, shape (architectures, features).
-        losses: The losses of those that were trained, by their numbers. NaN, of one that diverged, counts as the
-            largest.
+        losses: The losses of those that were trained, by their numbers; NaN for one that diverged.
     """
     from sklearn.linear_model import Ridge
 
-    worth = _filled([*losses.values()])
+    worth = _bounded([*losses.values()])
     found: Vector = Ridge(PENALTY).fit(features[[*losses]], worth).predict(features)
     return found
 
 
-def _filled(losses: Sequence[float]) -> Vector:
-    """Return the losses, with the largest of them where one is not finite."""
+def _bounded(losses: Sequence[float]) -> Vector:
+    """Return the losses, and a bound in place of those above it or not finite, which would hide all others.
+
+    The bound is above the median by three times as much as the best is below it.
+    """
     found = np.asarray(losses, np.float64)
-    finite = np.isfinite(found)
-    return np.where(finite, found, found[finite].max() if finite.any() else 0.0)
+    finite = found[np.isfinite(found)]
+    if not len(finite):
+        return np.zeros_like(found)
+    bound = np.median(finite) + 3 * (np.median(finite) - finite.min())
+    return np.where(found < bound, found, bound)

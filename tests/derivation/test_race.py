@@ -45,15 +45,15 @@ def train(tmp_path):
     return Noted(tmp_path / "calls")
 
 
-BEST = {"explore": 0.0, "propose": 0.0}
+BEST = {"propose": 0.0}
 
 
-def raced(train, checkpoints=None, limit=20, worth=None, **options):
-    """The end of a race among 20 candidates, and what it said. With `BEST`, the best by the supernet are trained."""
+def raced(train, checkpoints=None, limit=20, worth=None, entrants=8, **options):
+    """The end of a race of 8 of 20 candidates, and what it said. With `BEST`, these are the best by the supernet."""
     space, notes = vit(depth=(1, 2, 3)), Notes()
     worth = worth or additive(space, 0)
     with Known(space, worth, limit=limit, checkpoints=checkpoints, progress=notes) as candidates:
-        return race(candidates, None, train, **options), notes.lines
+        return race(candidates, None, train, entrants=entrants, **options), notes.lines
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +157,31 @@ def entered(result):
     """The ranks of the entrants by the supernet, by how they entered."""
     return {
         how: sorted(record["supernet_rank"] for record in result.records if record["entered"] == how)
-        for how in ("best", "explored", "proposed")
+        for how in ("best", "any rank", "proposed")
     }
 
 
 @pytest.mark.parametrize(
-    "limit, trainings, best, explored",
+    "options, ranks, proposed",
     [
-        (20, None, [1, 2, 3, 4], [7, 11, 15, 19]),  # the middle of each fourth of the others
-        (20, 4, [1, 2, 3], [6, 12, 18]),
-        (20, 2, [1], [11]),
-        (20, 3, [1, 2, 3], [8, 16]),
-        (8, None, [1, 2, 3, 4], [5, 6, 7, 8]),
-        (5, None, [1, 2, 3], [4, 5]),
+        ({}, [3, 8, 13, 18], 4),  # the middle of each fourth of 20
+        ({"entrants": 12}, [2, 6, 9, 12, 16, 19], 6),
+        ({"entrants": 12, "limit": 12}, [2, 4, 6, 8, 10, 12], 6),
+        ({"propose": 0.3}, [2, 6, 9, 12, 16, 19], 2),
+        ({"trainings": 4}, [3, 8, 13, 18], 2),
     ],
 )
-def test_a_part_of_the_entrants_is_of_any_rank(train, limit, trainings, best, explored):
-    result, _ = raced(train, trainings=trainings, limit=limit, propose=0.0)
-    assert entered(result) == {"best": best, "explored": explored, "proposed": []}
-    result, _ = raced(train, trainings=trainings, limit=limit, **BEST)
-    assert entered(result) == {"best": [*range(1, len(best + explored) + 1)], "explored": [], "proposed": []}
+def test_the_first_entrants_are_of_any_rank(train, options, ranks, proposed):
+    found = entered(raced(train, **options)[0])
+    assert (found["any rank"], len(found["proposed"]), found["best"]) == (ranks, proposed, [])
+
+
+@pytest.mark.parametrize(
+    "options, count", [(BEST, 8), ({"trainings": 2}, 2), ({"limit": 4}, 4), ({"entrants": 4, "propose": 1.0}, 4)]
+)
+def test_without_proposals_the_best_by_the_supernet_enter(train, options, count):
+    found = entered(raced(train, **options)[0])
+    assert found == {"best": [*range(1, count + 1)], "any rank": [], "proposed": []}
 
 
 @pytest.mark.parametrize(
@@ -224,13 +229,13 @@ def test_proposals_follow_the_supernet_where_it_is_right(train):
 
     train.epochs, train.identity = 9, "recipe"
     result, _ = raced(train, limit=60, worth=lambda one: 100 - known(one))
-    assert entered(result)["proposed"][0] == 3 and sum(entered(result)["proposed"]) / 4 < 15  # of all, the mean is 30
+    assert entered(result)["proposed"][0] == 1 and sum(entered(result)["proposed"]) / 4 < 15  # of all, the mean is 30
 
 
 def test_without_a_loss_the_supernet_s_next_ones_are_trained(train, leaders):
-    failing = [leaders[rank - 1] for rank in (1, 2, 7, 16)]  # the first ones
+    failing = [leaders[rank - 1] for rank in (3, 8, 13, 18)]  # the first ones
     result, notes = raced(dataclasses.replace(train, bad=tuple((digest, "raise") for digest in failing)))
-    assert entered(result)["proposed"][:2] == [3, 4]
+    assert entered(result)["proposed"][:2] == [1, 2]
     assert sum("is out of the race" in line for line in notes) == 4
 
 
@@ -246,9 +251,9 @@ def test_one_candidate_has_no_race(train):
 
 @pytest.mark.parametrize("bad", ["nan", "raise"])
 def test_a_training_that_fails_is_last_and_named(train, leaders, bad):
-    healthy, _ = raced(train)
+    healthy, _ = raced(train, **BEST)
     loser = healthy.records[0]["digest"]
-    result, notes = raced(dataclasses.replace(train, bad=((loser, bad),)))
+    result, notes = raced(dataclasses.replace(train, bad=((loser, bad),)), **BEST)
     assert result.architecture.digest == healthy.records[1]["digest"]
     last = result.records[-1]
     assert last["digest"] == loser and math.isnan(last["loss"])
@@ -293,10 +298,31 @@ def test_a_budget_that_is_not_used_up_is_told(train):
 
 
 def test_seconds_are_a_budget_by_a_training_of_two_epochs(train):
-    result, notes = raced(train, seconds=37)  # an epoch takes a second, and a training 9
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6 + 2) / 9  # two epochs are of no entrant
+    result, notes = raced(train, seconds=37, **BEST)  # an epoch takes a second, and a training 9
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9  # the two epochs are an entrant's
     assert "discretize: a training takes about 9.0 processor seconds; race.seconds is 37" in notes
     assert sorted(epochs for _, epochs in train.calls()) == [1, 2, *[3] * 6, 9, 9]
+
+
+def test_the_dearest_that_may_enter_tells_how_long_a_training_takes(train, leaders):
+    """Any candidate may be proposed, but where too few enter for proposals, only the best can."""
+    space = vit(depth=(1, 2, 3))
+    with Known(space, additive(space, 0), limit=20) as candidates:
+        candidates.judge(candidates.first(20))
+        macs = {record["digest"]: record["macs"] for record in candidates.best(20)}
+    for options, among in (({}, leaders), (BEST, leaders[:8]), ({"entrants": 4}, leaders[:4])):
+        for path in train.folder.iterdir():
+            path.unlink()
+        raced(train, seconds=90, **options)
+        (probed,) = (digest for digest, epochs in train.calls() if epochs == 1)
+        assert macs[probed] == max(macs[digest] for digest in among)
+
+
+def test_a_recipe_that_diverges_is_found_out_by_as_many_trainings_as_may_enter(train, leaders):
+    broken = dataclasses.replace(train, bad=tuple((digest, "raise") for digest in leaders))
+    with pytest.raises(TangleNASError, match=r"every training of the race failed. The last one: training diverged"):
+        raced(broken, seconds=90)
+    assert len(train.calls()) == 8
 
 
 def test_a_slow_first_epoch_does_not_stand_for_the_others(train):
@@ -305,14 +331,14 @@ def test_a_slow_first_epoch_does_not_stand_for_the_others(train):
         return trained._replace(seconds=trained.seconds + 4)
 
     slow.epochs, slow.identity = train.epochs, train.identity
-    result, notes = raced(slow, seconds=55)
+    result, notes = raced(slow, seconds=55, **BEST)
     assert "discretize: a training takes about 13.0 processor seconds; race.seconds is 55" in notes
-    assert result.trainings == (6 * 3 + 2 * 6 + 2) / 9
+    assert result.trainings == (6 * 3 + 2 * 6) / 9
 
 
 def test_seconds_on_the_wall_are_a_budget_too(train):
-    result, notes = raced(train, seconds=18.5, clock="wall")  # an epoch takes half a second, and a training 4.5
-    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6 + 2) / 9
+    result, notes = raced(train, seconds=18.5, clock="wall", **BEST)  # an epoch takes half a second, and a training 4.5
+    assert len(result.records) == 6 and result.trainings == (6 * 3 + 2 * 6) / 9
     assert "discretize: a training takes about 4.5 wall seconds; race.seconds is 18.5" in notes
 
 
@@ -363,7 +389,6 @@ def test_the_smaller_of_two_budgets_counts(train):
         ({"entrants": 1}, "race.entrants is 1, expected a whole number of at least 2"),
         ({"shortest": 0.0}, "race.shortest is 0.0, expected a positive number"),
         ({"shortest": 1.5}, "race.shortest is 1.5, expected a share of a training, at most 1"),
-        ({"explore": 1.5}, "race.explore is 1.5, expected a share from 0 to 1"),
         ({"propose": -0.5}, "race.propose is -0.5, expected a share from 0 to 1"),
         ({"eta": 1}, "race.eta is 1, expected a whole number of at least 2"),
         ({"workers": 0}, "race.workers is 0, expected a whole number of at least 1"),
@@ -378,7 +403,7 @@ def test_options_that_make_no_race_are_refused(train, options, message):
 # Workers and interruptions
 
 
-@pytest.mark.parametrize("how", ["best", "explored", "proposed"])
+@pytest.mark.parametrize("how", ["any rank", "proposed"])
 def test_an_interrupted_race_ends_as_if_it_had_not_been(train, tmp_path, how):
     whole, _ = raced(train)
     done = train.calls()

@@ -47,12 +47,24 @@ def test_what_options_add_is_learned_from_a_third_of_the_networks(name):
     assert np.corrcoef(guesses[known:], losses[known:])[0, 1] > 0.3
 
 
-def test_losses_that_are_no_numbers_count_as_the_largest():
+@pytest.mark.parametrize("worst", [math.nan, math.inf, 50.0, 1e30])
+def test_one_loss_that_is_far_off_does_not_hide_the_others(worst):
+    space = vit(depth=(1, 2, 3))
+    some = drawn(space, 30)
+    features = features_of(space, some, [0.0] * 30)
+    losses = features[:, :-1].sum(1)
+    known = {number: float(loss) for number, loss in enumerate(losses[:12])}
+    without = np.corrcoef(predicted(features, known)[12:], losses[12:])[0, 1]
+    largest = max(known, key=lambda number: known[number])
+    assert np.corrcoef(predicted(features, known | {largest: worst})[12:], losses[12:])[0, 1] > without - 0.1
+
+
+def test_losses_that_are_no_numbers_count_as_bad():
     space = vit()
     some = drawn(space, 4)
     features = features_of(space, some, [1.0, math.nan, 2.0, math.inf])
-    assert features[1, -1] == features[2, -1] == features[3, -1]
+    assert features[0, -1] < features[2, -1] < features[1, -1] == features[3, -1]
     assert predicted(features, {0: 1.0, 1: math.nan, 2: 3.0}) == pytest.approx(
-        predicted(features, {0: 1.0, 1: 3.0, 2: 3.0})
+        predicted(features, {0: 1.0, 1: 5.0, 2: 3.0})  # the median 2, and three times 2 - 1
     )
     assert np.ptp(predicted(features, {0: math.nan, 1: math.nan})) == 0

@@ -59,7 +59,6 @@ def _sizes(seconds: float, derivation: float, entrants: int) -> dict[str, dict[s
             "bindings": [
                 f"race.entrants = {entrants}",
                 f"race.seconds = {seconds * part}",
-                "race.explore = 1",
                 "race.propose = 0",
             ],
         }
