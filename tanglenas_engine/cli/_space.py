@@ -50,22 +50,24 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     """Return the space and the architecture of a file, the options that make the space fit it, and the stage's config.
 
     A stage writes `operative.gin` beside the architecture, or above the folder of a front. It has the options but for
-    those that a person gives. The config is None where there is no such file.
+    those that a person gives. The config is None where there is no such file, or where it is about another space.
 
     Raises:
-        TangleNASError: The file holds no architecture, or the space is unknown or has no such option.
+        TangleNASError: The file holds no architecture, or the space is unknown or has no such option. Or the config is
+            damaged, or needs a dataset that is missing.
     """
-    architecture = read_architecture(path)
+    architecture, options = read_architecture(path), parsed(given)
     folder = path.absolute().parent
-    configs = [one for one in (folder / "operative.gin", folder.parent / "operative.gin") if one.is_file()]
-    options: dict[str, Any] = {}
-    if configs:
+    configs = (one for one in (folder / "operative.gin", folder.parent / "operative.gin") if one.is_file())
+    if config := next(configs, None):
         from ..pipeline import records
 
-        options = records.made_with(configs[0])
-    options |= parsed(given)
+        if records.space_of(config) in (None, architecture.space):
+            options = records.made_with(config, options)
+        else:
+            config = None
     space = make_space(architecture.space, options)
-    return space, space.architecture_of(space.assignment_of(architecture)), options, configs[0] if configs else None
+    return space, space.architecture_of(space.assignment_of(architecture)), options, config
 
 
 def make_space(name: str, options: dict[str, Any]) -> "SearchSpace":

@@ -19,14 +19,17 @@ from tanglenas_engine.pipeline.configurables import create_dataset
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.store import PARENT, Store
 from tanglenas_engine.pipeline.tracking import AFTER
+from tanglenas_engine.pipeline.values import macro_value
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LARGEST = 1e18
 """The size from which a number of a run counts as none. An axis has no room for it."""
-FITTED = frozenset({"num_classes", "vocab_size"})
-"""Options of a space that say what a dataset holds. Earlier versions did not write them into `operative.gin`."""
+SIZES = ({"num_classes", "image_size", "in_channels"}, {"vocab_size", "block_size"})
+"""The options of a space that say what images hold, and what a text holds. `operative.gin` has all of one set. Those of
+earlier versions have only what a person bound."""
+OTHERWISE = "Copy ARCH into another folder, and give the space's options with -o"
 STAGE, PIPELINE_ID = "tanglenas.stage", "tanglenas.pipeline_id"
 BINDING = re.compile(r"""'([\w./]+) = "?\$\{([\w.]+)\}"?'""")
 """A binding in dvc.yaml whose value is one of params.yaml, such as `'target.share = ${search.target_share}'`."""
@@ -51,16 +54,36 @@ class Records:
     unfinished: list[str] = field(default_factory=list)
 
 
-def made_with(config: Path) -> dict[str, Any]:
-    """Return the options with which a stage made its space, from the `operative.gin` that it wrote.
+def space_of(config: Path) -> str | None:
+    """Return the name of the space of a stage, from the `operative.gin` that it wrote, or None if it names no space.
 
     Raises:
-        TangleNASError: The config is damaged. Or an earlier version wrote it, without what the dataset says of the
-            space, and the dataset is missing.
+        TangleNASError: The config is damaged.
     """
     _read_config(config)
-    bound = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
-    return bound if FITTED & {*bound} else {**dataset_of(config).space_options(), **bound}
+    name: str | None = macro_value("SPACE")
+    return name
+
+
+def made_with(config: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with which a stage made its space, from the `operative.gin` that it wrote.
+
+    Args:
+        given: Options in place of those of the stage.
+
+    Raises:
+        TangleNASError: The config is damaged. Or the sizes of the data are neither in it nor given, and the dataset is
+            missing.
+    """
+    _read_config(config)
+    stage = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
+    bound = {**stage, **given}
+    if any(sizes <= bound.keys() for sizes in SIZES):
+        return bound
+    try:
+        return {**dataset_of(config).space_options(), **bound}
+    except TangleNASError as error:
+        raise TangleNASError(f"{str(error).rstrip('.')}. {OTHERWISE}") from None
 
 
 def dataset_of(config: Path) -> Dataset:
@@ -86,10 +109,7 @@ def _read_config(config: Path) -> None:
         gin.parse_config(text, skip_unknown=True)
         gin.get_bindings("create_space")  # resolves what it refers to
     except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
-        raise TangleNASError(
-            f"{config} cannot be read ({shown(error)}). Copy ARCH into another folder, and give the space's options "
-            "with -o"
-        ) from None
+        raise TangleNASError(f"{config} cannot be read ({shown(error)}). {OTHERWISE}") from None
 
 
 def read(root: Path) -> Records:

@@ -81,11 +81,37 @@ def test_options_that_a_person_gives_replace_those_of_the_stage_one_by_one(show,
 
 def test_an_architecture_is_shown_without_the_data_once_the_stage_has_written_its_sizes(show, tmp_path):
     (tmp_path / "operative.gin").write_text(
-        "SPACE = 'gpt_nano'\nDATASET = 'text'\ncreate_dataset.path = 'gone.txt'\n"
+        "SPACE = 'gpt_nano'\nDATASET = 'text'\ncreate_dataset.root = 'gone.txt'\n"
         "create_space.vocab_size = 23\ncreate_space.block_size = 32\n"
     )
     space = create_space("gpt_nano", vocab_size=23, block_size=32)
     assert f"{space.cost(space.smallest()).params:,}" in show(space.smallest())
+
+
+def test_a_config_of_an_earlier_version_binds_one_size_and_leaves_the_others_to_the_data(show, tmp_path):
+    (tmp_path / "operative.gin").write_text(
+        "SPACE = 'autoformer_nano'\nDATASET = 'digits'\ncreate_dataset.image_size = 16\ncreate_space.num_classes = 12\n"
+    )
+    space = create_space("autoformer_nano", image_size=16, num_classes=12)
+    assert f"{space.cost(space.smallest()).params:,}" in show(space.smallest())
+
+
+def test_options_that_a_person_gives_stand_in_for_missing_data(show, tmp_path):
+    (tmp_path / "operative.gin").write_text("SPACE = 'gpt_nano'\nDATASET = 'text'\ncreate_dataset.root = 'gone.txt'\n")
+    space = create_space("gpt_nano", vocab_size=23, block_size=32)
+    shown = show(space.smallest(), "-o", "vocab_size=23", "-o", "block_size=32")
+    assert f"{space.cost(space.smallest()).params:,}" in shown
+    result = CliRunner().invoke(main, ["show", str(tmp_path / "architecture.json"), "-o", "vocab_size=23"])
+    assert result.exit_code == 2 and "gone.txt" in result.stderr and "Copy ARCH into another folder" in result.stderr
+
+
+def test_a_config_of_another_space_says_nothing_of_an_architecture(show, tmp_path):
+    space = create_space("gpt_nano", block_size=32)
+    alone = show(space.smallest(), "-o", "block_size=32")
+    (tmp_path / "operative.gin").write_text(
+        "SPACE = 'autoformer_nano'\nDATASET = 'digits'\ncreate_space.drop_path = 0.1\n"
+    )
+    assert show(space.smallest(), "-o", "block_size=32") == alone
 
 
 def test_a_config_that_refers_to_functions_of_the_project_is_read(show, tmp_path, monkeypatch):
