@@ -18,8 +18,8 @@ import click
 from tanglenas_engine.errors import TangleNASError, shown
 
 from ._console import read_text
-from ._model import CONFIG, TOKENIZER, known_beside, transformers_model
-from ._space import read, read_architecture, space_options
+from ._model import CONFIG, TEXTS, TOKENIZER, known_beside, transformers_model
+from ._space import parsed, read, read_architecture, space_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,12 +79,13 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
     torch-export  model.pt2, for torch alone
 
     The names of classes, and mean, standard deviation and size of inputs, are stored with it; the tokenizer of a text
-    lies beside it. They are those beside the weights, or else those of the dataset of the run.
+    lies beside it. They are those beside the weights, or else those of the dataset of the run if its sizes are those
+    of the network.
     """
     import torch
 
     space, architecture, made_with, config = read(file, options)
-    dataset, trouble = _dataset(config)
+    dataset, trouble = _dataset(config, made_with, parsed(options))
     network = _network(space, architecture, weights, dataset, trouble).eval()
     known = known_beside(weights) or dataset
     torch.manual_seed(0)
@@ -119,16 +120,28 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
         )
 
 
-def _dataset(config: Path | None) -> tuple[Dataset | None, str]:
-    """Return the dataset of the run, or None and why it is not known, where a run is known."""
+def _dataset(config: Path | None, made_with: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Dataset | None, str]:
+    """Return the dataset of the run, or None and why it is not that of the network, where a run is known.
+
+    Args:
+        made_with: The options of the space of the network.
+        given: Those of them that a person gave.
+    """
     if config is None:
         return None, ""
     from ..pipeline import records
 
     try:
-        return records.dataset_of(config), ""
+        dataset = records.dataset_of(config)
     except TangleNASError as error:
         return None, f"the dataset of the run cannot be opened ({shown(error)})"
+    for name, size in dataset.space_options().items():
+        own = made_with.get(name, size)
+        # A run may have room for more tokens than its text has, as recipes that round vocab_size up.
+        room = name in TEXTS and name not in given and own > size
+        if own != size and not room:
+            return None, f"the dataset of the run has the {name} {size}, the network {shown(own)}"
+    return dataset, ""
 
 
 def _refuse_others(folder: Path, output: Path) -> None:

@@ -252,6 +252,42 @@ def test_without_the_data_a_network_of_the_supernet_with_batch_norms_is_refused(
         assert not Path("exported").exists()
 
 
+DIGITS = {"DATASET": "digits", "create_space.image_size": 8, "create_space.in_channels": 1}
+TEXT = {"DATASET": "text", "create_dataset.root": "text.txt", "create_dataset.tokenizer": "char",
+        "create_dataset.block_size": 16, "create_space.block_size": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "space, config, options, other",
+    [
+        ("autoformer_nano", {**DIGITS, "create_space.num_classes": 10}, {}, ""),
+        ("autoformer_nano", {**DIGITS, "create_space.num_classes": 10}, {"num_classes": 5}, "num_classes"),
+        ("autoformer_nano", {**DIGITS, "create_space.num_classes": 9}, {}, "num_classes"),  # the data changed
+        ("gpt_nano", {**TEXT, "create_space.vocab_size": 64}, {}, ""),
+        ("gpt_nano", {**TEXT, "create_space.vocab_size": 64}, {"vocab_size": 65}, "vocab_size"),
+        ("gpt_nano", {**TEXT, "create_space.vocab_size": 2}, {}, "vocab_size"),
+    ],
+)
+def test_what_the_dataset_says_is_stored_if_its_sizes_are_those_of_the_network(
+    tmp_path, monkeypatch, space, config, options, other
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("abc" * 400)
+    Path("operative.gin").write_text("".join(f"{name} = {value!r}\n" for name, value in config.items()))
+    bound = {name.removeprefix("create_space."): value for name, value in config.items() if "create_space" in name}
+    made = create_space(space, **{**bound, **options})
+    Path("architecture.json").write_text(made.smallest().to_json())
+    save_weights("model.safetensors", made.standalone(made.smallest()).state_dict())
+    arguments = ["export", "architecture.json", "--weights", "model.safetensors", "--format", "torch"]
+    given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    result = CliRunner().invoke(main, [*arguments, "--output", "exported", *given])
+    assert result.exit_code == 0, result.output
+    names = json.loads(Path("exported/config.json").read_text())["pretrained_cfg"]
+    stored = names or Path("exported/tokenizer.json").exists()
+    assert bool(stored) is not bool(other)
+    assert f"the dataset of the run has the {other} " in result.stderr if other else not result.stderr
+
+
 @pytest.mark.parametrize("told_by", ["metadata", "architecture.json"])
 def test_weights_of_another_architecture_with_equal_shapes_are_refused(tmp_path, monkeypatch, told_by):
     monkeypatch.chdir(tmp_path)
