@@ -65,8 +65,8 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         why = f", and the MLflow store could not be read ({trouble})" if trouble else ""
         raise TangleNASError(f"{root} has no {ARCHITECTURE}{why}: run `dvc repro` first")
     params = _params(root / "params.yaml")
-    ran = _ran_with(root, params) if architecture else {}
-    mixed = " ".join(filter(None, (_mixed(root, metrics, architecture.digest), _edited(ran)))) if architecture else ""
+    ran, edited = _ran_with(root, params) if architecture else ({}, "")
+    mixed = " ".join(filter(None, (_mixed(root, metrics, architecture.digest), edited))) if architecture else ""
     params |= ran
     figures = {title: root / OUT / name for title, name in FIGURES.items()} if architecture else {}
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
@@ -129,8 +129,11 @@ def _params(path: Path) -> dict[str, Any]:
     return found
 
 
-def _ran_with(root: Path, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the run in out/ that differ from params.yaml, as `operative.gin` of the stages says.
+def _ran_with(root: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the settings of the run in out/ that differ from params.yaml, and a sentence about them, or {} and "".
+
+    They are those in `operative.gin` of the stages. Where two stages had different ones, such as another seed, nobody
+    knows those of the run, and the sentence says so.
 
     What is null in params.yaml comes from the recipe, and is not compared. Neither are values that are no literal of
     one line.
@@ -140,16 +143,19 @@ def _ran_with(root: Path, params: Mapping[str, Any]) -> dict[str, Any]:
         for binding, text in BOUND.findall(_text(root / OUT / stage / "operative.gin")):
             if (name := names.get(binding)) and params.get(name) is not None:
                 with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                    ran[name] = ast.literal_eval(text)
-    return {name: value for name, value in ran.items() if str(value) != str(params[name])}
-
-
-def _edited(ran: Mapping[str, Any]) -> str:
-    """Return a sentence about settings that were edited after the run, or ""."""
+                    value = ast.literal_eval(text)
+                    # dvc.yaml gives macros, such as SEED, to all stages alike. The rest may be of one stage.
+                    if str(ran.setdefault(name, value)) != str(value) and binding.isupper():
+                        return {}, (
+                            f"This page mixes two runs: the stage {stage} had {shown(f'{name} {value}')}, and one "
+                            f"before it {shown(ran[name])}. Title and commands are those of params.yaml. Run "
+                            "`dvc repro` to have all stages anew."
+                        )
+    ran = {name: value for name, value in ran.items() if str(value) != str(params[name])}
     if not ran:
-        return ""
+        return {}, ""
     told = shown(", ".join(f"{name} {value}" for name, value in ran.items()), 1000)
-    return (
+    return ran, (
         f"params.yaml differs from the run in {OUT}, which had {told}. Title and commands are those of the run. Run "
         "`dvc repro` to have the results of params.yaml."
     )

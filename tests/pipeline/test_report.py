@@ -268,6 +268,17 @@ def test_a_params_yaml_that_was_edited_after_the_run_changes_nothing_of_the_page
     assert "<h1>spos on autoformer_nano" in text and "seed 4" in text and "differs from the run" in text
 
 
+def test_stages_of_two_runs_are_told_and_no_settings_are_called_those_of_the_run(project):
+    Path("out/search/operative.gin").write_text("OPTIMIZER = 'darts'\nSEED = 1\n")
+    Path("out/evaluate/operative.gin").write_text("SEED = 0\n")
+    set_params(project, optimizer="darts", seed=1)
+    said = " ".join(CliRunner().invoke(main, ["report"]).stderr.split())
+    assert "mixes two runs: the stage evaluate had seed 0, and one before it 1. " in said
+    assert "are those of params.yaml" in said and "those of the run" not in said
+    (command,) = commands()
+    assert {"optimizer=darts", "seed=1"} <= {*command}
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
