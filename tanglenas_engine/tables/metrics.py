@@ -15,24 +15,25 @@ MORE = frozenset(
     {"precision", "recall", "f", "auc", "auroc", "auprc", "map", "miou", "iou", "dice", "bleu", "rouge", "psnr", "ssim",
      "score", "scores", "throughput", "fps", "reward", "rewards", "return", "correlation"}
 )  # fmt: skip
-GAINS = frozenset(
-    {"efficiency", "gain", "gains", "improvement", "reduction", "saved", "saving", "savings", "speedup"}
-)  # fmt: skip
+GAINS = frozenset({"efficiency", "gain", "gains", "improvement", "speedup"})
 """Words with which more is better, and which turn a cost before them around: `energy_efficiency` is no energy."""
 LESS = frozenset(
     {"loss", "losses", "err", "errs", "error", "errors", "nll", "ce", "crossentropy", "perplexity", "perplexities",
      "ppl", "bpc", "bpb", "mse", "rmse", "mae", "mape", "wer", "cer", "fid", "kl", "regret", "drop", "misclassified",
      "params", "param", "parameters", "parameter", "weights", "flops", "flop", "mflops", "gflops", "macs", "mac",
      "mmacs", "gmacs", "madds", "multadds", "ops", "latency", "latencies", "time", "times", "duration", "runtime",
-     "seconds", "second", "secs", "sec", "ms", "milliseconds", "us", "minutes", "hours", "days", "cycles", "energy",
-     "energies", "power", "joules", "joule", "mj", "watts", "watt", "edp", "cost", "costs", "price", "memory", "mem",
-     "bytes", "kb", "kib", "mb", "mib", "gb", "gib", "size", "footprint", "area", "co", "carbon", "emissions"}
+     "seconds", "second", "secs", "sec", "ms", "milliseconds", "us", "minutes", "hours", "days", "cycle", "cycles",
+     "energy", "energies", "power", "joules", "joule", "mj", "watts", "watt", "edp", "cost", "costs", "price", "memory",
+     "mem", "byte", "bytes", "kb", "kib", "mb", "mib", "gb", "gib", "size", "footprint", "area", "co", "carbon",
+     "emissions"}
 )  # fmt: skip
 ABOUT = frozenset(
     {"std", "stdev", "stddev", "deviation", "sigma", "variance", "var", "gap", "epoch", "epochs", "step", "steps",
-     "rank", "ranks", "seed", "seeds", "count", "trials", "compression"}
+     "rank", "ranks", "seed", "seeds", "count", "trials", "compression", "reduction", "saved", "saving", "savings"}
 )  # fmt: skip
-"""Words of what is known of a metric and is not the metric: `test_acc_std` is no accuracy."""
+"""Words of what is known of a metric and is not the metric: `test_acc_std` and `acc_reduction` are no accuracies."""
+MEASURES = frozenset({"ms", "us", "mj"})
+"""Words that say at the end of a name how all of it is measured, such as `latency_per_image_ms`."""
 PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
 """Names that end with a part of the data are accuracies, as NAS-Bench-201's `c10_test200`."""
 
@@ -57,6 +58,8 @@ def kind_of(metric: str) -> Kind | None:
     is a unit: `images_per_second` is no time, and `gflops_per_watt`, of two costs, is unknown.
     """
     named = words(metric)
+    if "per" in named[:-2] and named[-1] in MEASURES:
+        named.pop()
     unit = named[named.index("per") :] if "per" in named else []
     named = named[: len(named) - len(unit)]
     if not ABOUT.isdisjoint(named):
