@@ -51,7 +51,8 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
     parent folders are created.
 
     Raises:
-        TangleNASError: The disk is full or the path is not writable. The previous content is unchanged.
+        TangleNASError: The disk is full, or the path is a folder or a device, or is not writable. The previous content
+            is unchanged.
     """
     path = Path(path)
     with _beside(path) as temporary:
@@ -64,33 +65,40 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check that `write_atomic` can write a file, before long work whose result it holds.
+    """Check that `write_atomic` can write a file, before long work whose result it holds. Nothing is left of the check.
 
     Raises:
-        TangleNASError: The path is a folder or is not writable.
+        TangleNASError: The path is a folder or a device, or is not writable.
     """
     path = Path(path)
-    with _beside(path) as temporary:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        temporary.touch()
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]  # Path.exists fails for long names
+    try:
+        with _beside(path) as temporary:
+            temporary.touch()
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Give the path of a temporary file beside a file, and tell in a sentence why it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if path.exists() and not path.is_file():  # to replace a device, such as /dev/full, breaks the machine
+            raise OSError(errno.EINVAL, "it is there, and no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            yield temporary
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise TangleNASError(
             f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
             "make room or choose another place, then run again."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_note(path: Path) -> bytes:

@@ -16,7 +16,7 @@ from forked import Forked
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
-from tanglenas_engine.runtime.files import exclusive, write_atomic
+from tanglenas_engine.runtime.files import check_writable, exclusive, write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
@@ -380,6 +380,26 @@ def test_write_atomic_leaves_the_target_of_a_link_alone(tmp_path: Path) -> None:
     out.symlink_to(cached)
     write_atomic(out, "new")
     assert (cached.read_text(), out.read_text()) == ("old", "new")
+
+
+@pytest.mark.parametrize("write", [lambda path: write_atomic(path, ""), check_writable])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, monkeypatch, write) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # as a device, which root could replace
+    Path("link").symlink_to("pipe")
+    for path in ("pipe", "link", ".", ""):
+        with pytest.raises(TangleNASError, match="no regular file"):
+            write(path)
+    assert Path("pipe").is_fifo() and Path("link").is_symlink() and sorted(os.listdir()) == ["link", "pipe"]
+
+
+def test_the_check_of_a_path_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "old").write_text("old")
+    for path in ("new/folder/file", "there/file", "old"):
+        check_writable(tmp_path / path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "there"]
+    assert (tmp_path / "old").read_text() == "old"
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_old_content(tmp_path: Path) -> None:
