@@ -60,7 +60,7 @@ class Commands(click.Group):
         except OSError as error:
             if error.filename is None:
                 raise
-            raise WrongInput(f"{error.filename}: {error.strerror}. Name another file or folder") from error
+            raise WrongInput(f"{error.filename}: {error.strerror or error}. Name another file or folder") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from click.testing import CliRunner
@@ -201,6 +203,9 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(call, monkeypatch):
     monkeypatch.setattr(command, "callback", lambda fix: fail(TangleNASError("x")))
     result = call("doctor")
     assert (result.exit_code, result.stderr) == (2, "Error: x\n")
+    answer = HTTPError("https://x.org/d.tar", 503, "Unavailable", Message(), None)
+    monkeypatch.setattr(command, "callback", lambda fix: fail(answer))
+    assert "https://x.org/d.tar: HTTP Error 503: Unavailable" in call("doctor").stderr
 
 
 @pytest.mark.parametrize("given, closest", [("plugin", "plugins"), ("docter", "doctor"), ("exprot", "export")])
