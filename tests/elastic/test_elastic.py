@@ -701,7 +701,7 @@ def test_a_norm_over_an_axis_has_the_statistics_of_the_architecture(kind, role, 
         lambda h: elastic.BatchNorm2d(h),
         lambda h: elastic.Embedding(3, h),
         lambda h: elastic.Attention(4, h, 2),
-        lambda h: elastic.Depth(h, [nn.Identity()] * 3),
+        lambda h: elastic.Depth(h, [nn.Identity() for _ in range(3)]),
     ],
 )
 def test_a_choice_made_per_layer_must_be_indexed(build):

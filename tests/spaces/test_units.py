@@ -46,7 +46,7 @@ def test_the_largest_network_stays_and_the_most_important_units_come_first(name,
     assert bool(moved) == any(str(units) not in " ".join(kept) for units in groups)
     for units, values in zip(groups, importance(groups), strict=True):
         if str(units) not in " ".join(kept):
-            assert (values.diff() <= 1e-6 * values.max()).all(), units
+            assert (values.diff() <= 1e-5 * values.max()).all(), units  # computed anew, in float32
     space.select(space.smallest())(x)
 
 
