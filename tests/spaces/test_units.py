@@ -28,11 +28,19 @@ def labelled(space):
     return x, torch.randint(shape[-1], shape[:-1])
 
 
+@pytest.fixture
+def in_float64():
+    """Importances are computed twice and compared: float32 rounds sums of other orders by more than the bound."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("by", ["magnitude", "taylor"])
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.part(3)
 @pytest.mark.slow
-def test_the_largest_network_stays_and_the_most_important_units_come_first(name, by):
+def test_the_largest_network_stays_and_the_most_important_units_come_first(name, by, in_float64):
     space = random_weights(tiny(name))
     x, targets = labelled(space)
     importance = magnitude if by == "magnitude" else taylor(space, cross_entropy, [(x, targets)])
@@ -46,7 +54,7 @@ def test_the_largest_network_stays_and_the_most_important_units_come_first(name,
     assert bool(moved) == any(str(units) not in " ".join(kept) for units in groups)
     for units, values in zip(groups, importance(groups), strict=True):
         if str(units) not in " ".join(kept):
-            assert (values.diff() <= 1e-5 * values.max()).all(), units  # computed anew, in float32
+            assert (values.diff() <= 1e-6 * values.max()).all(), units
     space.select(space.smallest())(x)
 
 
