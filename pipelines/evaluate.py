@@ -25,13 +25,16 @@ def main(arguments: Sequence[str]) -> None:
         files.load_into(network, files.WEIGHTS)
         result = evaluate(stage.space, architecture, network.eval(), stage.open("test"), device=stage.device)
         table = benchmark(stage.space)
+        before = None
         if table is not None:
+            before = {name: tensor.clone() for name, tensor in stage.space.state_dict().items()}
             files.load_into(stage.space, files.SUPERNET)
         ranking = rank_correlation(
             stage.space,
             stage.open("weights", "architecture", augment=False),
             table and table.row,
             listed=table.listed if table else None,
+            before=before,
             seed=stage.seed,
             device=stage.device,
             checkpoints=stage.checkpoints,

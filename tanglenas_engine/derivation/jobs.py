@@ -128,15 +128,17 @@ class Jobs:
         """Return how many complete trainings so many seconds of a clock allow, by a training of two epochs.
 
         The first epoch is slower than the others, as what is made once is made there, so the second one stands for
-        these. The dearest architecture is trained, so that the others take no longer. The seconds of trainings add up,
-        also where several run at the same time.
+        these. The seconds of trainings add up, also where several run at the same time.
+
+        Args:
+            architectures: The dearest first, so that no other takes longer. The next one is trained where a training
+                diverges.
 
         Raises:
             TangleNASError: The time is shorter than one training, every training diverged, or one ended in
                 another error.
         """
-        dear = sorted(architectures, key=lambda one: -self.candidates.space.cost(one).macs)
-        for architecture in dear:
+        for architecture in architectures:
             (result,) = self.results([architecture], 1)
             if not result.failure:
                 break

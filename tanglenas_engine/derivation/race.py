@@ -112,8 +112,8 @@ def race(
     jobs = Jobs(candidates, train, workers, backend)
     if seconds is not None:
         among = ranked if _proposals(min(entrants, len(ranked)), propose) else ranked[:entrants]
-        among = sorted(among, key=lambda runner: -runner.judged["macs"])[:entrants]  # the dearest that may enter
-        afforded = jobs.afforded([runner.architecture for runner in among], seconds, clock)
+        dearest = sorted(among, key=lambda runner: -runner.judged["macs"])[:entrants]
+        afforded = jobs.afforded([runner.architecture for runner in dearest], seconds, clock)
         trainings = afforded if trainings is None else min(trainings, afforded)
     rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
     planned = work(rungs) / train.epochs

@@ -159,7 +159,8 @@ def evaluate_metrics(
     """Return what metrics/evaluate.json has: of the network, of its benchmark table, and of the supernet's ranking."""
     agreement: dict[str, float] = {}
     if ranking is not None:
-        found = {"kendall_tau": ranking.kendall_tau, "spearman": ranking.spearman}
+        baselines = {f"spearman_{name}": value for name, value in ranking.baselines.items()}
+        found = {"kendall_tau": ranking.kendall_tau, "spearman": ranking.spearman, **baselines}
         # JSON has no nan, which a coefficient is where all architectures have equal ranks.
         agreement = {name: value for name, value in found.items() if not math.isnan(value)}
         agreement["ranked_architectures"] = len(ranking.rows)

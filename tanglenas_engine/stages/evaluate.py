@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -120,11 +122,15 @@ class RankCorrelation:
     Attributes:
         kendall_tau: Kendall's tau: 1 for the same order, -1 for the reverse order, nan if either ranks all alike.
         spearman: Spearman's correlation, with the same range.
-        rows: One record per architecture: digest, supernet loss and accuracy in %, table value and rank, and choices.
+        baselines: Spearman's correlation of the table with what takes no search: `params` and `macs`, by which larger
+            networks are the better ones, and `before_search`, the supernet's loss with its weights before the search.
+        rows: One record per architecture: digest, supernet loss and accuracy in %, the loss before the search, costs,
+            table value and rank, and choices.
     """
 
     kendall_tau: float
     spearman: float
+    baselines: dict[str, float]
     rows: list[Record]
 
 
@@ -135,6 +141,7 @@ def rank_correlation(
     *,
     listed: Sequence[Architecture] | None = None,
     architectures: int | Literal["all"] | None = None,
+    before: Mapping[str, Tensor] | None = None,
     recalibration_batches: int = 8,
     batch_size: int = 256,
     seed: int = 0,
@@ -142,9 +149,9 @@ def rank_correlation(
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
 ) -> RankCorrelation | None:
-    """Compare the accuracies of architectures in a supernet with a benchmark table.
+    """Compare the losses of architectures in a supernet with a benchmark table.
 
-    The accuracies are computed as for derivation. Without `listed` and `architectures` the function returns None.
+    The losses are computed as for derivation. Without `listed` and `architectures` the function returns None.
 
     Args:
         space: The supernet with its trained weights. Its state is restored.
@@ -153,6 +160,8 @@ def rank_correlation(
             best, or to nothing where the benchmark lacks it. Such an architecture is left out.
         listed: The architectures of a table that lacks most of the space. They are compared, and no others.
         architectures: The number of random architectures to compare, or "all". None skips the comparison.
+        before: The state of the supernet before the search, whose ranking is a baseline. An untrained supernet may rank
+            as well as a trained one, where a simple property of networks decides. None leaves the baseline out.
         recalibration_batches: The number of batches that set the statistics of batch norms for each architecture. 0
             keeps the supernet's statistics.
         batch_size: The number of samples per batch.
@@ -183,7 +192,8 @@ def rank_correlation(
     target = device_of(device)
     space.to(target)
     every = architectures == "all" or architectures >= space.size
-    with Candidates(
+    judging = partial(
+        Candidates,
         space,
         data.plain("weights"),
         data.plain("architecture"),
@@ -192,10 +202,9 @@ def rank_correlation(
         batch_size=batch_size,
         seed=seed,
         device=target,
-        label="rank correlation",
-        checkpoints=checkpoints,
         progress=progress,
-    ) as candidates:
+    )
+    with judging(label="rank correlation", checkpoints=checkpoints) as candidates:
         drawn = listed or (_all_architectures(space) if every else candidates.fresh(candidates.limit))
         looked_up = [(architecture, row) for architecture in drawn if (row := table(architecture))]
         compared, known = [architecture for architecture, _ in looked_up], [row for _, row in looked_up]
@@ -207,15 +216,38 @@ def rank_correlation(
                 + "set benchmark.path to a table with more of them"
             )
         scored = candidates.judge(compared, race=False)
+    untrained: list[Record] = [{} for _ in scored]
+    if before is not None:
+        with _state(space, before), judging(label="rank correlation before the search") as candidates:
+            untrained = [{"loss_before_search": row["loss"]} for row in candidates.judge(compared, race=False)]
     rows = [
         {key: row[key] for key in ("digest", "loss", "accuracy")}
+        | first
+        | {key: row[key] for key in ("params", "macs")}
         | {key: value[key] for key in ("table_value", "table_rank")}
         | {"architecture": str(row["architecture"])}
-        for row, value in zip(scored, known, strict=True)
+        for row, first, value in zip(scored, untrained, known, strict=True)
     ]
-    # Ranks are compared, as some of the tables' metrics are better high and others low. The lowest rank is the best.
-    found = rank_correlations([-row["loss"] for row in rows], [-row["table_rank"] for row in rows])
-    return RankCorrelation(**found, rows=rows)
+
+    def agreement(measure: str, sign: int) -> dict[str, float]:
+        # Ranks are compared, as some tables' metrics are better high and others low. The lowest rank is the best.
+        return rank_correlations([sign * row[measure] for row in rows], [-row["table_rank"] for row in rows])
+
+    baselines = {name: agreement(name, 1)["spearman"] for name in ("params", "macs")}
+    if before is not None:
+        baselines["before_search"] = agreement("loss_before_search", -1)["spearman"]
+    return RankCorrelation(**agreement("loss", -1), baselines=baselines, rows=rows)
+
+
+@contextmanager
+def _state(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a network other weights and statistics inside the block."""
+    own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.load_state_dict(state)
+    try:
+        yield
+    finally:
+        network.load_state_dict(own)
 
 
 def _all_architectures(space: SearchSpace) -> list[Architecture]:

@@ -320,6 +320,8 @@ def test_a_table_tells_how_well_the_supernet_ranks(project, capsys):
     run(evaluate, table, "rank_correlation.architectures = 12")
     metrics = json.loads(Path("metrics/evaluate.json").read_text())
     assert metrics["ranked_architectures"] == 12 and -1 <= metrics["kendall_tau"] <= 1 and "table_rank" in metrics
+    assert {"spearman_params", "spearman_macs", "spearman_before_search"} <= {*metrics}
+    assert metrics["spearman_before_search"] != metrics["spearman"]
     found = rows("out/evaluate/rank_correlation.csv")
     assert len({row["digest"] for row in found}) == 12
     for row in found:

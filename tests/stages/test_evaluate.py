@@ -153,6 +153,27 @@ def test_a_table_that_ranks_nothing_has_no_correlation(judged):
     assert math.isnan(found.kendall_tau) and math.isnan(found.spearman)
 
 
+def test_counts_and_the_supernet_before_the_search_are_baselines(judged):
+    space, data, worth = judged
+    torch.manual_seed(1)
+    other = Small()
+    every = [space.sample(torch.Generator().manual_seed(seed)) for seed in range(12)]
+    every = [*{architecture.digest: architecture for architecture in every}.values()]
+    before, own = other.state_dict(), {name: tensor.clone() for name, tensor in space.state_dict().items()}
+    found = rank_correlation(space, data, ranked(scores(other, data, every)), listed=every, before=before)
+    same({**space.state_dict()}, own, "the supernet")
+    assert found.baselines["before_search"] == pytest.approx(1) and found.spearman < 0.9
+    assert {row["digest"]: -row["loss"] for row in found.rows} == pytest.approx(
+        {architecture.digest: worth[architecture.digest] for architecture in every}, rel=1e-6
+    )
+    for name in ("params", "macs"):
+        costs = {architecture.digest: getattr(space.cost(architecture), name) for architecture in every}
+        values = {digest: cost + number / 1000 for number, (digest, cost) in enumerate(costs.items())}
+        by_cost = rank_correlation(space, data, ranked(values), listed=every)
+        assert by_cost.baselines[name] == pytest.approx(1, abs=0.03) and "before_search" not in by_cost.baselines
+        assert [row[name] for row in by_cost.rows] == [*costs.values()]
+
+
 def test_nothing_is_compared_unless_asked_for():
     space = vit()
     assert rank_correlation(space, DataView({}), None) is None

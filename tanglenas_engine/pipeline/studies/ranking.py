@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.files import SUPERNET, load_into
 from tanglenas_engine.pipeline.pools import agreement
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import BUDGET, Arm, Claim, Measured, Panel, Runs, Scale, Study
@@ -29,7 +31,9 @@ def measure(run: Run) -> Measured:
     """Compare the supernet's losses with the table or the pool, for the same architectures in every run."""
     if run.table is None:
         raise TangleNASError("ranking needs networks of known worth: give --table, or keep the stage `pool`")
-    with run.opened() as bench:
+    with run.opened(searched=False) as bench:
+        before = {name: tensor.clone() for name, tensor in bench.space.state_dict().items()}
+        load_into(bench.space, SUPERNET)
         benchmark = Benchmark(load_table(run.table, bench.space), run.metric)
         listed = benchmark.listed or compared(bench.space, run.measure)
         found = rank_correlation(
@@ -37,12 +41,15 @@ def measure(run: Run) -> Measured:
             open_splits(bench.dataset, bench.splits, ("weights", "architecture"), augment=False),
             benchmark.row,
             listed=listed,
+            before=before,
             seed=run.seed,
             device=os.environ.get("TANGLENAS_DEVICE") or None,
             progress=ConsoleProgress(),
         )
     assert found is not None
     values = {"spearman": found.spearman, "kendall_tau": found.kendall_tau}
+    if not math.isnan(first := found.baselines["before_search"]):  # a head of zeros gives all networks one loss
+        values |= {"before": first, "gain": found.spearman - first}
     if found_alike := agreement(run.table, run.metric, benchmark.table.keys):
         values |= {"agreement": found_alike.correlation, "ceiling": found_alike.ceiling}
     return Measured(values)
@@ -100,10 +107,13 @@ STUDY = Study(
     notes=reliable,
     metrics={
         "spearman": Metric("Spearman's correlation", "", 3),
+        "before": Metric("the same before the search", "", 3),
+        "gain": Metric("what the search adds to it", "", 3),
         "kendall_tau": Metric("Kendall's tau", "", 3),
     },
     claims=(
         Claim("spearman", against=0.0),
+        Claim("gain", against=0.0),
         Claim("spearman", against="spos"),
         Claim("spearman", "drnas-paths", "drnas"),
     ),

@@ -49,11 +49,16 @@ class Run:
     beside: Path | None = None
 
     @contextmanager
-    def opened(self, stage: str = "search") -> Iterator[Bench]:
-        """Configure gin as for a stage until the block ends, and make the space with the weights of the search."""
+    def opened(self, stage: str = "search", searched: bool = True) -> Iterator[Bench]:
+        """Configure gin as for a stage until the block ends, and make the space with the weights of the search.
+
+        Args:
+            searched: False leaves the space the weights that it has before the search.
+        """
         with configured(arguments_of(stage)):
             seed, space, dataset = create()
-            load_into(space, SUPERNET)
+            if searched:
+                load_into(space, SUPERNET)
             yield Bench(seed, space, dataset, read_splits())
 
     def metrics(self, stage: str) -> dict[str, Any]:

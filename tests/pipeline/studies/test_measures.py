@@ -26,6 +26,7 @@ from tanglenas_engine.pipeline.studies.sharing import sized
 from tanglenas_engine.pipeline.studies.study import Curve, Measured
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.cells import CellSpace
+from tanglenas_engine.stages.evaluate import RankCorrelation
 from tanglenas_engine.tables import Table
 
 
@@ -82,6 +83,7 @@ def test_a_supernet_is_compared_with_a_pool_or_a_table(done):
     Table(keys, {"test_acc": [float(number) for number in range(len(keys))]}, space.name).write(table)
     measured = studies.load("ranking").measure(run_of("ranking", done, table=table))
     assert -1 <= measured.values["spearman"] <= 1 and -1 <= measured.values["kendall_tau"] <= 1
+    assert not {"before", "gain"} & {*measured.values}  # the head of a new vision transformer is zero
     assert "ceiling" not in measured.values  # a table without a record says nothing about its trainings
     with pytest.raises(TangleNASError, match="give --table, or keep the stage `pool`"):
         studies.load("ranking").measure(run_of("ranking", done))
@@ -90,6 +92,21 @@ def test_a_supernet_is_compared_with_a_pool_or_a_table(done):
         match=r"is a pool, which has few architectures of .*: give a table of the whole space, or leave --table out",
     ):
         studies.load("stages").measure(run_of("stages", done, table=table))
+
+
+def test_what_the_search_adds_is_beside_what_the_supernet_ranked_before(done, monkeypatch):
+    space = create_space("autoformer_nano", num_classes=10, image_size=8, in_channels=1)
+    keys = [space.to_string(one) for one in (space.smallest(), space.largest())]
+    Table(keys, {"test_acc": [1.0, 2.0]}, space.name).write(done / "two.csv")
+
+    def ranked(space, *_, before, **options):
+        assert before["head.bias"].shape == (10,) and not before["head.bias"].any()  # not what the search trained
+        assert dict(space.named_parameters())["head.bias"].any()
+        return RankCorrelation(0.5, 0.75, {"before_search": 0.25}, [])
+
+    monkeypatch.setattr(ranking, "rank_correlation", ranked)
+    measured = studies.load("ranking").measure(run_of("ranking", done, table=done / "two.csv"))
+    assert (measured.values["before"], measured.values["gain"]) == (0.25, 0.5)
 
 
 def test_the_ceiling_is_that_of_the_pools_own_trainings(done):
