@@ -42,8 +42,8 @@ from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version
 
 RECIPE, INPUTS = Path("out", "recipe.json"), Path("out", "inputs")
-UNUSED = ("retrain.mode", "read_architecture.")
-"""Bindings of the retrain stage that no race depends on, by their beginnings, though results do."""
+UNUSED = "read_architecture."
+"""The beginning of the bindings of the retrain stage that no race depends on, though results do."""
 KINDS = ("space", "optimizer", "dataset")
 LIBRARIES = ("tanglenas", "timm", "torch")
 

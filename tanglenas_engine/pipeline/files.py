@@ -106,20 +106,26 @@ def load_into(
         raise TangleNASError(f"{found} than the config and {ARCHITECTURE.name} say ({reason}. {advice}") from None
 
 
+def inherits() -> bool:
+    """Return whether retrain takes the supernet's weights: for the network, or for its teacher."""
+    bound = gin.get_bindings("retrain")
+    return bound.get("mode", "scratch") != "scratch" or bound.get("teacher") is not None
+
+
 def load_inherited(space: SearchSpace) -> None:
-    """Load the weights of the search into the space, unless retrain starts from scratch and has no teacher.
+    """Load the weights of the search into the space, if retrain takes them.
 
     Raises:
         TangleNASError: The space was created otherwise than in the search.
     """
-    bound = gin.get_bindings("retrain")
-    mode = bound.get("mode", "scratch")
-    if mode != "scratch" or bound.get("teacher") is not None:
-        load_into(
-            space,
-            SUPERNET,
-            f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', "
-            "which may build a larger network"
-            if mode != "scratch"
-            else "retrain.teacher takes the weights of the search: create the space as there, or use no teacher",
-        )
+    if not inherits():
+        return
+    mode = gin.get_bindings("retrain").get("mode", "scratch")
+    load_into(
+        space,
+        SUPERNET,
+        f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', "
+        "which may build a larger network"
+        if mode != "scratch"
+        else "retrain.teacher takes the weights of the search: create the space as there, or use no teacher",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import os
 import shutil
@@ -23,7 +24,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import configurables
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.configurables import create, packages, race, retrain
-from tanglenas_engine.pipeline.files import SPLITS
+from tanglenas_engine.pipeline.files import SPLITS, SUPERNET, inherits, load_inherited
 from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.values import macro_value
@@ -115,22 +116,30 @@ class ProjectTraining:
         """Return the training of this project's retrain stage, for the space, dataset and seed of this stage.
 
         Raises:
-            TangleNASError: This folder is no project.
+            TangleNASError: This folder is no project, its retrain stage trains nothing, or it fine-tunes the supernet
+                with a space of another size.
         """
         macros = [f"{name} = {macro_value(name)!r}" for name in ("SPACE", "DATASET", "SEED")]
-        arguments = project_arguments(*macros)
+        arguments = stage_arguments("retrain")
         if arguments is None:
             raise TangleNASError(
                 "discretize.method 'race' trains by the recipe of the retrain stage, and this folder has none: it "
                 "lacks params.yaml, dvc.yaml with a stage 'retrain', or a gin file of that stage. Use another method"
             )
-        splits = SPLITS.read_text("utf-8", errors="replace")
-        with configured(arguments):
+        recipe = Recipe((*arguments, *macros), str(Path.cwd()), SPLITS.read_text("utf-8", errors="replace"))
+        with recipe.open() as bench:
+            bound = gin.get_bindings("retrain")
+            if bound.get("mode") == "inherit":
+                raise TangleNASError(
+                    "retrain.mode is 'inherit', which trains nothing, so a race of trainings says nothing about it: "
+                    "set retrain.mode to 'finetune' or 'scratch', or discretize.method to 'both'"
+                )
+            load_inherited(bench.space)  # refused here, before anything is judged, if it does not fit
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
-            epochs = gin.get_bindings("retrain").get("epochs", default)
             code = {package.__name__: code_version(package) for package in packages()} | own_code()
-            identity = fingerprint(config=gin.config_str(), splits=splits, code=code)
-        return cls(Recipe(arguments, str(Path.cwd()), splits), epochs, identity)
+            weights = hashlib.sha256(SUPERNET.read_bytes()).hexdigest() if inherits() else ""
+            identity = fingerprint(config=gin.config_str(), splits=recipe.splits, code=code, weights=weights)
+        return cls(recipe, bound.get("epochs", default), identity)
 
     @property
     def folder(self) -> Path:
@@ -145,6 +154,7 @@ class ProjectTraining:
             TangleNASError: An option is out of its range, or a file cannot be written.
         """
         with self.recipe.open() as bench:
+            load_inherited(bench.space)
             # The network of the recipe may be larger than that of the search.
             own = bench.space.architecture_of(bench.space.assignment_of(architecture))
             kept = Kept(self.folder, self.identity)

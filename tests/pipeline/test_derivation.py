@@ -154,6 +154,27 @@ def test_a_race_trains_by_the_recipe_of_retrain_and_says_how_it_went(project, ca
     assert (last["validation_loss"], last["validation_accuracy"]) == (found[0]["loss"], found[0]["accuracy"])
 
 
+def test_a_race_fine_tunes_where_retrain_does(project, capsys):
+    epoch = {"epochs": 1, "batch_size": 128}
+    set_params(project, retrain={**epoch, "mode": "inherit"})
+    bindings = ('discretize.method = "race"', "discretize.candidates = 3", "race.entrants = 2")
+    said = refused(capsys, discretize, *bindings)
+    assert "retrain.mode is 'inherit', which trains nothing" in said and "candidate" not in capsys.readouterr().out
+    set_params(project, retrain={**epoch, "mode": "finetune"})
+    Path("gin/demo/retrain.gin").write_text("create_space.channels = 3")
+    assert "create the space as there, or use 'scratch'" in refused(capsys, discretize, *bindings)
+    assert "candidate" not in capsys.readouterr().out  # it is refused before any is judged
+    Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
+    run(discretize, *bindings)
+    tuned = rows("out/discretize/race.csv")[0]
+    run(retrain, "retrain.epochs = 1", "retrain.batch_size = 128", 'retrain.mode = "finetune"')
+    last = rows("out/retrain/history.csv")[-1]
+    assert (last["validation_loss"], last["validation_accuracy"]) == (tuned["loss"], tuned["accuracy"])
+    set_params(project, retrain={**epoch, "mode": "scratch"})
+    run(discretize, *bindings)
+    assert rows("out/discretize/race.csv")[0]["loss"] != tuned["loss"]
+
+
 def test_a_race_that_was_stopped_goes_on_with_its_trainings(project, monkeypatch, capsys):
     set_params(project, retrain={"epochs": 1, "batch_size": 128})
     Path("gin/demo/retrain.gin").write_text("create_space.channels = 2")
@@ -184,7 +205,9 @@ def test_dvc_is_told_when_the_recipe_of_a_race_changes(project):
     assert recipe(retrain={"epochs": 3}) == {}
     first = recipe(discretize={"method": "race"})
     assert first != recipe(retrain={"epochs": 4}) != recipe(retrain={"epochs": 4}, recipe="cpu")
-    assert first == recipe(retrain={"epochs": 3, "mode": "finetune", "pick": "12"}, recipe="demo")
+    assert first == recipe(retrain={"epochs": 3, "pick": "12"}, recipe="demo")
+    assert first != recipe(retrain={"mode": "finetune"})
+    assert first == recipe(retrain={"mode": "scratch"})
     with open("dvc.yaml", "a+") as file:
         file.seek(0)
         text = file.read().replace("'retrain.mode =", "'retrain.checkpoint_every = 3' 'retrain.mode =")
