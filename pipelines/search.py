@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tanglenas_engine.pipeline import (
     benchmark,
-    check_later_budget,
+    check_later_stages,
     create_optimizer,
     figures,
     make_splits,
@@ -19,8 +19,8 @@ from tanglenas_engine.pipeline import (
 def main(arguments: Sequence[str]) -> None:
     """Run the stage with these gin files and bindings."""
     with open_stage("search", arguments) as stage:
-        check_later_budget(stage.space, stage.dataset)
         splits = make_splits(stage.dataset, seed=stage.seed)
+        check_later_stages(stage, splits)
         optimizer = create_optimizer(name=required("OPTIMIZER", str))
         stage.announce(optimizer, splits)
         result = search(

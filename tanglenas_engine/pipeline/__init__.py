@@ -11,7 +11,8 @@ from typing import Any
 
 _HOME = {
     "benchmark": "configurables",
-    "check_later_budget": "configurables",
+    "check_later_budget": "later",
+    "check_later_stages": "later",
     "create_dataset": "configurables",
     "create_optimizer": "configurables",
     "create_space": "configurables",

@@ -19,13 +19,11 @@ import torch
 from tanglenas_engine import plugins
 from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.data import make_splits as engine_make_splits
-from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.race import race as engine_race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import KINDS, bindings_of, configured, record, referred, register, required
+from tanglenas_engine.pipeline.config import KINDS, bindings_of, record, referred, register, required
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
-from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrained
 from tanglenas_engine.pipeline.values import check_types, macro_value
 from tanglenas_engine.plugins import manager
@@ -34,7 +32,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.stages.discretize import METHODS, limits_of
+from tanglenas_engine.stages.discretize import METHODS
 from tanglenas_engine.stages.discretize import discretize as engine_discretize
 from tanglenas_engine.stages.evaluate import evaluate as engine_evaluate
 from tanglenas_engine.stages.evaluate import rank_correlation as engine_rank_correlation
@@ -144,33 +142,6 @@ def objectives(space: SearchSpace, targets: Iterable[str] = ()) -> list[Objectiv
     return [_objective(name).bind(space) for name in sorted({*_costs(), *targets} - {*METRICS, *FORMER})]
 
 
-def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
-    """Refuse a budget that discretize would refuse after the search, where params.yaml is about this space and dataset.
-
-    The search does not depend on the budget otherwise: another budget does not make it run again.
-
-    Raises:
-        TangleNASError: No architecture of the space meets the budget, or an objective in it, or of a target of the
-            search, fails under the config of discretize.
-    """
-    later = stage_arguments("discretize")
-    if later is None:
-        return
-    targets = {
-        values.get("objective", "macs")
-        for values in bindings_of("target")
-        if values.get("value") or values.get("share")
-    }
-    try:
-        with configured(later):
-            if (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name):
-                limits = gin.get_bindings("discretize")
-                given = limits_of(*(limits.get(name) for name in ("max_params", "max_macs", "limits", "max_flops")))
-                Budget(space, given, objectives(space, targets)).check()
-    except TangleNASError as error:
-        raise TangleNASError(f"after the search, discretize would fail: {error}") from error
-
-
 def create() -> tuple[int, SearchSpace, Dataset]:
     """Return the seed, and make the space and the dataset that the config names.
 
@@ -192,34 +163,45 @@ def create() -> tuple[int, SearchSpace, Dataset]:
                 f"the dataset {dataset.name!r} has the standard deviation {value} (std), expected positive numbers, as "
                 "inputs are divided by it. Correct create_dataset.std"
             )
+    torch.manual_seed(seed)
+    return seed, space_for(dataset), dataset
+
+
+def space_for(dataset: Dataset) -> SearchSpace:
+    """Make the space that the config names, with the options that the dataset gives it, unless gin binds them.
+
+    Raises:
+        TangleNASError: The name is unknown, an option is of the wrong type, or the space does not fit the dataset.
+    """
+    name = required("SPACE", str)
     bound = gin.get_bindings("create_space", resolve_references=False)
     fitted = {option: value for option, value in dataset.space_options().items() if option not in bound}
-    torch.manual_seed(seed)
     try:
-        space = create_space(name=required("SPACE", str), **fitted)
+        space: SearchSpace = create_space(name=name, **fitted)
         record("create_space", fitted)  # the space can be made again without the data
     except TangleNASError as error:
         if any(f"takes no option {option!r}" in str(error) for option in fitted):
             raise TangleNASError(
-                f"the space {names['space']!r} is not for data such as {dataset.name!r}, which need a space with "
+                f"the space {name!r} is not for data such as {dataset.name!r}, which need a space with "
                 f"{', '.join(dataset.space_options())}: choose another space or dataset"
             ) from None
-        known, _ = options_of(manager().resolve("dataset", names["dataset"]).load())
+        named = required("DATASET", str)
+        known, _ = options_of(manager().resolve("dataset", named).load())
         reason = str(error).split("\n  In call to configurable")[0].rstrip(".")  # gin appends its own call stack
         for option, value in fitted.items():
             if f"{option} is {value}" in reason and (known is None or option in known):
                 raise TangleNASError(
-                    f"{reason}. The dataset {names['dataset']!r} says so: bind create_dataset.{option} in "
-                    f"gin/datasets/{names['dataset']}.gin, or choose another space or dataset"
+                    f"{reason}. The dataset {named!r} says so: bind create_dataset.{option} in "
+                    f"gin/datasets/{named}.gin, or choose another space or dataset"
                 ) from None
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # options that make no network
         options = ", ".join(f"{option}={value!r}" for option, value in {**fitted, **bound}.items())
         raise TangleNASError(
-            f"the space {names['space']!r} cannot be made with {options}: {str(error).splitlines()[0]}. Correct what "
+            f"the space {name!r} cannot be made with {options}: {str(error).splitlines()[0]}. Correct what "
             "gin binds of create_space"
         ) from error
-    return seed, space, dataset
+    return space
 
 
 def packages() -> set[ModuleType]:

@@ -76,8 +76,29 @@ def stage_arguments(
     Raises:
         TangleNASError: params.yaml is damaged.
     """
-    if not (params.exists() and pipeline.exists()):
+    _, after = _command(stage, params, pipeline)
+    try:
+        arguments = None if after is None else _words(after)
+    except ValueError:  # a person changed the file; DVC says what is wrong with it
         return None
+    there = all(Path(argument).exists() for argument in arguments or () if argument.endswith(".gin"))
+    return arguments if there else None
+
+
+def sets_python_path(stage: str) -> bool:
+    """Return whether the command of a stage in dvc.yaml sets where Python finds modules: PYTHONPATH=src python.
+
+    Raises:
+        TangleNASError: params.yaml is damaged.
+    """
+    before, _ = _command(stage, Path("params.yaml"), Path("dvc.yaml"))
+    return "PYTHONPATH" in before
+
+
+def _command(stage: str, params: Path, pipeline: Path) -> tuple[str, str | None]:
+    """Return the command of a stage before and after `-m pipelines.STAGE`; None after it if that is not there."""
+    if not (params.exists() and pipeline.exists()):
+        return "", None
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -92,12 +113,10 @@ def stage_arguments(
     try:
         written = YAML(typ="safe").load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"]
         command = TEMPLATE.sub(value, "\n".join(written) if isinstance(written, list) else written)
-        started = re.search(rf"(?:^|\s)-m\s+pipelines\.{re.escape(stage)}(?=\s|$)", command)
-        arguments = _words(command[started.end() :]) if started else []
     except (LookupError, TypeError, ValueError, YAMLError):  # a person changed the file; DVC says what is wrong with it
-        return None
-    there = all(Path(argument).exists() for argument in arguments if argument.endswith(".gin"))
-    return arguments if started and there else None
+        return "", None
+    started = re.search(rf"(?:^|\s)-m\s+pipelines\.{re.escape(stage)}(?=\s|$)", command)
+    return (command[: started.start()], command[started.end() :]) if started else ("", None)
 
 
 def _words(text: str) -> list[str]:

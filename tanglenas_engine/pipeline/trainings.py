@@ -99,6 +99,19 @@ def project_arguments(*bindings: str) -> tuple[str, ...] | None:
     return None if arguments is None else (*arguments, *alone, *bindings)
 
 
+def refuse_race() -> None:
+    """Refuse a race under the config of a retrain stage that trains nothing.
+
+    Raises:
+        TangleNASError: `retrain.mode` is "inherit".
+    """
+    if gin.get_bindings("retrain").get("mode") == "inherit":
+        raise TangleNASError(
+            "retrain.mode is 'inherit', which trains nothing, so a race of trainings says nothing about it: "
+            "set retrain.mode to 'finetune' or 'scratch', or discretize.method to 'both'"
+        )
+
+
 TRAININGS = Path(".tanglenas", "trainings")
 """The folder for checkpoints of trainings that a race may go on with."""
 
@@ -128,18 +141,14 @@ class ProjectTraining:
             )
         recipe = Recipe((*arguments, *macros), str(Path.cwd()), SPLITS.read_text("utf-8", errors="replace"))
         with recipe.open() as bench:
-            bound = gin.get_bindings("retrain")
-            if bound.get("mode") == "inherit":
-                raise TangleNASError(
-                    "retrain.mode is 'inherit', which trains nothing, so a race of trainings says nothing about it: "
-                    "set retrain.mode to 'finetune' or 'scratch', or discretize.method to 'both'"
-                )
+            refuse_race()
             load_inherited(bench.space)  # refused here, before anything is judged, if it does not fit
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
             code = {package.__name__: code_version(package) for package in packages()} | own_code()
             weights = hashlib.sha256(SUPERNET.read_bytes()).hexdigest() if inherits() else ""
             identity = fingerprint(config=gin.config_str(), splits=recipe.splits, code=code, weights=weights)
-        return cls(recipe, bound.get("epochs", default), identity)
+            epochs = gin.get_bindings("retrain").get("epochs", default)
+        return cls(recipe, epochs, identity)
 
     @property
     def folder(self) -> Path:

@@ -121,7 +121,8 @@ def retrain(
         epochs: The number of passes over the training data.
         until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
             the same checkpoints goes on. None trains to the end. If the checkpoint is beyond, the history and the
-            accuracy are those of `until`, and the network is that of the checkpoint.
+            accuracy are those of `until`, and the network is that of the checkpoint. 0 makes everything that the
+            training needs, which checks the options, and trains nothing: the accuracy is NaN.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.
         scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every
@@ -163,7 +164,7 @@ def retrain(
         )
     at_least("retrain.epochs", epochs, 1)
     if until is not None:
-        at_least("retrain.until", until, 1)
+        at_least("retrain.until", until, 0)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
     check_fit(space, data.training, data.validation)
     space.assignment_of(architecture)  # an overridden `standalone` might accept an architecture of another space
@@ -264,6 +265,8 @@ class Retraining(Training):
 
     def result(self, until: int | None = None) -> RetrainResult:
         """Run the training, to its end or until so many epochs are finished, and return its result."""
+        if until == 0:
+            return RetrainResult(self.final.eval(), math.nan, [])
         history = self.run(until)
         seconds, wall = self.stopwatch.ends[len(history) - 1].tolist()
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history, seconds, wall)

@@ -183,6 +183,43 @@ def test_an_objective_of_a_target_that_discretize_cannot_make_is_refused_before_
     assert "after the search, discretize would fail: objective 'latency'" in refused("search", *target)
 
 
+LATER = [
+    ({"retrain": {"mode": "finetun"}}, "", "retrain.mode is 'finetun', expected 'scratch'"),
+    ({"retrain": {"batch_size": 10**5}}, "", "batch size 100000 is larger than"),
+    ({}, "retrain.epoch = 3", "configuration: retrain has no parameter 'epoch'. Did you mean 'epochs'?"),
+    ({}, "retrain.optimizer = @torch.optim.SGD\nSGD.lr = -1.0", "retrain.optimizer"),
+    ({}, "evaluate.batch = 3", "configuration: evaluate has no parameter 'batch'"),
+    ({"discretize": {"method": "rase"}}, "", "unknown discretize.method 'rase'. Did you mean 'race'?"),
+    ({"retrain": {"mode": "inherit"}, "discretize": {"method": "race"}}, "", "retrain.mode is 'inherit'"),
+]
+
+
+@pytest.mark.parametrize("params, line, message", LATER)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_search(project, refused, params, line, message):
+    set_params(project, **params)
+    stage = line.partition(".")[0] or [*params][-1]
+    with open(f"gin/stages/{stage}.gin", "a") as file:
+        file.write(f"\n{line}\n")
+    weights = Path("out/search/supernet.safetensors")
+    weights.unlink(missing_ok=True)
+    assert f"after the search, {stage} would fail: {message}" in refused("search")
+    assert not weights.exists()
+
+
+def test_a_later_stage_that_finds_its_modules_by_itself_is_not_refused(project, refused):
+    with open("gin/stages/retrain.gin", "a") as file:
+        file.write("\nretrain.loss = @my_losses.loss\n")
+    assert "after the search, retrain would fail" in refused("search")
+    pipeline = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(
+        pipeline.replace("python -m pipelines.retrain", "PYTHONPATH=src python -m pipelines.retrain")
+    )
+    set_params(project, discretize={"max_params": 10})  # refused, too, and first
+    assert "discretize would fail" in refused("search")
+    set_params(project, discretize={"max_params": None}, search={"epochs": 0})
+    assert "search.epochs is 0" in refused("search")
+
+
 def test_a_limit_is_given_once(project, refused):
     set_params(project, discretize={"max_params": 50_000})
     message = refused("discretize", 'discretize.limits = {"params": 40_000}')

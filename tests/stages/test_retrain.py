@@ -380,12 +380,21 @@ def test_training_fits_the_data():
     assert [row["epoch"] for row in result.history] == list(range(1, 21))
 
 
+def test_no_epoch_trains_nothing_and_checks_the_recipe():
+    space = vit()
+    found = retrained(space, epochs=3, until=0, mode="finetune")
+    same(found["weights"], {**space.extract(chosen(space)).state_dict()}, "the network")
+    assert found["history"] == [] and math.isnan(found["accuracy"])
+    with pytest.raises(TangleNASError, match=r"retrain\.optimizer"):
+        retrained(vit, until=0, optimizer=partial(torch.optim.AdamW, decay=1.0))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"mode": "fine-tune"}, "retrain.mode is 'fine-tune', expected one of: scratch, inherit, finetune"),
         ({"epochs": 0}, "retrain.epochs is 0, expected a whole number of at least 1"),
-        ({"until": 0}, "retrain.until is 0, expected a whole number of at least 1"),
+        ({"until": -1}, "retrain.until is -1, expected a whole number of at least 0"),
         ({"recalibration_batches": -1}, "retrain.recalibration_batches is -1, expected a whole number of at least 0"),
         ({"batch_size": 4.0}, "retrain.batch_size is 4.0, expected a whole number of at least 1"),
         ({"num_workers": -1}, "num_workers is -1, expected a whole number of at least 0"),
