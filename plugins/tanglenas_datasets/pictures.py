@@ -8,31 +8,46 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are tried, whatever a file is called. Pillow would hand others to programs: EPS to Ghostscript."""
 MAX_PIXELS = 89_478_485
 """The most pixels of an image: where Pillow begins to warn of decompression bombs. It refuses twice as many."""
-# Pillow raises these for a file that it cannot read.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What `opened` and `decode` raise for a file that cannot be read, as Pillow does for most of them."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""The way to turn an image upright, by the value of the tag Orientation of EXIF. 1 is upright."""
 
 
 @contextmanager
 def opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open an image file without decoding it.
+    """Open an image file without decoding it. The block may decode it.
 
     Raises:
         One of `UNREADABLE`: The file is of none of `FORMATS`, damaged, or an image of more than `MAX_PIXELS`.
     """
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
-        yield image
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
+            yield image
+    except (*UNREADABLE, MemoryError):
+        raise
+    except Exception as error:  # of damaged numbers, Pillow's readers raise struct.error, TypeError and others
+        raise ValueError(f"Pillow cannot read it ({type(error).__name__}: {error})") from error
 
 
 def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
-    """Return an image in a mode, "L" or "RGB", turned as its EXIF data say.
+    """Return an image in a mode, "L" or "RGB", turned as its EXIF data say, where they can be read.
 
     Raises:
         One of `UNREADABLE`: As in `opened`, or the pixels are of a kind that has no black and white.
@@ -41,12 +56,26 @@ def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
         wide = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}.get(content.mode)
         if wide is not None and (content.mode == "F" or content.format == "TIFF"):  # other "I" are of 16 bits
             raise ValueError(f"its pixels are {wide}, of which black and white are not known")
-        image: Image.Image = ImageOps.exif_transpose(content)
+        image = _upright(content)
         if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert(mode)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode an image and turn it as its EXIF data say.
+
+    `ImageOps.exif_transpose` also writes the other tags anew, and fails where one of them is of a type that it cannot
+    write. The pixels may be whole where the tags are not.
+    """
+    image.load()  # Pillow turns a TIFF here
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # the tags are damaged, in any way
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def reason(error: BaseException) -> str:

@@ -6,16 +6,17 @@ import subprocess
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from tanglenas_datasets.folders import SUFFIXES
 from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_datasets.pictures import FORMATS, UNREADABLE, decode, opened
-from tanglenas_engine import TangleNASError
+from tanglenas_engine import SilentProgress, TangleNASError
 
 ROOT = Path(__file__).resolve().parents[2]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
@@ -124,6 +125,79 @@ def test_damaged_files_are_refused_or_read_and_never_end_in_another_error(tmp_pa
             assert decode(path, "RGB").mode == "RGB"
         except UNREADABLE:
             pass
+
+
+def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data with these tags: number, type, count and value, as TIFF has them."""
+    entries = b"".join(struct.pack("<HHI4s", *tag) for tag in tags)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+SIDEWAYS = (0x0112, 3, 1, b"\6\0")  # a short: the left of the picture is up
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (0x8769, 2, 4, b"abc\0"),  # a text as the place of more tags
+        (0x8825, 3, 1, b"\1\0"),
+        (0x0100, 2, 4, b"640\0"),
+        (0x0128, 2, 4, b"abc\0"),
+        (0x011A, 10, 1, b"\x1a\0"),  # a fraction beyond the end
+    ],
+)
+def test_tags_of_other_types_do_not_keep_an_image_from_being_turned(tmp_path: Path, kind: str, odd) -> None:
+    image = Image.new("RGB", (32, 16), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 16, 16))
+    image.save(tmp_path / "0", kind, exif=exif(SIDEWAYS, odd))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about the tags
+        turned = decode(tmp_path / "0", "L")
+    assert turned.size == (16, 32)
+    assert turned.getpixel((8, 8)) > 250 and turned.getpixel((8, 24)) < 5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "tags",
+    [
+        b"Exif\0\0II*\0",
+        b"Exif\0\0no header",
+        exif((0x0112, 2, 2, b"6\0")),
+        exif((0x0112, 5, 1, b"\x1a\0")),
+        exif((0x0112, 3, 1, b"\x63\0")),
+    ],
+)
+def test_a_direction_that_cannot_be_read_is_none(tmp_path: Path, kind: str, tags: bytes) -> None:
+    Image.new("RGB", (32, 16)).save(tmp_path / "0", kind, exif=tags)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert decode(tmp_path / "0", "RGB").size == (32, 16)
+
+
+@pytest.mark.parametrize("direction", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_image_is_turned_as_pillow_turns_it(tmp_path: Path, kind: str, direction: int) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = direction
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)).save(
+        tmp_path / "0", kind, exif=tags
+    )
+    with opened(tmp_path / "0") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert (np.asarray(decode(tmp_path / "0", "RGB")) == expected).all()
+
+
+@pytest.mark.parametrize("error", [TypeError("an 'IFDRational'"), struct.error("needs an integer"), IndexError()])
+def test_any_error_of_a_reader_names_the_file(pictures: Path, tmp_path: Path, monkeypatch, error: Exception) -> None:
+    dataset = ImageFolder(pictures)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", Mock(side_effect=error))
+    message = rf"cat.0\.png.* is no readable image.*Pillow cannot read it \({type(error).__name__}"
+    with pytest.raises(TangleNASError, match=message):
+        dataset.subset(torch.arange(1), train=False).batch(torch.arange(1))
+    with pytest.raises(TangleNASError, match=rf"cat.0\.png.* \(Pillow cannot read it \({type(error).__name__}"):
+        dataset.verify(SilentProgress(), tmp_path)
 
 
 def test_no_file_of_this_repository_opens_an_image_as_anything() -> None:
