@@ -1,7 +1,14 @@
 """Batches: an endless training stream that can start at any step, and a single pass for evaluation."""
 
 import hashlib
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
+from threading import Thread
 from typing import Any, TypeAlias
 
 import torch
@@ -115,22 +122,29 @@ def _derive(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=7).digest())
 
 
-class _SeededBatches(TorchDataset[Batch]):
-    """A torch dataset of whole batches, each with the seed of its augmentation."""
+class _SeededBatches(TorchDataset[Batch | TangleNASError]):
+    """A torch dataset of whole batches, each with the seed of its augmentation, or with the error in its place.
+
+    An error that a worker raises arrives as the text of a traceback, around the sentence that a person needs.
+    """
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, item: tuple[int, Tensor | list[int]]) -> Batch:
+    def __getitem__(self, item: tuple[int, Tensor | list[int]]) -> Batch | TangleNASError:
         seed, indices = item
-        with seeded(seed, accelerators=False):  # augmentation runs on the CPU
-            return self.samples.batch(torch.as_tensor(indices))
+        try:
+            with seeded(seed, accelerators=False):  # augmentation runs on the CPU
+                return self.samples.batch(torch.as_tensor(indices))
+        except TangleNASError as error:
+            return error
 
 
 def _load(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int) -> Iterator[Batch]:
     source = _SeededBatches(samples)
     if num_workers == 0:
-        return map(source.__getitem__, plan)
+        return map(_arrived, map(source.__getitem__, plan))
+    ends, end = multiprocessing.Pipe(duplex=False)
     loader = DataLoader(
         source,
         batch_size=None,
@@ -141,9 +155,41 @@ def _load(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int
         pin_memory=torch.cuda.is_available(),
         # The loader draws a seed for its workers. A generator of its own leaves the global one unchanged.
         generator=torch.Generator(),
+        worker_init_fn=partial(_outlast_signals, ends),
     )
-    return iter(loader)
+    loaded = iter(loader)
+    Finalize(loaded, _end_workers, (ends, end), exitpriority=0)  # when nobody uses it any more, or this process ends
+    return map(_arrived, loaded)
+
+
+def _arrived(batch: Batch | TangleNASError) -> Batch:
+    if isinstance(batch, TangleNASError):
+        raise batch
+    return batch
 
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _outlast_signals(ends: Connection, worker: int) -> None:
+    """Make a worker outlast the signals that ask a training to stop, so that it can finish its step and save.
+
+    Ctrl-C, schedulers and `timeout` send them to all processes of a run. Without signals, a worker ends when the loader
+    tells it so, when its parent is gone, and, in the middle of a batch, when there is something to read from `ends`.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def end() -> None:
+        ends.poll(None)
+        os._exit(0)
+
+    Thread(target=end, daemon=True).start()
+
+
+def _end_workers(ends: Connection, end: Connection) -> None:
+    """End workers that the loader could not tell, as in a reference cycle, where its queues are closed first."""
+    end.send_bytes(b"end")
+    end.close()
+    ends.close()

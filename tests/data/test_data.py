@@ -3,14 +3,19 @@
 import gc
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
 import random
+import signal
 from functools import partial
 from types import FunctionType, MethodType
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from forked import Forked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -349,6 +354,72 @@ def test_the_global_generators_come_back_after_a_failed_batch():
     with pytest.raises(RuntimeError, match="no such image"):
         take(Stream(TensorSamples(torch.zeros(4), torch.zeros(4), fail), 2, seed=0), 1)
     assert torch.get_rng_state().equal(before[0]) and random.getstate() == before[1]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_batch_is_its_sentence_alone(num_workers):
+    rows = TensorSamples(torch.arange(8), torch.zeros(8), refuse_the_last)
+    loaded = batches(rows, 2, num_workers=num_workers)
+    assert len(list(itertools.islice(loaded, 3))) == 3
+    with pytest.raises(TangleNASError) as caught:
+        next(loaded)
+    assert str(caught.value) == "no image: replace it"
+
+
+def refuse_the_last(rows):
+    if 7 in rows:
+        raise TangleNASError("no image: replace it")
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_outlast_the_signals_that_a_whole_run_gets(samples):
+    before = set(multiprocessing.active_children())
+    loaded = Stream(samples, 8, seed=1, num_workers=2).start()
+    found = [next(loaded), next(loaded)]  # by now both workers run
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    found += itertools.islice(loaded, 8)
+    assert equal(found, take(Stream(samples, 8, seed=1), 10))
+    assert all(worker.is_alive() for worker in workers)
+    del loaded
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+LOADS = """
+import multiprocessing, sys, time, torch
+from tanglenas_engine.data import TensorSamples, batches
+
+def load(rows):
+    time.sleep(1000 if how == "busy" and 3 in rows else 0)
+    return rows
+
+how = sys.argv[1]
+multiprocessing.set_start_method("fork", force=True)  # this process comes from a server, and its code from no file
+loaded = batches(TensorSamples(torch.arange(8), torch.zeros(8), load), 1, num_workers=2)
+next(loaded), next(loaded)  # by now a worker loads the fourth row
+print("workers", *(child.pid for child in multiprocessing.active_children()), flush=True)
+how == "killed" and sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ends", "busy", "killed"])
+def test_workers_end_with_their_parent(how):
+    with Forked(LOADS, how) as parent:
+        line = next(line for line in parent.stdout if line.startswith("workers"))
+        workers = [psutil.Process(int(pid)) for pid in line.split()[1:]]
+        assert len(workers) == 2
+        if how == "killed":
+            parent.kill()
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert parent.returncode == (-signal.SIGKILL if how == "killed" else 0)
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, None])
