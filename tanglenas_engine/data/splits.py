@@ -163,8 +163,9 @@ def make_splits(
 
     Raises:
         TangleNASError: The seed is no whole number of at least 0, a portion is not strictly between 0 and 1, there are
-            fewer than `samples`, a split would be empty, or a class has too few samples to be in both the weights and
-            the architecture split. (A rare class may be missing from validation or test.)
+            fewer than `samples`, a split would be empty, labels are no classes of the dataset, or a class has too few
+            samples to be in both the weights and the architecture split. (A rare class may be missing from validation
+            or test.)
     """
     portions = {
         "train_portion": train_portion,
@@ -178,7 +179,7 @@ def make_splits(
     seed = at_least("make_splits.seed", seed, 0)
     at_least("make_splits.block", block, 1)
     generator = np.random.default_rng(seed)
-    labels = None if dataset.labels is None else dataset.labels.numpy()
+    labels = None if dataset.labels is None else _labels(dataset)
     letters = np.full(len(dataset), b"t", "S1")
     pool = np.arange(len(dataset))
     if dataset.test_indices is not None:
@@ -291,6 +292,27 @@ def open_splits(dataset: Dataset, splits: Splits, names: Iterable[str], *, augme
     )
 
 
+def _labels(dataset: Dataset) -> Any:
+    """Return the labels of the whole pool.
+
+    Raises:
+        TangleNASError: They are not one class for each sample.
+    """
+    found: Any = dataset.labels  # of somebody's plugin
+    if not (isinstance(found, Tensor) and found.dtype == torch.int64 and found.dim() == 1):
+        raise TangleNASError(
+            f"labels of {dataset.name} is {_kind(found)}, expected a tensor of int64 of shape (N,), with the class of "
+            "each sample"
+        )
+    if len(strange := ((found < 0) | (found >= dataset.num_classes)).nonzero()):
+        position = int(strange[0])
+        raise TangleNASError(
+            f"labels of {dataset.name} has {int(found[position])} at position {position}, expected a class from 0 to "
+            f"{dataset.num_classes - 1}: number the classes from 0 on, or correct num_classes"
+        )
+    return found.numpy()
+
+
 def _official_test(dataset: Dataset) -> Any:
     """Return the positions of the official test samples.
 
@@ -301,11 +323,15 @@ def _official_test(dataset: Dataset) -> Any:
     if isinstance(found, Tensor) and found.dtype == torch.int64 and found.dim() == 1:
         if len(np.unique(found)) == len(found) and bool(((found >= 0) & (found < len(dataset))).all()):
             return found.numpy()
-    given = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
     raise TangleNASError(
-        f"test_indices of {dataset.name} is {given}, expected a tensor of int64 with distinct positions from 0 to "
-        f"{len(dataset) - 1}"
+        f"test_indices of {dataset.name} is {_kind(found)}, expected a tensor of int64 with distinct positions from 0 "
+        f"to {len(dataset) - 1}"
     )
+
+
+def _kind(value: object) -> str:
+    """Return what kind of value it is, for a message."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _evenly(indices: Tensor, count: int) -> Tensor:

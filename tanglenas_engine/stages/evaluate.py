@@ -106,7 +106,7 @@ def _confusion(labels: Tensor, predicted: Sequence[Tensor], width: int) -> tuple
     """
     total, ranks = distributed.sum_over_ranks([float(width), float(width > 0)])
     outputs = round(total / ranks)
-    own = labels[distributed.rank() :: distributed.world_size()]
+    own = labels[distributed.rank() :: distributed.world_size()].long()  # a product of uint8 would overflow
     found = torch.cat([own.new_empty(0), *(part.cpu() for part in predicted)])
     counts = torch.bincount(own * outputs + found, minlength=outputs * outputs)
     summed = distributed.sum_over_ranks([float(count) for count in counts.tolist()])

@@ -50,6 +50,28 @@ def test_the_accuracy_of_a_network_that_knows_the_answers():
     assert evaluate(space, space.smallest(), network, data).test_accuracy == 0
 
 
+class Answers(nn.Module):
+    """Answers with the number in the first pixel."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes, self.scale = classes, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * nn.functional.one_hot(x[:, 0, 0, 0].long(), self.classes).float()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8])
+def test_a_confusion_matrix_counts_many_classes_whatever_type_labels_have(kind):
+    space = vit(num_classes=20)
+    inputs = space.example_input(40)
+    inputs[:, 0, 0, 0] = labels = torch.arange(40) % 20
+    data = DataView({"test": TensorSamples(inputs, labels.to(kind))})
+    found = evaluate(space, space.smallest(), Answers(20), data)
+    assert found.test_accuracy == 100
+    assert torch.tensor(found.confusion).equal(2 * torch.eye(20, dtype=torch.int64))
+
+
 def test_data_that_do_not_fit_or_are_out_of_reach():
     space = vit()
     architecture, network = space.smallest(), space.extract(space.smallest())
