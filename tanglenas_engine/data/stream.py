@@ -82,6 +82,10 @@ class Stream:
             raise TangleNASError(f"a stream starts at step 0 or later, not at {step}.")
         return _load(self.samples, self._plan(step), self.num_workers)
 
+    def batch(self, step: int) -> Batch:
+        """Return batch number `step` again. It is loaded in this process."""
+        return next(_load(self.samples, self._plan(step), 0))
+
     def _plan(self, step: int) -> Iterator[tuple[int, Tensor]]:
         """Yield for each batch from `step` on the seed of its augmentation, and the indices of this part of it."""
         number, parts = self.part

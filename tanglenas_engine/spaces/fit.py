@@ -9,6 +9,9 @@ from tanglenas_engine.data import Samples, TokenSamples, batches
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.space import SearchSpace
 
+REMEDY = "correct the dataset's transform, its mean and std, or the files"
+"""What to do about inputs that are not finite."""
+
 
 def check_fit(space: SearchSpace, *splits: Samples) -> None:
     """Check that a space accepts a dataset's inputs and has an output for every class or token.
@@ -22,24 +25,27 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
         splits: The splits that a stage reads.
 
     Raises:
-        TangleNASError: The shapes or types of the inputs differ (the message has both shapes), inputs are not finite,
-            or outputs are missing.
+        TangleNASError: The shapes or the types of the inputs differ (the message has both), inputs are not finite, or
+            outputs are missing.
     """
     labels = splits[0].labels
     inputs, _ = next(batches(splits[0], 1))
     with torch.random.fork_rng(devices=[]):  # this check must not change the random numbers of a run
         wanted = space.example_input(1)
-    if inputs.shape[1:] != wanted.shape[1:] or inputs.is_floating_point() != wanted.is_floating_point():
+    if inputs.shape[1:] != wanted.shape[1:]:
         raise TangleNASError(
             f"the data are of shape {_shape(inputs)}, but the space {space.label} takes {_shape(wanted)}: create the "
             "space with what fits the dataset (image_size and in_channels, or block_size), or change the dataset's"
         )
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
-        raise TangleNASError(
-            f"{int((~inputs.isfinite()).sum()):,} of {inputs.numel():,} numbers in the first batch of the data are not "
-            "finite: correct the dataset's transform, its mean and std, or the files"
-        )
     parameters = next(space.parameters())
+    kinds = _kinds(wanted.dtype, parameters.dtype)
+    if inputs.dtype not in kinds:
+        raise TangleNASError(
+            f"the data are {inputs.dtype}, but the space {space.label} takes {kinds[0]}: let the dataset's transform "
+            f"convert {'and normalise ' * wanted.is_floating_point()}them"
+        )
+    if told := not_finite(inputs):
+        raise TangleNASError(f"{told} in the first batch of the data are not finite: {REMEDY}")
     wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
     with torch.no_grad(), space.as_largest():
         classes = space(wanted).shape[-1]
@@ -50,6 +56,22 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
             f"the data have a {kind} {largest}, but the space {space.label} has {classes} outputs: create it with "
             f"the dataset's {option}, which is at least {largest + 1}"
         )
+
+
+def not_finite(inputs: Tensor) -> str:
+    """Return how many numbers of a batch are not finite, such as "3 of 128 numbers", or ""."""
+    count = inputs.numel() - int(inputs.isfinite().sum())
+    return f"{count:,} of {inputs.numel():,} numbers" if count else ""
+
+
+def _kinds(example: torch.dtype, parameters: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return the types of inputs that a space takes: that of its example and, of floating-point ones, its parameters'.
+
+    Tokens may have 32 or 64 bits.
+    """
+    if example.is_floating_point:
+        return parameters, example
+    return (torch.int64, torch.int32) if example in (torch.int64, torch.int32) else (example,)
 
 
 def _largest(samples: Samples) -> int:

@@ -271,6 +271,9 @@ class Retraining(Training):
         seconds, wall = self.stopwatch.ends[len(history) - 1].tolist()
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history, seconds, wall)
 
+    def inputs(self, position: int) -> list[Tensor]:
+        return [self.stream.batch(position)[0]]
+
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {
             "network": self.trained,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.data import DataView, Stream, batches
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.targets import Target
@@ -25,7 +25,7 @@ from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.timer import Clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.fit import check_fit
+from tanglenas_engine.spaces.fit import REMEDY, check_fit, not_finite
 from tanglenas_engine.spaces.layers import order_layers as layers_in_order
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
@@ -378,6 +378,11 @@ class Search(Training):
             "search: loss of one network on the splits: "
             + ", ".join(f"{name} {loss.mean:.3f}" for name, loss in found.items())
         )
+        for name in (name for name in ("architecture", "validation") if not math.isfinite(found[name].mean)):
+            self.session.note(
+                f"search: warning: the loss on the {name} split is {found[name].mean}, so that nobody can tell whether "
+                f"the splits are alike: {self._why_not_finite(name)}"
+            )
         chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
         if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
             self.session.note(
@@ -386,6 +391,13 @@ class Search(Training):
                 "different data, so what was found may not hold. Look at a sample of each, or make the splits anew"
             )
         return {name: loss.mean for name, loss in found.items()}
+
+    def _why_not_finite(self, split: str) -> str:
+        """Return why a loss on a split may not be finite, and what to do."""
+        for inputs, _ in batches(self._data.plain(split), 256):
+            if told := not_finite(inputs):
+                return f"{told} in a batch of it are not finite. {REMEDY[0].upper()}{REMEDY[1:]}"
+        return "its inputs are finite, so the network's outputs are not. Lower the learning rate"
 
     def prepare(self, saved: Mapping[str, Any] | None) -> None:
         """Fix the number of epochs of a search by seconds: that of the checkpoint, or what a trial says.
@@ -606,6 +618,9 @@ class Search(Training):
         if source is self.space:
             return self.space.largest()
         return source.sample(torch.Generator().manual_seed(self.optimizer.derive_seed(-1, "validation")))
+
+    def inputs(self, position: int) -> list[Tensor]:
+        return [stream.batch(position)[0] for stream in self.streams]
 
     def record_like(self) -> Record:
         like: Record = {"weight_loss": 0.0, "validation_accuracy": 0.0, "validation_loss": math.nan}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import Line, SilentProgress
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.tracking import NullTracker, Record
+from tanglenas_engine.spaces.fit import REMEDY, not_finite
 from tanglenas_engine.training.options import Session
 from tanglenas_engine.training.state import Stateful, UnfitError, check_history, check_part, check_ranks
 
@@ -80,6 +81,14 @@ class Training(abc.ABC):
     def stateful(self) -> Mapping[str, Stateful | None]:
         """Return the objects that a checkpoint holds beside the position, the history and the random generators."""
 
+    def inputs(self, position: int) -> Iterable[Tensor]:
+        """Return this rank's inputs of a step again, so that they are blamed where a training did not diverge.
+
+        Args:
+            position: The number of the step, counted from 0.
+        """
+        return ()
+
     def record_like(self) -> Record | None:
         """Return an example of what every record holds beside its epoch, or None for anything.
 
@@ -117,6 +126,7 @@ class Training(abc.ABC):
         Raises:
             DivergedError: The training diverged. The message names the first step in which a value was not finite. The
                 last checkpoint before it is kept.
+            TangleNASError: It did so as its inputs in this step are not finite.
             Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved, unless it diverged. If it
                 was the last one, a later call returns the history at once.
         """
@@ -173,6 +183,12 @@ class Training(abc.ABC):
         broken = [pair for pairs in distributed.gather(broken) for pair in pairs]
         if broken:
             first, what = min(broken, key=lambda pair: pair[0])
+            told = [not_finite(inputs) for inputs in self.inputs(first - 1)]
+            if bad := [one for every in distributed.gather(told) for one in every if one]:
+                raise TangleNASError(
+                    f"{self.name}: {bad[0]} in a batch of step {first} of {self.steps} are not finite, and so {what} "
+                    f"is not: {REMEDY}"
+                )
             raise DivergedError(
                 f"{self.name}: {what} is not finite by step {first} of {self.steps}: training diverged. Lower the "
                 "learning rate, or clip gradients"

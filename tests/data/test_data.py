@@ -287,6 +287,30 @@ def test_no_tensor_of_a_search_view_holds_a_test_image(digits):
     assert holds_test_images(DataView({"weights": closure}))
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.arange(40) % 2, "is ndarray, expected a tensor of int64"),
+        ([0, 1] * 20, "is list, expected"),
+        (torch.arange(40).float() % 2, r"is torch.float32 of shape \(40,\), expected"),
+        (torch.arange(40).int() % 2, "is torch.int32 of shape"),
+        (torch.arange(40) % 2 == 0, "is torch.bool of shape"),
+        ((torch.arange(40) % 2)[:, None], r"is torch.int64 of shape \(40, 1\), expected .* of shape \(N,\)"),
+        (torch.eye(2).long().repeat(20, 1), r"is torch.int64 of shape \(40, 2\)"),
+        (
+            torch.tensor([0, 1] * 20).index_fill(0, torch.tensor([7, 9]), -1),
+            "has -1 at position 7, expected .* 0 to 1:",
+        ),
+        (torch.tensor([0, 1] * 20).index_fill(0, torch.tensor([39]), 2), "has 2 at position 39, .*correct num_classes"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(labels, message):
+    dataset = Numbers([0, 1] * 20)
+    dataset.labels = labels
+    with pytest.raises(TangleNASError, match=f"labels of numbers {message}"):
+        make_splits(dataset, seed=0)
+
+
 # Streams
 
 
@@ -322,6 +346,12 @@ def test_augmentation_changes_from_batch_to_batch():
 def test_a_stream_that_starts_later_is_the_tail_of_the_whole(samples, step):
     stream = Stream(samples, 8, seed=1)
     assert equal(take(stream, 20 - step, step), take(stream, 20)[step:])
+
+
+@pytest.mark.parametrize("step", [0, 5, 6])
+def test_a_batch_can_be_loaded_again(samples, step):
+    stream = Stream(samples, 8, seed=1)
+    assert equal([stream.batch(step)], take(stream, 1, step))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

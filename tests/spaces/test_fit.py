@@ -1,10 +1,10 @@
-"""Do data and space fit: tokens and labels are checked in all samples."""
+"""Do data and space fit: types are compared, and tokens and labels are checked in all samples."""
 
 import pytest
 import torch
-from spaces import Language
+from spaces import Language, vit
 
-from tanglenas_engine.data import TokenSamples
+from tanglenas_engine.data import TensorSamples, TokenSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.fit import check_fit
 
@@ -27,3 +27,30 @@ def test_all_splits_that_are_given_are_looked_at():
     check_fit(space, good, good)
     with pytest.raises(TangleNASError, match="have a token 9"):
         check_fit(space, good, bad)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float64, torch.bfloat16])
+def test_inputs_of_another_type_are_named_with_the_type_that_fits(kind):
+    space = vit()
+    inputs = space.example_input(6)
+    labels = torch.zeros(6, dtype=torch.int64)
+    check_fit(space, TensorSamples(inputs, labels))
+    with pytest.raises(TangleNASError, match=rf"the data are {kind}, .* takes torch.float32: .* convert and normalise"):
+        check_fit(space, TensorSamples(inputs.to(kind), labels))
+    if kind.is_floating_point:  # a space of another precision takes what its parameters are
+        check_fit(space.to(kind), TensorSamples(inputs.to(kind), labels))
+
+
+def test_tokens_have_32_or_64_bits():
+    space, rows = Language(vocab_size=7, block_size=5), torch.zeros(3, 6, dtype=torch.int64)
+
+    def tokens(kind):
+        samples = TokenSamples(rows, torch.arange(3))
+        samples.batch = lambda indices: (rows[indices, :5].to(kind), rows[indices, 1:])
+        return samples
+
+    check_fit(space, tokens(torch.int64))
+    check_fit(space, tokens(torch.int32))
+    for kind in (torch.uint8, torch.float32):
+        with pytest.raises(TangleNASError, match=rf"the data are {kind}, .* torch.int64: .*transform convert them"):
+            check_fit(space, tokens(kind))

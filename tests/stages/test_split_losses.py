@@ -10,8 +10,10 @@ from tiny import tiny
 from tanglenas_engine import create_dataset, create_optimizer, create_space, make_splits, open_splits, search
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.data.splits import PLAIN_SAMPLES, _evenly
+from tanglenas_engine.errors import DivergedError, TangleNASError
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import same
 from tanglenas_engine.training.measure import estimate_loss, measure, measure_inherited, statistics_inputs
@@ -44,6 +46,45 @@ def searched(data, notes):
     return search(
         space, create_optimizer("drnas"), data, epochs=3, batch_size=32, weight_optimizer=adam, progress=notes
     )
+
+
+def broken(samples, sample=7):
+    samples._rows[sample, 0, 3, 3] = float("nan")
+    return samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_a_split_loss_that_is_not_finite_says_why(split):
+    data = {name: learnable(64, seed) for seed, name in enumerate(SPLITS)}
+    broken(data[split])
+    space, notes = create_space("nb201", channels=4, cells=1, image_size=8, num_classes=3), Notes()
+    search(space, create_optimizer("spos"), DataView(data), epochs=1, batch_size=32, progress=notes)
+    (warning,) = [note for note in notes.notes if "warning" in note]
+    assert f"the loss on the {split} split is nan" in warning
+    assert "1 of 12,288 numbers in a batch of it are not finite. Correct the dataset's transform" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("split", SPLITS[:2])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_an_input_that_is_not_finite_is_no_divergence(split, num_workers):
+    data = {name: learnable(64, seed) for seed, name in enumerate(SPLITS)}
+    broken(data[split])
+    space = create_space("nb201", channels=4, cells=1, image_size=8, num_classes=3)
+    message = r"search: 1 of 6,144 numbers in a batch of step [12] of 2 are not finite, and so \w+_loss is not: correct"
+    with pytest.raises(TangleNASError, match=message) as caught:
+        search(space, create_optimizer("drnas"), DataView(data), epochs=1, batch_size=32, num_workers=num_workers)
+    assert not isinstance(caught.value, DivergedError)  # a race would go on
+
+
+def test_a_retraining_names_inputs_that_are_not_finite():
+    space = vit()
+    data = random_data(space, ("training", "validation"), samples=40)
+    broken(data.training)
+    with pytest.raises(TangleNASError, match=r"retrain: 1 of .* numbers in a batch of step \d+ of 10 are not finite"):
+        retrain(space, space.smallest(), data, epochs=2, batch_size=8)
 
 
 @pytest.mark.slow
