@@ -19,6 +19,8 @@ from tanglenas_engine.errors import TangleNASError, shown
 
 ACQUIRE_SECONDS = 0.3
 """Seconds in which a lock is tried again: `holder` takes it for a moment."""
+ACQUIRE_TRIES = 100
+"""Times that a folder is made: who lets go of its lock removes it, and may do so before another one has the lock."""
 START_SECONDS = 2.0
 """The largest difference in seconds between two readings of the start time of one process."""
 NOTE_BYTES = 100_000
@@ -151,8 +153,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     owner = folder / "owner.json"
     lock = filelock.FileLock(folder / "lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=ACQUIRE_SECONDS)
+        _acquire(lock, folder)
     except filelock.Timeout:
         raise HeldError(_told(folder, _claimant(folder))) from None
     except OSError as error:
@@ -177,6 +178,23 @@ def exclusive(folder: str | Path) -> Iterator[None]:
                 Path(lock.lock_file).unlink(missing_ok=True)
                 folder.rmdir()
         lock.release()
+
+
+def _acquire(lock: filelock.BaseFileLock, folder: Path) -> None:
+    """Take the lock in a folder, which is made where it is missing.
+
+    Raises:
+        filelock.Timeout: Another process has it for longer than `ACQUIRE_SECONDS`.
+        OSError: The folder cannot be made, or the lock cannot be written.
+    """
+    for left in reversed(range(ACQUIRE_TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=ACQUIRE_SECONDS)
+            return
+        except FileNotFoundError:  # another process let go in between, and removed the folder
+            if not left:
+                raise
 
 
 def holder(folder: Path) -> Holder | None:

@@ -1,12 +1,14 @@
 """What is left on disk after a kill, a full disk or a flipped bit, and what the next run makes of it."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +337,22 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
         with pytest.raises(TangleNASError, match=f"cannot hold the folder {folder}"):
             with exclusive(folder):
                 pass
+
+
+@pytest.mark.parametrize("times, held", [(3, True), (10**9, False)])
+def test_a_folder_that_its_last_holder_removes_is_made_again_for_a_while(folder: Path, monkeypatch, times, held):
+    opened, calls = os.open, itertools.count(1)
+
+    def after_the_other(path, *rest, **options):
+        if path == str(folder / "lock") and next(calls) <= times:
+            folder.rmdir()
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", after_the_other)
+    with nullcontext() if held else pytest.raises(TangleNASError, match=f"cannot hold the folder {folder}: No such"):
+        with exclusive(folder):
+            assert (folder / "owner.json").exists()
+    assert next(calls) > 4
 
 
 def test_the_refused_process_leaves_the_holders_claim_alone(folder: Path) -> None:
