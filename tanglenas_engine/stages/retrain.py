@@ -209,6 +209,24 @@ def _recalibrate(network: nn.Module, data: DataView, count: int, seed: int) -> N
         recalibrate(network, inputs)
 
 
+def _wrapped(network: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return the module around a network that is trained in its place.
+
+    Raises:
+        TangleNASError: It is no module, or not all of the network's parameters are in it.
+    """
+    trained: Any = wrap(network)
+    inside = {id(parameter) for parameter in trained.parameters()} if isinstance(trained, nn.Module) else set()
+    missing = [name for name, parameter in network.named_parameters() if id(parameter) not in inside]
+    if not isinstance(trained, nn.Module) or missing:
+        what = f" without the network's {missing[0]}" if isinstance(trained, nn.Module) else ""
+        raise TangleNASError(
+            f"retrain.wrap makes a {type(trained).__name__}{what}, expected a module that has the network itself, not "
+            "a copy, among its modules and is trained with it"
+        )
+    return trained
+
+
 class Retraining(Training):
     """A training of a standalone network. The arguments are those of `retrain`, with the teacher's as one."""
 
@@ -238,7 +256,7 @@ class Retraining(Training):
         share = computation.share("retrain", batch_size)
         self.stream = Stream(data.training, batch_size, seed=seed, num_workers=session.num_workers, part=share)
         super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
-        self.trained = wrap(network).to(self.device) if wrap else network
+        self.trained = _wrapped(network, wrap).to(self.device) if wrap else network
         self.optimizer = call_factory("retrain.optimizer", optimizer, parameter_groups(self.trained))
         self.scheduler = (
             make_scheduler("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None

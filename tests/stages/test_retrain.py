@@ -1,6 +1,7 @@
 """Retraining: where the weights come from in each mode, and that a run is reproducible and resumable."""
 
 import contextlib
+import copy
 import math
 import random
 from functools import partial
@@ -248,6 +249,20 @@ def darts(**options) -> SearchSpace:
 
 
 scaffolded = {"wrap": WithAuxiliaryHead, "loss": auxiliary, "epochs": 3}
+
+
+@pytest.mark.parametrize(
+    "wrap, message",
+    [
+        (lambda network: None, "makes a NoneType, expected a module that has the network itself"),
+        (lambda network: nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), "makes a Sequential without the network's "),
+        (lambda network: nn.Sequential(copy.deepcopy(network)), "makes a Sequential without the network's "),
+    ],
+)
+def test_a_wrapper_without_the_network_is_refused(wrap, message):
+    space = vit()
+    with pytest.raises(TangleNASError, match=f"retrain.wrap {message}"):
+        retrain(space, space.smallest(), random_data(space, SPLITS), batch_size=4, wrap=wrap)
 
 
 class TwoOutputs(nn.Module):
