@@ -284,7 +284,7 @@ class _Walk:
         """Return the sorted image files of each class folder.
 
         Raises:
-            TangleNASError: A class has no image, or a folder cannot be listed or is there twice.
+            TangleNASError: A class has no image or no name in UTF-8, or a folder cannot be listed or is there twice.
         """
         folders, files = _listing(folder)
         for file in files:
@@ -293,6 +293,12 @@ class _Walk:
         self.enter(folders)
         found = {}
         for class_folder in folders:
+            try:
+                class_folder.name.encode()
+            except UnicodeEncodeError:  # the names of classes are written into files and figures
+                raise TangleNASError(
+                    f"image_folder: the name of class folder {shown(class_folder)} is not UTF-8. Rename the folder."
+                ) from None
             found[class_folder.name] = sorted(self._images(class_folder))
             if not found[class_folder.name]:
                 raise TangleNASError(

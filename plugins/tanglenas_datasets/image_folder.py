@@ -288,7 +288,7 @@ class ImageFiles:
             )
         if tuple(inputs.shape) != self._shape:
             raise TangleNASError(
-                f"image_folder: the transform made {tuple(inputs.shape)} of {path}; in_channels and "
+                f"image_folder: the transform made {tuple(inputs.shape)} of {shown(path)}; in_channels and "
                 f"image_size ask for {self._shape}. Change the transform, or those."
             )
         return inputs

@@ -212,13 +212,17 @@ class TokenSamples:
 
 
 def content_hash(*parts: str | bytes | Tensor) -> str:
-    """Return a digest (64 hexadecimal digits) of texts, bytes and CPU tensors, including their types and shapes."""
+    """Return a digest (64 hexadecimal digits) of texts, bytes and CPU tensors, including their types and shapes.
+
+    A text may be the name of a file that is not UTF-8, as Python has it.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
             kind, content = f"{part.dtype} {tuple(part.shape)}", part.contiguous().numpy().data
         else:
-            kind, content = type(part).__name__, memoryview(part.encode() if isinstance(part, str) else part)
+            content = memoryview(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+            kind = type(part).__name__
         digest.update(f"{kind} {content.nbytes}\n".encode())
         digest.update(content)
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Image files that are not what their names say: none starts a program, fills the memory or is taken in silence."""
 
+import pickle
 import re
 import struct
 import subprocess
@@ -198,6 +199,30 @@ def test_any_error_of_a_reader_names_the_file(pictures: Path, tmp_path: Path, mo
         dataset.subset(torch.arange(1), train=False).batch(torch.arange(1))
     with pytest.raises(TangleNASError, match=rf"cat.0\.png.* \(Pillow cannot read it \({type(error).__name__}"):
         dataset.verify(SilentProgress(), tmp_path)
+
+
+LATIN = "caf\udce9"  # as Python has the name b"caf\xe9"
+
+
+def test_a_file_with_a_name_that_is_not_utf_8_is_an_image_like_others(pictures: Path, tmp_path: Path) -> None:
+    before = ImageFolder(pictures).fingerprint
+    (pictures / "cat" / "0.png").rename(pictures / "cat" / f"{LATIN}.png")
+    dataset = ImageFolder(pictures)
+    assert dataset.fingerprint not in (before, ImageFolder(pictures, check=False).fingerprint)
+    dataset.verify(SilentProgress(), tmp_path / "memory")
+    samples = pickle.loads(pickle.dumps(dataset.subset(torch.arange(4), train=False)))
+    assert samples.batch(torch.arange(4))[0].shape == (4, 3, 32, 32)
+    (pictures / "cat" / f"{LATIN}.png").write_bytes(b"")
+    with pytest.raises(TangleNASError, match=r"cat/caf\\udce9\.png is no readable image"):
+        dataset.verify(SilentProgress(), tmp_path / "memory")
+    with pytest.raises(TangleNASError, match=r"cat/caf\\udce9\.png is no readable image"):
+        samples.batch(torch.arange(4))
+
+
+def test_a_class_with_a_name_that_is_not_utf_8_is_refused(pictures: Path) -> None:
+    (pictures / "cat").rename(pictures / LATIN)
+    with pytest.raises(TangleNASError, match=r"the name of class folder .*/caf\\udce9 is not UTF-8\. Rename"):
+        ImageFolder(pictures)
 
 
 def test_no_file_of_this_repository_opens_an_image_as_anything() -> None:
