@@ -92,14 +92,16 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> TangleNASError:
     return TangleNASError(f"unknown {kind} {quoted(str(name))}.{closest(shown(name), names)} Choose one of: {listed}.")
 
 
-def at_least(name: str, value: Any, least: int) -> int:
-    """Return `value` if it is an int of at least `least`.
+def at_least(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return `value` if it is an int of at least `least`, and at most `most` where that is given.
 
     Raises:
-        TangleNASError: `value` is no int, or is smaller than `least`.
+        TangleNASError: `value` is no int, or is outside.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise TangleNASError(f"{name} is {quoted(value)}, expected a whole number of at least {least}")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        expected = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise TangleNASError(f"{name} is {quoted(value)}, expected a whole number {expected}")
     return int(value)
 
 

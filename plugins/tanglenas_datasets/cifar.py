@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_datasets.memory import ImagesInMemory, find, read
-from tanglenas_engine import TangleNASError, write_atomic
+from tanglenas_engine import TangleNASError, at_least, write_atomic
 
 _SITE = "https://www.cs.toronto.edu/~kriz/"
 _PIXELS = 3 * 32 * 32
@@ -57,8 +57,7 @@ class CIFAR10(ImagesInMemory):
         flip: bool = True,
         cutout: int = 0,
     ) -> None:
-        if image_size < 8:
-            raise TangleNASError(f"{self.name}: image_size is {image_size}; give 32 (as they are), or 8 and more.")
+        at_least(f"{self.name}: image_size", image_size, 8)
         files = (*self.train_files, self.test_file, self.names_file)
         self._folder = find(self.name, root, self.inner, files, self._fetch if download else None)
         self.class_names = self._read_names()

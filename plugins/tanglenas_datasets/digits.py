@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
-from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_hash
+from tanglenas_engine import Dataset, TensorSamples, at_least, content_hash
 
 _WHITE = 16  # the largest raw pixel
 
@@ -28,16 +28,12 @@ class Digits(Dataset):
     std = (6.02 / _WHITE,)
 
     def __init__(self, image_size: int = 8, shift: int = 1) -> None:
-        if not 8 <= image_size <= 32:
-            raise TangleNASError(f"digits: image_size is {image_size}; give 8 (as they are) to 32.")
-        if not 0 <= shift < image_size:
-            raise TangleNASError(f"digits: shift is {shift}; give 0 (off) to {image_size - 1} pixels.")
+        self.image_size = at_least("digits: image_size", image_size, 8, 32)
+        self.shift = at_least("digits: shift", shift, 0, self.image_size - 1)
         # This import takes a second, which `dvc repro` would wait for each time that it asks for the class.
         from sklearn.datasets import load_digits
 
         data = load_digits()
-        self.image_size = image_size
-        self.shift = shift
         self.labels = torch.from_numpy(data.target).long()
         self._images = torch.from_numpy(data.images).to(torch.uint8).unsqueeze(1)  # (1797, 1, 8, 8)
         self.fingerprint = content_hash(self._images, self.labels)

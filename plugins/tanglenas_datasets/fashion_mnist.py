@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_datasets.memory import ImagesInMemory, find, read
-from tanglenas_engine import TangleNASError
+from tanglenas_engine import TangleNASError, at_least
 
 _FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
@@ -51,7 +51,7 @@ class FashionMNIST(ImagesInMemory):
         flip: bool = False,
         cutout: int = 0,
     ) -> None:
-        if image_size not in (28, 32):
+        if at_least("fashion_mnist: image_size", image_size, 28, 32) not in (28, 32):
             raise TangleNASError(f"fashion_mnist: image_size is {image_size}; give 28 or 32.")
         self._folder = find(self.name, root, "FashionMNIST/raw", _FILES, _fetch if download else None)
         super().__init__(size=28, image_size=image_size, shift=shift, flip=flip, cutout=cutout)

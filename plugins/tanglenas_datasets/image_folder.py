@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
 from tanglenas_datasets.images import check_all, twins, unreadable, unreadable_later
 from tanglenas_datasets.pictures import UNREADABLE, decode, opened, reason
-from tanglenas_engine import Dataset, Progress, TangleNASError, content_hash, data_path
+from tanglenas_engine import Dataset, Progress, TangleNASError, at_least, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
 Augmentation = Callable[[Image.Image], Image.Image]
@@ -91,21 +92,23 @@ class ImageFolder(Dataset):
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
     ) -> None:
-        if in_channels not in (1, 3):
+        at_least("image_folder: image_size", image_size, 1)
+        if in_channels not in (1, 3) or not isinstance(in_channels, int):
             raise TangleNASError(f"image_folder: in_channels is {in_channels}; give 1 (grey) or 3 (RGB).")
-        if image_size < 1:
-            raise TangleNASError(f"image_folder: image_size is {image_size}; give at least 1.")
-        if not 0 < crop_pct <= 1:
-            raise TangleNASError(f"image_folder: crop_pct is {crop_pct}; give a share of the image, up to 1.")
+        if not isinstance(crop_pct, Real) or not 0 < crop_pct <= 1:
+            raise TangleNASError(f"image_folder: crop_pct is {crop_pct!r}; give a share of the image, up to 1.")
         if crop_scale is not None and not (
-            isinstance(crop_scale, Sequence) and len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1
+            isinstance(crop_scale, Sequence)
+            and len(crop_scale) == 2
+            and all(isinstance(share, Real) for share in crop_scale)
+            and 0 < crop_scale[0] <= crop_scale[1] <= 1
         ):
             raise TangleNASError(
-                f"image_folder: crop_scale is {crop_scale}; give the smallest and the largest share of the area, such "
-                "as (0.35, 1.0), or None."
+                f"image_folder: crop_scale is {crop_scale!r}; give the smallest and the largest share of the area, "
+                "such as (0.35, 1.0), or None."
             )
-        if shift is not None and not (isinstance(shift, int) and 0 <= shift < image_size):
-            raise TangleNASError(f"image_folder: shift is {shift}; give 0 to {image_size - 1} pixels, or None.")
+        if shift is not None:
+            at_least("image_folder: shift", shift, 0, image_size - 1)
         if augment is not None and not (isinstance(augment, str | Sequence) or callable(augment)):
             raise TangleNASError(
                 f"image_folder: augment is {augment!r}; give a recipe of timm, a transform of PIL images, or a list of "

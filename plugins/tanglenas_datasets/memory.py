@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_datasets.augment import prepare
-from tanglenas_engine import Dataset, TangleNASError, TensorSamples, content_hash, data_path
+from tanglenas_engine import Dataset, TangleNASError, TensorSamples, at_least, content_hash, data_path
 
 
 class ImagesInMemory(Dataset):
@@ -28,8 +28,7 @@ class ImagesInMemory(Dataset):
 
     def __init__(self, *, size: int, image_size: int, shift: int = 0, flip: bool = False, cutout: int = 0) -> None:
         for option, pixels in (("shift", shift), ("cutout", cutout)):
-            if not 0 <= pixels < size:
-                raise TangleNASError(f"{self.name}: {option} is {pixels}; give 0 (off) to {size - 1} pixels.")
+            at_least(f"{self.name}: {option}", pixels, 0, size - 1)
         self.image_size = image_size
         self.shift = shift
         self.flip = flip

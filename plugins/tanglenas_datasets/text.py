@@ -5,6 +5,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 
 from tanglenas_datasets.tokenizer_file import read_tokenizer
-from tanglenas_engine import Dataset, TangleNASError, TokenSamples, content_hash, data_path
+from tanglenas_engine import Dataset, TangleNASError, TokenSamples, at_least, content_hash, data_path
 
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"
@@ -74,10 +75,9 @@ class Text(Dataset):
     def _prepare(
         self, text: str, test: str | None, block_size: int, tokenizer: str, vocab_size: int, test_portion: float | None
     ) -> None:
-        if not isinstance(block_size, int) or block_size < 1:
-            raise TangleNASError(f"{self.name}: block_size is {block_size}; give at least 1 token.")
-        if test_portion is not None and not 0 < test_portion < 1:
-            raise TangleNASError(f"{self.name}: test_portion is {test_portion}; give a share between 0 and 1.")
+        at_least(f"{self.name}: block_size", block_size, 1)
+        if test_portion is not None and not (isinstance(test_portion, Real) and 0 < test_portion < 1):
+            raise TangleNASError(f"{self.name}: test_portion is {test_portion!r}; give a share between 0 and 1.")
         if test is None and test_portion is not None:
             cut = int(len(text) * (1 - test_portion))
             text, test = text[:cut], text[cut:]
@@ -174,10 +174,7 @@ class Text(Dataset):
             return tokenizer
         if kind == "bpe":
             alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-            if vocab_size <= len(alphabet):
-                raise TangleNASError(
-                    f"{self.name}: vocab_size is {vocab_size}; give more than {len(alphabet)}, as bytes come first."
-                )
+            at_least(f"{self.name}: vocab_size", vocab_size, len(alphabet) + 1)  # bytes come first
             tokenizer = Tokenizer(models.BPE())
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
@@ -186,8 +183,7 @@ class Text(Dataset):
             )
             tokenizer.train_from_iterator((text[i : i + _PIECE] for i in range(0, len(text), _PIECE)), trainer)
             return tokenizer
-        path = data_path(kind)
-        if not path.is_file():
+        if not isinstance(kind, str | os.PathLike) or not (path := data_path(kind)).is_file():
             raise TangleNASError(
                 f"{self.name}: tokenizer is {kind!r}; give 'char', 'bpe', or the path of a tokenizer.json that exists."
             )
@@ -237,11 +233,12 @@ class StdlibText(Text):
         vocab_size: int = 4096,
         test_portion: float | None = None,
     ) -> None:
+        at_least(f"{self.name}: characters", characters, 1)
         text = _up_to(characters, map(self._decoded, _stdlib_sources()))
         if not text:
             raise TangleNASError(
-                f"{self.name}: {characters} characters of the standard library in {_stdlib()} are none. Give a larger "
-                "characters=, or use the dataset 'text', if this Python comes without its sources."
+                f"{self.name}: {_stdlib()} has no sources of the standard library, as this Python comes without them. "
+                "Use the dataset 'text'."
             )
         self._prepare(text, None, block_size, tokenizer, vocab_size, test_portion)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tanglenas_engine.errors import TangleNASError, quoted
 from tanglenas_engine.runtime.progress import Progress
 
 
@@ -219,7 +220,8 @@ def content_hash(*parts: str | bytes | Tensor) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            kind, content = f"{part.dtype} {tuple(part.shape)}", part.contiguous().numpy().data
+            kind = f"{part.dtype} {tuple(part.shape)}"
+            content = part.detach().flatten().view(torch.uint8).numpy().data  # NumPy has no bfloat16
         else:
             content = memoryview(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
             kind = type(part).__name__
@@ -233,6 +235,11 @@ def data_path(path: str | os.PathLike[str]) -> Path:
 
     `dvc exp run --queue` and `--temp` run stages in a copy of the project without the files that git ignores. DVC tells
     the root of the project itself in `$DVC_ROOT`.
+
+    Raises:
+        TangleNASError: It is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TangleNASError(f"the path of data is {quoted(path)}, expected a text such as 'data/images'")
     path = Path(path)
     return path if path.is_absolute() or path.exists() else Path(os.environ.get("DVC_ROOT", ""), path)

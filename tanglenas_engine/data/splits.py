@@ -4,14 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, closest, unknown
+from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, closest, quoted, unknown
 from tanglenas_engine.runtime import strict_json
+from tanglenas_engine.runtime.seeding import checked_seed
 
 from .dataset import Dataset, Samples
 
@@ -162,10 +164,10 @@ def make_splits(
         samples: The number of samples outside test that are used, of every class its share. None takes all.
 
     Raises:
-        TangleNASError: The seed is no whole number of at least 0, a portion is not strictly between 0 and 1, there are
-            fewer than `samples`, a split would be empty, labels are no classes of the dataset, or a class has too few
-            samples to be in both the weights and the architecture split. (A rare class may be missing from validation
-            or test.)
+        TangleNASError: The seed is no whole number from 0 to 2**63 - 1, a portion is not strictly between 0 and 1,
+            there are fewer than `samples`, a split would be empty, labels are no classes of the dataset, or a class has
+            too few samples to be in both the weights and the architecture split. (A rare class may be missing from
+            validation or test.)
     """
     portions = {
         "train_portion": train_portion,
@@ -173,10 +175,10 @@ def make_splits(
         "test_portion": test_portion,
     }
     for name, portion in portions.items():
-        if not 0 < portion < 1:
-            raise TangleNASError(f"{name} is {portion}; give a share strictly between 0 and 1, such as 0.1.")
+        if not isinstance(portion, Real) or not 0 < portion < 1:
+            raise TangleNASError(f"{name} is {quoted(portion)}; give a share strictly between 0 and 1, such as 0.1.")
 
-    seed = at_least("make_splits.seed", seed, 0)
+    seed = checked_seed("make_splits.seed", seed)
     at_least("make_splits.block", block, 1)
     generator = np.random.default_rng(seed)
     labels = None if dataset.labels is None else _labels(dataset)

@@ -10,6 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from tanglenas_engine.errors import at_least
+
+MOST_SEED = 2**63 - 1
+"""The largest seed, a whole number of 64 bits with a sign."""
+
+
+def checked_seed(name: str, seed: int) -> int:
+    """Return the seed of an option.
+
+    Raises:
+        TangleNASError: It is no whole number from 0 to `MOST_SEED`.
+    """
+    return at_least(name, seed, 0, MOST_SEED)
+
 
 @contextmanager
 def seeded(seed: int, accelerators: bool = True) -> Iterator[None]:

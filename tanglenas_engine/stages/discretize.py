@@ -19,6 +19,7 @@ from tanglenas_engine.errors import TangleNASError, at_least, positive, unknown,
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress, SilentProgress
+from tanglenas_engine.runtime.seeding import checked_seed
 from tanglenas_engine.runtime.timer import Clock, Timer
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -211,6 +212,7 @@ def discretize(
     method = derivation if method == "auto" else method
     cost = FORMER.get(cost, cost)
     costs = [*METRICS, *(objective.name for objective in objectives)]
+    checked_seed("discretize.seed", seed)
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     progress = progress or SilentProgress()
     given = limits_of(max_params, max_macs, limits, max_flops)

@@ -19,6 +19,7 @@ from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.runtime.seeding import checked_seed
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Cost
@@ -181,6 +182,7 @@ def rank_correlation(
     if architectures != "all":
         at_least("rank_correlation.architectures", architectures, 2)
     at_least("rank_correlation.recalibration_batches", recalibration_batches, 0)
+    checked_seed("rank_correlation.seed", seed)
     if table is None:
         raise TangleNASError(
             f"rank_correlation.architectures is {architectures!r}, but there is no table to compare with: set "

@@ -25,7 +25,7 @@ from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.files import HeldError
-from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.runtime.seeding import checked_seed, seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
@@ -166,6 +166,7 @@ def retrain(
     if until is not None:
         at_least("retrain.until", until, 0)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
+    checked_seed("retrain.seed", seed)
     check_fit(space, data.training, data.validation)
     space.assignment_of(architecture)  # an overridden `standalone` might accept an architecture of another space
     device = session.find_device()

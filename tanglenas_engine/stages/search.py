@@ -21,7 +21,7 @@ from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, 
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.devices import to_device
-from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.runtime.seeding import checked_seed, seeded
 from tanglenas_engine.runtime.timer import Clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -237,6 +237,7 @@ class Search(Training):
         computation: Computation,
         session: Session,
     ):
+        checked_seed("search.seed", seed)
         _check_options(space, optimizer, epochs if seconds is None else None, warmup_epochs, path_epochs, computation)
         if stop is not None:
             stop.check(space, optimizer)

@@ -452,10 +452,12 @@ def test_workers_end_with_their_parent(how):
     assert parent.returncode == (-signal.SIGKILL if how == "killed" else 0)
 
 
-@pytest.mark.parametrize("seed", [-1, 0.5, None])
+@pytest.mark.parametrize("seed", [-1, 0.5, None, True, "0", 2**63])
 def test_a_seed_that_seeds_nothing_is_refused(seed):
-    with pytest.raises(TangleNASError, match=f"make_splits.seed is {seed}, expected a whole number of at least 0"):
-        make_splits(Numbers([0, 1] * 20), seed=seed)
+    numbers = Numbers([0, 1] * 20)
+    assert make_splits(numbers, seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(TangleNASError, match=f"make_splits.seed is {seed!r}, expected a whole number from 0 to 9223"):
+        make_splits(numbers, seed=seed)
 
 
 def test_impossible_batch_sizes_and_steps_are_named(samples):
@@ -497,4 +499,10 @@ def test_content_hash_tells_values_shapes_and_boundaries_apart():
         content_hash(b"a", "bc"),
     ]
     assert len(set(hashes)) == len(hashes)
+    assert content_hash(row.long(), "ab", b"c").startswith("b6bd1ff88d830682")  # as in files of users
+    for kind in (torch.bfloat16, torch.float16, torch.bool, torch.uint16):  # the first has no type in NumPy
+        assert content_hash(row.to(kind)) == content_hash(row.to(kind).clone()) not in hashes
+        assert content_hash(row.to(kind)) != content_hash(row.flip(0).to(kind))
+    assert content_hash(torch.ones(2, requires_grad=True)) == content_hash(torch.ones(2))
+    assert content_hash(torch.tensor(1.0)) != content_hash(torch.tensor([1.0])) != content_hash(torch.zeros(0))
     assert content_hash(torch.eye(3)[:, :2]) == content_hash(torch.eye(3)[:, :2].contiguous())

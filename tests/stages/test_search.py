@@ -24,6 +24,8 @@ from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.runtime.weights import load_into, save_weights
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.stages.discretize import discretize
+from tanglenas_engine.stages.evaluate import rank_correlation
+from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import check_resume, random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
@@ -520,6 +522,26 @@ def test_data_that_do_not_fit_the_space(stage, shape, classes, message):
         search(space, DARTS(), data) if stage == "search" else discretize(space, data, None, method="random")
     assert message in str(caught.value)
     assert "create the space with" in str(caught.value) or "create it with" in str(caught.value)
+
+
+STAGES = {
+    "search": lambda space, data, seed: search(space, SPOS(), data, epochs=1, batch_size=4, seed=seed, device="cpu"),
+    "discretize": lambda space, data, seed: discretize(space, data, None, method="random", candidates=2, seed=seed),
+    "retrain": lambda space, data, seed: retrain(space, space.smallest(), data, epochs=1, batch_size=4, seed=seed),
+    "rank_correlation": lambda space, data, seed: rank_correlation(
+        space, data, lambda _: {"table_value": 1.0, "table_rank": 1}, architectures=2, seed=seed
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_seeds_are_whole_numbers_of_64_bits(stage):
+    space = vit()
+    data = random_data(space, (*SPLITS, "training"))
+    STAGES[stage](space, data, 2**63 - 1)
+    for seed in (-5, 1.5, True, "0", None, 2**63, 2**70):
+        with pytest.raises(TangleNASError, match=rf"{stage}\.seed is {seed!r}, expected a whole number from 0 to 9223"):
+            STAGES[stage](space, data, seed)
 
 
 def text(vocabulary: int, length: int) -> DataView:

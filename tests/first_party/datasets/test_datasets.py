@@ -110,10 +110,12 @@ def test_options_that_pick_no_other_samples_leave_the_fingerprint_alone():
 
 
 def test_impossible_digits_options_are_named():
-    with pytest.raises(TangleNASError, match="image_size is 7"):
-        Digits(image_size=7)
-    with pytest.raises(TangleNASError, match="shift is 8"):
-        Digits(shift=8)
+    for size in (7, 33, 16.0, "8", True):
+        with pytest.raises(TangleNASError, match=f"digits: image_size is {size!r}, expected a whole number from 8 to"):
+            Digits(image_size=size)
+    for shift in (8, 1.0):
+        with pytest.raises(TangleNASError, match=f"digits: shift is {shift}, expected a whole number from 0 to 7"):
+            Digits(shift=shift)
 
 
 def test_a_subset_is_a_copy_of_its_rows():
@@ -424,7 +426,12 @@ def test_damaged_cifar_files_are_refused(tmp_path, kind, file, damage, message):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"image_size": 4}, "image_size is 4"), ({"shift": 32}, "shift is 32"), ({"cutout": -1}, "cutout is -1")],
+    [
+        ({"image_size": 4}, "image_size is 4"),
+        ({"image_size": 32.0}, r"image_size is 32\.0"),
+        ({"shift": 32}, "shift is 32, expected a whole number from 0 to 31"),
+        ({"cutout": -1}, "cutout is -1"),
+    ],
 )
 def test_impossible_cifar_options_are_named(tmp_path, options, message):
     with pytest.raises(TangleNASError, match=f"cifar10: {message}"):
@@ -776,15 +783,20 @@ def test_a_truncated_image_is_named_when_it_is_decoded(pictures, num_workers):
     [
         ({"in_channels": 2}, "in_channels is 2"),
         ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 16.0}, r"image_size is 16\.0, expected a whole number"),
+        ({"in_channels": 3.0}, r"in_channels is 3\.0"),
+        ({"crop_pct": "1"}, "crop_pct is '1'; give a share"),
+        ({"crop_scale": ("0.5", 1)}, r"crop_scale is \('0.5', 1\); give"),
+        ({"root": None}, "the path of data is None, expected a text"),
         ({"mean": (0.5, 0.5)}, "mean has 2 values for 3"),
         ({"crop_pct": 1.5}, "crop_pct is 1.5"),
-        ({"shift": 32}, "shift is 32; give 0 to 31"),
+        ({"shift": 32}, "shift is 32, expected a whole number from 0 to 31"),
         ({"shift": 2, "crop_scale": (0.5, 1.0)}, "shift is 2 and replaces the random crop, so crop_scale would do"),
     ],
 )
 def test_impossible_image_folder_options_are_named(pictures, options, message):
     with pytest.raises(TangleNASError, match=message):
-        ImageFolder(pictures, **options)
+        ImageFolder(**{"root": pictures, **options})
 
 
 # What a dataset says of its inputs, and what an exported network keeps of it

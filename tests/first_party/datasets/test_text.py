@@ -290,7 +290,7 @@ def test_equal_texts_have_equal_fingerprints_wherever_they_lie(tmp_path):
             {"test_portion": 0.1},
             "the test part has 10 tokens, too few for a window of block_size 64",
         ),
-        (b"abc" * 100, {"block_size": 0}, "block_size is 0; give at least 1 token"),
+        (b"abc" * 100, {"block_size": 0}, "block_size is 0, expected a whole number of at least 1"),
         (b"abc" * 100, {"test_portion": 1}, "test_portion is 1; give a share between 0 and 1"),
         (
             b"abc" * 100,
@@ -298,7 +298,11 @@ def test_equal_texts_have_equal_fingerprints_wherever_they_lie(tmp_path):
             "tokenizer is 'word'; give 'char', 'bpe', or the path",
         ),
         (b"abc" * 100, {"tokenizer": "{path}"}, "t.txt is no tokenizer.json: .* Give another file"),
-        (b"abc" * 100, {"tokenizer": "bpe", "vocab_size": 256}, "vocab_size is 256; give more than 256"),
+        (
+            b"abc" * 100,
+            {"tokenizer": "bpe", "vocab_size": 256},
+            "vocab_size is 256, expected a whole number of at least 257",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(tmp_path, content, options, message):
@@ -332,8 +336,9 @@ def test_the_standard_library_is_text_that_is_always_there():
 
 
 def test_none_of_the_standard_library_is_refused():
-    with pytest.raises(TangleNASError, match=r"0 characters of the standard library in .* are none. Give a larger"):
-        StdlibText(0)
+    for characters in (0, 1e5):
+        with pytest.raises(TangleNASError, match=rf"stdlib_text: characters is {characters}, expected a whole number"):
+            StdlibText(characters)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
@@ -386,5 +391,15 @@ def test_options_that_would_do_nothing_or_are_no_numbers_are_refused(tmp_path):
     path = written(tmp_path / "a.txt", "abcab" * 100)
     with pytest.raises(TangleNASError, match=r"test_portion 0.5 would do nothing"):
         Text(path, test_portion=0.5, test_root=path)
-    with pytest.raises(TangleNASError, match="block_size is x; give at least 1 token"):
-        Text(path, block_size="x")
+    for option, value, expected in (
+        ("block_size", "x", "a whole number"),
+        ("block_size", True, "a whole number"),
+        ("vocab_size", 300.0, "a whole number"),
+        ("test_portion", "0.1", "a share between 0 and 1"),
+        ("tokenizer", None, "the path of a tokenizer.json"),
+    ):
+        with pytest.raises(TangleNASError, match=rf"{option} is {value!r}[,;] .*{expected}"):
+            Text(path, **{"tokenizer": "bpe", option: value})
+    for options in ({"root": None}, {"root": path, "test_root": 3}, {"root": path, "tokenizer": 3}):
+        with pytest.raises(TangleNASError, match=r"the path of data is (None|3), expected a text|tokenizer is 3; give"):
+            Text(**options)
