@@ -63,6 +63,8 @@ def predicted(features: Vector, losses: Mapping[int, float]) -> Vector:
     """
     from sklearn.linear_model import Ridge
 
+    if not losses:
+        return np.zeros(len(features))
     worth = _bounded([*losses.values()])
     found: Vector = Ridge(PENALTY).fit(features[[*losses]], worth).predict(features)
     return found
@@ -71,11 +73,14 @@ def predicted(features: Vector, losses: Mapping[int, float]) -> Vector:
 def _bounded(losses: Sequence[float]) -> Vector:
     """Return the losses, and a bound in place of those above it or not finite, which would hide all others.
 
-    The bound is above the median by three times as much as the best is below it.
+    The bound is above the median of the distinct losses by three times as much as the best is below it. Where there is
+    one loss only, it is above that by 1: how much does not change the order of predictions.
     """
     found = np.asarray(losses, np.float64)
-    finite = found[np.isfinite(found)]
-    if not len(finite):
+    finite = np.isfinite(found)
+    if not finite.any():
         return np.zeros_like(found)
-    bound = np.median(finite) + 3 * (np.median(finite) - finite.min())
-    return np.where(found < bound, found, bound)
+    distinct = np.unique(found[finite])
+    middle = np.median(distinct)
+    bound = middle + (3 * (middle - distinct[0]) or 1.0)
+    return np.where(finite, np.minimum(found, bound), bound)

@@ -68,3 +68,28 @@ def test_losses_that_are_no_numbers_count_as_bad():
         predicted(features, {0: 1.0, 1: 5.0, 2: 3.0})  # the median 2, and three times 2 - 1
     )
     assert np.ptp(predicted(features, {0: math.nan, 1: math.nan})) == 0
+
+
+@pytest.mark.parametrize(
+    "losses, as_if",
+    [
+        ([1.0, math.nan, math.nan, math.nan], [1.0, 2.0, 2.0, 2.0]),
+        ([1.0, 1.0, math.nan, math.nan], [1.0, 1.0, 2.0, 2.0]),
+        ([1.0, 1.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 2.0, 3.0]),
+        ([1.0, 1.0, 1.0, 2.0, math.nan], [1.0, 1.0, 1.0, 2.0, 3.0]),
+        ([1.0, 2.0, -math.inf], [1.0, 2.0, 3.0]),
+    ],
+)
+def test_a_network_that_failed_is_worse_than_one_that_trained_though_few_losses_differ(losses, as_if):
+    space = vit(depth=(1, 2, 3))
+    some = drawn(space, 12)
+    features = features_of(space, some, [*range(12)])
+    guesses = predicted(features, dict(enumerate(losses)))
+    assert np.ptp(guesses) > 0
+    assert guesses == pytest.approx(predicted(features, dict(enumerate(as_if))))
+
+
+def test_without_a_loss_all_predictions_are_alike():
+    space = vit()
+    features = features_of(space, drawn(space, 4), [*range(4)])
+    assert predicted(features, {}).tolist() == [0.0] * 4
