@@ -438,7 +438,7 @@ class Candidates:
     def best(self, count: int = 1, since: int = 0) -> list[Record]:
         """Return the records of smallest loss of generation `since` or later; the first found wins a tie.
 
-        A candidate that came further in its race is before one that did not. A loss that is not a number is last.
+        A candidate that came further in its race is before one that did not. A loss that is not finite is last.
         """
         return sorted((record for record in self.records if record["generation"] >= since), key=_rank)[:count]
 
@@ -514,7 +514,7 @@ class Candidates:
 
 
 def _rank(record: Record) -> tuple[int, bool, float]:
-    return -record["samples"], math.isnan(record["loss"]), record["loss"]
+    return -record["samples"], not math.isfinite(record["loss"]), record["loss"]
 
 
 class Part:

@@ -37,7 +37,8 @@ class Trained(NamedTuple):
     """The result of one training.
 
     Attributes:
-        loss: The network's mean cross-entropy on the validation split; NaN for a training that diverged.
+        loss: The network's mean cross-entropy on the validation split; NaN for a training that diverged. A training whose
+            loss is not finite failed.
         accuracy: Its accuracy there, in %.
         seconds: The processor seconds of the training from its first epoch on, also of those that an earlier call took.
         failure: The reason why the training gave no loss, which belongs to the network, or an empty string.
@@ -215,8 +216,8 @@ def run(
             torch.set_num_threads(before)
     if math.isnan(result.wall):
         result = result._replace(wall=earlier + time.monotonic() - began)
-    if math.isnan(result.loss) and not result.failure:
-        result = result._replace(failure="the validation loss is not a number")
+    if not math.isfinite(result.loss) and not result.failure:
+        result = result._replace(failure=f"the validation loss is {result.loss}, which is no finite number")
     return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure, result.wall)
 
 

@@ -24,7 +24,7 @@ def front(records: Sequence[Record], cost: str = "params") -> list[Record]:
     """Return the records that no other one dominates, cheapest first: each has a smaller loss than all that cost less.
 
     Only records that were judged on the most samples count, because losses on other samples are not comparable. A
-    record whose loss is not a number does not count.
+    record whose loss is not finite does not count.
     """
     most = max((record["samples"] for record in records), default=0)
     return _undominated([record for record in records if record["samples"] == most], cost)
@@ -42,8 +42,8 @@ def final_front(candidates: Candidates) -> list[Record]:
 
 def _undominated(records: Sequence[Record], cost: str) -> list[Record]:
     found: list[Record] = []
-    numbers = [record for record in records if not math.isnan(record["loss"])]
-    for record in sorted(numbers, key=lambda record: (record[cost], record["loss"])):
+    finite = [record for record in records if math.isfinite(record["loss"])]
+    for record in sorted(finite, key=lambda record: (record[cost], record["loss"])):
         if not found or record["loss"] < found[-1]["loss"]:
             found.append(record)
     return found
@@ -109,5 +109,5 @@ def nsga2(
 
 
 def _objectives(record: Record, cost: str) -> tuple[float, float]:
-    """Return loss and cost. Without a loss that is a number, every other candidate dominates."""
+    """Return loss and cost. Without a finite loss, every other candidate dominates."""
     return (record["loss"], record[cost]) if math.isfinite(record["loss"]) else (DOMINATED, DOMINATED)

@@ -333,14 +333,15 @@ def test_scores_of_a_race_are_the_same_whatever_was_judged_before():
     assert [{**record, "generation": 1} for record in first] == second
 
 
-def test_a_loss_that_is_no_number_is_last_and_in_the_record():
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_last_and_in_the_record(loss):
     space = vit()
     worth = additive(space, 0)
     broken = space.smallest()  # the first of any front by its cost
-    with Known(space, lambda one: math.nan if one == broken else worth(one), samples=40, batch_size=10) as tried:
+    with Known(space, lambda one: 100 - loss if one == broken else worth(one), samples=40, batch_size=10) as tried:
         drawn = [broken, *tried.fresh(7)]
         records = tried.judge(drawn)
-        assert math.isnan(records[0]["loss"]) and records[0]["samples"] == 10
+        assert records[0]["loss"] == pytest.approx(loss, nan_ok=True) and records[0]["samples"] == 10
         assert tried.best(8)[-1] is records[0]
         assert broken not in [record["architecture"] for record in final_front(tried)]
 

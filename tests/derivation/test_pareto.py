@@ -37,8 +37,9 @@ def test_a_front_is_what_no_other_dominates_each_pair_of_values_once():
             assert row["place"] == min(equals)
 
 
-def test_only_records_of_the_most_samples_are_on_a_front_and_only_numbers():
-    whole = [{"loss": loss, "params": params, "samples": 64} for loss, params in ((math.nan, 1), (3.0, 2), (1.0, 5))]
+@pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
+def test_only_records_of_the_most_samples_are_on_a_front_and_only_finite_losses(worst):
+    whole = [{"loss": loss, "params": params, "samples": 64} for loss, params in ((worst, 1), (3.0, 2), (1.0, 5))]
     parts = [{"loss": loss, "params": params, "samples": 16} for loss, params in ((0.5, 1), (0.1, 9))]
     assert front([*parts, *whole]) == whole[1:]
     assert front(parts) == parts and front([]) == [] == front(whole[:1])

@@ -249,16 +249,22 @@ def test_one_candidate_has_no_race(train):
     assert result is None and train.calls() == [] and any("no race" in line for line in notes)
 
 
-@pytest.mark.parametrize("bad", ["nan", "raise"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "raise"])
 def test_a_training_that_fails_is_last_and_named(train, leaders, bad):
     healthy, _ = raced(train, **BEST)
     loser = healthy.records[0]["digest"]
     result, notes = raced(dataclasses.replace(train, bad=((loser, bad),)), **BEST)
     assert result.architecture.digest == healthy.records[1]["digest"]
     last = result.records[-1]
-    assert last["digest"] == loser and math.isnan(last["loss"])
-    assert last["failure"] == {"nan": "the validation loss is not a number", "raise": "training diverged"}[bad]
+    assert last["digest"] == loser and not math.isfinite(last["loss"])
+    said = "training diverged" if bad == "raise" else f"the validation loss is {bad}, which is no finite number"
+    assert last["failure"] == said
     assert f"discretize: {last['architecture']} is out of the race: {last['failure']}" in notes
+
+
+def test_infinite_losses_win_no_race(train, leaders):
+    with pytest.raises(TangleNASError, match=r"every training of 3 epochs failed. The first one: the validation loss"):
+        raced(dataclasses.replace(train, bad=tuple((digest, "inf") for digest in leaders)))
 
 
 def test_trainings_that_all_fail_end_the_race(train, leaders):

@@ -22,7 +22,7 @@ class Noted:
 
     Attributes:
         folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
-        bad: What comes instead of a loss, by digest: "nan", "raise", "late" after 3 epochs, "stop" once, "kill" once,
+        bad: What comes instead of a loss, by digest: "nan", "inf", "-inf", "raise", "late" after 3 epochs, "stop" once, "kill" once,
             "full" once, as if the disk were, or "lose", as if the worker were lost each time.
     """
 
@@ -36,8 +36,8 @@ class Noted:
         before = len(list(self.folder.glob(f"{digest}-{epochs}-*")))
         (self.folder / f"{digest}-{epochs}-{before}").touch()
         match dict(self.bad).get(digest):
-            case "nan":
-                return Trained(math.nan, 0.0, epochs)
+            case "nan" | "inf" | "-inf" as loss:
+                return Trained(float(loss), 0.0, epochs)
             case "late" if epochs > 3:
                 raise DivergedError("training diverged")
             case "raise":
