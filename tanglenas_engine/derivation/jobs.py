@@ -37,8 +37,8 @@ class Trained(NamedTuple):
     """The result of one training.
 
     Attributes:
-        loss: The network's mean cross-entropy on the validation split; NaN for a training that diverged. A training whose
-            loss is not finite failed.
+        loss: The network's mean cross-entropy on the validation split; NaN for a training that diverged. A training
+            whose loss is not finite failed.
         accuracy: Its accuracy there, in %.
         seconds: The processor seconds of the training from its first epoch on, also of those that an earlier call took.
         failure: The reason why the training gave no loss, which belongs to the network, or an empty string.
@@ -50,6 +50,10 @@ class Trained(NamedTuple):
     seconds: float
     failure: str = ""
     wall: float = math.nan
+
+
+NOTHING = Trained(math.nan, math.nan, 0.0, wall=0.0)
+"""The result of a training that has not begun."""
 
 
 class Train(Protocol):
@@ -78,6 +82,8 @@ class Train(Protocol):
 class Jobs:
     """The trainings of a race. A result is kept as soon as it is there, and no training runs twice.
 
+    A training that failed does not go on: its failure is its result after any more epochs.
+
     Attributes:
         epochs: The number of epochs of all trainings that were asked for, each to its longest result.
     """
@@ -102,6 +108,9 @@ class Jobs:
         names = dict(zip(keys, architectures, strict=True))
         for one in architectures:
             self._asked[one.digest] = max(epochs, self._asked.get(one.digest, 0))
+        for key, one in names.items():
+            if (before := self._before(one.digest, epochs)).failure:
+                self.candidates.kept.setdefault(key, list(before))
         lost = 0
         while missing := {key: one for key, one in names.items() if key not in self.candidates.kept}:
             try:
@@ -129,7 +138,7 @@ class Jobs:
         """Return how many complete trainings so many seconds of a clock allow, by a training of two epochs.
 
         The first epoch is slower than the others, as what is made once is made there, so the second one stands for
-        these. The seconds of trainings add up, also where several run at the same time.
+        these. The seconds of trainings add up, also where several run at the same time. What this takes is subtracted.
 
         Args:
             architectures: The dearest first, so that no other takes longer. The next one is trained where a training
@@ -139,37 +148,41 @@ class Jobs:
             TangleNASError: The time is shorter than one training, every training diverged, or one ended in
                 another error.
         """
+
+        def taken(result: Trained) -> float:
+            return result.seconds if clock == "processor" else result.wall
+
+        spent = 0.0
         for architecture in architectures:
-            (result,) = self.results([architecture], 1)
-            if not result.failure:
+            (first,) = self.results([architecture], 1)
+            if not first.failure:
                 break
+            spent += taken(first)
         else:
-            raise TangleNASError(f"every training of the race failed. The last one: {result.failure}")
-        parts = [result]
-        if self.train.epochs > 1:
-            parts += [part for part in self.results([architecture], 2) if not part.failure]
-        taken = [part.seconds if clock == "processor" else part.wall for part in parts]
-        each = taken[-1] - taken[0] if len(taken) > 1 else taken[0]
-        full = taken[0] + (self.train.epochs - 1) * each
+            raise TangleNASError(f"every training of the race failed. The last one: {first.failure}")
+        (second,) = self.results([architecture], min(2, self.train.epochs))
+        spent += taken(second)
+        each = taken(first) if second.failure else taken(second) - taken(first)
+        full = taken(first) + (self.train.epochs - 1) * each
         if seconds < full:
             raise TangleNASError(
                 f"race.seconds is {seconds:g}, but one training of {self.train.epochs} epochs takes about {full:.1f} "
                 f"{clock} seconds: give more seconds, or shorten the trainings (retrain.epochs)"
             )
         self.candidates.note(f"a training takes about {full:.1f} {clock} seconds; race.seconds is {seconds:g}")
-        return (seconds - taken[-1]) / full
+        return max(0.0, seconds - spent) / full
 
     def _key(self, digest: str, epochs: int) -> str:
         return f"{self.train.identity}/{digest}/{epochs}"
 
-    def _wall(self, digest: str, epochs: int) -> float:
-        """Return the seconds on the wall of the part of a training before so many epochs; 0 if there is none."""
+    def _before(self, digest: str, epochs: int) -> Trained:
+        """Return the result of the longest part of a training before so many epochs, or `NOTHING`."""
         parts = (self.candidates.kept.get(self._key(digest, before)) for before in range(epochs - 1, 0, -1))
-        return next((Trained(*part).wall for part in parts if part), 0.0)
+        return next((Trained(*part) for part in parts if part), NOTHING)
 
     def _finished(self, architectures: Sequence[Architecture], epochs: int) -> Iterator[tuple[str, Trained]]:
         """Yield digests and results of trainings as they come."""
-        earlier = {one.digest: self._wall(one.digest, epochs) for one in architectures}
+        earlier = {one.digest: self._before(one.digest, epochs) for one in architectures}
         ranks = distributed.world_size()
         if ranks > 1:  # a training for each rank at a time, so that what is finished is kept
             for start in range(0, len(architectures), ranks):
@@ -187,13 +200,13 @@ class Jobs:
 
 
 def run(
-    train: Train, architecture: Architecture, epochs: int, threads: int | None = None, earlier: float = 0.0
+    train: Train, architecture: Architecture, epochs: int, threads: int | None = None, earlier: Trained = NOTHING
 ) -> tuple[str, tuple[float, float, float, str, float]]:
     """Train one network, in this process or another; return the digest and the result, also of one that diverged.
 
     Args:
         threads: The number of torch's threads; None leaves it.
-        earlier: The seconds on the wall of the part of the training before this call.
+        earlier: The result of the part of the training before this call.
 
     Raises:
         TangleNASError: The training ended in an error other than divergence. The message has the architecture.
@@ -204,7 +217,7 @@ def run(
         try:
             result = train(architecture, epochs)
         except DivergedError as error:
-            result = Trained(math.nan, math.nan, time.process_time() - start, str(error))
+            result = Trained(math.nan, math.nan, earlier.seconds + time.process_time() - start, str(error))
         except TangleNASError as error:
             raise TangleNASError(
                 f"the training of {architecture} ended in an error: {error} Finished trainings are kept: run the same "
@@ -215,7 +228,7 @@ def run(
         finally:
             torch.set_num_threads(before)
     if math.isnan(result.wall):
-        result = result._replace(wall=earlier + time.monotonic() - began)
+        result = result._replace(wall=earlier.wall + time.monotonic() - began)
     if not math.isfinite(result.loss) and not result.failure:
         result = result._replace(failure=f"the validation loss is {result.loss}, which is no finite number")
     return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure, result.wall)

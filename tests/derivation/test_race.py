@@ -22,7 +22,7 @@ from trainer import Noted, loss_of
 
 from tanglenas_engine.derivation import jobs
 from tanglenas_engine.derivation.race import Rung, ladder, plan, race, work
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import DivergedError, TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.stages import retrain as retrain_stage
@@ -331,6 +331,52 @@ def test_a_recipe_that_diverges_is_found_out_by_as_many_trainings_as_may_enter(t
     assert len(train.calls()) == 8
 
 
+@pytest.mark.parametrize("clock", ["processor", "wall"])
+def test_trainings_that_failed_to_tell_the_time_are_part_of_it_and_are_not_trained_again(train, leaders, clock):
+    space = vit(depth=(1, 2, 3))
+    with Known(space, additive(space, 0), limit=20) as candidates:
+        candidates.judge(candidates.first(20))
+        failing = [one["digest"] for one in sorted(candidates.best(20), key=lambda one: -one["macs"])[:7]]
+    seconds = {"processor": 80, "wall": 40}[clock]  # an epoch takes one of the processor and a half on the wall
+
+    def failing_late(architecture, epochs):
+        trained = train(architecture, epochs)
+        if architecture.digest in failing:
+            return trained._replace(loss=math.nan, seconds=5.0, wall=2.5, failure="diverged")
+        return trained
+
+    failing_late.epochs, failing_late.identity = 9, "recipe"
+    result, _ = raced(failing_late, seconds=seconds, clock=clock)
+    calls = train.calls()
+    spent = 5 * len(failing) + sum(dict(sorted(one for one in calls if one[0] not in failing)).values())
+    assert spent <= 80
+    assert [epochs for digest, epochs in calls if digest in failing] == [1] * 7
+    known = [one for one in result.records if one["digest"] in failing]
+    assert known and all(one["failure"] == "diverged" and one["epochs"] > 1 for one in known)
+    assert result.trainings > 3  # the time that is left admits 4
+
+
+def test_probes_that_took_all_the_time_leave_no_race(train, leaders):
+    def slow_to_fail(architecture, epochs):
+        trained = train(architecture, epochs)
+        return trained if len(train.calls()) > 6 else trained._replace(loss=math.nan, seconds=5.0, failure="diverged")
+
+    slow_to_fail.epochs, slow_to_fail.identity = 9, "recipe"
+    with pytest.raises(TangleNASError, match=r"the race has a budget of 0.00 trainings of 9 epochs"):
+        raced(slow_to_fail, seconds=20)
+
+
+def test_the_time_of_a_training_counts_that_of_its_second_epoch_though_it_fails_there(train):
+    def failing(architecture, epochs):
+        trained = train(architecture, epochs)
+        return trained._replace(loss=math.nan, failure="diverged") if epochs == 2 else trained
+
+    failing.epochs, failing.identity = 9, "recipe"
+    space = vit()
+    candidates = SimpleNamespace(kept={}, save=lambda: None, note=lambda text: None, space=space)
+    assert jobs.Jobs(candidates, failing, 1, None).afforded([space.largest()], 20, "processor") == (20 - 2) / 9
+
+
 def test_a_slow_first_epoch_does_not_stand_for_the_others(train):
     def slow(architecture, epochs):
         trained = train(architecture, epochs)
@@ -374,6 +420,30 @@ def test_seconds_on_the_wall_that_jobs_measure_add_up_over_calls():
     afforded = jobs.Jobs(candidates, Train(), 1, None).afforded([space.largest()], 100, "wall")
     first, second = took
     assert afforded == pytest.approx((100 - first - second) / (first + 19 * second), rel=0.2)
+
+
+def test_the_seconds_of_a_training_that_diverges_late_are_those_from_its_first_epoch_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(jobs.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+    each = {2: 2.0, 5: 4.0, 9: 1.0}  # seconds of the parts
+
+    class Train:
+        epochs, identity = 9, "recipe"
+
+        def __call__(self, architecture, epochs):
+            now[0] += each[epochs]
+            if epochs == 9:
+                raise DivergedError("training diverged")
+            return jobs.Trained(0.5, 50.0, {2: 2.0, 5: 6.0}[epochs])
+
+    space = vit()
+    candidates = SimpleNamespace(kept={}, save=lambda: None, note=lambda text: None, space=space)
+    training = jobs.Jobs(candidates, Train(), 1, None)
+    for epochs, seconds in ((2, 2.0), (5, 6.0), (9, 7.0)):
+        (found,) = training.results([space.largest()], epochs)
+        assert (found.seconds, found.wall) == (seconds, seconds)
+    assert found.failure == "training diverged"
 
 
 def test_the_smaller_of_two_budgets_counts(train):

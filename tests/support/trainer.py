@@ -1,6 +1,5 @@
 """A training that a race runs in any process: its losses follow from digests, and it notes every call in a folder."""
 
-import math
 import os
 import signal
 from concurrent.futures.process import BrokenProcessPool
@@ -22,8 +21,8 @@ class Noted:
 
     Attributes:
         folder: Has an empty file for every call, `DIGEST-EPOCHS-NUMBER`.
-        bad: What comes instead of a loss, by digest: "nan", "inf", "-inf", "raise", "late" after 3 epochs, "stop" once, "kill" once,
-            "full" once, as if the disk were, or "lose", as if the worker were lost each time.
+        bad: What comes instead of a loss, by digest: "nan", "inf", "-inf", "raise", "late" after 3 epochs, "stop" once,
+            "kill" once, "full" once, as if the disk were, or "lose", as if the worker were lost each time.
     """
 
     folder: Path
