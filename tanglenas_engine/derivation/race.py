@@ -88,10 +88,11 @@ def race(
             proposed, all entrants are the supernet's best.
         eta: The factor between rungs: this part of the networks goes on. As many of them, at most, train to the end.
         shortest: The share of a training after which networks are compared first. It has to be beyond a warm-up.
-        trainings: The budget in complete trainings. None trains all entrants; 12 of them take 5.8 trainings at the
-            defaults.
-        seconds: The budget in seconds. A first training of two epochs tells how long one takes, so another
-            machine may plan another race. The seconds of trainings add up, also of those at the same time.
+        trainings: The budget in complete trainings. None or infinity trains all entrants; 12 of them take 5.8 trainings
+            at the defaults.
+        seconds: The budget in seconds; None or infinity for none. A first training of two epochs tells how long one
+            takes, so another machine may plan another race. The seconds of trainings add up, also of those at the same
+            time, and of those that fail.
         clock: The clock for `seconds`: "processor" adds up the seconds of all threads; "wall" is the clock for work on
             a GPU.
         workers: The number of processes that train. Each takes an equal part of torch's threads.
@@ -110,17 +111,17 @@ def race(
         candidates.note("no race, as there is one candidate only")
         return None
     jobs = Jobs(candidates, train, workers, backend)
-    if seconds is not None:
+    budget = math.inf if trainings is None else trainings
+    if seconds is not None and math.isfinite(seconds):
         among = ranked if _proposals(min(entrants, len(ranked)), propose) else ranked[:entrants]
         dearest = sorted(among, key=lambda runner: -runner.judged["macs"])[:entrants]
-        afforded = jobs.afforded([runner.architecture for runner in dearest], seconds, clock)
-        trainings = afforded if trainings is None else min(trainings, afforded)
-    rungs = plan(min(entrants, len(ranked)), train.epochs, eta, trainings, shortest)
+        budget = min(budget, jobs.afforded([runner.architecture for runner in dearest], seconds, clock))
+    rungs = plan(min(entrants, len(ranked)), train.epochs, eta, budget, shortest)
     planned = work(rungs) / train.epochs
-    left = 0.0 if trainings is None else trainings - planned
+    left = budget - planned
     candidates.note(
         f"a race of {described(rungs)}: {planned:.1f} trainings of {train.epochs} epochs"
-        + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if left >= 1 else "")
+        + (f". {left:.1f} trainings of the budget are left: raise race.entrants" if 1 <= left < math.inf else "")
     )
     running = runners = _entered(ranked, rungs[0], propose, jobs)
     for rung in rungs:
@@ -204,9 +205,7 @@ def _entered(ranked: Sequence[Runner], rung: Rung, propose: float, jobs: Jobs) -
     return entrants
 
 
-def plan(
-    entrants: int, epochs: int, eta: int = 3, trainings: float | None = None, shortest: float = 1 / 3
-) -> list[Rung]:
+def plan(entrants: int, epochs: int, eta: int = 3, trainings: float = math.inf, shortest: float = 1 / 3) -> list[Rung]:
     """Return the rungs of the largest race within a budget.
 
     The last rung has complete trainings of up to `eta` networks, so that these are compared by what they are worth.
@@ -217,20 +216,21 @@ def plan(
         entrants: The largest number of networks.
         epochs: The number of epochs of a complete training.
         eta: The factor between rungs.
-        trainings: The budget in complete trainings; None has no limit.
+        trainings: The budget in complete trainings; infinity has no limit.
         shortest: The share of a training in the first rung.
 
     Raises:
         TangleNASError: The budget is shorter than a race of two networks for one epoch each.
     """
     first = max(1, round(shortest * epochs))
-    share = int((trainings or 0) * epochs / 2 + ROUNDING)
+    budget = trainings * epochs + ROUNDING
+    share = int(min(budget / 2, epochs))
     plans = (
         *(ladder(count, epochs, eta, shortest) for count in range(entrants, 1, -1)),
         [Rung(2, first), Rung(1, epochs)],
         [Rung(2, share)],  # fits any budget
     )
-    rungs = next(one for one in plans if trainings is None or work(one) <= trainings * epochs + ROUNDING)
+    rungs = next(one for one in plans if work(one) <= budget)
     if rungs[0].epochs < 1:
         raise TangleNASError(
             f"the race has a budget of {trainings:.2f} trainings of {epochs} epochs, and two networks take "

@@ -119,6 +119,13 @@ def test_a_plan_keeps_its_budget(trainings, epochs, eta):
     assert all(work(other) > trainings * epochs for other in larger)
 
 
+@pytest.mark.parametrize("entrants, epochs", [(4, 11), (8, 25), (12, 43), (9, 9)])
+def test_a_budget_of_exactly_a_race_admits_it(entrants, epochs):
+    """Though the trainings times the epochs may be a little less, by the rounding of a fraction."""
+    rungs = ladder(entrants, epochs, 3, 1 / 3)
+    assert plan(12, epochs, trainings=work(rungs) / epochs) == rungs
+
+
 @pytest.mark.parametrize("rungs, epochs", [([(8, 4), (3, 12)], 8 * 4 + 3 * 8), ([(2, 6)], 12), ([(9, 3), (3, 5)], 33)])
 def test_the_work_of_a_race_is_that_of_trainings_which_go_on(rungs, epochs):
     assert work([Rung(*rung) for rung in rungs]) == epochs
@@ -301,6 +308,9 @@ def test_in_less_than_two_trainings_the_better_one_of_two_goes_on(train):
 def test_a_budget_that_is_not_used_up_is_told(train):
     _, notes = raced(train, trainings=8)
     assert any("3.3 trainings of the budget are left: raise race.entrants" in line for line in notes)
+    for trainings, told in ((5.5, False), (5.8, True)):  # the race has 4.7
+        _, notes = raced(train, trainings=trainings)
+        assert any("of the budget are left" in line for line in notes) == told
 
 
 def test_seconds_are_a_budget_by_a_training_of_two_epochs(train):
@@ -444,6 +454,15 @@ def test_the_seconds_of_a_training_that_diverges_late_are_those_from_its_first_e
         (found,) = training.results([space.largest()], epochs)
         assert (found.seconds, found.wall) == (seconds, seconds)
     assert found.failure == "training diverged"
+
+
+@pytest.mark.parametrize("options", [{"trainings": math.inf}, {"seconds": math.inf, "clock": "wall"}])
+def test_infinity_is_no_budget(train, options):
+    assert plan(8, 50, trainings=math.inf) == plan(8, 50)
+    free, said = raced(train, **BEST)
+    assert raced(train, **options, **BEST) == (free, said)
+    both = {"trainings": 2, "seconds": 1000, **options}
+    assert len(raced(train, **both)[0].records) == (8 if "trainings" in options else 2)
 
 
 def test_the_smaller_of_two_budgets_counts(train):
