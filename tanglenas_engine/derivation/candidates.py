@@ -269,7 +269,20 @@ class Candidates:
                 judged -= min(candidates, TRIED) * judging(first)
             return candidates * trial.drawing + judged + last * judging(len(self._samples))
 
-        self.limit = bisect.bisect_right(range(1, min(self.space.size, MOST) + 1), trial.left, key=needed)
+        most = min(self.space.size, MOST)
+
+        def least(candidates: int) -> float:
+            """Return the least seconds that so many candidates or more need.
+
+            Races of more candidates begin with fewer samples, and so may take less, from a power of `RUNG` on. Between
+            these numbers, and from the end of one generation to the next, more candidates take more.
+            """
+            begun = max(candidates - single, 0) // size * size if size else 0
+            powers = itertools.takewhile(lambda power: power < (size or most), (RUNG**k for k in itertools.count()))
+            turns = (single + begun + turn for turn in (*(power + 1 for power in powers), size or most))
+            return min(needed(number) for number in (candidates, *turns) if candidates <= number <= most)
+
+        self.limit = bisect.bisect_right(range(1, most + 1), trial.left, key=least)
         if self.limit < 2:
             raise TangleNASError(
                 f"{self._label}.seconds is {afforded.seconds:g}, but a trial and two candidates need "

@@ -15,6 +15,7 @@ from tanglenas_engine.derivation import candidates as module
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates, Part
 from tanglenas_engine.derivation.pareto import final_front
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.testing import random_data, same
@@ -370,6 +371,28 @@ def test_what_a_trial_judged_does_not_bring_a_candidate_further_than_its_race_di
     found = judged(space.size, 20.0)
     assert {record["samples"] for record in found[1] if record["digest"] in late} == {16}
     assert found == judged(found[0])
+
+
+@pytest.mark.parametrize("size, single", [(None, 0), (20, 0), (5, 0), (None, 10), (20, 7)])
+@pytest.mark.parametrize("few", [256, 100])
+def test_the_number_that_seconds_afford_is_the_largest_though_fewer_may_take_longer(monkeypatch, size, single, few):
+    """Few candidates have races that begin with many samples. A sample takes a second."""
+    space, most = vit(depth=(1, 2, 3)), 90
+    with Known(space, lambda one: 50.0, samples=4096, batch_size=256, limit=space.size) as tried:
+
+        def afforded(left, largest):
+            trial = module.Trial(1.0, few, float(few), 1024, 1024.0, left)
+            tried._afforded = module.Afforded(0, "processor", True, trial, True)
+            monkeypatch.setattr(module, "MOST", largest)
+            try:
+                tried.in_generations(size, single)
+            except TangleNASError:
+                return 0
+            return tried.limit
+
+        for left in [*range(15_000, 200_000, 5_000)]:
+            fitting = [number for number in range(2, most + 1) if afforded(left, number) == number]
+            assert afforded(left, most) == max(fitting, default=0), left
 
 
 @pytest.mark.parametrize("cut, spared", [(17, 16), (18 + 13, 18 + 10)])
