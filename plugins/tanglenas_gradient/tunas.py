@@ -10,7 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tanglenas_engine import Architecture, Mixture, Optimizer, Step, TangleNASError, at_least
+from tanglenas_engine import Architecture, Mixture, Optimizer, Row, Step, TangleNASError, at_least
+
+NARROWER = -1000.0
+"""The log-probability of each step down from the widest option in the warm-up. It is finite, as a space may not have
+the architecture of all widest options."""
 
 
 class TuNAS(Optimizer):
@@ -106,7 +110,7 @@ class TuNAS(Optimizer):
         """Return the architecture that a weight step trains."""
         generator = torch.Generator().manual_seed(self.derive_seed(step, "warm-up"))
         if float(torch.rand((), generator=generator)) < self._widest:
-            return self._wide(self.draw(step, "weight"))
+            return self.space.sample(generator, self._width())
         return self.sample(step, "weight")
 
     def _samples(self, step: Step) -> list[Architecture]:
@@ -117,13 +121,18 @@ class TuNAS(Optimizer):
         generator = torch.Generator().manual_seed(self.derive_seed(step, stream))
         return self.source.sample(generator, self.space.scores(self.expected()))
 
-    def _wide(self, architecture: Architecture) -> Architecture:
-        """Return an architecture with the largest number of every choice between numbers."""
-        picks = self.space.assignment_of(architecture)
-        for row in picks:
-            if not isinstance(row.options[0], str):
-                picks[row] = row.options.index(max(row.options))
-        return self.space.architecture_of(picks)
+    def _width(self) -> dict[Row, list[float]]:
+        """Return scores with which samples have the largest number of every choice, and random options between names.
+
+        A drawn depth is then the largest, so that the options of every layer are drawn, too.
+        """
+        return {
+            row: [
+                0.0 if isinstance(option, str) else NARROWER * sum(other > option for other in row.options)
+                for option in row.options
+            ]
+            for row in self.space.rows
+        }
 
     def _objective(self, drawn: Sequence[Architecture], losses: Sequence[Tensor]) -> Tensor:
         """Return a term whose gradient is alpha's. It leaves out what the probabilities of all samples share."""

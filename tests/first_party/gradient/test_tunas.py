@@ -1,12 +1,13 @@
 """TuNAS: its gradient is that of the expected loss, in the whole space and in a band."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from tiny import tiny
 
-from tanglenas_engine import create_objective, create_optimizer, search
+from tanglenas_engine import SearchSpace, create_objective, create_optimizer, elastic, search
 from tanglenas_engine.data import SPLITS
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
@@ -107,6 +108,40 @@ def test_random_operations_warm_up_too():
     optimizer = bound(space)
     drawn = {optimizer.trained(step) for step in range(20)}
     assert len(drawn) > 10
+
+
+class Layers(SearchSpace):
+    """Layers of one of three operations, up to a depth."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        depth, width = self.choice("depth", (1, 2, 3)), self.choice("width", (8, 4))
+        rows = self.choice("operation", ("a", "b", "c"), per=depth)
+        self.blocks = elastic.Depth(
+            depth,
+            [
+                elastic.MixedOperation({
+                    name: (row.map(lambda chosen, name=name: int(chosen == name)), elastic.Linear(width, width))
+                    for name in "abc"
+                })
+                for row in rows
+            ],
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.blocks(x)
+
+    def example_input(self, batch):
+        return torch.randn(batch, 8)
+
+
+def test_the_operations_of_deep_layers_warm_up_alike():
+    optimizer = bound(Layers())
+    drawn = [optimizer.trained(step).choices for step in range(300)]
+    assert all((one["depth"], one["width"]) == (3, 8) for one in drawn)
+    for layer in range(3):
+        counts = Counter(one["operation"][layer] for one in drawn)
+        assert min(counts[name] for name in "abc") > 70
 
 
 @pytest.mark.slow
