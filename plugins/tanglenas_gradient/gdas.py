@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,12 +77,14 @@ def gumbel_given(alpha: Tensor, hard: Tensor, generator: torch.Generator) -> Ten
     """Return Gumbel noise `(rows, K)` under the condition that it samples given options.
 
     With probabilities p and exponential variables E, the largest sum of log-probability and noise is `-log E_a`, of the
-    option a that was sampled. Each other sum is less by construction, `-log(E_k / p_k + E_a)`.
+    option a that was sampled. Each other sum is less by construction, `-log(E_k / p_k + E_a)`. All is computed by
+    logarithms, because probabilities underflow.
 
     Args:
         alpha: The architecture parameters, `(rows, K)`.
         hard: The sampled options, one-hot, `(rows, K)`.
     """
-    exponential, chances = _exponential(alpha, generator).to(alpha.device), alpha.detach().softmax(1)
-    top = (exponential * hard).sum(1, keepdim=True)
-    return -torch.where(hard > 0, top, exponential / chances + top).log() - chances.log()
+    exponential = _exponential(alpha, generator).log().to(alpha.device)
+    chances = alpha.detach().log_softmax(1)
+    top = exponential.masked_fill(hard == 0, -math.inf).amax(1, keepdim=True)
+    return -torch.where(hard > 0, top, torch.logaddexp(exponential - chances, top)) - chances

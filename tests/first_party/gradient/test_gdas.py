@@ -76,6 +76,22 @@ def test_samples_of_a_search_with_a_target_are_in_its_band():
         assert gradient.any()
 
 
+@pytest.mark.parametrize("gap", [100.0, 110.0, 1e4, 1e30])
+def test_gradients_within_a_band_are_finite_however_decided_alpha_is(gap):
+    space = tiny("vit")
+    most = int(0.7 * space.cost(space.largest()).macs)
+    optimizer = bound(space, temperature=1.0)
+    optimizer.draw_from(Band(Budget(space, {"macs": most}), 0.5))
+    for alpha in optimizer.alphas.values():
+        alpha.data.zero_()[:, 0] = -gap
+    for step in range(10):
+        stacks = optimizer.sample(step, "architecture").stacks
+        total = sum((stack * torch.arange(stack.shape[1])).sum() for stack in stacks.values())
+        gradients = torch.autograd.grad(total, optimizer.parameters())
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert all(set(stack.detach().unique().tolist()) == {0.0, 1.0} for stack in stacks.values())
+
+
 def test_it_computes_with_real_slices_in_both_steps():
     space = tiny("vit")
     optimizer = bound(space)
