@@ -32,6 +32,8 @@ ABOUT = frozenset(
      "rank", "ranks", "seed", "seeds", "count", "trials", "compression", "reduction", "saved", "saving", "savings"}
 )  # fmt: skip
 """Words of what is known of a metric and is not the metric: `test_acc_std` and `acc_reduction` are no accuracies."""
+TURNED = frozenset({"inverse", "inverted", "inv", "reciprocal", "neg", "negative", "negated", "minus"})
+"""Words that turn something around, and do not say how much of the name: `inverse_latency` is no latency."""
 MEASURES = frozenset({"ms", "us", "mj"})
 """Words that say at the end of a name how all of it is measured, such as `latency_per_image_ms`."""
 PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
@@ -62,9 +64,11 @@ def kind_of(metric: str) -> Kind | None:
         named.pop()
     unit = named[named.index("per") :] if "per" in named else []
     named = named[: len(named) - len(unit)]
-    if not ABOUT.isdisjoint(named):
+    if not (ABOUT | TURNED).isdisjoint(named):
         return None
     costs = not LESS.isdisjoint(named)
+    if costs and "zero" in named:  # a score of a network at zero cost
+        return None
     if not GAINS.isdisjoint(named):
         return None if costs else "more"
     if costs:
