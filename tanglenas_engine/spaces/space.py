@@ -248,14 +248,17 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         if all(isinstance(key, int) for key in weights):
             return Mixture(by_choice, weights)  # type: ignore[arg-type]
         named: dict[str, Tensor] = {str(key): tensor for key, tensor in weights.items()}
-        edges = named.pop(EDGES, None)
+        edges = named.pop(EDGES, None) if self.edge_rows else None
         for name in named:
             if name not in self.choices:
                 raise unknown(f"choice of {self.label}", name, self.choices)
-        for name, choice in self.choices.items():
-            shape = tuple(named[name].shape) if name in named else None
-            if shape != choice.shape:
-                raise TangleNASError(f"the mixture's {name!r} has shape {shape}, expected {choice.shape}")
+        expected = {name: choice.shape for name, choice in self.choices.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        if edges is not None:
+            expected[EDGES], given[EDGES] = (len(self.edge_rows),), tuple(edges.shape)
+        for name, shape in expected.items():
+            if given.get(name) != shape:
+                raise TangleNASError(f"the mixture's {name!r} has shape {given.get(name)}, expected {shape}")
         stacked = {
             count: torch.cat(
                 [

@@ -1,6 +1,7 @@
 """The DARTS space has the paper's networks, counts and notation, and no architecture but its genotypes."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -175,6 +176,14 @@ def test_samples_are_uniform_genotypes():
         assert len(pairs) == 1 or chisquare([sources.count(pair) for pair in pairs]).pvalue > 0.01
         operations = [operation for architecture in drawn for _, operation in architecture[place]]
         assert chisquare([operations.count(operation) for operation in OPERATIONS[1:]]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("shape", [(3,), (29,), (), (2, 14)])
+def test_weights_of_another_number_of_edges_are_refused(shape):
+    space = small()
+    said = re.escape(f"the mixture's 'edges' has shape {shape}, expected (28,)")
+    with pytest.raises(TangleNASError, match=said):
+        space.mixture({**random_mixture(space), "edges": torch.ones(shape)})
 
 
 def test_the_most_probable_architecture_has_the_two_strongest_edges_without_none():

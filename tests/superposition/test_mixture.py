@@ -208,6 +208,7 @@ def without(weights, name):
     ("change", "message"),
     [
         (lambda w: {**w, "widths": w["width"]}, "unknown choice of 'language' 'widths'. Did you mean 'width'"),
+        (lambda w: {**w, "edges": torch.ones(2)}, "unknown choice of 'language' 'edges'"),  # it is no space of cells
         (lambda w: without(w, "heads"), r"the mixture's 'heads' has shape None, expected \(2, 3\)"),
         (lambda w: {**w, "heads": w["heads"][0]}, r"'heads' has shape \(3,\), expected \(2, 3\)"),
         (lambda w: {**w, "width": w["width"][:2]}, r"'width' has shape \(2,\), expected \(3,\)"),
