@@ -62,13 +62,14 @@ class Band:
     def __init__(self, budget: Budget, least: float = 0.93):
         self.space, self.budget, self.least = budget.space, budget, least
         budget.check()
+        self._limits = sorted(budget.limits, key=lambda limit: limit.name)  # samples do not depend on their order
         self._counters: list[_Counter] = []
         self._extremes: dict[bool, Architecture] = {}
         self._scores: Mapping[Row, Sequence[float]] | None = None
         self._under_scores: list[_Counter] = []
-        self.exact = tabulated(self.space, budget.limits)
+        self.exact = tabulated(self.space, self._limits)
         if self.exact:
-            for limit in budget.limits:
+            for limit in self._limits:
                 counter = _Counter.count(self.space, limit, least)
                 if counter is None:
                     self.exact, self._counters = False, []
@@ -155,18 +156,18 @@ class Band:
 
     def _used(self, picks: Mapping[Any, int]) -> float:
         """Return the share that an assignment uses of the tightest limit."""
-        return max(limit.cost(picks) / limit.most for limit in self.budget.limits)
+        return max(limit.cost(picks) / limit.most for limit in self._limits)
 
     def _used_limits(self, picks: Mapping[Any, int]) -> list[int]:
         """Return the numbers of the limits of which an assignment within the budget uses the share; none beyond it."""
-        costs = [(limit.cost(picks), limit) for limit in self.budget.limits]
+        costs = [(limit.cost(picks), limit) for limit in self._limits]
         if any(cost > limit.allowed for cost, limit in costs):
             return []
         return [number for number, (cost, limit) in enumerate(costs) if cost >= self.least * limit.most]
 
     def _empty(self) -> TangleNASError:
         ranges = " or ".join(
-            f"{amount(self.least * limit.most)} to {limit.counted(limit.most)}" for limit in self.budget.limits
+            f"{amount(self.least * limit.most)} to {limit.counted(limit.most)}" for limit in self._limits
         )
         return TangleNASError(
             f"the band of {ranges} holds no architecture of {self.space.label} that was found: widen it, or move the "

@@ -134,6 +134,14 @@ def test_the_same_seed_draws_the_same():
     assert one == two and len(set(one)) > 1
 
 
+def test_samples_do_not_depend_on_the_order_of_limits():
+    space = vit()
+    limits = limited(space, 0.6, METRICS)
+    bands = [Band(Budget(space, dict(order)), 0.5) for order in (limits.items(), reversed(limits.items()))]
+    drawn = [[band.sample(torch.Generator().manual_seed(seed)) for seed in range(20)] for band in bands]
+    assert drawn[0] == drawn[1] and bands[0].largest() == bands[1].largest()
+
+
 def test_extremes_are_those_of_the_band():
     space = SPACES["convolutional"]()
     limits = limited(space, 0.6)
