@@ -46,6 +46,9 @@ TRIED, TRIED_LONG, MOST = 8, 2, 10**6
 """The candidates of a trial that tells how many fit into some seconds, those of them that are timed on more samples,
 and the largest number that it may tell."""
 
+COLUMNS = ("digest", "loss", "accuracy", "samples", "generation", "architecture")
+"""The names in a record that are no costs."""
+
 RUNG = 4
 """Factor between the rungs of a race: a quarter of the candidates goes on, to about four times as many samples."""
 
@@ -138,6 +141,9 @@ class Candidates:
             the supernet's. A rung of fewer samples takes no more batches than these fill.
         checkpoints: The folder for scores. Those of an earlier run there are used.
 
+    Raises:
+        TangleNASError: An objective has the name of another part of a record.
+
     Attributes:
         records: One record per candidate, in the order of judging: digest, loss, accuracy in %, the number of samples
             that these are of, costs, generation and architecture.
@@ -168,6 +174,11 @@ class Candidates:
         self.space, self.prior, self.cost, self.seed, self.fill = space, prior, cost, seed, fill
         self.budget = Budget(space, {}) if budget is None else budget
         self.objectives = tuple(objectives)
+        if taken := [one.name for one in self.objectives if one.name in COLUMNS]:
+            raise TangleNASError(
+                f"an objective is called {taken[0]!r}, as what a record of a candidate has beside costs "
+                f"({', '.join(COLUMNS)}): give it another name"
+            )
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
         self.kept: dict[str, list[Any]] = {}

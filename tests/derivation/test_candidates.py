@@ -18,6 +18,7 @@ from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.testing import random_data, same
 
 SPLITS = ("weights", "architecture")
@@ -332,6 +333,15 @@ def test_scores_of_a_race_are_the_same_whatever_was_judged_before():
         other.judge(drawn[8:])
         second = other.judge(drawn[:8][::-1])[::-1]
     assert [{**record, "generation": 1} for record in first] == second
+
+
+@pytest.mark.parametrize("name", ["digest", "loss", "accuracy", "samples", "generation", "architecture"])
+def test_an_objective_takes_no_name_of_a_column(name):
+    space = vit()
+    objective = Objective().bind(space)
+    objective.name = name
+    with pytest.raises(TangleNASError, match=f"an objective is called '{name}', as what a record .* another name"):
+        candidates(space, objectives=[objective])
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
