@@ -12,12 +12,15 @@ import functools
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.elastic.depth import walk
@@ -88,11 +91,18 @@ class CostModel:
     Args:
         superposition: The state that the network's elastic layers share.
         example_input: A function that returns a batch of inputs of a given length.
+        decisions: A function that yields the alternatives of each decision that composes an architecture.
     """
 
-    def __init__(self, network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]):
+    def __init__(
+        self,
+        network: nn.Module,
+        superposition: Superposition,
+        example_input: Callable[[int], Tensor],
+        decisions: Callable[[], Iterable[Sequence[Assignment]]],
+    ):
         self.metrics: dict[str, Additive] = {}
-        products, self.uncounted = _mac_terms(network, superposition, example_input)
+        products, self.uncounted = _mac_terms(network, superposition, example_input, decisions)
         if self.uncounted:
             warnings.warn(
                 f"the multiply-accumulates of this space are not exact: {'; '.join(self.uncounted)}. Its largest form "
@@ -194,73 +204,138 @@ def _decisive(gates: tuple[Size, ...]) -> set[tuple[Any, ...]]:
 
 
 def _mac_terms(
-    network: nn.Module, superposition: Superposition, example_input: Callable[[int], Tensor]
+    network: nn.Module,
+    superposition: Superposition,
+    example_input: Callable[[int], Tensor],
+    decisions: Callable[[], Iterable[Sequence[Assignment]]],
 ) -> tuple[list[Term], list[str]]:
     """Return what each module computes for one input in the largest network, and what cannot be counted.
 
     Elastic layers say how their count follows from their sizes (`Elastic.macs`). All other modules have a constant
-    count: that of the products that they compute themselves, outside of the modules that they call.
+    count: that of the products that they compute themselves, outside of the modules that they call. Where it is not
+    that of torch's layers, it is counted in small architectures, too, and should be the same.
     """
-    computed: list[tuple[nn.Module, Term]] = []
-    calls = Counter[nn.Module]()
-    unknown: dict[str, None] = {}
-    counter = ProductCounter()
-    hooks: list[Any] = []
-    counted_by: list[nn.Module | None] = []  # for each running module the elastic layer whose `macs` covers it
-
-    def register(name: str, module: nn.Module) -> None:
-        before: list[int] = []
-
-        def enter(_: nn.Module, inputs: Any) -> None:
-            before.append(counter.enter(module))
-            counted_by.append(_covering(module, counted_by[-1] if counted_by else None))
-
-        def leave(_: nn.Module, inputs: Any, output: Any) -> None:
-            counter.leave()
-            own, covering = counter.own[module] - before.pop(), counted_by.pop()
-            calls[module] += 1
-            if covering is module:
-                computed.extend((module, term) for term in module.macs(output))  # type: ignore[operator]
-            elif covering is None and own:
-                computed.append((module, (own, ())))
-                if isinstance(module, Elastic):
-                    unknown[
-                        f"{name or 'the space'} ({type(module).__name__}) computes products of its own, but has no "
-                        "method `macs` that says how their number follows from its sizes"
-                    ] = None
-            if covering is None and module in counter.unknown:
-                listed = ", ".join(sorted(counter.unknown[module]))
-                unknown[f"{name or 'the space'} ({type(module).__name__}) calls {listed}, which torch cannot count"] = (
-                    None
-                )
-
-        hooks.extend((module.register_forward_pre_hook(enter), module.register_forward_hook(leave)))
-
     places: dict[nn.Module, list[Place]] = {}
     for name, module, gates in walk(network):
         places.setdefault(module, []).append((name, gates))
     state = superposition.mixture, superposition.assignment
     training = {module: module.training for module in network.modules()}
+    with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
+        example = example_input(1)
+    network.eval()
     superposition.release()
-    for module, found in places.items():
-        register(found[0][0], module)
     try:
-        with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
-            example = example_input(1)
-        with in_plain_products(), counter:
-            run_on_meta(network.eval(), example)
+        largest = _Forward(network, example, places)
+        varying: set[nn.Module] = set()
+        unseen = [module for module in largest.constant if not (isinstance(module, Elastic) or _is_torchs(module))]
+        while unseen:
+            superposition.select(_small([places[module] for module in unseen], decisions()))
+            small = _Forward(network, example, places)
+            varying |= {
+                module for module in unseen if small.calls[module] and small.each(module) != largest.each(module)
+            }
+            unseen = [module for module in unseen[:-1] if not small.calls[module]]
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, mode in training.items():
             module.training = mode
+        superposition.release()
         mixture, assignment = state
         if assignment is not None:
             superposition.select(assignment, mixture)
         elif mixture is not None:
             superposition.relax(mixture)
-    gated = {module: _gates(places[module], calls[module]) for module, _ in computed}
-    return [(constant, (*gated[module], *factors)) for module, (constant, factors) in computed], list(unknown)
+    gated = {module: _gates(places[module], largest.calls[module]) for module, _ in largest.terms}
+    return (
+        [(constant, (*gated[module], *factors)) for module, (constant, factors) in largest.terms],
+        [sentence for module, found in places.items() for sentence in largest.unknown(module, found[0][0], varying)],
+    )
+
+
+def _small(wanted: Sequence[Sequence[Place]], decisions: Iterable[Sequence[Assignment]]) -> Assignment:
+    """Return an architecture of small options, but that as many modules as possible are there, the last ones first."""
+    there: dict[Row, int] = {}
+    for (_, gates), *_ in reversed(wanted):
+        for picks in combinations({row: None for gate in gates for row in gate.rows}):
+            if all(there.get(row, pick) == pick for row, pick in picks.items()) and all(g.value(picks) for g in gates):
+                there |= picks
+                break
+
+    def worth(picks: Assignment) -> tuple[int, int]:
+        """Return how many rows are as modules need them, and less for more numbers that are smaller."""
+        smaller = sum(
+            option < row.options[pick] for row, pick in picks.items() if _numeric(row) for option in row.options
+        )
+        return sum(there.get(row) == pick for row, pick in picks.items()), -smaller
+
+    return {row: pick for one in decisions for row, pick in max(one, key=worth).items()}
+
+
+def _numeric(row: Row) -> bool:
+    return all(isinstance(option, Real) for option in row.options)
+
+
+class _Forward:
+    """A count of what modules compute in a forward for one input, which runs on the meta device.
+
+    Attributes:
+        terms: The products of all modules: those that elastic layers say by their method `macs`, and constants.
+        constant: The constants of each module: the multiply-accumulates that it computes itself.
+        calls: The number of calls of each module.
+    """
+
+    def __init__(self, network: nn.Module, example: Tensor, modules: Iterable[nn.Module]):
+        self.terms: list[tuple[nn.Module, Term]] = []
+        self.constant = Counter[nn.Module]()
+        self.calls = Counter[nn.Module]()
+        self._foreign: dict[nn.Module, set[str]] = {}
+        self._counter = ProductCounter()
+        self._covering: list[nn.Module | None] = []  # for each running module the elastic layer whose `macs` covers it
+        hooks = [hook for module in modules for hook in self._watched(module)]
+        try:
+            with in_plain_products(), self._counter:
+                run_on_meta(network, example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def each(self, module: nn.Module) -> Fraction:
+        """Return the constant count of a call of a module."""
+        return Fraction(self.constant[module], self.calls[module])
+
+    def unknown(self, module: nn.Module, name: str, varying: Collection[nn.Module]) -> Iterator[str]:
+        """Yield a sentence for each reason why the products of a module are not known for every architecture."""
+        label = f"{name or 'the space'} ({type(module).__name__})"
+        if module in self.constant and isinstance(module, Elastic):
+            yield (
+                f"{label} computes products of its own, but has no method `macs` that says how their number follows "
+                "from its sizes"
+            )
+        elif module in varying:
+            yield f"{label} computes products of chosen sizes, which count in elastic layers with a method `macs` only"
+        if module in self._foreign:
+            yield f"{label} calls {', '.join(sorted(self._foreign[module]))}, which torch cannot count"
+
+    def _watched(self, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """Register hooks that count the products of a module."""
+        before: list[int] = []
+
+        def enter(_: nn.Module, inputs: Any) -> None:
+            before.append(self._counter.enter(module))
+            self._covering.append(_covering(module, self._covering[-1] if self._covering else None))
+
+        def leave(_: nn.Module, inputs: Any, output: Any) -> None:
+            self._counter.leave()
+            own, covering = self._counter.own[module] - before.pop(), self._covering.pop()
+            self.calls[module] += 1
+            if covering is module:
+                self.terms.extend((module, term) for term in module.macs(output))  # type: ignore[operator]
+            elif covering is None and own:
+                self.terms.append((module, (own, ())))
+                self.constant[module] += own
+            if covering is None and module in self._counter.unknown:
+                self._foreign[module] = self._counter.unknown[module]
+
+        return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
 
 
 def _covering(module: nn.Module, outer: nn.Module | None) -> nn.Module | None:
@@ -270,4 +345,8 @@ def _covering(module: nn.Module, outer: nn.Module | None) -> nn.Module | None:
     """
     if isinstance(module, Elastic):
         return module if type(module).macs is not Elastic.macs else None
-    return None if type(module).__module__.startswith("torch.nn.") else outer
+    return None if _is_torchs(module) else outer
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")

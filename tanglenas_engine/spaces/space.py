@@ -374,7 +374,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     def cost_model(self) -> CostModel:
         """The tables from which costs are computed. They are computed anew after layers were put in order."""
         if self._costs is None or self._costs[0] != self.superposition.ranks:
-            model = CostModel(self, self.superposition, self.example_input)
+            model = CostModel(self, self.superposition, self.example_input, self.decisions)
             self._costs = dict(self.superposition.ranks), model
         return self._costs[1]
 

@@ -1,5 +1,7 @@
 """Multiply-accumulates of whatever module a space holds are counted, and torch's own counter agrees."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,8 +257,73 @@ def test_an_elastic_layer_that_says_its_count_passes():
 
 
 def test_a_product_of_a_chosen_size_in_a_plain_module_is_an_error_in_the_kit():
-    with pytest.raises(AssertionError, match=r"costs \d+ multiply-accumulates, torch counts \d+ in its network"):
+    with pytest.raises(AssertionError, match=r"known: pairs.module \(_Products\) computes products of chosen sizes"):
         check_costs(Pairs)
+
+
+class Block(nn.Module):
+    """Attention in the forward of an ordinary module over elastic layers: of chosen heads, or of fixed ones."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.q, self.k, self.v = (elastic.Linear(width, heads * 4) for _ in range(3))
+        self.out = elastic.Linear(heads * 4, width)
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return x + self.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Blocks(SearchSpace):
+    """Blocks up to a depth, or one of two kinds of them."""
+
+    def __init__(self, layout, fixed, **options):
+        super().__init__(**options)
+        width, heads = self.choice("width", (16, 8)), 2 if fixed else self.choice("heads", (1, 2, 4))
+        self.stem, self.head = elastic.Linear(3, width), elastic.Linear(width, 2)
+        if layout == "depth":
+            depth = self.choice("depth", (1, 2, 3))
+            self.blocks = elastic.Depth(depth, [Block(width, heads) for _ in range(3)])
+        else:
+            kind = self.choice("kind", ("linear", "attention", "again"))
+            layers = {"linear": elastic.Linear(width, width)}
+            layers |= {name: Block(width, heads) for name in ("attention", "again")}
+            self.blocks = elastic.MixedOperation({
+                name: (kind.map(lambda chosen, name=name: int(chosen == name)), layer) for name, layer in layers.items()
+            })  # fmt: skip
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean(1))
+
+    def example_input(self, batch):
+        return torch.randn(batch, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "layout, names", [("depth", ["blocks.0", "blocks.1", "blocks.2"]), ("kind", ["attention", "again"])]
+)
+def test_products_of_chosen_sizes_in_the_forward_of_a_block_warn(layout, names):
+    """Wherever the block is, also in architectures of the largest depth or of another operation only."""
+    with pytest.warns(UserWarning, match="are not exact") as warned:
+        uncounted = Blocks(layout, fixed=False).cost_model.uncounted
+    assert len(uncounted) == len(names) and len(warned) == 1
+    for name, sentence in zip(names, uncounted, strict=True):
+        assert f"{name} (Block) computes products of chosen sizes, which count in elastic layers" in sentence
+
+
+@pytest.mark.parametrize("layout", ["depth", "kind"])
+def test_products_of_fixed_sizes_in_the_forward_of_a_block_count(layout):
+    check_costs(partial(Blocks, layout, fixed=True))
+
+
+def test_a_method_macs_that_says_another_number_is_an_error_in_the_kit():
+    class Wrong(Counted):
+        class layer(CountedConv1d):
+            def macs(self, output):
+                return [(2 * constant, sizes) for constant, sizes in super().macs(output)]
+
+    with pytest.raises(AssertionError, match=r"costs \d+ multiply-accumulates, torch counts \d+ in its network"):
+        check_costs(Wrong)
 
 
 def test_a_layer_in_several_places_counts_once_for_each_call():
