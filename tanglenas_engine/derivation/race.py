@@ -303,7 +303,7 @@ class Runner:
             "epochs": max(self.results),
             "params": self.judged["params"],
             "macs": self.judged["macs"],
-            "seconds": max(result.seconds for result in self.results.values()),
+            "seconds": self.last.seconds,
             "failure": self.last.failure,
             "architecture": str(self.architecture),
         }

@@ -9,6 +9,7 @@ import pickle
 import signal
 import tempfile
 import time
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import joblib
 import pytest
 import torch
 from joblib._parallel_backends import ThreadingBackend
-from known import Known, additive
+from known import Known, Raced, additive
 from spaces import vit
 from trainer import Noted, loss_of
 
@@ -25,6 +26,7 @@ from tanglenas_engine.derivation.race import Rung, ladder, plan, race, work
 from tanglenas_engine.errors import DivergedError, TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.stages import retrain as retrain_stage
 from tanglenas_engine.stages.discretize import METHODS, discretize
 from tanglenas_engine.stages.retrain import Recipe, retrain
@@ -239,6 +241,62 @@ def test_proposals_follow_the_supernet_where_it_is_right(train):
     assert entered(result)["proposed"][0] == 1 and sum(entered(result)["proposed"]) / 4 < 15  # of all, the mean is 30
 
 
+def test_proposals_go_by_the_supernet_s_losses_on_equal_samples():
+    """All samples are harder than a part of them, so that the losses of those that came far are larger."""
+
+    def train(architecture, epochs):
+        return jobs.Trained(known(architecture) - epochs, 50.0, epochs)
+
+    def known(architecture):
+        return int(architecture.digest[:8], 16) / 2**32
+
+    train.epochs, train.identity = 9, "recipe"
+    space = vit(depth=(1, 2, 3))
+    options = {"samples": 64, "batch_size": 4, "ease": 0.5, "limit": 60}
+    with Raced(space, lambda one: 100 - known(one), **options) as candidates:
+        result = race(candidates, None, train, entrants=8)
+    assert len({record["samples"] for record in candidates.records}) > 2
+    assert entered(result)["proposed"][0] == 1 and sum(entered(result)["proposed"]) / 4 < 15  # of all, the mean is 30
+
+
+def test_proposals_are_unlike_networks_that_failed():
+    """The supernet takes what fails for the best, and the others are alike."""
+    space = vit(depth=(1, 2, 3))
+
+    def train(architecture, epochs):
+        failed = architecture.choices["depth"] == 3
+        return jobs.Trained(math.nan if failed else 1.0, 50.0, epochs)
+
+    train.epochs, train.identity = 9, "recipe"
+    worth = {1: 50.0, 2: 60.0, 3: 70.0}
+    with Known(space, lambda one: worth[one.choices["depth"]], limit=60) as candidates:
+        result = race(candidates, None, train, entrants=12)
+        depths = {one["digest"]: one["architecture"].choices["depth"] for one in candidates.records}
+    first, proposed = (
+        [one for one in result.records if (one["entered"] == "proposed") == is_] for is_ in (False, True)
+    )
+    assert any(depths[one["digest"]] == 3 for one in first) and len(proposed) == 6
+    assert all(depths[one["digest"]] < 3 and not one["failure"] for one in proposed)
+
+
+def test_a_longer_training_is_before_a_shorter_one_though_its_loss_rose(leaders):
+    def train(architecture, epochs):
+        return jobs.Trained(loss_of(architecture.digest, 9) + epochs, 50.0, epochs)
+
+    train.epochs, train.identity = 9, "recipe"
+    result, _ = raced(train, **BEST)
+    assert [record["epochs"] for record in result.records] == [9] * 3 + [3] * 5
+    first = sorted(leaders[:8], key=lambda digest: loss_of(digest, 9))
+    assert [record["digest"] for record in result.records] == first
+
+
+def test_a_winner_whose_rivals_all_failed_has_no_lead(train, leaders):
+    final = sorted(leaders[:8], key=lambda digest: loss_of(digest, 3))[:3]
+    result, notes = raced(dataclasses.replace(train, bad=tuple((digest, "late") for digest in final[1:])), **BEST)
+    assert result.architecture.digest == final[0]
+    assert notes[-1].startswith("discretize: the race was won by") and "less than the next" not in notes[-1]
+
+
 def test_without_a_loss_the_supernet_s_next_ones_are_trained(train, leaders):
     failing = [leaders[rank - 1] for rank in (3, 8, 13, 18)]  # the first ones
     result, notes = raced(dataclasses.replace(train, bad=tuple((digest, "raise") for digest in failing)))
@@ -339,6 +397,18 @@ def test_a_recipe_that_diverges_is_found_out_by_as_many_trainings_as_may_enter(t
     with pytest.raises(TangleNASError, match=r"every training of the race failed. The last one: training diverged"):
         raced(broken, seconds=90)
     assert len(train.calls()) == 8
+
+
+def test_the_second_epoch_of_the_training_that_tells_the_time_is_work_though_it_goes_no_further(train):
+    def last_is_best(architecture, epochs):
+        trained = train(architecture, epochs)
+        return trained._replace(loss=-trained.loss)
+
+    last_is_best.epochs, last_is_best.identity = 3, "recipe"
+    result, _ = raced(last_is_best, seconds=1000, **BEST)
+    (probed,) = (digest for digest, epochs in train.calls() if epochs == 2)
+    assert {one["digest"]: one["epochs"] for one in result.records}[probed] == 1
+    assert result.trainings == (8 * 1 + 3 * 2 + 1) / 3
 
 
 @pytest.mark.parametrize("clock", ["processor", "wall"])
@@ -562,6 +632,60 @@ def test_workers_that_are_lost_time_after_time_end_the_race(train, leaders):
     ):
         raced(losing, **BEST)
     assert train.calls() == sorted([(leaders[0], 3), (leaders[1], 3), *[(leaders[2], 3)] * 3])
+
+
+def test_workers_that_are_lost_between_finished_trainings_end_no_race(train):
+    whole, _ = raced(train, **BEST)
+    called = set()
+
+    def losing(architecture, epochs):
+        if (architecture.digest, epochs) not in called:
+            called.add((architecture.digest, epochs))
+            raise BrokenProcessPool("A worker was terminated. Memory?")
+        return train(architecture, epochs)
+
+    losing.epochs, losing.identity = train.epochs, train.identity
+    result, notes = raced(losing, **BEST)
+    assert result == whole and sum("a worker was lost" in line for line in notes) == len(called) == 8 + 3
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_workers_share_the_threads(train, four_threads):
+    seen = []
+
+    def counting(architecture, epochs):
+        seen.append(torch.get_num_threads())
+        return train(architecture, epochs)
+
+    counting.epochs, counting.identity = train.epochs, train.identity
+    for workers, threads in ((1, 4), (2, 2), (8, 1)):
+        seen.clear()
+        with joblib.parallel_config(backend="threading"):
+            raced(counting, workers=workers, **BEST)
+        assert {*seen} == {threads}
+
+
+@pytest.mark.parametrize("bad", [(), ("raise",)])
+def test_a_job_leaves_the_number_of_threads_as_it_was(train, four_threads, bad):
+    one = vit().smallest()
+    jobs.run(dataclasses.replace(train, bad=tuple((one.digest, how) for how in bad)), one, 1, threads=2)
+    assert torch.get_num_threads() == 4
+
+
+def test_a_job_has_the_random_numbers_of_seed_0_whatever_was_drawn_before():
+    with seeded(0):
+        expected = float(torch.rand(()))
+    torch.rand(3)
+    for _ in range(2):
+        _, found = jobs.run(lambda one, epochs: jobs.Trained(float(torch.rand(())), 50.0, 0.0), vit().smallest(), 1)
+        assert jobs.Trained(*found).loss == expected
 
 
 @pytest.mark.slow

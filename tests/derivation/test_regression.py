@@ -89,6 +89,13 @@ def test_a_network_that_failed_is_worse_than_one_that_trained_though_few_losses_
     assert guesses == pytest.approx(predicted(features, dict(enumerate(as_if))))
 
 
+def test_a_few_losses_are_believed_in_part():
+    """By 12 networks at the ends of one row: neither as they are nor hardly at all."""
+    ends = np.array([[-1.0], [1.0]] * 6)
+    guesses = predicted(ends, dict(enumerate(ends[:, 0])))
+    assert 1.0 < np.ptp(guesses) < 1.9  # of 2
+
+
 def test_without_a_loss_all_predictions_are_alike():
     space = vit()
     features = features_of(space, drawn(space, 4), [*range(4)])

@@ -124,8 +124,9 @@ def test_two_processes_share_a_race_and_judge_as_one_does(two):
 @pytest.mark.cases("trained")
 def test_two_processes_share_the_trainings_of_a_race_and_each_trains_as_one_does(two):
     alone, (first, second) = ranked.trained(), two("trained")
-    assert first["records"] == second["records"] == alone["records"] and len(alone["records"]) == 5
-    assert (alone["kept"], first["kept"], second["kept"]) == (5 + 2, 5 + 2, None)
+    assert first["records"] == second["records"] == alone["records"] and len(alone["records"]) == 8
+    assert sum(record["entered"] == "proposed" for record in alone["records"]) == 4
+    assert (alone["kept"], first["kept"], second["kept"]) == (8 + 3, 8 + 3, None)
 
 
 @pytest.mark.cases("walked")

@@ -162,8 +162,8 @@ def trained():
     data = random_data(space, ("weights", "architecture", "training", "validation"), samples=24)
     recipe = Recipe(space, data, 3, {"batch_size": 12, "seed": 3, "optimizer": SGD})
     with shared_checkpoints() as checkpoints:
-        with Candidates(space, data.weights, data.architecture, limit=8, checkpoints=checkpoints) as candidates:
-            found = race(candidates, None, recipe, entrants=5)
+        with Candidates(space, data.weights, data.architecture, limit=12, checkpoints=checkpoints) as candidates:
+            found = race(candidates, None, recipe, entrants=8)
         kept = len(checkpoints.load()["kept"]) if checkpoints else None
     return {"records": [{**record, "seconds": 0.0} for record in found.records], "kept": kept}
 
