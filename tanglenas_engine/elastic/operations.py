@@ -171,12 +171,9 @@ class MixedOperation(Elastic, nn.ModuleDict):
         """Take the hard path inside the block, without a mixture."""
         state = self._superposition
         assert state is not None
-        before = state.mixture, state.assignment
-        state.mixture, state.assignment = None, picks
-        try:
+        with state.restored():
+            state.select(picks)
             yield
-        finally:
-            state.mixture, state.assignment = before
 
     def _check_members(self, name: str) -> None:
         layers = [module for module in self[name].modules() if isinstance(module, Elastic)]

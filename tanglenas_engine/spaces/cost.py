@@ -85,6 +85,8 @@ class Additive:
 class CostModel:
     """The costs of a network by metric, as tables over the rows that its terms depend on.
 
+    The network must be in eval mode, and on the path of the largest network.
+
     Attributes:
         uncounted: A sentence for each module whose multiply-accumulates are not known for every architecture.
 
@@ -218,32 +220,17 @@ def _mac_terms(
     places: dict[nn.Module, list[Place]] = {}
     for name, module, gates in walk(network):
         places.setdefault(module, []).append((name, gates))
-    state = superposition.mixture, superposition.assignment
-    training = {module: module.training for module in network.modules()}
     with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
         example = example_input(1)
-    network.eval()
-    superposition.release()
-    try:
-        largest = _Forward(network, example, places)
-        varying: set[nn.Module] = set()
-        unseen = [module for module in largest.constant if not (isinstance(module, Elastic) or _is_torchs(module))]
+    largest = _Forward(network, example, places)
+    varying: set[nn.Module] = set()
+    unseen = [module for module in largest.constant if not (isinstance(module, Elastic) or _is_torchs(module))]
+    with superposition.restored():
         while unseen:
             superposition.select(_small([places[module] for module in unseen], decisions()))
             small = _Forward(network, example, places)
-            varying |= {
-                module for module in unseen if small.calls[module] and small.each(module) != largest.each(module)
-            }
+            varying |= {m for m in unseen if small.calls[m] and small.each(m) != largest.each(m)}
             unseen = [module for module in unseen[:-1] if not small.calls[module]]
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        superposition.release()
-        mixture, assignment = state
-        if assignment is not None:
-            superposition.select(assignment, mixture)
-        elif mixture is not None:
-            superposition.relax(mixture)
     gated = {module: _gates(places[module], largest.calls[module]) for module, _ in largest.terms}
     return (
         [(constant, (*gated[module], *factors)) for module, (constant, factors) in largest.terms],

@@ -78,8 +78,9 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     execute: Callable[..., Tensor] | None = None
     """A function that runs a forward on its inputs. Searches set it for low precision or compilation."""
     created_with: Mapping[str, Any] | None = None
-    _costs: tuple[dict[Any, Any], CostModel] | None = None
     """The options with which `create_space` made the space; None for a space that was made in another way."""
+    _costs: tuple[dict[Any, Any], CostModel] | None = None
+    """The ranks of layers for which costs were computed, and the tables."""
     dynamic_axes: Mapping[int, tuple[str, int]] = MappingProxyType({})
     """The axes of the input, beside the batch's axis 0, whose length may vary: the name and the largest length.
 
@@ -306,20 +307,14 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     @contextmanager
     def as_largest(self) -> Iterator[Self]:
         """Compute the largest network in eval mode inside the block, and restore path and mode afterwards."""
-        mixture, assignment = self.superposition.mixture, self.superposition.assignment
         training = {module: module.training for module in self.modules()}
-        self.release().eval()
-        try:
-            yield self
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            if assignment is not None:
-                self.superposition.select(assignment, mixture)
-            elif mixture is not None:
-                self.superposition.relax(mixture)
-            else:
-                self.release()
+        with self.superposition.restored():
+            self.release().eval()
+            try:
+                yield self
+            finally:
+                for module, mode in training.items():
+                    module.training = mode
 
     def one_hot(self, architecture: Architecture) -> Mixture:
         """Return the corner of an architecture: the mixture with all weight on it."""
@@ -374,7 +369,8 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     def cost_model(self) -> CostModel:
         """The tables from which costs are computed. They are computed anew after layers were put in order."""
         if self._costs is None or self._costs[0] != self.superposition.ranks:
-            model = CostModel(self, self.superposition, self.example_input, self.decisions)
+            with self.as_largest():
+                model = CostModel(self, self.superposition, self.example_input, self.decisions)
             self._costs = dict(self.superposition.ranks), model
         return self._costs[1]
 

@@ -12,6 +12,7 @@ options `e` are given, so `M = sum_e p(e) * outer(coverage given e, ...)`. This 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -308,6 +309,15 @@ class Superposition:
     def release(self) -> None:
         """Make the next forwards compute the largest network."""
         self.mixture, self.assignment, self._masks = None, None, []
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the path back at the end of the block, whatever the block takes."""
+        before = self.mixture, self.assignment, self._masks
+        try:
+            yield
+        finally:
+            self.mixture, self.assignment, self._masks = before
 
     def factors(self, axes: tuple[Axis, ...]) -> list[Factor]:
         """Return the factors of the mask of `axes`."""
