@@ -210,20 +210,9 @@ def candidates(rows: Sequence[Record], path: str | Path) -> None:
     if not rows:
         return _note("No candidates.", path)
     best = rows[0]  # they come best first
-    scale, unit = _unit(max(row["params"] for row in rows))
-    with _drawing(path, 3.6) as figure:
-        axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
-        axes.scatter([row["params"] / scale for row in rows], [row["loss"] for row in rows], s=18, c=BLUE,
-                     alpha=0.6, linewidths=0, label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}")  # fmt: skip
+    with _loss_by_cost(rows, "params", path, s=18, c=BLUE, alpha=0.6) as (axes, scale):
         axes.scatter([best["params"] / scale], [best["loss"]], s=70, facecolors="none", edgecolors=ORANGE,
                      linewidths=1.8, label=f"best: {best['loss']:.3f} ({best['accuracy']:.1f} %)")  # fmt: skip
-        axes.set_title("loss with the supernet's weights (cross-entropy)")
-        axes.set_xlabel(f"parameters{unit}")
-        axes.margins(0.06)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-        if len(rows) == 1:
-            _widen(axes)
-        from_zero(axes, both=True)
 
 
 def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str | Path) -> None:
@@ -236,14 +225,21 @@ def pareto(rows: Sequence[Record], front: Sequence[Record], cost: str, path: str
     """
     if not front:
         return _note("No candidates.", path)
+    with _loss_by_cost(rows, cost, path, s=14, c=FAINT, alpha=0.5) as (axes, scale):
+        axes.step([row[cost] / scale for row in front], [row["loss"] for row in front], where="post",
+                  color=ORANGE, marker="o", markersize=4, label=f"front of {len(front)}")  # fmt: skip
+
+
+@contextmanager
+def _loss_by_cost(rows: Sequence[Record], cost: str, path: str | Path, **look: Any) -> Iterator[tuple[Axes, float]]:
+    """Draw candidates by loss and cost, and what the block adds with the axes and the unit of the cost."""
     scale, unit = _unit(max(row[cost] for row in rows))
     names = {"params": "parameters", "macs": "multiply-accumulates"}
     with _drawing(path, 3.6) as figure:
         axes = _place(figure, 0.55, 0.3, WIDTH - 0.7, 2.8)
-        axes.scatter([row[cost] / scale for row in rows], [row["loss"] for row in rows], s=14, c=FAINT,
-                     alpha=0.5, linewidths=0, label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}")  # fmt: skip
-        axes.step([row[cost] / scale for row in front], [row["loss"] for row in front], where="post",
-                  color=ORANGE, marker="o", markersize=4, label=f"front of {len(front)}")  # fmt: skip
+        axes.scatter([row[cost] / scale for row in rows], [row["loss"] for row in rows], linewidths=0,
+                     label=f"{len(rows)} candidate{'s' * (len(rows) > 1)}", **look)  # fmt: skip
+        yield axes, scale
         axes.set_title("loss with the supernet's weights (cross-entropy)")
         axes.set_xlabel(f"{names.get(cost, cost)}{unit}")
         axes.margins(0.06)
