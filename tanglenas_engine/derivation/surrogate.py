@@ -5,6 +5,9 @@ dimension, changes what the others are worth, so every pair of it with another o
 (Hoerl and Kennard, 1970) shares the losses out, with a penalty that cross-validation chooses. The sum of such numbers
 is what budgets minimise (`budget.py`), so the architecture that the regression likes best is known exactly, however
 large the space is. It is judged like the others, and the regression is fitted again.
+
+`regression.py` has the regression of races. A race trains few networks, so that regression has fewer numbers to fit.
+The supernet's loss is one of its features, which only judged candidates have: it ranks these, and minimises nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +16,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tanglenas_engine.derivation.budget import Tables, tabulated
+from tanglenas_engine.derivation.budget import Tables, Vector, tabulated
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import at_least
 from tanglenas_engine.spaces.architecture import Architecture
@@ -27,8 +29,6 @@ FOLDS = 5
 """Parts of the candidates of which each is predicted from the others, for the correlation that is reported."""
 PENALTIES = np.logspace(-4, 4, 17)
 """The penalties of which cross-validation chooses one."""
-
-Vector = NDArray[np.float64]
 
 
 def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int = 10) -> None:

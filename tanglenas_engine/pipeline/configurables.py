@@ -32,7 +32,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.stages.discretize import METHODS
+from tanglenas_engine.stages.discretize import METHODS, limits_of
 from tanglenas_engine.stages.discretize import discretize as engine_discretize
 from tanglenas_engine.stages.evaluate import evaluate as engine_evaluate
 from tanglenas_engine.stages.evaluate import rank_correlation as engine_rank_correlation
@@ -140,6 +140,21 @@ def objectives(space: SearchSpace, targets: Iterable[str] = ()) -> list[Objectiv
             and `discretize.cost` name the others.
     """
     return [_objective(name).bind(space) for name in sorted({*_costs(), *targets} - {*METRICS, *FORMER})]
+
+
+def bound_limits() -> dict[str, float | None]:
+    """Return the limits that gin binds of discretize, by the name of the cost.
+
+    Raises:
+        TangleNASError: A limit is not a positive number, or two options limit the same cost.
+    """
+    bound = gin.get_bindings("discretize")
+    return limits_of(
+        max_params=bound.get("max_params"),
+        max_macs=bound.get("max_macs"),
+        limits=bound.get("limits"),
+        max_flops=bound.get("max_flops"),
+    )
 
 
 def create() -> tuple[int, SearchSpace, Dataset]:

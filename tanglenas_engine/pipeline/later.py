@@ -14,7 +14,7 @@ from tanglenas_engine.data import Dataset, Splits
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.pipeline.config import bindings_of, configured
-from tanglenas_engine.pipeline.configurables import objectives, retrain, space_for
+from tanglenas_engine.pipeline.configurables import bound_limits, objectives, retrain, space_for
 from tanglenas_engine.pipeline.params import sets_python_path, stage_arguments
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
@@ -22,7 +22,6 @@ from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.stages.discretize import limits_of
 
 
 def check_later_stages(stage: Stage, splits: Splits) -> None:
@@ -70,8 +69,7 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
         if (method := bound.get("method", "auto")) not in ("auto", *methods):
             raise unknown("discretize.method", method, ("auto", *methods))
         if about_this:
-            given = limits_of(*(bound.get(name) for name in ("max_params", "max_macs", "limits", "max_flops")))
-            Budget(space, given, objectives(space, targets)).check()
+            Budget(space, bound_limits(), objectives(space, targets)).check()
     if method == "race":
         with _later("retrain", space, dataset, told="discretize"):
             refuse_race()

@@ -28,7 +28,7 @@ from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.jobs import as_they_come, running_on
 from tanglenas_engine.errors import DivergedError, TangleNASError, at_least
 from tanglenas_engine.pipeline.config import configured, material_config
-from tanglenas_engine.pipeline.configurables import create, evaluate, make_splits, objectives
+from tanglenas_engine.pipeline.configurables import bound_limits, create, evaluate, make_splits, objectives
 from tanglenas_engine.pipeline.files import SPLITS
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.trainings import Recipe, project_arguments
@@ -37,7 +37,6 @@ from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.progress import Progress
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.stages.discretize import limits_of
 from tanglenas_engine.tables import Table, rank_correlations
 
 COLUMNS = ("test_loss", "test_acc", "validation_loss", "validation_acc", "params", "macs", "seconds")
@@ -405,14 +404,11 @@ def _limits(space: SearchSpace, share: float | None) -> dict[str, float]:
             raise TangleNASError(f"--budget is {share}, expected a share of the largest network's MACs, up to 1")
         return {"macs": whole(share * space.cost(space.largest()).macs)}
     with configured(stage_arguments("discretize") or []):
-        bound = gin.get_bindings("discretize")
         if objectives(space):
             raise TangleNASError(
                 "discretize.limits has a cost of a plugin, which no table of a pool has: give --budget instead"
             )
-        names = ("max_params", "max_macs", "limits", "max_flops")
-        found = limits_of(*(bound.get(one) for one in names))
-        return {name: most for name, most in found.items() if most is not None and most != math.inf}
+        return {name: most for name, most in bound_limits().items() if most is not None and most != math.inf}
 
 
 def _drawn(space: SearchSpace, budget: Budget, least: float, count: int, seed: int) -> Iterator[str]:

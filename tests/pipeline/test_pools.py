@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 def test_a_limit_that_is_lifted_is_none(trained, monkeypatch):
     folder, _ = trained
     enter(monkeypatch, folder)
-    monkeypatch.setattr(pools, "limits_of", lambda *given: {"params": float("inf"), "macs": 2_000_000})
+    monkeypatch.setattr(pools, "bound_limits", lambda: {"params": float("inf"), "macs": 2_000_000})
     assert pools._limits(create_space("autoformer_nano"), None) == {"macs": 2_000_000}
 
 
