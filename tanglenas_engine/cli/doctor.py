@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -259,11 +258,11 @@ def _changed_since(folder: Path, root: Path) -> str:
 
 def _version_of(package: str, root: Path) -> str | None:
     """Return the version of the sources of a package, or of a file of the project, without importing it."""
-    from tanglenas_engine.runtime.fingerprint import code_version
+    from tanglenas_engine.runtime.fingerprint import code_version, file_digest
 
     if package.endswith(".py"):
         file = root / package
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else None
+        return file_digest(file)[:16] if file.exists() else None
     sys.path.insert(0, str(root))  # as `python -m` does for a stage
     try:
         importlib.invalidate_caches()

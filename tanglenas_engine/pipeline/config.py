@@ -221,6 +221,11 @@ class _Names:
                 )
 
 
+def without_call_stack(error: BaseException) -> str:
+    """Return the message of an error. gin appends its own call stack to those that pass through it."""
+    return str(error).split("\n  In call to configurable")[0]
+
+
 def register_references(text: str) -> None:
     """Make what the text of a config names in full, such as `@torch.optim.AdamW`, known to gin.
 

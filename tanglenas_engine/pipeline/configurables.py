@@ -5,7 +5,6 @@ Every stage registers those of all four, so that its gin file can include anothe
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import sys
@@ -22,12 +21,21 @@ from tanglenas_engine.data import make_splits as engine_make_splits
 from tanglenas_engine.derivation.race import race as engine_race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import KINDS, bindings_of, record, referred, register, required
+from tanglenas_engine.pipeline.config import (
+    KINDS,
+    bindings_of,
+    record,
+    referred,
+    register,
+    required,
+    without_call_stack,
+)
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
 from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrained
 from tanglenas_engine.pipeline.values import check_types, macro_value
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.plugins.manager import options_of
+from tanglenas_engine.runtime.fingerprint import file_digest
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.objective import Objective
@@ -202,7 +210,7 @@ def space_for(dataset: Dataset) -> SearchSpace:
             ) from None
         named = required("DATASET", str)
         known, _ = options_of(manager().resolve("dataset", named).load())
-        reason = str(error).split("\n  In call to configurable")[0].rstrip(".")  # gin appends its own call stack
+        reason = without_call_stack(error).rstrip(".")
         for option, value in fitted.items():
             if f"{option} is {value}" in reason and (known is None or option in known):
                 raise TangleNASError(
@@ -234,7 +242,7 @@ def tables() -> dict[str, str]:
     """Return the SHA-256 of each file that the config has objectives and benchmarks read, by path."""
     values = [value for name in ("create_objective", "benchmark") for it in bindings_of(name) for value in it.values()]
     paths = {value: data_path(value) for value in values if isinstance(value, str)}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
+    return {name: file_digest(path) for name, path in paths.items() if path.is_file()}
 
 
 def _costs() -> set[str]:

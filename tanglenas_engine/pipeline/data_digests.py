@@ -27,6 +27,7 @@ from tanglenas_engine.pipeline.files import read_told
 from tanglenas_engine.pipeline.values import macro_value, resolved
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.runtime.fingerprint import file_digest
 
 MOST_READ = 4 << 30
 """The size in bytes up to which the contents of a folder count. Of a larger folder, names and sizes do."""
@@ -99,7 +100,7 @@ class DataDigests:
             content = UNREADABLE if file else "again"
             with suppress(OSError):
                 if status is not None:
-                    content = str(status.st_size) if total > MOST_READ and path.is_dir() else _content(file)
+                    content = str(status.st_size) if total > MOST_READ and path.is_dir() else file_digest(file)
             whole = whole and content != UNREADABLE
             digest.update(b"%s\0%s\n" % (name, content.encode()))
         if whole and newest < time.time_ns() - SETTLED:
@@ -210,11 +211,6 @@ def _digest(value: Any, digests: DataDigests) -> str:
         return digests.of(path) if path.is_dir() or path.is_file() else ""
     except (OSError, ValueError):  # it cannot be read, or is too long for a path
         return ""
-
-
-def _content(file: str) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

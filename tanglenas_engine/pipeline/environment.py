@@ -14,7 +14,6 @@ out/recipe.json tells which recipe of the retrain stage a race trains by. Other 
 that recipe, and have an empty one there, so that only a race runs again when the recipe changes.
 """
 
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -39,7 +38,7 @@ from tanglenas_engine.pipeline.studies.run import STAGES_FILE, arguments_of
 from tanglenas_engine.pipeline.studies.runs import entered, read_params
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
-from tanglenas_engine.runtime.fingerprint import code_version
+from tanglenas_engine.runtime.fingerprint import code_version, file_digest
 
 RECIPE, INPUTS = Path("out", "recipe.json"), Path("out", "inputs")
 UNUSED = "read_architecture."
@@ -129,7 +128,7 @@ def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
         with configured(arguments) as files:
             return {
                 "data": data_digests(digests),
-                "files": {file: _digest(file) for file in files},
+                "files": {file: file_digest(file) for file in files},
                 "sources": {name: code_version(sys.modules[name]) for name in _behind_references()} | own_code(),
                 "tables": tables(),
             }
@@ -141,7 +140,7 @@ def _inputs(stage: str, digests: DataDigests) -> dict[str, Any]:
 
 def _all_files() -> dict[str, str]:
     """Return the digest of each file in gin/, by its path."""
-    return {path.as_posix(): _digest(path) for path in sorted(Path("gin").rglob("*")) if path.is_file()}
+    return {path.as_posix(): file_digest(path) for path in sorted(Path("gin").rglob("*")) if path.is_file()}
 
 
 def _recipe(digests: DataDigests) -> dict[str, Any]:
@@ -159,10 +158,6 @@ def _recipe(digests: DataDigests) -> dict[str, Any]:
 def _behind_references() -> list[str]:
     """Return the packages behind an @, without those that environment.json has by their versions."""
     return sorted({name.split(".")[0] for name in referred()} - {"torch", "timm", "tanglenas_engine"})
-
-
-def _digest(file: str | Path) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _package(used: Registration) -> str:

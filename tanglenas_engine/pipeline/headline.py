@@ -10,7 +10,7 @@ from tanglenas_engine.errors import shown
 from tanglenas_engine.optimizers.optimizer import DECIDED, UNDECIDED
 
 LARGEST = 1e18
-"""The size from which a metric counts as none."""
+"""The size from which a metric counts as none. An axis has no room for it."""
 COSTS = {"params": ("parameters", ""), "macs": ("MACs", "multiply-accumulates for one input")}
 """The costs of the headline: the key of the metrics, the unit, and what the unit is."""
 UNITS = {
@@ -116,6 +116,11 @@ def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
 
 def _number(metrics: Mapping[str, Any], key: str) -> float | None:
     """Return a metric, or None if it is missing or no finite number."""
-    value = metrics.get(key)
-    plausible = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-    return value if plausible else None
+    return plausible(metrics.get(key))
+
+
+def plausible(value: object) -> float | None:
+    """Return a number that a page and an axis have room for; None for any other value."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST:
+        return value
+    return None

@@ -14,9 +14,10 @@ import gin
 
 from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError, shown
-from tanglenas_engine.pipeline.config import register_references, required
+from tanglenas_engine.pipeline.config import register_references, required, without_call_stack
 from tanglenas_engine.pipeline.configurables import create_dataset
 from tanglenas_engine.pipeline.files import STAGES
+from tanglenas_engine.pipeline.headline import plausible
 from tanglenas_engine.pipeline.store import PARENT, Store
 from tanglenas_engine.pipeline.tracking import AFTER
 from tanglenas_engine.pipeline.values import macro_value
@@ -24,8 +25,6 @@ from tanglenas_engine.pipeline.values import macro_value
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LARGEST = 1e18
-"""The size from which a number of a run counts as none. An axis has no room for it."""
 SIZES = ({"num_classes", "image_size", "in_channels"}, {"vocab_size", "block_size"})
 """The options of a space that say what images hold, and what a text holds. `operative.gin` has all of one set. Those of
 earlier versions have only what a person bound."""
@@ -96,7 +95,7 @@ def dataset_of(config: Path) -> Dataset:
     try:
         dataset: Dataset = create_dataset(name=required("DATASET", str))
     except TangleNASError as error:
-        raise TangleNASError(str(error).split("\n  In call to configurable")[0]) from None  # gin adds its call stack
+        raise TangleNASError(without_call_stack(error)) from None
     return dataset
 
 
@@ -200,10 +199,10 @@ def _row(parts: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
         "seed": _told(params.get("SEED")),
         "digest": _told(tags.get("architecture.digest")),
         "commit": _told(tags.get("git.sha")),
-        "params": _finite(metrics.get("final/params")),
-        "macs": _finite(metrics.get("final/macs", metrics.get("final/flops"))),  # flops: an older run
-        "accuracy": _finite(metrics.get("final/test_accuracy")),
-        "perplexity": _finite(metrics.get("final/test_perplexity")),
+        "params": plausible(metrics.get("final/params")),
+        "macs": plausible(metrics.get("final/macs", metrics.get("final/flops"))),  # flops: an older run
+        "accuracy": plausible(metrics.get("final/test_accuracy")),
+        "perplexity": plausible(metrics.get("final/test_perplexity")),
         "settings": {
             shown(name, 80): shown(value, 80)
             for part in parts.values()
@@ -233,7 +232,7 @@ def _metrics(parts: Mapping[str, Any]) -> dict[str, float]:
     for name in ("peak_memory_MiB", "peak_gpu_memory_MiB"):
         if peaks := [numbers[name] for numbers in used.values() if name in numbers]:
             found[name] = max(peaks)
-    return {name: math.nan if _finite(value) is None else value for name, value in found.items()}
+    return {name: math.nan if plausible(value) is None else value for name, value in found.items()}
 
 
 def histories(root: Path, run_ids: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
@@ -248,7 +247,7 @@ def histories(root: Path, run_ids: Sequence[str], names: Sequence[str]) -> dict[
             name: {
                 metric.step: metric.value
                 for metric in client.get_metric_history(run_id, name)
-                if _finite(metric.value) is not None
+                if plausible(metric.value) is not None
             }
             for name in names
         }
@@ -289,7 +288,3 @@ def _date(milliseconds: Any) -> datetime:
 def _told(text: str | None) -> str | None:
     """Return a tag or parameter of the store for a page or a figure. Anyone who reaches the store can write them."""
     return None if text is None else shown(text, 80)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and abs(value) < LARGEST else None

@@ -35,7 +35,7 @@ from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.compared import pipeline_metrics
-from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config
+from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config, without_call_stack
 from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_splits, read_told
 from tanglenas_engine.pipeline.meter import Meter
@@ -45,7 +45,7 @@ from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic
-from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
+from tanglenas_engine.runtime.fingerprint import code_version, file_digest, fingerprint
 from tanglenas_engine.runtime.progress import ConsoleProgress, Progress, SilentProgress
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
 from tanglenas_engine.runtime.weights import weights_metadata
@@ -255,7 +255,7 @@ def _identity(
         stage=name,
         config=config,
         data=dataset.fingerprint,
-        inputs=[hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs],
+        inputs=[file_digest(path) for path in inputs],
         code=code,
         torch=torch.__version__,
         tables=tables(),
@@ -276,7 +276,7 @@ def one_sentence(name: str) -> Iterator[None]:
             print((str(problem) or advice) if stopped else f"{name}: {problem}", file=sys.stderr)
         raise SystemExit(130 if stopped else 2) from None
     except TangleNASError as problem:
-        sentence = readable(str(problem).split("\n  In call to configurable")[0])  # gin appends its own call stack
+        sentence = readable(without_call_stack(problem))
         print(
             f"{name}: {sentence.removeprefix(f'{name}: ')}", file=sys.stderr
         )  # the training loop may have named the stage

@@ -28,6 +28,12 @@ def fingerprint(**parts: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of the content of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def code_version(*modules: ModuleType) -> str:
     """Return 16 hexadecimal digits over the Python sources of packages and modules, wherever they are installed."""
     digest = hashlib.sha256()
@@ -37,6 +43,5 @@ def code_version(*modules: ModuleType) -> str:
         else:
             sources = {"": Path(str(module.__file__))}
         for name, source in sorted(sources.items()):
-            content = hashlib.sha256(source.read_bytes()).hexdigest()
-            digest.update(f"{module.__name__} {name} {content}\n".encode())
+            digest.update(f"{module.__name__} {name} {file_digest(source)}\n".encode())
     return digest.hexdigest()[:16]

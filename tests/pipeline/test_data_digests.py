@@ -54,8 +54,8 @@ def project(tmp_path, monkeypatch):
 def reads(monkeypatch):
     """The files whose contents are read."""
     found: list[str] = []
-    content = data_digests._content
-    monkeypatch.setattr(data_digests, "_content", lambda file: found.append(Path(file).name) or content(file))
+    content = data_digests.file_digest
+    monkeypatch.setattr(data_digests, "file_digest", lambda file: found.append(Path(file).name) or content(file))
     return found
 
 
@@ -171,8 +171,8 @@ def test_an_entry_that_cannot_be_read_hides_no_other(project, monkeypatch):
     def denied(file):
         raise PermissionError(file)
 
-    content, scan = data_digests._content, os.scandir
-    monkeypatch.setattr(data_digests, "_content", lambda file: denied(file) if "cat/1" in file else content(file))
+    content, scan = data_digests.file_digest, os.scandir
+    monkeypatch.setattr(data_digests, "file_digest", lambda file: denied(file) if "cat/1" in file else content(file))
     first = inputs()["search"]
     (project / "data/images/dog/1.png").write_text("other")
     other = inputs()["search"]
