@@ -92,33 +92,7 @@ class ImageFolder(Dataset):
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
     ) -> None:
-        at_least("image_folder: image_size", image_size, 1)
-        if in_channels not in (1, 3) or not isinstance(in_channels, int):
-            raise TangleNASError(f"image_folder: in_channels is {in_channels}; give 1 (grey) or 3 (RGB).")
-        if not isinstance(crop_pct, Real) or not 0 < crop_pct <= 1:
-            raise TangleNASError(f"image_folder: crop_pct is {crop_pct!r}; give a share of the image, up to 1.")
-        if crop_scale is not None and not (
-            isinstance(crop_scale, Sequence)
-            and len(crop_scale) == 2
-            and all(isinstance(share, Real) for share in crop_scale)
-            and 0 < crop_scale[0] <= crop_scale[1] <= 1
-        ):
-            raise TangleNASError(
-                f"image_folder: crop_scale is {crop_scale!r}; give the smallest and the largest share of the area, "
-                "such as (0.35, 1.0), or None."
-            )
-        if shift is not None:
-            at_least("image_folder: shift", shift, 0, image_size - 1)
-        if augment is not None and not (isinstance(augment, str | Sequence) or callable(augment)):
-            raise TangleNASError(
-                f"image_folder: augment is {augment!r}; give a recipe of timm, a transform of PIL images, or a list of "
-                "them."
-            )
-        if shift is not None and crop_scale is not None:
-            raise TangleNASError(
-                f"image_folder: shift is {shift} and replaces the random crop, so crop_scale would do nothing: set one "
-                "of them to None."
-            )
+        _check_options(image_size, in_channels, crop_pct, crop_scale, shift, augment)
         replaced: dict[str, tuple[Any, Any]] = {}  # what was given, and what asks for nothing
         if train_transform:
             replaced |= {"crop_scale": (crop_scale, None), "shift": (shift, None)}
@@ -150,29 +124,9 @@ class ImageFolder(Dataset):
         read, passed = read_parts(root, test_folder, parts)
         self._set_classes(read, num_classes)
 
-        paths: list[Path] = []
-        labels: list[int] = []
-        sizes: list[int] = []
-        for part in read:
-            for label, class_name in enumerate(self.class_names):
-                paths += part.classes[class_name]
-                labels += [label] * len(part.classes[class_name])
-            sizes.append(len(paths))
-        self.labels = torch.tensor(labels)
-        # Without test/, the folder val/ is the official test part.
-        if len(read) > 1:
-            self.test_indices = torch.arange(sizes[-2], sizes[-1])
         self._description = _description(read, self.class_names, passed)
-        self._paths = [str(path) for path in paths]
-        hashes, bad = [], {}
-        for path in paths:
-            try:
-                hashes.append(_file_hash(path, root, check))
-            except UNREADABLE as error:
-                bad[str(path)] = reason(error)
-        if bad:
-            raise unreadable(bad, len(paths))
-        self.fingerprint = content_hash(*self.class_names, self.labels, *hashes)
+        paths = self._set_samples(read)
+        self.fingerprint = content_hash(*self.class_names, self.labels, *_file_hashes(paths, root, check))
 
     def input_config(self) -> dict[str, Any]:
         """Return how inputs are made. Of an `eval_transform` of one's own that is not known, so its keys are left out.
@@ -230,6 +184,23 @@ class ImageFolder(Dataset):
                     f"image_folder: {shown(first.folder)} and {shown(part.folder)} differ in {len(odd)} classes, such "
                     f"as {listed(sorted(odd)[:3])}. Give both the same class folders."
                 )
+
+    def _set_samples(self, read: Sequence[Part]) -> list[Path]:
+        """Take the files and labels of all parts, and return the files."""
+        paths: list[Path] = []
+        labels: list[int] = []
+        sizes: list[int] = []
+        for part in read:
+            for label, class_name in enumerate(self.class_names):
+                paths += part.classes[class_name]
+                labels += [label] * len(part.classes[class_name])
+            sizes.append(len(paths))
+        self.labels = torch.tensor(labels)
+        # Without test/, the folder val/ is the official test part.
+        if len(read) > 1:
+            self.test_indices = torch.arange(sizes[-2], sizes[-1])
+        self._paths = [str(path) for path in paths]
+        return paths
 
     def describe(self) -> str:
         return self._description
@@ -297,6 +268,48 @@ class ImageFiles:
         return inputs
 
 
+def _check_options(
+    image_size: int,
+    in_channels: int,
+    crop_pct: float,
+    crop_scale: tuple[float, float] | None,
+    shift: int | None,
+    augment: str | Augmentation | Sequence[str | Augmentation] | None,
+) -> None:
+    """Check the options of images and of their augmentation.
+
+    Raises:
+        TangleNASError: An option is out of its range, or would do nothing beside another one.
+    """
+    at_least("image_folder: image_size", image_size, 1)
+    if in_channels not in (1, 3) or not isinstance(in_channels, int):
+        raise TangleNASError(f"image_folder: in_channels is {in_channels}; give 1 (grey) or 3 (RGB).")
+    if not isinstance(crop_pct, Real) or not 0 < crop_pct <= 1:
+        raise TangleNASError(f"image_folder: crop_pct is {crop_pct!r}; give a share of the image, up to 1.")
+    if crop_scale is not None and not (
+        isinstance(crop_scale, Sequence)
+        and len(crop_scale) == 2
+        and all(isinstance(share, Real) for share in crop_scale)
+        and 0 < crop_scale[0] <= crop_scale[1] <= 1
+    ):
+        raise TangleNASError(
+            f"image_folder: crop_scale is {crop_scale!r}; give the smallest and the largest share of the area, "
+            "such as (0.35, 1.0), or None."
+        )
+    if shift is not None:
+        at_least("image_folder: shift", shift, 0, image_size - 1)
+    if augment is not None and not (isinstance(augment, str | Sequence) or callable(augment)):
+        raise TangleNASError(
+            f"image_folder: augment is {augment!r}; give a recipe of timm, a transform of PIL images, or a list of "
+            "them."
+        )
+    if shift is not None and crop_scale is not None:
+        raise TangleNASError(
+            f"image_folder: shift is {shift} and replaces the random crop, so crop_scale would do nothing: set one "
+            "of them to None."
+        )
+
+
 def _description(parts: Sequence[Part], class_names: Sequence[str], passed: Passed) -> str:
     """Return lines with the folders, the classes with the number of their images, and what was passed over."""
     lines = []
@@ -316,6 +329,23 @@ def _deeper(part: Part) -> str:
     (name,) = part.classes
     inner = {path.relative_to(part.folder / name).parts[0] for path in images if path.parent != part.folder / name}
     return f" Did you mean root={str(part.folder / name)!r}?" if len(inner) > 1 else ""
+
+
+def _file_hashes(paths: Sequence[Path], root: Path, check: bool) -> list[str]:
+    """Hash all files.
+
+    Raises:
+        TangleNASError: A file cannot be read or, with `check`, its header is no image's.
+    """
+    hashes, bad = [], {}
+    for path in paths:
+        try:
+            hashes.append(_file_hash(path, root, check))
+        except UNREADABLE as error:
+            bad[str(path)] = reason(error)
+    if bad:
+        raise unreadable(bad, len(paths))
+    return hashes
 
 
 def _file_hash(path: Path, root: Path, check: bool) -> str:
