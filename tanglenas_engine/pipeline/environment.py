@@ -47,8 +47,8 @@ KINDS = ("space", "optimizer", "dataset")
 LIBRARIES = ("tanglenas", "timm", "torch")
 
 
-def write_environment(names: Sequence[str], path: Path = Path("environment.json")) -> None:
-    """Write the versions and the sources for the plugins of these names: a space, an optimizer, a dataset.
+def write_environment(names: Sequence[str]) -> None:
+    """Write the versions and the sources for these plugins to `environment.json`: a space, an optimizer, a dataset.
 
     Several of a kind have commas between them. A fourth name is the source of the weights that the search starts from.
     Write the recipe of a race, too.
@@ -57,13 +57,13 @@ def write_environment(names: Sequence[str], path: Path = Path("environment.json"
     ends the process with one sentence and the status 2, as a dataset does whose `edition` fails.
     """
     try:
-        _write(names, path)
+        _write(names)
     except TangleNASError as problem:
         print(f"environment: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _write(names: Sequence[str], path: Path) -> None:
+def _write(names: Sequence[str]) -> None:
     if len(names) not in (len(KINDS), len(KINDS) + 1):
         raise TangleNASError(f"got the arguments {list(names)}, expected the names of {', '.join(KINDS)}")
     kinds = zip(KINDS, names, strict=False)
@@ -84,7 +84,7 @@ def _write(names: Sequence[str], path: Path) -> None:
         **({"weights": digests} if digests else {}),
         **({"data": data} if data else {}),
     }
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
+    write_atomic("environment.json", json.dumps(content, indent=2) + "\n")
     write_atomic(RECIPE, json.dumps(_recipe(digests_of_data), indent=2) + "\n")
     for stage in STAGES:
         text = json.dumps(_inputs(stage, digests_of_data), indent=2, sort_keys=True) + "\n"

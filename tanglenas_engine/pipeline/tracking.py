@@ -64,18 +64,16 @@ DRAIN_SECONDS = 30.0
 """The most seconds that a stage spends on waiting records, when the store answers again or the stage ends."""
 
 
-def lineage(stage: str, pipeline_id: str = "", architecture: str = "") -> dict[str, str]:
+def lineage(stage: str, pipeline_id: str = "") -> dict[str, str]:
     """Return the tags that tie a run to its pipeline, its commit and its DVC experiment. Unknown ones are left out.
 
     Args:
         stage: "search", "discretize", "retrain" or "evaluate".
         pipeline_id: A hash of the parameters of the search, equal in all stages of one pipeline.
-        architecture: The digest of the architecture that the stage works on.
     """
     tags = {
         "tanglenas.stage": stage,
         "tanglenas.pipeline_id": pipeline_id,
-        "architecture.digest": architecture,
         "dvc.stage": os.environ.get("DVC_STAGE", ""),
         "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
@@ -174,11 +172,9 @@ class MlflowTracker:
         cls,
         *,
         stage: str,
-        experiment: str = "tanglenas",
         root: str | Path | None = None,
         run_id: str | None = None,
         pipeline_id: str = "",
-        architecture: str = "",
         pipeline: str = "",
         tags: Mapping[str, str] | None = None,
         clock: Clock | None = None,
@@ -189,10 +185,9 @@ class MlflowTracker:
 
         Args:
             stage: The name of the run. The first digits of the architecture's digest follow where it is known.
-            experiment: The experiment, unless `$MLFLOW_EXPERIMENT_NAME` is set.
             root: The folder of the store, unless `$MLFLOW_TRACKING_URI` is set; by default `project_root()`.
             run_id: The `tracker.run_id` of a run that was cut off and now goes on.
-            pipeline_id, architecture: See `lineage`.
+            pipeline_id: See `lineage`.
             pipeline: The name of the run in which all stages with this `pipeline_id` are nested, or "" for none.
             tags: Further tags.
             clock: A function that returns the time used so far, as metrics that are logged with those of every step
@@ -201,10 +196,10 @@ class MlflowTracker:
         if _switched_off():
             yield NullTracker()
             return
-        known = {**lineage(stage, pipeline_id, architecture), **(tags or {})}
+        known = {**lineage(stage, pipeline_id), **(tags or {})}
         start = {
             "what": "start",
-            "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment,
+            "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or "tanglenas",
             "name": " ".join(filter(None, (stage, known.get("optimizer"), known.get("architecture.digest", "")[:8]))),
             "tags": known,
             "parent": _parent(pipeline, known),

@@ -99,7 +99,7 @@ def test_a_stage_that_ends_well_is_a_finished_run_with_all_it_logged(root: Path)
 
 
 def test_the_run_of_a_known_architecture_is_named_by_its_digest(root: Path) -> None:
-    with MlflowTracker.open(stage="retrain", root=root, architecture="0123456789abcdef"):
+    with MlflowTracker.open(stage="retrain", root=root, tags={"architecture.digest": "0123456789abcdef"}):
         pass
     run = only_run(root)
     assert run.info.run_name == "retrain 01234567"
@@ -185,9 +185,12 @@ def test_artifacts_lie_under_the_root_wherever_the_stage_runs(
     assert sorted(os.listdir(elsewhere)) == ["arch.json", "model"]
 
 
-def test_the_four_stages_share_an_experiment_and_are_found_by_their_pipeline(root: Path) -> None:
+def test_the_four_stages_share_an_experiment_and_are_found_by_their_pipeline(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "study")
     for stage in ("search", "discretize", "retrain", "evaluate"):
-        with MlflowTracker.open(stage=stage, experiment="study", root=root, pipeline_id="p7"):
+        with MlflowTracker.open(stage=stage, root=root, pipeline_id="p7"):
             pass
     experiment = client(root).get_experiment_by_name("study")
     runs = client(root).search_runs([experiment.experiment_id], "tags.`tanglenas.pipeline_id` = 'p7'")
@@ -721,9 +724,10 @@ def test_runs_of_later_stages_say_which_optimizer_they_go_back_to(tmp_path: Path
 # --- the run of a pipeline ------------------------------------------------------------------------------------
 
 
-def staged(root: Path, stage: str, pipeline_id: str = "p", **options):
+def staged(root: Path, stage: str, pipeline_id: str = "p", digest: str = "", **options):
+    tags = {"space": "nano", **({"architecture.digest": digest} if digest else {})}
     return MlflowTracker.open(
-        stage=stage, root=root, pipeline_id=pipeline_id, pipeline="drnas nano s0", tags={"space": "nano"}, **options
+        stage=stage, root=root, pipeline_id=pipeline_id, pipeline="drnas nano s0", tags=tags, **options
     )
 
 
@@ -744,7 +748,7 @@ def test_the_stages_of_a_pipeline_are_nested_in_one_run_that_has_what_compares_i
         assert (parent.info.status, nested) == ("RUNNING", ["search"])
         tracker.log_pipeline({"seconds": 3}, {"search": {"epochs": 2}})
     assert {run.info.status for run, _ in pipelines(root).values()} == {"FINISHED"}
-    with staged(root, "evaluate", architecture="0123456789abcdef") as tracker:
+    with staged(root, "evaluate", digest="0123456789abcdef") as tracker:
         tracker.log_pipeline({"seconds": 5, "test_loss": math.inf}, {"search": {"epochs": 4}}, {"digest": "abc"})
     with staged(root, "search", "another"):
         pass
@@ -756,12 +760,15 @@ def test_the_stages_of_a_pipeline_are_nested_in_one_run_that_has_what_compares_i
     assert other.data.tags["tanglenas.pipeline_id"] == "another"
 
 
-def test_the_page_of_the_experiment_opens_on_columns_that_compare_pipelines(root: Path) -> None:
+def test_the_page_of_the_experiment_opens_on_columns_that_compare_pipelines(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare = client(root).create_experiment("tanglenas")
     with staged(root, "search"):
         pass
     tags = client(root).get_experiment(bare).tags
-    with MlflowTracker.open(stage="search", root=root, experiment="another"):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    with MlflowTracker.open(stage="search", root=root):
         pass
     assert client(root).get_experiment_by_name("another").tags.items() >= store.VIEW.items() <= tags.items()
     columns = json.loads(tags["mlflow.sharedViewState.tanglenas"])["selectedColumns"]
