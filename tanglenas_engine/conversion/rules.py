@@ -41,6 +41,11 @@ class Call:
     def get(self, position: int, key: str, default: Any = None) -> Any:
         return self.args[position] if len(self.args) > position else self.kwargs.get(key, default)
 
+    @property
+    def of_module(self) -> bool:
+        """True for a call of a module, which has its parameters and options itself."""
+        return self.node.op == "call_module"
+
     def rest(self, position: int, *keys: str) -> Any:
         """Return arguments that are given as one sequence or one by one: `view(2, 3)` or `view((2, 3))`."""
         for key in keys:
@@ -160,6 +165,18 @@ class Analysis:
             raise Unknown("several tensors are given where one is expected")
         return list(dims)
 
+    def input(self, call: Call) -> Dims:
+        """Return the dimensions of what a layer is called with."""
+        return self.of(call.args[0] if call.of_module else call.get(0, "input"))
+
+    def parameter(self, call: Call, position: int, key: str) -> Dims:
+        """Return the dimensions of a parameter or buffer: of a module its own, of a function an argument."""
+        return self.stored.get(f"{call.node.target}.{key}", []) if call.of_module else self.of(call.get(position, key))
+
+    def option(self, call: Call, position: int, key: str) -> Any:
+        """Return an option of a layer: of a module its attribute, of a function an argument."""
+        return getattr(self.modules[str(call.node.target)], key) if call.of_module else call.get(position, key)
+
 
 class Unknown(Exception):
     """An error for a call that a rule does not cover."""
@@ -254,21 +271,13 @@ def _same(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 
 
 def _linear(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    x = analysis.of(call.get(0, "input"))
-    weight = analysis.of(call.get(1, "weight"))
-    bias = analysis.of(call.get(2, "bias"))
-    analysis.read(call.get(1, "weight"), weight, 1)
-    analysis.products[node] = [*x, weight[0]]
-    return _linear_dims(x, weight, bias)
-
-
-def _linear_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    x = analysis.of(call.args[0])
-    analysis.positions[node] = x[:-1]
-    return _linear_dims(x, analysis.stored[f"{node.target}.weight"], analysis.stored.get(f"{node.target}.bias", []))
-
-
-def _linear_dims(x: Dims, weight: Dims, bias: Dims) -> Dims:
+    x = analysis.input(call)
+    weight, bias = analysis.parameter(call, 1, "weight"), analysis.parameter(call, 2, "bias")
+    if call.of_module:
+        analysis.positions[node] = x[:-1]
+    else:
+        analysis.read(call.get(1, "weight"), weight, 1)
+        analysis.products[node] = [*x, weight[0]]
     unite(x[-1], weight[1], "its factors do not align in a linear layer")
     if bias:
         unite(bias[-1], weight[0], "its factors do not align in a linear layer")
@@ -289,12 +298,12 @@ def _convolution(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 
 def _convolution_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
     module: Any = analysis.modules[str(node.target)]
-    x = analysis.of(call.args[0])
+    x = analysis.input(call)
     if module.padding_mode != "zeros":
         raise Unknown("its padding is not of zeros")
     if equal_padding(module) is None:
         raise Unknown("its padding is not equal on both sides")
-    weight, bias = analysis.stored[f"{node.target}.weight"], analysis.stored.get(f"{node.target}.bias", [])
+    weight, bias = analysis.parameter(call, 1, "weight"), analysis.parameter(call, 2, "bias")
     return _convolved(analysis, node, x, weight, bias, module.groups, module.transposed)
 
 
@@ -333,41 +342,25 @@ def _convolved(
 
 
 def _batch_norm(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    x = analysis.of(call.get(0, "input"))
+    x = analysis.input(call)
     for position, key in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
-        for dim in analysis.of(call.get(position, key)):
+        for dim in analysis.parameter(call, position, key):
             unite(x[1], dim, "its factors do not align in a batch norm")
-    if not analysis.of(call.get(3, "weight")):
+    if call.of_module:
+        analysis.norms[node] = x[1]
+    elif not analysis.parameter(call, 3, "weight"):
         fix(x[1], "there is no elastic form of batch_norm as a function without a gain")
     return x
 
 
-def _batch_norm_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    x = analysis.of(call.args[0])
-    analysis.norms[node] = x[1]
-    for key in ("running_mean", "running_var", "weight", "bias"):
-        for dim in analysis.stored.get(f"{node.target}.{key}", []):
-            unite(x[1], dim, "its factors do not align in a batch norm")
-    return x
-
-
 def _width_norm(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    x, shape = analysis.of(call.get(0, "input")), call.get(1, "normalized_shape")
-    tensors = [
-        analysis.of(call.get(2, "weight")),
-        analysis.of(call.get(3, "bias")) if call.name == "layer_norm" else [],
-    ]
-    analysis.shapes[node] = x[-1:]
-    return _normed(analysis, node, x, len(shape), tensors)
-
-
-def _width_norm_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    module: Any = analysis.modules[str(node.target)]
-    tensors = [analysis.stored.get(f"{node.target}.{key}", []) for key in ("weight", "bias")]
-    return _normed(analysis, node, analysis.of(call.args[0]), len(module.normalized_shape), tensors)
-
-
-def _normed(analysis: Analysis, node: fx.Node, x: Dims, rank: int, tensors: Sequence[Dims]) -> Dims:
+    x, shape = analysis.input(call), analysis.option(call, 1, "normalized_shape")
+    tensors = [analysis.parameter(call, 2, "weight")]
+    if call.name != "rms_norm":  # its fourth argument is eps
+        tensors.append(analysis.parameter(call, 3, "bias"))
+    if not call.of_module:
+        analysis.shapes[node] = x[-1:]
+    rank = len(shape)
     for dims in tensors:
         for a, b in zip(x[-rank:], dims, strict=False):
             unite(a, b, "its factors do not align in a norm")
@@ -379,18 +372,8 @@ def _normed(analysis: Analysis, node: fx.Node, x: Dims, rank: int, tensors: Sequ
 
 
 def _group_norm(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    x = analysis.of(call.get(0, "input"))
-    tensors = [analysis.of(call.get(position, key)) for position, key in ((2, "weight"), (3, "bias"))]
-    return _grouped_norm(analysis, node, x, call.get(1, "num_groups"), tensors)
-
-
-def _group_norm_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    module: Any = analysis.modules[str(node.target)]
-    tensors = [analysis.stored.get(f"{node.target}.{key}", []) for key in ("weight", "bias")]
-    return _grouped_norm(analysis, node, analysis.of(call.args[0]), module.num_groups, tensors)
-
-
-def _grouped_norm(analysis: Analysis, node: fx.Node, x: Dims, groups: int, tensors: Sequence[Dims]) -> Dims:
+    x, groups = analysis.input(call), analysis.option(call, 1, "num_groups")
+    tensors = [analysis.parameter(call, 2, "weight"), analysis.parameter(call, 3, "bias")]
     reason = "its channels do not divide into the groups of a norm"
     if groups > 1:
         count, inner = Atom(groups), Atom(length(x[1]) // groups, "it is the width of a group of a norm")
@@ -399,24 +382,19 @@ def _grouped_norm(analysis: Analysis, node: fx.Node, x: Dims, groups: int, tenso
     for dims in tensors:
         if dims:
             unite(x[1], dims[0], reason)
-    if node.op == "call_function":
+    if not call.of_module:
         fix(x[1], "there is no elastic form of group_norm as a function")
     return x
 
 
 def _embedding(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    indices, table = analysis.of(call.get(0, "input")), analysis.of(call.get(1, "weight"))
+    if call.of_module:
+        module: Any = analysis.modules[str(node.target)]
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            raise Unknown("there is no elastic form of nn.Embedding with max_norm, scale_grad_by_freq or sparse")
+    indices, table = analysis.input(call), analysis.parameter(call, 1, "weight")
     fix(table[0], "it is the number of rows of a table")
     return [*indices, table[1]]
-
-
-def _embedding_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
-    module: Any = analysis.modules[str(node.target)]
-    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        raise Unknown("there is no elastic form of nn.Embedding with max_norm, scale_grad_by_freq or sparse")
-    table = analysis.stored[f"{node.target}.weight"]
-    fix(table[0], "it is the number of rows of a table")
-    return [*analysis.of(call.args[0]), table[1]]
 
 
 def _prelu_module(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
@@ -773,13 +751,13 @@ RULES: dict[str, Rule] = {
     "addcmul": _sum,
     # Layers.
     "nn.regulariser": _same,
-    "nn.Linear": _linear_module,
-    "nn.NonDynamicallyQuantizableLinear": _linear_module,
+    "nn.Linear": _linear,
+    "nn.NonDynamicallyQuantizableLinear": _linear,
     **dict.fromkeys(("nn.Conv1d", "nn.Conv2d", "nn.ConvTranspose2d"), _convolution_module),
-    **dict.fromkeys(("nn.BatchNorm1d", "nn.BatchNorm2d"), _batch_norm_module),
-    **dict.fromkeys(("nn.LayerNorm", "nn.RMSNorm"), _width_norm_module),
-    "nn.GroupNorm": _group_norm_module,
-    "nn.Embedding": _embedding_module,
+    **dict.fromkeys(("nn.BatchNorm1d", "nn.BatchNorm2d"), _batch_norm),
+    **dict.fromkeys(("nn.LayerNorm", "nn.RMSNorm"), _width_norm),
+    "nn.GroupNorm": _group_norm,
+    "nn.Embedding": _embedding,
     "nn.PReLU": _prelu_module,
     # Layers as functions.
     "linear": _linear,
