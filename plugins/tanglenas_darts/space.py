@@ -71,7 +71,7 @@ class Darts(cells.CellSpace):
 
     Args:
         channels: Channels of a node in the first cells; each of the two reductions doubles them.
-        layers: Number of cells; reduction cells stand after one third and two thirds of them.
+        layers: The number of cells; reduction cells stand after one third and two thirds of them.
         stem_multiplier: Channels of the stem, as a multiple of `channels`.
         affine: Give the BatchNorms in cells a gain and a bias. The paper's search does not; its final networks do.
         pool_norm: Put a BatchNorm behind every pooling. The paper's search does; its final networks do not.

@@ -174,7 +174,7 @@ def _around_test(root: Path, test_folder: str, named: dict[str, list[Path]]) -> 
 
 
 def _refuse_disguised(root: Path, folders: list[Path]) -> None:
-    """Refuse folders in the place of classes that hold what parts hold, or that parts are below.
+    """Refuse class folders that look like parts, or that contain parts.
 
     Raises:
         TangleNASError: The folders look like parts.

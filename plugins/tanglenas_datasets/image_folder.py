@@ -129,7 +129,7 @@ class ImageFolder(Dataset):
         self.fingerprint = content_hash(*self.class_names, self.labels, *_file_hashes(paths, root, check))
 
     def input_config(self) -> dict[str, Any]:
-        """Return how inputs are made. Of an `eval_transform` of one's own that is not known, so its keys are left out.
+        """Return how inputs are made. A custom `eval_transform` cannot be described, so its keys are left out.
 
         See `Dataset.input_config`.
         """

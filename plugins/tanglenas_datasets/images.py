@@ -1,4 +1,4 @@
-"""Image files of strangers, all of them: whether they can be decoded, and which are there twice."""
+"""Checks of all image files before a search: unreadable files, and files that are there twice."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Image files of strangers: opened as one of a few formats, within a limit on pixels, and decoded."""
+"""The decoder of an image file from an untrusted source: a few formats, and a limit on pixels."""
 
 from __future__ import annotations
 

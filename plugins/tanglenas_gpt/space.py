@@ -38,7 +38,7 @@ class GPT(SearchSpace):
     """A space of GPTs: embedding dimension and layers, and per layer the number of heads and the MLP ratio.
 
     Args:
-        vocab_size: Number of tokens; the head is the token embedding.
+        vocab_size: The number of tokens; the head is the token embedding.
         block_size: Largest number of tokens in a row.
         heads: "slices" gives each head `head_dim` dimensions, so that more heads make attention wider. "partition"
             divides the embedding dimension among the heads of a layer, as in the paper and in GPT-2.

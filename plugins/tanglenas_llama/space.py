@@ -67,9 +67,9 @@ class Llama(SearchSpace):
 
     Args:
         num_kv_heads: Numbers of heads of keys and values.
-        group: Number of query heads that read one head of keys and values.
+        group: The number of query heads that read one head of keys and values.
         mlp_width: Numbers of hidden units of the MLP.
-        vocab_size: Number of tokens.
+        vocab_size: The number of tokens.
         block_size: Largest number of tokens in a row.
         head_dim: Dimension of a head; by default the query heads of the largest network partition its embedding.
         per_layer: Choose heads and MLP width for each layer. False chooses once for all layers: transformers' own class

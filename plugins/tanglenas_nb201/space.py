@@ -74,7 +74,7 @@ class NB201(cells.CellSpace):
 
     Args:
         channels: Channels of the first stage; each further stage has twice as many.
-        cells: Number of cells in a stage.
+        cells: The number of cells in a stage.
         affine: Give the BatchNorms in cells a gain and a bias, as in the tabulated networks. Otherwise the convolutions
             have a bias, as in the paper's supernet.
     """

@@ -98,7 +98,7 @@ def vision_transformer(
     """Build timm's `VisionTransformer` with other heads and MLP widths in each block.
 
     Args:
-        num_heads: Number of heads of `head_dim` in each block.
+        num_heads: The number of heads of `head_dim` in each block.
         mlp_ratio: MLP ratio of each block.
 
     Raises:

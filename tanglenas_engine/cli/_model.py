@@ -27,7 +27,7 @@ RETRAINED = ("", "model", "retrain/model", "out/retrain/model")
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the inputs and outputs of a network: a `Described` of the engine.
+    """The known description of a network's inputs and outputs: a `Described` of the engine.
 
     Attributes:
         config: The entries of `IMAGES` or `TEXTS` that are known.

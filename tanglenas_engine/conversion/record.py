@@ -40,7 +40,7 @@ BLOCKS = {
     "autocasts": "its forward turns autocast on or off",
     "gradients": "its forward turns gradients off, or has gradients of its own",
 }
-"""The reasons for which a module is not taken apart whose forward has a block that a recording would leave out.
+"""Reasons why a module is called as a unit: its forward has a block, such as `torch.no_grad()`, that a recording loses.
 
 Keys are those of `_Mode`.
 """
@@ -71,7 +71,8 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         graph: The graph. The `meta` of a node has `owner`, the name of the module that made the call, and `shapes`.
-            That of a module called as a whole has `read`, the inputs of which it uses more than device and type.
+            A node that calls a module as a unit also has `read`: the inputs whose numbers or shapes the module uses,
+            not only their device and type.
         constants: Tensors of the forward that are neither stored in the model nor computed by torch's functions.
         spans: For each module that is no leaf, its calls: the nodes, the tensors given, and the tensors returned.
         unchanged: The modules that returned their input in a call.

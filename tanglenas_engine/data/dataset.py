@@ -37,7 +37,7 @@ class Samples(Protocol):
 
 
 class Described(Protocol):
-    """What the files of a network tell those who use it elsewhere. A `Dataset` is one."""
+    """A description of inputs and outputs, stored beside exported weights. Every `Dataset` is one."""
 
     def input_config(self) -> dict[str, Any]:
         """Return how inputs are made and what outputs mean: see `Dataset.input_config`."""

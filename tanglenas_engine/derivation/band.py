@@ -159,7 +159,7 @@ class Band:
         return max(limit.cost(picks) / limit.most for limit in self._limits)
 
     def _used_limits(self, picks: Mapping[Any, int]) -> list[int]:
-        """Return the numbers of the limits of which an assignment within the budget uses the share; none beyond it."""
+        """Return the indices of the limits whose share the assignment reaches; [] if it exceeds a limit."""
         costs = [(limit.cost(picks), limit) for limit in self._limits]
         if any(cost > limit.allowed for cost, limit in costs):
             return []

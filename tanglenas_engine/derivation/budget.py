@@ -62,7 +62,12 @@ MAX_SOLVES = 100
 
 @dataclass(frozen=True)
 class Projection:
-    """An architecture within a budget; `exact` if there is none more probable, else it is what a local search found."""
+    """An architecture within a budget.
+
+    Attributes:
+        architecture: The architecture.
+        exact: True if no architecture within the budget is more probable. False if a local search found this one.
+    """
 
     architecture: Architecture
     exact: bool
@@ -72,8 +77,8 @@ class Budget:
     """Upper limits on what an architecture of a space may cost.
 
     Args:
-        limits: The most that each metric of `cost.METRICS`, and each objective, may be; None or infinity for none. A
-            limit on a metric is rounded down, because metrics are counts.
+        limits: An upper limit for each metric of `cost.METRICS` or objective, by name. None and infinity set no limit.
+            Limits on metrics are rounded down, because metrics are counts.
         objectives: Bound to the space; for limits on costs that are not of `cost.METRICS`.
 
     Raises:
@@ -147,7 +152,8 @@ class Budget:
         """Return the architecture within the budget at which a sum of tables is least.
 
         Raises:
-            TangleNASError: A cost of the budget has no tables, the space does not tell its decisions, or none fits.
+            TangleNASError: A cost of the budget has no tables, the space overrides `moves` without `decisions`, or no
+                architecture fits.
         """
         if not tabulated(self.space, self.limits):
             raise TangleNASError(
@@ -205,7 +211,7 @@ class Budget:
         return self.space.architecture_of(self._descend(self.space.assignment_of(architecture), room, generator))
 
     def _descend(self, picks: Picks, height: Callable[[Picks], float], generator: torch.Generator) -> Picks:
-        """Return where random moves, each of which lowers `height`, reach 0 or find no lower place."""
+        """Make random moves that lower `height`, until it is 0 or no move lowers it, and return the result."""
         here, descending = height(picks), True
         while here > 0 and descending:
             moves, descending = list(self.space.moves(picks)), False

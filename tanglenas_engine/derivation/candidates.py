@@ -42,9 +42,12 @@ SAVE_SECONDS = 30.0
 PROPOSALS_PER_CANDIDATE = 20
 """Proposals per new candidate after which a space counts as exhausted."""
 
-TRIED, TRIED_LONG, MOST = 8, 2, 10**6
-"""The candidates of a trial that tells how many fit into some seconds, those of them that are timed on more samples,
-and the largest number that it may tell."""
+TRIED = 8
+"""Candidates of the trial that estimates how many fit into the given seconds."""
+TRIED_LONG = 2
+"""Candidates of the trial that are also timed on more samples."""
+MOST = 10**6
+"""An upper limit on the number of candidates that a trial may plan."""
 
 COLUMNS = ("digest", "loss", "accuracy", "samples", "generation", "architecture")
 """The names in a record that are no costs."""
@@ -240,7 +243,7 @@ class Candidates:
         self.in_generations(None)
 
     def in_generations(self, size: int | None, single: int = 0) -> None:
-        """Set the limit anew if it follows from seconds, for candidates that are judged in generations of this size.
+        """Recompute the limit for this size of generations, if the limit follows from seconds.
 
         Each generation runs a race of its own, which ends on all samples. So small generations take longer.
 
@@ -350,7 +353,7 @@ class Candidates:
         return self.fresh(count, fill=fill)
 
     def judge_first(self, mixture: Mixture | None) -> None:
-        """Judge the first candidates, and with them what argmax takes, unless alpha is undecided or there is none.
+        """Judge random candidates, and before them the result of argmax, unless alpha is undecided or missing.
 
         An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs
         of the options rather than by their worth.
@@ -542,11 +545,11 @@ def _rank(record: Record) -> tuple[int, bool, float]:
 
 
 class Part:
-    """Some samples of others.
+    """A subset of samples, by their indices.
 
     Args:
-        samples: All of them.
-        indices: Which ones, shape `(n,)`.
+        samples: The samples of which it is a subset.
+        indices: The indices of the subset, shape `(n,)`.
     """
 
     def __init__(self, samples: Samples, indices: Tensor):

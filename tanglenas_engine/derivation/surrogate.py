@@ -26,9 +26,9 @@ from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.superposition.size import Assignment, Row, combinations
 
 FOLDS = 5
-"""Parts of the candidates of which each is predicted from the others, for the correlation that is reported."""
+"""Folds of the cross-validation whose correlation is reported."""
 PENALTIES = np.logspace(-4, 4, 17)
-"""The penalties of which cross-validation chooses one."""
+"""Penalties among which cross-validation chooses."""
 
 
 def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int = 10) -> None:

@@ -1,4 +1,4 @@
-"""Compares finished runs: groups over seeds with intervals, and paired differences between the groups.
+"""Comparisons of finished runs: groups over seeds with intervals, and paired differences between the groups.
 
 The interval of a mean is a percentile bootstrap over seeds (Efron and Tibshirani, 1993). Two groups are compared by the
 differences of runs with equal seeds, which share splits and initial weights.
@@ -38,13 +38,13 @@ CONDITIONS = (
 )  # fmt: skip
 """The settings without which runs are not comparable: what is searched, on which data, and within which budgets."""
 OF_DATA = ("create_dataset.", "make_splits.samples")
-"""The beginnings of further ones: a text of another folder, or images of another size, are other data of one name."""
+"""Prefixes of further settings that must be equal: with other options, a dataset of the same name has other data."""
 TABLE_METRICS = "table_"
 """The beginning of metrics that a benchmark table has looked up."""
 LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
 BY_HAND = "architecture changed by hand"
-"""What the label of a group ends with whose networks no method found."""
+"""The suffix of a group's label if a person changed its architectures by hand."""
 UNSET = "not set"
 """What stands for the value of a setting that a run does not have. Settings may be "none" or None."""
 
@@ -238,7 +238,7 @@ def compare(
         by: The settings by which runs are grouped, by their names in params.yaml; all that differ if empty.
         metrics: The metrics to compare; those of METRICS that a run has if empty.
         against: The label of the group that others are compared with; the one with the most seeds if None.
-        joined: Settings that tell no runs apart, though these differ in them.
+        joined: Settings that may differ within a group.
 
     Raises:
         TangleNASError: The store does not answer, no run is finished, or a setting, a metric or a group is unknown.

@@ -1,4 +1,4 @@
-"""Writes a comparison as Markdown, CSV and LaTeX."""
+"""The tables of a comparison, as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads gin files and bindings, and tells every mistake in them in one sentence.
+"""The reader of gin files and bindings, which reports every mistake in them in one sentence.
 
 gin itself accepts misspelt macros and scopes, values of the wrong type, and bindings of parameters that a stage passes
 anyway. This module refuses them.
@@ -37,8 +37,11 @@ GIVEN = {
 }
 """The parameters that a stage passes itself, with the place where a person sets each."""
 
-OF_TABLE, IMMATERIAL = "benchmark.", ".checkpoint_every"
-"""The beginning of parameters that only metrics of a table depend on, and the end of those that no result does.
+OF_TABLE = "benchmark."
+"""The prefix of parameters that affect only the metrics of a table."""
+
+IMMATERIAL = ".checkpoint_every"
+"""The suffix of parameters that affect no result.
 
 Results do depend on `num_workers` where a stage has a time, as processors that load data do not count in it.
 """

@@ -173,7 +173,7 @@ def data_digests(digests: DataDigests) -> dict[str, Any]:
 
 
 def _edition(target: Any, name: str) -> str:
-    """Return what the class of a dataset tells of data that no option names, or "". Other attributes do not count.
+    """Return `Dataset.edition()` of the class, or "" if `edition` cannot be called without arguments.
 
     Raises:
         EditionError: It fails.

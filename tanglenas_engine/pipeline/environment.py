@@ -1,4 +1,4 @@
-"""Writes what DVC does not see into files for it: environment.json, out/recipe.json and out/inputs/.
+"""Files with the dependencies that DVC does not see: environment.json, out/recipe.json and out/inputs/.
 
 environment.json has the installed packages that results depend on: versions, and a digest of the sources of the library
 and of each plugin in use, as a package that is installed for editing keeps its version while its code changes. The

@@ -1,4 +1,4 @@
-"""Measures what a stage costs: seconds, seconds of processors, and memory."""
+"""A meter of what a stage costs: seconds, seconds of processors, and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and mends the addresses of artifacts in the store of a project that was moved or copied.
+"""Repairs of the addresses of artifacts in the store of a project that was moved or copied.
 
 MLflow keeps the absolute place of artifacts with each experiment and run, and has no call that changes it. Without a
 change, a project goes on to write into the folder where it once was, or into that of the project it was copied from.

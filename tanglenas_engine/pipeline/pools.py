@@ -96,14 +96,14 @@ class Identity:
         """Return the name of a part that differs, or an empty string.
 
         Args:
-            names: The parts to compare; none of them means all.
+            names: The parts to compare; all parts if empty.
         """
         return next((name for name in names or vars(self) if getattr(self, name) != getattr(other, name)), "")
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far several trainings of the same networks agree on their ranks.
+    """The agreement between the ranks that trainings with different seeds give the same networks.
 
     Attributes:
         trainings: The trainings of each network.
@@ -162,7 +162,7 @@ class Record:
 
     @classmethod
     def beside(cls, table: Path) -> Record | None:
-        """Read the record beside a table, or return None where there is none. Other files of JSON are none.
+        """Read the record beside a table. Return None if the file is missing, or is not a record of a pool.
 
         Raises:
             TangleNASError: The record is damaged.

@@ -1,4 +1,4 @@
-"""Reads what finished stages left, for the commands `tanglenas show`, `export`, `report` and `compare`."""
+"""The reader of what finished stages left, for the commands `tanglenas show`, `export`, `report` and `compare`."""
 
 from __future__ import annotations
 

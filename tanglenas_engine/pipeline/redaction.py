@@ -1,4 +1,4 @@
-"""Keeps passwords and tokens of MLflow's addresses out of messages."""
+"""Messages without the passwords and tokens of MLflow's addresses."""
 
 from __future__ import annotations
 

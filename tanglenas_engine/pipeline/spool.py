@@ -1,4 +1,4 @@
-"""Keeps the records that an MLflow store did not take on disk, and sends them later.
+"""Records that an MLflow store did not take: they are kept on disk, and sent later.
 
 Every tracked run holds a folder of its own, `.tanglenas/runs/<run id>`, as long as its process lives. A run that the
 store believes to be RUNNING while nothing holds its folder was killed. Records that the store does not take go to

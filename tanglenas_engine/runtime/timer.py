@@ -1,4 +1,4 @@
-"""A clock for what is given seconds rather than a number of steps: it measures steps before the work is planned."""
+"""A timer for work that has a budget in seconds: it measures a few steps, so that the caller can plan the rest."""
 
 from __future__ import annotations
 

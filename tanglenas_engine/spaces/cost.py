@@ -201,7 +201,7 @@ def _gates(places: list[Place], calls: int) -> tuple[Size, ...]:
 
 
 def _decisive(gates: tuple[Size, ...]) -> set[tuple[Any, ...]]:
-    """Return what tells gates apart. A gate that is 1 in every architecture is none."""
+    """Return the gates that can be 0, as a set that identifies them. Gates that are always 1 are left out."""
     return {(gate.rows, gate.values) for gate in gates if not gate.min}
 
 

@@ -65,7 +65,7 @@ def random(candidates: Candidates, mixture: Mixture | None) -> None:
 
 
 def both(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates, and with them what argmax takes, unless alpha is undecided or there is none."""
+    """Judge random candidates, and before them the result of argmax, unless alpha is undecided or missing."""
     candidates.judge_first(mixture)
 
 

@@ -403,7 +403,7 @@ class Search(Training):
     def prepare(self, saved: Mapping[str, Any] | None) -> None:
         """Fix the number of epochs of a search by seconds: that of the checkpoint, or what a trial says.
 
-        A search that goes on in its path epochs gets their schedule, for the state to be loaded.
+        If the checkpoint is from the path epochs, make their schedule first, so that its state can be loaded.
         """
         if self.pace is not None:
             self._plan(self.pace, saved)
@@ -446,7 +446,7 @@ class Search(Training):
         pace.fit(epoch(after), [(f"{phase} epochs", count, epoch(fixed[phase])) for phase, count in counts.items()])
 
     def resumed(self, last: int) -> None:
-        """Tell the optimizer how far the search is. After the last step, no step would."""
+        """Tell the optimizer the progress of the search. A search that resumes after its last step takes no step."""
         self._set_progress(last, self._phase(last))
 
     def _set_progress(self, position: int, phase: Phase) -> None:

@@ -31,8 +31,11 @@ SEED = 3
 SAMPLES = 8
 BATCH = 4
 DRAWS = 8
-"""The samples of which one has to give alpha a gradient that depends on the batch. One whose gates are all at 0 or 1
-gives none, and neither does a cell whose operations cut the input off. In a space of two, so many draw both."""
+"""The number of samples to draw. At least one of them must give alpha a gradient that depends on the batch.
+
+A sample whose gates are all 0 or 1 gives no such gradient, and neither does a cell whose operations cut the input off.
+So one draw is not enough. In a space of two architectures, so many draws have both.
+"""
 
 
 def check_optimizer(make_optimizer: Callable[[], Optimizer], make_space: Callable[[], SearchSpace]) -> None:

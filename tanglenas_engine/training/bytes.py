@@ -1,4 +1,4 @@
-"""Counts the bytes of a step: those that it keeps for its backward pass, and those that it allocates."""
+"""Counts of the bytes of a step: those that it keeps for its backward pass, and those that it allocates."""
 
 from __future__ import annotations
 

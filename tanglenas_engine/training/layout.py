@@ -1,4 +1,4 @@
-"""Where images that a network learns from have their channels in memory."""
+"""The memory layout of images: whether a network can be trained with channels last."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def stage_of(arm: str, seed: str, stage: str, share: bool = True) -> Iterator[li
     TANGLENAS_NPROC the script runs in that many processes, which share the stage.
 
     Args:
-        share: Whether there is work to share.
+        share: True runs the stage in TANGLENAS_NPROC processes.
     """
     print_anything()
     with one_sentence(stage):

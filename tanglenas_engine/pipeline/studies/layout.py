@@ -1,4 +1,4 @@
-"""Lays out the folder of a study: its params.yaml, its dvc.yaml, and what a project has."""
+"""The folder of a study: its params.yaml, its dvc.yaml, and what a project has."""
 
 from __future__ import annotations
 

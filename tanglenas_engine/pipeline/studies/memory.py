@@ -1,4 +1,4 @@
-"""Estimates the memory of a search before a study starts."""
+"""Estimates of the memory that a search needs, before a study starts."""
 
 from __future__ import annotations
 

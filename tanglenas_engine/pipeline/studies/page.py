@@ -1,4 +1,4 @@
-"""Writes the page of a study: the question, what the data say, the table, the figure, and the commands."""
+"""The page of a study: the question, what the data say, the table, the figure, and the commands."""
 
 from __future__ import annotations
 

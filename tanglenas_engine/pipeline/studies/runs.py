@@ -30,7 +30,7 @@ RUNS = Path("runs")
 MEASURED = Path("measured")
 GROUPS = ("search", "discretize", "retrain")
 OWN = ("optimizer", "bindings", "measure", "as_long_as", "beside", *GROUPS)
-"""What an arm may have. The stages of dvc.yaml depend on these values of theirs."""
+"""The keys that an arm in params.yaml may have. Stages of dvc.yaml depend on them."""
 OF_STAGE = re.compile(r"(search|discretize|retrain|evaluate): (.*)")
 """A binding for one stage: not every stage knows what another one refers to."""
 

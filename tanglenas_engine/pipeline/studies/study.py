@@ -20,7 +20,7 @@ SCALES = ("cpu", "paper")
 Params = Mapping[str, Any]
 """Values of params.yaml, in groups as there."""
 BUDGET = "measure.budget"
-"""What stands for the budget of the measurement as `search.target_share` of an arm."""
+"""A placeholder: an arm with this `search.target_share` gets the budget of the measurement."""
 Stage = Literal["search", "discretize", "retrain", "evaluate"]
 
 
@@ -33,7 +33,7 @@ class Arm:
         bindings: gin bindings of its runs beyond those. "retrain: retrain.clip = 1.0" is for one stage.
         supernet: The arm whose supernet it takes, in place of a search of its own.
         series: The name of the curve that this arm is a point of, together with other arms; "" for one of its own.
-        as_long_as: The arm whose search and derivation this one's search takes as long as, or "".
+        as_long_as: The arm whose time for search and derivation is the time of this arm's search, or "".
         beside: The arm whose run of the same seed the measurement of this one reads, too, or "".
         table: The title of the table that it is in. Arms of different tables are of different spaces, and are not
             compared.
@@ -160,7 +160,7 @@ class Study:
         paper: What the paper says about it.
         arms: What is compared, by name. The first one of each table is what its others are compared with.
         stages: The stages of the main pipeline that each run goes through.
-        with_table: The stages where a table of the whole space says what architectures are worth; None for the same.
+        with_table: The stages if a table of the whole space is given; None goes through `stages`.
         measure: A function that measures a run when these stages are done. Its folder is the current one.
         metrics: How the measured numbers are shown, the most important one first.
         claims: What the page tests.
@@ -170,7 +170,7 @@ class Study:
         scales: The sizes by the names in SCALES.
         table: "pool" if it needs networks of known worth: a table that a person gives, or a pool that it trains.
             "optional" if a table of all architectures adds to it.
-        across: A function that adds numbers to runs which follow from several of them, by arm and seed.
+        across: A function that computes further numbers from several runs together, by arm and seed.
         on: A function that says from params.yaml what is measured, where that is not the space with the dataset.
         needed: A function that estimates from params.yaml the memory of the measurement, where that is no search.
     """

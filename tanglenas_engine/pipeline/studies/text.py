@@ -1,4 +1,4 @@
-"""Writes YAML that people read and change."""
+"""YAML that people read and change."""
 
 from __future__ import annotations
 
