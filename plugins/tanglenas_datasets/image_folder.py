@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from tanglenas_datasets.augment import recipe_of_timm
+from tanglenas_datasets.decoding import UNREADABLE, decode, opened, reason
 from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
-from tanglenas_datasets.images import check_all, twins, unreadable, unreadable_later
-from tanglenas_datasets.pictures import UNREADABLE, decode, opened, reason
+from tanglenas_datasets.image_checks import check_all, twins, unreadable, unreadable_later
 from tanglenas_engine import Dataset, Progress, TangleNASError, at_least, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]

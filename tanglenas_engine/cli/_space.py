@@ -60,10 +60,10 @@ def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, 
     folder = path.absolute().parent
     configs = (one for one in (folder / "operative.gin", folder.parent / "operative.gin") if one.is_file())
     if config := next(configs, None):
-        from ..pipeline import records
+        from ..pipeline import finished_runs
 
-        if records.space_of(config) in (None, architecture.space):
-            options = records.made_with(config, options)
+        if finished_runs.space_of(config) in (None, architecture.space):
+            options = finished_runs.made_with(config, options)
         else:
             config = None
     space = make_space(architecture.space, options)

@@ -277,7 +277,7 @@ def _runs(root: Path, fix: bool) -> Iterator[Finding]:
         yield Finding("note", "runs are not tracked: TANGLENAS_TRACKING=off", "unset it to have them in MLflow")
         return
     from ..pipeline import spool
-    from ..pipeline.moved import mend, moved_experiments
+    from ..pipeline.moved_project import mend, moved_experiments
     from ..pipeline.store import Store
 
     try:

@@ -129,10 +129,10 @@ def _dataset(config: Path | None, made_with: Mapping[str, Any], given: Mapping[s
     """
     if config is None:
         return None, ""
-    from ..pipeline import records
+    from ..pipeline import finished_runs
 
     try:
-        dataset = records.dataset_of(config)
+        dataset = finished_runs.dataset_of(config)
     except TangleNASError as error:
         return None, f"the dataset of the run cannot be opened ({shown(error)})"
     for name, size in dataset.space_options().items():

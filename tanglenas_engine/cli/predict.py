@@ -122,7 +122,7 @@ def _transform(model: Model) -> Any:
         )
     from timm.data.transforms_factory import create_transform
 
-    from tanglenas_datasets.pictures import decode, reason
+    from tanglenas_datasets.decoding import decode, reason
 
     channels, height, width = (int(one) for one in size)
     share = config.get("crop_pct", 1.0)

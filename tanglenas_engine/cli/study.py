@@ -66,7 +66,7 @@ def command(
     from ..pipeline import studies
     from ..pipeline.params import parsed
     from ..pipeline.pools import record_of
-    from ..pipeline.studies import layout
+    from ..pipeline.studies import study_folder
     from ..pipeline.studies.plan import plan as planned
     from ..plugins import PluginManager
 
@@ -93,7 +93,7 @@ def command(
     own = "/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"
     files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": ignored + own}
     try:
-        new = layout.lay_out(plan, folder, source, TEMPLATE / "study", files)
+        new = study_folder.lay_out(plan, folder, source, TEMPLATE / "study", files)
     except OSError as problem:
         raise TangleNASError(f"--out {folder}: {problem.strerror or problem}. Name a folder that can be made") from None
     for note in plan.notes:
@@ -108,7 +108,7 @@ def command(
         (_check_memory if run else _check_config)(folder, plan)
     except TangleNASError:
         if new:  # so that other settings can be tried in its place
-            layout.take_back(folder)
+            study_folder.take_back(folder)
         raise
     if not run:
         click.echo(f"\nNext:\n    cd {folder}\n    git init && git add . && git commit -m study && dvc repro")
@@ -159,7 +159,7 @@ def _check_config(folder: Path, plan: Plan) -> None:
     """
     from ..pipeline.config import configured
     from ..pipeline.studies.run import arguments_of
-    from ..pipeline.studies.runs import entered
+    from ..pipeline.studies.run_folder import entered
 
     if plan.study.needed is None:
         arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
@@ -173,9 +173,9 @@ def _check_memory(folder: Path, plan: Plan) -> None:
     Raises:
         TangleNASError: The machine has less, the table does not fit the study, or the config is wrong.
     """
-    from ..pipeline.studies import memory
+    from ..pipeline.studies import memory_estimate
     from ..pipeline.studies.methods import check_table
-    from ..pipeline.studies.runs import entered
+    from ..pipeline.studies.run_folder import entered
 
     if plan.study.needed is not None:
         need = plan.study.needed(plan.params)
@@ -184,8 +184,8 @@ def _check_memory(folder: Path, plan: Plan) -> None:
         with chdir(folder), entered(arm, str(seed)) as run:
             if plan.study.with_table:
                 check_table(run)
-            need = memory.estimate()
-    click.echo(memory.check(need))
+            need = memory_estimate.estimate()
+    click.echo(memory_estimate.check(need))
 
 
 def _repro(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tanglenas_engine.errors import TangleNASError, closest, shown
-from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.config import IMMATERIAL, OF_TABLE
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.pipeline.store import Store
@@ -157,7 +157,7 @@ class Group:
     """Runs that agree in the settings by which a comparison groups, one for each seed.
 
     Attributes:
-        runs: Rows of `records.Records.evaluated` by seed: of a seed that ran again, the latest.
+        runs: Rows of `finished_runs.Records.evaluated` by seed: of a seed that ran again, the latest.
     """
 
     label: str
@@ -244,18 +244,18 @@ def compare(
         TangleNASError: The store does not answer, no run is finished, or a setting, a metric or a group is unknown.
     """
     try:
-        found = records.read(root)
+        found = finished_runs.read(root)
     except Exception as error:  # of the store, its server and its database
         raise TangleNASError(f"the MLflow store {Store.of(root).name} cannot be read ({reason(error)})") from None
     if not (found.evaluated or found.unfinished or (root / "dvc.yaml").exists()):
         raise TangleNASError(
             f"{root} is no project, as it has no dvc.yaml: change into one, or lay one out with `tanglenas init DIR`"
         )
-    return compare_rows(found, records.names_of_params(root), by, metrics, against, joined)
+    return compare_rows(found, finished_runs.names_of_params(root), by, metrics, against, joined)
 
 
 def compare_rows(
-    found: records.Records,
+    found: finished_runs.Records,
     names: Mapping[str, str],
     by: Sequence[str] = (),
     metrics: Sequence[str] = (),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.comparison import Comparison, Group, Table, bootstrap
 
 VALUES = {
@@ -73,7 +73,7 @@ def read_curves(root: Path, comparison: Comparison) -> list[Curves]:
     runs = [run for table in comparison.tables for group in table.groups for run in group.runs.values()]
     searches = list(dict.fromkeys(run["search_id"] for run in runs if run["search_id"]))
     names = [f"search/{name}" for name in (*VALUES, TIME, "entropy")]
-    found = records.histories(root, searches, names)
+    found = finished_runs.histories(root, searches, names)
     return [_curves(table, found) for table in comparison.tables]
 
 

@@ -35,7 +35,7 @@ from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
 from tanglenas_engine.pipeline.store import project_root
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, arguments_of
-from tanglenas_engine.pipeline.studies.runs import entered, read_params
+from tanglenas_engine.pipeline.studies.run_folder import entered, read_params
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version, file_digest

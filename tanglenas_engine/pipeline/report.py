@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown
-from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.comparison import compare_rows
 from tanglenas_engine.pipeline.comparison_figure import plain
 from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
@@ -57,9 +57,9 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
     path = root / ARCHITECTURE
     architecture = Architecture.from_json(_text(path)) if path.exists() else None
     try:
-        found, trouble = records.read(root), ""
+        found, trouble = finished_runs.read(root), ""
     except Exception as error:
-        found, trouble = records.Records(), reason(error)
+        found, trouble = finished_runs.Records(), reason(error)
     runs = found.evaluated
     if architecture is None and not runs:
         why = f", and the MLflow store could not be read ({trouble})" if trouble else ""
@@ -138,7 +138,7 @@ def _ran_with(root: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], st
     What is null in params.yaml comes from the recipe, and is not compared. Neither are values that are no literal of
     one line.
     """
-    names, ran = records.names_of_params(root), dict[str, Any]()
+    names, ran = finished_runs.names_of_params(root), dict[str, Any]()
     for stage in STAGES:
         for binding, text in BOUND.findall(_text(root / OUT / stage / "operative.gin")):
             if (name := names.get(binding)) and params.get(name) is not None:
@@ -203,10 +203,10 @@ def _points(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in runs if run["params"] is not None and run["accuracy"] is not None]
 
 
-def _compared(found: records.Records, root: Path) -> list[tuple[str, list[list[list[str]]], list[str]]]:
+def _compared(found: finished_runs.Records, root: Path) -> list[tuple[str, list[list[list[str]]], list[str]]]:
     """Return the title, the tables of text and the notes of each part of a comparison of all runs, its notes first."""
     try:
-        comparison = compare_rows(found, records.names_of_params(root))
+        comparison = compare_rows(found, finished_runs.names_of_params(root))
     except TangleNASError:  # there is no run to compare
         return []
     shown_metrics = [name for name in comparison.metrics if name in COMPARED]

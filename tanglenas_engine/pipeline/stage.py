@@ -34,12 +34,12 @@ import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
-from tanglenas_engine.pipeline.compared import pipeline_metrics
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config, without_call_stack
 from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
 from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_splits, read_told
 from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.own_code import own_code
+from tanglenas_engine.pipeline.pipeline_metrics import pipeline_metrics
 from tanglenas_engine.pipeline.tracking import AFTER, MlflowTracker, project_root
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import filelock
 
 from tanglenas_engine.errors import shown
-from tanglenas_engine.pipeline.moved import check_place
+from tanglenas_engine.pipeline.moved_project import check_place
 from tanglenas_engine.pipeline.redaction import address, reason
 from tanglenas_engine.runtime.fingerprint import fingerprint
 

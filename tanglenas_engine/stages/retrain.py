@@ -30,8 +30,8 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.distillation import Distillation, check_teaching, hidden_pairs, recorded
-from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs

@@ -31,8 +31,8 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
 from tanglenas_engine.stages.pace import Pace, taken_back
 from tanglenas_engine.superposition.mixture import Mixture
+from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.execution import Compiled, executing
-from tanglenas_engine.training.layout import learns_with_channels_last
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import (

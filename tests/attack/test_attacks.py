@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from tanglenas_engine.cli import doctor as cli_doctor
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError, closest, quoted, shown, unknown
-from tanglenas_engine.pipeline.moved import old_place
+from tanglenas_engine.pipeline.moved_project import old_place
 from tanglenas_engine.pipeline.redaction import address, reason, redacted
 from tanglenas_engine.pipeline.report import _scatter, page
 from tanglenas_engine.pipeline.store import Store

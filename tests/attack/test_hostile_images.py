@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
+from tanglenas_datasets.decoding import FORMATS, UNREADABLE, decode, opened
 from tanglenas_datasets.folders import SUFFIXES
 from tanglenas_datasets.image_folder import ImageFolder
-from tanglenas_datasets.pictures import FORMATS, UNREADABLE, decode, opened
 from tanglenas_engine import SilentProgress, TangleNASError
 
 ROOT = Path(__file__).resolve().parents[2]

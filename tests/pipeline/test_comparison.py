@@ -17,12 +17,12 @@ from stores import add_pipeline
 
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import records
+from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.comparison import Comparison, Estimate, compare_rows, seeds_needed
 from tanglenas_engine.pipeline.comparison_curves import Curve, Curves
 from tanglenas_engine.pipeline.comparison_figure import draw
 from tanglenas_engine.pipeline.comparison_tables import latex, markdown, table_csv
-from tanglenas_engine.pipeline.records import Records, names_of_params
+from tanglenas_engine.pipeline.finished_runs import Records, names_of_params
 from tanglenas_engine.pipeline.store import PARENT
 from tanglenas_engine.pipeline.tracking import AFTER
 
@@ -328,9 +328,9 @@ def test_an_evaluation_has_the_stages_that_it_followed_also_where_dvc_skipped_th
     add("evaluate", "two", {}, search=search, discretize=sampled, retrain=again)
     long = add("retrain", "three", {"retrain.epochs": "100"}, search=search, discretize=evolution)
     add("evaluate", "three", {}, search=search, discretize=evolution, retrain=long)
-    monkeypatch.setattr(records, "_runs", lambda client: found)
-    monkeypatch.setattr(records.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
-    settings = [row["settings"] for row in records.read(tmp_path).evaluated]
+    monkeypatch.setattr(finished_runs, "_runs", lambda client: found)
+    monkeypatch.setattr(finished_runs.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
+    settings = [row["settings"] for row in finished_runs.read(tmp_path).evaluated]
     assert [one["discretize.method"] for one in settings] == ["evolution", "random", "evolution"]
     assert [one["retrain.epochs"] for one in settings] == ["50", "50", "100"]
 
@@ -358,9 +358,9 @@ def test_an_evaluation_knows_whether_its_architecture_is_that_of_discretize(
 
     after = {f"{AFTER}discretize": "discretize"}
     runs = [run("discretize", "a", {}), run("evaluate", found, {"read_architecture.pick": pick}, **after)]
-    monkeypatch.setattr(records, "_runs", lambda client: runs)
-    monkeypatch.setattr(records.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
-    assert [one["by_hand"] for one in records.read(tmp_path).evaluated] == [changed]
+    monkeypatch.setattr(finished_runs, "_runs", lambda client: runs)
+    monkeypatch.setattr(finished_runs.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
+    assert [one["by_hand"] for one in finished_runs.read(tmp_path).evaluated] == [changed]
 
 
 def test_what_no_result_depends_on_makes_no_groups():

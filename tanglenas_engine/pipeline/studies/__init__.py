@@ -1,8 +1,8 @@
 """The paper's analyses, each a pipeline of its own: `tanglenas study NAME`.
 
-study.py has what a study consists of, and a module of the same name describes each. layout.py writes the folder of a
-study, runs.py runs a stage of one arm with one seed, and page.py writes the page from what all runs were measured by.
-The functions below are what the scripts in the folder of a study call.
+study.py has what a study consists of, and a module of the same name describes each. study_folder.py writes the folder
+of a study, run_folder.py lays out the folder of one arm with one seed, and page.py writes the page from what all runs
+were measured by. The functions below are what the scripts in the folder of a study call.
 """
 
 import importlib
@@ -36,4 +36,4 @@ def load(name: str) -> "Study":
 def __getattr__(name: str) -> Any:
     if name not in _CALLS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.calls"), name)
+    return getattr(importlib.import_module(f"{__name__}.scripts"), name)

@@ -20,7 +20,7 @@ from tanglenas_engine.pipeline.comparison_tables import (
 )
 from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.figure import draw
-from tanglenas_engine.pipeline.studies.runs import MEASURED, read_measured, read_params
+from tanglenas_engine.pipeline.studies.run_folder import MEASURED, read_measured, read_params
 from tanglenas_engine.pipeline.studies.sentences import sentences
 from tanglenas_engine.pipeline.studies.study import Measured, Study
 from tanglenas_engine.runtime.files import write_atomic

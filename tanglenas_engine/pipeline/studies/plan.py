@@ -9,7 +9,7 @@ from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, closest, positive, unknown
 from tanglenas_engine.pipeline.studies import load
-from tanglenas_engine.pipeline.studies.runs import GROUPS
+from tanglenas_engine.pipeline.studies.run_folder import GROUPS
 from tanglenas_engine.pipeline.studies.study import BUDGET, SCALES, Arm, Scale, Study
 
 PAPER = {

@@ -15,7 +15,7 @@ import torch
 
 from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.studies.memory import SAMPLES, STATES, Need
+from tanglenas_engine.pipeline.studies.memory_estimate import SAMPLES, STATES, Need
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Params, Scale, Study
 from tanglenas_engine.plugins import create_optimizer, create_space, manager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tanglenas_engine.pipeline.comparison import Metric
 
 if TYPE_CHECKING:
-    from tanglenas_engine.pipeline.studies.memory import Need
+    from tanglenas_engine.pipeline.studies.memory_estimate import Need
     from tanglenas_engine.pipeline.studies.run import Run
 
 SCALES = ("cpu", "paper")

@@ -11,7 +11,7 @@ from PIL import Image
 from project import lay_out, set_params
 
 from pipelines import search
-from tanglenas_datasets import images
+from tanglenas_datasets import image_checks
 from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_engine import SilentProgress, TangleNASError, create_dataset
 
@@ -43,13 +43,13 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        decode = images.decode
+        decode = image_checks.decode
 
         def counted(*arguments):
             self.count += 1
             return decode(*arguments)
 
-        monkeypatch.setattr(images, "decode", counted)
+        monkeypatch.setattr(image_checks, "decode", counted)
 
     def since(self) -> int:
         count, self.count = self.count, 0
@@ -110,7 +110,7 @@ def test_after_a_repair_only_the_files_that_were_bad_are_decoded(pictures: Path,
 
 def test_an_interrupted_check_goes_on_where_it_was(pictures: Path, tmp_path: Path, monkeypatch) -> None:
     decoded, state = Counted(monkeypatch), tmp_path / "state"
-    monkeypatch.setattr(images, "_AT_ONCE", 4)
+    monkeypatch.setattr(image_checks, "_AT_ONCE", 4)
 
     class Interrupting(SilentProgress):
         def epoch(self, epoch: int, epochs: int, text: str) -> None:

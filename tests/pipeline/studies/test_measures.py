@@ -20,7 +20,7 @@ from tanglenas_engine.pipeline.studies import fractions, insights, ranking, shar
 from tanglenas_engine.pipeline.studies.methods import moved
 from tanglenas_engine.pipeline.studies.ranking import compared
 from tanglenas_engine.pipeline.studies.run import Run
-from tanglenas_engine.pipeline.studies.runs import read_measured, take_supernet, write_measured
+from tanglenas_engine.pipeline.studies.run_folder import read_measured, take_supernet, write_measured
 from tanglenas_engine.pipeline.studies.sentences import verdict
 from tanglenas_engine.pipeline.studies.sharing import sized
 from tanglenas_engine.pipeline.studies.study import Curve, Measured

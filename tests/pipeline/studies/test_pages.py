@@ -14,10 +14,10 @@ from tanglenas_engine.pipeline.comparison import Estimate, Metric
 from tanglenas_engine.pipeline.studies.figure import curves, draw, matrices
 from tanglenas_engine.pipeline.studies.page import Results, compared, text, write_page
 from tanglenas_engine.pipeline.studies.plan import plan
-from tanglenas_engine.pipeline.studies.runs import read_measured
+from tanglenas_engine.pipeline.studies.run_folder import read_measured
 from tanglenas_engine.pipeline.studies.sentences import sentences, verdict
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Matrix, Measured, Panel, Study
-from tanglenas_engine.pipeline.studies.text import yaml_text
+from tanglenas_engine.pipeline.studies.yaml_text import yaml_text
 
 STUDY = Study(
     question="Is a better than b?",

@@ -15,11 +15,11 @@ from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.config import configured
 from tanglenas_engine.pipeline.params import parsed
-from tanglenas_engine.pipeline.studies import calls, runs
-from tanglenas_engine.pipeline.studies.memory import Need, check, estimate
+from tanglenas_engine.pipeline.studies import run_folder, scripts
+from tanglenas_engine.pipeline.studies.memory_estimate import Need, check, estimate
 from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.run import arguments_of
-from tanglenas_engine.pipeline.studies.runs import GROUPS
+from tanglenas_engine.pipeline.studies.run_folder import GROUPS
 from tanglenas_engine.pipeline.studies.study import SCALES, Claim
 from tanglenas_engine.plugins import manager
 
@@ -95,7 +95,7 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
     assert study("stability", *given).exit_code == 0
     monkeypatch.chdir(tmp_path / "here")
     before = dict(os.environ)
-    with runs.entered("warm-up", "7") as run:
+    with run_folder.entered("warm-up", "7") as run:
         assert Path.cwd() == tmp_path / "here" / "runs" / "warm-up-7"
         arguments = arguments_of("search")
         assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
@@ -112,8 +112,8 @@ def test_the_config_of_every_arm_is_read_by_every_stage(study, tmp_path, monkeyp
     assert study(name, "--seeds", "0").exit_code == 0
     monkeypatch.chdir(tmp_path / "here")
     for arm in studies.load(name).arms:
-        if arm in runs.read_params(tmp_path / "here")["arms"]:
-            with runs.entered(arm, "0"):
+        if arm in run_folder.read_params(tmp_path / "here")["arms"]:
+            with run_folder.entered(arm, "0"):
                 for stage in studies.load(name).stages:
                     with configured(arguments_of(stage)):
                         pass
@@ -126,11 +126,11 @@ def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch)
     out.mkdir(parents=True)
     (out / "search.run.json").write_text('{"used": {"processor_seconds": 99, "work_processor_seconds": 30.5}}')
     (out / "discretize.run.json").write_text('{"used": {"work_processor_seconds": 11.2}}')
-    with runs.entered("drnas", "0"):
+    with run_folder.entered("drnas", "0"):
         assert "search.seconds = 41.7" in arguments_of("search")
     (out / "discretize.run.json").write_text("{}")
     with pytest.raises(Exception, match="has no times, as its stages ran with TANGLENAS_TRACKING=off"):
-        runs.entered("drnas", "0").__enter__()
+        run_folder.entered("drnas", "0").__enter__()
 
 
 def test_a_fine_tuned_network_is_measured_beside_the_one_from_scratch(study, tmp_path, monkeypatch):
@@ -139,9 +139,9 @@ def test_a_fine_tuned_network_is_measured_beside_the_one_from_scratch(study, tmp
     theirs = {dep.def_path for dep in found.deps if "spos-scratch-7" in dep.def_path}
     assert {"runs/spos-scratch-7/out/retrain/model", "runs/spos-scratch-7/out/discretize"} <= theirs
     monkeypatch.chdir(tmp_path / "here")
-    with runs.entered("spos-finetune", "7") as run:
+    with run_folder.entered("spos-finetune", "7") as run:
         assert run.beside == tmp_path / "here" / "runs" / "spos-scratch-7"
-    with runs.entered("spos-scratch", "7") as run:
+    with run_folder.entered("spos-scratch", "7") as run:
         assert run.beside is None
 
 
@@ -184,7 +184,7 @@ def test_an_arm_has_no_space_of_its_own(study, tmp_path, monkeypatch):
     params = Path("params.yaml")
     params.write_text(params.read_text().replace("  plain:\n", "  plain:\n    recipe: demo\n", 1))
     with pytest.raises(TangleNASError, match="has 'recipe', which is the same for all arms of a study"):
-        runs.entered("plain", "0").__enter__()
+        run_folder.entered("plain", "0").__enter__()
 
 
 def test_a_pool_of_other_code_or_of_another_recipe_is_trained_anew(study, tmp_path, monkeypatch):
@@ -197,14 +197,14 @@ def test_a_pool_of_other_code_or_of_another_recipe_is_trained_anew(study, tmp_pa
         for file in (path, path.with_suffix(".json")):
             file.write_text("")
 
-    monkeypatch.setattr(calls, "build", build)
+    monkeypatch.setattr(scripts, "build", build)
     recipe, environment = Path("gin", "cpu", "retrain.gin"), Path("environment.json")
     for change in (environment, None, environment, recipe):
         if change is not None:
             change.write_text((change.read_text() if change.exists() else "") + "\n# changed: 1\n")
         if change is recipe:
             recipe.write_text(recipe.read_text() + "retrain.clip = 3.25\n")
-        calls.build_pool(4, 0.6)
+        scripts.build_pool(4, 0.6)
     assert built[0] == built[1] and len(set(built)) == 3
 
 
@@ -326,7 +326,9 @@ def test_without_a_name_the_studies_are_listed():
 
 
 def test_a_search_that_memory_cannot_hold_is_refused_before_it_starts(monkeypatch):
-    monkeypatch.setattr("tanglenas_engine.pipeline.studies.memory.available", lambda: (4 * 2**30, "this machine"))
+    monkeypatch.setattr(
+        "tanglenas_engine.pipeline.studies.memory_estimate.available", lambda: (4 * 2**30, "this machine")
+    )
     assert "keeps; this machine has 4.0 GiB free" in check(Need(2**20, 2**30, 64))
     with pytest.raises(
         Exception, match=r"about 9\.9 GiB.*512 samples at a time keeps\. this machine has 4\.0 GiB free\. Take"
@@ -343,7 +345,7 @@ def test_a_step_that_is_cut_into_pieces_needs_the_memory_of_a_piece(study, tmp_p
         given = [part for binding in bindings for part in ("--bind", binding)]
         assert study("stability", *given).exit_code == 0
         monkeypatch.chdir("here")
-        with runs.entered("plain", "0"):
+        with run_folder.entered("plain", "0"):
             kept[pieces] = estimate()
     assert kept[1].samples == 32 and kept[8].samples == 4
     assert kept[8].kept == pytest.approx(kept[1].kept / 8, rel=0.01)
@@ -351,7 +353,9 @@ def test_a_step_that_is_cut_into_pieces_needs_the_memory_of_a_piece(study, tmp_p
 
 def test_a_measurement_that_memory_cannot_hold_is_refused_and_leaves_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tanglenas_engine.pipeline.studies.memory.available", lambda: (2 * 2**30, "this machine"))
+    monkeypatch.setattr(
+        "tanglenas_engine.pipeline.studies.memory_estimate.available", lambda: (2 * 2**30, "this machine")
+    )
     given = ["study", "sharing", "--arms", "superposed", "--out", "here", "-S", "measure.cells=[toy_cell_nano]"]
     result = CliRunner().invoke(main, [*given, "-S", "measure.batch=100000"])
     assert result.exit_code == 2 and "a smaller measure.batch with -S, or --scale cpu" in result.stderr

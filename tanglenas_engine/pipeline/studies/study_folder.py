@@ -9,7 +9,7 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.studies.plan import Plan
 from tanglenas_engine.pipeline.studies.study import Stage
-from tanglenas_engine.pipeline.studies.text import yaml_text
+from tanglenas_engine.pipeline.studies.yaml_text import yaml_text
 
 OUTPUTS = {
     "search": ("search",),

@@ -22,7 +22,7 @@ from tanglenas_engine.errors import TangleNASError, shown, unknown
 from tanglenas_engine.pipeline.files import METRICS, OUT
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, Run, clock_of, work_seconds
 from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
-from tanglenas_engine.pipeline.studies.text import yaml_text
+from tanglenas_engine.pipeline.studies.yaml_text import yaml_text
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.files import write_atomic
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import PIL
 
+from tanglenas_datasets.decoding import UNREADABLE, decode, reason
 from tanglenas_datasets.folders import listed, shown
-from tanglenas_datasets.pictures import UNREADABLE, decode, reason
 from tanglenas_engine import Progress, TangleNASError, write_atomic
 
 MOST_NAMED = 50

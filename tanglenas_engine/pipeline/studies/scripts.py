@@ -16,7 +16,7 @@ from tanglenas_engine.pipeline.stage import one_sentence
 from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.page import write_page
 from tanglenas_engine.pipeline.studies.run import arguments_of
-from tanglenas_engine.pipeline.studies.runs import entered, take_supernet, write_measured
+from tanglenas_engine.pipeline.studies.run_folder import entered, take_supernet, write_measured
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint

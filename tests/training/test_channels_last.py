@@ -11,7 +11,7 @@ from torch import nn
 from tanglenas_engine import create_optimizer, create_space, retrain, search
 from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.testing import random_data
-from tanglenas_engine.training.layout import learns_with_channels_last
+from tanglenas_engine.training.channels_last import learns_with_channels_last
 
 
 @pytest.mark.parametrize(
