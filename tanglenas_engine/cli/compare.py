@@ -29,7 +29,7 @@ def command(by: str, join: str, against: str | None, metrics: tuple[str, ...], o
     from ..pipeline.comparison_curves import read_curves
     from ..pipeline.comparison_figure import draw
     from ..pipeline.comparison_tables import latex, markdown, table_csv
-    from ..pipeline.store import project_root
+    from ..pipeline.project import project_root
 
     root = project_root()
     grouped, joined = ([name.strip() for name in names.split(",") if name.strip()] for names in (by, join))

@@ -58,7 +58,7 @@ def command(fix: bool) -> None:
 
     The exit status is 1 where a problem is left.
     """
-    from ..pipeline.store import project_root
+    from ..pipeline.project import project_root
 
     root = project_root()
     sections = {

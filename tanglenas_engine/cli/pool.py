@@ -55,7 +55,7 @@ def build(
         rows.append([metric, *map(number, values)])
     print_table([f"{len(built)} networks", "best", "median", "worst"], rows)
     for name, key in record.baselines.items():
-        trained, common = record.trained([key])
+        trained, common = record.complete_networks([key])
         if trained:
             loss = record.mean(key, "test_loss", common)
             click.echo(f"most {name} within the budget: test loss {loss:.4f}  {key}")

@@ -15,8 +15,8 @@ def command(output: Path) -> None:
     """
     from tanglenas_engine.runtime.files import write_atomic
 
+    from ..pipeline.project import project_root
     from ..pipeline.report import page
-    from ..pipeline.store import project_root
     from ._shipped import pipeline
 
     html, runs, mixed = page(project_root(), pipeline() / "params.yaml")

@@ -159,11 +159,11 @@ def _check_config(folder: Path, plan: Plan) -> None:
     """
     from ..pipeline.config import configured
     from ..pipeline.studies.run import arguments_of
-    from ..pipeline.studies.run_folder import entered
+    from ..pipeline.studies.run_folder import in_run_folder
 
     if plan.study.needed is None:
         arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
-        with chdir(folder), entered(arm, str(seed)), configured(arguments_of("search")):
+        with chdir(folder), in_run_folder(arm, str(seed)), configured(arguments_of("search")):
             pass
 
 
@@ -175,13 +175,13 @@ def _check_memory(folder: Path, plan: Plan) -> None:
     """
     from ..pipeline.studies import memory_estimate
     from ..pipeline.studies.methods import check_table
-    from ..pipeline.studies.run_folder import entered
+    from ..pipeline.studies.run_folder import in_run_folder
 
     if plan.study.needed is not None:
         need = plan.study.needed(plan.params)
     else:
         arm, seed = next(iter(plan.params["arms"])), plan.params["seeds"][0]
-        with chdir(folder), entered(arm, str(seed)) as run:
+        with chdir(folder), in_run_folder(arm, str(seed)) as run:
             if plan.study.with_table:
                 check_table(run)
             need = memory_estimate.estimate()

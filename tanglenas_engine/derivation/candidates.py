@@ -103,14 +103,14 @@ class Afforded:
     Attributes:
         race: False if all candidates are judged on all samples.
         trial: The costs of a candidate.
-        told: True if a person was told the number of candidates.
+        announced: True if a person was told the number of candidates.
     """
 
     seconds: float
     clock: str
     race: bool
     trial: Trial
-    told: bool
+    announced: bool
 
 
 class Candidates:
@@ -220,7 +220,7 @@ class Candidates:
         if kind is not None and self._scores:
             self.save()
 
-    def afford(self, timer: Timer, race: bool = True) -> None:
+    def limit_by_seconds(self, timer: Timer, race: bool = True) -> None:
         """Set the limit to the number of candidates that can be judged in a timer's seconds.
 
         The first candidates are judged on two rungs, which tells what a candidate and a sample cost. A derivation that
@@ -239,7 +239,7 @@ class Candidates:
             restore_rng_state(generators)
             self._drawn.clear()
             self.save()
-        self._afforded = Afforded(timer.seconds, timer.clock, race, Trial(*self.kept["trial"]), told=not new)
+        self._afforded = Afforded(timer.seconds, timer.clock, race, Trial(*self.kept["trial"]), announced=not new)
         self.in_generations(None)
 
     def in_generations(self, size: int | None, single: int = 0) -> None:
@@ -413,8 +413,8 @@ class Candidates:
             total: The number of candidates in all generations, for the progress line.
             race: False judges every candidate on all samples.
         """
-        if self._afforded and not self._afforded.told:
-            self._afforded.told = True
+        if self._afforded and not self._afforded.announced:
+            self._afforded.announced = True
             self.note(
                 f"{self._afforded.seconds:g} {self._afforded.clock} seconds are {self.limit} candidates. "
                 f"{self._label}.candidates = {self.limit} gives the same result again"
@@ -450,7 +450,7 @@ class Candidates:
         """Tell a person a fact about the derivation."""
         self._progress.note(f"{self._label}: {sentence}")
 
-    def carry_on(self, keep: Callable[[Sequence[Record]], Sequence[Record]]) -> None:
+    def promote(self, keep: Callable[[Sequence[Record]], Sequence[Record]]) -> None:
         """Judge more candidates of each rung on the next one, from the first rung to the last.
 
         Args:
@@ -475,7 +475,7 @@ class Candidates:
         The statistics come from about as many samples as a rung has, as all would take most of a first rung's time.
         """
         statistics = self._statistics
-        if isinstance(samples, Part):
+        if isinstance(samples, SampleSubset):
             statistics = statistics[: math.ceil(len(samples) / STATISTICS_BATCH)]
         return measure_inherited(self.space, architecture, samples, statistics, self._batch_size)
 
@@ -494,7 +494,7 @@ class Candidates:
 
     def _part(self, count: int) -> Samples:
         """Return the samples of a rung."""
-        return self._samples if count == len(self._samples) else Part(self._samples, self._order[:count])
+        return self._samples if count == len(self._samples) else SampleSubset(self._samples, self._order[:count])
 
     def _measure(self, architectures: Sequence[Architecture], count: int, keep: bool = False) -> None:
         """Write the scores of architectures on `count` samples into their records, or keep those that records have."""
@@ -544,7 +544,7 @@ def _rank(record: Record) -> tuple[int, bool, float]:
     return -record["samples"], not math.isfinite(record["loss"]), record["loss"]
 
 
-class Part:
+class SampleSubset:
     """A subset of samples, by their indices.
 
     Args:

@@ -36,7 +36,7 @@ def final_front(candidates: Candidates) -> list[Record]:
     A race drops candidates of a large loss, and with them most of the cheap ones. So the front of every rung goes on to
     the next one here. Losses are compared within a rung, where they are of the same samples.
     """
-    candidates.carry_on(lambda records: _undominated(records, candidates.cost))
+    candidates.promote(lambda records: _undominated(records, candidates.cost))
     return front(candidates.records, candidates.cost)
 
 

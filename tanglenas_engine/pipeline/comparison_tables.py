@@ -47,7 +47,7 @@ def estimate_rows(comparison: Comparison, table: Table) -> list[list[str]]:
         shown = comparison.metric(metric)
         for group in table.groups:
             if estimate := table.estimates.get((metric, group.label)):
-                rows.append([shown.heading, group.label, *told(shown, estimate)])
+                rows.append([shown.heading, group.label, *format_estimate(shown, estimate)])
     return rows
 
 
@@ -59,7 +59,7 @@ def difference_rows(comparison: Comparison, table: Table) -> list[list[str]]:
         if one.seeds_needed is not None and one.seeds_needed > MOST_SEEDS:
             needed = f"> {MOST_SEEDS:,}"
         shown = comparison.metric(one.metric)
-        numbers = told(shown, one.estimate, signed=True)
+        numbers = format_estimate(shown, one.estimate, signed=True)
         rows.append([shown.heading, one.group, one.against, *numbers, needed])
     return rows
 
@@ -146,7 +146,7 @@ def _tabular(metrics: Sequence[Metric], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def told(metric: Metric, estimate: Estimate, signed: bool = False) -> list[str]:
+def format_estimate(metric: Metric, estimate: Estimate, signed: bool = False) -> list[str]:
     """Return the number of seeds, the mean, the deviation and the interval of an estimate as text."""
 
     def number(value: float, sign: str = "+" if signed else "") -> str:
@@ -194,14 +194,14 @@ def _latex_row(cells: Sequence[str]) -> str:
 def _latex_mean(metric: Metric, estimate: Estimate | None, seeds: int) -> str:
     if estimate is None:
         return "--"
-    _, mean, deviation, _ = told(metric, estimate)
+    _, mean, deviation, _ = format_estimate(metric, estimate)
     return _math(mean if estimate.deviation is None else f"{mean} \\pm {deviation}") + _fewer(estimate, seeds)
 
 
 def _latex_difference(metric: Metric, estimate: Estimate | None, seeds: int) -> str:
     if estimate is None:
         return "--"
-    _, mean, _, interval = told(metric, estimate, signed=True)
+    _, mean, _, interval = format_estimate(metric, estimate, signed=True)
     ends = interval.replace(" to ", ";\\ ")
     return _math(mean if estimate.interval is None else f"{mean}\\ [{ends}]") + _fewer(estimate, seeds)
 

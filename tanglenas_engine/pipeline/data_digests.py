@@ -23,7 +23,7 @@ from typing import Any
 from tanglenas_engine.data import data_path
 from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.pipeline.config import bindings_of
-from tanglenas_engine.pipeline.files import read_told
+from tanglenas_engine.pipeline.files import read_json_or_empty
 from tanglenas_engine.pipeline.values import macro_value, resolved
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.files import write_atomic
@@ -57,7 +57,7 @@ class DataDigests:
     def __init__(self, memory: Path, apart: Path) -> None:
         self._memory = memory
         self._apart = _identity(apart.stat())
-        told = read_told(memory)
+        told = read_json_or_empty(memory)
         self._known = {path: it for path, it in told.items() if isinstance(it, list) and len(it) == 2}
         self._found: dict[str, str] = {}
         self._changed = False

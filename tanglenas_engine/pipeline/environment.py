@@ -33,9 +33,9 @@ from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.pretrained import local_digest
-from tanglenas_engine.pipeline.store import project_root
+from tanglenas_engine.pipeline.project import project_root
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, arguments_of
-from tanglenas_engine.pipeline.studies.run_folder import entered, read_params
+from tanglenas_engine.pipeline.studies.run_folder import in_run_folder, read_params
 from tanglenas_engine.plugins import Registration, manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import code_version, file_digest
@@ -96,7 +96,7 @@ def _data_of_study(digests: DataDigests) -> dict[str, Any]:
     """Return the digests of the data of a study, by arm and stage where these have different data."""
     found: dict[str, dict[str, Any]] = {}
     for arm in read_params(Path())["arms"]:
-        with suppress(TangleNASError), entered(arm, "0", Path(".tanglenas", "study")):
+        with suppress(TangleNASError), in_run_folder(arm, "0", Path(".tanglenas", "study")):
             for stage in STAGES:
                 found[f"{arm}: {stage}"] = _data_of(arguments_of(stage), digests)
     if not found:

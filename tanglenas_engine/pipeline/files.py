@@ -45,8 +45,8 @@ def read_splits() -> Splits:
     return splits
 
 
-def read_told(path: Path) -> dict[str, Any]:
-    """Return what a stage wrote for people; nothing where it is missing or damaged, as no result depends on it."""
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """Return what a stage wrote for people, or {} if it is missing or damaged, as no result depends on it."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tanglenas_engine.pipeline.config import referred
-from tanglenas_engine.pipeline.store import project_root
+from tanglenas_engine.pipeline.project import project_root
 
 INSTALLED = ("site-packages", "dist-packages")
 """Folders of installed packages, whose versions stand for their code."""

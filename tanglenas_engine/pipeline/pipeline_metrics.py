@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, read_told
+from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, read_json_or_empty
 
 COMPARED = {
     "search": {"validation_accuracy": "search_validation_accuracy", "validation_loss": "search_validation_loss"},
@@ -25,7 +25,7 @@ def pipeline_metrics(stage: str) -> dict[str, float]:
     found: dict[str, float] = {}
     used: dict[str, dict[str, float]] = {}
     for name in STAGES[: STAGES.index(stage) + 1]:
-        metrics, run = (read_told(path) for path in (METRICS / f"{name}.json", OUT / f"{name}.run.json"))
+        metrics, run = (read_json_or_empty(path) for path in (METRICS / f"{name}.json", OUT / f"{name}.run.json"))
         found |= {shared: metrics[key] for key, shared in COMPARED[name].items() if _is_number(metrics.get(key))}
         costs = run.get("used")
         used[name] = (

@@ -179,7 +179,7 @@ class Record:
     def write(self, path: Path, architectures: Sequence[str]) -> None:
         """Write the record, and the table of those of the architectures that were trained."""
         write_atomic(record_of(path), json.dumps({**vars(self), "identity": vars(self.identity)}, indent=1) + "\n")
-        trained, seeds = self.trained(architectures)
+        trained, seeds = self.complete_networks(architectures)
         columns = {name: [self.mean(key, name, seeds) for key in trained] for name in COLUMNS}
         Table(trained, columns, self.identity.space).write(path)
 
@@ -187,7 +187,7 @@ class Record:
         """Return the mean of a column over the trainings of an architecture with some seeds."""
         return statistics.fmean(self.rows[architecture][seed][column] for seed in seeds)
 
-    def trained(self, architectures: Sequence[str]) -> tuple[list[str], list[str]]:
+    def complete_networks(self, architectures: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return those of the architectures that were trained without a failure, and the seeds that all of them have.
 
         A pool that grows has new networks of fewer seeds. The others count by these seeds, too, until it is complete.
@@ -207,7 +207,7 @@ class Record:
             metric: A column.
             architectures: The architectures to rank.
         """
-        trained, seeds = self.trained(architectures)
+        trained, seeds = self.complete_networks(architectures)
         if len(seeds) < 2 or len(trained) < 3:
             return None
         found = Reliability.of([[self.rows[key][seed][metric] for key in trained] for seed in seeds])

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.project import project_root
 from tanglenas_engine.pipeline.redaction import reason
-from tanglenas_engine.pipeline.store import KEY, PARENT, Event, Refused, Run, Store, project_root, within
+from tanglenas_engine.pipeline.store import KEY, PARENT, Event, Refused, Run, Store, call_with_timeout
 from tanglenas_engine.runtime.files import exclusive, holder, read_note, write_atomic
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def open_run(store: Store, start: Event) -> Run:
         Exception: The store fails.
     """
     client = store.connect()
-    return within(15.0, Run, store, client, start, start.get("run_id"))
+    return call_with_timeout(15.0, Run, store, client, start, start.get("run_id"))
 
 
 # --- runs that ended with records waiting, or without an end --------------------------------------------------
@@ -295,7 +296,7 @@ def mark_killed(run_ids: Iterable[str], root: str | Path | None = None) -> list[
     for run_id in ended:
         try:
             client = store.connect()
-            within(15.0, _kill, client, run_id, alive)
+            call_with_timeout(15.0, _kill, client, run_id, alive)
         except Exception as error:
             raise TangleNASError(f"the MLflow store {store.name} did not end run {run_id} ({reason(error)})") from error
         if (folder := folders.get(run_id)) and not Spool(folder).events:
@@ -353,7 +354,7 @@ def _running(store: Store, known: Iterable[str | None]) -> list[Any]:
                 return [run for run in runs if "tanglenas.stage" in run.data.tags or run.info.run_id in known]
 
     try:
-        return within(60.0, search, store.connect())
+        return call_with_timeout(60.0, search, store.connect())
     except Exception as error:
         raise TangleNASError(
             f"the MLflow store {store.name} cannot be used ({reason(error)}). Start its server, or correct "

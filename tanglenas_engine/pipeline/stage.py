@@ -36,11 +36,12 @@ from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config, without_call_stack
 from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
-from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_splits, read_told
+from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_json_or_empty, read_splits
 from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.pipeline_metrics import pipeline_metrics
-from tanglenas_engine.pipeline.tracking import AFTER, MlflowTracker, project_root
+from tanglenas_engine.pipeline.project import project_root
+from tanglenas_engine.pipeline.tracking import AFTER, MlflowTracker
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -170,7 +171,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         distributed.relaunch(f"pipelines.{name}", arguments)
         stack.enter_context(distributed.process_group())
         root = project_root()
-        with distributed.first():  # one process downloads the data
+        with distributed.first_rank_first():  # one process downloads the data
             configure(arguments)
             for path in inputs:
                 if not path.exists():
@@ -236,7 +237,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
 def _after(name: str) -> dict[str, str]:
     """Return tags with the runs of the stages before this one. DVC may have skipped them, or fetched their files."""
     before = itertools.takewhile(lambda stage: stage != name, STAGES)
-    runs = {stage: read_told(OUT / f"{stage}.run.json").get("mlflow_run_id") for stage in before}
+    runs = {stage: read_json_or_empty(OUT / f"{stage}.run.json").get("mlflow_run_id") for stage in before}
     return {f"{AFTER}{stage}": run for stage, run in runs.items() if isinstance(run, str) and run}
 
 

@@ -58,22 +58,11 @@ VIEW = {
 """The tags of an experiment with which its page opens on columns that compare pipelines."""
 
 
-def project_root() -> Path:
-    """Return the folder of the DVC project or git repository, or the current one: state that outlives a run lies there.
-
-    `dvc exp run --queue` runs stages in a copy that it deletes, but `$DVC_ROOT` is the original.
-    """
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root).resolve()
-    here = Path.cwd()
-    return next((f for f in (here, *here.parents) if (f / ".dvc").is_dir() or (f / ".git").exists()), here)
-
-
 class Refused(Exception):
     """The store refused a record for good."""
 
 
-def within(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def call_with_timeout(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in a thread, and return or raise what it does.
 
     Raises:
@@ -140,7 +129,7 @@ class Store:
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces each migration
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        return within(OPENING[self.served], self._open, MlflowClient)
+        return call_with_timeout(OPENING[self.served], self._open, MlflowClient)
 
     def _open(self, make: type[MlflowClient]) -> MlflowClient:
         lock: Any = nullcontext()
@@ -233,7 +222,7 @@ class Run:
 
         limit = UPLOAD_SECONDS if event["what"] == "artifact" else ANSWER_SECONDS
         try:
-            within(limit, getattr(self, f"_{event['what']}"), event, folder)
+            call_with_timeout(limit, getattr(self, f"_{event['what']}"), event, folder)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
                 raise Refused(reason(error)) from error

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.project import project_root
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.pipeline.spool import (
     UNSENT,
@@ -35,7 +36,7 @@ from tanglenas_engine.pipeline.spool import (
     stale_runs,
     upload_spool,
 )
-from tanglenas_engine.pipeline.store import KEY, Event, Refused, Run, Store, allowed, flat, project_root
+from tanglenas_engine.pipeline.store import KEY, Event, Refused, Run, Store, allowed, flat
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
@@ -45,7 +46,6 @@ __all__ = [
     "MlflowTracker",
     "lineage",
     "mark_killed",
-    "project_root",
     "spooled_runs",
     "stale_runs",
     "upload_spool",

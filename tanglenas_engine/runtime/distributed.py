@@ -135,7 +135,7 @@ def process_group() -> Iterator[None]:
 
 
 @contextmanager
-def first() -> Iterator[None]:
+def first_rank_first() -> Iterator[None]:
     """Let rank 0 pass the block before the other ranks enter it.
 
     Raises:

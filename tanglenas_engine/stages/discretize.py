@@ -240,7 +240,7 @@ def discretize(
     ) as tried:  # fmt: skip
         judging = judging_of(methods[method])
         if timer is not None and judging != "one candidate":
-            tried.afford(timer, race=judging == "race")
+            tried.limit_by_seconds(timer, race=judging == "race")
         found = methods[method](tried, weights)
         front = [record["architecture"] for record in final_front(tried)]
         best = tried.best()[0]["architecture"] if found is None else found.architecture

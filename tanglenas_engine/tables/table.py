@@ -64,8 +64,8 @@ class Table:
         self.tied: SearchSpace | None = None
         self._index = {key: i for i, key in enumerate(self.keys)}
         self._sorted: dict[str, NDArray[np.float64]] = {}
-        self.told = dict(higher_is_better or {})
-        for metric in self.told:
+        self.directions = dict(higher_is_better or {})
+        for metric in self.directions:
             self._column(metric)
         if len(self._index) < len(self.keys):
             twice = next(key for i, key in enumerate(self.keys) if self._index[key] != i)
@@ -88,7 +88,7 @@ class Table:
         """Return True if more of the metric is better, False if less is, or None if nothing says so."""
         self._column(metric)
         kind = kind_of(metric)
-        return self.told.get(metric, None if kind is None else kind != "less")
+        return self.directions.get(metric, None if kind is None else kind != "less")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -156,7 +156,7 @@ class Table:
         named = [key for key in keys if key is not None]
         if len(set(named)) < len(keys):
             raise TangleNASError(f"{self.check(space)}. Remove what is wrong, or name the right space")
-        table = Table(named, self.columns, _label(space), self.told)
+        table = Table(named, self.columns, _label(space), self.directions)
         table.tied, table.fractions = space, self.fractions
         return table
 
@@ -215,7 +215,7 @@ class Table:
         write_atomic(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
     def _header(self, metric: str) -> str:
-        told = self.told.get(metric)
+        told = self.directions.get(metric)
         return metric if told is None else f"{metric} ({'more' if told else 'less'} is better)"
 
     def _direction(self, metric: str) -> bool:

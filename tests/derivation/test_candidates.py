@@ -13,7 +13,7 @@ from torch import nn
 from tanglenas_engine.data import TensorSamples
 from tanglenas_engine.derivation import candidates as module
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.candidates import Candidates, Part
+from tanglenas_engine.derivation.candidates import Candidates, SampleSubset
 from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import timer
@@ -313,7 +313,7 @@ def test_a_race_judges_on_a_part_of_the_samples_that_is_the_same_for_all():
     with candidates(space, batch_size=10) as tried:
         drawn = tried.fresh(8)
         records = tried.judge(drawn)
-        part = Part(tried._samples, tried._order[:10])
+        part = SampleSubset(tried._samples, tried._order[:10])
         assert sorted(record["samples"] for record in records) == [10] * 6 + [40] * 2
         for record in records:
             found = tried.measured(record["architecture"], part if record["samples"] == 10 else tried._samples)
@@ -373,7 +373,9 @@ def test_what_a_trial_judged_does_not_bring_a_candidate_further_than_its_race_di
     def judged(limit, seconds=None):
         with Late(space, additive(space, 0), samples=256, batch_size=16, limit=limit) as tried:
             if seconds is not None:
-                tried.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates"))
+                tried.limit_by_seconds(
+                    timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates")
+                )
             tried.judge(tried.first(tried.limit))
             front = [record["digest"] for record in final_front(tried)]
         return tried.limit, tried.records, front

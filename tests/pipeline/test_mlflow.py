@@ -17,11 +17,11 @@ from forked import Forked
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import spool, store, tracking
+from tanglenas_engine.pipeline.project import project_root
 from tanglenas_engine.pipeline.tracking import (
     MlflowTracker,
     lineage,
     mark_killed,
-    project_root,
     spooled_runs,
     stale_runs,
     upload_spool,

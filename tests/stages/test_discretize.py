@@ -337,7 +337,9 @@ def test_known_scores_are_credited_once_for_all_ranks(monkeypatch, ranks, second
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     with Candidates(space, data.weights, data.architecture, recalibration_batches=1) as candidates:
         candidates.kept["trial"] = [0.0, 40, float(ranks), 40, float(ranks), seconds - 9 * ranks]
-        candidates.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", ""), race=False)
+        candidates.limit_by_seconds(
+            timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", ""), race=False
+        )
         assert (candidates.limit - 8) + 1 == (seconds - 9 * ranks)  # the result is measured, too
 
 

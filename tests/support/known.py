@@ -48,7 +48,7 @@ def seconds_of(method, seconds, monkeypatch):
 
     space = vit(depth=(1, 2, 3))
     with Slow(space, additive(space, 0), samples=256, batch_size=16, limit=space.size) as candidates:
-        candidates.afford(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates"))
+        candidates.limit_by_seconds(timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", "candidates"))
         method(candidates, None)
         final_front(candidates)
     return spent[0]

@@ -274,11 +274,11 @@ def exchanged():
 def after_the_first():
     """Rank 0 writes, the others find it; when it fails, they hear why."""
     place = Path(distributed.broadcast(tempfile.mkdtemp()))
-    with distributed.first():
+    with distributed.first_rank_first():
         found = (place / "file").exists()
         (place / "file").touch()
     try:
-        with distributed.first():
+        with distributed.first_rank_first():
             if distributed.rank() == 0:
                 raise TangleNASError("no disk")
     except TangleNASError as error:

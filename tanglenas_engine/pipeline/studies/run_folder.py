@@ -56,7 +56,7 @@ def read_params(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def entered(arm: str, seed: str, aside: Path | None = None) -> Iterator[Run]:
+def in_run_folder(arm: str, seed: str, aside: Path | None = None) -> Iterator[Run]:
     """Lay out the folder of a run, and make it the current one until the block ends. Begin in the study's folder.
 
     Args:
@@ -90,7 +90,7 @@ def entered(arm: str, seed: str, aside: Path | None = None) -> Iterator[Run]:
     if table:
         bindings += [f'benchmark.path = "../../{table}"', f'benchmark.metric = "{params["metric"]}"']
     folder = root / (aside or RUNS / f"{arm}-{seed}")
-    with distributed.first():
+    with distributed.first_rank_first():
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / "gin", ignore_errors=True)

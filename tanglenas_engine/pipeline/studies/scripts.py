@@ -16,7 +16,7 @@ from tanglenas_engine.pipeline.stage import one_sentence
 from tanglenas_engine.pipeline.studies import load
 from tanglenas_engine.pipeline.studies.page import write_page
 from tanglenas_engine.pipeline.studies.run import arguments_of
-from tanglenas_engine.pipeline.studies.run_folder import entered, take_supernet, write_measured
+from tanglenas_engine.pipeline.studies.run_folder import in_run_folder, take_supernet, write_measured
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
@@ -39,7 +39,7 @@ def stage_of(arm: str, seed: str, stage: str, share: bool = True) -> Iterator[li
     with one_sentence(stage):
         if share:
             distributed.relaunch("pipelines.run", [arm, seed, stage])
-        with distributed.process_group(), entered(arm, seed):
+        with distributed.process_group(), in_run_folder(arm, seed):
             if distributed.rank() == 0:
                 print(f"{stage} of {arm}, seed {seed}")
             yield arguments_of(stage)
@@ -48,7 +48,7 @@ def stage_of(arm: str, seed: str, stage: str, share: bool = True) -> Iterator[li
 def measure_run(arm: str, seed: str) -> None:
     """Measure a run as its study says, and write the file of its measurements."""
     print_anything()
-    with one_sentence("measure"), entered(arm, seed) as entry:
+    with one_sentence("measure"), in_run_folder(arm, seed) as entry:
         print(f"measure of {arm}, seed {seed}")
         write_measured(entry, load(entry.study).measure(entry))
 
@@ -63,7 +63,7 @@ def build_pool(count: int, budget: float | None, seeds: int = 1) -> None:
     """
     print_anything()
     out = Path("pool").resolve()
-    with one_sentence("pool"), entered("pool", "0") as entry:
+    with one_sentence("pool"), in_run_folder("pool", "0") as entry:
         arguments = arguments_of("retrain")
         with configured(arguments):
             config = gin.config_str()

@@ -21,7 +21,7 @@ from tanglenas_engine.pipeline.comparison import (
     Table,
     differences_to,
 )
-from tanglenas_engine.pipeline.comparison_tables import INTERVAL, told
+from tanglenas_engine.pipeline.comparison_tables import INTERVAL, format_estimate
 from tanglenas_engine.pipeline.studies.study import Claim
 
 Verdict = Literal["ahead", "behind", "not told apart", "equal", "one seed"]
@@ -134,6 +134,6 @@ def _paper(claim: Claim, reached: Verdict) -> str:
 
 def _numbers(look: Metric, estimate: Estimate, signed: bool = False) -> tuple[str, str]:
     """Return a mean with its unit, and its interval with the number of seeds."""
-    count, mean, _, ends = told(look, replace(estimate, interval=interval(estimate)), signed)
+    count, mean, _, ends = format_estimate(look, replace(estimate, interval=interval(estimate)), signed)
     unit = f" {look.unit}" if look.unit else ""
     return f"{mean}{unit}", f"{INTERVAL} {ends}, {count} seeds"

@@ -95,7 +95,7 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
     assert study("stability", *given).exit_code == 0
     monkeypatch.chdir(tmp_path / "here")
     before = dict(os.environ)
-    with run_folder.entered("warm-up", "7") as run:
+    with run_folder.in_run_folder("warm-up", "7") as run:
         assert Path.cwd() == tmp_path / "here" / "runs" / "warm-up-7"
         arguments = arguments_of("search")
         assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
@@ -113,7 +113,7 @@ def test_the_config_of_every_arm_is_read_by_every_stage(study, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "here")
     for arm in studies.load(name).arms:
         if arm in run_folder.read_params(tmp_path / "here")["arms"]:
-            with run_folder.entered(arm, "0"):
+            with run_folder.in_run_folder(arm, "0"):
                 for stage in studies.load(name).stages:
                     with configured(arguments_of(stage)):
                         pass
@@ -126,11 +126,11 @@ def test_a_search_takes_as_long_as_another_arm_did(study, tmp_path, monkeypatch)
     out.mkdir(parents=True)
     (out / "search.run.json").write_text('{"used": {"processor_seconds": 99, "work_processor_seconds": 30.5}}')
     (out / "discretize.run.json").write_text('{"used": {"work_processor_seconds": 11.2}}')
-    with run_folder.entered("drnas", "0"):
+    with run_folder.in_run_folder("drnas", "0"):
         assert "search.seconds = 41.7" in arguments_of("search")
     (out / "discretize.run.json").write_text("{}")
     with pytest.raises(Exception, match="has no times, as its stages ran with TANGLENAS_TRACKING=off"):
-        run_folder.entered("drnas", "0").__enter__()
+        run_folder.in_run_folder("drnas", "0").__enter__()
 
 
 def test_a_fine_tuned_network_is_measured_beside_the_one_from_scratch(study, tmp_path, monkeypatch):
@@ -139,9 +139,9 @@ def test_a_fine_tuned_network_is_measured_beside_the_one_from_scratch(study, tmp
     theirs = {dep.def_path for dep in found.deps if "spos-scratch-7" in dep.def_path}
     assert {"runs/spos-scratch-7/out/retrain/model", "runs/spos-scratch-7/out/discretize"} <= theirs
     monkeypatch.chdir(tmp_path / "here")
-    with run_folder.entered("spos-finetune", "7") as run:
+    with run_folder.in_run_folder("spos-finetune", "7") as run:
         assert run.beside == tmp_path / "here" / "runs" / "spos-scratch-7"
-    with run_folder.entered("spos-scratch", "7") as run:
+    with run_folder.in_run_folder("spos-scratch", "7") as run:
         assert run.beside is None
 
 
@@ -184,7 +184,7 @@ def test_an_arm_has_no_space_of_its_own(study, tmp_path, monkeypatch):
     params = Path("params.yaml")
     params.write_text(params.read_text().replace("  plain:\n", "  plain:\n    recipe: demo\n", 1))
     with pytest.raises(TangleNASError, match="has 'recipe', which is the same for all arms of a study"):
-        run_folder.entered("plain", "0").__enter__()
+        run_folder.in_run_folder("plain", "0").__enter__()
 
 
 def test_a_pool_of_other_code_or_of_another_recipe_is_trained_anew(study, tmp_path, monkeypatch):
@@ -345,7 +345,7 @@ def test_a_step_that_is_cut_into_pieces_needs_the_memory_of_a_piece(study, tmp_p
         given = [part for binding in bindings for part in ("--bind", binding)]
         assert study("stability", *given).exit_code == 0
         monkeypatch.chdir("here")
-        with run_folder.entered("plain", "0"):
+        with run_folder.in_run_folder("plain", "0"):
             kept[pieces] = estimate()
     assert kept[1].samples == 32 and kept[8].samples == 4
     assert kept[8].kept == pytest.approx(kept[1].kept / 8, rel=0.01)
