@@ -208,7 +208,7 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_search(project, r
 
 def test_a_later_stage_that_finds_its_modules_by_itself_is_not_refused(project, refused):
     with open("gin/stages/retrain.gin", "a") as file:
-        file.write("\nretrain.loss = @my_losses.loss\n")
+        file.write("\nretrain.loss = @losses_of_src.loss\n")
     assert "after the search, retrain would fail" in refused("search")
     pipeline = Path("dvc.yaml").read_text()
     Path("dvc.yaml").write_text(
