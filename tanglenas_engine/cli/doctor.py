@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +177,54 @@ def _project(root: Path) -> Iterator[Finding]:
             yield Finding("problem", str(error))
             return
         yield ok("dvc.yaml, params.yaml, gin/ and pipelines/ are there")
+        yield from _outputs_in_git(root)
 
 
 def _has_no_commit(root: Path) -> bool:
     """Return whether a folder is in a git repository that has no commit yet."""
+    return _git(root, "rev-parse", "--git-dir") is not None and (
+        _git(root, "rev-parse", "--verify", "--quiet", "HEAD") is None
+    )
 
-    def succeeds(*arguments: str) -> bool:
-        run = subprocess.run(["git", "rev-parse", *arguments], cwd=root, capture_output=True, timeout=60)
-        return run.returncode == 0
 
+def _outputs_in_git(root: Path) -> Iterator[Finding]:
+    """Yield a problem where git tracks outputs that DVC keeps, and a note where the next `git add .` may begin to."""
+    kept = _kept_by_dvc(root / "dvc.yaml")
+    if not kept or (files := _git(root, "ls-files", "-z", "--", *kept)) is None:
+        return
+    tracked = [out for out in kept if any(fnmatch(f, out) or fnmatch(f, f"{out}/*") for f in files.split("\0"))]
+    if tracked:
+        yield Finding(
+            "problem",
+            f"git tracks {', '.join(tracked)}, so that `dvc repro` refuses to run: DVC keeps them",
+            f'git rm -r --quiet --cached {shlex.join(tracked)} && git commit -m "DVC keeps the outputs"',
+        )
+    ignored = (_git(root, "check-ignore", "--no-index", *kept) or "").splitlines()
+    if in_danger := [out for out in kept if out not in ignored]:
+        yield Finding(
+            "note",
+            f"git does not ignore {', '.join(in_danger)}, which DVC keeps: `git add .` may add them",
+            f"tanglenas init --upgrade {shlex.quote(str(root))}",
+        )
+
+
+def _kept_by_dvc(pipeline: Path) -> list[str]:
+    """Return the outputs of a dvc.yaml that DVC keeps in its cache, with a `*` for each value that DVC fills in."""
+    from ruamel.yaml import YAML
+
+    stages = YAML(typ="safe").load(read_note(pipeline).decode("utf-8"))["stages"].values()
+    outs = [out for stage in stages for group in ("outs", "metrics", "plots") for out in stage.get(group, ())]
+    flags = {name: its for out in outs for name, its in (out.items() if isinstance(out, dict) else [(out, {})])}
+    return [re.sub(r"\$\{.*?\}", "*", name) for name, its in flags.items() if its.get("cache", True)]
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return what git prints about a folder, or None if it fails or is not installed."""
     try:
-        return succeeds("--git-dir") and not succeeds("--verify", "--quiet", "HEAD")
+        run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return False
+        return None
+    return run.stdout.decode("utf-8", "replace") if run.returncode == 0 else None
 
 
 def _content(path: Path) -> bytes:

@@ -35,8 +35,8 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
 
     Every file is yours to change. What the scripts in pipelines/ call comes with the package, and is upgraded with it.
 
-    With --upgrade, a project of an earlier version gets the scripts and the dvc.yaml of this one. gin/ and params.yaml
-    stay as they are, but for files of gin/ and keys of params.yaml that are new. What is replaced is kept under
+    With --upgrade, a project of an earlier version gets the scripts and the dvc.yaml of this one. gin/, params.yaml and
+    .gitignore stay as they are, but for files, keys and rules that are new. What is replaced is kept under
     .tanglenas/replaced.
     """
     if upgrade:
@@ -99,14 +99,16 @@ def _upgrade(folder: Path) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, folder / path)
     keys = _add_keys(folder / "params.yaml", source / "params.yaml")
+    rules = _add_rules(folder / ".gitignore", TEMPLATE / "project" / "gitignore")
     for verb, paths in (("replaced", replaced), ("removed", outdated), ("added", added)):
         if paths:
             click.echo(f"{verb}: {', '.join(path.as_posix() for path in paths)}")
-    if keys:
-        click.echo(f"added to params.yaml: {', '.join(keys)}")
+    for file, lines in (("params.yaml", keys), (".gitignore", rules)):
+        if lines:
+            click.echo(f"added to {file}: {', '.join(lines)}")
     if kept.exists():
         click.echo(f"What was there is in {kept}.")
-    if not (replaced or outdated or added or keys):
+    if not (replaced or outdated or added or keys or rules):
         click.echo(f"{folder} is of this version already.")
 
 
@@ -131,6 +133,17 @@ def _add_keys(theirs: Path, ours: Path) -> list[str]:
         with theirs.open("w", encoding="utf-8") as file:
             yaml.dump(params, file)
     return added
+
+
+def _add_rules(theirs: Path, ours: Path) -> list[str]:
+    """Add to a project's .gitignore the rules that it lacks. One that a person wrote otherwise or put out stays so."""
+    text = theirs.read_text("utf-8", "surrogateescape") if theirs.exists() else ""
+    there = {line.strip("# /") for line in text.splitlines()}
+    rules = [line for line in ours.read_text("utf-8").splitlines() if not line.startswith("#")]
+    if lacking := [rule for rule in rules if rule.strip("/") not in there]:
+        start = text if text.endswith("\n") or not text else text + "\n"
+        theirs.write_text(start + "\n".join(lacking) + "\n", "utf-8", "surrogateescape")
+    return lacking
 
 
 def _differs(ours: Path, theirs: Path) -> bool:

@@ -90,7 +90,7 @@ def command(
     check_fit(manager, *(manager.resolve(kind, plan.params[kind]) for kind in ("space", "dataset")))
     folder = out or Path(f"study-{name}")
     ignored = (TEMPLATE / "project" / "gitignore").read_text("utf-8")
-    own = "/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"
+    own = "/page\n/runs/*/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"
     files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": ignored + own}
     try:
         new = study_folder.lay_out(plan, folder, source, TEMPLATE / "study", files)

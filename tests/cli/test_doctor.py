@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -128,6 +130,47 @@ def test_an_environment_variable_that_is_wrong_is_a_problem(ask, monkeypatch, va
     status, found = ask()
     (problem,) = those(found, "problem")
     assert status == 1 and message in problem
+
+
+@pytest.fixture
+def git(project):
+    """Run git in the project, a repository with one commit."""
+
+    def call(*arguments: str) -> None:
+        person = ("-c", "user.name=Tester", "-c", "user.email=tester@example.org")
+        subprocess.run(["git", *person, *arguments], cwd=project, check=True, capture_output=True)
+
+    (project / ".git").rmdir()
+    call("init", "--quiet")
+    call("add", ".")
+    call("commit", "-qm", "new")
+    return call
+
+
+def test_outputs_that_git_tracks_are_a_problem_which_its_remedy_solves(ask, project, git):
+    assert ask()[0] == 0
+    for name in ("out/inputs/search.json", "out/recipe.json", "out/.gitignore", "metrics/search.json"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("{}\n")
+    git("add", "--force", ".")
+    git("commit", "-qm", "all")
+    status, found = ask()
+    (problem,) = those(found, "problem")
+    assert status == 1 and "git tracks out/inputs, out/recipe.json, so that" in problem
+    remedy = problem.partition(" -> ")[2]
+    assert remedy.startswith("git rm -r --quiet --cached out/inputs out/recipe.json && git commit")
+    git(*shlex.split(remedy.partition(" && ")[0])[1:])
+    assert ask()[0] == 0 and (project / "out" / "recipe.json").exists()
+
+
+def test_outputs_that_git_would_add_are_noted(ask, project, git):
+    (project / "out").mkdir()
+    (project / ".gitignore").write_text("__pycache__/\n")
+    (project / "out" / ".gitignore").write_text("/inputs\n/recipe.json\n/search\n")  # as DVC writes it
+    status, found = ask()
+    (note,) = those(found, "note")
+    assert status == 0 and "git does not ignore out/search.run.json, out/discretize, " in note
+    assert note.endswith(f" -> tanglenas init --upgrade {project}")
 
 
 def test_a_store_that_cannot_be_opened_is_a_problem(ask, project, monkeypatch):

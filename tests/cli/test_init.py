@@ -44,6 +44,19 @@ def test_what_every_stage_depends_on_is_laid_out_or_written_by_another_stage(ini
             assert name == "environment" or project / "environment.json" in files, name
 
 
+@pytest.mark.parametrize("command", [["init"], ["study", "anytime", "--no-run", "--out"]], ids=lambda words: words[0])
+def test_git_adds_no_output_that_dvc_keeps_even_of_a_run_that_failed(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, [*command, "project"]).exit_code == 0
+    project = tmp_path / "project"
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    with Repo(project) as repo:
+        kept = {str(Path(out.fs_path).relative_to(project)): out.use_cache for out in repo.index.outs}
+    assert any(kept.values()) and not all(kept.values())
+    asked = subprocess.run(["git", "check-ignore", *kept], cwd=project, capture_output=True, text=True)
+    assert asked.stdout.splitlines() == [path for path, cached in kept.items() if cached]
+
+
 def test_the_recipes_and_stages_are_those_of_this_version(init, tmp_path):
     init()
     laid_out = contents(tmp_path / "project")
@@ -164,6 +177,19 @@ def test_an_upgrade_adds_the_keys_that_dvc_yaml_refers_to(earlier, init):
     assert "is of this version already" in init("--upgrade").output
     params.write_text("a: [")
     assert "params.yaml cannot be read" in init("--upgrade").stderr
+
+
+def test_an_upgrade_adds_the_rules_for_git_that_are_new(earlier, init):
+    rules = earlier / ".gitignore"
+    ours = rules.read_text()
+    rules.write_text("mine\n# /data/\n.venv\nout")  # one put out, and two written otherwise
+    result = init("--upgrade")
+    assert "added to .gitignore: __pycache__/, *.pyc, /.tanglenas/, /mlflow.db*, /mlartifacts/\n" in result.output
+    assert rules.read_text().startswith("mine\n# /data/\n.venv\nout\n__pycache__/\n")
+    assert "is of this version already" in init("--upgrade").output
+    rules.unlink()
+    init("--upgrade")
+    assert rules.read_text().splitlines() == [line for line in ours.splitlines() if not line.startswith("#")]
 
 
 def test_a_project_is_told_apart_from_another_folder_with_files(earlier, init):

@@ -224,11 +224,11 @@ def test_the_exported_folder_is_the_network_that_was_judged(
 
 def test_nothing_is_left_that_git_should_not_see(finished: Finished) -> None:
     status = git(finished.folder, "status", "--porcelain").splitlines()
-    assert sorted(status) == ["?? dvc.lock", "?? environment.json", "?? metrics/", "?? out/"]
+    assert sorted(status) == ["?? dvc.lock", "?? environment.json", "?? metrics/"]
     git(finished.folder, "add", "-A", "-n")
     tracked = git(finished.folder, "ls-files", "--others", "--exclude-standard").split()
     metrics = [f"metrics/{stage}.json" for stage in sorted(STAGES)]
-    assert sorted(tracked) == ["dvc.lock", "environment.json", *metrics, "out/.gitignore"]
+    assert sorted(tracked) == ["dvc.lock", "environment.json", *metrics]
     assert not contents(finished.folder / ".tanglenas")  # no lock, no checkpoint
 
 
