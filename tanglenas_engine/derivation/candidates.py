@@ -142,6 +142,8 @@ class Candidates:
         prior: The mixture to draw from; None draws all options of a row with equal probability.
         recalibration_batches: The number of batches of `measure.STATISTICS_BATCH` samples for the statistics; 0 keeps
             the supernet's. A rung of fewer samples takes no more batches than these fill.
+        tells_best: Whether progress lines have the smallest loss so far, and the number of its samples. A comparison of
+            candidates looks for no best one.
         checkpoints: The folder for scores. Those of an earlier run there are used.
 
     Raises:
@@ -171,6 +173,7 @@ class Candidates:
         seed: int = 0,
         device: torch.device | None = None,
         label: str = "discretize",
+        tells_best: bool = True,
         checkpoints: CheckpointFolder | None = None,
         progress: Progress | None = None,
     ):
@@ -190,12 +193,14 @@ class Candidates:
         self._samples = held(samples, batch_size, self._device)
         self._order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device)
-        self._label, self._checkpoints, self._progress = label, checkpoints, progress or SilentProgress()
+        self._label, self._tells_best = label, tells_best
+        self._checkpoints, self._progress = checkpoints, progress or SilentProgress()
         self._band = self._filled(fill) if prior is None else None
         self._drawn: set[str] = set()
         self._judged: dict[str, Record] = {}  # by digest, in the order of judging
         self._losses: dict[int, dict[str, float]] = {}  # of this derivation, by number of samples and digest
-        self._generation, self._done, self._best = 0, 0, math.inf
+        self._best: dict[int, float] = {}  # the smallest loss by number of samples
+        self._generation, self._done = 0, 0
         # A cache of losses and accuracies by digest and number of samples. A trial and earlier runs write into it, too,
         # so a score does not say that its candidate came so far in this derivation.
         self._scores: dict[str, tuple[float, float]] = {}
@@ -529,13 +534,14 @@ class Candidates:
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 self.save()
         loss, accuracy = self._scores[key]
-        if count == len(self._samples):
-            self._best = min(self._best, loss)
+        self._best[count] = min(self._best.get(count, math.inf), loss)
         if architecture.digest not in self._judged:  # its first rung
             for _ in range(min(distributed.world_size(), self._total - self._done)):  # other ranks are as far
                 self._done += 1
                 self._line.advance()
-        said = f"best loss {self._best:.3f}" if math.isfinite(self._best) else f"loss {loss:.3f}"
+        said = f"best loss {self._best[count]:.3f}" if self._tells_best else ""
+        if said and count < len(self._samples):
+            said += f" on {count:,} samples"
         self._line.epoch(self._done, self._total, said)
         return loss, accuracy
 

@@ -16,7 +16,7 @@ class Line(Protocol):
         """Count one finished step."""
 
     def epoch(self, epoch: int, epochs: int, text: str) -> None:
-        """Report a finished epoch, counted from 1, with a summary `text`."""
+        """Report a finished epoch, counted from 1, with a summary `text`, which may be empty."""
 
 
 class Progress(Protocol):
@@ -94,7 +94,7 @@ class _PlainLine:
         self._said, self._ended = now, epoch == epochs
         left = (now - self._start) / max(1, self._done - self._first) * (self._total - self._done)
         eta = f"eta {left:.0f} s" if epoch < epochs else f"{now - self._start:.1f} s"
-        print(f"{self._name} {epoch}/{epochs}  {text}  {eta}", flush=True)
+        print("  ".join(filter(None, (f"{self._name} {epoch}/{epochs}", text, eta))), flush=True)
 
 
 class _LiveLine:

@@ -204,6 +204,7 @@ def rank_correlation(
         batch_size=batch_size,
         seed=seed,
         device=target,
+        tells_best=False,
         progress=progress,
     )
     with judging(label="rank correlation", checkpoints=checkpoints) as candidates:

@@ -1,6 +1,7 @@
 """Candidates: each judged by itself, in a race, on data fetched once; drawn within the budget and never twice."""
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -18,6 +19,7 @@ from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import timer
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.testing import random_data, same
 
@@ -87,6 +89,38 @@ def test_a_split_too_large_to_stay_is_fetched_for_every_candidate_with_the_same_
             found.append(tried.judge(tried.fresh(3)))
     assert found[0] == found[1]
     assert samples.fetched - fetched == 3 * len(samples)
+
+
+class Told(SilentProgress):
+    """The texts of progress lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def epoch(self, epoch, epochs, text):
+        self.lines.append(text)
+
+
+def test_progress_has_the_best_loss_so_far_on_the_samples_of_the_rung():
+    space, told = Normed(), Told()
+    samples = counted(space, 32)
+    with Candidates(space, samples, samples, batch_size=4, device=torch.device("cpu"), progress=told) as tried:
+        tried.judge(tried.fresh(12))
+    rungs = {}
+    for line in told.lines:
+        loss, some, rung = re.fullmatch(r"best loss ([\d.]+)( on (\d+) samples)?", line).groups()
+        rungs.setdefault(int(rung) if some else len(samples), []).append(float(loss))
+    assert len(rungs) > 1 and [*rungs] == sorted(rungs) and [*rungs][-1] == 32
+    assert all(losses == sorted(losses, reverse=True) for losses in rungs.values())
+    assert rungs[32][-1] == pytest.approx(tried.best()[0]["loss"], abs=5e-4)
+
+
+def test_candidates_that_are_only_compared_have_no_best_one():
+    space, told = Normed(), Told()
+    samples = counted(space)
+    with Candidates(space, samples, samples, device=torch.device("cpu"), tells_best=False, progress=told) as tried:
+        tried.judge(tried.fresh(3), race=False)
+    assert told.lines == ["", "", ""]
 
 
 def test_what_was_judged_is_not_judged_again():

@@ -51,3 +51,10 @@ def test_what_follows_the_last_candidate_is_not_a_line_each(capsys):
             line.epoch(number, 2, "best loss 0.394")
     said = [text.split("  ")[0] for text in capsys.readouterr().out.splitlines()]
     assert said == ["discretize 1/2", "discretize 2/2"]
+
+
+def test_a_line_without_a_summary_has_the_count_and_the_time(capsys):
+    with ConsoleProgress().stage("rank correlation", 1, 0) as line:
+        line.advance()
+        line.epoch(1, 1, "")
+    assert re.fullmatch(r"rank correlation 1/1  [\d.]+ s\n", capsys.readouterr().out)

@@ -1,6 +1,7 @@
 """Evaluation: a plain loop's accuracy, exact costs, and how well a supernet ranks architectures."""
 
 import math
+import re
 import statistics
 
 import pytest
@@ -14,6 +15,7 @@ from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
 from tanglenas_engine.pipeline import figures
+from tanglenas_engine.runtime.progress import ConsoleProgress
 from tanglenas_engine.stages.evaluate import evaluate, rank_correlation
 from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
@@ -194,6 +196,12 @@ def test_counts_and_the_supernet_before_the_search_are_baselines(judged):
         by_cost = rank_correlation(space, data, ranked(values), listed=every)
         assert by_cost.baselines[name] == pytest.approx(1, abs=0.03) and "before_search" not in by_cost.baselines
         assert [row[name] for row in by_cost.rows] == [*costs.values()]
+
+
+def test_a_comparison_tells_no_best_loss(judged, capsys):
+    space, data, worth = judged
+    rank_correlation(space, data, ranked(worth), architectures=3, progress=ConsoleProgress(every=0))
+    assert re.match(r"rank correlation 1/3  eta \d+ s\n", capsys.readouterr().out)
 
 
 def test_nothing_is_compared_unless_asked_for():
