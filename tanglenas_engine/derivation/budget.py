@@ -275,9 +275,10 @@ def dearest(space: SearchSpace, cost: str | Objective) -> Architecture:
     return space.architecture_of(_extreme(space, _unlimited(space, cost), -1)[0])
 
 
-def amount(value: float) -> str:
-    """Return a cost as a person reads it: whole from a million on."""
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e6 else f"{value:,.7g}"
+def amount(value: float, digits: int = 7) -> str:
+    """Return a cost as a person reads it: with so many digits, and whole where these leave no fraction."""
+    is_whole = float(value).is_integer() or abs(value) >= 10 ** (digits - 1)
+    return f"{value:,.0f}" if is_whole else f"{value:,.{digits}g}"
 
 
 def whole(most: float) -> int:
@@ -301,8 +302,8 @@ class Limit:
         counts = all(isinstance(value, int) for values in (self.tables or {}).values() for value in values)
         return self.most if counts else self.most * MARGIN
 
-    def counted(self, cost: float) -> str:
-        return " ".join(part for part in (amount(cost), self.unit, LABELS.get(self.name, self.name)) if part)
+    def counted(self, cost: float, digits: int = 7) -> str:
+        return " ".join(part for part in (amount(cost, digits), self.unit, LABELS.get(self.name, self.name)) if part)
 
 
 def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> Limit:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tanglenas_engine.derivation.budget import amount
 from tanglenas_engine.errors import shown
 from tanglenas_engine.optimizers.optimizer import DECIDED, UNDECIDED
 
@@ -47,12 +49,32 @@ def headline(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
         metrics: The content of `metrics/STAGE.json` by stage, {} for a stage that has not run.
     """
     evaluated = metrics.get("evaluate", {})
-    return [*_quality(evaluated), *_costs(evaluated), *_decision(metrics)]
+    return [*_quality(evaluated), *_costs(evaluated), *_further_costs(metrics), *_decision(metrics)]
 
 
-def metric_text(key: str, value: object) -> str:
-    """Return a metric as a person reads it, with its unit. A penalty has none: it is a share of a cost."""
-    unit = "" if key.startswith("penalty_") else next((unit for end, unit in UNITS.items() if key.endswith(end)), "")
+def metric_texts(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics of a stage as a person reads them, by name: with their units, and costs with their limits."""
+
+    def text(key: str) -> str:
+        return _cost_text(metrics, key) or _metric_text(key, metrics[key])
+
+    limits = {key: f"limit_{key}" for key in metrics if f"limit_{key}" in metrics}
+    told = [key for key in metrics if not key.startswith("unit_") and key not in limits.values()]
+    return {key: text(key) + (f" (limit {text(limits[key])})" if key in limits else "") for key in told}
+
+
+def _cost_text(metrics: Mapping[str, Any], key: str) -> str:
+    """Return a cost by an objective as a person reads it, or "" for other metrics."""
+    value, unit = _number(metrics, key), metrics.get("unit_" + re.sub("^(expected|limit)_", "", key))
+    return "" if value is None or unit is None else f"{amount(value, 3)} {shown(unit)}"
+
+
+def _metric_text(key: str, value: object) -> str:
+    """Return a metric as a person reads it, with its unit. A penalty has that of the loss that was configured."""
+    if key.startswith("penalty_"):
+        unit = " in alpha's loss"
+    else:
+        unit = next((unit for end, unit in UNITS.items() if key.endswith(end)), "")
     if isinstance(value, float):
         digits = 4 if key.endswith(("loss", "lead")) else 0 if abs(value) >= 1e4 else 2
         return f"{value:,.{digits}f}{unit}"
@@ -88,6 +110,19 @@ def _costs(evaluated: Mapping[str, Any]) -> list[Fact]:
             ]
             share = (cost - smallest) / (largest - smallest) if largest > smallest else None
         facts.append(Fact(unit, f"{cost:,.0f} {unit}", "; ".join(details), share))
+    return facts
+
+
+def _further_costs(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
+    """Return the costs by objectives that discretize told of the network, with their limits."""
+    derived, evaluated = metrics.get("discretize", {}), metrics.get("evaluate", {})
+    if not evaluated or derived.get("digest") != evaluated.get("digest"):
+        return []
+    facts = []
+    for name in (key.removeprefix("unit_") for key in derived if key.startswith("unit_")):
+        if text := _cost_text(derived, name):
+            limit = _cost_text(derived, f"limit_{name}")
+            facts.append(Fact(name, text, f"limit {limit}" if limit else ""))
     return facts
 
 

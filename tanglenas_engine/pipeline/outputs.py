@@ -35,7 +35,7 @@ from tanglenas_engine.pipeline.files import (
     SUPERNET,
     read_splits,
 )
-from tanglenas_engine.pipeline.headline import headline, metric_text
+from tanglenas_engine.pipeline.headline import COSTS, headline, metric_texts
 from tanglenas_engine.pipeline.pools import agreement, incomparable
 
 LARGEST_LOSS = 700
@@ -78,10 +78,15 @@ def search_metrics(result: SearchResult) -> dict[str, Any]:
     """Return the numbers of the last epoch that metrics/search.json has."""
     last = result.history[-1]
     keep = ("weight_loss", "weight_accuracy", "architecture_loss", "validation_accuracy", "validation_loss",
-            "table_value", "table_rank", "table_regret", "entropy", "params", "macs")  # fmt: skip
+            "table_value", "table_rank", "table_regret", "entropy", "params", "macs", *result.units)  # fmt: skip
     costs = [key for key in last if key.startswith(("expected_", "penalty_"))]
     losses = {f"{name}_split_loss": loss for name, loss in result.split_losses.items()}
-    return {**{key: last[key] for key in (*keep, *costs, "stopped") if key in last}, **losses}
+    return {**{key: last[key] for key in (*keep, *costs, "stopped") if key in last}, **_units(result.units), **losses}
+
+
+def _units(units: Mapping[str, str]) -> dict[str, str]:
+    """Return what metrics have of the units of objectives. Those of parameters and MACs are known."""
+    return {f"unit_{name}": unit for name, unit in units.items() if unit and name not in COSTS}
 
 
 def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, Any]]:
@@ -105,8 +110,11 @@ def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, A
 
 
 def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
-    """Return what metrics/discretize.json has."""
+    """Return what metrics/discretize.json has. Own numbers take precedence over costs of the same name."""
     return {
+        **result.costs,
+        **{f"limit_{name}": most for name, most in result.limits.items()},
+        **_units(result.units),
         "validation_accuracy": result.validation_accuracy,
         "validation_loss": result.validation_loss,
         "candidates": len(result.candidates),
@@ -243,8 +251,8 @@ def print_summary(architecture: Architecture, title: str, sample: str = "") -> N
     table = Table("stage", "result", "files")
     for name, numbers in metrics.items():
         lines = [
-            f"{key.replace('_', ' ')} {metric_text(key, value)}"
-            for key, value in numbers.items()
+            f"{key.replace('_', ' ')} {text}"
+            for key, text in metric_texts(numbers).items()
             if not key.startswith(("largest_", "smallest_"))
         ]  # the facts have these
         if name == "discretize":

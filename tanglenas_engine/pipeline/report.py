@@ -22,7 +22,7 @@ from tanglenas_engine.pipeline.comparison_figure import plain
 from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.figures import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
-from tanglenas_engine.pipeline.headline import headline, metric_text
+from tanglenas_engine.pipeline.headline import headline, metric_texts
 from tanglenas_engine.pipeline.params import parsed, swept
 from tanglenas_engine.pipeline.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
@@ -75,7 +75,7 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         title=shown(f"{params['optimizer']} on {params['space']}") if architecture else f"{count} of {root.name}",
         params={name: shown(value) for name, value in params.items()},
         facts=headline(metrics) if architecture else [],
-        metrics=[(stage, key, metric_text(key, value)) for stage in STAGES for key, value in metrics[stage].items()],
+        metrics=[(stage, key, text) for stage in STAGES for key, text in metric_texts(metrics[stage]).items()],
         architecture=architecture,
         figures=[(title, _image(path.read_bytes())) for title, path in figures.items() if path.is_file()],
         sample=_text(root / OUT / "evaluate" / "sample.txt") if architecture else "",

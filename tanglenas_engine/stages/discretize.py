@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from tanglenas_engine.data import DataView
-from tanglenas_engine.derivation.budget import Budget, Projection, amount
+from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.derivation.candidates import Candidates, judges, judging_of
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.pareto import final_front, nsga2
@@ -97,6 +97,9 @@ class DiscretizeResult:
         candidates: One record per candidate that was judged, best first; argmax judges one.
         front: The candidates that no other one dominates in loss and in the cost `front_cost`, cheapest first.
         front_cost: The name of the cost of the front.
+        costs: The costs of the architecture by the objectives that discretize was given, by name.
+        limits: The limits that the architecture keeps, by the name of the cost.
+        units: The units of `costs`, by name.
         exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
             search found it. None for the other methods.
         raced: The end of the race, or None for the methods that train nothing.
@@ -109,6 +112,9 @@ class DiscretizeResult:
     candidates: list[Record] = field(default_factory=list)
     front: list[Architecture] = field(default_factory=list)
     front_cost: str = "params"
+    costs: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
     exact: bool | None = None
     raced: Raced | None = None
 
@@ -216,8 +222,9 @@ def discretize(
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     progress = progress or SilentProgress()
     given = limits_of(max_params, max_macs, limits, max_flops)
-    given |= _targets_left(targets or {}, given, progress)
-    budget = Budget(space, given, objectives)
+    aims = {name: most for name, most in (targets or {}).items() if given.get(name) is None}
+    budget = Budget(space, given | aims, objectives)
+    _note_aims(progress, budget, aims)
     budget.check()
     _note_sources(progress, objectives)
     check_fit(space, data.validation, data.architecture, data.weights)
@@ -251,18 +258,26 @@ def discretize(
     if exact is not None and weights is not None:
         _note_projection(progress, exact, within=best == space.most_probable(weights))
     return DiscretizeResult(
-        best, space.cost(best), measured.accuracy, measured.loss, records, front, cost, exact, raced
+        best,
+        space.cost(best),
+        measured.accuracy,
+        measured.loss,
+        records,
+        front,
+        cost,
+        costs={objective.name: objective.cost(best) for objective in objectives},
+        limits={limit.name: limit.most for limit in budget.limits},
+        units={objective.name: objective.unit for objective in objectives},
+        exact=exact,
+        raced=raced,
     )
 
 
-def _targets_left(
-    targets: Mapping[str, float], given: Mapping[str, float | None], progress: Progress
-) -> dict[str, float]:
-    """Return the targets in costs that have no limit yet, and tell a person that they are limits."""
-    left = {name: most for name, most in targets.items() if given.get(name) is None}
-    for name, most in left.items():
-        progress.note(f"discretize: at most {amount(most)} {name}, the target of the search")
-    return left
+def _note_aims(progress: Progress, budget: Budget, aims: Collection[str]) -> None:
+    """Tell a person that targets of the search in costs without a limit are limits."""
+    for limit in budget.limits:
+        if limit.name in aims:
+            progress.note(f"discretize: at most {limit.counted(limit.most, digits=3)}, the target of the search")
 
 
 def _check_options(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ class SearchResult:
             "stopped" in the last record is the reason why the search ended early.
         split_losses: The loss of one network on each split.
         targets: The costs that the search aimed for, by name.
+        units: The units of all costs that were given as targets, aimed for or only reported.
     """
 
     architecture: Architecture | None
@@ -91,6 +92,7 @@ class SearchResult:
     history: list[Record]
     split_losses: dict[str, float]
     targets: dict[str, float]
+    units: dict[str, str] = field(default_factory=dict)
 
 
 @flattened
@@ -362,7 +364,8 @@ class Search(Training):
             self.space.superposition.channel_divisor = 1  # partial channels end with the search
         mixture = self.optimizer.expected()
         aims = {target.name: float(target.limit) for target in self.targets if target.limit is not None}
-        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses, aims)
+        units = {target.name: target.objective.unit for target in self.targets}
+        return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses, aims, units)
 
     def _split_losses(self) -> dict[str, float]:
         """Return the loss of one network on each split, and warn if two splits are of different distributions.

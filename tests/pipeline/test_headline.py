@@ -9,7 +9,7 @@ from spaces import vit
 from tanglenas_engine import Architecture, Cost
 from tanglenas_engine.pipeline import outputs
 from tanglenas_engine.pipeline.files import read_splits
-from tanglenas_engine.pipeline.headline import Fact, headline
+from tanglenas_engine.pipeline.headline import Fact, headline, metric_texts
 from tanglenas_engine.stages.evaluate import EvaluateResult
 
 EVALUATED = {
@@ -29,6 +29,34 @@ def test_accuracy_comes_first_and_costs_are_placed_in_the_range_of_the_space():
     assert params.share == pytest.approx((52762 - 21322) / (154826 - 21322))
     assert macs.value == "1,300,000 MACs" and macs.share == 0
     assert macs.detail.startswith("multiply-accumulates for one input; ")
+
+
+LATENCY = {"latency": 0.5832, "limit_latency": 0.5972334, "unit_latency": "ms"}
+
+
+def test_a_cost_of_an_objective_has_its_unit_and_its_limit():
+    derived = {**LATENCY, "expected_latency": 0.5414, "penalty_latency": 0.0, "params": 52762, "limit_params": 60000}
+    assert metric_texts(derived) == {
+        "latency": "0.583 ms (limit 0.597 ms)",
+        "expected_latency": "0.541 ms",
+        "penalty_latency": "0.00 in alpha's loss",
+        "params": "52,762 parameters (limit 60,000 parameters)",
+    }
+    assert metric_texts({"limit_latency": 0.5}) == {"limit_latency": "0.50"}
+
+
+def test_a_cost_of_an_objective_is_a_fact_where_discretize_and_evaluate_are_about_one_network():
+    found = headline({"discretize": {**LATENCY, "digest": "a"}, "evaluate": EVALUATED})
+    assert Fact("latency", "0.583 ms", "limit 0.597 ms") in found
+    found = headline({"discretize": {**LATENCY, "digest": "b"}, "evaluate": EVALUATED})
+    assert "latency" not in [fact.name for fact in found]
+
+
+@pytest.mark.parametrize("damage", [{"unit_latency": ["ms"]}, {"latency": "fast"}, {"limit_latency": None}])
+def test_damaged_metrics_of_an_objective_are_told_as_they_are(damage):
+    damaged = {**LATENCY, **damage, "digest": "a"}
+    assert set(metric_texts(damaged)) == {"latency", "digest"}
+    headline({"discretize": damaged, "evaluate": EVALUATED})
 
 
 def test_a_text_has_a_perplexity():

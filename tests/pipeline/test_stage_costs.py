@@ -173,9 +173,12 @@ def test_a_target_in_an_objective_of_a_plugin_is_a_limit_of_discretize(project, 
     save_weights(MIXTURE, content, {**weights_metadata(MIXTURE), "targets": '{"latency": 4.5}'})
     assert "needs the option 'table'" in refused("discretize")
     discretize.main([*arguments(project, "discretize"), "create_objective.table = 'table.json'"])
-    assert "discretize: at most 4.5 latency, the target of the search" in capsys.readouterr().out
+    assert "discretize: at most 4.5 ms latency, the target of the search" in capsys.readouterr().out
     found = Architecture.from_json(ARCHITECTURE.read_text())
     assert found.choices["embed_dim"] / 8 <= 4.5
+    told = json.loads(Path("metrics/discretize.json").read_text())
+    assert told["latency"] == pytest.approx(found.choices["embed_dim"] / 8)
+    assert (told["limit_latency"], told["unit_latency"]) == (4.5, "ms")
 
 
 def test_an_objective_of_a_target_that_discretize_cannot_make_is_refused_before_the_search(project, refused):

@@ -450,7 +450,7 @@ def test_no_method_judges_an_architecture_beyond_the_budget(method, prior, name)
 class Heads(Objective):
     """The number of heads in all layers."""
 
-    name = "heads"
+    name, unit = "heads", "heads"
 
     def measure(self, architecture):
         return float(sum(architecture.choices["num_heads"]))
@@ -466,6 +466,7 @@ def test_a_budget_can_be_in_an_objective(method):
     heads = [row["heads"] for row in result.candidates]
     assert max(heads) <= 4 and sum(result.architecture.choices["num_heads"]) == heads[0]
     assert result.front_cost == "heads"
+    assert (result.costs, result.limits, result.units) == ({"heads": heads[0]}, {"heads": 4}, {"heads": "heads"})
 
 
 @pytest.mark.parametrize("method", ["random", "evolution", "nsga2"])
