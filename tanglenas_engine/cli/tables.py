@@ -115,6 +115,8 @@ def _better(table: Table, metric: str) -> str:
 
 
 def _notes(table: Table) -> None:
+    if table.origin:
+        click.echo(f"\nNote: {table.origin}")
     if table.fractions:
         click.echo(f"\nRead as fractions of 1, shown in %: {', '.join(table.fractions)}")
     if unknown := [metric for metric in table.metrics if table.higher_is_better(metric) is None]:

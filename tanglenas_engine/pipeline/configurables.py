@@ -35,6 +35,7 @@ from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrain
 from tanglenas_engine.pipeline.values import check_types, macro_value
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.plugins.manager import options_of
+from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.fingerprint import file_digest
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS
@@ -98,7 +99,10 @@ def benchmark(
     from tanglenas_engine.tables import Benchmark, load_table
 
     told = {} if higher_is_better is None else {metric: higher_is_better}
-    return Benchmark(load_table(data_path(path), space, told), metric)
+    table = load_table(data_path(path), space, told)
+    if table.origin and distributed.rank() == 0:
+        print(f"{path}: {table.origin}", file=sys.stderr)
+    return Benchmark(table, metric)
 
 
 def _as_numbers(digest: str) -> set[str]:

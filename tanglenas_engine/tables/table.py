@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tanglenas_engine.errors import TangleNASError, unknown
+from tanglenas_engine.errors import TangleNASError, shown, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables.metrics import expected, kind_of, possible
@@ -43,6 +43,8 @@ class Table:
 
     Attributes:
         tied: The space that the table is tied to, or None.
+        named: The name of the space that its values are of, as the file says it, or None. It differs from `space` where
+            the table is tied to another size of that space.
         fractions: The accuracies that the table's file gives as fractions of 1. The table has them in %.
 
     Raises:
@@ -57,7 +59,7 @@ class Table:
         space: str | None,
         higher_is_better: Mapping[str, bool] | None = None,
     ):
-        self.space = space
+        self.space = self.named = space
         self.fractions: tuple[str, ...] = ()
         self.keys = tuple(keys)
         self.columns = {metric: np.asarray(values, dtype=np.float64) for metric, values in columns.items()}
@@ -157,8 +159,15 @@ class Table:
         if len(set(named)) < len(keys):
             raise TangleNASError(f"{self.check(space)}. Remove what is wrong, or name the right space")
         table = Table(named, self.columns, _label(space), self.directions)
-        table.tied, table.fractions = space, self.fractions
+        table.tied, table.named, table.fractions = space, self.named, self.fractions
         return table
+
+    @property
+    def origin(self) -> str:
+        """A sentence where the values are of another space than the one that the table is tied to, else ""."""
+        if self.tied is None or self.named in (None, self.space):
+            return ""
+        return f"the table is of {shown(self.named, 80)}: its values are of networks of that space, not of {self.space}"
 
     def check(self, space: SearchSpace) -> Check:
         """Compare with a space. Find the architectures that are missing, listed twice, or not of the space."""

@@ -98,6 +98,15 @@ def test_tables_of_benchmarks_and_latencies_are_found_in_the_project(copy: Path,
         create_objective("latency", table="tables/latency.json")
 
 
+def test_a_benchmark_of_another_size_of_the_space_is_told(copy: Path, tmp_path: Path, capsys) -> None:
+    space = create_space("toy_cell_nano")
+    table = f'architecture of toy_cell,test_acc\n"{space.to_string(space.largest())}",90\n'
+    (tmp_path / "project" / "table.csv").write_text(table)
+    configure(["SPACE = 'toy_cell_nano'", "benchmark.path = 'table.csv'"])
+    assert configurables.benchmark(space) is not None
+    assert capsys.readouterr().err.startswith("table.csv: the table is of toy_cell: its values")
+
+
 @pytest.mark.exhaustive
 def test_a_run_in_a_temporary_copy_searches_own_images(tmp_path: Path) -> None:
     project = lay_out(tmp_path / "project")

@@ -234,6 +234,18 @@ def test_the_canonical_file_keeps_every_bit(space, tmp_path):
     assert load_table(path, space).value(space.largest(), "params") == 2**40
 
 
+def test_a_table_of_another_size_of_the_space_says_whose_values_it_has(tmp_path):
+    own, other = create_space("toy_cell"), create_space("toy_cell_nano")
+    table = Table([own.to_string(own.largest())], {"test_acc": [90.0]}, "toy_cell")
+    assert not table.origin and not table.of(own).origin
+    table.of(own).write(tmp_path / "table.csv")
+    tied = load_table(tmp_path / "table.csv", other)
+    assert tied.named == "toy_cell" and tied.space == "toy_cell_nano"
+    assert tied.origin == ("the table is of toy_cell: its values are of networks of that space, not of toy_cell_nano")
+    (tmp_path / "plain.csv").write_text(f'arch,test_acc\n"{own.to_string(own.largest())}",90\n')
+    assert not load_table(tmp_path / "plain.csv", other).origin  # the file names no space
+
+
 def test_a_file_of_another_space_does_not_pass(space, tmp_path):
     path = write(tmp_path / "t.csv", "architecture of other,acc\nx,1\n")
     with pytest.raises(TangleNASError, match=r"t\.csv: 0 of the 6 architectures of stack.*1 not of this space"):
