@@ -134,7 +134,7 @@ def check_corners(make_space: Callable[[], SearchSpace], tolerance: float = 1e-9
 
 
 def check_standalone(make_space: Callable[[], SearchSpace]) -> None:
-    """Check that a standalone network is a new one, and that `export` writes the network that it is given."""
+    """Check that a standalone network is a new one, and `export` writes the network that it is given."""
     space = make_space()
     for parameter in space.parameters():
         parameter.data.fill_(PLANTED)
@@ -227,7 +227,7 @@ def check_learning(make_space: Callable[[], SearchSpace], idle: Collection[str] 
 
 
 def check_search(make_space: Callable[[], SearchSpace]) -> None:
-    """Check that a gradient search and a sampling search run through all stages, and that a search resumes."""
+    """Check that a gradient search and a sampling search run through all stages, and a search resumes."""
     for name in OPTIMIZERS:
         check_stages(lambda name=name: create_optimizer(name), make_space)  # type: ignore[misc]
     check_resume(lambda: create_optimizer(OPTIMIZERS[0]), make_space)

@@ -1,5 +1,7 @@
 """`tanglenas plugins check`: what keeps the contract passes, and each way to break it is found and named."""
 
+import inspect
+import re
 import sys
 
 import pytest
@@ -29,6 +31,7 @@ from tanglenas_engine.testing import (
     check_slope,
     check_space,
     check_standalone,
+    report,
 )
 from tanglenas_objectives.latency_measurement import measure_latency
 
@@ -71,6 +74,11 @@ class Unused(Right):
     def __init__(self, **options):
         super().__init__(**options)
         self.spare = nn.Parameter(torch.zeros(2))
+
+
+class Misspelt(Right):
+    def forward(self, x):
+        return self.frist(x)
 
 
 class Infinite(Right):
@@ -463,6 +471,7 @@ def tanglenas_register_spaces(register):
     register("plain_norm", "test_conformance:PlainNorm", summary="does not")
     register("ignored", "test_conformance:Ignored", summary="has a choice that does nothing")
     register("absent", "test_conformance:Absent", summary="cannot be imported")
+    register("misspelt", "test_conformance:Misspelt", summary="calls a layer that it has not")
     register("crash", "test_conformance:Crash", summary="fails in its constructor")
     register("silent", "test_conformance:Right")
     register("no_space", "test_conformance:Images", summary="a dataset")
@@ -496,6 +505,18 @@ def test_one_name_is_checked_and_passes(check):
     result = check("right")
     assert result.exit_code == 0
     assert result.stdout.count("\n  ok  ") == 7 and result.stdout.startswith("space right\n")
+
+
+@pytest.mark.slow
+def test_an_exception_is_told_with_its_place_in_the_plugin(check):
+    result = check("misspelt", "-o", "num_classes=3")
+    line = inspect.getsourcelines(Misspelt.forward)[1] + 1
+    assert f"has no attribute 'frist' ({__file__}:{line}, in forward)" in result.stdout
+
+
+def test_claims_of_checks_are_sentences():
+    claims = [report._sentence(check) for checks in report.CHECKS.values() for check in checks]
+    assert not [claim for claim in claims if re.search(r"(, )?and that ", claim) or not claim[0].isupper()]
 
 
 @pytest.mark.parametrize(
@@ -540,7 +561,7 @@ def test_a_plugin_is_checked_whole_and_each_fault_is_in_the_report(check):
     reasons = [lines[i + 1].strip() for i in failed]
     assert ["differ by up to" in reason for reason in reasons].count(True) == 1
     assert any("has no attribute 'Absent'" in reason for reason in reasons)
-    assert reasons.count("ZeroDivisionError: nothing to divide by") == 6
+    assert sum(reason.startswith("ZeroDivisionError: nothing to divide by (") for reason in reasons) == 6
     assert any("has no summary" in reason for reason in reasons)
     assert any("no subclass of tanglenas_engine.SearchSpace" in reason for reason in reasons)
     assert result.stderr == f"\n{len(failed)} checks failed.\n"
