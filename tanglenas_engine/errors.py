@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -53,6 +53,12 @@ def readable(message: object) -> str:
 def quoted(value: object, limit: int = SHOWN_CHARACTERS) -> str:
     """Return the `repr` of a value from outside, as `shown` returns its text."""
     return _printable(value, repr, limit)
+
+
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """Return the first names with commas between them, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
 
 
 def _printable(value: object, form: Callable[[object], str], limit: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, listed, shown
 from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.files import write_atomic
 
@@ -93,10 +93,24 @@ def load_into(
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[-1].split())
-        raise OtherWeightsError(f"{path} holds the weights of another network ({reason[:500]})") from None
+        reason = _difference(network, state, own) or shown(error)
+        raise OtherWeightsError(f"{path} holds the weights of another network ({reason})") from None
     check_values(path, state, own, prefix)
     return prefix
+
+
+def _difference(network: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return how the names and shapes of tensors differ from those of a network, which takes what fits."""
+    shapes = {name: tensor.shape for name, tensor in state.items() if name in own and tensor.shape != own[name].shape}
+    fitting = {name: tensor for name, tensor in state.items() if name not in shapes}
+    try:
+        found = network.load_state_dict(fitting, strict=False)
+    except RuntimeError:
+        return ""
+    missing = [name for name in found.missing_keys if name not in shapes]
+    differing = [f"{name} is {tuple(shape)} there and {tuple(own[name].shape)} here" for name, shape in shapes.items()]
+    parts = {"it lacks": missing, "the network has no": found.unexpected_keys, "the shapes differ:": differing}
+    return "; ".join(f"{what} {listed(names)}" for what, names in parts.items() if names)
 
 
 def check_values(path: str | Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: str = "") -> None:

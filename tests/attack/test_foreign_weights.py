@@ -124,6 +124,17 @@ def test_other_names_are_another_network(tmp_path):
         files.load_into(network(), path)
 
 
+def test_the_first_names_that_differ_are_told_whole(tmp_path):
+    path, found = tmp_path / "w.safetensors", nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+    save_weights(path, {f"blocks.{number}.weight": torch.zeros(2) for number in range(4)} | {"0.bias": torch.zeros(3)})
+    with pytest.raises(OtherWeightsError) as refusal:
+        load_into(found, path)
+    assert str(refusal.value).partition(" (")[2] == (
+        "it lacks 0.weight, 1.weight, 1.bias and 36 more; the network has no blocks.0.weight, blocks.1.weight, "
+        "blocks.2.weight and 1 more; the shapes differ: 0.bias is (3,) there and (2,) here)"
+    )
+
+
 def safetensors(header: bytes, data: bytes = b"1234") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
