@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
 BY_HAND = "architecture changed by hand"
 """The suffix of a group's label if a person changed its architectures by hand."""
+NUMBER = re.compile(r"((?:(?<![\w.])-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 UNSET = "not set"
 """What stands for the value of a setting that a run does not have. Settings may be "none" or None."""
 
@@ -308,11 +310,11 @@ def compare_rows(
         )
     drafts = {
         _label(conditions, values): _groups(rows, whole, numbers, by, joined)
-        for values, numbers in sorted(split.items())
+        for values, numbers in sorted(split.items(), key=lambda part: in_order(*part[0]))
     }
     labels = {group.label for groups, _ in drafts.values() for group in groups}
     if against is not None and against not in labels:
-        known = ", ".join(f"'{label}'" for label in sorted(labels))  # labels have commas
+        known = ", ".join(f"'{label}'" for label in sorted(labels, key=in_order))  # labels have commas
         raise TangleNASError(
             f"--against: unknown group '{shown(against, 80)}'.{closest(against, labels)} Choose one of: "
             f"{shown(known, 2000)}"
@@ -432,6 +434,11 @@ def _label(names: Sequence[str], values: Sequence[str]) -> str:
     return ", ".join(told)
 
 
+def in_order(*texts: str) -> list[list[Any]]:
+    """Return the key that sorts texts as a person does, with their numbers by size: 2, 3, 12."""
+    return [[float(part) if index % 2 else part for index, part in enumerate(NUMBER.split(text))] for text in texts]
+
+
 def _groups(
     rows: Sequence[dict[str, Any]],
     settings: Sequence[Mapping[str, str]],
@@ -451,7 +458,7 @@ def _groups(
             label = f"{label}, {BY_HAND}" if label else BY_HAND
         members.setdefault(label or "all runs", []).append(number)
     groups, notes = [], []
-    for label, own in sorted(members.items()):
+    for label, own in sorted(members.items(), key=lambda member: in_order(member[0])):
         groups.append(Group(label, {rows[number]["seed"]: rows[number] for number in own}))
         inside = [settings[number] for number in own]
         seeds = [[settings[n] for n in own if rows[n]["seed"] == seed] for seed in groups[-1].runs]
@@ -539,4 +546,4 @@ def differences_to(groups: Sequence[Group], base: Group, metrics: Sequence[str])
 
 
 def _short(seeds: Iterable[str]) -> str:
-    return shown(", ".join(sorted(seeds)), 60)
+    return shown(", ".join(sorted(seeds, key=in_order)), 60)

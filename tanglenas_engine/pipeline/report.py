@@ -17,7 +17,7 @@ from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison import compare_rows
+from tanglenas_engine.pipeline.comparison import compare_rows, in_order
 from tanglenas_engine.pipeline.comparison_figure import plain
 from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.figures import STYLE, from_zero
@@ -239,7 +239,7 @@ def _scatter(runs: Sequence[dict[str, Any]]) -> bytes:
     with style.context(["default", {**STYLE, "svg.hashsalt": "tanglenas", "svg.fonttype": "none"}]):
         figure = Figure(figsize=(5.4, 2.8 + 0.2 * lines), layout="constrained")
         axes = figure.subplots()
-        for number, (label, members) in enumerate(sorted(groups.items())):
+        for number, (label, members) in enumerate(sorted(groups.items(), key=lambda group: in_order(group[0]))):
             axes.scatter([run["params"] for run in members], [run["accuracy"] for run in members], s=28,
                          color=colormaps["tab10"](number % 10), marker=MARKERS[number // 10 % len(MARKERS)],
                          alpha=0.8, linewidths=0, label=label)  # fmt: skip

@@ -18,7 +18,7 @@ from stores import add_pipeline
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison import Comparison, Estimate, compare_rows, seeds_needed
+from tanglenas_engine.pipeline.comparison import Comparison, Estimate, compare_rows, in_order, seeds_needed
 from tanglenas_engine.pipeline.comparison_curves import Curve, Curves
 from tanglenas_engine.pipeline.comparison_figure import draw
 from tanglenas_engine.pipeline.comparison_tables import latex, markdown, table_csv
@@ -127,6 +127,21 @@ def test_other_spaces_and_budgets_have_tables_of_their_own_unless_asked_for():
     assert "the only group here" in comparison.tables[0].notes[-1]
     asked = compared(*RUNS, row("spos", 1, 50.0, **{"search.epochs": 3}), by=["search.epochs", "optimizer"])
     assert asked.tables[0].groups[0].label == "search.epochs=3, spos"
+
+
+def test_tables_groups_and_seeds_are_in_the_order_of_their_numbers():
+    rows = [row("drnas", seed, 60.0, **{"search.epochs": n}) for n in (12, 3, 2) for seed in (10, 2)]
+    assert [table.title for table in compared(*rows, by=["optimizer"]).tables] == [
+        "search.epochs=2", "search.epochs=3", "search.epochs=12",
+    ]  # fmt: skip
+    asked = compared(*rows, by=["search.epochs"])
+    assert [group.label for group in asked.tables[0].groups] == [
+        "search.epochs=2",
+        "search.epochs=3",
+        "search.epochs=12",
+    ]
+    texts = ["a=1e-3", "a=-2", "a=0.5", "a=-10", "a", "vit_b16", "vit_b4", "12e999"]
+    assert sorted(texts, key=in_order) == ["12e999", "a", "a=-10", "a=-2", "a=1e-3", "a=0.5", "vit_b4", "vit_b16"]
 
 
 def test_seeds_with_seconds_of_their_own_are_one_group_where_seconds_are_joined():
