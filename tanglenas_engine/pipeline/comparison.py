@@ -500,6 +500,11 @@ def table_of(
     alone = [group.label for group in groups if len(group.runs) == 1]
     if alone:
         notes.append(f"One seed gives no interval, and shows nothing of chance: {_apart(alone)}.")
+    if pairs := [group.label for group in groups if len(group.runs) == 2]:
+        notes.append(
+            "The interval of two seeds is from one value to the other. It has the true mean in half of all cases, and "
+            f"is no evidence: {_apart(pairs)}."
+        )
     differences: list[Difference] = []
     if len(groups) == 1:
         notes.append(f"{labels[0]} is the only group here, so there is nothing to compare it with.")

@@ -106,6 +106,14 @@ def test_one_seed_has_no_interval_and_the_table_says_so():
     assert "One seed gives no interval, and shows nothing of chance: drnas, spos." in text and "one seed" in text
 
 
+def test_two_seeds_have_their_values_as_the_interval_and_the_table_says_that_it_is_no_evidence():
+    comparison = compared(row("drnas", 0, 61.0), row("drnas", 1, 60.0), *RUNS[3:])
+    (table,) = comparison.tables
+    assert table.estimates["test_accuracy", "drnas"].interval == (60.0, 61.0)
+    assert "has the true mean in half of all cases, and is no evidence: drnas." in markdown(comparison)
+    assert "no evidence" not in markdown(compared(*RUNS))
+
+
 def test_by_default_groups_are_told_apart_by_the_fewest_settings():
     tuned = [row("drnas", seed, 95.0, **{"drnas.x": 1, "create_space.relaxation": "gated"}) for seed in range(2)]
     plain = [row(name, s, 90.0, **{f"{name}.x": 1, "create_space.relaxation": "exact"})

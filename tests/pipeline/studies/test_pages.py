@@ -124,7 +124,7 @@ def test_the_page_has_the_question_the_answer_the_numbers_and_the_commands():
     ]  # fmt: skip
     assert "| accuracy (%) | a     |     3 | 91.0 |" in page and "**b is ahead of a**" in page
     assert "    tanglenas study made-up\n" in page
-    assert "3 seeds cover the true mean in 76 %" in page and "| a   | `optimizer=drnas`" in page
+    assert "2 seeds cover the true mean in 50 %, 3 in 76 %" in page and "| a   | `optimizer=drnas`" in page
 
 
 def test_notes_follow_what_the_data_say():
