@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 import tanglenas_engine.pipeline.configurables  # noqa: F401  # makes known what gin files can bind
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main
+from tanglenas_engine.cli.new_plugin import _renamed
 from tanglenas_engine.pipeline.config import configure
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
 from tanglenas_engine.runtime.files import write_atomic
@@ -203,7 +204,8 @@ def names() -> list[str]:
 
 @pytest.mark.parametrize("page", ["own-space.md", "own-optimizer.md"])
 def test_tutorials_show_the_example(page):
-    written = "\n".join(path.read_text() for path in (*EXAMPLE.glob("*.py"), *EXAMPLE.parent.glob("tests/*.py")))
+    files = (*EXAMPLE.glob("*.py"), *EXAMPLE.parent.glob("tests/*.py"))
+    written = _renamed("\n".join(path.read_text() for path in files), "theirs")  # as new-plugin does it
     shown = [code for name, code in blocks("python") if name == page and "self.derive_seed" not in code]
     assert len(shown) >= 2
     for code in shown:
