@@ -111,10 +111,7 @@ def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, A
 
 def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
     """Return what metrics/discretize.json has. Own numbers take precedence over costs of the same name."""
-    return {
-        **result.costs,
-        **{f"limit_{name}": most for name, most in result.limits.items()},
-        **_units(result.units),
+    own = {
         "validation_accuracy": result.validation_accuracy,
         "validation_loss": result.validation_loss,
         "candidates": len(result.candidates),
@@ -124,6 +121,8 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
         **({} if result.raced is None else race_metrics(result.raced)),
         "digest": result.architecture.digest,
     }
+    limits = {f"limit_{name}": most for name, most in result.limits.items()}
+    return {**own, **result.costs, **limits, **_units(result.units), **own}
 
 
 def race_metrics(raced: Raced) -> dict[str, Any]:
