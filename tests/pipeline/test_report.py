@@ -220,7 +220,7 @@ def test_the_commands_set_what_differs_from_the_commit_of_the_run(project, monke
         subprocess.run(["git", *command], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     digest = json.loads(Path("out/discretize/architecture.json").read_text())["digest"]
-    with MlflowTracker.open(stage="evaluate", root=".", architecture=digest):
+    with MlflowTracker.open(stage="evaluate", root=".", tags={"architecture.digest": digest}):
         pass
     set_params(project, seed=0)
     assert commands() == [["git", "checkout", commit], ["dvc", "exp", "run", "-S", "seed=0"]]
