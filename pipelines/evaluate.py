@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
         table = benchmark(stage.space)
         before = None
         if table is not None:
-            before = {name: tensor.clone() for name, tensor in stage.space.state_dict().items()}
+            before = files.state_before_search(stage.space)
             files.load_into(stage.space, files.SUPERNET)
         ranking = rank_correlation(
             stage.space,

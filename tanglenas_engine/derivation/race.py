@@ -104,7 +104,7 @@ def race(
         TangleNASError: An option is out of its range, the budget is shorter than one training, every training diverged,
             one ended in another error, or workers are lost time after time.
     """
-    _check_options(entrants, propose, eta, shortest, trainings, seconds, clock, workers, backend)
+    check_options(entrants, propose, eta, shortest, trainings, seconds, clock, workers, backend)
     candidates.judge_first(mixture)
     ranked = [Runner(record, rank) for rank, record in enumerate(candidates.best(len(candidates.records)), 1)]
     if len(ranked) < 2:
@@ -145,7 +145,7 @@ def race(
     return Raced(ranked[0].architecture, records, jobs.epochs / train.epochs)
 
 
-def _check_options(
+def check_options(
     entrants: int,
     propose: float,
     eta: int,
@@ -156,6 +156,11 @@ def _check_options(
     workers: int,
     backend: str | None,
 ) -> None:
+    """Check the options of a race, which are those of `race`.
+
+    Raises:
+        TangleNASError: An option is out of its range.
+    """
     at_least("race.entrants", entrants, 2)
     within("race.propose", propose, 0, 1)
     at_least("race.eta", eta, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gin
-from torch import nn
+from torch import Tensor, nn
 
 from tanglenas_engine.data import Splits
 from tanglenas_engine.errors import TangleNASError, positive
@@ -118,14 +118,23 @@ def load_inherited(space: SearchSpace) -> None:
     Raises:
         TangleNASError: The space was created otherwise than in the search.
     """
-    if not inherits():
-        return
+    if inherits():
+        load_into(space, SUPERNET, inherited_advice())
+
+
+def inherited_advice() -> str:
+    """Return what a person can do where the space of retrain is another than that of the search."""
     mode = gin.get_bindings("retrain").get("mode", "scratch")
-    load_into(
-        space,
-        SUPERNET,
-        f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', "
-        "which may build a larger network"
-        if mode != "scratch"
-        else "retrain.teacher takes the weights of the search: create the space as there, or use no teacher",
+    if mode == "scratch":
+        return "retrain.teacher takes the weights of the search: create the space as there, or use no teacher"
+    return (
+        f"retrain.mode {mode!r} takes the weights of the search: create the space as there, or use 'scratch', which "
+        "may build a larger network"
     )
+
+
+def state_before_search(space: SearchSpace) -> dict[str, Tensor] | None:
+    """Return a copy of the state of a space as it was created; None if the search started from other weights."""
+    if "weights_sha256" in weights.weights_metadata(SUPERNET):
+        return None
+    return {name: tensor.clone() for name, tensor in space.state_dict().items()}

@@ -5,17 +5,24 @@ The search does not depend on the settings of later stages otherwise: changing t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import gin
+import torch
 
-from tanglenas_engine.data import Dataset, Splits
+from tanglenas_engine.data import Dataset, Splits, open_splits
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.errors import TangleNASError, unknown
+from tanglenas_engine.derivation.race import check_options as check_race
+from tanglenas_engine.errors import TangleNASError, at_least, unknown, within
 from tanglenas_engine.pipeline.config import bindings_of, configured
-from tanglenas_engine.pipeline.configurables import bound_limits, objectives, retrain, space_for
-from tanglenas_engine.pipeline.params import sets_python_path, stage_arguments
+from tanglenas_engine.pipeline.configurables import bound_limits, create, discretize, objectives, race, retrain
+from tanglenas_engine.pipeline.files import inherited_advice, inherits
+from tanglenas_engine.pipeline.params import missing_files, sets_python_path, stage_arguments
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
 from tanglenas_engine.pipeline.values import macro_value
@@ -38,26 +45,28 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
         TangleNASError: A later stage would fail. The message has its name and the reason.
     """
     check_later_budget(stage.space, stage.dataset)
-    own = _space_options()
+    own = _created_with()
     with _later("retrain", stage.space, stage.dataset) as about_this:
-        if about_this and gin.get_bindings("retrain").get("mode") != "inherit":
-            with distributed.apart(), seeded(stage.seed):
-                space = stage.space if _space_options() == own else space_for(stage.dataset)
-                view = stage.open("training", "validation", splits=splits)
+        if about_this:
+            with _ranks(), seeded(stage.seed):
+                space, dataset = (stage.space, stage.dataset) if _created_with() == own else create()[1:]
+                if inherits() and _shapes(space) != _shapes(stage.space):
+                    raise TangleNASError(f"the space is of another size than in the search, and {inherited_advice()}")
                 retrain(
-                    space, space.smallest(), view,
+                    space, space.smallest(), open_splits(dataset, splits, ("training", "validation")),
                     until=0, recalibration_batches=0, seed=stage.seed, device=stage.device,
                 )  # fmt: skip
-    with _later("evaluate", stage.space, stage.dataset):
-        pass
+    with _later("evaluate", stage.space, stage.dataset) as about_this:
+        if about_this and _created_with() != own:
+            create()
 
 
 def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
-    """Refuse a method or a budget that discretize would refuse; see `check_later_stages`, which calls this.
+    """Refuse a method, an option or a budget that discretize would refuse; see `check_later_stages`, which calls this.
 
     Raises:
-        TangleNASError: There is no such method, no architecture of the space meets the budget, or an objective in it,
-            or of a target of the search, fails under the config of discretize.
+        TangleNASError: There is no such method, an option is out of its range, no architecture of the space meets the
+            budget, or an objective in it, or of a target of the search, fails under the config of discretize.
     """
     targets = {
         values.get("objective", "macs")
@@ -65,9 +74,16 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
         if values.get("value") or values.get("share")
     }
     with _later("discretize", space, dataset) as about_this:
-        bound = gin.get_bindings("discretize")
-        if (method := bound.get("method", "auto")) not in ("auto", *methods):
+        given = _given("discretize", discretize)
+        method = given["method"]
+        if method not in ("auto", *methods) and not _named_by_project(method):
             raise unknown("discretize.method", method, ("auto", *methods))
+        at_least("discretize.candidates", given["candidates"], 1)
+        within("discretize.fill", given["fill"], 0, 1)
+        if method == "race":
+            known = inspect.signature(check_race).parameters
+            with _ranks():
+                check_race(**{name: value for name, value in _given("race", race).items() if name in known})
         if about_this:
             Budget(space, bound_limits(), objectives(space, targets)).check()
     if method == "race":
@@ -75,10 +91,30 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
             refuse_race()
 
 
-def _space_options() -> dict[str, object]:
-    """Return what gin binds of the space; retrain may build a larger one than search."""
-    found: dict[str, object] = gin.get_bindings("create_space", resolve_references=False)
-    return found
+def _ranks() -> AbstractContextManager[None]:
+    """Act as the ranks of a later stage inside the block: those of this one where all stages have as many."""
+    return nullcontext() if os.environ.get("TANGLENAS_NPROC") else distributed.apart()
+
+
+def _given(name: str, function: Callable[..., object]) -> dict[str, Any]:
+    """Return the options of a function: what gin binds, and the defaults of the others."""
+    defaults = {key: it.default for key, it in inspect.signature(function).parameters.items()}
+    return {**defaults, **gin.get_bindings(name)}
+
+
+def _named_by_project(method: object) -> bool:
+    """Return whether a script of the project names the method, which it may add to `methods`."""
+    return any(str(method) in path.read_text("utf-8", errors="replace") for path in Path("pipelines").rglob("*.py"))
+
+
+def _created_with() -> tuple[object, object]:
+    """Return what gin binds of the space and the dataset: retrain may have larger ones than search."""
+    space, dataset = (gin.get_bindings(it, resolve_references=False) for it in ("create_space", "create_dataset"))
+    return space, dataset
+
+
+def _shapes(space: SearchSpace) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in space.state_dict().items()}
 
 
 @contextmanager
@@ -92,6 +128,11 @@ def _later(stage: str, space: SearchSpace, dataset: Dataset, told: str = "") -> 
     """
     arguments = None if sets_python_path(stage) else stage_arguments(stage)
     try:
+        if missing := missing_files(stage):
+            raise TangleNASError(
+                f"{missing[0]} is missing, which its command in dvc.yaml names: write it (it may be empty), or choose "
+                "another recipe in params.yaml"
+            )
         with configured(arguments or ()):
             yield (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name)
     except TangleNASError as error:

@@ -85,6 +85,20 @@ def stage_arguments(
     return arguments if there else None
 
 
+def missing_files(stage: str) -> list[str]:
+    """Return the gin files that the command of a stage names, and that are missing.
+
+    Raises:
+        TangleNASError: params.yaml is damaged.
+    """
+    _, after = _command(stage, Path("params.yaml"), Path("dvc.yaml"))
+    try:
+        words = _words(after or "")
+    except ValueError:
+        return []
+    return [word for word in words if word.endswith(".gin") and "=" not in word and not Path(word).exists()]
+
+
 def sets_python_path(stage: str) -> bool:
     """Return whether the command of a stage in dvc.yaml sets where Python finds modules: PYTHONPATH=src python.
 

@@ -176,6 +176,8 @@ def retrain(
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
         network = network.to(device)
         distributed.synchronize([*network.parameters(), *network.buffers()])
+        if mode == "inherit" and until == 0:
+            return RetrainResult(network.eval(), math.nan, [])
         if mode == "inherit":
             _recalibrate(network, data, recalibration_batches, seed)
             return RetrainResult(network.eval(), measure(network, data.validation, together=True).accuracy, [])

@@ -19,7 +19,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import write_environment
 from tanglenas_engine.pipeline.config import configure
 from tanglenas_engine.pipeline.configurables import create
-from tanglenas_engine.pipeline.files import SUPERNET
+from tanglenas_engine.pipeline.files import SUPERNET, state_before_search
 from tanglenas_engine.pipeline.pretrained import located, pretrained
 from tanglenas_engine.runtime.weights import save_weights, weights_digest, weights_metadata
 
@@ -130,3 +130,16 @@ def test_a_search_starts_from_weights_and_its_lineage_has_their_digest(
     for source in ([], ["scratch"], ["timm:deit_tiny_patch16_224"]):
         write_environment([*names, *source])
         assert "weights" not in json.loads(Path("environment.json").read_text())
+
+
+def test_a_new_space_has_not_the_state_before_a_search_from_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = vit()
+    save_weights(SUPERNET, {**space.state_dict()}, {})
+    before = state_before_search(space)
+    with torch.no_grad():
+        next(space.parameters()).add_(1.0)
+    assert before.keys() == space.state_dict().keys()
+    assert not torch.equal(before[next(iter(before))], next(iter(space.state_dict().values())))
+    save_weights(SUPERNET, {**space.state_dict()}, {"weights_sha256": "12ab"})
+    assert state_before_search(space) is None

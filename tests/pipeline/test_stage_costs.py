@@ -192,6 +192,15 @@ LATER = [
     ({}, "retrain.epoch = 3", "configuration: retrain has no parameter 'epoch'. Did you mean 'epochs'?"),
     ({}, "retrain.optimizer = @torch.optim.SGD\nSGD.lr = -1.0", "retrain.optimizer"),
     ({}, "evaluate.batch = 3", "configuration: evaluate has no parameter 'batch'"),
+    ({"retrain": {"mode": "inherit", "epochs": 0}}, "", "retrain.epochs is 0"),
+    ({}, "retrain.epochs = 1\ncreate_dataset.cutuot = 16", "dataset 'digits' of tanglenas"),
+    (
+        {"retrain": {"mode": "finetune"}},
+        "retrain.epochs = 1\ncreate_space.patch_size = 4",
+        "the space is of another size than in the search, and retrain.mode 'finetune' takes",
+    ),
+    ({"discretize": {"candidates": 0}}, "", "discretize.candidates is 0"),
+    ({"discretize": {"method": "race"}}, "discretize.fill = 0.9\nrace.propose = 2.0", "race.propose is 2.0"),
     ({"discretize": {"method": "rase"}}, "", "unknown discretize.method 'rase'. Did you mean 'race'?"),
     ({"retrain": {"mode": "inherit"}, "discretize": {"method": "race"}}, "", "retrain.mode is 'inherit'"),
 ]
@@ -220,6 +229,23 @@ def test_a_later_stage_that_finds_its_modules_by_itself_is_not_refused(project, 
     set_params(project, discretize={"max_params": 10})  # refused, too, and first
     assert "discretize would fail" in refused("search")
     set_params(project, discretize={"max_params": None}, search={"epochs": 0})
+    assert "search.epochs is 0" in refused("search")
+
+
+def test_a_recipe_without_its_file_is_refused_before_the_search(project, refused):
+    Path("gin/demo/retrain.gin").unlink()
+    assert "retrain would fail: gin/demo/retrain.gin is missing" in refused("search")
+
+
+def test_what_later_stages_do_by_themselves_is_not_refused(project, refused):
+    """Other sizes of the data, and a method of the project's own."""
+    for stage in ("retrain", "evaluate"):
+        with open(f"gin/stages/{stage}.gin", "a") as file:
+            file.write("\ncreate_dataset.image_size = 16\ncreate_space.image_size = 16\n")
+    set_params(project, discretize={"method": "mine"}, search={"epochs": 0})
+    assert "unknown discretize.method 'mine'" in refused("search")
+    Path("pipelines").mkdir()
+    Path("pipelines/discretize.py").write_text('methods = {**methods, "mine": random}\n')
     assert "search.epochs is 0" in refused("search")
 
 

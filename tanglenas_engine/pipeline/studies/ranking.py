@@ -13,7 +13,7 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.files import SUPERNET, load_into
+from tanglenas_engine.pipeline.files import SUPERNET, load_into, state_before_search
 from tanglenas_engine.pipeline.pools import agreement
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import BUDGET, Arm, Claim, Measured, Panel, Runs, Scale, Study
@@ -32,7 +32,7 @@ def measure(run: Run) -> Measured:
     if run.table is None:
         raise TangleNASError("ranking needs networks of known worth: give --table, or keep the stage `pool`")
     with run.opened(searched=False) as bench:
-        before = {name: tensor.clone() for name, tensor in bench.space.state_dict().items()}
+        before = state_before_search(bench.space)
         load_into(bench.space, SUPERNET)
         benchmark = Benchmark(load_table(run.table, bench.space), run.metric)
         listed = benchmark.listed or compared(bench.space, run.measure)
@@ -48,7 +48,8 @@ def measure(run: Run) -> Measured:
         )
     assert found is not None
     values = {"spearman": found.spearman, "kendall_tau": found.kendall_tau}
-    if not math.isnan(first := found.baselines["before_search"]):  # a head of zeros gives all networks one loss
+    first = found.baselines.get("before_search", math.nan)
+    if not math.isnan(first):  # a head of zeros gives all networks one loss
         values |= {"before": first, "gain": found.spearman - first}
     if found_alike := agreement(run.table, run.metric, benchmark.table.keys):
         values |= {"agreement": found_alike.correlation, "ceiling": found_alike.ceiling}
