@@ -198,7 +198,7 @@ def test_a_later_error_says_what_a_removal_costs(pictures: Path) -> None:
 def test_a_search_refuses_a_truncated_test_image_before_it_trains(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(lay_out(tmp_path, code=False))
     monkeypatch.setenv("TANGLENAS_TRACKING", "off")
-    set_params(tmp_path, dataset="image_folder")
+    set_params(tmp_path, dataset="image_folder", retrain={"batch_size": 4})
     pictures = write(tmp_path / "data" / "images", count=8)
     path = pictures / "test" / "dog" / "1.jpg"
     whole = path.read_bytes()
