@@ -66,7 +66,7 @@ def metric_texts(metrics: Mapping[str, Any]) -> dict[str, str]:
 def _cost_text(metrics: Mapping[str, Any], key: str) -> str:
     """Return a cost by an objective as a person reads it, or "" for other metrics."""
     value, unit = _number(metrics, key), metrics.get("unit_" + re.sub("^(expected|limit)_", "", key))
-    return "" if value is None or unit is None else f"{amount(value, 3)} {shown(unit)}"
+    return "" if value is None or unit is None else f"{amount(value, 3)} {shown(unit)}".rstrip()
 
 
 def _metric_text(key: str, value: object) -> str:

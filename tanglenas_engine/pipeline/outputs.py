@@ -85,8 +85,11 @@ def search_metrics(result: SearchResult) -> dict[str, Any]:
 
 
 def _units(units: Mapping[str, str]) -> dict[str, str]:
-    """Return what metrics have of the units of objectives. Those of parameters and MACs are known."""
-    return {f"unit_{name}": unit for name, unit in units.items() if unit and name not in COSTS}
+    """Return what metrics have of the units of objectives, "" for none. Those of parameters and MACs are known.
+
+    A unit tells a cost from other metrics, so that every objective has one.
+    """
+    return {f"unit_{name}": unit for name, unit in units.items() if name not in COSTS}
 
 
 def write_discretize(stage: Stage, result: DiscretizeResult) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from tanglenas_engine import Architecture, Cost
 from tanglenas_engine.pipeline import outputs
 from tanglenas_engine.pipeline.files import read_splits
 from tanglenas_engine.pipeline.headline import Fact, headline, metric_texts
+from tanglenas_engine.stages.discretize import DiscretizeResult
 from tanglenas_engine.stages.evaluate import EvaluateResult
 
 EVALUATED = {
@@ -50,6 +51,20 @@ def test_a_cost_of_an_objective_is_a_fact_where_discretize_and_evaluate_are_abou
     assert Fact("latency", "0.583 ms", "limit 0.597 ms") in found
     found = headline({"discretize": {**LATENCY, "digest": "b"}, "evaluate": EVALUATED})
     assert "latency" not in [fact.name for fact in found]
+
+
+@pytest.mark.parametrize("limits, detail", [({}, ""), ({"branches": 4.0, "params": 70}, "limit 4")])
+def test_a_cost_without_a_unit_is_a_fact_as_well(limits, detail):
+    space = vit()
+    architecture = space.smallest()
+    result = DiscretizeResult(
+        architecture, Cost(50, 20), 90.0, 0.5, costs={"branches": 3.0}, limits=limits, units={"branches": ""}
+    )
+    metrics = outputs.discretize_metrics(result)
+    assert metric_texts(metrics)["branches"] == f"3 ({detail})" if detail else "3"
+    found = headline({"discretize": metrics, "evaluate": {**EVALUATED, "digest": architecture.digest}})
+    assert Fact("branches", "3", detail) in found
+    assert [fact.name for fact in found] == ["test accuracy", "parameters", "MACs", "branches", "alpha"]
 
 
 @pytest.mark.parametrize("damage", [{"unit_latency": ["ms"]}, {"latency": "fast"}, {"limit_latency": None}])
