@@ -89,9 +89,8 @@ def command(
     )  # fmt: skip
     check_fit(manager, *(manager.resolve(kind, plan.params[kind]) for kind in ("space", "dataset")))
     folder = out or Path(f"study-{name}")
-    ignored = (TEMPLATE / "project" / "gitignore").read_text("utf-8")
-    own = "/page\n/runs/*/out/\n/runs/*/gin/\n/runs/*/params.yaml\n/runs/*/dvc.yaml\n"
-    files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": ignored + own}
+    rules = study_folder.gitignore(plan, (TEMPLATE / "project" / "gitignore").read_text("utf-8"))
+    files = {f".dvc/{file}": text for file, text in DVC_FILES.items()} | {".gitignore": rules}
     try:
         new = study_folder.lay_out(plan, folder, source, TEMPLATE / "study", files)
     except OSError as problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from collections.abc import Iterator
@@ -63,6 +64,24 @@ def read_params(params: Path) -> dict[str, Any]:
             f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line. {advice}"
         )
     return content or {}
+
+
+def cached_outputs(pipeline: str) -> list[str]:
+    """Return the outputs that DVC keeps in its cache, as paths from the folder of dvc.yaml.
+
+    Args:
+        pipeline: The text of dvc.yaml. A value that DVC fills in is `*` in a path.
+    """
+    from ruamel.yaml import YAML
+
+    found = []
+    for stage in YAML(typ="safe").load(pipeline)["stages"].values():
+        stage = stage.get("do", stage)  # of a stage with `foreach`
+        for out in (out for group in ("outs", "metrics", "plots") for out in stage.get(group, ())):
+            ((name, flags),) = out.items() if isinstance(out, dict) else [(out, {})]
+            if flags.get("cache", True):
+                found.append(posixpath.normpath(posixpath.join(stage.get("wdir", ""), name)))
+    return list(dict.fromkeys(TEMPLATE.sub("*", path) for path in found))
 
 
 def stage_arguments(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.params import cached_outputs
 from tanglenas_engine.pipeline.studies.plan import Plan
 from tanglenas_engine.pipeline.studies.study import Stage
 from tanglenas_engine.pipeline.studies.yaml_text import yaml_text
@@ -32,6 +33,8 @@ PARAMS: dict[str, tuple[str, ...]] = {
 """The groups of params.yaml that a stage depends on. Discretize can train by the recipe of retrain."""
 SHARED = ("space", "dataset", "recipe", "table", "metric", "bindings")
 RUN = "runs/${item.arm}-${item.seed}"
+RUN_FOLDERS = ("/runs/*/out/", "/runs/*/gin/", "/runs/*/params.yaml", "/runs/*/dvc.yaml")
+"""The rules for git about the folder of a run, whose metrics/ it keeps."""
 
 
 def dvc_yaml(plan: Plan) -> str:
@@ -191,6 +194,16 @@ def _gin(stage: str) -> list[str]:
 
 def _table(plan: Plan) -> list[str]:
     return [plan.params["table"]] if plan.params["table"] else []
+
+
+def gitignore(plan: Plan, project: str) -> str:
+    """Return the rules for git of a study: those of a project, and for what the study computes.
+
+    Args:
+        project: The .gitignore of a project.
+    """
+    computed = [f"/{out}" for out in cached_outputs(dvc_yaml(plan)) if not out.startswith("runs/")]
+    return project + "\n".join([*computed, *RUN_FOLDERS, ""])
 
 
 def params_yaml(plan: Plan) -> str:
