@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from tanglenas_engine.runtime.files import holder, read_note
 
 from ..pipeline.redaction import reason
 from ..plugins import PluginManager, PluginWarning
-from ._shipped import EARLIER
+from ._shipped import EARLIER, TEMPLATE
 
 LIBRARIES = ("tanglenas", "torch", "torchvision", "timm", "gin-config", "dvc", "mlflow")
 GIB = 2**30
@@ -189,7 +188,9 @@ def _has_no_commit(root: Path) -> bool:
 
 def _outputs_in_git(root: Path) -> Iterator[Finding]:
     """Yield a problem where git tracks outputs that DVC keeps, and a note where the next `git add .` may begin to."""
-    kept = _kept_by_dvc(root / "dvc.yaml")
+    from ..pipeline.params import cached_outputs
+
+    kept = _below(root, cached_outputs(read_note(root / "dvc.yaml").decode("utf-8")))
     if not kept or (files := _git(root, "ls-files", "-z", "--", *kept)) is None:
         return
     tracked = [out for out in kept if any(fnmatch(f, out) or fnmatch(f, f"{out}/*") for f in files.split("\0"))]
@@ -199,23 +200,28 @@ def _outputs_in_git(root: Path) -> Iterator[Finding]:
             f"git tracks {', '.join(tracked)}, so that `dvc repro` refuses to run: DVC keeps them",
             f'git rm -r --quiet --cached {shlex.join(tracked)} && git commit -m "DVC keeps the outputs"',
         )
-    ignored = (_git(root, "check-ignore", "--no-index", *kept) or "").splitlines()
+    ignored = (_git(root, "-c", "core.quotePath=false", "check-ignore", "--no-index", *kept) or "").splitlines()
     if in_danger := [out for out in kept if out not in ignored]:
         yield Finding(
             "note",
             f"git does not ignore {', '.join(in_danger)}, which DVC keeps: `git add .` may add them",
-            f"tanglenas init --upgrade {shlex.quote(str(root))}",
+            # The empty line ends a last rule that has no end of line.
+            f"printf '%s\\n' '' {shlex.join(_rules(in_danger))} >> {shlex.quote(str(root / '.gitignore'))}",
         )
 
 
-def _kept_by_dvc(pipeline: Path) -> list[str]:
-    """Return the outputs of a dvc.yaml that DVC keeps in its cache, with a `*` for each value that DVC fills in."""
-    from ruamel.yaml import YAML
+def _below(root: Path, outputs: list[str]) -> list[str]:
+    """Return outputs as git names them, without those outside the folder, also by a link: git refuses their paths."""
+    root = root.resolve()
+    places = [(root / out).parent.resolve() / Path(out).name for out in outputs]
+    return [place.relative_to(root).as_posix() for place in places if place.is_relative_to(root)]
 
-    stages = YAML(typ="safe").load(read_note(pipeline).decode("utf-8"))["stages"].values()
-    outs = [out for stage in stages for group in ("outs", "metrics", "plots") for out in stage.get(group, ())]
-    flags = {name: its for out in outs for name, its in (out.items() if isinstance(out, dict) else [(out, {})])}
-    return [re.sub(r"\$\{.*?\}", "*", name) for name, its in flags.items() if its.get("cache", True)]
+
+def _rules(outputs: list[str]) -> list[str]:
+    """Return rules with which git ignores outputs: that of a new project, such as /out/, or else the path itself."""
+    new = (TEMPLATE / "project" / "gitignore").read_text("utf-8").splitlines()
+    rules = (next((rule for rule in new if f"/{out}".startswith(rule)), f"/{out}") for out in outputs)
+    return list(dict.fromkeys(rules))
 
 
 def _git(root: Path, *arguments: str) -> str | None:

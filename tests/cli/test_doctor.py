@@ -163,14 +163,48 @@ def test_outputs_that_git_tracks_are_a_problem_which_its_remedy_solves(ask, proj
     assert ask()[0] == 0 and (project / "out" / "recipe.json").exists()
 
 
-def test_outputs_that_git_would_add_are_noted(ask, project, git):
+@pytest.mark.parametrize("rules", ["__pycache__/\n", "/out/\n!/out/", "# /out/"])
+def test_outputs_that_git_would_add_are_noted_with_a_remedy_that_solves_it(ask, project, git, rules):
     (project / "out").mkdir()
-    (project / ".gitignore").write_text("__pycache__/\n")
+    (project / ".gitignore").write_text(rules)
     (project / "out" / ".gitignore").write_text("/inputs\n/recipe.json\n/search\n")  # as DVC writes it
     status, found = ask()
     (note,) = those(found, "note")
     assert status == 0 and "git does not ignore out/search.run.json, out/discretize, " in note
-    assert note.endswith(f" -> tanglenas init --upgrade {project}")
+    remedy = note.partition(" -> ")[2]
+    assert remedy == f"printf '%s\\n' '' /out/ >> {project}/.gitignore"
+    subprocess.run(remedy, shell=True, check=True)
+    assert not those(ask()[1], "note")
+    assert (project / ".gitignore").read_text().startswith(rules)
+
+
+def test_outputs_of_own_stages_are_noted_where_they_are_and_those_elsewhere_are_none_of_git(
+    ask, project, git, tmp_path
+):
+    (tmp_path / "disk").mkdir()
+    (project / "far").symlink_to(tmp_path / "disk")
+    outs = f"['große Datei.txt', ../beside.txt, ../../outside.txt, {tmp_path}/absolute.txt, ../far/linked.txt]"
+    mine = f"  mine:\n    cmd: make\n    wdir: sub\n    outs: {outs}\n"
+    each = "  each:\n    foreach: [1, 2]\n    do:\n      cmd: make\n      outs: ['part-${item}.txt']\n"
+    pipeline = project / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("\nstages:\n", f"\nstages:\n{mine}{each}"))
+    status, found = ask()
+    (note,) = those(found, "note")
+    assert status == 0 and "git does not ignore sub/große Datei.txt, beside.txt, part-*.txt, which DVC keeps" in note
+    subprocess.run(note.partition(" -> ")[2], shell=True, check=True)
+    assert not those(ask()[1], "note")
+    (project / "beside.txt").write_text("large")
+    git("add", "--force", "beside.txt")
+    assert "git tracks beside.txt, so that" in those(ask()[1], "problem")[0]
+
+
+def test_a_new_study_is_in_order(ask, tmp_path, monkeypatch):
+    assert CliRunner().invoke(main, ["study", "ranking", "--no-run", "--out", "new"]).exit_code == 0
+    monkeypatch.chdir("new")
+    for step in ("init -q", "add .", "-c user.name=T -c user.email=t@example.org commit -qm new"):
+        subprocess.run(["git", *step.split()], check=True)
+    status, found = ask()
+    assert (status, those(found, "note")) == (0, [])
 
 
 def test_a_store_that_cannot_be_opened_is_a_problem(ask, project, monkeypatch):
