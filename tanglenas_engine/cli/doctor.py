@@ -141,7 +141,7 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _project(root: Path) -> Iterator[Finding]:
-    from ..pipeline.params import check_params, read_params
+    from ..pipeline.params import check_params, is_study, read_params
 
     if not (root / "dvc.yaml").exists():
         yield Finding("note", "there is no dvc.yaml: this is no project", "tanglenas init DIR")
@@ -170,7 +170,7 @@ def _project(root: Path) -> Iterator[Finding]:
         yield Finding("note", "compiled files count as changes of code", "write the line __pycache__/ into .dvcignore")
     if (root / "params.yaml").exists() and not missing:
         try:
-            if "study" not in read_params(root / "params.yaml"):  # whose stages depend on keys by their names
+            if not is_study(read_params(root / "params.yaml")):
                 check_params(root / "params.yaml", root / "dvc.yaml")
         except TangleNASError as error:
             yield Finding("problem", str(error))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tanglenas_engine.errors import TangleNASError, shown
+from tanglenas_engine.errors import LINE_CHARACTERS, TangleNASError, shown
 
 from ..plugins import PluginManager, Registration
 from ..plugins.manager import options_of
@@ -45,7 +45,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
         _upgrade(folder)
         return
     if folder.exists() and (not folder.is_dir() or any(entry.name != ".git" for entry in folder.iterdir())):
-        is_project = (folder / "dvc.yaml").exists() and (folder / "pipelines").is_dir()
+        is_project = (folder / "dvc.yaml").exists() and (folder / "pipelines").is_dir() and not _is_study(folder)
         advice = f". To bring the project in it up to this version: tanglenas init --upgrade {folder}" * is_project
         raise TangleNASError(
             f"{folder} is not an empty folder. Name one that is, or one that does not exist yet{advice}"
@@ -81,9 +81,17 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
 
 def _upgrade(folder: Path) -> None:
     """Replace the scripts and dvc.yaml of a project, keep what was there, and add the gin files that it lacks."""
+    from ..pipeline.params import is_study, read_params
+
     scripts = folder / "pipelines"
     if not ((folder / "dvc.yaml").is_file() and scripts.is_dir()):
         raise TangleNASError(f"{folder} has no dvc.yaml and pipelines/ to upgrade: lay out a project with `init` alone")
+    params = read_params(folder / "params.yaml")
+    if is_study(params):
+        raise TangleNASError(
+            f"{folder} is a study, which has a dvc.yaml of its own. For a study of this version, run its command with "
+            f"another --out: {shown(params.get('command'), LINE_CHARACTERS)}"
+        )
     source = pipeline()
     today = {Path("dvc.yaml"), *(path.relative_to(source) for path in (source / "pipelines").glob("*.py"))}
     replaced = [path for path in sorted(today) if _differs(source / path, folder / path)]
@@ -112,17 +120,21 @@ def _upgrade(folder: Path) -> None:
         click.echo(f"{folder} is of this version already.")
 
 
+def _is_study(folder: Path) -> bool:
+    from ..pipeline.params import is_study, read_params
+
+    with suppress(TangleNASError):
+        return is_study(read_params(folder / "params.yaml"))
+    return False
+
+
 def _add_keys(theirs: Path, ours: Path) -> list[str]:
     """Add to the groups of a project's params.yaml the keys that they lack, with our values. dvc.yaml needs them."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     yaml, added = YAML(), []
     yaml.preserve_quotes, yaml.width = True, 1000
-    try:
-        params = yaml.load(theirs.read_text("utf-8"))
-    except (OSError, ValueError, YAMLError) as error:
-        raise TangleNASError(f"{theirs} cannot be read ({shown(error)}). Correct it, and upgrade again") from None
+    params = yaml.load(theirs.read_text("utf-8"))
     for name, values in yaml.load(ours.read_text("utf-8")).items():
         group: Any = params.get(name) if isinstance(params, dict) else None
         for key in values if isinstance(values, dict) and isinstance(group, dict) else ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ def read_params(params: Path) -> dict[str, Any]:
             f"params.yaml holds a {type(content).__name__}, expected a key and a value in every line. {advice}"
         )
     return content or {}
+
+
+def is_study(params: Mapping[str, Any]) -> bool:
+    """Return whether the content of a params.yaml is that of a study, whose stages depend on keys by their names."""
+    return {"study", "arms"} <= params.keys()
 
 
 def cached_outputs(pipeline: str) -> list[str]:

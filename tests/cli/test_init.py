@@ -176,7 +176,10 @@ def test_an_upgrade_adds_the_keys_that_dvc_yaml_refers_to(earlier, init):
     assert values == {"max_params": 70, "max_flops": 5, **added}
     assert "is of this version already" in init("--upgrade").output
     params.write_text("a: [")
+    (earlier / "dvc.yaml").write_text("stages: {}\n")
+    before = contents(earlier)
     assert "params.yaml cannot be read" in init("--upgrade").stderr
+    assert contents(earlier) == before
 
 
 def test_an_upgrade_adds_the_rules_for_git_that_are_new(earlier, init):
@@ -201,6 +204,16 @@ def test_only_a_project_can_be_upgraded_and_its_names_stay(earlier, init):
     assert result.exit_code == 2 and "elsewhere has no dvc.yaml and pipelines/ to upgrade" in result.stderr
     result = init("--upgrade", "--space", "gpt_nano")
     assert result.exit_code == 2 and "leaves params.yaml as it is" in result.stderr
+
+
+def test_a_study_is_no_project_to_upgrade_and_stays_as_it_is(init, tmp_path):
+    command = ["study", "ranking", "--no-run", "--seeds", "0", "--out", "project"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    before = contents(tmp_path / "project")
+    result = init("--upgrade")
+    assert result.exit_code == 2 and contents(tmp_path / "project") == before
+    assert "project is a study" in result.stderr and "another --out: tanglenas study ranking" in result.stderr
+    assert "is not an empty folder" in (advice := init().stderr) and "upgrade" not in advice
 
 
 @pytest.fixture
