@@ -4,9 +4,10 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from threading import Thread
 from typing import Any, TypeAlias
@@ -23,6 +24,9 @@ from .dataset import Samples
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Inputs (B, C, H, W) and targets (B,), or tokens (B, T) and the tokens that follow them (B, T)."""
+
+GRACE = 0.5
+"""Seconds in which the loader may end its workers itself. One that is killed between two batches may hold its locks."""
 
 
 class Stream:
@@ -126,50 +130,60 @@ def _derive(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=7).digest())
 
 
-class _SeededBatches(TorchDataset[Batch | TangleNASError]):
-    """A torch dataset of whole batches, each with the seed of its augmentation, or with the error in its place.
+def _load(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int) -> Iterator[Batch]:
+    return _load_ahead(samples, plan, num_workers) if num_workers else (_batch(samples, *planned) for planned in plan)
 
-    An error that a worker raises arrives as the text of a traceback, around the sentence that a person needs.
+
+def _batch(samples: Samples, seed: int, indices: Tensor) -> Batch:
+    with seeded(seed, accelerators=False):  # augmentation runs on the CPU
+        return samples.batch(indices)
+
+
+class _Sent(TorchDataset[Batch | str]):
+    """A torch dataset of whole batches, each with the seed of its augmentation, or with an error's sentence instead.
+
+    torch would wrap the sentence in a traceback. The error itself may be of a class that cannot be sent.
     """
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, item: tuple[int, Tensor | list[int]]) -> Batch | TangleNASError:
-        seed, indices = item
+    def __getitem__(self, planned: tuple[int, list[int]]) -> Batch | str:
+        seed, indices = planned
         try:
-            with seeded(seed, accelerators=False):  # augmentation runs on the CPU
-                return self.samples.batch(torch.as_tensor(indices))
+            return _batch(self.samples, seed, torch.tensor(indices))
         except TangleNASError as error:
-            return error
+            return str(error)
 
 
-def _load(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int) -> Iterator[Batch]:
-    source = _SeededBatches(samples)
-    if num_workers == 0:
-        return map(_arrived, map(source.__getitem__, plan))
+def _load_ahead(samples: Samples, plan: Iterator[tuple[int, Tensor]], num_workers: int) -> Iterator[Batch]:
+    """Yield the batches of a plan, which workers load. The workers end with this generator, or with this process."""
     ends, end = multiprocessing.Pipe(duplex=False)
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        # A slice of a tensor would send the whole permutation to the worker; a list does not.
-        sampler=((seed, indices.tolist()) for seed, indices in plan),
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
-        # The loader draws a seed for its workers. A generator of its own leaves the global one unchanged.
-        generator=torch.Generator(),
-        worker_init_fn=partial(_outlast_signals, ends),
-    )
-    loaded = iter(loader)
-    Finalize(loaded, _end_workers, (ends, end), exitpriority=0)  # when nobody uses it any more, or this process ends
-    return map(_arrived, loaded)
-
-
-def _arrived(batch: Batch | TangleNASError) -> Batch:
-    if isinstance(batch, TangleNASError):
-        raise batch
-    return batch
+    with ends, end:
+        loaded = iter(
+            DataLoader(
+                _Sent(samples),
+                batch_size=None,
+                # A slice of a tensor would send the whole permutation to the worker; a list does not.
+                sampler=((seed, indices.tolist()) for seed, indices in plan),
+                num_workers=num_workers,
+                collate_fn=_as_is,
+                pin_memory=torch.cuda.is_available(),
+                # The loader draws a seed for its workers. A generator of its own leaves the global one unchanged.
+                generator=torch.Generator(),
+                worker_init_fn=partial(_outlast_signals, ends),
+            )
+        )
+        # The loader waits for its workers, so that they are told before. A reference cycle with the loader calls this
+        # first, and so does the end of this process.
+        end_workers = Finalize(loaded, end.send_bytes, (b"end",), exitpriority=0)
+        try:
+            for batch in loaded:
+                if isinstance(batch, str):
+                    raise TangleNASError(batch)
+                yield batch
+        finally:
+            end_workers()
 
 
 def _as_is(batch: Any) -> Any:
@@ -177,23 +191,19 @@ def _as_is(batch: Any) -> Any:
 
 
 def _outlast_signals(ends: Connection, worker: int) -> None:
-    """Make a worker outlast the signals that ask a training to stop, so that it can finish its step and save.
+    """Make a worker outlast the signals that ask a training to stop, so that the training can finish its step and save.
 
-    Ctrl-C, schedulers and `timeout` send them to all processes of a run. Without signals, a worker ends when the loader
-    tells it so, when its parent is gone, and, in the middle of a batch, when there is something to read from `ends`.
+    Ctrl-C, schedulers and `timeout` send them to all processes of a run. Without signals, a worker ends when there is
+    something to read from `ends`, or its parent is gone, also in the middle of a batch.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
 
     def end() -> None:
-        ends.poll(None)
+        wait([ends, parent.sentinel])
+        time.sleep(GRACE)
         os._exit(0)
 
     Thread(target=end, daemon=True).start()
-
-
-def _end_workers(ends: Connection, end: Connection) -> None:
-    """End workers that the loader could not tell, as in a reference cycle, where its queues are closed first."""
-    end.send_bytes(b"end")
-    end.close()
-    ends.close()

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 from functools import partial
 from types import FunctionType, MethodType
 
@@ -397,9 +398,17 @@ def test_an_error_of_a_batch_is_its_sentence_alone(num_workers):
     assert str(caught.value) == "no image: replace it"
 
 
+class UnsentError(TangleNASError):
+    """An error that no process can send to another one."""
+
+    def __init__(self, *, kind):
+        super().__init__(f"no {kind}: replace it")
+        self.lock = threading.Lock()
+
+
 def refuse_the_last(rows):
     if 7 in rows:
-        raise TangleNASError("no image: replace it")
+        raise UnsentError(kind="image")
     return rows
 
 
@@ -423,11 +432,11 @@ def test_workers_outlast_the_signals_that_a_whole_run_gets(samples):
 
 
 LOADS = """
-import multiprocessing, sys, time, torch
+import gc, multiprocessing, sys, time, torch
 from tanglenas_engine.data import TensorSamples, batches
 
 def load(rows):
-    time.sleep(1000 if how == "busy" and 3 in rows else 0)
+    time.sleep(1000 if how != "idle" and 3 in rows else 0)
     return rows
 
 how = sys.argv[1]
@@ -435,21 +444,33 @@ multiprocessing.set_start_method("fork", force=True)  # this process comes from 
 loaded = batches(TensorSamples(torch.arange(8), torch.zeros(8), load), 1, num_workers=2)
 next(loaded), next(loaded)  # by now a worker loads the fourth row
 print("workers", *(child.pid for child in multiprocessing.active_children()), flush=True)
-how == "killed" and sys.stdin.read()
+if how in ("killed", "terminated"):
+    sys.stdin.read()
+if how in ("dropped", "cycle"):
+    cycle = [loaded]
+    how == "cycle" and cycle.append(cycle)
+    start = time.monotonic()
+    del loaded, cycle
+    gc.collect()
+    print("dropped in", time.monotonic() - start)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ends", "busy", "killed"])
-def test_workers_end_with_their_parent(how):
+@pytest.mark.parametrize("how", ["idle", "busy", "dropped", "cycle", "killed", "terminated"])
+def test_workers_end_with_their_loader_or_their_parent_also_in_the_middle_of_a_batch(how):
     with Forked(LOADS, how) as parent:
         line = next(line for line in parent.stdout if line.startswith("workers"))
         workers = [psutil.Process(int(pid)) for pid in line.split()[1:]]
         assert len(workers) == 2
-        if how == "killed":
-            parent.kill()
+        sent = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM}.get(how, 0)
+        for pid in (*(worker.pid for worker in workers if how == "terminated"), parent.pid):
+            os.kill(pid, sent)
         assert not psutil.wait_procs(workers, timeout=60)[1]
-    assert parent.returncode == (-signal.SIGKILL if how == "killed" else 0)
+        if how in ("dropped", "cycle"):
+            line = next(line for line in parent.stdout if line.startswith("dropped in"))
+            assert float(line.split()[-1]) < 8  # a loader waits twice 5 s for a worker that does not end
+    assert parent.returncode == -sent
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, None, True, "0", 2**63])
