@@ -90,16 +90,30 @@ def load_into(
     own = network.state_dict()
     state, prefix = without_prefix(load_weights(path), own)
     state = convert(state) if convert else state
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = _difference(network, state, own) or shown(error)
-        raise OtherWeightsError(f"{path} holds the weights of another network ({reason})") from None
+    load_state(network, state, path)
     check_values(path, state, own, prefix)
     return prefix
 
 
-def _difference(network: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load tensors into a network. Where they do not fit, some of them may be loaded.
+
+    Args:
+        network: The network.
+        state: The tensors.
+        source: The file or option that the error names.
+
+    Raises:
+        OtherWeightsError: Names or shapes are not those of the network.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = _difference(network, state, network.state_dict()) or shown(error)
+        raise OtherWeightsError(f"{source} holds the weights of another network ({reason})") from None
+
+
+def _difference(network: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Return how the names and shapes of tensors differ from those of a network, which takes what fits."""
     shapes = {name: tensor.shape for name, tensor in state.items() if name in own and tensor.shape != own[name].shape}
     fitting = {name: tensor for name, tensor in state.items() if name not in shapes}

@@ -21,6 +21,7 @@ from tanglenas_engine.runtime.devices import device_of
 from tanglenas_engine.runtime.progress import Progress
 from tanglenas_engine.runtime.seeding import checked_seed
 from tanglenas_engine.runtime.tracking import Record
+from tanglenas_engine.runtime.weights import load_state
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.spaces.fit import check_fit
@@ -172,8 +173,8 @@ def rank_correlation(
         progress: The progress output for a person.
 
     Raises:
-        TangleNASError: There is no table, it lists fewer than 2 of the architectures, or "all" are more than can be
-            listed.
+        TangleNASError: There is no table, it lists fewer than 2 of the architectures, "all" are more than can be
+            listed, or `before` is of another network.
     """
     if listed is not None:
         architectures = len(listed)
@@ -193,6 +194,9 @@ def rank_correlation(
     check_fit(space, data.architecture)
     target = device_of(device)
     space.to(target)
+    if before is not None:
+        with _state(space, before):
+            pass  # an error is told before the comparison
     every = architectures == "all" or architectures >= space.size
     judging = partial(
         Candidates,
@@ -244,10 +248,14 @@ def rank_correlation(
 
 @contextmanager
 def _state(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give a network other weights and statistics inside the block."""
+    """Give a network other weights and statistics inside the block.
+
+    Raises:
+        TangleNASError: They are of another network.
+    """
     own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    network.load_state_dict(state)
     try:
+        load_state(network, state, "rank_correlation.before")
         yield
     finally:
         network.load_state_dict(own)

@@ -198,6 +198,20 @@ def test_counts_and_the_supernet_before_the_search_are_baselines(judged):
         assert [row[name] for row in by_cost.rows] == [*costs.values()]
 
 
+def test_a_state_of_another_network_is_told_before_the_comparison_and_leaves_the_supernet_as_it_was(judged):
+    space, data, _ = judged
+    own = {name: tensor.clone() for name, tensor in space.state_dict().items()}
+    before = {name: torch.zeros_like(tensor) for name, tensor in own.items()} | {"layers.8.bias": torch.zeros(4)}
+    del before["layers.0.weight"]
+    message = (
+        r"rank_correlation.before holds the weights of another network \(it lacks layers.0.weight; "
+        r"the shapes differ: layers.8.bias is \(4,\) there and \(3,\) here\)"
+    )
+    with pytest.raises(TangleNASError, match=message):
+        rank_correlation(space, data, lambda _: pytest.fail("compared"), architectures=5, before=before)
+    same({**space.state_dict()}, own, "the supernet")
+
+
 def test_a_comparison_tells_no_best_loss(judged, capsys):
     space, data, worth = judged
     rank_correlation(space, data, ranked(worth), architectures=3, progress=ConsoleProgress(every=0))
