@@ -221,7 +221,8 @@ def content_hash(*parts: str | bytes | Tensor) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             kind = f"{part.dtype} {tuple(part.shape)}"
-            content = part.detach().flatten().view(torch.uint8).numpy().data  # NumPy has no bfloat16
+            # Of bytes, as NumPy has no bfloat16. torch cuts elements into bytes along a dimension of stride 1.
+            content = part.detach().contiguous().unsqueeze(-1).view(torch.uint8).flatten().numpy().data
         else:
             content = memoryview(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
             kind = type(part).__name__

@@ -527,3 +527,5 @@ def test_content_hash_tells_values_shapes_and_boundaries_apart():
     assert content_hash(torch.ones(2, requires_grad=True)) == content_hash(torch.ones(2))
     assert content_hash(torch.tensor(1.0)) != content_hash(torch.tensor([1.0])) != content_hash(torch.zeros(0))
     assert content_hash(torch.eye(3)[:, :2]) == content_hash(torch.eye(3)[:, :2].contiguous())
+    for strided in (torch.arange(5)[::2], torch.ones(1, 3)[:, 0], torch.zeros(0)[::2]):
+        assert content_hash(strided) == content_hash(torch.tensor(strided.tolist(), dtype=strided.dtype))
