@@ -158,7 +158,7 @@ class TensorSamples:
 
     Args:
         rows: The raw inputs, shape (N, ...), any dtype.
-        labels: The targets, shape (N,), int64.
+        labels: The targets, shape (N,). Those of another integer type become int64.
         transform: The function from a batch of rows to float32 inputs (B, C, H, W); None uses the rows unchanged. It is
             a module-level function or a `functools.partial` of one, so that it can be sent to workers.
     """
@@ -166,7 +166,7 @@ class TensorSamples:
     def __init__(self, rows: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> None:
         self._rows = rows
         self._transform = transform
-        self.labels = labels
+        self.labels = widened(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -210,6 +210,12 @@ class TokenSamples:
             start = start + torch.randint(self._length, indices.shape) * self._followed[indices]
         window = self._tokens[start[:, None] + torch.arange(self._length)].long()  # (B, T + 1)
         return window[:, :-1], window[:, 1:]
+
+
+def widened(whole: Tensor) -> Tensor:
+    """Return whole numbers of any type as int64, which torch's losses take, and other tensors as they are."""
+    other = whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool
+    return whole if other else whole.long()
 
 
 def content_hash(*parts: str | bytes | Tensor) -> str:

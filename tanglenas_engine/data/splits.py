@@ -15,7 +15,7 @@ from tanglenas_engine.errors import OutOfReachError, TangleNASError, at_least, c
 from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.seeding import checked_seed
 
-from .dataset import Dataset, Samples
+from .dataset import Dataset, Samples, widened
 
 _LETTERS = {"weights": "w", "architecture": "a", "validation": "v", "test": "t"}
 """The letter of each split in `Splits.assignment`."""
@@ -301,10 +301,11 @@ def _labels(dataset: Dataset) -> Any:
         TangleNASError: They are not one class for each sample.
     """
     found: Any = dataset.labels  # of somebody's plugin
+    found = widened(found) if isinstance(found, Tensor) else found
     if not (isinstance(found, Tensor) and found.dtype == torch.int64 and found.dim() == 1):
         raise TangleNASError(
-            f"labels of {dataset.name} is {_kind(found)}, expected a tensor of int64 of shape (N,), with the class of "
-            "each sample"
+            f"labels of {dataset.name} is {_kind(found)}, expected a tensor of integers of shape (N,), with the class "
+            "of each sample"
         )
     if len(strange := ((found < 0) | (found >= dataset.num_classes)).nonzero()):
         position = int(strange[0])
