@@ -219,7 +219,9 @@ def _wrapped(network: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.M
         TangleNASError: It is no module, or not all of the network's parameters are in it.
     """
     trained: Any = wrap(network)
-    inside = {id(parameter) for parameter in trained.parameters()} if isinstance(trained, nn.Module) else set()
+    # A wrapper may have a `parameters` of its own, which leaves out what is frozen.
+    named = nn.Module.named_parameters(trained) if isinstance(trained, nn.Module) else ()
+    inside = {id(parameter) for _, parameter in named}
     missing = [name for name, parameter in network.named_parameters() if id(parameter) not in inside]
     if not isinstance(trained, nn.Module) or missing:
         what = f" without the network's {missing[0]}" if isinstance(trained, nn.Module) else ""

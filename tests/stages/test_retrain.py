@@ -265,6 +265,21 @@ def test_a_wrapper_without_the_network_is_refused(wrap, message):
         retrain(space, space.smallest(), random_data(space, SPLITS), batch_size=4, wrap=wrap)
 
 
+class Frozen(nn.Sequential):
+    """Modules whose first parameter is not trained, and that yield only the others."""
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__(*modules)
+        next(super().parameters()).requires_grad_(False)
+
+    def parameters(self, recurse=True):
+        return (parameter for parameter in super().parameters(recurse) if parameter.requires_grad)
+
+
+def test_a_wrapper_may_have_the_network_and_yield_a_part_of_its_parameters() -> None:
+    assert retrained(vit, wrap=Frozen)["history"]
+
+
 class TwoOutputs(nn.Module):
     """A network whose second output is a parameter, and that notes how far its training is."""
 
