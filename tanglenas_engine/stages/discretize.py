@@ -218,7 +218,7 @@ def discretize(
     method = derivation if method == "auto" else method
     cost = FORMER.get(cost, cost)
     costs = [*METRICS, *(objective.name for objective in objectives)]
-    checked_seed("discretize.seed", seed)
+    seed = checked_seed("discretize.seed", seed)
     _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
     progress = progress or SilentProgress()
     given = limits_of(max_params, max_macs, limits, max_flops)

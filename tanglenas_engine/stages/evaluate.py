@@ -183,7 +183,7 @@ def rank_correlation(
     if architectures != "all":
         at_least("rank_correlation.architectures", architectures, 2)
     at_least("rank_correlation.recalibration_batches", recalibration_batches, 0)
-    checked_seed("rank_correlation.seed", seed)
+    seed = checked_seed("rank_correlation.seed", seed)
     if table is None:
         raise TangleNASError(
             f"rank_correlation.architectures is {architectures!r}, but there is no table to compare with: set "

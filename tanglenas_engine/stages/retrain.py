@@ -166,7 +166,7 @@ def retrain(
     if until is not None:
         at_least("retrain.until", until, 0)
     at_least("retrain.recalibration_batches", recalibration_batches, 0)
-    checked_seed("retrain.seed", seed)
+    seed = checked_seed("retrain.seed", seed)
     check_fit(space, data.training, data.validation)
     space.assignment_of(architecture)  # an overridden `standalone` might accept an architecture of another space
     device = session.find_device()

@@ -239,7 +239,7 @@ class Search(Training):
         computation: Computation,
         session: Session,
     ):
-        checked_seed("search.seed", seed)
+        seed = checked_seed("search.seed", seed)
         _check_options(space, optimizer, epochs if seconds is None else None, warmup_epochs, path_epochs, computation)
         if stop is not None:
             stop.check(space, optimizer)

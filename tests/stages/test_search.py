@@ -539,6 +539,7 @@ def test_seeds_are_whole_numbers_of_64_bits(stage):
     space = vit()
     data = random_data(space, (*SPLITS, "training"))
     STAGES[stage](space, data, 2**63 - 1)
+    STAGES[stage](space, data, np.int64(2**63 - 1))
     for seed in (-5, 1.5, True, "0", None, 2**63, 2**70):
         with pytest.raises(TangleNASError, match=rf"{stage}\.seed is {seed!r}, expected a whole number from 0 to 9223"):
             STAGES[stage](space, data, seed)
