@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from typing import Literal
@@ -34,6 +35,8 @@ ABOUT = frozenset(
 """Words of what is known of a metric and is not the metric: `test_acc_std` and `acc_reduction` are no accuracies."""
 TURNED = frozenset({"inverse", "inverted", "inv", "reciprocal", "neg", "negative", "negated", "minus"})
 """Words that turn something around, and do not say how much of the name: `inverse_latency` is no latency."""
+ZERO_COST = (("zero", "cost"), ("zero", "costs"))
+"""Words of a score that takes no training: `zero_cost_score` is no cost."""
 MEASURES = frozenset({"ms", "us", "mj"})
 """Words that say at the end of a name how all of it is measured, such as `latency_per_image_ms`."""
 PARTS = frozenset({"test", "valid", "val", "validation", "train", "eval"})
@@ -67,7 +70,7 @@ def kind_of(metric: str) -> Kind | None:
     if not (ABOUT | TURNED).isdisjoint(named):
         return None
     costs = not LESS.isdisjoint(named)
-    if costs and "zero" in named:  # a score of a network at zero cost
+    if any(pair in ZERO_COST for pair in itertools.pairwise(named)):
         return None
     if not GAINS.isdisjoint(named):
         return None if costs else "more"
