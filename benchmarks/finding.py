@@ -8,6 +8,7 @@
     python -m benchmarks.finding front gpt_nano
     python -m benchmarks.finding paths gpt_nano
     python -m benchmarks.finding ablate gpt_nano
+    python -m benchmarks.finding lengths gpt_nano
     python -m benchmarks.finding alone toy_cell_small --data FOLDER_OF_FASHION_MNIST --table TABLE
 
 `run` trains the pool, and then searches, derives and trains with every method and seed. Each result is a line of the
@@ -15,7 +16,8 @@ file, so a study that is cut off goes on where it was. All times are of the proc
 split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
 the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
 `paths` goes on from a supernet that learned in mixtures by epochs of random architectures, and ranks the pool after
-each. `ablate` changes one thing of a search at a time. `alone` trains networks that a table knows, to see what short
+each. `ablate` changes one thing of a search at a time. `lengths` trains networks of the pool for longer, and from the
+weights of a search. `alone` trains networks that a table knows, to see what short
 trainings say.
 """
 
@@ -305,18 +307,30 @@ class Study(contextlib.AbstractContextManager["Study"]):
         space = self.space()
         return {"macs": whole(share * space.cost(space.largest()).macs)}
 
-    def retrained(self, architecture: Architecture, seed: int, until: int | None = None) -> tuple[RetrainResult, float]:
+    def retrained(
+        self,
+        architecture: Architecture,
+        seed: int,
+        until: int | None = None,
+        epochs: int | None = None,
+        supernet: SearchSpace | None = None,
+    ) -> tuple[RetrainResult, float]:
         """Train a network by itself, to the end or until so many epochs, and return its seconds so far, too.
 
         A training that paused goes on.
+
+        Args:
+            epochs: The epochs of the whole schedule; None takes those of the task.
+            supernet: The supernet whose weights are fine-tuned; None trains from scratch.
         """
         start, name = time.process_time(), f"{architecture.digest}-{seed}"
         with CheckpointFolder(self.checkpoints / name, "study") as checkpoints:
             found = retrain(
-                self.space(),
+                self.space() if supernet is None else supernet,
                 architecture,
                 self.data("training", "validation"),
-                epochs=self.task.epochs,
+                mode="scratch" if supernet is None else "finetune",
+                epochs=epochs or self.task.epochs,
                 until=until,
                 batch_size=64,
                 optimizer=OPTIMIZER,
@@ -369,6 +383,30 @@ class Study(contextlib.AbstractContextManager["Study"]):
             "curve": [row["validation_loss"] for row in found.history],
             "seconds": seconds,
         }
+
+    def length(self, number: int, epochs: int, supernet: SearchSpace | None = None) -> dict[str, Any]:
+        """Train a network of the pool for another number of epochs, from scratch or from a supernet's weights."""
+        architecture = self.pool()[number]
+        found, seconds = self.retrained(architecture, 0, epochs=epochs, supernet=supernet)
+        tested = evaluate(self.space(), architecture, found.network, self.data("test"), device="cpu")
+        return {
+            "validation_loss": found.history[-1]["validation_loss"],
+            "test_loss": tested.test_loss,
+            "curve": [row["validation_loss"] for row in found.history],
+            "seconds": seconds,
+        }
+
+    def tuned(self, name: str, seed: int, numbers: Sequence[int]) -> None:
+        """Fine-tune networks of the pool from the weights of a search, for as long as trainings take."""
+        keys = {number: f"lengths/{name}/{self.task.epochs}/{number}" for number in numbers}
+        if all(key in self.done for key in keys.values()):
+            return
+        space, _, searched = self.searched(METHODS[name], seed)
+        self.once(f"lengths/{name}/search", lambda: {"seconds": searched["search_seconds"]})
+        weights = {key: tensor.clone() for key, tensor in space.state_dict().items()}
+        for number, key in keys.items():
+            space.load_state_dict(weights)
+            self.once(key, partial(self.length, number, self.task.epochs, space))
 
     def pool(self) -> list[Architecture]:
         """Return the architectures of the pool, all different."""
@@ -735,6 +773,38 @@ def _print_ablations(rows: dict[str, dict[str, Any]], truth: Sequence[float]) ->
 
 def _listed(values: Sequence[float] | np.ndarray[Any, Any], digits: int) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+@main.command()
+@click.argument("task", type=click.Choice([name for name, task in TASKS.items() if task.metric is None]))
+@click.option("--data", help="The file or folder of the data, where a task needs one.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
+@click.option("--networks", default="0,5,10", help="Networks of the pool, with commas between them.")
+@click.option("--epochs", "longer", default="24", help="Epochs from scratch, with commas between them.")
+@click.option("--methods", default="short spos band;spos band", help="Searches to fine-tune from, with ; between them.")
+def lengths(task: str, data: str | None, out: Path, networks: str, longer: str, methods: str) -> None:
+    """Train networks of the pool for longer, and from the weights of a search: what time is worth without a choice."""
+    study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data))
+    numbers = [int(number) for number in networks.split(",")]
+    for epochs in map(int, filter(None, longer.split(","))):
+        for number in numbers:
+            study.once(f"lengths/scratch/{epochs}/{number}", partial(study.length, number, epochs))
+    for name in filter(None, methods.split(";")):
+        study.tuned(name, 0, numbers)
+    click.echo("| from | epochs | networks | test loss, each | the same from scratch, as long as the task | seconds |")
+    click.echo("| --- | ---: | --- | --- | --- | ---: |")
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for key, row in study.done.items():
+        if key.startswith("lengths/") and key.count("/") == 3:
+            _, name, epochs, number = key.split("/")
+            groups.setdefault((name, epochs), {})[number] = row
+    for (name, epochs), rows in groups.items():
+        first = study.done.get(f"lengths/{name}/search", {"seconds": 0.0})["seconds"]
+        alone = [study.done[f"pool/{number}/0"]["test_loss"] for number in rows]
+        click.echo(
+            f"| {name} | {epochs} | {', '.join(rows)} | {_listed([row['test_loss'] for row in rows.values()], 3)} | "
+            f"{_listed(alone, 3)} | {first + np.mean([row['seconds'] for row in rows.values()]):.0f} |"
+        )
 
 
 @main.command()

@@ -349,3 +349,17 @@ def test_ablations_change_one_thing_and_rank_the_pool(tiny, tmp_path, monkeypatc
         assert int(splits.weights.max()) < int(splits.architecture.min())
         assert splits.training.tolist() == study.splits.training.tolist()
         assert splits.weights.tolist() != study.splits.weights.tolist()
+
+
+@pytest.mark.exhaustive
+def test_networks_of_the_pool_are_trained_for_longer_and_from_the_weights_of_a_search(tiny, tmp_path):
+    options = ["run", "gpt_nano", "--out", str(tmp_path), "--methods", "", "--seeds", "0", "--halving", "2"]
+    assert CliRunner().invoke(finding.main, options, catch_exceptions=False).exit_code == 0
+    options = ["lengths", "gpt_nano", "--out", str(tmp_path), "--networks", "1,0", "--epochs", "3"]
+    result = CliRunner().invoke(finding.main, [*options, "--methods", "short spos band"], catch_exceptions=False)
+    table = [line.split(" | ") for line in result.output.splitlines() if line.startswith("| ")][2:]
+    assert [line[:3] for line in table] == [["| scratch", "3", "1, 0"], ["| short spos band", "2", "1, 0"]]
+    assert table[0][3] != table[0][4] != table[1][3]  # others than the pool's own trainings
+    done = [json.loads(line) for line in (tmp_path / "gpt_nano.jsonl").read_text("utf-8").splitlines()]
+    curves = {row["key"]: len(row["curve"]) for row in done if "curve" in row}
+    assert curves["lengths/scratch/3/1"] == 3 and curves["lengths/short spos band/2/0"] == 2
