@@ -52,6 +52,10 @@ class Objective:
 
     # The engine calls these.
 
+    def origin(self) -> str:
+        """Return the name with the unit and the source of its numbers, for a person."""
+        return f"{self.name}{f' in {self.unit}' if self.unit else ''}{f', of {self.source}' if self.source else ''}"
+
     def bind(self, space: SearchSpace) -> Self:
         """Bind the objective to the space of its architectures.
 

@@ -310,7 +310,7 @@ def _note_sources(progress: Progress, objectives: Sequence[Objective]) -> None:
     """Tell a person where the numbers of objectives come from."""
     for objective in objectives:
         if objective.source:
-            progress.note(f"discretize: {objective.name} in {objective.unit}, of {objective.source}")
+            progress.note(f"discretize: {objective.origin()}")
 
 
 def _note_projection(progress: Progress, exact: bool, within: bool) -> None:

@@ -275,7 +275,7 @@ class Search(Training):
             self.active_targets = []
         for target in targets:
             if target.objective.source:
-                session.note(f"search: {target.name} in {target.objective.unit}, of {target.objective.source}")
+                session.note(f"search: {target.objective.origin()}")
         splits = [data.weights, data.architecture] if self.takes_architecture_batches else [data.weights]
         self.streams = [
             Stream(split, batch_size, seed=2 * seed + number, num_workers=session.num_workers, part=share)
