@@ -353,10 +353,17 @@ class Study(contextlib.AbstractContextManager["Study"]):
         found, seconds = self.retrained(architecture, 0, epochs)
         return {"validation_loss": found.history[-1]["validation_loss"], "seconds": seconds}
 
-    def trained(self, architecture: Architecture, seed: int, alone: bool = False) -> dict[str, Any]:
+    def trained(
+        self,
+        architecture: Architecture,
+        seed: int,
+        alone: bool = False,
+        epochs: int | None = None,
+        supernet: SearchSpace | None = None,
+    ) -> dict[str, Any]:
         """Train a network by itself, and measure it on validation and test; or look up its error in a table, in %.
 
-        With `alone` it is trained in any case.
+        With `alone` it is trained in any case. `epochs` and `supernet` are those of `retrained`.
         """
         space = self.space()
         if self.table is not None and self.task.metric is not None and not alone:
@@ -369,7 +376,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
                 "test_loss": 100 - self.table.value(architecture, self.task.metric),
                 "seconds": 0.0,
             }
-        found, seconds = self.retrained(architecture, seed)
+        found, seconds = self.retrained(architecture, seed, epochs=epochs, supernet=supernet)
         tested = evaluate(space, architecture, found.network, self.data("test"), device="cpu")
         return {
             "architecture": dict(architecture.choices),
@@ -384,18 +391,6 @@ class Study(contextlib.AbstractContextManager["Study"]):
             "seconds": seconds,
         }
 
-    def length(self, number: int, epochs: int, supernet: SearchSpace | None = None) -> dict[str, Any]:
-        """Train a network of the pool for another number of epochs, from scratch or from a supernet's weights."""
-        architecture = self.pool()[number]
-        found, seconds = self.retrained(architecture, 0, epochs=epochs, supernet=supernet)
-        tested = evaluate(self.space(), architecture, found.network, self.data("test"), device="cpu")
-        return {
-            "validation_loss": found.history[-1]["validation_loss"],
-            "test_loss": tested.test_loss,
-            "curve": [row["validation_loss"] for row in found.history],
-            "seconds": seconds,
-        }
-
     def tuned(self, name: str, seed: int, numbers: Sequence[int]) -> None:
         """Fine-tune networks of the pool from the weights of a search, for as long as trainings take."""
         keys = {number: f"lengths/{name}/{self.task.epochs}/{number}" for number in numbers}
@@ -404,9 +399,10 @@ class Study(contextlib.AbstractContextManager["Study"]):
         space, _, searched = self.searched(METHODS[name], seed)
         self.once(f"lengths/{name}/search", lambda: {"seconds": searched["search_seconds"]})
         weights = {key: tensor.clone() for key, tensor in space.state_dict().items()}
+        pool = self.pool()
         for number, key in keys.items():
             space.load_state_dict(weights)
-            self.once(key, partial(self.length, number, self.task.epochs, space))
+            self.once(key, partial(self.trained, pool[number], 0, supernet=space))
 
     def pool(self) -> list[Architecture]:
         """Return the architectures of the pool, all different."""
@@ -785,10 +781,10 @@ def _listed(values: Sequence[float] | np.ndarray[Any, Any], digits: int) -> str:
 def lengths(task: str, data: str | None, out: Path, networks: str, longer: str, methods: str) -> None:
     """Train networks of the pool for longer, and from the weights of a search: what time is worth without a choice."""
     study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data))
-    numbers = [int(number) for number in networks.split(",")]
+    numbers, pool = [int(number) for number in networks.split(",")], study.pool()
     for epochs in map(int, filter(None, longer.split(","))):
         for number in numbers:
-            study.once(f"lengths/scratch/{epochs}/{number}", partial(study.length, number, epochs))
+            study.once(f"lengths/scratch/{epochs}/{number}", partial(study.trained, pool[number], 0, epochs=epochs))
     for name in filter(None, methods.split(";")):
         study.tuned(name, 0, numbers)
     click.echo("| from | epochs | networks | test loss, each | the same from scratch, as long as the task | seconds |")

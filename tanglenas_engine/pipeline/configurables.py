@@ -191,10 +191,10 @@ def create() -> tuple[int, SearchSpace, Dataset]:
                 "inputs are divided by it. Correct create_dataset.std"
             )
     torch.manual_seed(seed)
-    return seed, space_for(dataset), dataset
+    return seed, _space_for(dataset), dataset
 
 
-def space_for(dataset: Dataset) -> SearchSpace:
+def _space_for(dataset: Dataset) -> SearchSpace:
     """Make the space that the config names, with the options that the dataset gives it, unless gin binds them.
 
     Raises:

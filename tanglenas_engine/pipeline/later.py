@@ -18,17 +18,19 @@ import torch
 from tanglenas_engine.data import Dataset, Splits, open_splits
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.race import check_options as check_race
-from tanglenas_engine.errors import TangleNASError, at_least, unknown, within
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config import bindings_of, configured
 from tanglenas_engine.pipeline.configurables import bound_limits, create, discretize, objectives, race, retrain
 from tanglenas_engine.pipeline.files import inherited_advice, inherits
-from tanglenas_engine.pipeline.params import missing_files, sets_python_path, stage_arguments
+from tanglenas_engine.pipeline.params import stage_command
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.spaces.cost import METRICS
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.stages.discretize import check_options as check_discretize
 
 
 def check_later_stages(stage: Stage, splits: Splits) -> None:
@@ -74,16 +76,14 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
         if values.get("value") or values.get("share")
     }
     with _later("discretize", space, dataset) as about_this:
-        given = _given("discretize", discretize)
-        method = given["method"]
-        if method not in ("auto", *methods) and not _named_by_project(method):
-            raise unknown("discretize.method", method, ("auto", *methods))
-        at_least("discretize.candidates", given["candidates"], 1)
-        within("discretize.fill", given["fill"], 0, 1)
+        method = gin.get_bindings("discretize").get("method", "auto")
+        known = ("auto", *methods, *([method] if _named_by_project(method) else []))
+        # A cost that nothing computes is refused where the objectives are made.
+        given = _given("discretize", discretize, check_discretize)
+        check_discretize(**{**given, "methods": known, "costs": METRICS, "cost": "params"})
         if method == "race":
-            known = inspect.signature(check_race).parameters
             with _ranks():
-                check_race(**{name: value for name, value in _given("race", race).items() if name in known})
+                check_race(**_given("race", race, check_race))
         if about_this:
             Budget(space, bound_limits(), objectives(space, targets)).check()
     if method == "race":
@@ -96,10 +96,11 @@ def _ranks() -> AbstractContextManager[None]:
     return nullcontext() if os.environ.get("TANGLENAS_NPROC") else distributed.apart()
 
 
-def _given(name: str, function: Callable[..., object]) -> dict[str, Any]:
-    """Return the options of a function: what gin binds, and the defaults of the others."""
+def _given(name: str, function: Callable[..., object], check: Callable[..., object]) -> dict[str, Any]:
+    """Return the options of a function that its check takes: what gin binds, and the defaults of the others."""
     defaults = {key: it.default for key, it in inspect.signature(function).parameters.items()}
-    return {**defaults, **gin.get_bindings(name)}
+    given = {**defaults, **gin.get_bindings(name)}
+    return {key: given[key] for key in inspect.signature(check).parameters if key in given}
 
 
 def _named_by_project(method: object) -> bool:
@@ -126,14 +127,14 @@ def _later(stage: str, space: SearchSpace, dataset: Dataset, told: str = "") -> 
     Args:
         told: The stage that would fail, if it is another one.
     """
-    arguments = None if sets_python_path(stage) else stage_arguments(stage)
+    command = stage_command(stage)
     try:
-        if missing := missing_files(stage):
+        if command and command.missing:
             raise TangleNASError(
-                f"{missing[0]} is missing, which its command in dvc.yaml names: write it (it may be empty), or choose "
-                "another recipe in params.yaml"
+                f"{command.missing[0]} is missing, which its command in dvc.yaml names: write it (it may be empty), or "
+                "choose another recipe in params.yaml"
             )
-        with configured(arguments or ()):
+        with configured(command.arguments if command and "PYTHONPATH" not in command.before else ()):
             yield (macro_value("SPACE"), macro_value("DATASET")) == (space.name, dataset.name)
     except TangleNASError as error:
         raise TangleNASError(f"after the search, {told or stage} would fail: {error}") from error

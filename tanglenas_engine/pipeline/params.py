@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tanglenas_engine.errors import TangleNASError, closest
 from tanglenas_engine.runtime.files import read_note
@@ -100,43 +100,34 @@ def stage_arguments(
     Raises:
         TangleNASError: params.yaml is damaged.
     """
-    _, after = _command(stage, params, pipeline)
-    try:
-        arguments = None if after is None else _words(after)
-    except ValueError:  # a person changed the file; DVC says what is wrong with it
-        return None
-    there = all(Path(argument).exists() for argument in arguments or () if argument.endswith(".gin"))
-    return arguments if there else None
+    command = stage_command(stage, params, pipeline)
+    return None if command is None or command.missing else command.arguments
 
 
-def missing_files(stage: str) -> list[str]:
-    """Return the gin files that the command of a stage names, and that are missing.
+class StageCommand(NamedTuple):
+    """The command of a stage in dvc.yaml, with the values of params.yaml.
+
+    Attributes:
+        before: What stands before `-m pipelines.STAGE`.
+        arguments: The words after it.
+        missing: The gin files among these that are not there.
+    """
+
+    before: str
+    arguments: list[str]
+    missing: list[str]
+
+
+def stage_command(
+    stage: str, params: Path = Path("params.yaml"), pipeline: Path = Path("dvc.yaml")
+) -> StageCommand | None:
+    """Return the command of a stage; None if dvc.yaml lacks it, or is damaged.
 
     Raises:
         TangleNASError: params.yaml is damaged.
     """
-    _, after = _command(stage, Path("params.yaml"), Path("dvc.yaml"))
-    try:
-        words = _words(after or "")
-    except ValueError:
-        return []
-    return [word for word in words if word.endswith(".gin") and "=" not in word and not Path(word).exists()]
-
-
-def sets_python_path(stage: str) -> bool:
-    """Return whether the command of a stage in dvc.yaml sets where Python finds modules: PYTHONPATH=src python.
-
-    Raises:
-        TangleNASError: params.yaml is damaged.
-    """
-    before, _ = _command(stage, Path("params.yaml"), Path("dvc.yaml"))
-    return "PYTHONPATH" in before
-
-
-def _command(stage: str, params: Path, pipeline: Path) -> tuple[str, str | None]:
-    """Return the command of a stage before and after `-m pipelines.STAGE`; None after it if that is not there."""
     if not (params.exists() and pipeline.exists()):
-        return "", None
+        return None
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -151,10 +142,12 @@ def _command(stage: str, params: Path, pipeline: Path) -> tuple[str, str | None]
     try:
         written = YAML(typ="safe").load(pipeline.read_text("utf-8"))["stages"][stage]["cmd"]
         command = TEMPLATE.sub(value, "\n".join(written) if isinstance(written, list) else written)
+        started = re.search(rf"(?:^|\s)-m\s+pipelines\.{re.escape(stage)}(?=\s|$)", command)
+        arguments = _words(command[started.end() :]) if started else []
     except (LookupError, TypeError, ValueError, YAMLError):  # a person changed the file; DVC says what is wrong with it
-        return "", None
-    started = re.search(rf"(?:^|\s)-m\s+pipelines\.{re.escape(stage)}(?=\s|$)", command)
-    return (command[: started.start()], command[started.end() :]) if started else ("", None)
+        return None
+    missing = [argument for argument in arguments if argument.endswith(".gin") and not Path(argument).exists()]
+    return StageCommand(command[: started.start()], arguments, missing) if started else None
 
 
 def _words(text: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import os
 import shutil
@@ -29,7 +28,7 @@ from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.fingerprint import code_version, fingerprint
+from tanglenas_engine.runtime.fingerprint import code_version, file_digest, fingerprint
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.retrain import Kept, RetrainResult, trained
@@ -140,12 +139,13 @@ class ProjectTraining:
                 "lacks params.yaml, dvc.yaml with a stage 'retrain', or a gin file of that stage. Use another method"
             )
         recipe = Recipe((*arguments, *macros), str(Path.cwd()), SPLITS.read_text("utf-8", errors="replace"))
-        with recipe.open() as bench:
+        with configured(recipe.arguments):
             refuse_race()
-            load_inherited(bench.space)  # refused here, before anything is judged, if it does not fit
+            if inherits():
+                load_inherited(create()[1])  # refused here, before anything is judged, if it does not fit
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
             code = {package.__name__: code_version(package) for package in packages()} | own_code()
-            weights = hashlib.sha256(SUPERNET.read_bytes()).hexdigest() if inherits() else ""
+            weights = file_digest(SUPERNET) if inherits() else ""
             identity = fingerprint(config=gin.config_str(), splits=recipe.splits, code=code, weights=weights)
             epochs = gin.get_bindings("retrain").get("epochs", default)
         return cls(recipe, epochs, identity)

@@ -219,7 +219,11 @@ def discretize(
     cost = FORMER.get(cost, cost)
     costs = [*METRICS, *(objective.name for objective in objectives)]
     seed = checked_seed("discretize.seed", seed)
-    _check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior, mixture)
+    check_options(method, methods, candidates, recalibration_batches, cost, costs, fill, prior)
+    if prior == "mixture" and not mixture:
+        raise TangleNASError(
+            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
+        )
     progress = progress or SilentProgress()
     given = limits_of(max_params, max_macs, limits, max_flops)
     aims = {name: most for name, most in (targets or {}).items() if given.get(name) is None}
@@ -280,17 +284,21 @@ def _note_aims(progress: Progress, budget: Budget, aims: Collection[str]) -> Non
             progress.note(f"discretize: at most {limit.counted(limit.most, digits=3)}, the target of the search")
 
 
-def _check_options(
+def check_options(
     method: str,
-    methods: Mapping[str, Method],
+    methods: Collection[str],
     candidates: int,
     recalibration_batches: int,
     cost: str,
     costs: Sequence[str],
     fill: float,
     prior: str,
-    mixture: Mapping[str, Tensor] | None,
 ) -> None:
+    """Check the options of a derivation, which are those of `discretize`; `costs` are the names that `cost` may have.
+
+    Raises:
+        TangleNASError: A method or a cost is unknown, or an option is out of its range.
+    """
     if method not in methods:
         raise unknown("discretize.method", method, methods)
     at_least("discretize.candidates", candidates, 1)
@@ -300,10 +308,6 @@ def _check_options(
     within("discretize.fill", fill, 0, 1)
     if prior not in ("uniform", "mixture"):
         raise TangleNASError(f"discretize.prior is {prior!r}, expected 'uniform' or 'mixture'")
-    if prior == "mixture" and not mixture:
-        raise TangleNASError(
-            "discretize.prior 'mixture' needs the mixture of a gradient search, and the search has none: use 'uniform'"
-        )
 
 
 def _note_sources(progress: Progress, objectives: Sequence[Objective]) -> None:

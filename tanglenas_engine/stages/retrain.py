@@ -176,9 +176,9 @@ def retrain(
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
         network = network.to(device)
         distributed.synchronize([*network.parameters(), *network.buffers()])
-        if mode == "inherit" and until == 0:
-            return RetrainResult(network.eval(), math.nan, [])
         if mode == "inherit":
+            if until == 0:
+                return RetrainResult(network.eval(), math.nan, [])
             _recalibrate(network, data, recalibration_batches, seed)
             return RetrainResult(network.eval(), measure(network, data.validation, together=True).accuracy, [])
         distillation = None
