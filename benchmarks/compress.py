@@ -49,9 +49,8 @@ from tanglenas_engine import (
     make_splits,
     search,
 )
-from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.data import DataView, Stream, held
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.candidates import held
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.runtime.weights import save_weights, weights_metadata
 from tanglenas_engine.spaces.layers import order_layers

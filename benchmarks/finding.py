@@ -56,10 +56,10 @@ from tanglenas_engine import (
     retrain,
     search,
 )
-from tanglenas_engine.data import DataView
+from tanglenas_engine.data import DataView, held
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
-from tanglenas_engine.derivation.candidates import Candidates, held
+from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.derivation.race import plan, race
 from tanglenas_engine.derivation.targets import Target

@@ -1,8 +1,8 @@
 """Data: a pool of samples, its four disjoint splits, and reproducible batches from them."""
 
-from .dataset import Dataset, Described, Samples, TensorSamples, TokenSamples, content_hash, data_path
+from .dataset import Dataset, Described, Samples, SampleSubset, TensorSamples, TokenSamples, content_hash, data_path
 from .splits import SPLITS, DataView, Splits, make_splits, open_splits
-from .stream import Batch, Stream, batches
+from .stream import Batch, Stream, batches, held
 
 __all__ = [
     "SPLITS",
@@ -10,6 +10,7 @@ __all__ = [
     "DataView",
     "Dataset",
     "Described",
+    "SampleSubset",
     "Samples",
     "Splits",
     "Stream",
@@ -18,6 +19,7 @@ __all__ = [
     "batches",
     "content_hash",
     "data_path",
+    "held",
     "make_splits",
     "open_splits",
 ]

@@ -212,6 +212,25 @@ class TokenSamples:
         return window[:, :-1], window[:, 1:]
 
 
+class SampleSubset:
+    """A subset of samples, by their indices.
+
+    Args:
+        samples: The samples of which it is a subset.
+        indices: The indices of the subset, shape `(n,)`.
+    """
+
+    def __init__(self, samples: Samples, indices: Tensor):
+        self._samples, self._indices = samples, indices
+        self.labels = None if samples.labels is None else samples.labels[indices.to(samples.labels.device)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._samples.batch(self._indices[indices])
+
+
 def widened(whole: Tensor) -> Tensor:
     """Return whole numbers of any type as int64, which torch's losses take, and other tensors as they are."""
     other = whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool

@@ -20,10 +20,13 @@ from torch.utils.data import Dataset as TorchDataset
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.runtime.seeding import seeded
 
-from .dataset import Samples
+from .dataset import Samples, TensorSamples
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Inputs (B, C, H, W) and targets (B,), or tokens (B, T) and the tokens that follow them (B, T)."""
+
+HELD_BYTES = 2**30
+"""The largest split, in bytes, that stays on the device from one pass to the next."""
 
 GRACE = 0.5
 """Seconds in which the loader may end its workers itself. One that is killed between two batches may hold its locks."""
@@ -123,6 +126,16 @@ def batches(
         for start in range(0, len(order), batch_size)
     )
     return _load(samples, plan, num_workers)
+
+
+def held(samples: Samples, batch_size: int, device: torch.device) -> Samples:
+    """Return the samples on a device, so that a second pass fetches nothing, or as they are if they are too many."""
+    stream = batches(samples, batch_size)
+    first = next(stream)
+    if sum(tensor.nbytes for tensor in first) / len(first[0]) * len(samples) > HELD_BYTES:
+        return samples
+    inputs, targets = zip(first, *stream, strict=True)
+    return TensorSamples(torch.cat(inputs).to(device), torch.cat(targets).to(device))
 
 
 def _derive(seed: int, purpose: str, number: int) -> int:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
 
-from tanglenas_engine.data import Samples, TensorSamples, batches
-from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.data import Samples, SampleSubset, held
 from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.halving import MOST, RUNG, TRIED, TRIED_LONG, Derivation, Trial, promoted, rungs
+from tanglenas_engine.derivation.proposals import Proposals
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import UNDECIDED, normalized_entropy
 from tanglenas_engine.runtime import distributed
@@ -33,27 +32,11 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.measure import STATISTICS_BATCH, Measured, measure_inherited, statistics_inputs
 
-HELD_BYTES = 2**30
-"""The largest split, in bytes, that stays on the device from one candidate to the next."""
-
 SAVE_SECONDS = 30.0
 """The time between checkpoints of the scores, in seconds."""
 
-PROPOSALS_PER_CANDIDATE = 20
-"""Proposals per new candidate after which a space counts as exhausted."""
-
-TRIED = 8
-"""Candidates of the trial that estimates how many fit into the given seconds."""
-TRIED_LONG = 2
-"""Candidates of the trial that are also timed on more samples."""
-MOST = 10**6
-"""An upper limit on the number of candidates that a trial may plan."""
-
 COLUMNS = ("digest", "loss", "accuracy", "samples", "generation", "architecture")
 """The names in a record that are no costs."""
-
-RUNG = 4
-"""Factor between the rungs of a race: a quarter of the candidates goes on, to about four times as many samples."""
 
 Judging = Literal["race", "all samples", "one candidate"]
 """How a method judges candidates, which says how many fit into some seconds."""
@@ -78,42 +61,7 @@ def judging_of(method: Callable[..., Any]) -> Judging:
     return found
 
 
-class Trial(NamedTuple):
-    """The costs of some candidates.
-
-    Attributes:
-        drawing: The seconds to draw one.
-        few, short: A number of samples, and the seconds to judge a candidate on them.
-        many, long: The same for more samples.
-        left: The seconds that are left for others.
-    """
-
-    drawing: float
-    few: int
-    short: float
-    many: int
-    long: float
-    left: float
-
-
-@dataclass
-class Afforded:
-    """The seconds that judging may take.
-
-    Attributes:
-        race: False if all candidates are judged on all samples.
-        trial: The costs of a candidate.
-        announced: True if a person was told the number of candidates.
-    """
-
-    seconds: float
-    clock: str
-    race: bool
-    trial: Trial
-    announced: bool
-
-
-class Candidates:
+class Candidates(Proposals):
     """A source of architectures within a budget, and a judge of them with a supernet's weights.
 
         with Candidates(space, data.weights, data.architecture) as candidates:
@@ -124,22 +72,16 @@ class Candidates:
     statistics again. Samples are fetched once, no network is built, and all randomness follows from the seed. A score
     does not depend on other candidates. Several ranks draw the same candidates and share the judging.
 
-    Candidates are ranked by loss, which is finer than accuracy. They run a race (successive halving, Jamieson and
-    Talwalkar, 2016, arXiv:1502.07943): all are judged on a batch, and the best quarter on about four times as many
-    samples, up to all. The candidates of a generation see the same samples.
+    Candidates are ranked by loss, which is finer than accuracy. They run a race by successive halving (`halving.py`).
+    The candidates of a generation see the same samples.
 
     Args:
         space: The supernet with its trained weights.
         statistics: Samples that set the statistics of batch norms for each candidate.
         samples: Samples to judge candidates on.
-        budget: The limits that every candidate keeps; None for no limits.
-        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones are drawn from this
-            band; others grow, where moves lead there. When all of these were drawn, candidates are as small as they
-            were proposed.
+        budget, fill, limit, prior, seed: What candidates are drawn from, as `Proposals` has it.
         objectives: Further costs in the records, bound to the space.
         cost: The cost of a front: one of `cost.METRICS`, or the name of an objective.
-        limit: The largest number of candidates.
-        prior: The mixture to draw from; None draws all options of a row with equal probability.
         recalibration_batches: The number of batches of `measure.STATISTICS_BATCH` samples for the statistics; 0 keeps
             the supernet's. A rung of fewer samples takes no more batches than these fill.
         tells_best: Whether progress lines have the smallest loss so far, and the number of its samples. A comparison of
@@ -177,16 +119,13 @@ class Candidates:
         checkpoints: CheckpointFolder | None = None,
         progress: Progress | None = None,
     ):
-        self.space, self.prior, self.cost, self.seed, self.fill = space, prior, cost, seed, fill
-        self.budget = Budget(space, {}) if budget is None else budget
-        self.objectives = tuple(objectives)
+        super().__init__(space, budget=budget, fill=fill, limit=limit, prior=prior, seed=seed)
+        self.cost, self.seed, self.objectives = cost, seed, tuple(objectives)
         if taken := [one.name for one in self.objectives if one.name in COLUMNS]:
             raise TangleNASError(
                 f"an objective is called {taken[0]!r}, as what a record of a candidate has beside costs "
                 f"({', '.join(COLUMNS)}): give it another name"
             )
-        self.limit = min(limit, space.size)
-        self.generator = torch.Generator().manual_seed(seed)
         self.kept: dict[str, list[Any]] = {}
         self._device = device_of(None) if device is None else device
         self._batch_size = batch_size
@@ -195,8 +134,6 @@ class Candidates:
         self._statistics = statistics_inputs(space, statistics, recalibration_batches, seed, self._device)
         self._label, self._tells_best = label, tells_best
         self._checkpoints, self._progress = checkpoints, progress or SilentProgress()
-        self._band = self._filled(fill) if prior is None else None
-        self._drawn: set[str] = set()
         self._judged: dict[str, Record] = {}  # by digest, in the order of judging
         self._losses: dict[int, dict[str, float]] = {}  # of this derivation, by number of samples and digest
         self._best: dict[int, float] = {}  # the smallest loss by number of samples
@@ -206,7 +143,9 @@ class Candidates:
         self._scores: dict[str, tuple[float, float]] = {}
         self._saved = time.monotonic()
         self._stack = ExitStack()
-        self._afforded: Afforded | None = None
+        self._timer: Timer | None = None
+        self._costing: Derivation | None = None
+        self._announced = True
 
     def __enter__(self) -> Self:
         state = distributed.broadcast(self._checkpoints.load() if self._checkpoints else None)
@@ -242,15 +181,15 @@ class Candidates:
             self.kept["trial"] = [*self._trial(timer)]
             self.generator.set_state(state)
             restore_rng_state(generators)
-            self._drawn.clear()
+            self.drawn.clear()
             self.save()
-        self._afforded = Afforded(timer.seconds, timer.clock, race, Trial(*self.kept["trial"]), announced=not new)
+        trial, ranks = Trial(*self.kept["trial"]), distributed.world_size()
+        self._costing = Derivation(trial, len(self._samples), self._batch_size, race=race, ranks=ranks)
+        self._timer, self._announced = timer, not new
         self.in_generations(None)
 
     def in_generations(self, size: int | None, single: int = 0) -> None:
         """Recompute the limit for this size of generations, if the limit follows from seconds.
-
-        Each generation runs a race of its own, which ends on all samples. So small generations take longer.
 
         Args:
             size: The number of candidates of a generation; None for one of all candidates.
@@ -259,61 +198,22 @@ class Candidates:
         Raises:
             TangleNASError: Two candidates take longer than the seconds.
         """
-        if (afforded := self._afforded) is None:
+        if self._costing is None or self._timer is None:
             return
-        trial, ranks = afforded.trial, distributed.world_size()
-        each_sample = (trial.long - trial.short) / (trial.many - trial.few) if trial.many > trial.few else 0.0
-
-        def judging(count: int) -> float:
-            return (trial.short + each_sample * (count - trial.few)) / ranks
-
-        def generation(candidates: int) -> float:
-            if not candidates:
-                return 0.0
-            total, left = 0.0, candidates
-            for number, count in enumerate(self._rungs(candidates) if afforded.race else [len(self._samples)]):
-                left = math.ceil(left / RUNG) if number else left
-                total += left * judging(count)
-            return total
-
-        def needed(candidates: int) -> float:
-            together = max(candidates - single, 1)
-            whole, rest = divmod(together, size or together)
-            # At the end the result is measured, and the front that a race dropped: of n random points about log n.
-            last = 1 + (math.log(candidates) if afforded.race else 0.0)
-            judged = whole * generation(size or together) + generation(rest)
-            judged += (candidates - together) * (generation(1) + judging(self._rungs(together)[0]))
-            first = self._rungs(size or together)[0] if afforded.race else len(self._samples)
-            if first == trial.few:  # the candidates of the trial are drawn again, and their scores are known
-                judged -= min(candidates, TRIED) * judging(first)
-            return candidates * trial.drawing + judged + last * judging(len(self._samples))
-
-        most = min(self.space.size, MOST)
-
-        def least(candidates: int) -> float:
-            """Return the least seconds that so many candidates or more need.
-
-            Races of more candidates begin with fewer samples, and so may take less, from a power of `RUNG` on. Between
-            these numbers, and from the end of one generation to the next, more candidates take more.
-            """
-            begun = max(candidates - single, 0) // size * size if size else 0
-            powers = itertools.takewhile(lambda power: power < (size or most), (RUNG**k for k in itertools.count()))
-            turns = (single + begun + turn for turn in (*(power + 1 for power in powers), size or most))
-            return min(needed(number) for number in (candidates, *turns) if candidates <= number <= most)
-
-        self.limit = bisect.bisect_right(range(1, most + 1), trial.left, key=least)
+        self._costing = replace(self._costing, generation=size, single=single)
+        self.limit = self._costing.affordable(min(self.space.size, MOST))
         if self.limit < 2:
+            needed = self._timer.seconds - self._costing.trial.left + self._costing.seconds(2)
             raise TangleNASError(
-                f"{self._label}.seconds is {afforded.seconds:g}, but a trial and two candidates need "
-                f"{afforded.seconds - trial.left + needed(2):.1f} {afforded.clock} seconds: give more seconds or fewer "
-                "data"
+                f"{self._label}.seconds is {self._timer.seconds:g}, but a trial and two candidates need "
+                f"{needed:.1f} {self._timer.clock} seconds: give more seconds or fewer data"
             )
 
     def _trial(self, timer: Timer) -> Trial:
         """Draw and judge some candidates, and return what that took and what is left of the seconds."""
         for one in self.fresh(1):  # the first one builds the tables of costs, which the others share
             self._costs(one)
-        self._drawn.clear()
+        self.drawn.clear()
         start = timer.used()
         tried = self.fresh(TRIED)
         for one in tried:
@@ -337,26 +237,6 @@ class Candidates:
     def records(self) -> list[Record]:
         return [*self._judged.values()]
 
-    # Drawing.
-
-    def sample(self) -> Architecture:
-        """Return a random architecture, within the budget or not, from the prior if there is one."""
-        return self.space.sample(self.generator, None if self.prior is None else self.space.scores(self.prior))
-
-    def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
-        """Return the first new candidates.
-
-        The most probable architecture of the mixture, by default of the prior, comes first, brought into the budget.
-        """
-        mixture = self.prior if mixture is None else mixture
-        if mixture is None:
-            return self.fresh(count, fill=fill)
-        likely = self.budget.project(mixture).architecture
-        if likely.digest not in self._drawn:
-            self._drawn.add(likely.digest)
-            return [likely, *self.fresh(count - 1, fill=fill)]
-        return self.fresh(count, fill=fill)
-
     def judge_first(self, mixture: Mixture | None) -> None:
         """Judge random candidates, and before them the result of argmax, unless alpha is undecided or missing.
 
@@ -372,45 +252,6 @@ class Candidates:
             mixture = None
         self.judge(self.first(self.limit, mixture=mixture))
 
-    def fresh(
-        self, count: int, propose: Callable[[], Architecture] | None = None, fill: bool = True
-    ) -> list[Architecture]:
-        """Return up to `count` architectures within the budget that were never drawn before.
-
-        There are fewer where the space has no more.
-
-        Args:
-            propose: Returns architectures, which are then brought into the budget; by default `sample`.
-            fill: False leaves candidates that are within the budget as small as they were proposed.
-        """
-        found: list[Architecture] = []
-        count = min(count, self.limit - len(self._drawn))
-        # Few architectures fill a budget where costs have few values. When they are used up, smaller ones follow.
-        for share in dict.fromkeys((self.fill if fill else 0.0, 0.0)):
-            for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
-                if len(found) == count:
-                    break
-                if self._band and share and propose is None:
-                    architecture = self._band.sample(self.generator)
-                else:
-                    architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
-                if architecture.digest not in self._drawn:
-                    self._drawn.add(architecture.digest)
-                    found.append(architecture)
-        return found
-
-    def _filled(self, fill: float) -> Band | None:
-        """Return the architectures that use this share of the tightest limit, or None if there is none to draw."""
-        if not (fill and self.budget.limits):
-            return None
-        try:
-            band = Band(self.budget, fill)
-        except TangleNASError:  # costs with few values may have none there
-            return None
-        return band if band.exact else None
-
-    # Judging.
-
     def judge(self, architectures: Sequence[Architecture], total: int | None = None, race: bool = True) -> list[Record]:
         """Judge architectures, which are one generation, and return their records. Known scores are used again.
 
@@ -418,21 +259,21 @@ class Candidates:
             total: The number of candidates in all generations, for the progress line.
             race: False judges every candidate on all samples.
         """
-        if self._afforded and not self._afforded.announced:
-            self._afforded.announced = True
+        if self._timer and not self._announced:
+            self._announced = True
             self.note(
-                f"{self._afforded.seconds:g} {self._afforded.clock} seconds are {self.limit} candidates. "
+                f"{self._timer.seconds:g} {self._timer.clock} seconds are {self.limit} candidates. "
                 f"{self._label}.candidates = {self.limit} gives the same result again"
             )
         if not self._judged:
             self._total = len(architectures) if total is None else total
             self._line = self._stack.enter_context(self._progress.stage(self._label, self._total, 0))
         new = list({one.digest: one for one in architectures if one.digest not in self._judged}.values())
-        self._drawn.update(one.digest for one in new)
+        self.drawn.update(one.digest for one in new)
         left = new
-        for number, count in enumerate(self._rungs(len(new)) if race else [len(self._samples)]):
+        for number, count in enumerate(self._rungs(len(new), race)):
             if number:
-                left = sorted(left, key=lambda one: _rank(self._judged[one.digest]))[: math.ceil(len(left) / RUNG)]
+                left = sorted(left, key=lambda one: _rank(self._judged[one.digest]))[: promoted(len(left))]
             self._measure(left, count)
         self._generation += 1
         return [self._judged[architecture.digest] for architecture in architectures]
@@ -484,18 +325,10 @@ class Candidates:
             statistics = statistics[: math.ceil(len(samples) / STATISTICS_BATCH)]
         return measure_inherited(self.space, architecture, samples, statistics, self._batch_size)
 
-    def _rungs(self, candidates: int) -> list[int]:
-        """Return the numbers of samples of a race: from a batch to all, in steps of a factor of 2 to 8, best 4.
-
-        Few candidates need few steps. Their first rung has more than a batch.
-        """
-        samples, needed = len(self._samples), 0
-        while candidates > 1:
-            candidates, needed = math.ceil(candidates / RUNG), needed + 1
-        batches = max(1.0, samples / self._batch_size)
-        steps = math.ceil(math.log(batches, RUNG) - 0.5)
-        taken = min(steps, needed)
-        return [round(samples * batches ** (-step / steps)) for step in range(taken, 0, -1)] + [samples]
+    def _rungs(self, candidates: int, race: bool = True) -> list[int]:
+        """Return the numbers of samples that a generation is judged on, one after another."""
+        samples = len(self._samples)
+        return rungs(candidates, samples, self._batch_size) if race else [samples]
 
     def _part(self, count: int) -> Samples:
         """Return the samples of a rung."""
@@ -548,32 +381,3 @@ class Candidates:
 
 def _rank(record: Record) -> tuple[int, bool, float]:
     return -record["samples"], not math.isfinite(record["loss"]), record["loss"]
-
-
-class SampleSubset:
-    """A subset of samples, by their indices.
-
-    Args:
-        samples: The samples of which it is a subset.
-        indices: The indices of the subset, shape `(n,)`.
-    """
-
-    def __init__(self, samples: Samples, indices: Tensor):
-        self._samples, self._indices = samples, indices
-        self.labels = None if samples.labels is None else samples.labels[indices.to(samples.labels.device)]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self._samples.batch(self._indices[indices])
-
-
-def held(samples: Samples, batch_size: int, device: torch.device) -> Samples:
-    """Return the samples on a device, so that a second pass fetches nothing, or as they are if they are too many."""
-    stream = batches(samples, batch_size)
-    first = next(stream)
-    if sum(tensor.nbytes for tensor in first) / len(first[0]) * len(samples) > HELD_BYTES:
-        return samples
-    inputs, targets = zip(first, *stream, strict=True)
-    return TensorSamples(torch.cat(inputs).to(device), torch.cat(targets).to(device))

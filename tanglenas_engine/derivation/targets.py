@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from tanglenas_engine.derivation.budget import MARGIN, amount, cheapest, dearest
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import MARGIN, Budget, amount, cheapest, dearest
 from tanglenas_engine.errors import TangleNASError, positive, unknown
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
@@ -139,3 +140,48 @@ class Target:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.multiplier = state["multiplier"]
+
+
+def bind_targets(targets: Sequence[Target], space: SearchSpace) -> list[Target]:
+    """Bind targets to the space, and return those that are not only reported.
+
+    Raises:
+        TangleNASError: Two targets have the same objective, or a target cannot be met.
+    """
+    names = [target.name for target in targets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise TangleNASError(f"search.targets has two for {twice[0]!r}: give one for each objective")
+    for target in targets:
+        target.bind(space)
+    return [target for target in targets if target.active]
+
+
+def band_of(space: SearchSpace, label: str, targets: Sequence[Target], band: tuple[float, float] | None) -> Band:
+    """Return the architectures whose costs are within a band below the targets, from which an optimizer draws.
+
+    Args:
+        label: The name of the optimizer, for an error message.
+        band: The least and the most that an architecture costs, as shares of the tightest target.
+
+    Raises:
+        TangleNASError: There is no band, it is no range of shares, or it holds no architecture.
+    """
+    if band is None:
+        raise TangleNASError(
+            f"search.targets: {label} has no architecture parameters that a target for {targets[0].name} "
+            "could draw, and search.band is None: leave the target out, or give the band a range such as (0.93, 1.0)"
+        )
+    try:
+        low, high = band
+        valid = 0 <= low < high <= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise TangleNASError(
+            f"search.band is {band!r}, expected two shares of the target, the smaller first, such as (0.93, 1.0)"
+        )
+    limits = {target.name: high * target.limit for target in targets if target.limit is not None}
+    try:
+        return Band(Budget(space, limits, [target.objective for target in targets]), low / high)
+    except TangleNASError as error:
+        raise TangleNASError(f"search.band is {band!r}, shares of the target: {error}") from None

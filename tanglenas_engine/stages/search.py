@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tanglenas_engine.data import DataView, Stream, batches
-from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.targets import Target
-from tanglenas_engine.errors import TangleNASError, at_least, unknown
+from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.derivation.targets import Target, band_of, bind_targets
+from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
@@ -25,24 +22,17 @@ from tanglenas_engine.runtime.seeding import checked_seed, seeded
 from tanglenas_engine.runtime.timer import Clock
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.fit import REMEDY, check_fit, not_finite
-from tanglenas_engine.spaces.layers import order_layers as layers_in_order
+from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.spaces.units import Importance, magnitude, order_units, taylor
+from tanglenas_engine.stages.ordering import Order, order_network
 from tanglenas_engine.stages.pace import Pace, taken_back
+from tanglenas_engine.stages.split_losses import split_losses
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
-from tanglenas_engine.training.measure import (
-    Measured,
-    estimate_loss,
-    inherited,
-    measure_inherited,
-    running_statistics,
-    statistics_inputs,
-)
+from tanglenas_engine.training.measure import Measured, measure_inherited, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
     OptimizerFactory,
     SchedulerFactory,
@@ -54,19 +44,10 @@ from tanglenas_engine.training.optim import (
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
 
-SPLIT_DEVIATIONS = 5.0
-"""Standard errors between the losses of two splits that chance allows: neighbouring windows of a text are alike."""
-SPLIT_TOLERANCE = 0.05
-"""The share of the loss below which a difference between splits does no harm."""
-
 Phase = Literal["warm-up", "search", "path"]
 """What a step does: the weights learn alone, or alpha too, or the weights by random architectures."""
 Strategy = Literal["alternating", "simultaneous"]
 """The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
-Order = Literal["magnitude", "taylor"]
-"""The importance by which the units of a trained network are put in order: of its weights, or of its loss."""
-ORDER_BATCHES = 8
-"""Batches that the importance by the loss is measured on."""
 Table = Callable[[Architecture], Mapping[str, float]]
 """A function that returns a benchmark's values of an architecture."""
 
@@ -260,17 +241,17 @@ class Search(Training):
         share = computation.share("search", batch_size)
         self._data, count = data, at_least("search.recalibration_batches", recalibration_batches, 0)
         space.to(self.device).train()
-        ordered = order_units(space, self._importance(order, batch_size)) if order is not None else []
-        if order_layers:
-            ordered += layers_in_order(space, self.loss, self._few_batches(batch_size))
-        for sentence in ordered:
+        for sentence in order_network(
+            space, data.plain("weights"), units=order, layers=order_layers, loss=self.loss, batch_size=batch_size,
+            seed=seed, device=self.device,
+        ):  # fmt: skip
             session.note(f"search: {sentence}")
         distributed.synchronize([*space.parameters(), *space.buffers()])
         optimizer.bind(space, seed)
-        self.targets, self.active_targets = targets, _bind_targets(targets, space)
+        self.targets, self.active_targets = targets, bind_targets(targets, space)
         draws = not optimizer.learns_architecture or (optimizer.draws_in_band and band)
         if self.active_targets and (draws or (self.path_epochs and band)):
-            optimizer.draw_from(_band(space, optimizer, self.active_targets, band))
+            optimizer.draw_from(band_of(space, optimizer.label, self.active_targets, band))
         if draws:
             self.active_targets = []
         for target in targets:
@@ -334,31 +315,14 @@ class Search(Training):
         """True if alpha learns from batches of the architecture split."""
         return self.optimizer.learns_architecture
 
-    def _importance(self, order: Order, batch_size: int) -> Importance:
-        """Return the function that says which units matter most.
-
-        Raises:
-            TangleNASError: The order is unknown, or there are fewer samples than a batch.
-        """
-        if order == "magnitude":
-            return magnitude
-        if order != "taylor":
-            raise unknown("search.order", order, ("magnitude", "taylor"))
-        return taylor(self.space, self.loss, self._few_batches(batch_size))
-
-    def _few_batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """Return inputs and targets of the weights split, by which units and layers are put in order."""
-        batches = Stream(self._data.plain("weights"), batch_size, seed=self.seed).start()
-        taken = [to_device(batch, self.device, self._last) for batch in itertools.islice(batches, ORDER_BATCHES)]
-        return [(inputs, targets) for inputs, targets in taken]
-
     def result(self) -> SearchResult:
         """Run the search and return its result."""
         ways = [self.precision.forward, *([] if self.backend is None else [Compiled(self.space, self.backend).forward])]
         try:
             with seeded(self.seed), executing(self.space, *ways):
                 history = self.run()
-                losses = self._split_losses()
+                network = self.optimizer.current() or self._stand_in
+                losses = split_losses(self.space, network, self._data, self._statistics, self._note)
         finally:
             self.space.release()
             self.space.superposition.channel_divisor = 1  # partial channels end with the search
@@ -367,41 +331,8 @@ class Search(Training):
         units = {target.name: target.objective.unit for target in self.targets}
         return SearchResult(self.optimizer.current(), mixture and mixture.detach(), history, losses, aims, units)
 
-    def _split_losses(self) -> dict[str, float]:
-        """Return the loss of one network on each split, and warn if two splits are of different distributions.
-
-        Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's,
-        it has other data, and what is found there does not hold elsewhere.
-        """
-        network = self.optimizer.current() or self._stand_in
-        splits = ("weights", "architecture", "validation")
-        with inherited(self.space, network, self._statistics):
-            found = {name: estimate_loss(self.space, self._data.plain(name)) for name in splits}
-        architecture, validation = found["architecture"], found["validation"]
-        self.session.note(
-            "search: loss of one network on the splits: "
-            + ", ".join(f"{name} {loss.mean:.3f}" for name, loss in found.items())
-        )
-        for name in (name for name in ("architecture", "validation") if not math.isfinite(found[name].mean)):
-            self.session.note(
-                f"search: warning: the loss on the {name} split is {found[name].mean}, so that nobody can tell whether "
-                f"the splits are alike: {self._why_not_finite(name)}"
-            )
-        chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
-        if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
-            self.session.note(
-                f"search: warning: the loss on the architecture split is {architecture.mean:.3f}, on validation "
-                f"{validation.mean:.3f}: they differ by more than chance allows ({chance:.3f}). The splits are of "
-                "different data, so what was found may not hold. Look at a sample of each, or make the splits anew"
-            )
-        return {name: loss.mean for name, loss in found.items()}
-
-    def _why_not_finite(self, split: str) -> str:
-        """Return why a loss on a split may not be finite, and what to do."""
-        for inputs, _ in batches(self._data.plain(split), 256):
-            if told := not_finite(inputs):
-                return f"{told} in a batch of it are not finite. {REMEDY[0].upper()}{REMEDY[1:]}"
-        return "its inputs are finite, so the network's outputs are not. Lower the learning rate"
+    def _note(self, sentence: str) -> None:
+        self.session.note(f"search: {sentence}")
 
     def prepare(self, saved: Mapping[str, Any] | None) -> None:
         """Fix the number of epochs of a search by seconds: that of the checkpoint, or what a trial says.
@@ -696,46 +627,3 @@ def _check_options(
             f"search.accumulate is {computation.accumulate}, but {optimizer.label} takes alpha's gradient from a "
             "whole batch: leave it out, and use a smaller batch_size"
         )
-
-
-def _bind_targets(targets: Sequence[Target], space: SearchSpace) -> list[Target]:
-    """Bind targets to the space, and return those that are not only reported.
-
-    Raises:
-        TangleNASError: Two targets have the same objective, or a target cannot be met.
-    """
-    names = [target.name for target in targets]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise TangleNASError(f"search.targets has two for {twice[0]!r}: give one for each objective")
-    for target in targets:
-        target.bind(space)
-    return [target for target in targets if target.active]
-
-
-def _band(
-    space: SearchSpace, optimizer: Optimizer, targets: Sequence[Target], band: tuple[float, float] | None
-) -> Band:
-    """Return the band of costs from which an optimizer without architecture parameters draws.
-
-    Raises:
-        TangleNASError: There is no band, it is no range of shares, or it holds no architecture.
-    """
-    if band is None:
-        raise TangleNASError(
-            f"search.targets: {optimizer.label} has no architecture parameters that a target for {targets[0].name} "
-            "could draw, and search.band is None: leave the target out, or give the band a range such as (0.93, 1.0)"
-        )
-    try:
-        low, high = band
-        valid = 0 <= low < high <= 1
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise TangleNASError(
-            f"search.band is {band!r}, expected two shares of the target, the smaller first, such as (0.93, 1.0)"
-        )
-    limits = {target.name: high * target.limit for target in targets if target.limit is not None}
-    try:
-        return Band(Budget(space, limits, [target.objective for target in targets]), low / high)
-    except TangleNASError as error:
-        raise TangleNASError(f"search.band is {band!r}, shares of the target: {error}") from None

@@ -12,10 +12,9 @@ from tiny import ALL, tiny
 from tanglenas_engine import Additive, Objective, create_objective, create_optimizer, search
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.targets import Target
+from tanglenas_engine.derivation.targets import Target, band_of, bind_targets
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.cost import METRICS
-from tanglenas_engine.stages.search import _band, _bind_targets
 from tanglenas_engine.testing import random_data
 
 
@@ -210,7 +209,7 @@ def test_a_target_that_is_no_count_is_not_rounded():
     largest = space.cost(space.largest()).params / 1000
     weight = Weight().bind(space)
     target = Target(weight, value=0.7 * largest)
-    drawn = _band(space, create_optimizer("spos"), _bind_targets([target], space), (0.95, 1.0))
+    drawn = band_of(space, "spos", bind_targets([target], space), (0.95, 1.0))
     costs = [weight.cost(drawn.sample(torch.Generator().manual_seed(seed))) for seed in range(20)]
     assert all(0.95 * target.value <= cost <= target.value for cost in costs)
 

@@ -11,10 +11,10 @@ from spaces import Convolutional, vit
 from tiny import tiny
 from torch import nn
 
-from tanglenas_engine.data import TensorSamples
-from tanglenas_engine.derivation import candidates as module
+from tanglenas_engine.data import SampleSubset, TensorSamples, stream
+from tanglenas_engine.derivation import candidates as judging
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.candidates import Candidates, SampleSubset
+from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import timer
@@ -81,8 +81,8 @@ def test_a_split_too_large_to_stay_is_fetched_for_every_candidate_with_the_same_
     space = Normed()
     samples = counted(space)
     found = []
-    for most in (module.HELD_BYTES, samples.batch(torch.arange(1))[0].nbytes):
-        monkeypatch.setattr(module, "HELD_BYTES", most)
+    for most in (stream.HELD_BYTES, samples.batch(torch.arange(1))[0].nbytes):
+        monkeypatch.setattr(stream, "HELD_BYTES", most)
         samples.fetched = 0
         with Candidates(space, samples, samples, batch_size=16, device=torch.device("cpu")) as tried:  # no race
             fetched = samples.fetched
@@ -237,7 +237,7 @@ def test_an_interrupted_derivation_goes_on_where_it_was(tmp_path, cut):
 
 
 def test_what_was_judged_is_kept_from_time_to_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(judging, "SAVE_SECONDS", 0.0)
     with CheckpointFolder(tmp_path / "resume", "x") as checkpoints:
         with candidates(vit(), checkpoints=checkpoints) as tried:
             tried.judge(tried.fresh(2))
@@ -298,27 +298,6 @@ def test_without_fill_candidates_are_drawn_and_brought_into_the_budget():
 
 
 # Races
-
-
-@pytest.mark.parametrize(
-    "samples, batch_size, count, expected",
-    [
-        (640, 10, 100, [10, 40, 160, 640]),
-        (640, 10, 5, [40, 160, 640]),
-        (640, 10, 2, [160, 640]),
-        (640, 10, 1, [640]),
-        (639, 10, 10**6, [10, 40, 160, 639]),
-        (2250, 256, 300, [256, 759, 2250]),
-        (40, 10, 100, [10, 40]),
-        (21, 10, 100, [10, 21]),
-        (19, 10, 100, [19]),
-        (8, 256, 100, [8]),
-    ],
-)
-def test_rungs_go_from_a_batch_to_all_samples_while_there_are_candidates(samples, batch_size, count, expected):
-    space = vit()
-    with Known(space, lambda _: 50.0, samples=samples, batch_size=batch_size) as tried:
-        assert tried._rungs(count) == expected
 
 
 def test_all_are_judged_on_the_first_rung_and_a_quarter_goes_on():
@@ -417,28 +396,6 @@ def test_what_a_trial_judged_does_not_bring_a_candidate_further_than_its_race_di
     found = judged(space.size, 20.0)
     assert {record["samples"] for record in found[1] if record["digest"] in late} == {16}
     assert found == judged(found[0])
-
-
-@pytest.mark.parametrize("size, single", [(None, 0), (20, 0), (5, 0), (None, 10), (20, 7)])
-@pytest.mark.parametrize("few", [256, 100])
-def test_the_number_that_seconds_afford_is_the_largest_though_fewer_may_take_longer(monkeypatch, size, single, few):
-    """Few candidates have races that begin with many samples. A sample takes a second."""
-    space, most = vit(depth=(1, 2, 3)), 90
-    with Known(space, lambda one: 50.0, samples=4096, batch_size=256, limit=space.size) as tried:
-
-        def afforded(left, largest):
-            trial = module.Trial(1.0, few, float(few), 1024, 1024.0, left)
-            tried._afforded = module.Afforded(0, "processor", True, trial, True)
-            monkeypatch.setattr(module, "MOST", largest)
-            try:
-                tried.in_generations(size, single)
-            except TangleNASError:
-                return 0
-            return tried.limit
-
-        for left in [*range(15_000, 200_000, 5_000)]:
-            fitting = [number for number in range(2, most + 1) if afforded(left, number) == number]
-            assert afforded(left, most) == max(fitting, default=0), left
 
 
 @pytest.mark.parametrize("cut, spared", [(17, 16), (18 + 13, 18 + 10)])

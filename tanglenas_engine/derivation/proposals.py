@@ -1,0 +1,105 @@
+"""Proposals: new architectures within a budget, drawn from the space, from a mixture, or by a method of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.superposition.mixture import Mixture
+
+PROPOSALS_PER_CANDIDATE = 20
+"""Proposals per new candidate after which a space counts as exhausted."""
+
+
+class Proposals:
+    """A source of architectures within a budget, each of which is drawn once. All randomness follows from the seed.
+
+    Args:
+        budget: The limits that every candidate keeps; None for no limits.
+        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones are drawn from this
+            band; others grow, where moves lead there. When all of these were drawn, candidates are as small as they
+            were proposed.
+        limit: The largest number of candidates.
+        prior: The mixture to draw from; None draws all options of a row with equal probability.
+
+    Attributes:
+        drawn: The digests of the architectures that were drawn.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        budget: Budget | None = None,
+        fill: float = 0.0,
+        limit: int = 100,
+        prior: Mixture | None = None,
+        seed: int = 0,
+    ):
+        self.space, self.prior, self.fill = space, prior, fill
+        self.budget = Budget(space, {}) if budget is None else budget
+        self.limit = min(limit, space.size)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn: set[str] = set()
+        self._band = self._filled(fill) if prior is None else None
+
+    def sample(self) -> Architecture:
+        """Return a random architecture, within the budget or not, from the prior if there is one."""
+        return self.space.sample(self.generator, None if self.prior is None else self.space.scores(self.prior))
+
+    def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
+        """Return the first new candidates.
+
+        The most probable architecture of the mixture, by default of the prior, comes first, brought into the budget.
+        """
+        mixture = self.prior if mixture is None else mixture
+        likely = [] if mixture is None else self._new(self.budget.project(mixture).architecture)
+        return likely + self.fresh(count - len(likely), fill=fill)
+
+    def fresh(
+        self, count: int, propose: Callable[[], Architecture] | None = None, fill: bool = True
+    ) -> list[Architecture]:
+        """Return up to `count` architectures within the budget that were never drawn before.
+
+        There are fewer where the space has no more.
+
+        Args:
+            propose: Returns architectures, which are then brought into the budget; by default `sample`.
+            fill: False leaves candidates that are within the budget as small as they were proposed.
+        """
+        found: list[Architecture] = []
+        count = min(count, self.limit - len(self.drawn))
+        # Few architectures fill a budget where costs have few values. When they are used up, smaller ones follow.
+        for share in dict.fromkeys((self.fill if fill else 0.0, 0.0)):
+            for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
+                if len(found) == count:
+                    break
+                if self._band and share and propose is None:
+                    architecture = self._band.sample(self.generator)
+                else:
+                    architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
+                found += self._new(architecture)
+        return found
+
+    def _new(self, architecture: Architecture) -> list[Architecture]:
+        """Return the architecture if it was not drawn before, and count it as drawn."""
+        if architecture.digest in self.drawn:
+            return []
+        self.drawn.add(architecture.digest)
+        return [architecture]
+
+    def _filled(self, fill: float) -> Band | None:
+        """Return the architectures that use this share of the tightest limit, or None if there is none to draw."""
+        if not (fill and self.budget.limits):
+            return None
+        try:
+            band = Band(self.budget, fill)
+        except TangleNASError:  # costs with few values may have none there
+            return None
+        return band if band.exact else None

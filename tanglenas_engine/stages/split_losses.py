@@ -1,0 +1,64 @@
+"""The loss of one network on each split, which tells whether the splits are of one distribution.
+
+Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's, it has
+other data, and what is found there does not hold elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from tanglenas_engine.data import DataView, Samples, batches
+from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.fit import REMEDY, not_finite
+from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.training.measure import estimate_loss, inherited
+
+SPLIT_DEVIATIONS = 5.0
+"""Standard errors between the losses of two splits that chance allows: neighbouring windows of a text are alike."""
+SPLIT_TOLERANCE = 0.05
+"""The share of the loss below which a difference between splits does no harm."""
+
+
+def split_losses(
+    space: SearchSpace,
+    network: Architecture,
+    data: DataView,
+    statistics: Sequence[Tensor],
+    note: Callable[[str], None],
+) -> dict[str, float]:
+    """Return the loss of a network on each split, with the supernet's weights, and warn if two splits differ.
+
+    Args:
+        data: A view of the splits `weights`, `architecture` and `validation`.
+        statistics: Inputs that set the statistics of batch norms.
+        note: A function that tells a person a sentence.
+    """
+    with inherited(space, network, statistics):
+        found = {name: estimate_loss(space, data.plain(name)) for name in ("weights", "architecture", "validation")}
+    note("loss of one network on the splits: " + ", ".join(f"{name} {loss.mean:.3f}" for name, loss in found.items()))
+    for name in (name for name in ("architecture", "validation") if not math.isfinite(found[name].mean)):
+        note(
+            f"warning: the loss on the {name} split is {found[name].mean}, so that nobody can tell whether the splits "
+            f"are alike: {_why_not_finite(data.plain(name))}"
+        )
+    architecture, validation = found["architecture"], found["validation"]
+    chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
+    if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
+        note(
+            f"warning: the loss on the architecture split is {architecture.mean:.3f}, on validation "
+            f"{validation.mean:.3f}: they differ by more than chance allows ({chance:.3f}). The splits are of "
+            "different data, so what was found may not hold. Look at a sample of each, or make the splits anew"
+        )
+    return {name: loss.mean for name, loss in found.items()}
+
+
+def _why_not_finite(samples: Samples) -> str:
+    """Return why the loss on a split may not be finite, and what to do."""
+    for inputs, _ in batches(samples, 256):
+        if told := not_finite(inputs):
+            return f"{told} in a batch of it are not finite. {REMEDY[0].upper()}{REMEDY[1:]}"
+    return "its inputs are finite, so the network's outputs are not. Lower the learning rate"
