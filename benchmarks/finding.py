@@ -442,13 +442,28 @@ class Study(contextlib.AbstractContextManager["Study"]):
             architecture = self.found(key)
             self.once(f"trained/{architecture.digest}/{seed}", partial(self.trained, architecture, seed))
 
-    def random_front(self, name: str, seed: int, start: int) -> None:
-        """Train a random network for each budget of the front, from the draws that begin at `start`."""
+    def tuned_front(self, name: str, seed: int) -> None:
+        """Fine-tune what `front` derived for each budget from the weights of its search, which is repeated."""
+        keys = {share: f"front/{name}, fine-tuned/{share}/{seed}" for share in FRONT}
+        if all(key in self.done for key in keys.values()):
+            return
+        space, _, _ = self.searched(METHODS[name], seed)
+        weights = {key: tensor.clone() for key, tensor in space.state_dict().items()}
+        for share, key in keys.items():
+            space.load_state_dict(weights)
+            architecture = self.found(f"front/{name}/{share}/{seed}")
+            self.once(key, partial(self.trained, architecture, seed, supernet=space))
+
+    def random_front(self, name: str, seed: int, start: int, epochs: int | None = None) -> None:
+        """Train a random network for each budget of the front, from the draws that begin at `start`.
+
+        `epochs` are those of `retrained`.
+        """
         space = self.space()
         for number, share in enumerate(FRONT):
             generator = torch.Generator().manual_seed(start + 1000 * seed + number)
             one = Band(Budget(space, self.budget(share)), FILLED).sample(generator)
-            self.once(f"front/{name}/{share}/{seed}", partial(self.trained, one, seed))
+            self.once(f"front/{name}/{share}/{seed}", partial(self.trained, one, seed, epochs=epochs))
 
     def paths(self, optimizer: str, seed: int) -> None:
         """Search by mixtures, and rank the pool before and after epochs of random architectures that follow."""
@@ -687,16 +702,26 @@ def run(
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
 @click.option("--methods", default="spos whole space", help="Methods, with ; between them.")
 @click.option("--seeds", default="0,1,2,3,4", help="The seeds of searches and of random fronts, with commas.")
-def front(task: str, data: str | None, out: Path, methods: str, seeds: str) -> None:
+@click.option(
+    "--longer",
+    default=0,
+    help="Epochs of random networks that take as long as a search and the fine-tuning of what it found for each "
+    "budget; these two are then compared, in place of networks that are all trained from scratch for as long.",
+)
+def front(task: str, data: str | None, out: Path, methods: str, seeds: str, longer: int) -> None:
     """Compare fronts over budgets: what one search gives for each, and random networks, one or two for each."""
     study = click.get_current_context().with_resource(Study(task, out / f"{task}_front.jsonl", data))
     for seed in map(int, seeds.split(",")):
         for name in filter(None, methods.split(";")):
             study.front(name, seed)
         study.random_front("random", seed, 0)
-    for seed in map(int, seeds.split(",")):
+        if longer:
+            study.random_front(f"random, {longer} epochs", seed, 0, longer)
+            for name in filter(None, methods.split(";")):
+                study.tuned_front(name, seed)
+    for seed in () if longer else map(int, seeds.split(",")):
         study.random_front("another random", seed, 500)
-    for share in FRONT:
+    for share in () if longer else FRONT:
         most = Budget(study.space(), study.budget(share)).dearest("params")
         study.once(f"front/most params/{share}/0", partial(study.trained, most, 0))
     _print_fronts(study.done)
