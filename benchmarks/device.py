@@ -216,7 +216,7 @@ def _demo(sizes: str, device: str) -> Measure:
         return [binding for binding in small if sizes == "tiny" and binding.startswith(f"{stage}.")]
 
     def measured() -> Figures:
-        from tanglenas_engine.pipeline.params import stage_arguments
+        from tanglenas_engine.pipeline.config.params import stage_arguments
 
         found: Figures = {"stage_seconds": {}}
         with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ import torch
 from pipelines import search as stage
 from tanglenas_engine.data import Stream
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.params import stage_arguments
+from tanglenas_engine.pipeline.config.params import stage_arguments
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages import search
 

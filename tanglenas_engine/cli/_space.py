@@ -93,10 +93,10 @@ def project_options(space: str) -> dict[str, Any]:
     Raises:
         TangleNASError: The project's config is wrong, or its data are missing.
     """
-    from ..pipeline.config import configured
-    from ..pipeline.configurables import create
-    from ..pipeline.params import stage_arguments
-    from ..pipeline.values import macro_value
+    from ..pipeline.config.configurables import create
+    from ..pipeline.config.params import stage_arguments
+    from ..pipeline.config.reader import configured
+    from ..pipeline.config.values import macro_value
 
     arguments = stage_arguments("search")
     if arguments is None:

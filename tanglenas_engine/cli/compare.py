@@ -25,10 +25,10 @@ def command(by: str, join: str, against: str | None, metrics: tuple[str, ...], o
     """
     from tanglenas_engine.runtime.files import write_atomic
 
-    from ..pipeline.comparison import compare
-    from ..pipeline.comparison_curves import read_curves
-    from ..pipeline.comparison_figure import draw
-    from ..pipeline.comparison_tables import latex, markdown, table_csv
+    from ..pipeline.comparison.curves import read_curves
+    from ..pipeline.comparison.figure import draw
+    from ..pipeline.comparison.groups import compare
+    from ..pipeline.comparison.tables import latex, markdown, table_csv
     from ..pipeline.project import project_root
 
     root = project_root()

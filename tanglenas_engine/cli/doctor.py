@@ -23,7 +23,7 @@ import click
 from tanglenas_engine.errors import LINE_CHARACTERS, TangleNASError, closest, shown
 from tanglenas_engine.runtime.files import holder, read_note
 
-from ..pipeline.redaction import reason
+from ..pipeline.tracking.redaction import reason
 from ..plugins import PluginManager, PluginWarning
 from ._shipped import EARLIER, TEMPLATE
 
@@ -141,7 +141,7 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _project(root: Path) -> Iterator[Finding]:
-    from ..pipeline.params import check_params, is_study, read_params
+    from ..pipeline.config.params import check_params, is_study, read_params
 
     if not (root / "dvc.yaml").exists():
         yield Finding("note", "there is no dvc.yaml: this is no project", "tanglenas init DIR")
@@ -188,7 +188,7 @@ def _has_no_commit(root: Path) -> bool:
 
 def _outputs_in_git(root: Path) -> Iterator[Finding]:
     """Yield a problem where git tracks outputs that DVC keeps, and a note where the next `git add .` may begin to."""
-    from ..pipeline.params import cached_outputs
+    from ..pipeline.config.params import cached_outputs
 
     kept = _below(root, cached_outputs(read_note(root / "dvc.yaml").decode("utf-8")))
     if not kept or (files := _git(root, "ls-files", "-z", "--", *kept)) is None:
@@ -319,9 +319,9 @@ def _runs(root: Path, fix: bool) -> Iterator[Finding]:
     if os.environ.get("TANGLENAS_TRACKING", "").lower() == "off":
         yield Finding("note", "runs are not tracked: TANGLENAS_TRACKING=off", "unset it to have them in MLflow")
         return
-    from ..pipeline import spool
-    from ..pipeline.moved_project import mend, moved_experiments
-    from ..pipeline.store import Store
+    from ..pipeline.tracking import spool
+    from ..pipeline.tracking.moved_project import mend, moved_experiments
+    from ..pipeline.tracking.store import Store
 
     try:
         moved = moved_experiments(root) if Store.of(root).own else []

@@ -81,7 +81,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
 
 def _upgrade(folder: Path) -> None:
     """Replace the scripts and dvc.yaml of a project, keep what was there, and add the gin files that it lacks."""
-    from ..pipeline.params import is_study, read_params
+    from ..pipeline.config.params import is_study, read_params
 
     scripts = folder / "pipelines"
     if not ((folder / "dvc.yaml").is_file() and scripts.is_dir()):
@@ -121,7 +121,7 @@ def _upgrade(folder: Path) -> None:
 
 
 def _is_study(folder: Path) -> bool:
-    from ..pipeline.params import is_study, read_params
+    from ..pipeline.config.params import is_study, read_params
 
     with suppress(TangleNASError):
         return is_study(read_params(folder / "params.yaml"))

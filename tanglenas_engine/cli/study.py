@@ -64,7 +64,7 @@ def command(
     that the data support, and the commands.
     """
     from ..pipeline import studies
-    from ..pipeline.params import parsed
+    from ..pipeline.config.params import parsed
     from ..pipeline.pools import record_of
     from ..pipeline.studies import study_folder
     from ..pipeline.studies.plan import plan as planned
@@ -130,7 +130,7 @@ def _numbers(text: str | None) -> list[int] | None:
 def _change(text: str) -> tuple[str, Any]:
     from ruamel.yaml.error import YAMLError
 
-    from ..pipeline.params import parsed
+    from ..pipeline.config.params import parsed
 
     key, equals, value = text.partition("=")
     if not (key and equals):
@@ -156,7 +156,7 @@ def _check_config(folder: Path, plan: Plan) -> None:
     Raises:
         TangleNASError: The config is wrong.
     """
-    from ..pipeline.config import configured
+    from ..pipeline.config.reader import configured
     from ..pipeline.studies.run import arguments_of
     from ..pipeline.studies.run_folder import in_run_folder
 

@@ -14,13 +14,13 @@ import gin
 
 from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError, shown
-from tanglenas_engine.pipeline.config import register_references, required, without_call_stack
-from tanglenas_engine.pipeline.configurables import create_dataset
+from tanglenas_engine.pipeline.config.configurables import create_dataset
+from tanglenas_engine.pipeline.config.reader import register_references, required, without_call_stack
+from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.headline import plausible
-from tanglenas_engine.pipeline.store import PARENT, Store
-from tanglenas_engine.pipeline.tracking import AFTER
-from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.pipeline.tracking.store import PARENT, Store
+from tanglenas_engine.pipeline.tracking.tracker import AFTER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

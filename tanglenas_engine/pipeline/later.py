@@ -19,13 +19,20 @@ from tanglenas_engine.data import Dataset, Splits, open_splits
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.race import check_options as check_race
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import bindings_of, configured
-from tanglenas_engine.pipeline.configurables import bound_limits, create, discretize, objectives, race, retrain
+from tanglenas_engine.pipeline.config.configurables import (
+    bound_limits,
+    create,
+    discretize,
+    objectives,
+    race,
+    retrain,
+)
+from tanglenas_engine.pipeline.config.params import stage_command
+from tanglenas_engine.pipeline.config.reader import bindings_of, configured
+from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import inherited_advice, inherits
-from tanglenas_engine.pipeline.params import stage_command
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
-from tanglenas_engine.pipeline.values import macro_value
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.cost import METRICS

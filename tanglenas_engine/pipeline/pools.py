@@ -27,10 +27,16 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.jobs import as_they_come, running_on
 from tanglenas_engine.errors import DivergedError, TangleNASError, at_least
-from tanglenas_engine.pipeline.config import configured, material_config
-from tanglenas_engine.pipeline.configurables import bound_limits, create, evaluate, make_splits, objectives
+from tanglenas_engine.pipeline.config.configurables import (
+    bound_limits,
+    create,
+    evaluate,
+    make_splits,
+    objectives,
+)
+from tanglenas_engine.pipeline.config.params import stage_arguments
+from tanglenas_engine.pipeline.config.reader import configured, material_config
 from tanglenas_engine.pipeline.files import SPLITS
-from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.trainings import Recipe, project_arguments
 from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.files import write_atomic

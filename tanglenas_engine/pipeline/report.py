@@ -17,14 +17,14 @@ from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison import compare_rows, in_order
-from tanglenas_engine.pipeline.comparison_figure import plain
-from tanglenas_engine.pipeline.comparison_tables import MEANING, WORDS, difference_rows, estimate_rows
+from tanglenas_engine.pipeline.comparison.figure import plain
+from tanglenas_engine.pipeline.comparison.groups import compare_rows, in_order
+from tanglenas_engine.pipeline.comparison.tables import MEANING, WORDS, difference_rows, estimate_rows
+from tanglenas_engine.pipeline.config.params import parsed, swept
 from tanglenas_engine.pipeline.figures import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
 from tanglenas_engine.pipeline.headline import headline, metric_texts
-from tanglenas_engine.pipeline.params import parsed, swept
-from tanglenas_engine.pipeline.redaction import reason
+from tanglenas_engine.pipeline.tracking.redaction import reason
 from tanglenas_engine.spaces.architecture import Architecture
 
 COMPARED = ("test_accuracy", "test_loss", "test_perplexity", "macs", "search_processor_seconds")

@@ -34,15 +34,15 @@ import tanglenas_engine
 from tanglenas_engine.data import Dataset, DataView, Splits, open_splits
 from tanglenas_engine.errors import TangleNASError, print_anything, readable
 from tanglenas_engine.optimizers.optimizer import Optimizer
-from tanglenas_engine.pipeline.config import bound_parameters, configure, operative_config, without_call_stack
-from tanglenas_engine.pipeline.configurables import create, packages, pretrained, tables
+from tanglenas_engine.pipeline.config.configurables import create, packages, pretrained, tables
+from tanglenas_engine.pipeline.config.reader import bound_parameters, configure, operative_config, without_call_stack
+from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_json_or_empty, read_splits
+from tanglenas_engine.pipeline.inputs.own_code import own_code
 from tanglenas_engine.pipeline.meter import Meter
-from tanglenas_engine.pipeline.own_code import own_code
 from tanglenas_engine.pipeline.pipeline_metrics import pipeline_metrics
 from tanglenas_engine.pipeline.project import project_root
-from tanglenas_engine.pipeline.tracking import AFTER, MlflowTracker
-from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.pipeline.tracking.tracker import AFTER, MlflowTracker
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic

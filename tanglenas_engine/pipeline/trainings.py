@@ -20,13 +20,13 @@ from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import configurables
-from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.configurables import create, packages, race, retrain
+from tanglenas_engine.pipeline.config import configurables
+from tanglenas_engine.pipeline.config.configurables import create, packages, race, retrain
+from tanglenas_engine.pipeline.config.params import stage_arguments
+from tanglenas_engine.pipeline.config.reader import configured
+from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import SPLITS, SUPERNET, inherits, load_inherited
-from tanglenas_engine.pipeline.own_code import own_code
-from tanglenas_engine.pipeline.params import stage_arguments
-from tanglenas_engine.pipeline.values import macro_value
+from tanglenas_engine.pipeline.inputs.own_code import own_code
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.fingerprint import code_version, file_digest, fingerprint
 from tanglenas_engine.spaces.architecture import Architecture

@@ -19,11 +19,11 @@ from click.testing import CliRunner
 from tanglenas_engine.cli import doctor as cli_doctor
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError, closest, quoted, shown, unknown
-from tanglenas_engine.pipeline.moved_project import old_place
-from tanglenas_engine.pipeline.redaction import address, reason, redacted
 from tanglenas_engine.pipeline.report import _scatter, page
-from tanglenas_engine.pipeline.store import Store
-from tanglenas_engine.pipeline.tracking import MlflowTracker, spooled_runs, upload_spool
+from tanglenas_engine.pipeline.tracking.moved_project import old_place
+from tanglenas_engine.pipeline.tracking.redaction import address, reason, redacted
+from tanglenas_engine.pipeline.tracking.store import Store
+from tanglenas_engine.pipeline.tracking.tracker import MlflowTracker, spooled_runs, upload_spool
 from tanglenas_engine.plugins import PluginManager, PluginWarning, create_optimizer, create_space
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, holder

@@ -12,8 +12,9 @@ from tanglenas_datasets.tokenizer_file import read_tokenizer
 from tanglenas_engine import Dataset, SearchSpace, elastic
 from tanglenas_engine.data import Splits, TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import configurables, files
-from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline import files
+from tanglenas_engine.pipeline.config import configurables
+from tanglenas_engine.pipeline.config.reader import configure
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_objectives.latency_table import LatencyTable

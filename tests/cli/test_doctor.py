@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 DIES = """
 import os, signal, sys
-from tanglenas_engine.pipeline.tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking.tracker import MlflowTracker
 
 with MlflowTracker.open(stage="search", root=sys.argv[1]) as tracker:
     tracker.log_metrics({"loss": 1.0}, 0)

@@ -11,7 +11,7 @@ from tiny import ALL, tiny
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.cli.show import layers
-from tanglenas_engine.pipeline import configurables  # noqa: F401  # registers what operative.gin names
+from tanglenas_engine.pipeline.config import configurables  # noqa: F401  # registers what operative.gin names
 
 
 @pytest.fixture

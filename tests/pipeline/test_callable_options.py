@@ -14,9 +14,9 @@ from project import lay_out
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_engine import TangleNASError, plugins
-from tanglenas_engine.pipeline import configurables
-from tanglenas_engine.pipeline.config import configure
-from tanglenas_engine.pipeline.configurables import create, create_optimizer
+from tanglenas_engine.pipeline.config import configurables
+from tanglenas_engine.pipeline.config.configurables import create, create_optimizer
+from tanglenas_engine.pipeline.config.reader import configure
 
 BASE = ['SPACE = "autoformer_nano"', 'OPTIMIZER = "drnas"', 'DATASET = "digits"', "SEED = 0"]
 

@@ -18,13 +18,13 @@ from stores import add_pipeline
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison import Comparison, Estimate, compare_rows, in_order, seeds_needed
-from tanglenas_engine.pipeline.comparison_curves import Curve, Curves
-from tanglenas_engine.pipeline.comparison_figure import draw
-from tanglenas_engine.pipeline.comparison_tables import latex, markdown, table_csv
+from tanglenas_engine.pipeline.comparison.curves import Curve, Curves
+from tanglenas_engine.pipeline.comparison.figure import draw
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Estimate, compare_rows, in_order, seeds_needed
+from tanglenas_engine.pipeline.comparison.tables import latex, markdown, table_csv
 from tanglenas_engine.pipeline.finished_runs import Records, names_of_params
-from tanglenas_engine.pipeline.store import PARENT
-from tanglenas_engine.pipeline.tracking import AFTER
+from tanglenas_engine.pipeline.tracking.store import PARENT
+from tanglenas_engine.pipeline.tracking.tracker import AFTER
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -277,7 +277,7 @@ def test_the_figure_is_the_same_for_the_same_runs():
 
 @pytest.mark.parametrize("count, more", [(2, ""), (22, ""), (4, ", search.warmup_epochs=1, retrain.mode=finetune")])
 def test_names_of_groups_are_whole_and_apart_and_leave_the_panels_their_room(count, more, monkeypatch):
-    monkeypatch.setattr("tanglenas_engine.pipeline.comparison_figure.png", lambda figure: figure)
+    monkeypatch.setattr("tanglenas_engine.pipeline.comparison.figure.png", lambda figure: figure)
     methods = [f"spos, discretize.method=evolution{more}, relaxation={n}" if more else f"m{n}" for n in range(count)]
     comparison = compared(*(row(name, seed, 80.0 + seed) for name in methods for seed in range(2)))
     moments = np.linspace(1.0, 400.0, 200)

@@ -18,10 +18,10 @@ from project import STAGES, lay_out
 from pipelines import discretize, evaluate, retrain, search
 from tanglenas_datasets.cifar import CIFAR10, CIFAR100
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import bound_parameters, configurable, configure
-from tanglenas_engine.pipeline.configurables import create_dataset, create_optimizer, create_space
-from tanglenas_engine.pipeline.params import check_params, stage_arguments
-from tanglenas_engine.pipeline.values import accepts
+from tanglenas_engine.pipeline.config.configurables import create_dataset, create_optimizer, create_space
+from tanglenas_engine.pipeline.config.params import check_params, stage_arguments
+from tanglenas_engine.pipeline.config.reader import bound_parameters, configurable, configure
+from tanglenas_engine.pipeline.config.values import accepts
 from tanglenas_engine.training.optim import parameter_groups
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))

@@ -17,9 +17,10 @@ from tanglenas_datasets.text import StdlibText
 from tanglenas_engine import Dataset
 from tanglenas_engine.data import make_splits
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import data_digests, write_environment
-from tanglenas_engine.pipeline.data_digests import DataDigests
+from tanglenas_engine.pipeline import write_environment
 from tanglenas_engine.pipeline.files import STAGES
+from tanglenas_engine.pipeline.inputs import data_digests
+from tanglenas_engine.pipeline.inputs.data_digests import DataDigests
 
 MEMORY = Path(".tanglenas", "data-digests.json")
 

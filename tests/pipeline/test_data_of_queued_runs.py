@@ -12,8 +12,8 @@ from tanglenas_datasets.cifar import CIFAR10
 from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_datasets.text import Text
 from tanglenas_engine import TangleNASError, create_objective, create_space, data_path
-from tanglenas_engine.pipeline import configurables
-from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline.config import configurables
+from tanglenas_engine.pipeline.config.reader import configure
 
 
 def write_images(folder: Path, count: int = 12) -> Path:

@@ -369,7 +369,7 @@ def test_a_plugins_objective_can_be_the_budget_and_the_cost_of_the_front(project
 
 
 def test_params_name_the_method_and_the_point(project):
-    from tanglenas_engine.pipeline.params import check_params
+    from tanglenas_engine.pipeline.config.params import check_params
 
     set_params(project, discretize={"method": "nsga2"}, retrain={"pick": "0123456789abcdef"})
     check_params()

@@ -26,10 +26,10 @@ from trainings import run
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.data import DataView, Splits, make_splits
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configure, required
-from tanglenas_engine.pipeline.configurables import create, create_optimizer, read_architecture, search
+from tanglenas_engine.pipeline.config.configurables import create, create_optimizer, read_architecture, search
+from tanglenas_engine.pipeline.config.params import check_params
+from tanglenas_engine.pipeline.config.reader import configure, required
 from tanglenas_engine.pipeline.files import ARCHITECTURE, MIXTURE, SPLITS, SUPERNET, load_into
-from tanglenas_engine.pipeline.params import check_params
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
 from tanglenas_engine.spaces.architecture import Architecture

@@ -16,9 +16,10 @@ import pytest
 from forked import Forked
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import spool, store, tracking
 from tanglenas_engine.pipeline.project import project_root
-from tanglenas_engine.pipeline.tracking import (
+from tanglenas_engine.pipeline.tracking import spool, store
+from tanglenas_engine.pipeline.tracking import tracker as tracking
+from tanglenas_engine.pipeline.tracking.tracker import (
     MlflowTracker,
     lineage,
     mark_killed,
@@ -491,7 +492,7 @@ def test_a_disk_that_fills_up_ends_no_stage(root: Path, monkeypatch: pytest.Monk
 
 KILLED = """
 import os, signal, sys
-from tanglenas_engine.pipeline.tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking.tracker import MlflowTracker
 with MlflowTracker.open(stage="search", root=sys.argv[1], run_id=sys.argv[2] or None) as tracker:
     for step in range(3):
         tracker.log_metrics({"loss": step}, step)
@@ -633,7 +634,7 @@ def test_a_misspelt_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 START = """
 import sys
-from tanglenas_engine.pipeline.tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking.tracker import MlflowTracker
 sys.stdin.read()
 with MlflowTracker.open(stage=sys.argv[2], root=sys.argv[1]) as tracker:
     tracker.log_metrics({"loss": 1.0}, step=0)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tanglenas_engine.cli import doctor
-from tanglenas_engine.pipeline import own_code as module
-from tanglenas_engine.pipeline.own_code import own_code
+from tanglenas_engine.pipeline.inputs import own_code as module
+from tanglenas_engine.pipeline.inputs.own_code import own_code
 
 
 @pytest.fixture

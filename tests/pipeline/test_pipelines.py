@@ -21,10 +21,10 @@ from stages import arguments, forget_settings
 
 from pipelines import discretize, search
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configurable, configure
-from tanglenas_engine.pipeline.configurables import create_space
-from tanglenas_engine.pipeline.params import check_params
-from tanglenas_engine.pipeline.tracking import lineage
+from tanglenas_engine.pipeline.config.configurables import create_space
+from tanglenas_engine.pipeline.config.params import check_params
+from tanglenas_engine.pipeline.config.reader import configurable, configure
+from tanglenas_engine.pipeline.tracking.tracker import lineage
 from tanglenas_engine.runtime.weights import load_weights
 
 # MLflow's own models, on SQLAlchemy 2.1.

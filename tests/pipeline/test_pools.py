@@ -17,8 +17,8 @@ from stages import forget_settings
 from tanglenas_engine import TangleNASError, create_dataset, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import outputs, pools, trainings
-from tanglenas_engine.pipeline.config import configured, material_config
-from tanglenas_engine.pipeline.configurables import create, make_splits
+from tanglenas_engine.pipeline.config.configurables import create, make_splits
+from tanglenas_engine.pipeline.config.reader import configured, material_config
 from tanglenas_engine.stages.retrain import Retraining
 from tanglenas_engine.tables import Benchmark, load_table
 

@@ -17,10 +17,10 @@ from pipelines import search
 from tanglenas_engine import create_dataset
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import write_environment
-from tanglenas_engine.pipeline.config import configure
-from tanglenas_engine.pipeline.configurables import create
+from tanglenas_engine.pipeline.config.configurables import create
+from tanglenas_engine.pipeline.config.reader import configure
 from tanglenas_engine.pipeline.files import SUPERNET, state_before_search
-from tanglenas_engine.pipeline.pretrained import located, pretrained
+from tanglenas_engine.pipeline.inputs.pretrained import located, pretrained
 from tanglenas_engine.runtime.weights import save_weights, weights_digest, weights_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

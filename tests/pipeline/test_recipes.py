@@ -21,9 +21,9 @@ from stages import MAIN, arguments, forget_settings
 
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline import configurables
-from tanglenas_engine.pipeline.config import configure
-from tanglenas_engine.pipeline.values import check_types
+from tanglenas_engine.pipeline.config import configurables
+from tanglenas_engine.pipeline.config.reader import configure
+from tanglenas_engine.pipeline.config.values import check_types
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.training.optim import parameter_groups
 

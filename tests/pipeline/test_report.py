@@ -17,7 +17,7 @@ from tanglenas_engine import create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import figures
 from tanglenas_engine.pipeline.report import _scatter
-from tanglenas_engine.pipeline.tracking import MlflowTracker
+from tanglenas_engine.pipeline.tracking.tracker import MlflowTracker
 
 # MLflow's own models, on SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

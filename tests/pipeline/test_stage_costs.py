@@ -15,8 +15,8 @@ from stages import arguments, forget_settings
 
 from pipelines import discretize, search
 from tanglenas_engine import Architecture, create_space
+from tanglenas_engine.pipeline.config.params import stage_arguments
 from tanglenas_engine.pipeline.files import ARCHITECTURE, MIXTURE
-from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.stage import open_stage
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.weights import save_weights, weights_metadata

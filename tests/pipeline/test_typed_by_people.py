@@ -14,8 +14,9 @@ from torch import nn
 
 from tanglenas_engine import SearchSpace, create_space, elastic
 from tanglenas_engine.errors import TangleNASError, print_anything
-from tanglenas_engine.pipeline import configurables, open_stage
-from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline import open_stage
+from tanglenas_engine.pipeline.config import configurables
+from tanglenas_engine.pipeline.config.reader import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "tanglenas_engine").exists():  # a test file may lie in a folder of tests
@@ -55,7 +56,7 @@ def test_a_gin_file_is_read_alike_under_every_locale():
     Path("search.gin").write_text("# größer 大\nsearch.epochs = 1\n", "utf-8")
     code = """
 from tanglenas_engine.pipeline import search
-from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline.config.reader import configure
 configure(["search.gin"])
 print("read")
 """

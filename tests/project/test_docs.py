@@ -19,11 +19,11 @@ from click.testing import CliRunner
 from paths import ROOT
 from ruamel.yaml import YAML
 
-import tanglenas_engine.pipeline.configurables  # noqa: F401  # makes known what gin files can bind
+import tanglenas_engine.pipeline.config.configurables  # noqa: F401  # makes known what gin files can bind
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.cli.new_plugin import _renamed
-from tanglenas_engine.pipeline.config import configure
+from tanglenas_engine.pipeline.config.reader import configure
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.testing import check_dataset, check_objective

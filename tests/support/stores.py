@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.pipeline.store import PARENT, Store
+from tanglenas_engine.pipeline.tracking.store import PARENT, Store
 
 _moments = itertools.count(1_700_000_000_000, 1000)
 

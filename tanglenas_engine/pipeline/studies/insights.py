@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.comparison import Metric
+from tanglenas_engine.pipeline.comparison.groups import Metric
 from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SPOS, moved
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Runs, Scale, Study
@@ -25,7 +25,7 @@ MOST_UNIFORM = 10**5
 def measure(run: Run) -> Measured:
     """Return how large the options of each layer are, and how far the network is from a hand-made one of its cost."""
     with run.opened("discretize") as bench:
-        from tanglenas_engine.pipeline.configurables import read_architecture
+        from tanglenas_engine.pipeline.config.configurables import read_architecture
 
         space = bench.space
         found = read_architecture(space)

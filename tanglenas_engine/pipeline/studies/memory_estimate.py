@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from tanglenas_engine.errors import TangleNASError, shown
-from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.configurables import create
+from tanglenas_engine.pipeline.config.configurables import create
+from tanglenas_engine.pipeline.config.reader import configured
+from tanglenas_engine.pipeline.config.values import resolved
 from tanglenas_engine.pipeline.studies.run import arguments_of
-from tanglenas_engine.pipeline.values import resolved
 from tanglenas_engine.training.bytes import saved_bytes
 
 BASE = 900 * 2**20

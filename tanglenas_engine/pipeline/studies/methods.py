@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.comparison import Metric
-from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.studies.run import Run, arguments_of
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.tables import Benchmark, load_table
@@ -37,7 +37,7 @@ def worth(run: Run) -> dict[str, float]:
     if run.table is None:
         return run.tested()
     with run.opened() as bench:
-        from tanglenas_engine.pipeline.configurables import read_architecture
+        from tanglenas_engine.pipeline.config.configurables import read_architecture
 
         row = _benchmark(run.table, run.metric, bench.space).row(read_architecture(bench.space))
         return {name: row[name] for name in ("table_value", "table_regret") if name in row}
@@ -49,7 +49,7 @@ def check_table(run: Run) -> None:
     Raises:
         TangleNASError: The table is a pool, or of another space.
     """
-    from tanglenas_engine.pipeline.configurables import create
+    from tanglenas_engine.pipeline.config.configurables import create
 
     if run.table is not None:
         with configured(arguments_of("search")):

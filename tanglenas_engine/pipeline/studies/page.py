@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Group, Table, absent, table_of
-from tanglenas_engine.pipeline.comparison_tables import (
+from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Group, Table, absent, table_of
+from tanglenas_engine.pipeline.comparison.tables import (
     DIFFERENCES,
     INTERVAL,
     MEANING,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.configurables import create
+from tanglenas_engine.pipeline.config.configurables import create
+from tanglenas_engine.pipeline.config.params import stage_arguments
+from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.files import ARCHITECTURE, METRICS, OUT, SUPERNET, load_into, read_splits
-from tanglenas_engine.pipeline.params import stage_arguments
 from tanglenas_engine.pipeline.trainings import Bench
 
 STAGES_FILE = Path("pipelines", "stages.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 import gin
 
 from tanglenas_engine.errors import print_anything
-from tanglenas_engine.pipeline.config import configured
+from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.pools import build, record_of
 from tanglenas_engine.pipeline.stage import one_sentence
 from tanglenas_engine.pipeline.studies import load

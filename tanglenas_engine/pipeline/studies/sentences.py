@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from tanglenas_engine.pipeline.comparison import (
+from tanglenas_engine.pipeline.comparison.groups import (
     LEVEL,
     MOST_SEEDS,
     Comparison,
@@ -21,7 +21,7 @@ from tanglenas_engine.pipeline.comparison import (
     Table,
     differences_to,
 )
-from tanglenas_engine.pipeline.comparison_tables import INTERVAL, format_estimate
+from tanglenas_engine.pipeline.comparison.tables import INTERVAL, format_estimate
 from tanglenas_engine.pipeline.studies.study import Claim
 
 Verdict = Literal["ahead", "behind", "not told apart", "equal", "one seed"]

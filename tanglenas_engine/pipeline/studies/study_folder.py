@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.params import cached_outputs
+from tanglenas_engine.pipeline.config.params import cached_outputs
 from tanglenas_engine.pipeline.studies.plan import Plan
 from tanglenas_engine.pipeline.studies.study import Stage
 from tanglenas_engine.pipeline.studies.yaml_text import yaml_text
@@ -261,7 +261,7 @@ def lay_out(plan: Plan, folder: Path, source: Path, template: Path, files: Mappi
     """
     import shutil
 
-    from tanglenas_engine.pipeline.params import parsed
+    from tanglenas_engine.pipeline.config.params import parsed
 
     if folder.exists() and (not folder.is_dir() or any(entry.name != ".git" for entry in folder.iterdir())):
         try:

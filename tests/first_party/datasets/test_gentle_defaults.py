@@ -17,8 +17,8 @@ from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_engine import TangleNASError, create_dataset
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.pipeline import figures, outputs
-from tanglenas_engine.pipeline.config import configure
-from tanglenas_engine.pipeline.configurables import create
+from tanglenas_engine.pipeline.config.configurables import create
+from tanglenas_engine.pipeline.config.reader import configure
 from tanglenas_engine.stages.evaluate import evaluate
 
 

@@ -13,8 +13,8 @@ from paths import ROOT
 from tanglenas_engine import TangleNASError, create_space
 from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import studies
-from tanglenas_engine.pipeline.config import configured
-from tanglenas_engine.pipeline.params import parsed
+from tanglenas_engine.pipeline.config.params import parsed
+from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.studies import run_folder, scripts
 from tanglenas_engine.pipeline.studies.memory_estimate import Need, check, estimate
 from tanglenas_engine.pipeline.studies.plan import plan

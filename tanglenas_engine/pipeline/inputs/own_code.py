@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-from tanglenas_engine.pipeline.config import referred
+from tanglenas_engine.pipeline.config.reader import referred
 from tanglenas_engine.pipeline.project import project_root
 
 INSTALLED = ("site-packages", "dist-packages")

@@ -22,8 +22,8 @@ from typing import Any
 import gin
 
 from tanglenas_engine.errors import TangleNASError, closest, describe
-from tanglenas_engine.pipeline.params import check_params
-from tanglenas_engine.pipeline.values import WORDS, accepts, check_types, hints, macro_value, resolved
+from tanglenas_engine.pipeline.config.params import check_params
+from tanglenas_engine.pipeline.config.values import WORDS, accepts, check_types, hints, macro_value, resolved
 
 KINDS = {"SPACE": "space", "OPTIMIZER": "optimizer", "DATASET": "dataset"}
 """The macros that name plugins, with the kind of each. A plugin may have a gin file, `gin/<kind>s/<name>.gin`."""

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tanglenas_engine.pipeline.comparison import LEVEL, Comparison, Metric, Table
-from tanglenas_engine.pipeline.comparison_curves import VALUES, Curve, Curves
+from tanglenas_engine.pipeline.comparison.curves import VALUES, Curve, Curves
+from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Metric, Table
 from tanglenas_engine.pipeline.figures import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
 
 if TYPE_CHECKING:

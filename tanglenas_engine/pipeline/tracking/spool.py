@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.project import project_root
-from tanglenas_engine.pipeline.redaction import reason
-from tanglenas_engine.pipeline.store import KEY, PARENT, Event, Refused, Run, Store, call_with_timeout
+from tanglenas_engine.pipeline.tracking.redaction import reason
+from tanglenas_engine.pipeline.tracking.store import KEY, PARENT, Event, Refused, Run, Store, call_with_timeout
 from tanglenas_engine.runtime.files import exclusive, holder, read_note, write_atomic
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import numpy as np
 
 from tanglenas_engine.errors import TangleNASError, closest, shown
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.config import IMMATERIAL, OF_TABLE
-from tanglenas_engine.pipeline.redaction import reason
-from tanglenas_engine.pipeline.store import Store
+from tanglenas_engine.pipeline.config.reader import IMMATERIAL, OF_TABLE
+from tanglenas_engine.pipeline.tracking.redaction import reason
+from tanglenas_engine.pipeline.tracking.store import Store
 
 LEVEL = 0.95
 """The confidence level of intervals."""

@@ -22,9 +22,9 @@ from typing import Any
 
 from tanglenas_engine.data import data_path
 from tanglenas_engine.errors import TangleNASError, describe
-from tanglenas_engine.pipeline.config import bindings_of
+from tanglenas_engine.pipeline.config.reader import bindings_of
+from tanglenas_engine.pipeline.config.values import macro_value, resolved
 from tanglenas_engine.pipeline.files import read_json_or_empty
-from tanglenas_engine.pipeline.values import macro_value, resolved
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import file_digest

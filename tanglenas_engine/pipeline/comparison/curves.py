@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison import Comparison, Group, Table, bootstrap
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Group, Table, bootstrap
 
 VALUES = {
     "table_value": "table value",

@@ -21,7 +21,7 @@ from tanglenas_engine.data import make_splits as engine_make_splits
 from tanglenas_engine.derivation.race import race as engine_race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import (
+from tanglenas_engine.pipeline.config.reader import (
     KINDS,
     bindings_of,
     record,
@@ -30,9 +30,9 @@ from tanglenas_engine.pipeline.config import (
     required,
     without_call_stack,
 )
+from tanglenas_engine.pipeline.config.values import check_types, macro_value
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
-from tanglenas_engine.pipeline.pretrained import pretrained as pipeline_pretrained
-from tanglenas_engine.pipeline.values import check_types, macro_value
+from tanglenas_engine.pipeline.inputs.pretrained import pretrained as pipeline_pretrained
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.plugins.manager import options_of
 from tanglenas_engine.runtime import distributed

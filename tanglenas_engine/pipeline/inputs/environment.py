@@ -26,13 +26,13 @@ from typing import Any
 
 import tanglenas_engine
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.config import configured, is_material, referred
-from tanglenas_engine.pipeline.configurables import tables
-from tanglenas_engine.pipeline.data_digests import DataDigests, EditionError, data_digests
+from tanglenas_engine.pipeline.config.configurables import tables
+from tanglenas_engine.pipeline.config.params import stage_arguments
+from tanglenas_engine.pipeline.config.reader import configured, is_material, referred
 from tanglenas_engine.pipeline.files import STAGES
-from tanglenas_engine.pipeline.own_code import own_code
-from tanglenas_engine.pipeline.params import stage_arguments
-from tanglenas_engine.pipeline.pretrained import local_digest
+from tanglenas_engine.pipeline.inputs.data_digests import DataDigests, EditionError, data_digests
+from tanglenas_engine.pipeline.inputs.own_code import own_code
+from tanglenas_engine.pipeline.inputs.pretrained import local_digest
 from tanglenas_engine.pipeline.project import project_root
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, arguments_of
 from tanglenas_engine.pipeline.studies.run_folder import in_run_folder, read_params

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import filelock
 
 from tanglenas_engine.errors import shown
-from tanglenas_engine.pipeline.moved_project import check_place
-from tanglenas_engine.pipeline.redaction import address, reason
+from tanglenas_engine.pipeline.tracking.moved_project import check_place
+from tanglenas_engine.pipeline.tracking.redaction import address, reason
 from tanglenas_engine.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:  # importing mlflow takes 2 seconds, so only the functions that need it do

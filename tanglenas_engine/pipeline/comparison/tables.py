@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from tanglenas_engine.pipeline.comparison import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Metric, Table
+from tanglenas_engine.pipeline.comparison.groups import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Metric, Table
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 WORDS = ("metric", "group", "minus", "arm", "what it changes")

@@ -25,8 +25,8 @@ from typing import Any, Concatenate, ParamSpec
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.project import project_root
-from tanglenas_engine.pipeline.redaction import reason
-from tanglenas_engine.pipeline.spool import (
+from tanglenas_engine.pipeline.tracking.redaction import reason
+from tanglenas_engine.pipeline.tracking.spool import (
     UNSENT,
     Spool,
     mark_killed,
@@ -36,7 +36,7 @@ from tanglenas_engine.pipeline.spool import (
     stale_runs,
     upload_spool,
 )
-from tanglenas_engine.pipeline.store import KEY, Event, Refused, Run, Store, allowed, flat
+from tanglenas_engine.pipeline.tracking.store import KEY, Event, Refused, Run, Store, allowed, flat
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker

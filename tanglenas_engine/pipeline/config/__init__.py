@@ -1,0 +1,1 @@
+"""Gin files and bindings, params.yaml, and the functions that they set."""
