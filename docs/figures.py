@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from tanglenas_engine import SearchSpace, elastic
-from tanglenas_engine.pipeline.figures import STYLE
+from tanglenas_engine.pipeline.figures.drawing import STYLE
 
 IMAGES = Path(__file__).parent / "images"
 

@@ -21,7 +21,7 @@ from tanglenas_engine.pipeline.comparison.figure import plain
 from tanglenas_engine.pipeline.comparison.groups import compare_rows, in_order
 from tanglenas_engine.pipeline.comparison.tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.config.params import parsed, swept
-from tanglenas_engine.pipeline.figures import STYLE, from_zero
+from tanglenas_engine.pipeline.figures.drawing import STYLE, from_zero
 from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, METRICS, OUT, STAGES
 from tanglenas_engine.pipeline.headline import headline, metric_texts
 from tanglenas_engine.pipeline.tracking.redaction import reason

@@ -18,6 +18,7 @@ from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import normalized_entropy
 from tanglenas_engine.pipeline import figures
+from tanglenas_engine.pipeline.figures import drawing
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.search import search
 
@@ -203,8 +204,8 @@ def test_the_current_architecture_is_marked_where_it_changes(tmp_path):
     figures.anytime(rows, tmp_path / "same.png")
     rows[4] = {**rows[4], "digest": "other"}  # there and back
     figures.anytime(rows, tmp_path / "changed.png")
-    assert shows(drawn(tmp_path / "same.png"), figures.ORANGE) == 0
-    assert shows(drawn(tmp_path / "changed.png"), figures.ORANGE) > 0
+    assert shows(drawn(tmp_path / "same.png"), drawing.ORANGE) == 0
+    assert shows(drawn(tmp_path / "changed.png"), drawing.ORANGE) > 0
 
 
 def test_costs_appear_only_where_there_is_a_current_architecture(tmp_path):
@@ -214,9 +215,9 @@ def test_costs_appear_only_where_there_is_a_current_architecture(tmp_path):
     figures.anytime([{key: row[key] for key in keys} for row in rows], tmp_path / "sampled.png")
     assert len(drawn(tmp_path / "sampled.png")) < len(drawn(tmp_path / "gradient.png"))
     assert (
-        shows(drawn(tmp_path / "sampled.png"), figures.GREEN)
+        shows(drawn(tmp_path / "sampled.png"), drawing.GREEN)
         == 0
-        < shows(drawn(tmp_path / "gradient.png"), figures.GREEN)
+        < shows(drawn(tmp_path / "gradient.png"), drawing.GREEN)
     )
 
 
@@ -229,7 +230,7 @@ def test_longer_bars_mean_larger_options_and_layers_beyond_the_depth_have_none(t
     ):
         found = space.architecture(embed_dim=8, depth=len(heads), num_heads=heads, mlp_ratio=ratios)
         figures.architecture(space, found, tmp_path / f"{name}.png")
-    blue = {name: shows(drawn(tmp_path / f"{name}.png"), figures.BLUE) for name in ("few", "more", "deep")}
+    blue = {name: shows(drawn(tmp_path / f"{name}.png"), drawing.BLUE) for name in ("few", "more", "deep")}
     assert blue["few"] < blue["more"]
     assert blue["few"] < blue["deep"]
 
@@ -256,7 +257,7 @@ def test_headings_of_layered_choices_are_apart_and_on_the_page(count, tmp_path, 
 
     stages = OrderedDict((f"stage{n}", nn.Sequential(Block(), Block())) for n in range(count))
     space = elasticize(nn.Sequential(stages), torch.randn(2, 64))
-    monkeypatch.setattr(figures, "png", checked)
+    monkeypatch.setattr(drawing, "png", checked)
     figures.architecture(space, space.smallest(), tmp_path / "drawn.png")
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from tanglenas_engine import SearchSpace, elastic
 from tanglenas_engine.cli.show import layers
 from tanglenas_engine.pipeline import figures
+from tanglenas_engine.pipeline.figures import network, search
 
 
 class Staged(SearchSpace):
@@ -46,7 +47,7 @@ ACTIVE = [1, 4, 5]  # of six layers, for the depths 1 and 2: the rows 1.1, 2.1 a
 def panels(monkeypatch):
     """The panels of the figure drawn last, by title."""
     drawn = {}
-    original = figures._drawing
+    original = network.drawing_to
 
     @contextmanager
     def drawing(path, height):
@@ -55,7 +56,8 @@ def panels(monkeypatch):
             drawn.clear()
             drawn.update({axes.get_title("left") or f"panel {i}": axes for i, axes in enumerate(figure.axes)})
 
-    monkeypatch.setattr(figures, "_drawing", drawing)
+    for module in (network, search):
+        monkeypatch.setattr(module, "drawing_to", drawing)
     return drawn
 
 
@@ -125,8 +127,8 @@ def test_of_many_layers_the_first_of_each_stage_is_named(panels):
         def set_yticks(self, places, names):
             ticks.update(zip(places, names, strict=True))
 
-    figures._layer_ticks(Axes(), [f"{s}.{b}" for s in (1, 2, 3) for b in range(1, 12)])
+    search._layer_ticks(Axes(), [f"{s}.{b}" for s in (1, 2, 3) for b in range(1, 12)])
     assert ticks == {1: "1.1", 12: "2.1", 23: "3.1", 33: "3.11"}
     ticks.clear()
-    figures._layer_ticks(Axes(), [str(i) for i in range(1, 31)])
+    search._layer_ticks(Axes(), [str(i) for i in range(1, 31)])
     assert ticks == {1: "1", 30: "30"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.pipeline.comparison.curves import VALUES, Curve, Curves
 from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Metric, Table
-from tanglenas_engine.pipeline.figures import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
+from tanglenas_engine.pipeline.figures.drawing import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ import numpy as np
 
 from tanglenas_engine.pipeline.comparison.figure import COLUMN, WIDTH, looks, means, plain, room
 from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Table, bootstrap
-from tanglenas_engine.pipeline.figures import FAINT, png
+from tanglenas_engine.pipeline.figures.drawing import FAINT, png
 from tanglenas_engine.pipeline.studies.study import Arm, Matrix, Panel, Runs, Study
 
 if TYPE_CHECKING:
