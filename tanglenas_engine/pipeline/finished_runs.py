@@ -19,7 +19,7 @@ from tanglenas_engine.pipeline.config.reader import register_references, require
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.headline import plausible
-from tanglenas_engine.pipeline.tracking.store import PARENT, Store
+from tanglenas_engine.pipeline.tracking.store import PARENT, Store, experiment_name
 from tanglenas_engine.pipeline.tracking.tracker import AFTER
 
 if TYPE_CHECKING:
@@ -43,14 +43,17 @@ class Records:
             search), `name`, `date`, `space`, `dataset`, `optimizer`, `seed`, `digest`, `commit`, `params`, `macs`,
             `accuracy` in % and, for a text, `perplexity`, each None where the run lacks it. `by_hand` is True if
             someone changed the architecture after discretize. `settings` has the parameters of all stages of its
-            pipeline but the seed. `metrics` has the numbers of the evaluation, and
-            what the stages cost: `search_seconds`, `search_processor_seconds`, `seconds`, `processor_seconds` and
-            `peak_memory_MiB`. A number that is not finite is NaN.
+            pipeline but the seed; where the stages of some row have other values of one, its name has the stage behind
+            it, such as "cosine.final (search)". `metrics` has the numbers of the evaluation, and what the stages cost:
+            `search_seconds`, `search_processor_seconds`, `seconds`, `processor_seconds` and `peak_memory_MiB`. A number
+            that is not finite is NaN.
         unfinished: The names of pipelines without a finished evaluation, with the stage and the status of each.
+        origin: A sentence about the experiment that was read, or "" for a store that is the project's own.
     """
 
     evaluated: list[dict[str, Any]] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    origin: str = ""
 
 
 def space_of(config: Path) -> str | None:
@@ -112,7 +115,9 @@ def _read_config(config: Path) -> None:
 
 
 def read(root: Path) -> Records:
-    """Return the runs of a project's MLflow store.
+    """Return the runs of a project's MLflow store: those of its own, or of the experiment that its stages write to.
+
+    An evaluation is left out if someone deleted the run of its pipeline.
 
     Raises:
         Exception: The store does not answer.
@@ -120,7 +125,7 @@ def read(root: Path) -> Records:
     store = Store.of(root)
     if store.own and not (root / "mlflow.db").exists():
         return Records()
-    found = _runs(store.connect())
+    found = _runs(store.connect(), None if store.own else experiment_name())
     pipelines = {run.info.run_id: run for run in found if run.data.tags[STAGE] == "pipeline"}
     stages = [run for run in found if run.data.tags[STAGE] in STAGES]
     # A stage that DVC skipped is nested in the pipeline that ran it. The runs after it know its id, or, those of older
@@ -131,8 +136,8 @@ def read(root: Path) -> Records:
         for pipeline in {run.data.tags.get(PIPELINE_ID), run.data.tags.get(PARENT)}:
             siblings.setdefault((pipeline, run.data.tags[STAGE]), []).append(run)
     rows = []
-    for run in stages:
-        if run.data.tags[STAGE] == "evaluate" and run.info.status == "FINISHED":
+    for run in finished.values():
+        if run.data.tags[STAGE] == "evaluate" and run.data.tags.get(PARENT) in {*pipelines, None}:
             known = {name: finished.get(run.data.tags.get(f"{AFTER}{name}", "")) for name in STAGES[:-1]}
             parts = {name: part for name in known if (part := known[name] or _before(run, name, siblings))}
             parts["evaluate"] = run
@@ -142,12 +147,47 @@ def read(root: Path) -> Records:
     unfinished = [
         f"{_name(pipeline)} ({_last(stages, run_id)})" for run_id, pipeline in pipelines.items() if run_id not in done
     ]
-    return Records(rows, unfinished)
+    for row, settings in zip(rows, _flat([row["settings"] for row in rows]), strict=True):
+        row["settings"] = settings
+    origin = (
+        f"The runs are all of the experiment {shown(experiment_name(), 80)!r} in {store.name}, whichever project they "
+        "are of. MLFLOW_EXPERIMENT_NAME, set for the stages and for this command, gives a project its own experiment."
+    )
+    return Records(rows, unfinished, "" if store.own else origin)
 
 
-def _runs(client: MlflowClient) -> list[Any]:
-    """Return all runs of pipelines and of stages, the oldest first."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+def _flat(runs: Sequence[Mapping[str, Mapping[str, str]]]) -> list[dict[str, str]]:
+    """Return the settings of runs without the stages that have them, but where stages of a run disagree.
+
+    Functions that several stages use, such as a learning-rate schedule, have a binding in each.
+
+    Args:
+        runs: The settings of each run by stage.
+    """
+
+    def disagree(stages: Mapping[str, Mapping[str, str]]) -> set[str]:
+        seen: dict[str, set[str]] = {}
+        for name, value in (item for settings in stages.values() for item in settings.items()):
+            seen.setdefault(name, set()).add(value)
+        return {name for name, values in seen.items() if len(values) > 1}
+
+    apart = set().union(*map(disagree, runs))
+    return [
+        {
+            f"{name} ({stage})" if name in apart else name: value
+            for stage, settings in stages.items()
+            for name, value in settings.items()
+        }
+        for stages in runs
+    ]
+
+
+def _runs(client: MlflowClient, experiment: str | None) -> list[Any]:
+    """Return all runs of pipelines and of stages, the oldest first, of one experiment or of all."""
+    known = client.search_experiments() if experiment is None else [client.get_experiment_by_name(experiment)]
+    experiments = [one.experiment_id for one in known if one is not None]
+    if not experiments:
+        return []
     found: list[Any] = []
     page = None
     while True:
@@ -204,10 +244,8 @@ def _row(parts: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
         "accuracy": plausible(metrics.get("final/test_accuracy")),
         "perplexity": plausible(metrics.get("final/test_perplexity")),
         "settings": {
-            shown(name, 80): shown(value, 80)
-            for part in parts.values()
-            for name, value in part.data.params.items()
-            if name != "SEED"
+            stage: {shown(name, 80): shown(value, 80) for name, value in part.data.params.items() if name != "SEED"}
+            for stage, part in parts.items()
         },
         "metrics": _metrics(parts),
     }

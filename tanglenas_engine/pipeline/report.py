@@ -18,7 +18,8 @@ from typing import Any
 from tanglenas_engine.errors import TangleNASError, shown
 from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.comparison.figure import plain
-from tanglenas_engine.pipeline.comparison.groups import compare_rows, in_order
+from tanglenas_engine.pipeline.comparison.groups import compare_rows
+from tanglenas_engine.pipeline.comparison.settings import in_order
 from tanglenas_engine.pipeline.comparison.tables import MEANING, WORDS, difference_rows, estimate_rows
 from tanglenas_engine.pipeline.config.params import parsed, swept
 from tanglenas_engine.pipeline.figures.drawing import STYLE, from_zero

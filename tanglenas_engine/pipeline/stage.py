@@ -42,7 +42,7 @@ from tanglenas_engine.pipeline.inputs.own_code import own_code
 from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.pipeline_metrics import pipeline_metrics
 from tanglenas_engine.pipeline.project import project_root
-from tanglenas_engine.pipeline.tracking.tracker import AFTER, MlflowTracker
+from tanglenas_engine.pipeline.tracking.tracker import AFTER, DATA, TABLE, MlflowTracker
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic
@@ -216,7 +216,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         ) as tracker:
             if tracker.run_id:
                 write_atomic(record, tracker.run_id)
-            params = {"OPTIMIZER": optimizer, **_recipe(arguments), **bound_parameters()}
+            params = {"OPTIMIZER": optimizer, **_recipe(arguments), **bound_parameters(), **_contents(dataset)}
             tracker.log_params(params)
             if isinstance(tracker, MlflowTracker):
                 # The search's config is the same in all stages of a pipeline. Another stage may run again with others.
@@ -246,6 +246,12 @@ def _recipe(arguments: Sequence[str]) -> dict[str, str]:
     files = [Path(argument) for argument in arguments if argument.endswith(".gin") and "=" not in argument]
     recipes = [file.parent.relative_to("gin").as_posix() for file in files[1:2] if file.is_relative_to("gin")]
     return {"RECIPE": recipes[0]} if recipes else {}
+
+
+def _contents(dataset: Dataset) -> dict[str, str]:
+    """Return parameters that tell apart runs whose data or benchmark table had another content under the same name."""
+    table = tables().get(bound_parameters().get("benchmark.path", ""), "")
+    return {DATA: dataset.fingerprint[:12], **({TABLE: table[:12]} if table else {})}
 
 
 def _identity(

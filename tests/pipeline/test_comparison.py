@@ -18,12 +18,14 @@ from stores import add_pipeline
 from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison.curves import Curve, Curves
+from tanglenas_engine.pipeline.comparison.curves import Curve, Curves, _curves
+from tanglenas_engine.pipeline.comparison.estimates import Estimate, seeds_needed
 from tanglenas_engine.pipeline.comparison.figure import draw
-from tanglenas_engine.pipeline.comparison.groups import Comparison, Estimate, compare_rows, in_order, seeds_needed
+from tanglenas_engine.pipeline.comparison.groups import Comparison, compare, compare_rows
+from tanglenas_engine.pipeline.comparison.settings import in_order
 from tanglenas_engine.pipeline.comparison.tables import latex, markdown, table_csv
 from tanglenas_engine.pipeline.finished_runs import Records, names_of_params
-from tanglenas_engine.pipeline.tracking.store import PARENT
+from tanglenas_engine.pipeline.tracking.store import PARENT, Store
 from tanglenas_engine.pipeline.tracking.tracker import AFTER
 
 # MLflow's own models, on SQLAlchemy 2.1.
@@ -330,14 +332,21 @@ def test_the_command_reads_the_store_of_the_project(tmp_path, monkeypatch):
     assert ["test accuracy (%)", "drnas", "spos", "2", "-1.00", "0.00", "-1.00 to -1.00", "-"] in lines
 
 
+def use(monkeypatch, runs):
+    """Let the project's store have these runs."""
+    monkeypatch.setattr(finished_runs, "_runs", lambda client, experiment: runs)
+    store = SimpleNamespace(own=False, name="a server", connect=lambda: None)
+    monkeypatch.setattr(finished_runs.Store, "of", lambda root: store)
+
+
 def test_an_evaluation_has_the_stages_that_it_followed_also_where_dvc_skipped_them(monkeypatch, tmp_path):
     """The same search, derived in two ways, and then trained longer after the first one."""
     found: list[SimpleNamespace] = []
 
-    def add(stage, parent, params, **after):
+    def add(stage, parent, params, run=None, **after):
         tags = {"tanglenas.stage": stage, "tanglenas.pipeline_id": "same", PARENT: parent}
-        tags |= {f"{AFTER}{name}": run for name, run in after.items()}
-        run = f"{stage} {len(found)}"
+        tags |= {f"{AFTER}{name}": before for name, before in after.items()}
+        run = run or f"{stage} {len(found)}"
         info = SimpleNamespace(run_id=run, run_name=stage, status="FINISHED", start_time=len(found))
         found.append(SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, params=params, metrics={})))
         return run
@@ -351,8 +360,9 @@ def test_an_evaluation_has_the_stages_that_it_followed_also_where_dvc_skipped_th
     add("evaluate", "two", {}, search=search, discretize=sampled, retrain=again)
     long = add("retrain", "three", {"retrain.epochs": "100"}, search=search, discretize=evolution)
     add("evaluate", "three", {}, search=search, discretize=evolution, retrain=long)
-    monkeypatch.setattr(finished_runs, "_runs", lambda client: found)
-    monkeypatch.setattr(finished_runs.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
+    for name in ("one", "two", "three"):
+        add("pipeline", None, {}, run=name)
+    use(monkeypatch, found)
     settings = [row["settings"] for row in finished_runs.read(tmp_path).evaluated]
     assert [one["discretize.method"] for one in settings] == ["evolution", "random", "evolution"]
     assert [one["retrain.epochs"] for one in settings] == ["50", "50", "100"]
@@ -381,8 +391,7 @@ def test_an_evaluation_knows_whether_its_architecture_is_that_of_discretize(
 
     after = {f"{AFTER}discretize": "discretize"}
     runs = [run("discretize", "a", {}), run("evaluate", found, {"read_architecture.pick": pick}, **after)]
-    monkeypatch.setattr(finished_runs, "_runs", lambda client: runs)
-    monkeypatch.setattr(finished_runs.Store, "of", lambda root: SimpleNamespace(own=False, connect=lambda: None))
+    use(monkeypatch, runs)
     assert [one["by_hand"] for one in finished_runs.read(tmp_path).evaluated] == [changed]
 
 
@@ -411,3 +420,126 @@ def test_options_of_a_table_make_groups_for_its_metrics_and_by_name(metric, by, 
     assert len(comparison.tables[0].groups) == groups
     mixes = [note for note in comparison.tables[0].notes if "mixes" in note]
     assert not mixes and all(name in group.label for group in comparison.tables[0].groups if groups == 2)
+
+
+def test_options_of_a_table_make_groups_for_the_metrics_of_a_pool():
+    rows = [row("drnas", seed, 90.0, **{"benchmark.path": path}) for seed in range(2) for path in ("a.csv", "b.csv")]
+    for one in rows:
+        one["metrics"] |= dict.fromkeys(METRICS_OF_A_POOL, 0.5)
+    for metric in METRICS_OF_A_POOL:
+        labels = [group.label for group in compared(*rows, metrics=[metric]).tables[0].groups]
+        assert labels == ["benchmark.path=a.csv", "benchmark.path=b.csv"], metric
+
+
+METRICS_OF_A_POOL = ("pool_percentile", "pool_percentile_low", "kendall_tau", "spearman", "spearman_params",
+                     "ranked_architectures")  # fmt: skip
+
+
+@pytest.mark.parametrize("finals, labels", [
+    ({"search": "0.5", "retrain": "0.02"}, ["cosine.final (search)=0.01", "cosine.final (search)=0.5"]),
+    ({"search": "0.02", "retrain": "0.02"}, ["cosine.final (search)=0.01", "cosine.final (search)=0.02"]),
+    ({"search": "0.01", "retrain": "0.02"}, ["all runs"]),
+])  # fmt: skip
+def test_stages_that_bind_one_name_differently_do_not_hide_each_other(monkeypatch, tmp_path, finals, labels):
+    runs = []
+    for number, settings in enumerate(({"search": "0.01", "retrain": "0.02"}, finals)):
+        pipeline = f"pipeline {number}"
+        for place, stage in enumerate(("pipeline", "search", "retrain", "evaluate")):
+            tags = {"tanglenas.stage": stage, "space": "toy_cell"} | ({PARENT: pipeline} if place else {})
+            params = {"SEED": str(number), "cosine.warmup": "2"}
+            params |= {"cosine.final": settings[stage]} if stage in settings else {}
+            info = SimpleNamespace(run_id=f"{stage} {number}", run_name=stage, status="FINISHED", start_time=place)
+            data = SimpleNamespace(tags=tags, params=params, metrics={"final/test_accuracy": 90.0})
+            runs.append(SimpleNamespace(info=info, data=data))
+    use(monkeypatch, runs)
+    comparison = compare_rows(finished_runs.read(tmp_path), NAMES)
+    assert [group.label for group in comparison.tables[0].groups] == labels
+    assert all("cosine.warmup" in one["settings"] for one in finished_runs.read(tmp_path).evaluated)
+
+
+def test_a_condition_that_stages_bind_differently_stays_one():
+    rows = [row("drnas", 0, 90.0, **{"create_dataset.size (retrain)": size}) for size in (1, 2)]
+    assert [table.title for table in compared(*rows).tables] == [
+        "create_dataset.size (retrain)=1", "create_dataset.size (retrain)=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["make_splits.test_portion", "dataset.fingerprint"])
+def test_runs_with_other_test_data_have_tables_of_their_own(name):
+    comparison = compared(*(row("drnas", seed, 90.0, **{name: value}) for seed in range(2) for value in ("a", "b")))
+    assert [table.title for table in comparison.tables] == [f"{name}=a", f"{name}=b"]
+
+
+def test_the_fingerprint_of_the_data_says_nothing_where_another_setting_does_or_only_older_runs_lack_it():
+    own = {"create_dataset.root": "mine", "dataset.fingerprint": "a"}
+    other = {"create_dataset.root": "other", "dataset.fingerprint": "b"}
+    comparison = compared(row("drnas", 0, 90.0, **own), row("drnas", 0, 80.0, **other))
+    assert [table.title for table in comparison.tables] == ["create_dataset.root=mine", "create_dataset.root=other"]
+    asked = compared(row("drnas", 0, 90.0, **own), row("drnas", 0, 80.0, **other), by=["create_dataset.root"])
+    assert len(asked.tables) == 1
+    (table,) = compared(row("drnas", 0, 90.0, **own), row("drnas", 1, 80.0, **{"create_dataset.root": "mine"})).tables
+    assert len(table.groups) == 1 and not [note for note in table.notes if "fingerprint" in note]
+
+
+def test_a_table_of_another_content_under_one_path_makes_a_group():
+    contents = ({"benchmark.fingerprint": "a"}, {"benchmark.fingerprint": "b"})
+    rows = [row("drnas", 0, 90.0, **{"benchmark.path": "pool.csv", **content}) for content in contents]
+    for one in rows:
+        one["metrics"]["spearman"] = 0.5
+    labels = [group.label for group in compared(*rows, metrics=["spearman"]).tables[0].groups]
+    assert labels == ["benchmark.fingerprint=a", "benchmark.fingerprint=b"]
+
+
+def test_settings_that_labels_leave_out_are_told_with_their_values():
+    spos, drnas = ({"retrain.batch_size": size, f"{name}.x": 1, "search.clip": 1.0} for name, size in
+                   (("spos", 32), ("drnas", 256)))  # fmt: skip
+    rows = [row(name, seed, 90.0, **own) for name, own in (("spos", spos), ("drnas", drnas)) for seed in range(2)]
+    told = "The groups also differ in settings that their labels do not name: retrain.batch_size (256 in drnas, 32 in "
+    assert f"{told}spos)." in compared(*rows).tables[0].notes
+    alike = [row(name, 0, 90.0, **{f"{name}.x": 1, "search.clip": 1.0}) for name in ("spos", "drnas")]
+    assert "also differ" not in markdown(compared(*alike))
+    assert "also differ" not in markdown(compared(*rows, joined=["retrain.batch_size"]))
+
+
+def test_values_of_other_tables_are_not_averaged_as_a_curve():
+    rows = [row("drnas", seed, 90.0, **{"benchmark.metric": "test_acc"}) for seed in range(2)]
+    history = {"search/table_value": {1: 91.0, 2: 92.0}, "search/processor_seconds": {1: 10.0, 2: 20.0}}
+    found = {one["search_id"]: history for one in rows}
+    assert _curves(compared(*rows).tables[0], found).value == "table_value"
+    rows[1]["settings"]["benchmark.metric"] = "latency_ms"
+    assert _curves(compared(*rows).tables[0], found).value == "validation_accuracy"
+
+
+def test_a_curve_says_how_many_of_the_seeds_it_is_of_and_shows_what_they_ended_with(monkeypatch):
+    monkeypatch.setattr("tanglenas_engine.pipeline.comparison.figure.png", lambda figure: figure)
+    history = {"search/validation_accuracy": {1: 80.0, 2: 90.0}, "search/processor_seconds": {1: 10.0, 2: 20.0},
+               "search/entropy": {1: 0.5, 2: 0.4}}  # fmt: skip
+    comparison = compared(*RUNS[:3])
+    drawn = _curves(comparison.tables[0], {one["search_id"]: history for one in RUNS[:2]})
+    _, anytime, names = draw(comparison, [drawn]).axes
+    assert [text.get_text() for text in names.get_legend().get_texts()] == ["all runs (2 of 3 seeds)"]
+    (line,) = anytime.get_lines()
+    assert line.get_xdata()[-1] > line.get_xdata()[-2] == 20.0 and list(line.get_ydata()[-2:]) == [90.0, 90.0]
+
+
+def test_a_run_that_someone_deleted_in_mlflow_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    add_pipeline(tmp_path, "drnas", 2, test_accuracy=92.0)
+    Store.of(tmp_path).connect().delete_run(add_pipeline(tmp_path, "drnas", 2, test_accuracy=10.0))
+    assert [one["accuracy"] for one in finished_runs.read(tmp_path).evaluated] == [92.0]
+
+
+def test_a_server_of_several_projects_has_the_runs_of_the_experiment_that_stages_write_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{(tmp_path / 'shared.db').as_posix()}")
+    (tmp_path / "mine").mkdir()
+    for name, accuracy in (("mine", 90.0), ("theirs", 50.0)):
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+        add_pipeline(tmp_path / name, "drnas", 0, test_accuracy=accuracy)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    found = compare(tmp_path / "mine")
+    assert found.tables[0].estimates["test_accuracy", "all runs"].mean == 90.0
+    assert any("all of the experiment 'mine' in sqlite:///" in note for note in found.notes)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    (tmp_path / "mine" / "dvc.yaml").touch()
+    with pytest.raises(TangleNASError, match=r"no finished run to compare.* experiment 'tanglenas' in"):
+        compare(tmp_path / "mine")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.pipeline.tracking.store import PARENT, Store
+from tanglenas_engine.pipeline.tracking.store import PARENT, Store, experiment_name
 
 _moments = itertools.count(1_700_000_000_000, 1000)
 
@@ -32,7 +32,7 @@ def add_pipeline(
     """
     store = Store.of(root)
     client = store.connect()
-    experiment = store.experiment(client, "tanglenas")
+    experiment = store.experiment(client, experiment_name())
 
     def add(stage: str, params: Mapping[str, Any], numbers: Mapping[str, float], parent: str | None = None) -> str:
         tags = {

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from tanglenas_engine.pipeline import finished_runs
-from tanglenas_engine.pipeline.comparison.groups import Comparison, Group, Table, bootstrap
+from tanglenas_engine.pipeline.comparison.estimates import bootstrap
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Group, Table
+from tanglenas_engine.pipeline.config.reader import OF_TABLE
 
 VALUES = {
     "table_value": "table value",
@@ -42,6 +44,7 @@ class Curve:
         derived: True if the value is that of the current architecture. A method that draws architectures has none
             before discretize, and its value is that of one fixed network.
         spread: True if a search logged no time by epoch: its total is spread over the epochs evenly.
+        seeds: The seeds that it is of, such as "2 of 3 seeds", where some left no record, else "".
     """
 
     label: str
@@ -50,6 +53,7 @@ class Curve:
     band: tuple[Vector, Vector] | None
     derived: bool
     spread: bool
+    seeds: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def read_curves(root: Path, comparison: Comparison) -> list[Curves]:
 
 def _curves(table: Table, found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Curves:
     runs = [run for group in table.groups for run in group.runs.values()]
-    if all(found.get(run["search_id"], {}).get("search/table_value") for run in runs):
+    tables = {tuple(sorted(item for item in run["settings"].items() if item[0].startswith(OF_TABLE))) for run in runs}
+    if len(tables) == 1 and all(found.get(run["search_id"], {}).get("search/table_value") for run in runs):
         value = "table_value"
     else:
         value = "validation_loss" if any("test_perplexity" in run["metrics"] for run in runs) else "validation_accuracy"
@@ -110,4 +115,5 @@ def _curve(group: Group, value: str, found: Mapping[str, Mapping[str, Mapping[in
     # At each moment a search has the value of its last finished epoch.
     each = np.stack([values[np.searchsorted(times, seconds, side="right") - 1] for times, values in paths])
     band = bootstrap(each, RESAMPLES) if len(each) > 1 else None
-    return Curve(group.label, seconds, each.mean(0), band, derived, spread)
+    seeds = f"{len(paths)} of {len(group.runs)} seeds" if len(paths) < len(group.runs) else ""
+    return Curve(group.label, seconds, each.mean(0), band, derived, spread, seeds)

@@ -6,8 +6,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tanglenas_engine.pipeline.comparison.curves import VALUES, Curve, Curves
-from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Metric, Table
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL, Metric
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Table
 from tanglenas_engine.pipeline.figures.drawing import BLUE, FAINT, GREEN, INK, ORANGE, STYLE, png
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ LINE = 0.13  # inches of a line of text
 LETTERS = 42  # letters that a line has room for
 BESIDE = 14  # letters of the longest label beside a line
 CURVES = 1.9  # inches of the anytime curves
+AFTER = 0.03  # the length of the line behind the end of a search, as a share of the longest search
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
 """Okabe and Ito's colours, without yellow, which is pale on white. Dashes tell apart those that come again."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
@@ -110,10 +114,12 @@ def _anytime(axes: Axes, drawn: Curves, colours: Mapping[str, Mapping[str, Any]]
     seconds, unit = next((own, sign) for least, own, sign in UNITS if longest >= least)
     for curve in drawn.curves:
         look = colours[curve.label]
-        axes.plot(curve.seconds / seconds, curve.mean, label=_name(curve), drawstyle="steps-post", **look)
+        # What a search ended with would have no width at its end, and is what people look for.
+        moments = np.append(curve.seconds, curve.seconds[-1] + AFTER * longest) / seconds
+        mean, low, high = (np.append(line, line[-1]) for line in (curve.mean, *(curve.band or (curve.mean,) * 2)))
+        axes.plot(moments, mean, label=_name(curve), drawstyle="steps-post", **look)
         if curve.band is not None:
-            axes.fill_between(curve.seconds / seconds, *curve.band, step="post", color=look["color"], alpha=0.18,
-                              linewidth=0)  # fmt: skip
+            axes.fill_between(moments, low, high, step="post", color=look["color"], alpha=0.18, linewidth=0)
     axes.set_title(f"the search so far: mean, {100 * LEVEL:.0f} % interval over seeds")
     axes.set_xlim(left=0)
     axes.set_xlabel(f"processor time of the search ({unit})")
@@ -131,7 +137,8 @@ def _legend(axes: Axes, panel: Axes, drawn: Curves) -> None:
 
 
 def _name(curve: Curve) -> str:
-    return plain(curve.label if curve.derived else f"{curve.label} (a fixed network)")
+    about = ", ".join(filter(None, ["" if curve.derived else "a fixed network", curve.seeds]))
+    return plain(f"{curve.label} ({about})" if about else curve.label)
 
 
 def _columns(drawn: Curves) -> int:

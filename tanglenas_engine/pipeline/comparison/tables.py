@@ -7,7 +7,8 @@ import io
 import re
 from collections.abc import Sequence
 
-from tanglenas_engine.pipeline.comparison.groups import LEVEL, MOST_SEEDS, POWER, Comparison, Estimate, Metric, Table
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL, MOST_SEEDS, POWER, Estimate, Metric
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Table
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 WORDS = ("metric", "group", "minus", "arm", "what it changes")

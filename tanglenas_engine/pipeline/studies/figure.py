@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL, bootstrap
 from tanglenas_engine.pipeline.comparison.figure import COLUMN, WIDTH, looks, means, plain, room
-from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Table, bootstrap
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Table
 from tanglenas_engine.pipeline.figures.drawing import FAINT, png
 from tanglenas_engine.pipeline.studies.study import Arm, Matrix, Panel, Runs, Study
 

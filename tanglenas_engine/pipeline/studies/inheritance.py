@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.data import Samples
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 from tanglenas_engine.pipeline.config.configurables import read_architecture
 from tanglenas_engine.pipeline.files import WEIGHTS, load_into
 from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SPOS, TEST

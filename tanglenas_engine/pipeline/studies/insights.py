@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 from tanglenas_engine.pipeline.studies.methods import ONE_STAGE, PAPER_SEEDS, SPOS, moved
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Matrix, Measured, Panel, Runs, Scale, Study

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.studies.run import Run, arguments_of
 from tanglenas_engine.spaces.space import SearchSpace

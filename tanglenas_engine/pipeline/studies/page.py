@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanglenas_engine.pipeline.comparison.groups import LEVEL, Comparison, Group, Table, absent, table_of
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Group, Table, absent, table_of
 from tanglenas_engine.pipeline.comparison.tables import (
     DIFFERENCES,
     INTERVAL,

@@ -12,7 +12,7 @@ from tanglenas_engine.data import open_splits
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 from tanglenas_engine.pipeline.files import SUPERNET, load_into, state_before_search
 from tanglenas_engine.pipeline.pools import agreement
 from tanglenas_engine.pipeline.studies.run import Run

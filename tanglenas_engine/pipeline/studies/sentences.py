@@ -11,16 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from tanglenas_engine.pipeline.comparison.groups import (
-    LEVEL,
-    MOST_SEEDS,
-    Comparison,
-    Difference,
-    Estimate,
-    Metric,
-    Table,
-    differences_to,
-)
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL, MOST_SEEDS, Estimate, Metric
+from tanglenas_engine.pipeline.comparison.groups import Comparison, Difference, Table, differences_to
 from tanglenas_engine.pipeline.comparison.tables import INTERVAL, format_estimate
 from tanglenas_engine.pipeline.studies.study import Claim
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tanglenas_engine.optimizers.optimizer import Step
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 from tanglenas_engine.pipeline.studies.memory_estimate import SAMPLES, STATES, Need
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Params, Scale, Study

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 from tanglenas_engine.pipeline.studies.run import Run
 from tanglenas_engine.pipeline.studies.study import Arm, Claim, Curve, Measured, Panel, Scale, Study
 

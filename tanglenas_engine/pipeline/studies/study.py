@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from tanglenas_engine.pipeline.comparison.groups import Metric
+from tanglenas_engine.pipeline.comparison.estimates import Metric
 
 if TYPE_CHECKING:
     from tanglenas_engine.pipeline.studies.memory_estimate import Need

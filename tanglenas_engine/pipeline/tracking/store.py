@@ -83,6 +83,11 @@ def call_with_timeout(seconds: float, function: Callable[P, T], *args: P.args, *
         raise error if error.args else TimeoutError(f"no answer within {seconds:g} seconds") from None
 
 
+def experiment_name() -> str:
+    """Return the name of the experiment that stages write to."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "tanglenas"
+
+
 @dataclass(frozen=True)
 class Store:
     """The MLflow store that a project's stages report to."""

@@ -36,7 +36,7 @@ from tanglenas_engine.pipeline.tracking.spool import (
     stale_runs,
     upload_spool,
 )
-from tanglenas_engine.pipeline.tracking.store import KEY, Event, Refused, Run, Store, allowed, flat
+from tanglenas_engine.pipeline.tracking.store import KEY, Event, Refused, Run, Store, allowed, experiment_name, flat
 from tanglenas_engine.runtime.files import exclusive
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.tracking import NullTracker, Tracker
@@ -56,6 +56,8 @@ Clock = Callable[[], Mapping[str, float]]
 
 AFTER = "tanglenas.after."
 """The start of the tags of a run with the runs of the stages before it, by name."""
+DATA, TABLE = "dataset.fingerprint", "benchmark.fingerprint"
+"""The parameters of a run with the fingerprints of its data and of its benchmark table."""
 PIPELINE = "pipeline"
 """The tag `tanglenas.stage` of a pipeline's run."""
 RETRY_SECONDS = 60.0
@@ -199,7 +201,7 @@ class MlflowTracker:
         known = {**lineage(stage, pipeline_id), **(tags or {})}
         start = {
             "what": "start",
-            "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or "tanglenas",
+            "experiment": experiment_name(),
             "name": " ".join(filter(None, (stage, known.get("optimizer"), known.get("architecture.digest", "")[:8]))),
             "tags": known,
             "parent": _parent(pipeline, known),

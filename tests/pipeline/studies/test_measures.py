@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tanglenas_engine import TangleNASError, create_space
 from tanglenas_engine.pipeline import studies
-from tanglenas_engine.pipeline.comparison.groups import Estimate
+from tanglenas_engine.pipeline.comparison.estimates import Estimate
 from tanglenas_engine.pipeline.files import WEIGHTS
 from tanglenas_engine.pipeline.pools import COLUMNS, Identity, Record
 from tanglenas_engine.pipeline.studies import fractions, insights, ranking, sharing, stability

@@ -10,7 +10,7 @@ import pytest
 
 from tanglenas_engine import TangleNASError
 from tanglenas_engine.pipeline import studies
-from tanglenas_engine.pipeline.comparison.groups import Estimate, Metric
+from tanglenas_engine.pipeline.comparison.estimates import Estimate, Metric
 from tanglenas_engine.pipeline.studies.figure import curves, draw, matrices
 from tanglenas_engine.pipeline.studies.page import Results, compared, text, write_page
 from tanglenas_engine.pipeline.studies.plan import plan
