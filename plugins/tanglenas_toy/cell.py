@@ -51,6 +51,8 @@ class ToyCell(cells.CellSpace):
         dropout: Dropout behind every cell and in the classifier; 0.2 in the paper.
     """
 
+    table_columns = tuple(f"{cell}_{node}_{source}" for cell in ("normal", "reduce") for node, source in EDGES)
+
     def __init__(
         self,
         channels: int = 32,

@@ -117,6 +117,11 @@ def _better(table: Table, metric: str) -> str:
 def _notes(table: Table) -> None:
     if table.origin:
         click.echo(f"\nNote: {table.origin}")
+    if table.tied is not None and table.key_columns not in ((), table.tied.table_columns):
+        click.echo(
+            f"\nNote: an architecture is the columns {', '.join(table.key_columns)}, and their order counts: the first "
+            f"one is read as {table.keys[0]}"
+        )
     if table.fractions:
         click.echo(f"\nRead as fractions of 1, shown in %: {', '.join(table.fractions)}")
     if unknown := [metric for metric in table.metrics if table.higher_is_better(metric) is None]:

@@ -154,7 +154,7 @@ def looked_up(
         path = data_path(gin.query_parameter("benchmark.path"))
         if alike := agreement(path, table.metric, table.table.keys):
             ceiling = {"spearman_ceiling": alike.ceiling}
-        if reason := incomparable(path, stage.space, stage.dataset, read_splits(), result.cost.macs):
+        if reason := incomparable(path, stage.space, stage.dataset, read_splits(), result.cost):
             stage.progress.note(f"evaluate: no percentile in a pool: {reason}")
             return ceiling
     return {**table.judged(architecture, test_accuracy=result.test_accuracy, test_loss=result.test_loss), **ceiling}

@@ -42,6 +42,7 @@ from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import fingerprint
 from tanglenas_engine.runtime.progress import Progress
+from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.tables import Table, rank_correlations
 
@@ -372,14 +373,14 @@ def agreement(path: Path, metric: str, architectures: Sequence[str]) -> Reliabil
     return record.reliability(metric, architectures)
 
 
-def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Splits, macs: int) -> str:
+def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Splits, cost: Cost) -> str:
     """Return why a network of the project is not compared with a pool, or an empty string.
 
     A pool without a record beside it is one that a person measured elsewhere. It is taken as it is.
 
     Args:
         path: The pool's table.
-        macs: The multiply-accumulates of the network.
+        cost: The cost of the network.
 
     Raises:
         TangleNASError: The record is damaged.
@@ -398,8 +399,9 @@ def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Split
         return f"the networks of {path} were trained from scratch, and retrain.mode is {mode!r}"
     if bound.get("teacher"):
         return f"the networks of {path} had no teacher, and retrain.teacher is {bound['teacher']!r}"
-    if macs > pool.limits.get("macs", math.inf):
-        return f"the network takes {macs:,} MACs, and those of {path} at most {pool.limits['macs']:,}"
+    for name, most in pool.limits.items():
+        if (own := getattr(cost, name)) > most:
+            return f"the network has {own:,} {name}, and those of {path} at most {most:,}"
     return ""
 
 

@@ -28,11 +28,14 @@ class Architectures:
 
     Attributes:
         name: The name under which the space is registered.
+        table_columns: The columns of a benchmark table with one for each option of an architecture, in the order in
+            which `from_string` reads them with ", " between them; () if there is no such table.
         choices: The choices by name, in order of declaration.
         superposition: The state that holds the rows of the choices.
     """
 
     name: str = ""
+    table_columns: tuple[str, ...] = ()
     choices: dict[str, Choice]
     superposition: Superposition
 

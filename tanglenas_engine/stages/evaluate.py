@@ -151,7 +151,7 @@ def rank_correlation(
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
 ) -> RankCorrelation | None:
-    """Compare the losses of architectures in a supernet with a benchmark table.
+    """Compare the losses of architectures in a supernet with a benchmark table. Losses that are not finite are last.
 
     The losses are computed as for derivation. Without `listed` and `architectures` the function returns None.
 
@@ -236,9 +236,16 @@ def rank_correlation(
         for row, first, value in zip(scored, untrained, known, strict=True)
     ]
 
+    if (lost := sum(not math.isfinite(row["loss"]) for row in rows)) and progress is not None:
+        progress.note(
+            f"rank correlation: the loss of {lost} of {len(rows)} architectures is not finite in the supernet: they "
+            "are its worst"
+        )
+
     def agreement(measure: str, sign: int) -> dict[str, float]:
+        values = [row[measure] if math.isfinite(row[measure]) else math.inf for row in rows]
         # Ranks are compared, as some tables' metrics are better high and others low. The lowest rank is the best.
-        return rank_correlations([sign * row[measure] for row in rows], [-row["table_rank"] for row in rows])
+        return rank_correlations([sign * value for value in values], [-row["table_rank"] for row in rows])
 
     baselines = {name: agreement(name, 1)["spearman"] for name in ("params", "macs")}
     if before is not None:

@@ -28,8 +28,11 @@ LESS = frozenset(
      "mem", "byte", "bytes", "kb", "kib", "mb", "mib", "gb", "gib", "size", "footprint", "area", "co", "carbon",
      "emissions"}
 )  # fmt: skip
-ABOUT = frozenset(
-    {"std", "stdev", "stddev", "deviation", "sigma", "variance", "var", "gap", "epoch", "epochs", "step", "steps",
+LOST = frozenset({"loss", "losses", "err", "errs", "error", "errors", "drop", "regret", "misclassified"})
+"""Costs that an accuracy turns into: `top1_err`. Beside another cost nobody knows which of both a name is of."""
+DEVIATIONS = frozenset({"std", "stdev", "stddev", "deviation", "sigma"})
+ABOUT = DEVIATIONS | frozenset(
+    {"variance", "var", "gap", "epoch", "epochs", "step", "steps",
      "rank", "ranks", "seed", "seeds", "count", "trials", "compression", "reduction", "saved", "saving", "savings"}
 )  # fmt: skip
 """Words of what is known of a metric and is not the metric: `test_acc_std` and `acc_reduction` are no accuracies."""
@@ -51,6 +54,7 @@ TOLD = re.compile(r"(.*\S) \((more|less) is better\)")
 
 def words(metric: str) -> list[str]:
     """Return the words of a name in lower case. Anything but a letter ends a word, and so does `testLoss`'s capital."""
+    metric = re.sub(r"(?<![A-Za-z])(?:mAP|m?IoU)(?![a-z])", lambda name: name[0].lower(), metric)
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", metric)
     return [word.lower() for word in re.findall(r"[^\W\d_]+", parted)]
 
@@ -59,8 +63,9 @@ def words(metric: str) -> list[str]:
 def kind_of(metric: str) -> Kind | None:
     """Return the kind of a metric by the words of its name, or None if they do not tell.
 
-    A word for a cost decides before those for gains: `top1_err` is an error, `accuracy_drop` a loss. What follows "per"
-    is a unit: `images_per_second` is no time, and `gflops_per_watt`, of two costs, is unknown.
+    A word for a cost decides before those for gains: `top1_err` is an error, `accuracy_drop` a loss. An accuracy and
+    another cost are unknown: `acc_at_size_224`. What follows "per" is a unit: `images_per_second` is no time, and
+    `gflops_per_watt`, of two costs, is unknown.
     """
     named = words(metric)
     if "per" in named[:-2] and named[-1] in MEASURES:
@@ -70,6 +75,8 @@ def kind_of(metric: str) -> Kind | None:
     if not (ABOUT | TURNED).isdisjoint(named):
         return None
     costs = not LESS.isdisjoint(named)
+    if not (LESS - LOST).isdisjoint(named) and not ACCURACIES.isdisjoint(named) and LOST.isdisjoint(named):
+        return None
     if any(pair in ZERO_COST for pair in itertools.pairwise(named)):
         return None
     if not GAINS.isdisjoint(named):
@@ -81,6 +88,12 @@ def kind_of(metric: str) -> Kind | None:
     if not MORE.isdisjoint(named):
         return "more"
     return "accuracy" if named and named[-1] in PARTS and COUNTS.isdisjoint(named) else None
+
+
+def is_deviation_of_accuracy(metric: str) -> bool:
+    """Return whether a metric is the standard deviation of an accuracy, in its unit."""
+    named = words(metric)
+    return not DEVIATIONS.isdisjoint(named) and not ACCURACIES.isdisjoint(named)
 
 
 def possible(kind: Kind | None, value: float) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.tables.metrics import TOLD, expected, kind_of, possible
+from tanglenas_engine.tables.metrics import TOLD, expected, is_deviation_of_accuracy, kind_of, possible
 from tanglenas_engine.tables.pickles import MAX_STEPS, read_pickle
 from tanglenas_engine.tables.table import HEADER, Table
 
@@ -24,7 +24,8 @@ MAX_BYTES = 128 * 2**20
 """The largest uncompressed file, 40 times that of NAS-Bench-201. A small compressed file may hold any amount."""
 
 KEY_COLUMNS = ("architecture", "arch")
-INDEX_COLUMNS = ("", "index")
+INDEX_COLUMNS = ("", "index", "unnamed: 0")
+"""The columns without content, in lower case; pandas writes and reads the last."""
 
 
 def load_table(
@@ -35,13 +36,14 @@ def load_table(
     A file has one of three forms:
 
     - CSV with a column `arch` or `architecture` (or `architecture of SPACE`, as `tanglenas tables import` writes it);
-    - CSV with one column of text per choice, in the order of the space's choices. The architecture is then the text
-      "option, option, ...";
+    - CSV with one column of text per choice. The architecture is then the text "option, option, ...", in the order of
+      `space.table_columns` where the columns have these names, or else in that of the file;
     - a pickle of `{architecture: {metric: value}}`. Nothing in it is executed (see `read_pickle`).
 
     All other columns are metrics, except `index`. An accuracy that never exceeds 1 is a fraction, and becomes a
-    percentage, unless the file is one that `Table.write` wrote, where it is one already. `higher_is_better` is as for
-    `Table`; a file that `Table.write` wrote has it in its header.
+    percentage, unless the file is one that `Table.write` wrote, where it is one already. Where no accuracy of a file
+    exceeds 1 and one is a fraction, all are, and their standard deviations, too. `higher_is_better` is as for `Table`;
+    a file that `Table.write` wrote has it in its header.
 
     Raises:
         TangleNASError: The file is missing, empty, damaged, or not a table (names the line), or does not fit `space`.
@@ -49,18 +51,18 @@ def load_table(
     path = Path(path)
     try:
         data = _contents(path)
-        keys, columns, name = _from_pickle(data) if _is_pickle(path, data) else _from_csv(data)
+        keys, columns, name, key_columns = _from_pickle(data) if _is_pickle(path, data) else _from_csv(data)
         told = {match[1]: match[2] == "more" for match in map(TOLD.fullmatch, columns) if match}
         for header in columns:
             if header != _metric(header) in columns:
                 raise TangleNASError(f"columns {_metric(header)!r} and {header!r} are of one metric: remove one")
         columns = {_metric(header): values for header, values in columns.items()}
         written = name is not None  # by Table.write, which names the space
-        fractions = tuple(m for m, values in columns.items() if not written and _is_fraction(m, values))
+        fractions = () if written else _fractions(columns)
         for metric in fractions:
             columns[metric] = [100 * value for value in columns[metric]]
         table = Table(keys, columns, name, {**told, **(higher_is_better or {})})
-        table.fractions = fractions
+        table.fractions, table.key_columns = fractions, key_columns
         return table if space is None else table.of(space)
     except OSError as error:
         raise TangleNASError(f"cannot read the table {path}: {error.strerror or error}") from None
@@ -74,8 +76,14 @@ def _metric(header: str) -> str:
     return match[1] if match else header
 
 
-def _is_fraction(metric: str, values: Sequence[float]) -> bool:
-    return kind_of(metric) == "accuracy" and max(values) <= 1 and any(0 < value < 1 for value in values)
+def _fractions(columns: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
+    """Return the columns of a file that are fractions of 1."""
+    accuracies = {metric: values for metric, values in columns.items() if kind_of(metric) == "accuracy"}
+    small = [metric for metric, values in accuracies.items() if max(values) <= 1]
+    found = [metric for metric in small if any(0 < value < 1 for value in accuracies[metric])]
+    if found and len(small) == len(accuracies):
+        found = [*small, *filter(is_deviation_of_accuracy, columns)]
+    return tuple(metric for metric in columns if metric in found)
 
 
 def _contents(path: Path) -> bytes:
@@ -98,8 +106,8 @@ def _is_pickle(path: Path, data: bytes) -> bool:
     return data[0] == 0x80 or path.name.removesuffix(".gz").endswith((".pkl", ".pickle", ".p"))
 
 
-Contents = tuple[list[str], dict[str, Any], str | None]
-"""The keys, the columns by metric, and the space's name if the file gives it."""
+Contents = tuple[list[str], dict[str, Any], str | None, tuple[str, ...]]
+"""The keys, the columns by metric, the space's name if the file gives it, and the columns that are a key together."""
 
 
 def _from_pickle(data: bytes) -> Contents:
@@ -125,7 +133,7 @@ def _from_pickle(data: bytes) -> Contents:
             )
         for metric, value in values.items():
             columns[metric].append(_number(where, metric, value))
-    return list(content), columns, None
+    return list(content), columns, None, ()
 
 
 def _from_csv(data: bytes) -> Contents:
@@ -151,7 +159,7 @@ def _from_rows(lines: Any) -> Contents:
     metrics = {
         i: _printable("a metric", name)
         for i, name in enumerate(header)
-        if i not in key_columns and name not in INDEX_COLUMNS
+        if i not in key_columns and name.lower() not in INDEX_COLUMNS
     }
     if not metrics:
         raise TangleNASError(f"line 1: no column of a metric among {', '.join(header)[:200]!r}")
@@ -168,11 +176,15 @@ def _from_rows(lines: Any) -> Contents:
                     raise TangleNASError(f"{where}: {header[i]} is {part!r}, expected an option's name")
         key = _printable("an architecture", ", ".join(parts), where)
         if key in keys:
-            raise TangleNASError(f"{where}: {key[:200]} is already in line {keys[key]}: remove one of them")
+            taken = f", by the columns {', '.join(header[i] for i in key_columns)}" if len(parts) > 1 else ""
+            advice = ". Where options are numbers, give a column 'arch' with all of them" if len(parts) > 1 else ""
+            raise TangleNASError(
+                f"{where}: {key[:200]} is already in line {keys[key]}{taken[:200]}: remove one of them{advice}"
+            )
         keys[key] = lines.line_num
         for i, metric in metrics.items():
             columns[metric].append(_number(where, metric, row[i]))
-    return list(keys), columns, space
+    return list(keys), columns, space, tuple(header[i] for i in key_columns) if len(key_columns) > 1 else ()
 
 
 def _key_columns(header: list[str], first: list[str]) -> tuple[list[int], str | None]:
@@ -182,6 +194,10 @@ def _key_columns(header: list[str], first: list[str]) -> tuple[list[int], str | 
             return [i], name.removeprefix(HEADER)
         if name.lower() in KEY_COLUMNS:
             return [i], None
+    if len(header) == 1 and (separator := next((sign for sign in ";\t|" if sign in header[0]), "")):
+        raise TangleNASError(
+            f"line 1: its columns are separated by {separator!r}, expected commas: save it with commas"
+        )
     text = [i for i, value in enumerate(first[: len(header)]) if value.strip() and not _is_number(value)]
     if len(text) < 2:
         raise TangleNASError(

@@ -46,6 +46,7 @@ class Table:
         named: The name of the space that its values are of, as the file says it, or None. It differs from `space` where
             the table is tied to another size of that space.
         fractions: The accuracies that the table's file gives as fractions of 1. The table has them in %.
+        key_columns: The columns of the file that are a key together, in the order of the keys, or ().
 
     Raises:
         TangleNASError: A key comes twice, a column has another length, a value is none that its metric can have, or
@@ -61,6 +62,7 @@ class Table:
     ):
         self.space = self.named = space
         self.fractions: tuple[str, ...] = ()
+        self.key_columns: tuple[str, ...] = ()
         self.keys = tuple(keys)
         self.columns = {metric: np.asarray(values, dtype=np.float64) for metric, values in columns.items()}
         self.tied: SearchSpace | None = None
@@ -160,6 +162,7 @@ class Table:
             raise TangleNASError(f"{self.check(space)}. Remove what is wrong, or name the right space")
         table = Table(named, self.columns, _label(space), self.directions)
         table.tied, table.named, table.fractions = space, self.named, self.fractions
+        table.key_columns = space.table_columns if self._order(space) else self.key_columns
         return table
 
     @property
@@ -193,12 +196,22 @@ class Table:
     def _names(self, space: SearchSpace) -> list[str | None]:
         """Return the space's own text for every key, None where the key is no architecture of the space."""
         names: list[str | None] = []
+        order = self._order(space)
         for key in self.keys:
             try:
+                options = key.split(", ")
+                if len(options) == len(order):
+                    key = ", ".join(options[place] for place in order)
                 names.append(space.to_string(space.from_string(key)))
             except TangleNASError:
                 names.append(None)
         return names
+
+    def _order(self, space: SearchSpace) -> list[int]:
+        """Return where the file has each column of a space, or [] where it has others."""
+        if set(self.key_columns) != set(space.table_columns):
+            return []
+        return [self.key_columns.index(name) for name in space.table_columns]
 
     # Files.
 

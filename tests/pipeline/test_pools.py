@@ -19,6 +19,7 @@ from tanglenas_engine.cli import main
 from tanglenas_engine.pipeline import outputs, pools, trainings
 from tanglenas_engine.pipeline.config.configurables import create, make_splits
 from tanglenas_engine.pipeline.config.reader import configured, material_config
+from tanglenas_engine.spaces.cost import Cost
 from tanglenas_engine.stages.retrain import Retraining
 from tanglenas_engine.tables import Benchmark, load_table
 
@@ -275,7 +276,7 @@ def test_a_pool_of_something_else_is_refused(project, change, part):
     [
         ({}, 1, ""),
         ({"seed": 1}, 1, "pool.csv is a pool of another test split, which the seed decides for this dataset"),
-        ({}, 10**9, "the network takes 1,000,000,000 MACs, and those of pool.csv at most"),
+        ({}, 10**9, "the network has 1,000,000,000 macs, and those of pool.csv at most"),
         ({"retrain": {"epochs": 2}}, 1, "pool.csv is a pool of another recipe"),
         ({"retrain": {"mode": "finetune"}}, 1, "were trained from scratch, and retrain.mode is 'finetune'"),
     ],
@@ -285,8 +286,8 @@ def test_a_network_is_compared_with_a_pool_of_its_own_recipe_and_data(project, c
     with configured(trainings.project_arguments()):
         seed, space, dataset = create()
         splits = make_splits(dataset, seed=seed)
-    assert reason in pools.incomparable(Path("pool.csv"), space, dataset, splits, macs)
-    assert reason or not pools.incomparable(Path("pool.csv"), space, dataset, splits, macs)
+    assert reason in pools.incomparable(Path("pool.csv"), space, dataset, splits, Cost(1, macs))
+    assert reason or not pools.incomparable(Path("pool.csv"), space, dataset, splits, Cost(1, macs))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,22 @@ def test_a_network_is_not_compared_with_a_pool_of_other_data(project):
     record = json.loads((project / "pool.json").read_text())
     record["identity"]["dataset"] = "of another day"
     (project / "pool.json").write_text(json.dumps(record))
-    assert pools.incomparable(Path("pool.csv"), space, dataset, splits, 1) == "pool.csv is a pool of another dataset"
+    assert (
+        pools.incomparable(Path("pool.csv"), space, dataset, splits, Cost(1, 1))
+        == "pool.csv is a pool of another dataset"
+    )
+
+
+def test_a_network_beyond_any_limit_of_a_pool_is_not_compared_with_it(project):
+    with configured(trainings.project_arguments()):
+        seed, space, dataset = create()
+        splits = make_splits(dataset, seed=seed)
+    record = json.loads((project / "pool.json").read_text())
+    record["identity"]["limits"] = {"params": 12_800}
+    (project / "pool.json").write_text(json.dumps(record))
+    reason = "the network has 12,801 params, and those of pool.csv at most 12,800"
+    assert pools.incomparable(Path("pool.csv"), space, dataset, splits, Cost(12_801, 1)) == reason
+    assert not pools.incomparable(Path("pool.csv"), space, dataset, splits, Cost(12_800, 10**9))
 
 
 def test_a_pool_that_was_measured_elsewhere_is_taken_as_it_is(project):
@@ -323,7 +339,7 @@ def test_a_pool_that_was_measured_elsewhere_is_taken_as_it_is(project):
         seed, space, dataset = create()
         splits = make_splits(dataset, seed=seed)
     (project / "pool.json").unlink()
-    assert not pools.incomparable(Path("pool.csv"), space, dataset, splits, 10**9)
+    assert not pools.incomparable(Path("pool.csv"), space, dataset, splits, Cost(1, 10**9))
 
 
 def test_a_table_that_was_measured_elsewhere_is_not_written_over(project):

@@ -177,6 +177,34 @@ def test_a_table_that_ranks_nothing_has_no_correlation(judged):
     assert math.isnan(found.kendall_tau) and math.isnan(found.spearman)
 
 
+def test_an_architecture_whose_loss_is_not_finite_is_the_last_and_the_others_are_ranked(capsys):
+    class Widths(SearchSpace):
+        def __init__(self):
+            super().__init__()
+            width = self.choice("width", (2, 4, 6, 8))
+            self.layers = nn.Sequential(elastic.Linear(3, width), elastic.Linear(width, 2))
+
+        def forward(self, x):
+            return self.layers(x)
+
+        def example_input(self, batch):
+            return torch.randn(batch, 3)
+
+    torch.manual_seed(0)
+    space = Widths()
+    with torch.no_grad():
+        space.layers[0].weight[-1] = math.nan  # of the widest network alone
+    data = random_data(space, ("weights", "architecture"), samples=40)
+    every = list(space.all_architectures())
+    worth = {digest: -1e9 if math.isnan(loss) else loss for digest, loss in scores(space, data, every).items()}
+    assert list(worth.values()).count(-1e9) == 1
+    found = rank_correlation(space, data, ranked(worth), architectures="all", progress=ConsoleProgress())
+    assert found.spearman == pytest.approx(1) == found.kendall_tau
+    assert (
+        "the loss of 1 of 4 architectures is not finite in the supernet: they are its worst" in capsys.readouterr().out
+    )
+
+
 def test_counts_and_the_supernet_before_the_search_are_baselines(judged):
     space, data, worth = judged
     torch.manual_seed(1)

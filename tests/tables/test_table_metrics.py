@@ -39,8 +39,16 @@ KINDS = {
     "energy per image": "less",
     "latency_per_image_ms": "less",
     "time per image (ms)": "less",
-    "mAP": None,  # m and AP: nobody says that
+    "mAP": "more",
+    "val_mAP50": "more",
     "miou": "more",
+    "test_mIoU": "more",
+    "IoU": "more",
+    "acc_inherited_weights": None,  # an accuracy with a cost's word
+    "test_acc_60_sec": None,
+    "acc_at_224_size": None,
+    "time_to_accuracy": None,
+    "co_training_acc": None,
     "bleu": "more",
     "f1_score": "more",
     "throughput": "more",
@@ -157,6 +165,16 @@ def test_fractions_are_no_percentages(tmp_path):
     assert found.value("a", "test_err") == 0.06  # a cost has the table's own unit: 0.06 % is possible too
     path.write_text("arch,test_acc\na,0.94\nb,1.5\n")
     assert load_table(path).value("a", "test_acc") == 0.94 and load_table(path).fractions == ()
+
+
+def test_fractions_are_of_a_whole_file(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("arch,test_acc,train_acc,test_acc_std,loss_std\na,0.94,1,0.004,0.1\nb,0.5,1.0,0.01,0.2\n")
+    found = load_table(path)
+    assert found.fractions == ("test_acc", "train_acc", "test_acc_std")
+    assert [found.value("a", metric) for metric in found.metrics] == [94, 100, 0.4, 0.1]
+    path.write_text("arch,test_acc,valid_acc,test_acc_std\na,0.94,94,0.4\nb,0.5,50,1.0\n")
+    assert load_table(path).fractions == ("test_acc",)
 
 
 def invoke(*arguments):

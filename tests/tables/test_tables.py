@@ -253,9 +253,38 @@ def test_a_file_of_another_space_does_not_pass(space, tmp_path):
 
 
 def test_columns_by_choice_are_read_in_their_order(tmp_path):
-    path = write(tmp_path / "t.csv", "index,first,second,acc\n0,sep,dil,50\n1,sep, sep,60\n\n")
+    path = write(tmp_path / "t.csv", "Unnamed: 0,first,second,acc\n0,sep,dil,50\n1,sep, sep,60\n\n")
     found = load_table(path)
     assert found.keys == ("sep, dil", "sep, sep") and found.metrics == ("acc",)
+
+
+def test_columns_that_a_space_knows_are_read_by_their_names(tmp_path, monkeypatch):
+    space = installed("toy_cell_nano")
+    names = ("normal_0_in", "normal_1_in", "normal_1_0", "reduce_0_in", "reduce_1_in", "reduce_1_0")
+    assert space.table_columns == names
+    some = [space.sample(torch.Generator().manual_seed(seed)) for seed in range(5)]
+    rows = [dict(zip(names, space.to_string(one).split(", "), strict=True)) for one in some]
+    order = sorted(names)
+    lines = [",".join([*order, "acc"])] + [
+        ",".join([*(row[name] for name in order), str(i)]) for i, row in enumerate(rows)
+    ]
+    path = write(tmp_path / "t.csv", "\n".join(lines))
+    for found in (load_table(path, space), load_table(path).of(space)):
+        assert [found.value(one, "acc") for one in some] == [0, 1, 2, 3, 4]
+        assert found.check(space).found == 5 and found.key_columns == names
+
+
+def test_import_says_in_which_order_it_reads_columns_that_the_space_does_not_know(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    operations = "sep_conv_3x3,sep_conv_5x5,sep_conv_3x3,sep_conv_3x3,sep_conv_3x3,dil_conv_3x3"
+    write(tmp_path / "t.csv", f"a,b,c,d,e,f,acc\n{operations},50\n")
+    result = CliRunner().invoke(main, ["tables", "import", "t.csv", "--space", "toy_cell_nano"])
+    assert "an architecture is the columns a, b, c, d, e, f, and their order counts" in result.output
+    assert f"the first one is read as {operations.replace(',', ', ')}" in result.output
+    names = "normal_0_in,normal_1_in,normal_1_0,reduce_0_in,reduce_1_in,reduce_1_0"
+    write(tmp_path / "t.csv", f"{names},acc\n{operations},50\n")
+    result = CliRunner().invoke(main, ["tables", "import", "t.csv", "--space", "toy_cell_nano", "--out", "u.csv"])
+    assert result.exit_code == 0 and "order counts" not in result.output
 
 
 def test_a_spreadsheet_s_file_is_read(tmp_path):
@@ -289,6 +318,9 @@ def test_a_spreadsheet_s_file_is_read(tmp_path):
         ("arch,acc\nx,1\n\ny,2\nx,3\n", "line 5: x is already in line 2"),
         ("arch,acc\n,1\n", "line 2: an architecture is named ''"),
         ("arch,acc\n\x1b[2J,1\n", "line 2: an architecture is named .*expected printable text"),
+        ("arch;acc\nx;1\n", "line 1: its columns are separated by ';', expected commas"),
+        ("arch\tacc\nx\t1\n", r"line 1: its columns are separated by '\\\\t', expected commas"),
+        ("a,b,k,acc\nx,y,3,1\nx,y,5,2\n", "line 3: x, y is already in line 2, by the columns a, b: .*options are num"),
         ("a,b,acc\nsep,dil,1\nsep,3,1\n", "line 3: b is '3', expected an option's name"),
         ('arch,acc\nx,1\n"y,2\n', "line 3: not CSV"),
         ('arch,acc\n"x"y,2\n', "line 2: not CSV"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,11 @@ def _loss_by_cost(rows: Sequence[Record], cost: str, path: str | Path, **look: A
 
 
 def rank_correlation(rows: Sequence[Record], kendall_tau: float, spearman: float, path: str | Path) -> None:
-    """Draw the rows of `RankCorrelation`: the table's value of each architecture against its loss in the supernet."""
+    """Draw the rows of `RankCorrelation`: the table's value of each architecture against its loss in the supernet.
+
+    Losses that are not finite have no place.
+    """
+    rows = [row for row in rows if math.isfinite(row["loss"])]
     if not rows:
         return note("No architectures.", path)
     with drawing_to(path, 4.1) as figure:
