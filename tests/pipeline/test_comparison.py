@@ -19,11 +19,11 @@ from tanglenas_engine.cli import main
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.comparison.curves import Curve, Curves, _curves
-from tanglenas_engine.pipeline.comparison.estimates import Estimate, seeds_needed
+from tanglenas_engine.pipeline.comparison.estimates import METRICS, Estimate, metric_of, seeds_needed
 from tanglenas_engine.pipeline.comparison.figure import draw
 from tanglenas_engine.pipeline.comparison.groups import Comparison, compare, compare_rows
 from tanglenas_engine.pipeline.comparison.settings import in_order
-from tanglenas_engine.pipeline.comparison.tables import latex, markdown, table_csv
+from tanglenas_engine.pipeline.comparison.tables import format_estimate, latex, markdown, table_csv
 from tanglenas_engine.pipeline.finished_runs import Records, names_of_params
 from tanglenas_engine.pipeline.tracking.store import PARENT, Store
 from tanglenas_engine.pipeline.tracking.tracker import AFTER
@@ -543,3 +543,22 @@ def test_a_server_of_several_projects_has_the_runs_of_the_experiment_that_stages
     (tmp_path / "mine" / "dvc.yaml").touch()
     with pytest.raises(TangleNASError, match=r"no finished run to compare.* experiment 'tanglenas' in"):
         compare(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name, values, told", [
+    ("table_value", (2.1001, 2.1004, 2.1007), ["3", "2.10040", "0.00030", "2.10010 to 2.10070"]),
+    ("table_value", (2e-5, 2.1e-5), ["2", "0.00002050", "0.00000071", "0.00002000 to 0.00002100"]),
+    ("table_value", (91.0, 91.0), ["2", "91.0000", "0.0000", "91.0000 to 91.0000"]),
+    ("test_loss", (0.123456,), ["1", "0.1235", "-", "one seed"]),
+])  # fmt: skip
+def test_numbers_without_a_unit_have_the_decimals_that_their_deviation_needs(name, values, told):
+    assert format_estimate(metric_of(name), Estimate.of(values)) == told
+
+
+def test_a_difference_keeps_its_sign_and_nothing_has_none():
+    assert format_estimate(metric_of("x"), Estimate.of([-0.0000016, -0.0000012]), signed=True)[1] == "-0.00000140"
+    assert format_estimate(METRICS["test_accuracy"], Estimate.of([-0.001, -0.001]), signed=True)[1] == "0.00"
+
+
+def test_the_interval_of_three_seeds_is_from_the_lowest_value_to_the_highest():
+    assert Estimate.of([3.0, 1.0, 7.0]).interval == (1.0, 7.0)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CURVES = 2.2  # inches of a panel with curves
 AROUND = 0.7  # inches of title and labels of a panel
+LABEL = 34  # letters of a line beside the y axis of a panel with curves
 CELL = 0.11  # inches of a cell of a matrix, at least
 RESAMPLES = 999
 POINTS = 200
@@ -39,7 +40,7 @@ def draw(study: Study, runs: Runs, comparison: Comparison) -> bytes:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    colours = looks(list(dict.fromkeys([*runs, *(series(study.arms, arm) for arm in runs)])))
+    colours = looks(list(dict.fromkeys([*(series(study.arms, arm) for arm in runs), *runs])))
     drawn: list[tuple[float, Callable[[Any], None]]] = []
     for panel in study.panels:
         for table in comparison.tables if panel.kind == "means" else ():
@@ -183,7 +184,7 @@ def _curves(axes: Axes, panel: Panel, found: Mapping[str, Any], colours: Mapping
     if timed(panel):
         axes.set_xlim(left=0)
     axes.set_xlabel(panel.x)
-    axes.set_ylabel(panel.y)
+    axes.set_ylabel(plain(panel.y, LABEL))
     axes.ticklabel_format(axis="y", useOffset=False)
     if all(float(value).is_integer() for x, _, _ in found.values() for value in x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tanglenas_engine.pipeline.studies.run_folder import MEASURED, read_measured
 from tanglenas_engine.pipeline.studies.sentences import sentences
 from tanglenas_engine.pipeline.studies.study import Measured, Study
 from tanglenas_engine.runtime.files import write_atomic
+from tanglenas_engine.tables.metrics import kind_of
 
 PAGE = Path("page")
 
@@ -67,7 +68,7 @@ def write_page(root: Path) -> str:
     """
     results = Results.read(root)
     name = results.params["study"]
-    study = load(name)
+    study = with_metric(load(name), results.params)
     comparison = compared(study, results)
     out = root / PAGE
     write_atomic(out / f"{name}.md", text(study, results, comparison))
@@ -75,6 +76,23 @@ def write_page(root: Path) -> str:
     write_atomic(out / f"{name}.tex", latex(comparison))
     write_atomic(out / f"{name}.png", draw(study, results.runs, comparison))
     return f"page: {PAGE / name}.md, .csv, .tex and .png"
+
+
+def with_metric(study: Study, params: Mapping[str, Any]) -> Study:
+    """Return a study whose table values are named by their metric in the table, with the direction that is better."""
+    if not params["table"]:
+        return study
+    kind = kind_of(params["metric"])
+    better = f", {'less' if kind == 'less' else 'more'} is better" * (kind is not None)
+    told = f"table value ({params['metric']}{better})"
+    return replace(
+        study,
+        metrics={
+            name: replace(metric, title=metric.title.replace("table value", told))
+            for name, metric in study.metrics.items()
+        },
+        panels=tuple(replace(panel, y=panel.y.replace("table value", told)) for panel in study.panels),
+    )
 
 
 def compared(study: Study, results: Results) -> Comparison:

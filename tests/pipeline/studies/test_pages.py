@@ -11,8 +11,9 @@ import pytest
 from tanglenas_engine import TangleNASError
 from tanglenas_engine.pipeline import studies
 from tanglenas_engine.pipeline.comparison.estimates import Estimate, Metric
+from tanglenas_engine.pipeline.comparison.figure import looks
 from tanglenas_engine.pipeline.studies.figure import curves, draw, matrices
-from tanglenas_engine.pipeline.studies.page import Results, compared, text, write_page
+from tanglenas_engine.pipeline.studies.page import Results, compared, text, with_metric, write_page
 from tanglenas_engine.pipeline.studies.plan import plan
 from tanglenas_engine.pipeline.studies.run_folder import read_measured
 from tanglenas_engine.pipeline.studies.sentences import sentences, verdict
@@ -124,7 +125,7 @@ def test_the_page_has_the_question_the_answer_the_numbers_and_the_commands():
     ]  # fmt: skip
     assert "| accuracy (%) | a     |     3 | 91.0 |" in page and "**b is ahead of a**" in page
     assert "    tanglenas study made-up\n" in page
-    assert "2 seeds cover the true mean in 50 %, 3 in 76 %" in page and "| a   | `optimizer=drnas`" in page
+    assert "2 seeds cover the true mean in 50 %, 3 in 75 %" in page and "| a   | `optimizer=drnas`" in page
 
 
 def test_notes_follow_what_the_data_say():
@@ -315,3 +316,25 @@ def test_every_study_draws_what_its_runs_measure(name):
     comparison = compared(replace(study, across=None), Results(params, runs, []))
     assert draw(study, runs, comparison).startswith(b"\x89PNG")
     assert len(sentences(study.claims, comparison, comparison.tables[0])) >= 2
+
+
+@pytest.mark.parametrize("metric, told", [
+    ("test_loss", "table value (test_loss, less is better)"),
+    ("test_acc", "table value (test_acc, more is better)"),
+    ("seed", "table value (seed)"),
+])  # fmt: skip
+def test_a_table_s_value_has_its_metric_and_its_direction(metric, told):
+    study = with_metric(studies.load("anytime"), {"table": "t.csv", "metric": metric})
+    assert study.metrics["table_value"].title == told and study.metrics["seconds"].unit == "s"
+    assert [panel.y for panel in study.panels][:3] == [f"{told}, within a search", told, "test accuracy (%)"]
+    assert with_metric(studies.load("anytime"), {"table": None, "metric": metric}) is studies.load("anytime")
+
+
+def test_series_have_the_colours_that_are_easiest_to_tell_apart(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "tanglenas_engine.pipeline.studies.figure.looks", lambda labels: taken.extend(labels) or looks(labels)
+    )
+    measured = results(a=[1.0], b=[2.0], c=[3.0])
+    draw(STUDY, measured.runs, compared(STUDY, measured))
+    assert taken == ["a", "both", "b", "c"]
