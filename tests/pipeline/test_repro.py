@@ -137,6 +137,7 @@ def test_the_four_stages_are_finished_runs_of_one_lineage(finished: Finished) ->
         assert re.fullmatch("[0-9a-f]{16}", run.data.tags["params.hash"])
         assert run.data.tags["dvc.stage"] == run.data.tags["tanglenas.stage"]
         assert (run.data.params["SPACE"], run.data.params["SEED"]) == ("autoformer_nano", "0")
+        assert re.fullmatch(r"[0-9a-f]{12}", run.data.params["dataset.fingerprint"])
         record = json.loads((finished.folder / "out" / f"{run.data.tags['tanglenas.stage']}.run.json").read_text())
         assert record["mlflow_run_id"] == run.info.run_id
     assert {run.data.tags["architecture.digest"] for run in found[1:]} == {digest}

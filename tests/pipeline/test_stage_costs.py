@@ -15,8 +15,11 @@ from stages import arguments, forget_settings
 
 from pipelines import discretize, search
 from tanglenas_engine import Architecture, create_space
+from tanglenas_engine.pipeline.config.configurables import create
 from tanglenas_engine.pipeline.config.params import stage_arguments
+from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.files import ARCHITECTURE, MIXTURE
+from tanglenas_engine.pipeline.stage import _contents as stage_contents
 from tanglenas_engine.pipeline.stage import open_stage
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.runtime.weights import save_weights, weights_metadata
@@ -444,3 +447,18 @@ def test_the_tables_that_a_config_names_are_in_the_fingerprint_of_a_run(project,
     edit(project / "table.json")
     assert identity(binding) != before
     assert identity() == plain
+
+
+def test_a_run_has_the_fingerprints_of_its_data_and_of_its_table_as_parameters(project):
+    def found() -> dict[str, str]:
+        with configured([*arguments(project, "search"), "benchmark.path = 'table.json'"]):
+            _, _, dataset = create()
+            assert stage_contents(dataset)["dataset.fingerprint"] == dataset.fingerprint[:12]
+            return stage_contents(dataset)
+
+    before = found()
+    assert found() == before
+    edit(project / "table.json")
+    assert found()["benchmark.fingerprint"] != before["benchmark.fingerprint"]
+    with configured(arguments(project, "search")):
+        assert set(stage_contents(create()[2])) == {"dataset.fingerprint"}
