@@ -24,6 +24,8 @@ MAX_BYTES = 128 * 2**20
 """The largest uncompressed file, 40 times that of NAS-Bench-201. A small compressed file may hold any amount."""
 
 KEY_COLUMNS = ("architecture", "arch")
+OTHERS = {";": "';'", "\t": "tabs", "|": "'|'"}
+"""Separators of columns that are not read, with their names."""
 INDEX_COLUMNS = ("", "index", "unnamed: 0")
 """The columns without content, in lower case; pandas writes and reads the last."""
 
@@ -194,10 +196,8 @@ def _key_columns(header: list[str], first: list[str]) -> tuple[list[int], str | 
             return [i], name.removeprefix(HEADER)
         if name.lower() in KEY_COLUMNS:
             return [i], None
-    if len(header) == 1 and (separator := next((sign for sign in ";\t|" if sign in header[0]), "")):
-        raise TangleNASError(
-            f"line 1: its columns are separated by {separator!r}, expected commas: save it with commas"
-        )
+    if len(header) == 1 and (found := next((name for sign, name in OTHERS.items() if sign in header[0]), "")):
+        raise TangleNASError(f"line 1: its columns are separated by {found}, expected commas: save it with commas")
     text = [i for i, value in enumerate(first[: len(header)]) if value.strip() and not _is_number(value)]
     if len(text) < 2:
         raise TangleNASError(

@@ -319,7 +319,7 @@ def test_a_spreadsheet_s_file_is_read(tmp_path):
         ("arch,acc\n,1\n", "line 2: an architecture is named ''"),
         ("arch,acc\n\x1b[2J,1\n", "line 2: an architecture is named .*expected printable text"),
         ("arch;acc\nx;1\n", "line 1: its columns are separated by ';', expected commas"),
-        ("arch\tacc\nx\t1\n", r"line 1: its columns are separated by '\\\\t', expected commas"),
+        ("arch\tacc\nx\t1\n", "line 1: its columns are separated by tabs, expected commas"),
         ("a,b,k,acc\nx,y,3,1\nx,y,5,2\n", "line 3: x, y is already in line 2, by the columns a, b: .*options are num"),
         ("a,b,acc\nsep,dil,1\nsep,3,1\n", "line 3: b is '3', expected an option's name"),
         ('arch,acc\nx,1\n"y,2\n', "line 3: not CSV"),
