@@ -76,7 +76,7 @@ def test_the_interval_of_the_difference_chooses_the_sentence(b, higher, start, e
     found = said(Claim("accuracy", "b", "a", higher, "ahead"), a=[90.0, 91.0, 92.0], b=b)
     assert found.startswith(start) and found.endswith(end), found
     if "not told apart" in found:
-        assert re.search(r"\+0\.0 % \(95 % interval -4\.3 to \+4\.3, 3 seeds\)", found)
+        assert re.search(r"is 0\.0 % \(95 % interval -4\.3 to \+4\.3, 3 seeds\)", found)
 
 
 def test_one_seed_claims_nothing():
