@@ -84,7 +84,7 @@ def load_into(
         convert: A function that gives tensors the network's names and shapes.
 
     Raises:
-        OtherWeightsError: Names or shapes are not those of the network.
+        OtherWeightsError: Names or shapes are not those of the network, or it ties what differs in the file.
         TangleNASError: The file is missing or damaged, or a tensor is quantised, complex or not finite.
     """
     own = network.state_dict()
@@ -104,13 +104,39 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str | Pa
         source: The file or option that the error names.
 
     Raises:
-        OtherWeightsError: Names or shapes are not those of the network.
+        OtherWeightsError: Names or shapes are not those of the network, or it ties tensors that differ.
     """
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = _difference(network, state, network.state_dict()) or shown(error)
         raise OtherWeightsError(f"{source} holds the weights of another network ({reason})") from None
+    check_tied(network, state, source)
+
+
+def check_tied(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse tensors that differ where the network has one parameter for them: it would take one and lose the others.
+
+    Raises:
+        OtherWeightsError: Two tensors of one parameter differ.
+    """
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if name not in state:
+            continue
+        one = first.setdefault(parameter, name)
+        if not _equal(state[one], state[name]):
+            raise OtherWeightsError(
+                f"{source} has other numbers in {one} than in {name}, which are one tensor here: create the network "
+                "without tied weights, or give weights that are tied"
+            )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return True for tensors of the same bytes: values of any type, which may not be finite."""
+    if one is other or one.shape != other.shape or one.dtype != other.dtype:
+        return one is other
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def _difference(network: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

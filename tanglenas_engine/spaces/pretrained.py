@@ -23,6 +23,7 @@ from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.weights import (
     FLOATS,
     OtherWeightsError,
+    check_tied,
     check_values,
     read_weights,
     save_weights,
@@ -45,7 +46,8 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
         path: A safetensors file, or a folder with `config.json` and `model.safetensors` or several such files.
 
     Raises:
-        OtherWeightsError: Names or shapes are not those of the largest network, or it computes something else.
+        OtherWeightsError: Names or shapes are not those of the largest network, it ties what differs in the file, or
+            it computes something else.
         TangleNASError: A file is missing or damaged, a tensor is quantised, complex or not finite, or the space refuses
             the folder.
     """
@@ -61,6 +63,7 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
         notes.append(f"the head ({', '.join(left_out)}) {why} starts untrained")
     _check_names(space, path, state, own, left_out)
     check_values(path, state, own, prefix)
+    check_tied(space, state, path)
     types = {tensor.dtype for name, tensor in state.items() if tensor.dtype in FLOATS} - {torch.float32}
     if types:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))

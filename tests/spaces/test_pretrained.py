@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny
 
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime.weights import INDEX, OtherWeightsError, save_weights, weights_digest
+from tanglenas_engine.runtime.weights import INDEX, OtherWeightsError, load_into, save_weights, weights_digest
 from tanglenas_engine.spaces.pretrained import load_pretrained
 
 SHAPE = dict(embed_dim=(8, 16), depth=(1, 3), num_heads=(2, 4), mlp_ratio=(4, 2), head_dim=4, image_size=8)
@@ -132,6 +132,15 @@ def test_weights_of_half_precision_are_converted_and_it_is_said(tmp_path, dtype)
     first, second = load_pretrained(found, tmp_path)
     assert f"weights in {str(dtype)[6:]} were converted to float32" in first and "equal" in second
     assert found.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_into])
+def test_tied_tensors_that_differ_are_refused(tmp_path, load):
+    found = tiny("gpt_nano")
+    state = found.state_dict()
+    save_weights(tmp_path / "w.safetensors", {**state, "lm_head.weight": state["lm_head.weight"] + 1})
+    with pytest.raises(OtherWeightsError, match=r"other numbers in wte\.weight than in lm_head\.weight.*without tied"):
+        load(found, tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(
