@@ -37,6 +37,7 @@ from .optimizers.optimizer import Optimizer as Optimizer
 from .optimizers.optimizer import Source as Source
 from .optimizers.optimizer import Step as Step
 from .optimizers.optimizer import l2 as l2
+from .elastic.parts import call_with as call_with
 from .runtime.distributed import averaged as averaged
 from .superposition.mixture import Mixture as Mixture
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tanglenas_engine import Batch, Mixture, Step, averaged, positive, unknown
+from tanglenas_engine import Batch, Mixture, Step, averaged, call_with, positive, unknown
 from tanglenas_gradient.darts import DARTS
 
 HYPERGRADIENTS = ("finite_differences", "autograd")
@@ -96,7 +96,7 @@ class SecondOrderDARTS(DARTS):
         """
         torch.manual_seed(self.derive_seed(step.index, "hypergradient"))
         self.enter(mixture)
-        outputs = torch.func.functional_call(step.space, dict(weights), (batch[0],))
+        outputs = call_with(step.space, weights, batch[0])
         return step.loss(outputs, batch[1]) * step.scale
 
 

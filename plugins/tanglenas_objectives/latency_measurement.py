@@ -27,6 +27,7 @@ from tanglenas_engine import (
     SilentProgress,
     Size,
     at_least,
+    call_with,
     combinations,
     device_of,
     elastic,
@@ -198,7 +199,8 @@ def _calls(
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             example = space.example_input(batch_size).to("meta")
             space.superposition.select(assignment)
-            torch.func.functional_call(space.eval(), meta, (example,))
+            with torch.device("meta"):  # for what the forward makes without a device
+                call_with(space.eval(), meta, example)
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,6 +22,7 @@ from tanglenas_engine.conversion.rules import Analysis
 from tanglenas_engine.conversion.stacks import Layers, find_stacks
 from tanglenas_engine.conversion.traced import Stack, Traced
 from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import Size
@@ -331,10 +332,12 @@ class Builder:
                 program.add_stack(starts[node])
             if node not in inside:
                 program.add(node)
+        _check_names(self.model, type(self.model).__name__)
         program.write(space)
         for stack in self.stacks:
             for position, nodes in enumerate(stack.nodes):
-                layer = space.get_submodule(f"{stack.path}.{stack.names[position]}")
+                layer = part(space, f"{stack.path}.{stack.names[position]}")
+                _check_names(layer, f"{stack.path}.{stack.names[position]}")
                 layer.__class__ = Traced
                 program = Program(self.plan, stack.prefix(position))
                 program.add_inputs([stack.inputs[position], *stack.context])
@@ -342,6 +345,21 @@ class Builder:
                     program.add(node)
                 program.program.output(program.env[stack.outputs[position]])
                 program.write(layer)
-            container = space.get_submodule(stack.path)
+            container = part(space, stack.path)
             container.__class__ = Stack
             container.set_depth(depths[stack.path], stack.changing)
+
+
+def _check_names(module: nn.Module, where: str) -> None:
+    """Refuse parts that a `GraphModule`, which the module becomes in an extracted network, would read as its own.
+
+    Raises:
+        TangleNASError: A part has the name of an attribute of such modules.
+    """
+    network = fx.GraphModule(nn.Module(), fx.Graph())
+    for name in (*module._parameters, *module._buffers, *module._modules):
+        if hasattr(network, name):
+            raise TangleNASError(
+                f"{where}.{name} has the name of an attribute of torch.fx.GraphModule, which extracted networks are: "
+                "rename it in the model"
+            )

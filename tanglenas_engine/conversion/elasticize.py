@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,18 +48,17 @@ class Elasticized(Traced, SearchSpace):
         report: What became a choice, what did not, and why.
     """
 
-    report: Report
+    report = Report()
+    _initial: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, example: Tensor, **options: Any):
         super().__init__(**options)
-        self._initial: dict[str, tuple[float, float]] = {}
         self.register_buffer("_example", example.detach().clone(), persistent=False)
-        for name, parameter in model._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in model._buffers.items():
-            self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
-        for name, child in model._modules.items():
-            self.add_module(name, child)
+        # A name may be that of an attribute of spaces, which torch would refuse to register.
+        self._parameters.update(model._parameters)
+        self._buffers.update(model._buffers)
+        self._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
+        self._modules.update(model._modules)
 
     def set_initial(self, model: nn.Module) -> None:
         """Take the means and deviations of a model's parameters for the initialisation of networks."""

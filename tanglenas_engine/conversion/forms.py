@@ -90,7 +90,17 @@ def _fixed(length: int) -> Axis:
 
 
 class Holder(Elastic):
-    """A module of the given model whose forward is a part of the recording. It only holds tensors."""
+    """A module of the given model whose forward is a part of the recording. It only holds tensors.
+
+    An attribute of its class may hide a part of it (see `elastic.parts`).
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the class as such, even if a part has its name."""
+        if hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class Number(Elastic):

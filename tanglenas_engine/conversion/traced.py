@@ -10,8 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from tanglenas_engine import elastic
-from tanglenas_engine.conversion.forms import Number
+from tanglenas_engine.conversion.forms import Holder, Number
 from tanglenas_engine.elastic.base import Elastic, plain, sliced_state
+from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.size import Assignment, Axis, Size
 
@@ -50,7 +51,7 @@ class Stack(elastic.Depth):
         return [name for name in self._modules if self.gate(name).value(assignment)]
 
 
-class Traced(Elastic):
+class Traced(Holder):
     """A module that runs a recorded graph over its own elastic layers.
 
     The graph has a `Reference` in place of each number that an architecture decides. The `meta` of a node has
@@ -95,30 +96,43 @@ class Traced(Elastic):
         self._compile()
 
     def _supernet_graph(self) -> fx.Graph:
-        """Return the graph that reads numbers, parameters and operations from elastic modules."""
+        """Return the graph that reads numbers, parameters and operations from elastic modules.
+
+        It reads all parts by their names (see `elastic.parts`), as attributes of spaces may have these, too.
+        """
         graph, env = fx.Graph(), {}
+        inputs = [node for node in self._program.nodes if node.op == "placeholder"]
+        for node in inputs:
+            env[node] = graph.placeholder(str(node.target))
+        itself = graph.create_node("get_attr", "itself")
+
+        def read(name: str) -> fx.Node:
+            return graph.call_function(part, (itself, name)) if name else itself
+
+        def called(name: str, args: Any, kwargs: Any) -> fx.Node:
+            return graph.call_function(_called, (read(name), *args), kwargs)
+
+        def number(reference: Reference) -> fx.Node:
+            return called(f"_numbers.{reference.index}", (), {})
+
         for node in self._program.nodes:
-            if node.op == "get_attr" and (held := self._holder(str(node.target))):
-                owner = graph.create_node("get_attr", held[0] or "itself")
-                env[node] = graph.call_method("current", (owner, held[1]))
-                continue
-
-            def number(reference: Reference) -> fx.Node:
-                return graph.call_module(f"_numbers.{reference.index}")
-
             args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
-            position = node.meta.get("operation")
-            if position is None:
+            name, position = str(node.target), node.meta.get("operation")
+            if node.op == "get_attr" and (held := self._holder(name)):
+                env[node] = graph.call_method("current", (read(held[0]), held[1]))
+            elif node.op == "get_attr":
+                env[node] = read(name)
+            elif position is not None or node.op == "call_module":
+                env[node] = called(name if position is None else f"_operations.{position}", args, kwargs)
+            elif node.op != "placeholder":
                 env[node] = graph.create_node(node.op, node.target, args, kwargs)
-            else:
-                env[node] = graph.call_module(f"_operations.{position}", args, kwargs)
         return graph
 
     def _holder(self, name: str) -> tuple[str, str] | None:
         """Return the module and the key of a tensor that varies, or None for any other attribute."""
         owner, _, key = name.rpartition(".")
         try:
-            module = self.get_submodule(owner)
+            module = part(self, owner)
         except AttributeError:
             return None
         return (owner, key) if isinstance(module, Elastic) and key in module.axes else None
@@ -127,7 +141,7 @@ class Traced(Elastic):
         """Return the network of an architecture: torch layers, and the recorded code with the numbers that it needs."""
         network = fx.GraphModule(nn.Module(), fx.Graph())
         network.__class__.__name__ = "GraphModule"
-        called = {self.get_submodule(str(node.target)) for node in self._program.nodes if node.op == "call_module"}
+        called = {part(self, str(node.target)) for node in self._program.nodes if node.op == "call_module"}
         self._fill(network, self, assignment, {self: network}, called)
         graph = fx.Graph()
         env: dict[fx.Node, Any] = {}
@@ -138,7 +152,7 @@ class Traced(Elastic):
 
         for node in self._program.nodes:
             args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
-            if node.op == "call_module" and isinstance(stack := self.get_submodule(str(node.target)), Stack):
+            if node.op == "call_module" and isinstance(stack := part(self, str(node.target)), Stack):
                 x, *context = args
                 for name in stack.names(assignment):
                     x = graph.call_module(f"{node.target}.{name}", (x, *context))
@@ -183,6 +197,10 @@ class Traced(Elastic):
             target.add_module(name, made[child])
             if not called.intersection(child.modules()) and not [*made[child].parameters(), *made[child].buffers()]:
                 target._modules.pop(name)  # the graph has what it computed
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _mapped(value: Any, env: Mapping[fx.Node, Any], number: Callable[[Reference], Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.mixture import Factor, Superposition, superposition_of
 from tanglenas_engine.superposition.size import Assignment, Axis, Number, Size
@@ -75,7 +76,7 @@ class Elastic(nn.Module):
 
     def unmasked(self, name: str) -> tuple[Tensor | None, list[Factor]]:
         """Return `current(name)` in two parts: the unmasked parameter, and the factors of its mask."""
-        tensor: Tensor | None = getattr(self, name)
+        tensor: Tensor | None = part(self, name)
         if tensor is None:
             return None, []
         if self.assignment is not None:
@@ -105,7 +106,7 @@ class Elastic(nn.Module):
 
     def sliced(self, name: str, assignment: Assignment) -> Tensor:
         """Return the part of the parameter or buffer `name` that an architecture uses, as a view if possible."""
-        return _cut(getattr(self, name), self._axes[name], assignment)
+        return _cut(part(self, name), self._axes[name], assignment)
 
     def write_back(self, name: str, value: Tensor | None) -> None:
         """Store what a forward wrote into a buffer that `current` returned: of an axis in blocks that is a copy."""
@@ -114,7 +115,7 @@ class Elastic(nn.Module):
             return
         if all(axis.blocks == 1 or axis.size.value(assignment) == axis.size.max for axis in self.axes[name]):
             return
-        whole: Tensor = getattr(self, name)
+        whole: Tensor = part(self, name)
         places = torch.arange(whole.numel(), device=whole.device).view_as(whole)
         whole.view(-1)[_cut(places, self.axes[name], assignment).flatten()] = value.flatten()
 
@@ -202,7 +203,7 @@ def tied(module: nn.Module) -> list[list[str]]:
 def _slicing(module: nn.Module, name: str) -> list[tuple[Any, ...]]:
     """Return how a parameter's dimensions depend on the choices. Fixed dimensions are left out."""
     owner, _, key = name.rpartition(".")
-    holder = module.get_submodule(owner)
+    holder = part(module, owner)
     axes = holder.axes.get(key, ()) if isinstance(holder, Elastic) else ()
     return [(i, a.size.rows, a.size.values, a.layout, a.blocks) for i, a in enumerate(axes) if a.size.rows]
 

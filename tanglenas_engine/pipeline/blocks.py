@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx import GraphModule
 
 from tanglenas_engine.elastic import Depth
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.products import ProductCounter, in_plain_products, run_on_meta
+from tanglenas_engine.spaces.products import ProductCounter, Run, counted, in_plain_products
 from tanglenas_engine.spaces.space import SearchSpace
 
 
@@ -43,7 +44,11 @@ def blocks(space: SearchSpace, architecture: Architecture) -> list[Block]:
     """
     with torch.random.fork_rng(devices=[]):  # looking at a network changes no number of a run
         network, example = space.standalone(architecture).float(), space.example_input(1)
-    numbers = _numbers(space)
+    return counted(partial(_counted, network.eval(), example, _numbers(space)))
+
+
+def _counted(network: nn.Module, example: Tensor, numbers: Mapping[str, str], run: Run) -> list[Block]:
+    """Return the blocks of a network, which are called by the given numbers, as a run shows them."""
     found: list[Block] = []
     counter = ProductCounter()
     whole: list[int] = []
@@ -73,7 +78,7 @@ def blocks(space: SearchSpace, architecture: Architecture) -> list[Block]:
         watch(module, name)
     try:
         with in_plain_products(), counter:
-            run_on_meta(network.eval(), example)
+            run(network, example)
     finally:
         for hook in hooks:
             hook.remove()

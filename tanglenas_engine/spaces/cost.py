@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from tanglenas_engine.elastic.base import Elastic, tied
 from tanglenas_engine.elastic.depth import walk
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.spaces.products import ProductCounter, in_plain_products, run_on_meta
+from tanglenas_engine.spaces.products import ProductCounter, Run, counted, in_plain_products
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Axis, Row, Size, combinations
 
@@ -222,13 +222,14 @@ def _mac_terms(
         places.setdefault(module, []).append((name, gates))
     with torch.random.fork_rng(devices=[]):  # looking at a cost changes no number of a run
         example = example_input(1)
-    largest = _Forward(network, example, places)
+    forward = functools.partial(counted, functools.partial(_Forward, network, example, places))
+    largest = forward()
     varying: set[nn.Module] = set()
     unseen = [module for module in largest.constant if not (isinstance(module, Elastic) or _is_torchs(module))]
     with superposition.restored():
         while unseen:
             superposition.select(_small([places[module] for module in unseen], decisions()))
-            small = _Forward(network, example, places)
+            small = forward()
             varying |= {m for m in unseen if small.calls[m] and small.each(m) != largest.each(m)}
             unseen = [module for module in unseen[:-1] if not small.calls[module]]
     gated = {module: _gates(places[module], largest.calls[module]) for module, _ in largest.terms}
@@ -262,7 +263,7 @@ def _numeric(row: Row) -> bool:
 
 
 class _Forward:
-    """A count of what modules compute in a forward for one input, which runs on the meta device.
+    """A count of what modules compute in a forward for one input, in a given kind of run.
 
     Attributes:
         terms: The products of all modules: those that elastic layers say by their method `macs`, and constants.
@@ -270,7 +271,7 @@ class _Forward:
         calls: The number of calls of each module.
     """
 
-    def __init__(self, network: nn.Module, example: Tensor, modules: Iterable[nn.Module]):
+    def __init__(self, network: nn.Module, example: Tensor, modules: Iterable[nn.Module], run: Run):
         self.terms: list[tuple[nn.Module, Term]] = []
         self.constant = Counter[nn.Module]()
         self.calls = Counter[nn.Module]()
@@ -280,7 +281,7 @@ class _Forward:
         hooks = [hook for module in modules for hook in self._watched(module)]
         try:
             with in_plain_products(), self._counter:
-                run_on_meta(network, example)
+                run(network, example)
         finally:
             for hook in hooks:
                 hook.remove()

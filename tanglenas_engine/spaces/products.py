@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tanglenas_engine.elastic.parts import call_with
 
 aten = torch.ops.aten
 
@@ -43,6 +45,11 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._trilinear: _trilinear,
 }
 """FLOPs, two per multiply-accumulate, of operations that `FlopCounterMode` counts as 0."""
+
+Run = Callable[[nn.Module, Tensor], None]
+"""A function that runs a network on an example."""
+
+Counted = TypeVar("Counted")
 
 OWN_NAMESPACES = ("aten", "prim", "prims", "profiler", "inductor")
 """The namespaces of torch's own operations. Those of others may multiply, and nothing tells how much."""
@@ -87,19 +94,30 @@ class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def run_on_meta(network: nn.Module, example: Tensor) -> None:
-    """Run a network's forward on the meta device, where only shapes are computed, in the network's floating type."""
-    meta: dict[Tensor, Tensor] = {}  # a tensor that two modules share stays one
-    tensors: dict[str, Tensor] = {}
-    # Each module once: torch would leave the meta tensors in a module that it swapped under two names.
-    for prefix, module in network.named_modules():
-        for key, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is not None:
-                meta.setdefault(tensor, torch.empty_like(tensor, device="meta"))
-                tensors[f"{prefix}.{key}" if prefix else key] = meta[tensor]
+    """Run a network's forward on the meta device, where only shapes are computed, in the network's floating type.
+
+    Tensors that the forward makes without a device are there, too.
+    """
+    tensors = [*network.named_parameters(), *network.named_buffers()]
     reference = next((parameter.dtype for parameter in network.parameters()), torch.get_default_dtype())
     example = example.to("meta", reference if example.is_floating_point() else None)
-    with torch.no_grad(), _autocast_on_meta():
-        torch.func.functional_call(network, tensors, (example,), tie_weights=False)
+    with torch.no_grad(), torch.device("meta"), _autocast_on_meta():
+        call_with(network, {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}, example)
+
+
+def run_with_numbers(network: nn.Module, example: Tensor) -> None:
+    """Run a network's forward where its parameters are, in their floating type."""
+    reference = next(network.parameters(), example)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        network(example.to(reference) if example.is_floating_point() else example.to(reference.device))
+
+
+def counted(count: Callable[[Run], Counted]) -> Counted:
+    """Return what `count` counts in a run on the meta device, or in one with numbers where the forward needs these."""
+    try:
+        return count(run_on_meta)
+    except RuntimeError:
+        return count(run_with_numbers)
 
 
 @contextmanager
@@ -132,14 +150,17 @@ def in_plain_products() -> Iterator[None]:
 def count_products(network: nn.Module, example: Tensor) -> int:
     """Return the multiply-accumulates of a network's forward by torch's `FlopCounterMode`.
 
-    The network must be in evaluation mode. It is run on the meta device.
+    The network must be in evaluation mode.
     """
     from torch.utils.flop_counter import FlopCounterMode  # takes a quarter of a second
 
-    counter = FlopCounterMode(display=False, custom_mapping={op: _raw(formula) for op, formula in FORMULAS.items()})
-    with in_plain_products(), counter:
-        run_on_meta(network, example)
-    return int(counter.get_total_flops()) // 2
+    def count(run: Run) -> int:
+        counter = FlopCounterMode(display=False, custom_mapping={op: _raw(formula) for op, formula in FORMULAS.items()})
+        with in_plain_products(), counter:
+            run(network, example)
+        return int(counter.get_total_flops()) // 2
+
+    return counted(count)
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:

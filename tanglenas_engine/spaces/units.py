@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.space import SearchSpace
@@ -44,7 +45,7 @@ class Place:
 
     @property
     def tensor(self) -> Tensor:
-        tensor: Tensor = getattr(self.module, self.name)
+        tensor: Tensor = part(self.module, self.name)
         return tensor
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine import TangleNASError, elasticize
+from tanglenas_engine.spaces.products import count_products
 from tanglenas_engine.testing.spaces import check_architectures, check_corners, check_costs, check_learning
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
@@ -390,7 +391,73 @@ def test_a_module_that_looks_at_numbers_is_called_as_a_whole():
     space = elasticize(Model(), torch.randn(2, 8))
     assert "free.first" in space.choices and not any(name.startswith("stuck") for name in space.choices)
     assert "its forward depends on the numbers of a tensor" in str(space.report)
+    assert space.cost(space.largest()).macs == 8 * 32 + 32 * 3 + 3 * 8 + count_products(Looks(), torch.randn(1, 8))
     check_corners(lambda: copy.deepcopy(space))
+
+
+MADE = {
+    "zeros": lambda x: x + torch.zeros(len(x), 1),
+    "numbers": lambda x: x * torch.tensor([0.5]),
+    "a mask": lambda x: x.masked_fill(torch.ones(len(x), 1).tril() == 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_tensors_that_a_forward_makes_without_a_device_are_no_hindrance_to_costs(name):
+    class Model(Small):
+        def between(self, x: Tensor) -> Tensor:
+            return MADE[name](x)
+
+    space = elasticize(Model(), torch.randn(2, 8))
+    assert space.cost(space.largest()).macs == 8 * 32 + 32 * 3
+
+
+@pytest.mark.parametrize("kind", ["child", "parameter", "buffer"])
+@pytest.mark.parametrize("name", ["gate", "select", "stacks", "relaxation", "report"])
+def test_parts_of_a_model_may_have_the_names_of_attributes_of_spaces(name, kind):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 32)
+            if kind == "child":
+                setattr(self, name, nn.Linear(32, 32))
+            elif kind == "parameter":
+                setattr(self, name, nn.Parameter(torch.randn(32)))
+            else:
+                self.register_buffer(name, torch.randn(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = getattr(self, name)
+            return x + self.last(torch.relu(self.first(own(x) if kind == "child" else x * own)))
+
+    class Model(Layer):
+        def __init__(self):
+            super().__init__()
+            self.held, self.layers, self.head = Layer(), nn.Sequential(Layer(), Layer()), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layers(self.held(super().forward(x))))
+
+    model, x = Model().eval(), torch.randn(2, 32)
+    space = elasticize(model, x)
+    assert "layers.depth" in space.choices and space(x).equal(model(x))
+    assert space.state_dict().keys() == model.state_dict().keys()
+    space.relaxation = "gated"
+    space.cost(space.smallest())
+    check_corners(lambda: copy.deepcopy(space))
+
+
+def test_a_part_that_an_extracted_network_would_read_as_its_own_attribute_is_refused():
+    class Model(Small):
+        def __init__(self):
+            super().__init__()
+            self.graph = nn.Linear(32, 32)
+
+        def between(self, x: Tensor) -> Tensor:
+            return self.graph(x)
+
+    with pytest.raises(TangleNASError, match=r"Model\.graph has the name of an attribute of torch\.fx.*rename it"):
+        elasticize(Model(), torch.randn(2, 8))
 
 
 def test_recurrent_layers_stay_and_say_so():
