@@ -89,6 +89,18 @@ class Builder:
         self._write(space, depths)
         return self.report
 
+    def output_layer(self) -> str:
+        """Return the name of the layer that makes the classes of the output; "" if there is none, or several."""
+        outputs = [source for node in self.graph.nodes if node.op == "output" for source in node.all_input_nodes]
+        made = {atom for node in outputs for dim in self.analysis.of(node) for atom in resolved(dim)}
+        found = [
+            name
+            for name, module in self.analysis.modules.items()
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            and any(atom in made and atom.fixed != DATA for atom in resolved(self.analysis.stored[f"{name}.weight"][0]))
+        ]
+        return found[0] if len(found) == 1 else ""
+
     def _uses(self) -> dict[str, fx.Node]:
         """Return the tensors that the forward uses, in order, with the first node that reads them."""
         found: dict[str, fx.Node] = {}

@@ -88,6 +88,9 @@ class Elasticized(Traced, SearchSpace):
         inherited = self.inherited(architecture)
         for path, module in network.named_modules():
             _complete(module, {key: inherited.get(f"{path}.{key}".lstrip(".")) for key in _tensors(module)})
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if name in inherited:  # new layers have torch's default type
+                tensor.data = tensor.to(inherited[name].dtype)
         return network
 
     def example_input(self, batch: int) -> Tensor:
@@ -180,6 +183,7 @@ def elasticize(
         builder = Builder(copy.deepcopy(model), recorder, shares, divisor, refused)
         space = Elasticized(builder.model, example, **options)
         space.report = builder.build(space)
+        space.output_layer = builder.output_layer()
         for name in fixed:
             if name not in builder.names | builder.still:
                 raise unknown("choice in fixed", name, builder.names)

@@ -71,8 +71,9 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         graph: The graph. The `meta` of a node has `owner`, the name of the module that made the call, and `shapes`.
-            A node that calls a module as a unit also has `read`: the inputs whose numbers or shapes the module uses,
-            not only their device and type.
+            A node that calls a module as a unit also has `evaluates`: True if the module was in evaluation and computes
+            something else in training. It may have `read`: the inputs whose numbers or shapes the module uses, not
+            only their device and type.
         constants: Tensors of the forward that are neither stored in the model nor computed by torch's functions.
         spans: For each module that is no leaf, its calls: the nodes, the tensors given, and the tensors returned.
         unchanged: The modules that returned their input in a call.
@@ -163,6 +164,7 @@ class Recorder(TorchFunctionMode):
             finally:
                 self._off, self._read = False, None
             node = self._create("call_module", target, args, kwargs)
+            node.meta["evaluates"] = not module.training and _has_mode(module)
             if read is not None:
                 read.update(map(id, tree_leaves(result)))  # an input may be returned
                 tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
@@ -381,6 +383,13 @@ def _leaves(model: nn.Module, whole: set[str]) -> dict[nn.Module, str]:
     }
 
 
+def _has_mode(module: nn.Module) -> bool:
+    """Return True for a module that may compute something else in training than in evaluation."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.running_mean is not None
+    return not type(module).__module__.startswith("torch.nn.modules.") or bool(getattr(module, "dropout", 0))
+
+
 def _holds(module: nn.Module) -> bool:
     own = [*module._parameters.values(), *module._buffers.values()]
     return any(tensor is not None for tensor in own)
@@ -463,6 +472,12 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
     columns = _aligned(evaluated, trained, longer, model)
     merging = _Merging(evaluated.graph, columns, model, example)
     for node, train, long in zip(*columns, strict=True):
+        if train.meta.get("evaluates"):
+            raise TangleNASError(
+                f"{type(model).__name__} keeps {node.target} in evaluation while it trains, which its space would not: "
+                "let it follow the mode of the model, or put a layer without a mode there, such as torchvision's "
+                "FrozenBatchNorm2d"
+            )
         node.meta["batched"] = node.meta.get("shapes") != long.meta.get("shapes")
         args = merging.merged(node, node.args, train.args, long.args)
         kwargs = merging.merged(node, node.kwargs, train.kwargs, long.kwargs)

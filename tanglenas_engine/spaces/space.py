@@ -86,7 +86,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
 
     `example_input` has the largest lengths.
     """
-    output_layer: ClassVar[str] = ""
+    output_layer: str = ""
     """The name of the module whose outputs are the classes. Weights to start from may have another one."""
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):

@@ -29,8 +29,8 @@ from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import Axis, Row, Size
 
-TOLERANCE = 1e-8
-"""The largest difference between outputs in float64 that rounding explains, as a share of the largest output."""
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""The largest difference between outputs that rounding explains, as a share of the largest output."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,16 @@ def order_units(space: SearchSpace, importance: Importance = magnitude) -> list[
             raise TangleNASError(f"the importance of the units of {units} is not finite: the weights diverged")
         orders.append(values.argsort(descending=True, stable=True))
     pairs = list(zip(groups, orders, strict=True))
-    with _exact(space):
+    with _exact(space) as precision:
         before = _outputs(space)
         _move(pairs)
-        if _same(before, _outputs(space)):
+        if _same(before, _outputs(space), precision):
             return []
         _move([(units, order.argsort()) for units, order in pairs])
         kept = []
         for units, order in pairs:
             units.move(order)
-            if not _same(before, _outputs(space)):
+            if not _same(before, _outputs(space), precision):
                 units.move(order.argsort())
                 kept.append(
                     f"the units of {units} keep their order, because moving them changes the largest network: a layer "
@@ -197,33 +197,38 @@ def _move(pairs: Iterable[tuple[Units, Tensor]]) -> None:
 
 
 def _outputs(space: SearchSpace) -> Tensor:
-    """Return the largest network's outputs for the same random batch at every call, in float64."""
+    """Return the largest network's outputs for the same random batch at every call."""
     with torch.no_grad(), seeded(0, accelerators=False), space.as_largest():
         x = space.example_input(2)
         return space(x.to(next(space.parameters())) if x.is_floating_point() else x.to(next(space.parameters()).device))
 
 
-def _same(before: Tensor, after: Tensor) -> bool:
-    return bool((before - after).abs().max() <= TOLERANCE * before.abs().max())
+def _same(before: Tensor, after: Tensor, precision: torch.dtype) -> bool:
+    return bool((before - after).abs().max() <= TOLERANCES[precision] * before.abs().max())
 
 
 @contextmanager
-def _exact(space: SearchSpace) -> Iterator[None]:
+def _exact(space: SearchSpace) -> Iterator[torch.dtype]:
     """Compute in float64 inside the block, with constant tensors made random; restore both afterwards.
+
+    A network that computes in float32 alone does so here, too. The block gets the type.
 
     Tensors of equal values, such as a fresh head of zeros, would hide that a permutation changes the network. They are
     the same in every order, so they need no permutation when they are restored.
     """
     dtype = next(space.parameters()).dtype
-    space.double()
     constants = []
-    with torch.no_grad(), seeded(0, accelerators=False):
-        for tensor in (*space.parameters(), *space.buffers()):
-            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
-                constants.append((tensor, float(tensor.flatten()[0])))
-                tensor.add_(torch.rand(tensor.shape, dtype=tensor.dtype).to(tensor.device), alpha=0.1)
     try:
-        yield
+        try:
+            _outputs(space.double())
+        except RuntimeError:
+            _outputs(space.float())
+        with torch.no_grad(), seeded(0, accelerators=False):
+            for tensor in (*space.parameters(), *space.buffers()):
+                if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+                    constants.append((tensor, float(tensor.flatten()[0])))
+                    tensor.add_(torch.rand(tensor.shape, dtype=tensor.dtype).to(tensor.device), alpha=0.1)
+        yield next(space.parameters()).dtype
     finally:
         with torch.no_grad():
             for tensor, value in constants:

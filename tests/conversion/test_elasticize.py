@@ -395,6 +395,63 @@ def test_a_module_that_looks_at_numbers_is_called_as_a_whole():
     check_corners(lambda: copy.deepcopy(space))
 
 
+def test_a_norm_that_stays_in_evaluation_is_refused():
+    class Model(Small):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(32)
+
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def between(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    with pytest.raises(TangleNASError, match="Model keeps norm in evaluation while it trains"):
+        elasticize(Model(), torch.randn(2, 8))
+
+
+@pytest.mark.parametrize(
+    "make, layer",
+    [
+        (Small, "last"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "1"),
+        (lambda: Twice(), ""),
+    ],
+)
+def test_the_layer_of_the_classes_is_known_so_that_weights_for_others_can_be_loaded(make, layer):
+    model = make()
+    space = elasticize(model, torch.randn(2, 8) if isinstance(model, Small) else torch.randn(2, 3, 4, 4))
+    assert space.output_layer == layer
+
+
+class Twice(Small):
+    """Two heads, whose outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.other(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_new_networks_have_the_types_of_the_model(dtype):
+    class Model(Small):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(32))
+
+        def between(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    space = elasticize(Model().to(dtype), torch.randn(2, 8, dtype=dtype))
+    assert space.standalone(space.smallest())(space.example_input(2)).dtype == dtype
+
+
 MADE = {
     "zeros": lambda x: x + torch.zeros(len(x), 1),
     "numbers": lambda x: x * torch.tensor([0.5]),

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny
 
+from tanglenas_engine import elasticize
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.weights import INDEX, OtherWeightsError, load_into, save_weights, weights_digest
 from tanglenas_engine.spaces.pretrained import load_pretrained
@@ -71,6 +72,15 @@ def test_a_head_of_other_classes_is_left_out_and_the_rest_is_compared(tmp_path):
     assert "head.weight" in first and "another number of classes" in first and "equal" in second
     assert torch.equal(found.head.weight, head)
     assert torch.equal(found.norm.weight, network.norm.weight)
+
+
+def test_a_head_of_other_classes_is_left_out_of_a_model_s_space_too(tmp_path):
+    def model(classes):
+        return torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, classes))
+
+    save_file(model(7).state_dict(), tmp_path / "w.safetensors")
+    note, _ = load_pretrained(elasticize(model(3), torch.randn(2, 8)), tmp_path / "w.safetensors")
+    assert note == "the head (2.weight, 2.bias) has another number of classes, so it was left out and starts untrained"
 
 
 def test_a_head_that_is_missing_is_told_and_a_part_of_one_is_refused(tmp_path):

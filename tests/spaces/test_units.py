@@ -6,7 +6,7 @@ from spaces import Convolutional, inputs, make, vit
 from tiny import ALL, tiny
 from torch import nn
 
-from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine import SearchSpace, elastic, elasticize
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.units import magnitude, order_units, taylor, units_of
 from tanglenas_engine.training.losses import cross_entropy
@@ -173,3 +173,19 @@ def test_ordering_draws_no_random_numbers():
     torch.manual_seed(3)
     order_units(space)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_units_of_a_network_that_computes_in_float32_alone_are_ordered():
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x.float() / 255)))
+
+    space = elasticize(Images(), torch.randint(255, (2, 8), dtype=torch.uint8))
+    x, before = space.example_input(4), space.first.weight.clone()
+    outputs = space(x)
+    assert order_units(space) == [] and not torch.equal(space.first.weight, before)
+    torch.testing.assert_close(space(x), outputs)
