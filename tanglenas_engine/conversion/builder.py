@@ -196,15 +196,14 @@ class Builder:
         return depths
 
     def _choose_depths(self, space: SearchSpace) -> dict[str, Size]:
-        """Declare a choice for the depth of each stack, and keep the stacks that have one."""
+        """Declare a choice for the depth of each stack that may vary, and return these by the stack's path."""
         depths: dict[str, Size] = {}
-        for stack in list(self.stacks):
+        for stack in self.stacks:
             label, largest = f"{stack.path}.depth", len(stack.names)
             found = {max(stack.least, round(share * largest)) for share in self.shares["depth"]}
             options = tuple(sorted({n for n in found if n < largest} | {largest}))
             self.names.add(label)
             if len(options) == 1 or label in self.refused:
-                self.stacks.remove(stack)
                 if label in self.refused:
                     self.report.parts.append(Part(label, "fixed", largest, (largest,), self.refused[label]))
                 continue
@@ -257,7 +256,8 @@ class Builder:
             if first.stack is None:
                 self.plan.sizes[first.atom] = space.choice(name, first.options)
                 continue
-            per = [(depths[first.stack.path], candidate.layer or 0) for candidate in group]
+            depth = depths.get(first.stack.path)
+            per = [(depth, candidate.layer or 0) for candidate in group] if depth is not None else len(group)
             if all(candidate.options == first.options for candidate in group):
                 choice = space.choice(name, first.options, per)
                 self.plan.sizes.update({candidate.atom: choice[i] for i, candidate in enumerate(group)})
@@ -336,8 +336,9 @@ class Builder:
 
     def _write(self, space: Any, depths: Mapping[str, Size]) -> None:
         """Write the programs of the space and of the layers of its stacks."""
-        inside = {node for stack in self.stacks for nodes in stack.nodes for node in nodes}
-        starts = {stack.nodes[0][0]: stack for stack in self.stacks}
+        stacks = [stack for stack in self.stacks if stack.path in depths]
+        inside = {node for stack in stacks for nodes in stack.nodes for node in nodes}
+        starts = {stack.nodes[0][0]: stack for stack in stacks}
         program = Program(self.plan)
         for node in self.graph.nodes:
             if node in starts:
@@ -346,7 +347,7 @@ class Builder:
                 program.add(node)
         _check_names(self.model, type(self.model).__name__)
         program.write(space)
-        for stack in self.stacks:
+        for stack in stacks:
             for position, nodes in enumerate(stack.nodes):
                 layer = part(space, f"{stack.path}.{stack.names[position]}")
                 _check_names(layer, f"{stack.path}.{stack.names[position]}")

@@ -452,6 +452,24 @@ def test_new_networks_have_the_types_of_the_model(dtype):
     assert space.standalone(space.smallest())(space.example_input(2)).dtype == dtype
 
 
+def test_choices_of_layers_have_the_same_name_where_the_depth_is_fixed():
+    class Block(Small):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Block(), Block(), Block())), torch.randn(2, 8)
+    assert list(elasticize(model, x).choices) == ["1.depth", "1.first"]
+    space = elasticize(model, x, fixed=["1.depth"])
+    assert {name: len(choice) for name, choice in space.choices.items()} == {"1.first": 3}
+    check_corners(lambda: copy.deepcopy(space))
+    fixed = elasticize(nn.Sequential(*model, nn.Linear(8, 16), nn.Linear(16, 3)), x, fixed=["1.depth", "1.first"])
+    assert "1.depth" not in fixed.choices and "1.first" not in fixed.choices and "2" in fixed.choices
+
+
 MADE = {
     "zeros": lambda x: x + torch.zeros(len(x), 1),
     "numbers": lambda x: x * torch.tensor([0.5]),
@@ -542,7 +560,7 @@ def test_named_choices_stay():
     space = elasticize(
         network("vit_tiny_patch16_224"), torch.randn(2, 3, 32, 32), fixed=["blocks.depth"], residual=(1,)
     )
-    assert list(space.choices) == [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.qkv", "mlp.fc1")]
+    assert list(space.choices) == ["blocks.attn.qkv", "blocks.mlp.fc1"]
     assert "it is named in `fixed`" in str(space.report)
 
 
