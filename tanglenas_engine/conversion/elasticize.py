@@ -65,6 +65,7 @@ class Elasticized(Traced, SearchSpace):
         self._initial = {
             name: (float(p.detach().mean()), float(p.detach().std(correction=0)))
             for name, p in model.named_parameters()
+            if p.is_floating_point()
         }
 
     def standalone(self, architecture: Architecture) -> nn.Module:
@@ -175,8 +176,14 @@ def elasticize(
     }
     at_least("divisor", divisor, 1)
     fixed = _names(fixed)
-    reference = next(model.parameters(), example)
-    example = example.detach().to(reference.device)
+    if not callable(output):
+        raise TangleNASError(f"output is {quoted(output)}: expected a function of what the model returns")
+    if initial is not None and not (isinstance(initial, nn.Module) and _shapes(initial) == _shapes(model)):
+        raise TangleNASError(
+            f"the parameters of `initial` ({type(initial).__name__}) are not those of {type(model).__name__}: give a "
+            "module of the same kind, such as the model before it was trained"
+        )
+    example = example.detach().to(next(model.parameters(), example).device)
     recorder, whole = _record(model, example, output)
     refused = dict.fromkeys(fixed, "it is named in `fixed`")
     for _ in range(4):
@@ -206,6 +213,10 @@ def _shares(kind: str, given: Any) -> tuple[float, ...]:
     return shares
 
 
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 def _names(given: Any) -> tuple[str, ...]:
     """Return the names that the option `fixed` lists."""
     names = None if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
@@ -225,8 +236,8 @@ def _check_model(model: nn.Module, example: Tensor) -> None:
         raise TangleNASError(
             f"the example is of {shape}, expected a batch of inputs, such as torch.randn(2, 3, 224, 224)"
         )
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise TangleNASError(f"{name} is compiled: give the module that was compiled (its `_orig_mod`)")
+    if example.is_meta:
+        raise TangleNASError("the example is on the meta device, which has no numbers: give one on the model's device")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TangleNASError(f"{name} is a wrapper for several devices: give its `module`")
     for path, module in model.named_modules():
@@ -240,14 +251,19 @@ def _check_model(model: nn.Module, example: Tensor) -> None:
                 f"{where} computes a weight from others: remove its parametrization first, with "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
+        for key, tensor in module._parameters.items():
+            if isinstance(tensor, nn.parameter.UninitializedParameter) or (tensor is not None and tensor.is_meta):
+                raise TangleNASError(f"{where} has no numbers in {key} yet: run the model once, or load its weights")
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise TangleNASError(f"{where} is compiled: give the module that was compiled (its `_orig_mod`)")
         if any(
             getattr(module, hooks, None)
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         ):
-            raise TangleNASError(f"{where} has hooks, which a recording leaves out: remove them first")
-        for key, tensor in module._parameters.items():
-            if isinstance(tensor, nn.parameter.UninitializedParameter) or (tensor is not None and tensor.is_meta):
-                raise TangleNASError(f"{where} has no numbers in {key} yet: run the model once, or load its weights")
+            raise TangleNASError(
+                f"{where} has hooks, which a recording leaves out: remove them first, those of weight norm, spectral "
+                "norm and pruning with torch.nn.utils.remove_weight_norm, remove_spectral_norm and prune.remove"
+            )
 
 
 def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> tuple[Recorder, dict[str, str]]:
@@ -255,16 +271,20 @@ def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> 
     name = type(model).__name__
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            result = copy.deepcopy(model).eval()(example)
+            result = copy.deepcopy(model).eval()(example.clone())
     except Exception as error:
         raise TangleNASError(
             f"{name} does not take the example of shape {tuple(example.shape)} and type {example.dtype}: "
             f"{describe(error)}"
         ) from error
-    if not isinstance(output(result), Tensor):
-        raise TangleNASError(
-            f"`output` returns a {type(output(result)).__name__} for what {name} returns, expected a tensor"
-        )
+    try:
+        got = output(result)
+    except TangleNASError:
+        raise
+    except Exception as error:
+        raise TangleNASError(f"`output` does not take what {name} returns: {describe(error)}") from error
+    if not isinstance(got, Tensor):
+        raise TangleNASError(f"`output` returns a {type(got).__name__} for what {name} returns, expected a tensor")
     whole: dict[str, str] = {}
     while True:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,14 @@ def part(module: nn.Module, name: str) -> Any:
         stored = next((parts for parts in (found._modules, found._parameters, found._buffers) if key in parts), None)
         found = getattr(found, key) if stored is None else stored[key]
     return found
+
+
+def reference(module: nn.Module) -> Tensor:
+    """Return the parameter whose device and type are those of a network: the first one of floating type.
+
+    A network without one has torch's defaults.
+    """
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0))
 
 
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *inputs: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic.parts import reference
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
@@ -97,11 +98,11 @@ class Optimizer(abc.ABC):
         """Bind the method to a space: create alpha as `1e-3 * randn`, on the space's device and with its data type."""
         self.space, self.seed = space, seed
         self.draw_from(space)
-        reference = next(space.parameters())
+        place = reference(space)
         if self.learns_architecture:
             generator = torch.Generator().manual_seed(self.derive_seed(-1, "alpha"))
             self.alphas = {
-                count: nn.Parameter((1e-3 * torch.randn(rows, count, generator=generator)).to(reference))
+                count: nn.Parameter((1e-3 * torch.randn(rows, count, generator=generator)).to(place))
                 for count, rows in space.stacks.items()
             }
 

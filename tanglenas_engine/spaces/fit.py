@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tanglenas_engine.data import Samples, TokenSamples, batches
+from tanglenas_engine.elastic.parts import reference
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.space import SearchSpace
 
@@ -37,7 +38,7 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
             f"the data are of shape {_shape(inputs)}, but the space {space.label} takes {_shape(wanted)}: create the "
             "space with what fits the dataset (image_size and in_channels, or block_size), or change the dataset's"
         )
-    parameters = next(space.parameters())
+    parameters = reference(space)
     kinds = _kinds(wanted.dtype, parameters.dtype)
     if inputs.dtype not in kinds:
         raise TangleNASError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import tied
 from tanglenas_engine.elastic.depth import Depth
+from tanglenas_engine.elastic.parts import reference
 from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.runtime.weights import (
@@ -185,10 +186,10 @@ def _compare(space: SearchSpace, path: Path, folder: Path) -> str:
         return unknown.format(f"it cannot be built, {describe(error)}")
     if source is None:
         return unknown.format(f"{space.label} cannot build it from this folder")
-    source = source.to(next(space.parameters())).eval()
+    source = source.to(reference(space)).eval()
     with torch.no_grad(), seeded(0, accelerators=False), space.as_largest():
-        x = space.example_input(2).to(next(space.parameters()).device)
-        ours, theirs = space(x), source(x)
+        x = space.example_input(2).to(reference(space).device)
+        ours, theirs = space(x.clone()), source(x)
     theirs = getattr(theirs, "logits", theirs)  # transformers' networks return an object
     if ours.shape != theirs.shape:
         raise OtherWeightsError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tanglenas_engine.elastic.parts import call_with
+from tanglenas_engine.elastic.parts import call_with, reference
 
 aten = torch.ops.aten
 
@@ -99,17 +99,16 @@ def run_on_meta(network: nn.Module, example: Tensor) -> None:
     Tensors that the forward makes without a device are there, too.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    reference = next((parameter.dtype for parameter in network.parameters()), torch.get_default_dtype())
-    example = example.to("meta", reference if example.is_floating_point() else None)
+    example = example.to("meta", reference(network).dtype if example.is_floating_point() else None)
     with torch.no_grad(), torch.device("meta"), _autocast_on_meta():
         call_with(network, {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}, example)
 
 
 def run_with_numbers(network: nn.Module, example: Tensor) -> None:
     """Run a network's forward where its parameters are, in their floating type."""
-    reference = next(network.parameters(), example)
+    place = reference(network)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        network(example.to(reference) if example.is_floating_point() else example.to(reference.device))
+        network(example.to(place) if example.is_floating_point() else example.to(place.device))
 
 
 def counted(count: Callable[[Run], Counted]) -> Counted:

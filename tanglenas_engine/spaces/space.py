@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tanglenas_engine.elastic.base import Elastic, copied, sliced_state, tied
 from tanglenas_engine.elastic.depth import Depth, walk
 from tanglenas_engine.elastic.forms import check_foreign, explained
+from tanglenas_engine.elastic.parts import reference
 from tanglenas_engine.errors import TangleNASError, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.architectures import Architectures
@@ -319,19 +320,19 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     def one_hot(self, architecture: Architecture) -> Mixture:
         """Return the corner of an architecture: the mixture with all weight on it."""
         assignment = self.assignment_of(architecture)
-        reference = next(self.parameters())
+        place = reference(self)
         stacks = {}
         for count in self.stacks:
             picks = torch.tensor([assignment[row] for row in self.rows if len(row.options) == count])
-            stacks[count] = nn.functional.one_hot(picks, count).to(reference)
+            stacks[count] = nn.functional.one_hot(picks, count).to(place)
         return self.mixture(stacks)
 
     # Standalone networks.
 
     def extract(self, architecture: Architecture) -> nn.Module:
         """Return the standalone network of an architecture with the supernet's weights, in the supernet's mode."""
-        reference = next(self.parameters())
-        network = self.standalone(architecture).to(reference.device, reference.dtype)
+        place = reference(self)
+        network = self.standalone(architecture).to(place.device, place.dtype)
         network.load_state_dict(self.inherited(architecture))
         return network.train(self.training)
 

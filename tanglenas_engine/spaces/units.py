@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tanglenas_engine.elastic.base import Elastic
-from tanglenas_engine.elastic.parts import part
+from tanglenas_engine.elastic.parts import part, reference
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.space import SearchSpace
@@ -200,7 +200,7 @@ def _outputs(space: SearchSpace) -> Tensor:
     """Return the largest network's outputs for the same random batch at every call."""
     with torch.no_grad(), seeded(0, accelerators=False), space.as_largest():
         x = space.example_input(2)
-        return space(x.to(next(space.parameters())) if x.is_floating_point() else x.to(next(space.parameters()).device))
+        return space(x.to(reference(space)) if x.is_floating_point() else x.to(reference(space).device))
 
 
 def _same(before: Tensor, after: Tensor, precision: torch.dtype) -> bool:
@@ -216,7 +216,7 @@ def _exact(space: SearchSpace) -> Iterator[torch.dtype]:
     Tensors of equal values, such as a fresh head of zeros, would hide that a permutation changes the network. They are
     the same in every order, so they need no permutation when they are restored.
     """
-    dtype = next(space.parameters()).dtype
+    dtype = reference(space).dtype
     constants = []
     try:
         try:
@@ -228,7 +228,7 @@ def _exact(space: SearchSpace) -> Iterator[torch.dtype]:
                 if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
                     constants.append((tensor, float(tensor.flatten()[0])))
                     tensor.add_(torch.rand(tensor.shape, dtype=tensor.dtype).to(tensor.device), alpha=0.1)
-        yield next(space.parameters()).dtype
+        yield reference(space).dtype
     finally:
         with torch.no_grad():
             for tensor, value in constants:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic.parts import reference
 from tanglenas_engine.errors import describe, unknown
 from tanglenas_engine.plugins import create_optimizer
 from tanglenas_engine.spaces.architecture import Architecture
@@ -261,7 +262,7 @@ def _without_dropout(module: M) -> M:
 
 def _inputs(space: SearchSpace, batch: int) -> Tensor:
     inputs = space.example_input(batch)
-    return inputs.to(next(space.parameters()).dtype) if inputs.is_floating_point() else inputs
+    return inputs.to(reference(space).dtype) if inputs.is_floating_point() else inputs
 
 
 def _deterministic(network: nn.Module, inputs: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Models that nobody wrote for a search become spaces whose corners, costs and gradients are exact."""
 
 import copy
+import operator
 import warnings
 
 import pytest
@@ -237,6 +238,8 @@ REFUSED = {
     "changed parameters": (Counting, r"its forward changes a parameter or a buffer"),
     "weights of others": (Lending, r"its forward calls other with other weights than its own"),
     "scripted": (lambda: scripted(), r"is compiled: give the module that was compiled"),
+    "scripted inside": (lambda: nn.Sequential(scripted()), r"0 \(RecursiveScriptModule\) is compiled"),
+    "a lazy layer": (lambda: nn.LazyLinear(3), r"LazyLinear has no numbers in weight yet"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), r"remove its parametrization"),
     "nothing to vary": (
         lambda: nn.Linear(8, 3),
@@ -274,6 +277,10 @@ def test_options_are_shares(shares):
     [
         ({"divisor": 0}, "divisor is 0, expected a whole number of at least 1"),
         ({"divisor": -8}, "divisor is -8, expected a whole number of at least 1"),
+        ({"output": None}, "output is None: expected a function of what the model returns"),
+        ({"output": operator.attrgetter("logits")}, "`output` does not take what Small returns: AttributeError"),
+        ({"initial": 3}, r"the parameters of `initial` \(int\) are not those of Small"),
+        ({"initial": nn.Linear(2, 2)}, r"the parameters of `initial` \(Linear\) are not those of Small"),
         ({"fixed": "first"}, r"fixed is 'first': expected a list of names of choices, such as \['first'\]"),
         ({"fixed": [3]}, "fixed is .* expected a list of names"),
         ({"fixed": ["frist"]}, r"unknown choice in fixed 'frist'. Did you mean 'first'\? Choose one of: first."),
@@ -468,6 +475,59 @@ def test_choices_of_layers_have_the_same_name_where_the_depth_is_fixed():
     check_corners(lambda: copy.deepcopy(space))
     fixed = elasticize(nn.Sequential(*model, nn.Linear(8, 16), nn.Linear(16, 3)), x, fixed=["1.depth", "1.first"])
     assert "1.depth" not in fixed.choices and "1.first" not in fixed.choices and "2" in fixed.choices
+
+
+@pytest.mark.parametrize(
+    "first", [nn.LeakyReLU(0.1, True), lambda x: x + torch.randn_like(x), lambda x: F.dropout(x, training=True)]
+)
+def test_a_model_may_change_its_input_or_draw_random_numbers_in_evaluation(first):
+    class Model(Small):
+        def __init__(self):
+            super().__init__()
+            self.before = first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.before(x))
+
+    x = torch.randn(2, 8)
+    before = x.clone()
+    assert "first" in elasticize(Model(), x).choices and x.equal(before)
+
+
+def test_a_size_for_which_an_architecture_draws_other_numbers_stays():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latent, self.rest = nn.Linear(8, 32), nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            latent = self.latent(x)
+            return self.rest(latent + torch.randn_like(latent))
+
+    assert list(elasticize(Model(), torch.randn(2, 8)).choices) == ["rest.0"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Parameter(torch.ones(32).bool(), requires_grad=False),
+        lambda: nn.Parameter(torch.arange(32), requires_grad=False),
+        lambda: nn.Parameter(torch.ones(32, dtype=torch.cfloat)),
+    ],
+)
+def test_parameters_of_other_types_than_floats_are_no_hindrance(make):
+    class Model(Small):
+        def __init__(self):
+            super().__init__()
+            self.other = make()
+
+        def between(self, x: Tensor) -> Tensor:
+            return torch.where(self.other.abs() > 0 if self.other.dtype != torch.bool else self.other, x, 0 * x)
+
+    model = nn.Sequential(Model(), nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 3))
+    space = elasticize(model, torch.randn(2, 8))
+    assert "1" in space.choices and space.cost(space.smallest()).params
+    assert space.standalone(space.smallest())(space.example_input(2)).shape == (2, 3)
 
 
 MADE = {
