@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from tanglenas_engine.conversion.analysis import Analysis
 from tanglenas_engine.conversion.dimensions import DATA, Atom, resolved
 from tanglenas_engine.conversion.forms import FORMS, Axes, Holder, make_elastic
 from tanglenas_engine.conversion.program import Plan, Program
 from tanglenas_engine.conversion.record import Recorder
 from tanglenas_engine.conversion.report import Part, Report
-from tanglenas_engine.conversion.rules import Analysis
 from tanglenas_engine.conversion.stacks import Layers, find_stacks
 from tanglenas_engine.conversion.traced import Stack, Traced
 from tanglenas_engine.elastic.base import Elastic

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tanglenas_engine.conversion.analysis import Analysis
 from tanglenas_engine.conversion.dimensions import Atom, Dim, length, resolved
 from tanglenas_engine.conversion.forms import FixedProduct, Product, WidthMean, WidthNorm, method
 from tanglenas_engine.conversion.record import BATCHES
-from tanglenas_engine.conversion.rules import Analysis
 from tanglenas_engine.conversion.stacks import Layers
 from tanglenas_engine.conversion.traced import Reference
 from tanglenas_engine.superposition.size import Axis, Size

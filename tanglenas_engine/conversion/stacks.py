@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from tanglenas_engine.conversion.analysis import Analysis
 from tanglenas_engine.conversion.dimensions import unite
 from tanglenas_engine.conversion.record import BATCHES
-from tanglenas_engine.conversion.rules import Analysis
 
 Span = tuple[list[fx.Node], list[fx.Node], list[fx.Node]]
 """The nodes of a module's call, its tensors and the tensors that it returns."""
