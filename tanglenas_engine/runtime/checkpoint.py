@@ -32,6 +32,28 @@ class _DamagedError(Exception):
     """The error for a generation that cannot be read back as it was written."""
 
 
+def encoded(state: Mapping[str, Any]) -> memoryview:
+    """Return the bytes of a state.
+
+    Raises:
+        TangleNASError: The state holds an object that `decoded` could not read.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    buffer.seek(0)
+    if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
+        raise TangleNASError(
+            f"the state to be checkpointed holds {', '.join(foreign)}, which could not be loaded again. "
+            "Keep to tensors, Python numbers, strings, lists, tuples and dicts."
+        )
+    return buffer.getbuffer()
+
+
+def decoded(data: bytes | memoryview) -> Any:
+    """Return the state of these bytes with its tensors on the CPU. Nothing in it is executed."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
     """The checkpoints of one run in their own folder. Inside `with`, no other process can use the folder.
 
@@ -78,15 +100,7 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         """
         if self._hold is None:
             raise RuntimeError("save() belongs inside `with CheckpointFolder(...)`, which holds the folder")
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        buffer.seek(0)
-        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
-            raise TangleNASError(
-                f"the state to be checkpointed holds {', '.join(foreign)}, which could not be loaded again. "
-                "Keep to tensors, Python numbers, strings, lists, tuples and dicts."
-            )
-        data = buffer.getbuffer()
+        data = encoded(state)
         generations = self._generations()
         generation = max(generations, default=0) + 1
         previous = self._trusted if self._trusted is not None else max(generations, default=0)
@@ -166,7 +180,7 @@ class CheckpointFolder(AbstractContextManager["CheckpointFolder"]):
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _DamagedError(f"{path} is not what was written (its sha256 differs)")
         try:  # another program may have written both files, so a correct sha256 does not prove that this is a state
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = decoded(data)
         except Exception as error:
             raise _DamagedError(f"{path} is no checkpoint ({type(error).__name__})") from error
         if not isinstance(state, dict):

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine.data import DataView, Stream
+from tanglenas_engine.data import DataView, Stream, batches
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch
@@ -25,6 +25,7 @@ from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import to_device
 from tanglenas_engine.runtime.files import HeldError
+from tanglenas_engine.runtime.foreign import unusable
 from tanglenas_engine.runtime.seeding import checked_seed, seeded
 from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
@@ -46,7 +47,9 @@ from tanglenas_engine.training.optim import (
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
 from tanglenas_engine.training.stopwatch import Stopwatch
+from tanglenas_engine.training.trial import try_steps
 
+AVERAGE = "a moving average with update(network), such as timm.utils.ModelEmaV3, or torch's AveragedModel"
 MODES = ("scratch", "inherit", "finetune")
 Mode = Literal["scratch", "inherit", "finetune"]
 
@@ -54,7 +57,8 @@ Mode = Literal["scratch", "inherit", "finetune"]
 class EMA(Protocol):
     """A moving average of a network's weights, such as timm's `ModelEmaV3`.
 
-    If `update` has an argument `step`, it gets the number of steps that were taken, counted from 1 as in timm.
+    `update` may be called `update_parameters`, as in torch's `AveragedModel`. If it has an argument `step`, it gets the
+    number of steps that were taken, counted from 1 as in timm.
     """
 
     module: nn.Module
@@ -122,7 +126,7 @@ def retrain(
         until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
             the same checkpoints goes on. None trains to the end. If the checkpoint is beyond, the history and the
             accuracy are those of `until`, and the network is that of the checkpoint. 0 makes everything that the
-            training needs, which checks the options, and trains nothing: the accuracy is NaN.
+            training needs, tries the steps of small parameters and one loss, and trains nothing: the accuracy is NaN.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.
         scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every
@@ -212,6 +216,19 @@ def _recalibrate(network: nn.Module, data: DataView, count: int, seed: int) -> N
         recalibrate(network, inputs)
 
 
+def _update_of(average: EMA) -> Callable[[nn.Module, int], None]:
+    """Return the function that updates a moving average by the network, given the number of steps.
+
+    Raises:
+        TangleNASError: The average has no such method.
+    """
+    update = getattr(average, "update", None) or getattr(average, "update_parameters", None)
+    if update is None:
+        raise unusable("retrain.ema", f"it makes a {type(average).__name__}, which has no update", AVERAGE)
+    counts = "step" in inspect.signature(update).parameters
+    return lambda network, step: update(network, **({"step": step} if counts else {}))
+
+
 def _wrapped(network: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Return the module around a network that is trained in its place.
 
@@ -252,8 +269,9 @@ class Retraining(Training):
         computation: Computation,
         session: Session,
     ):
-        self.network, self.validation, self.computation = network, data.validation, computation
-        self.device, self.loss = session.find_device(), checked_loss(loss)
+        self.network, self.computation = network, computation
+        self._training, self.validation = data.training, data.validation
+        self.device, self.loss = session.find_device(), checked_loss("retrain.loss", loss)
         self._last = learns_with_channels_last(network)
         self.distillation = distillation
         self.precision = computation.precise(self.device)
@@ -262,12 +280,13 @@ class Retraining(Training):
         self.stream = Stream(data.training, batch_size, seed=seed, num_workers=session.num_workers, part=share)
         super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
         self.trained = _wrapped(network, wrap).to(self.device) if wrap else network
-        self.optimizer = call_factory("retrain.optimizer", optimizer, parameter_groups(self.trained))
-        self.scheduler = (
-            make_scheduler("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
-        )
-        self.average = call_factory("retrain.ema", ema, network, needs=("update", "module")) if ema else None
-        self._counts = self.average is not None and "step" in inspect.signature(self.average.update).parameters
+        groups, factory = parameter_groups(self.trained), ("retrain.optimizer", optimizer)
+        schedule = ("retrain.scheduler", scheduler) if scheduler else None
+        self.optimizer = call_factory(*factory, groups)
+        self.scheduler = make_scheduler(*schedule, self.optimizer, self.steps) if schedule else None
+        try_steps(factory, groups, schedule, self.steps)
+        self.average = call_factory("retrain.ema", ema, network, needs=("module",), like=AVERAGE) if ema else None
+        self._update_average = _update_of(self.average) if self.average else None
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
         self._hooks = [h for m in self.trained.modules() if callable(h := getattr(m, "set_progress", None))]
         backend = computation.backend
@@ -289,10 +308,20 @@ class Retraining(Training):
     def result(self, until: int | None = None) -> RetrainResult:
         """Run the training, to its end or until so many epochs are finished, and return its result."""
         if until == 0:
+            self._try_loss()
             return RetrainResult(self.final.eval(), math.nan, [])
         history = self.run(until)
         seconds, wall = self.stopwatch.ends[len(history) - 1].tolist()
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history, seconds, wall)
+
+    def _try_loss(self) -> None:
+        """Compute the loss of two samples, and leave the network as it is."""
+        inputs, targets = to_device(next(batches(self._training, 2)), self.device, self._last)
+        buffers = [(buffer, buffer.clone()) for buffer in self.trained.buffers()]
+        with torch.no_grad():
+            self.loss(self.precision.forward(self.trained, inputs), targets)
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def inputs(self, position: int) -> list[Tensor]:
         return [self.stream.batch(position)[0]]
@@ -336,8 +365,8 @@ class Retraining(Training):
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
-        if self.average is not None:
-            self.average.update(self.network, **({"step": position + 1} if self._counts else {}))
+        if self._update_average is not None:
+            self._update_average(self.network, position + 1)
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}
 
     def end_epoch(self, epoch: int, means: Record) -> Record:

@@ -43,6 +43,7 @@ from tanglenas_engine.training.optim import (
 )
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
+from tanglenas_engine.training.trial import try_steps
 
 Phase = Literal["warm-up", "search", "path"]
 """What a step does: the weights learn alone, or alpha too, or the weights by random architectures."""
@@ -230,7 +231,7 @@ class Search(Training):
                 )
         check_fit(space, data.weights, data.architecture, data.validation)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
-        self.loss, self.seed, self.table, self.stop = checked_loss(loss), seed, table, stop
+        self.loss, self.seed, self.table, self.stop = checked_loss("search.loss", loss), seed, table, stop
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.path_epochs = path_epochs if optimizer.learns_architecture else 0
         self.device = session.find_device()
@@ -266,20 +267,23 @@ class Search(Training):
         self.weights, self.alphas = list(space.parameters()), optimizer.parameters()
         self.parameters = [*self.weights, *self.alphas]
         self.statistics = running_statistics(space)
-        self.weight_optimizer = call_factory("search.weight_optimizer", weight_optimizer, parameter_groups(space))
-        self.architecture_optimizer = (
-            call_factory("search.architecture_optimizer", architecture_optimizer, self.alphas)
-            if optimizer.learns_architecture
-            else None
-        )
+        self._weight_factory = ("search.weight_optimizer", weight_optimizer)
+        self.weight_optimizer = call_factory(*self._weight_factory, parameter_groups(space))
+        self.architecture_optimizer: torch.optim.Optimizer | None = None
+        if optimizer.learns_architecture:
+            factory = ("search.architecture_optimizer", architecture_optimizer)
+            self.architecture_optimizer = call_factory(*factory, self.alphas)
+            try_steps(factory, self.alphas)
         self._first_options = [
             {name: option for name, option in group.items() if name != "params"}
             for group in self.weight_optimizer.param_groups
         ]
-        self._scheduler_factory = scheduler
+        self._schedule = ("search.scheduler", scheduler) if scheduler else None
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         if self.pace is None:
             self._make_scheduler()
+        else:  # the schedule begins after a trial of the steps' time
+            try_steps(self._weight_factory, parameter_groups(space))
         self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
@@ -292,9 +296,11 @@ class Search(Training):
         for group, options in zip(self.weight_optimizer.param_groups, self._first_options, strict=True):
             group.update(options)
         self.schedule_start = self._first_path if phase == "path" else 0
-        if self._scheduler_factory is not None:
-            steps = self.steps - self._first_path if phase == "path" else self._first_path
-            self.scheduler = make_scheduler("search.scheduler", self._scheduler_factory, self.weight_optimizer, steps)
+        steps = self.steps - self._first_path if phase == "path" else self._first_path
+        if self._schedule is not None:
+            self.scheduler = make_scheduler(*self._schedule, self.weight_optimizer, steps)
+        if phase != "path":
+            try_steps(self._weight_factory, parameter_groups(self.space), self._schedule, steps)
 
     @property
     def _first_path(self) -> int:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-
-import tanglenas_engine
 from tanglenas_engine import errors
 from tanglenas_engine.data import Dataset
-from tanglenas_engine.errors import TangleNASError, describe, shown
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.plugins import Plugin, PluginManager, Registration, manager
 from tanglenas_engine.plugins.manager import canonical_name, options_of
+from tanglenas_engine.runtime.foreign import place
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.testing import datasets, objectives, optimizers, spaces
@@ -169,18 +165,7 @@ def _outcome(subject: str, check: str, action: Callable[[], None]) -> Outcome:
     try:
         action()
     except (AssertionError, TangleNASError) as error:
-        problem = (str(error) or "an assertion failed") + _place(error.__cause__)
+        problem = (str(error) or "an assertion failed") + place(error.__cause__)
     except Exception as error:  # a plugin can raise anything
-        problem = describe(error) + _place(error)
+        problem = describe(error) + place(error)
     return Outcome(subject, check, problem, time.perf_counter() - start)
-
-
-def _place(error: BaseException | None) -> str:
-    """Return where in a plugin an error was raised: its innermost line outside of this package and torch, or ""."""
-    if error is None or isinstance(error, TangleNASError):  # whose message says what to do
-        return ""
-    ours = [Path(module.__file__ or "").parent for module in (tanglenas_engine, torch)]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not any(Path(frame.filename).is_relative_to(folder) for folder in ours):
-            return f" ({shown(frame.filename)}:{frame.lineno}, in {shown(frame.name)})"
-    return ""

@@ -256,10 +256,8 @@ class Training(abc.ABC):
             raise UnfitError(f"its position is {shown(position, 60)}, expected a step from 0 to {self.steps}")
         if type(state["threads"]) is not int or state["threads"] < 1:
             raise UnfitError(f"it was made by {shown(state['threads'], 60)} threads, expected a number of at least 1")
-        schedules = {key for key, part in parts.items() if isinstance(part, torch.optim.lr_scheduler.LRScheduler)}
         for key, part in parts.items():
-            taken = position - self.schedule_start if key in schedules else position
-            check_part(key, part, state[key], taken, steady=not schedules)
+            check_part(key, part, state[key], position - (self.schedule_start if key == "scheduler" else 0))
         check_history(state["history"], self.record_like(), position // self.steps_per_epoch)
         check_ranks(state["ranks"], position % self.steps_per_epoch == 0)
 

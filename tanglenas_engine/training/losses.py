@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.foreign import blamed
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -22,15 +23,20 @@ def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
 
 
-def checked_loss(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+def checked_loss(name: str, loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     """Return the loss with a check of its result.
 
+    Args:
+        name: The option's name in messages.
+        loss: The user's loss.
+
     Raises:
-        TangleNASError: A call of the returned loss gives something other than a tensor with one number.
+        TangleNASError: A call of the returned loss fails, or gives something other than a tensor with one number.
     """
 
     def checked(outputs: Any, targets: Tensor) -> Tensor:
-        value = loss(outputs, targets)
+        with blamed(name, "a function of outputs and targets, such as cross_entropy"):
+            value = loss(outputs, targets)
         if not isinstance(value, Tensor) or value.dim():
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise TangleNASError(

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import within
+from tanglenas_engine.runtime.foreign import blamed, unusable
 
 T = TypeVar("T")
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
+OPTIMIZER = "an optimizer whose step() takes no argument, such as torch.optim.AdamW"
+SCHEDULE = "a schedule whose step() takes no argument, such as cosine or one of torch.optim.lr_scheduler"
 FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
 """The torch optimizers that take fused steps. On a CPU a fused step takes a quarter of the time of an unfused one.
 
@@ -31,9 +34,14 @@ def cosine(
     Args:
         optimizer: The torch optimizer.
         total_steps: The number of steps.
-        warmup: The share of the steps with warm-up.
-        final: The share of the learning rate at the end.
+        warmup: The share of the steps with warm-up, from 0 to 1.
+        final: The share of the learning rate at the end, from 0 to 1.
+
+    Raises:
+        TangleNASError: A share is not from 0 to 1.
     """
+    within("cosine.warmup", warmup, 0, 1)
+    within("cosine.final", final, 0, 1)
     rising = max(1, round(warmup * total_steps))
 
     def factor(step: int) -> float:
@@ -55,24 +63,9 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def make_scheduler(
-    name: str, factory: SchedulerFactory, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Call a user's factory for a learning-rate schedule of so many steps, and check its result.
-
-    Raises:
-        TangleNASError: The factory fails, or makes no schedule that is stepped without a measurement.
-    """
-    made = call_factory(name, factory, optimizer, steps, needs=("step",))
-    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TangleNASError(
-            f"{name} is ReduceLROnPlateau, which waits for a measurement, but it is stepped in every iteration: use "
-            "another one, such as cosine"
-        )
-    return made
-
-
-def call_factory(name: str, factory: Callable[..., T], *arguments: Any, needs: Sequence[str] = ()) -> T:
+def call_factory(
+    name: str, factory: Callable[..., T], *arguments: Any, needs: Sequence[str] = (), like: str = OPTIMIZER
+) -> T:
     """Call a user's factory for an optimizer, a schedule or a moving average, and check its result.
 
     torch optimizers in `FUSED_OPTIMIZERS` take fused steps unless the user chose otherwise.
@@ -81,25 +74,30 @@ def call_factory(name: str, factory: Callable[..., T], *arguments: Any, needs: S
         name: The option's name in messages.
         factory: The user's factory.
         arguments: The arguments of the factory.
-        needs: The attributes that the result needs beside `state_dict`.
+        needs: The attributes that the result needs beside those by which it is saved and loaded.
+        like: What the factory should make, for messages, with an example.
 
     Raises:
         TangleNASError: The factory fails, or its result lacks an attribute.
     """
-    try:
+    expected = f"what takes {len(arguments)} argument{'s' * (len(arguments) > 1)} and makes {like}"
+    with blamed(name, expected):
         result = factory(*arguments)
-        missing = [attribute for attribute in ("state_dict", *needs) if not hasattr(result, attribute)]
-        what = f"it makes a {type(result).__name__}, which has no {missing[0]}" if missing else ""
-    except (TypeError, ValueError, AttributeError) as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    if what:
-        raise TangleNASError(
-            f"{name} cannot be used ({what}). Expected what takes {len(arguments)} argument"
-            f"{'s' * (len(arguments) > 1)} and makes something that can be saved, such as torch.optim.SGD or cosine"
-        )
+    for attribute in ("state_dict", "load_state_dict", *needs):
+        if not hasattr(result, attribute):
+            raise unusable(name, f"it makes a {type(result).__name__}, which has no {attribute}", expected)
     if type(result) in FUSED_OPTIMIZERS:
         _fuse(result)
     return result
+
+
+def make_scheduler(name: str, factory: SchedulerFactory, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """Call a user's factory for a learning-rate schedule of so many steps, and check its result.
+
+    Raises:
+        TangleNASError: The factory fails, or makes no schedule.
+    """
+    return call_factory(name, factory, optimizer, steps, needs=("step",), like=SCHEDULE)
 
 
 def _fuse(optimizer: Any) -> None:

@@ -23,8 +23,6 @@ MERSENNE_WORDS = 624
 """The number of 32-bit words in the state of NumPy's MT19937."""
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 """Optimizer state whose values are squares, so that none is negative."""
-SCHEDULED = ("lr", "momentum", "betas")
-"""Values of an optimizer's groups that torch's schedules change."""
 
 
 class Stateful(Protocol):
@@ -39,25 +37,24 @@ class UnfitError(TangleNASError):
     """The error for a checkpoint that cannot be a state of the training that reads it."""
 
 
-def check_part(name: str, part: Stateful, given: Any, position: int, steady: bool = False) -> None:
+def check_part(name: str, part: Stateful, given: Any, position: int) -> None:
     """Check a part of a checkpoint against the object that takes it.
 
     Args:
         name: The name of the part in messages.
         part: The object at the start of its training.
         given: The state in the checkpoint.
-        position: The number of steps that the training has taken.
-        steady: True if no schedule changes the values of an optimizer's groups.
+        position: The number of steps that the part has taken.
 
     Raises:
         UnfitError: `given` is no state of `part`. The message says where.
     """
     if isinstance(part, torch.optim.Optimizer):
-        _check_optimizer(name, part, given, position, steady)
+        _check_optimizer(name, part, given, position)
         return
     check_like(name, part.state_dict(), given)
-    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
-        _check_schedule(name, part, given, position)
+    if type(part) is LambdaLR:
+        _check_rates(name, part, given, position)
     elif isinstance(part, torch.amp.GradScaler):
         _number(f"{name}.scale", given["scale"], least=2.0**-126)
 
@@ -125,11 +122,11 @@ def check_history(history: Any, like: Mapping[str, Any] | None, epochs: int) -> 
                 if name not in record:
                     _unfit(where, sorted(record), f"a record with {name}")
                 check_like(f"{where}.{name}", value, record[name])
+                if name.endswith("accuracy") and not 0 <= record[name] <= 100:
+                    _unfit(f"{where}.{name}", record[name], "0 to 100 %")
         for name, value in record.items():
             if name not in like and (isinstance(value, bool) or not isinstance(value, int | float)):
                 _unfit(f"{where}.{name}", value, "a number")
-            if name.endswith("accuracy") and not 0 <= value <= 100:
-                _unfit(f"{where}.{name}", value, "0 to 100 %")
 
 
 def check_ranks(ranks: Any, between_epochs: bool) -> None:
@@ -192,7 +189,7 @@ def _check_generators(where: str, given: Any) -> None:
 # --- optimizers and schedules -------------------------------------------------------------------------------------
 
 
-def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, given: Any, position: int, steady: bool) -> None:
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, given: Any, position: int) -> None:
     own = optimizer.state_dict()
     _keys(name, own, given)
     exact = type(optimizer).__module__.startswith("torch.optim.")
@@ -200,7 +197,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, given: Any, po
     if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
         _unfit(f"{name}.param_groups", groups, f"{len(own['param_groups'])} groups")
     for number, (group, mine) in enumerate(zip(groups, own["param_groups"], strict=True)):
-        _check_group(f"{name}.param_groups[{number}]", mine, group, exact, steady)
+        _check_group(f"{name}.param_groups[{number}]", mine, group)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(given["state"], dict):
         _unfit(f"{name}.state", given["state"], "a dict")
@@ -229,24 +226,29 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, given: Any, po
                 storages.add(storage)
 
 
-def _check_group(where: str, own: Mapping[str, Any], given: Any, exact: bool, steady: bool) -> None:
-    _keys(where, own, given, more=() if exact else tuple(given))
+def _check_group(where: str, own: Mapping[str, Any], given: Any) -> None:
+    """Check what a schedule of any kind, or the optimizer itself, may have moved and added: its numbers are finite.
+
+    All else is as it was, such as the parameters, or the flags that choose how a step is computed.
+    """
     for key, value in own.items():
-        other, fixed = given[key], key in ("params", "initial_lr") or isinstance(value, bool | str | None)
-        if fixed or (exact and (steady or key not in SCHEDULED)):
-            if isinstance(value, Tensor):
-                fixed = isinstance(other, Tensor) and torch.equal(value.cpu(), other)
-            else:
-                fixed = type(other) is type(value) and other == value
-            if not fixed:
-                _unfit(f"{where}.{key}", other, shown(value, 60))
-            continue
-        check_like(f"{where}.{key}", value, other)
-        if key not in SCHEDULED:
-            continue
-        for number in other if isinstance(other, list | tuple) else (other,):
-            if isinstance(number, int | float) and (number < 0 or (key == "betas" and number >= 1)):
-                _unfit(f"{where}.{key}", other, "no negative number, and betas below 1")
+        if not isinstance(given, Mapping) or key not in given:
+            _unfit(where, given, f"a dict with {key}")
+        if key == "params" and given[key] != value:
+            _unfit(f"{where}.{key}", given[key], shown(value, 60))
+        _check_moved(f"{where}.{key}", value, given[key])
+
+
+def _check_moved(where: str, own: Any, given: Any) -> None:
+    if isinstance(own, list | tuple) and type(given) is type(own) and len(given) == len(own):
+        for number, (value, other) in enumerate(zip(own, given, strict=True)):
+            _check_moved(f"{where}[{number}]", value, other)
+    elif isinstance(own, int | float) and not isinstance(own, bool):
+        _number(where, given)
+    elif isinstance(own, Tensor):
+        _check_tensor(where, given, own.shape, own.dtype)
+    elif type(given) is not type(own) or given != own:
+        _unfit(where, given, shown(own, 60))
 
 
 def _check_entry(where: str, like: Any, given: Any, fused: bool) -> None:
@@ -284,16 +286,13 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str,
     return state
 
 
-def _check_schedule(name: str, schedule: torch.optim.lr_scheduler.LRScheduler, given: Any, position: int) -> None:
-    for key in ("last_epoch", "_step_count"):
-        if key in given and not 0 <= given[key] <= position + 1:
-            _unfit(f"{name}.{key}", given[key], f"the {position} steps that were taken")
-    if type(schedule) is LambdaLR:
-        rates = [base * rule(position) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        wanted = {"last_epoch": position, "base_lrs": schedule.base_lrs, "_last_lr": rates}
-        for key, value in wanted.items():
-            if given[key] != value:
-                _unfit(f"{name}.{key}", given[key], shown(value, 60))
+def _check_rates(name: str, schedule: LambdaLR, given: Any, position: int) -> None:
+    """Check a schedule by a function of the step, such as `cosine`: all that it has follows from the step."""
+    rates = [base * rule(position) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    wanted = {"last_epoch": position, "base_lrs": schedule.base_lrs, "_last_lr": rates}
+    for key, value in wanted.items():
+        if given[key] != value:
+            _unfit(f"{name}.{key}", given[key], shown(value, 60))
 
 
 # --- inside -------------------------------------------------------------------------------------------------------

@@ -164,18 +164,16 @@ FORGERIES = [
     pytest.param(lambda s: s["weight_optimizer"]["state"].update({"0": {}}), id="state of parameter '0'"),
     pytest.param(lambda s: at(s, "weight_optimizer", "state", 0).update(more=1), id="more in the state"),
     pytest.param(lambda s: at(s, *SQUARE[:-1]).update(exp_avg_sq=at(s, *MOMENT)), id="shared memory"),
-    *(assign(*GROUP, "lr", value=value) for value in (NAN, -1.0, math.inf, "1", None, [], True, torch.tensor(1.0))),
+    *(assign(*GROUP, "lr", value=value) for value in (NAN, math.inf, "1", None, [], True, torch.tensor(1.0))),
     *(assign(*GROUP, "betas", value=value)
-      for value in ((2.0, 0.9), (0.9,), (NAN, 0.9), [0.9, 0.9], 0.9, (-0.1, 0.9), None)),
-    *(assign(*GROUP, "weight_decay", value=value) for value in (0.9, NAN, -1.0, None)),
-    *(assign(*GROUP, "eps", value=value) for value in (0.0, 1e9, -1e-8, NAN)),
+      for value in ((0.9,), (NAN, 0.9), [0.9, 0.9], 0.9, (True, 0.9), None)),
+    *(assign(*GROUP, name, value=value) for name in ("weight_decay", "eps") for value in (NAN, -math.inf, "0", None)),
     *(assign(*GROUP, name, value=value)
       for name in ("amsgrad", "maximize", "capturable", "differentiable", "foreach") for value in (True, 1, "yes")),
     *(assign(*GROUP, "fused", value=value) for value in (False, None, "yes")),
     *(assign(*GROUP, "params", value=value) for value in ([], [0], [0, 0], [10**6], None)),
-    assign(*GROUP, "initial_lr", value=1.0), drop(*GROUP, "lr"), drop(*GROUP, "params"),
-    assign("weight_optimizer", "param_groups", value=[]),
-    pytest.param(lambda s: at(s, *GROUP).update(more=1), id="more in the group"),
+    assign(*GROUP, "initial_lr", value=NAN), drop(*GROUP, "lr"), drop(*GROUP, "params"),
+    assign("weight_optimizer", "param_groups", value=[]), assign(*GROUP, value=None),
     *(assign(*WEIGHT, value=forge) for forge in (wider, doubled, whole, poisoned, infinite, learning)),
     *(assign(*WEIGHT, value=value) for value in JUNK), drop(*WEIGHT),
     pytest.param(lambda s: s["space"].update(more=torch.zeros(1)), id="more weights"),
@@ -284,7 +282,7 @@ def test_sound_states_of_other_optimizers_fit(factory):
     fresh = call_factory("optimizer", lambda parameters: factory(parameters), list(network.parameters()))
     for _ in range(3):
         optimizer.step(closure)
-    check_part("optimizer", fresh, copy.deepcopy(optimizer.state_dict()), 100, steady=True)
+    check_part("optimizer", fresh, copy.deepcopy(optimizer.state_dict()), 100)
 
 
 def test_timm_s_optimizers_fit_too():
