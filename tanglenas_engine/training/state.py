@@ -52,18 +52,25 @@ def check_part(name: str, part: Stateful, given: Any, position: int) -> None:
     if isinstance(part, torch.optim.Optimizer):
         _check_optimizer(name, part, given, position)
         return
-    check_like(name, part.state_dict(), given)
+    # A schedule's numbers may turn into fractions, as a rate of 1 does.
+    check_like(name, part.state_dict(), given, whole=not hasattr(part, "step"))
     if type(part) is LambdaLR:
         _check_rates(name, part, given, position)
     elif isinstance(part, torch.amp.GradScaler):
         _number(f"{name}.scale", given["scale"], least=2.0**-126)
 
 
-def check_like(where: str, own: Any, given: Any) -> None:
+def check_like(where: str, own: Any, given: Any, whole: bool = True) -> None:
     """Check that a value has the structure of another: types, names, lengths, and shapes and dtypes of tensors.
 
     A number is finite where that of this training is, and so is a floating-point tensor. A value for None may be a
     number.
+
+    Args:
+        where: The name of the value in messages.
+        own: The value of this training.
+        given: The value in the checkpoint.
+        whole: True if whole numbers stay so.
 
     Raises:
         UnfitError: The structures differ. The message says where.
@@ -73,17 +80,17 @@ def check_like(where: str, own: Any, given: Any) -> None:
     elif isinstance(own, Mapping):
         _keys(where, own, given)
         for key, value in own.items():
-            check_like(f"{where}.{key}", value, given[key])
+            check_like(f"{where}.{key}", value, given[key], whole)
     elif isinstance(own, list | tuple):
         if type(given) is not type(own) or len(given) != len(own):
             _unfit(where, given, f"a {type(own).__name__} of {len(own)}")
         for number, (value, other) in enumerate(zip(own, given, strict=True)):
-            check_like(f"{where}[{number}]", value, other)
+            check_like(f"{where}[{number}]", value, other, whole)
     elif own is None:
         if given is not None:
             _number(where, given)
     elif isinstance(own, int | float) and not isinstance(own, bool):
-        if isinstance(own, int) and not isinstance(given, int):
+        if whole and isinstance(own, int) and not isinstance(given, int):
             _unfit(where, given, "a whole number")
         if math.isfinite(own) or not isinstance(given, float):
             _number(where, given)
