@@ -111,14 +111,15 @@ def at_least(name: str, value: Any, least: int, most: int | None = None) -> int:
     return int(value)
 
 
-def positive(name: str, value: float) -> float:
-    """Return `value` if it is a number greater than 0.
+def positive(name: str, value: float, infinite: bool = False) -> float:
+    """Return `value` if it is a number greater than 0, which is finite unless `infinite` allows it to be infinite.
 
     Raises:
-        TangleNASError: `value` is no number, or is not greater than 0.
+        TangleNASError: `value` is no number, or is not greater than 0, or is infinite.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
-        raise TangleNASError(f"{name} is {quoted(value)}, expected a positive number")
+    number = isinstance(value, Real) and not isinstance(value, bool) and value > 0
+    if not number or (value == math.inf and not infinite):
+        raise TangleNASError(f"{name} is {quoted(value)}, expected a {'finite' if number else 'positive'} number")
     return value
 
 

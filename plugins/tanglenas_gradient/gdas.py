@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tanglenas_engine import Mixture, l2
+from tanglenas_engine import Mixture, l2, within
 from tanglenas_gradient.annealed import Annealed
 
 
@@ -35,7 +35,7 @@ class GDAS(Annealed):
 
     def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 1e-3):
         super().__init__(temperature, final_temperature)
-        self.weight_decay = weight_decay
+        self.weight_decay = within("weight_decay", weight_decay, 0)
 
     def sample(self, step: int, stream: str) -> Mixture:
         generator = torch.Generator().manual_seed(self.derive_seed(step, stream))

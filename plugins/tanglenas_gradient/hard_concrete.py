@@ -7,6 +7,8 @@ option, so a gate opens all units that this step adds.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,10 +43,10 @@ class HardConcrete(Annealed):
         weight_decay: float = 1e-3,
     ):
         super().__init__(temperature, final_temperature)
-        if not low < 0 or not high > 1:
+        if not -math.inf < low < 0 or not 1 < high < math.inf:
             raise TangleNASError(
-                f"the gates of {self.name or type(self).__name__} are clamped from {low!r} to {high!r}: expected low "
-                "below 0 and high above 1, as other gates are never exactly 0 or 1"
+                f"the gates of {self.name or type(self).__name__} are clamped from {low!r} to {high!r}: expected a low "
+                "below 0 and a high above 1, both finite, as other gates are never exactly 0 or 1"
             )
         self.low, self.high, self.weight_decay = low, high, within("weight_decay", weight_decay, 0)
 

@@ -307,9 +307,10 @@ class Limit:
 
 
 def _limit(space: SearchSpace, name: str, most: float, known: Mapping[str, Objective]) -> Limit:
-    positive(f"the limit of {name}", most)
+    positive(f"the limit of {name}", most, infinite=True)
     if name in METRICS and most != math.inf:
-        most = at_least(f"the limit of {name}", whole(most), 1)
+        # The message is about the limit that was given, which may be a fraction.
+        most = whole(most) or at_least(f"the limit of {name}", most, 1)
     if name not in {*METRICS, *known}:
         raise TangleNASError(
             f"{unknown('cost in a budget', name, [*METRICS, *known])} For another cost, pass its objective"

@@ -168,9 +168,9 @@ def check_options(
     if positive("race.shortest", shortest) > 1:
         raise TangleNASError(f"race.shortest is {shortest}, expected a share of a training, at most 1")
     if seconds is not None:
-        positive("race.seconds", seconds)
+        positive("race.seconds", seconds, infinite=True)
         check_clock("race", clock)
-    if trainings is not None and positive("race.trainings", trainings) < 1:
+    if trainings is not None and positive("race.trainings", trainings, infinite=True) < 1:
         raise TangleNASError(
             f"race.trainings is {trainings}, expected at least 1: no race is shorter than one training"
         )

@@ -21,8 +21,11 @@ class Stop(Protocol):
             TangleNASError: The rule does not apply.
         """
 
-    def __call__(self, current: Architecture, record: Mapping[str, Any]) -> str | None:
-        """Return the reason to stop after an epoch with this architecture and record, or None."""
+    def __call__(self, current: Architecture | None, record: Mapping[str, Any]) -> str | None:
+        """Return the reason to stop after an epoch with this architecture and record, or None.
+
+        The architecture is None for an optimizer without architecture parameters.
+        """
 
 
 class EarlyStopping:
@@ -36,7 +39,7 @@ class EarlyStopping:
         min_entropy: The entropy of the mixture, from 1 (undecided) to 0 (decided), below which the search ends.
 
     Raises:
-        TangleNASError: `max_skips` is below 0, or `min_entropy` is not between 0 and 1.
+        TangleNASError: Both `max_skips` and `min_entropy` are None, or one of them is out of its range.
     """
 
     def __init__(
@@ -45,6 +48,10 @@ class EarlyStopping:
         skip_options: Sequence[str] = ("skip_connect",),
         min_entropy: float | None = None,
     ):
+        if max_skips is None and min_entropy is None:
+            raise TangleNASError("EarlyStopping stops for nothing: give min_entropy, max_skips or both")
+        if isinstance(skip_options, str):
+            raise TangleNASError(f"EarlyStopping.skip_options is {skip_options!r}, expected a list of names")
         if max_skips is not None:
             at_least("EarlyStopping.max_skips", max_skips, 0)
         if min_entropy is not None and not 0 < positive("EarlyStopping.min_entropy", min_entropy) < 1:
@@ -57,11 +64,10 @@ class EarlyStopping:
         Raises:
             TangleNASError: The optimizer has no alpha, or no option of the space is a skip connection.
         """
-        rules = {"max_skips": self.max_skips, "min_entropy": self.min_entropy}
-        given = [name for name, value in rules.items() if value is not None]
-        if given and not optimizer.learns_architecture:
+        if not optimizer.learns_architecture:
+            given = "min_entropy" if self.max_skips is None else "max_skips"
             raise TangleNASError(
-                f"EarlyStopping.{given[0]} is about what alpha says, and {optimizer.label} has no architecture "
+                f"EarlyStopping.{given} is about what alpha says, and {optimizer.label} has no architecture "
                 "parameters: leave it out"
             )
         options = {option for choice in space.choices.values() for option in choice.options}
@@ -71,13 +77,12 @@ class EarlyStopping:
                 f"skip_options, {', '.join(sorted(self.skips)) or '(none)'}: name those that skip"
             )
 
-    def __call__(self, current: Architecture, record: Mapping[str, Any]) -> str | None:
-        if self.max_skips is not None:
+    def __call__(self, current: Architecture | None, record: Mapping[str, Any]) -> str | None:
+        if self.max_skips is not None and current is not None:
             for name, chosen in current.choices.items():
                 count = sum(option in self.skips for option in (chosen if isinstance(chosen, tuple) else (chosen,)))
                 if count > self.max_skips:
                     return f"{name} has {count} of {', '.join(sorted(self.skips))}, more than {self.max_skips}"
-        entropy = record["entropy"]
-        if self.min_entropy is not None and entropy < self.min_entropy:
-            return f"the mixture's entropy is {entropy:.3g}, below {self.min_entropy:g}"
+        if self.min_entropy is not None and record["entropy"] < self.min_entropy:
+            return f"the mixture's entropy is {record['entropy']:.3g}, below {self.min_entropy:g}"
         return None

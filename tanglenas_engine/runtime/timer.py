@@ -43,7 +43,7 @@ class Timer:
     """
 
     def __init__(self, seconds: float, clock: Clock, device: torch.device, stage: str, otherwise: str):
-        self.seconds, self.clock, self.device = positive(f"{stage}.seconds", seconds), clock, device
+        self.seconds, self.clock, self.device = positive(f"{stage}.seconds", seconds, infinite=True), clock, device
         if seconds == math.inf:
             raise TangleNASError(f"{stage}.seconds is inf, expected a finite number, or None to count {otherwise}")
         check_clock(stage, clock)

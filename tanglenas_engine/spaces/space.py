@@ -125,7 +125,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         """
         if name in self.choices:
             raise TangleNASError(f"choice {name!r} is declared twice in {type(self).__name__}")
-        self.choices[name] = Choice(name, options, self.superposition, per)  # type: ignore[arg-type]
+        self.choices[name] = Choice(name, options, self.superposition, per)
         return self.choices[name]
 
     def example_input(self, batch: int) -> Tensor:
@@ -249,7 +249,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
             return weights
         if all(isinstance(key, int) for key in weights):
             return Mixture(by_choice, weights)  # type: ignore[arg-type]
-        named: dict[str, Tensor] = {str(key): tensor for key, tensor in weights.items()}
+        named = {str(key): torch.as_tensor(tensor) for key, tensor in weights.items()}
         edges = named.pop(EDGES, None) if self.edge_rows else None
         for name in named:
             if name not in self.choices:
@@ -280,8 +280,12 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         return mixture
 
     def relax(self, mixture: Mapping[str, Tensor]) -> Self:
-        """Take the soft path: make the next forwards compute the expectation over a mixture."""
-        self.superposition.relax(self.mixture(mixture))
+        """Take the soft path: make the next forwards compute the expectation over a mixture, in the weights' type."""
+        mixed, weight = self.mixture(mixture), next(self.parameters(), None)
+        given = [*mixed.stacks.values(), *mixed.edges.values()]
+        if weight is not None and any(it.dtype != weight.dtype or it.device != weight.device for it in given):
+            mixed = mixed.replaced([it.to(weight) for it in given])
+        self.superposition.relax(mixed)
         return self
 
     def select(self, chosen: Architecture | Mixture) -> Self:

@@ -146,7 +146,7 @@ def limits_of(
         name, option = FORMER.get(given, given), f"discretize.limits[{given!r}]"
         if every.get(name) is not None:
             raise TangleNASError(f"{option} is {most!r}, and {options[name]} is {every[name]!r}: leave one out")
-        every[name], options[name] = None if most is None else positive(option, most), option
+        every[name], options[name] = None if most is None else positive(option, most, infinite=True), option
     return every
 
 

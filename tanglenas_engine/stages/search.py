@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.targets import Target, band_of, bind_targets
-from tanglenas_engine.errors import TangleNASError, at_least
+from tanglenas_engine.errors import TangleNASError, at_least, quoted
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
@@ -140,12 +141,14 @@ def search(
             first-order change of the loss on a few batches. The largest network's outputs stay the same.
         order_layers: True lets a smaller depth drop the layers without which the largest network's loss rises least, on
             the same batches. False drops the last ones.
-        stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`.
+        stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`. For a method
+            without architecture parameters, it gets None for the current architecture.
         loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
         recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
             validated; 0 takes the supernet's, which are of all architectures together.
         seed: The seed of all random numbers.
-        table: A function that is called once per epoch with the current architecture. Its values go to the history.
+        table: A function that is called once per epoch with the current architecture, if there is one. Its values,
+            which are numbers, go to the history under names that it has for nothing else.
         computation: Precision, compilation, accumulation and clipping. Its fields are also options of their own.
         session: Device, workers, checkpoints, tracker and progress. Its fields are also options of their own.
 
@@ -534,10 +537,10 @@ class Search(Training):
             **self.optimizer.schedules(),
         }
         mixture = self.optimizer.expected()
-        if mixture is None or current is None:
-            return record
-        # A table may lack some architectures, so its values are no part of what a record must have.
-        record |= {**self._current_record(mixture.detach(), current), **(self.table(current) if self.table else {})}
+        if mixture is not None and current is not None:
+            record |= self._current_record(mixture.detach(), current)
+            if self.table is not None:
+                record |= _checked_values(self.table(current), {*record, "epoch", "stopped"})
         if self.stop is not None and epoch > self.warmup_epochs and (reason := self.stop(current, record)):
             record["stopped"] = reason
             self.session.note(f"search: stopped after epoch {epoch} of {self.epochs}: {reason}")
@@ -568,7 +571,8 @@ class Search(Training):
         like |= self.optimizer.schedules()
         mixture, current = self.optimizer.expected(), self.optimizer.current()
         if mixture is not None and current is not None:
-            like |= self._current_record(mixture.detach(), current) | ({"stopped": ""} if self.stop else {})
+            like |= self._current_record(mixture.detach(), current)
+        like |= {"stopped": ""} if self.stop else {}
         return {name: float(value) if isinstance(value, int) else value for name, value in like.items()}
 
     def _current_record(self, mixture: Mixture, current: Architecture) -> Record:
@@ -609,6 +613,25 @@ class SimultaneousSearch(Search):
         learns = self._alpha_learns(phase)
         measured = self.weight_step(pieces, phase, self.alphas if learns else ())
         return {**measured, **self._move_alphas(self.optimizer.regularizer())} if learns else measured
+
+
+def _checked_values(values: Mapping[str, Any], taken: Collection[str]) -> dict[str, float]:
+    """Return a table's values of an architecture, of which there may be none.
+
+    Raises:
+        TangleNASError: A value is no number, or has a name of the search's own record.
+    """
+    for name, value in values.items():
+        if name in taken:
+            raise TangleNASError(
+                f"search.table gives a value {quoted(name)}, which is the search's own: name it otherwise, such as "
+                f"{quoted(f'table_{name}')}"
+            )
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TangleNASError(
+                f"search.table gives {quoted(value)} for {quoted(name)}, expected a number: leave out what is not known"
+            )
+    return {name: float(value) for name, value in values.items()}
 
 
 def _check_options(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from tanglenas_engine.errors import TangleNASError
@@ -34,21 +36,21 @@ class Choice(Size):
     def __init__(
         self,
         name: str,
-        options: Sequence[Number | str],
+        options: Iterable[Number | str],
         superposition: Superposition,
         per: Size | Sequence[Size] | Sequence[tuple[Size, int]] | int | None = None,
     ):
         if isinstance(options, str):
             raise TangleNASError(f"choice {name!r} has the options {options!r}: give a list of them")
-        options = tuple(options) if isinstance(options, Sequence) else (options,)
+        options = tuple(map(_plain, options)) if isinstance(options, Iterable) else (options,)
         if not options:
             raise TangleNASError(f"choice {name!r} has no options: give at least one")
-        numbers = [o for o in options if isinstance(o, int | float) and not isinstance(o, bool) and o > 0]
+        numbers = [o for o in options if isinstance(o, int | float) and not isinstance(o, bool) and 0 < o < math.inf]
         names = [o for o in options if isinstance(o, str) and o]
         if len(options) not in (len(numbers), len(names)):
             wrong = next(o for o in options if o not in (names if len(names) > len(numbers) else numbers))
             raise TangleNASError(
-                f"choice {name!r} has the option {wrong!r}: options are positive numbers, or all of them names"
+                f"choice {name!r} has the option {wrong!r}: options are finite positive numbers, or all of them names"
             )
         if len(set(options)) < len(options):
             raise TangleNASError(f"choice {name!r} lists an option twice: {options}")
@@ -100,3 +102,10 @@ class Choice(Size):
 
     def __repr__(self) -> str:
         return f"Choice({self.name!r}, {self.options}{f', layers={len(self)}' if self.layered else ''})"
+
+
+def _plain(option: Any) -> Any:
+    """Return a number of NumPy as Python's, which files of architectures can hold, and other options as they are."""
+    if isinstance(option, bool) or not isinstance(option, Real):
+        return option
+    return int(option) if isinstance(option, Integral) else float(option)

@@ -73,7 +73,7 @@ class Computation:
         """
         at_least(f"{stage}.batch_size", batch_size, 1)
         if self.clip is not None:
-            positive(f"{stage}.clip", self.clip)
+            positive(f"{stage}.clip", self.clip, infinite=True)
         pieces = distributed.world_size() * at_least(f"{stage}.accumulate", self.accumulate, 1)
         if batch_size % pieces:
             raise TangleNASError(

@@ -82,6 +82,8 @@ def _made(
         made = call_factory(*optimizer, parameters)
         if not {id(tensor) for group in made.param_groups for tensor in group["params"]} <= given:
             raise _UntriedError
+        for group in made.param_groups:  # a schedule moves tensors in place, and the factory gives them again
+            group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
         schedule = make_scheduler(*scheduler, made, steps) if scheduler else None
     except TangleNASError as error:
         raise _UntriedError from error

@@ -475,7 +475,7 @@ def test_a_limit_of_a_count_is_rounded_down_and_another_is_not():
     [
         ({"params": 0}, "the limit of params is 0, expected a positive number"),
         ({"macs": -5}, "the limit of macs is -5, expected a positive number"),
-        ({"params": 0.5}, "the limit of params is 0, expected a whole number of at least 1"),
+        ({"params": 0.5}, "the limit of params is 0.5, expected a whole number of at least 1"),
         ({"energy": 0}, "the limit of energy is 0, expected a positive number"),
         ({"energy": float("nan")}, "the limit of energy is nan, expected a positive number"),
         ({"energy": "3"}, "the limit of energy is '3', expected a positive number"),

@@ -4,13 +4,14 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pytest
 import torch
 from architectures import every_assignment, put, some_architectures
-from spaces import LAYERS, REGISTERED, SPACES, Language, inputs, make, random_mixture
+from spaces import LAYERS, REGISTERED, SPACES, Convolutional, Language, inputs, make, random_mixture
 from torch import nn
 
-from tanglenas_engine import SearchSpace, create_space, elastic
+from tanglenas_engine import Architecture, SearchSpace, create_space, elastic
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.mixture import Superposition
 from tanglenas_engine.superposition.size import Size
@@ -331,11 +332,12 @@ def test_a_sharing_that_a_space_cannot_do_lists_those_it_can():
         ((), "has no options: give at least one"),
         ((3, 3), "lists an option twice"),
         ((3, 3.0), "lists an option twice"),
-        ((3, -1), "has the option -1: options are positive numbers"),
-        ((0,), "has the option 0: options are positive numbers"),
-        ((float("nan"),), "options are positive numbers"),
+        ((3, -1), "has the option -1: options are finite positive numbers"),
+        ((0,), "has the option 0: options are finite positive numbers"),
+        ((4, float("inf")), "has the option inf: options are finite positive numbers"),
+        ((float("nan"),), "options are finite positive numbers"),
         ((True,), "has the option True"),
-        (("3", 3), "has the option '3': options are positive numbers, or all of them names"),
+        (("3", 3), "has the option '3': options are finite positive numbers, or all of them names"),
         (("a", ""), "has the option ''"),
         ("345", "has the options '345': give a list"),
     ],
@@ -364,3 +366,29 @@ def test_a_choice_made_once_takes_no_index():
 def test_an_author_who_forgets_the_example_input_is_told():
     with pytest.raises(NotImplementedError, match="SearchSpace must say what its input looks like"):
         SearchSpace().example_input(1)
+
+
+@pytest.mark.parametrize("options", [np.array([4, 8]), [np.int64(4), np.float32(8)], (it for it in (4, 8))])
+def test_options_may_be_numbers_of_numpy(options):
+    space = SearchSpace()
+    space.choice("width", options)
+    assert space.choices["width"].options == (4, 8)
+    assert Architecture.from_json(space.largest().to_json()) == space.largest()
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.2, 0.3, 0.5], np.array([0.2, 0.3, 0.5]), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)]
+)
+def test_weights_of_a_mixture_may_have_any_type_of_numbers(weights):
+    space = Convolutional()
+    rest = {**space.one_hot(space.largest())}
+    x = space.example_input(2)
+    mixed = space.eval().relax({**rest, "width": weights})(x)
+    assert mixed.equal(space.relax({**rest, "width": torch.tensor([0.2, 0.3, 0.5])})(x))
+
+
+def test_a_mixture_of_another_type_keeps_its_gradient():
+    space = Convolutional()
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64, requires_grad=True)
+    space.relax({**space.one_hot(space.largest()), "width": weights})(space.example_input(2)).sum().backward()
+    assert weights.grad is not None and weights.grad.dtype == torch.float64 and weights.grad.all()

@@ -700,6 +700,8 @@ def test_a_search_that_stopped_early_is_not_taken_up_again(tmp_path):
         ({"min_entropy": 0}, "drnas", "EarlyStopping.min_entropy is 0, expected a positive number"),
         ({"min_entropy": 0.5}, "spos", "EarlyStopping.min_entropy is about what alpha says, and spos has no"),
         ({"max_skips": 2}, "spos", "EarlyStopping.max_skips is about what alpha says, and spos has no"),
+        ({}, "drnas", "EarlyStopping stops for nothing: give min_entropy, max_skips or both"),
+        ({"max_skips": 2, "skip_options": "skip"}, "drnas", "EarlyStopping.skip_options is 'skip', expected a list of"),
     ],
 )
 def test_rules_for_stopping_that_do_not_apply(options, optimizer, message):
@@ -767,6 +769,31 @@ def test_a_search_with_an_order_of_layers_that_is_killed_ends_like_one_that_is_n
     same(resumed, whole, "the resumed search")
 
 
+class Enough:
+    """A rule that ends the search after its second epoch."""
+
+    def check(self, space, optimizer): ...
+
+    def __call__(self, current, record):
+        self.current = current
+        return "enough" if record["validation_loss"] and self.calls() == 2 else None
+
+    def calls(self):
+        self.called = getattr(self, "called", 0) + 1
+        return self.called
+
+
+@pytest.mark.parametrize("optimizer", ["spos", "darts"])
+def test_a_rule_of_ones_own_ends_a_search_with_and_without_alpha(tmp_path, optimizer):
+    rule = Enough()
+    options = {"optimizer": optimizer, "epochs": 3, "stop": rule}
+    for _ in range(2):  # the second one reads it from its checkpoint
+        with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+            history = searched(vit, **options, checkpoints=checkpoints)["history"]
+        assert [row.get("stopped") for row in history] == [None, "enough"]
+    assert (rule.current is None) == (optimizer == "spos") and rule.called == 2
+
+
 def test_an_order_that_is_none_is_refused():
     with pytest.raises(TangleNASError, match=r"unknown search\.order 'size'"):
         searched(vit, order="size")
@@ -783,6 +810,57 @@ def test_a_search_whose_table_lacks_an_architecture_goes_on(tmp_path):
         run(lambda architecture: {}, 3)
     found = run(lambda architecture: {"table_value": 1.0}, None)
     assert [record.get("table_value") for record in found["history"]] == [None, 1.0]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"validation_accuracy": 93.7}, "a value 'validation_accuracy', which is the search's own.* 'table_validation"),
+        ({"entropy": 0.0}, "a value 'entropy', which is the search's own"),
+        ({"architecture_loss": 0.0}, "a value 'architecture_loss', which is the search's own"),
+        ({"stopped": 1.0}, "a value 'stopped', which is the search's own"),
+        ({"rank": None}, "search.table gives None for 'rank', expected a number: leave out what is not known"),
+        ({"rank": True}, "search.table gives True for 'rank', expected a number"),
+    ],
+)
+def test_values_of_a_table_that_the_history_cannot_hold_are_refused(values, message):
+    with pytest.raises(TangleNASError, match=message):
+        searched(vit, table=lambda _: values)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3.0, 1e9, np.float32(0.5), 7])
+def test_a_search_goes_on_with_any_number_of_a_table(tmp_path, value):
+    options = {"table": lambda _: {"neg_accuracy": value}, "checkpoint_every": 1}
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints, pytest.raises(CutOff):
+        searched(vit, **options, checkpoints=checkpoints, progress=CutAfter(4))
+    with CheckpointFolder(tmp_path / "checkpoints", "search") as checkpoints:
+        history = searched(vit, **options, checkpoints=checkpoints)["history"]
+    assert [str(row["neg_accuracy"]) for row in history] == [str(float(value))] * 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"weight_optimizer": partial(torch.optim.SparseAdam, lr=0.1)},
+            r"search.weight_optimizer .* dense grad",
+        ),
+        ({"weight_optimizer": torch.optim.SparseAdam, "seconds": 9.0}, r"search.weight_optimizer cannot .* dense grad"),
+        ({"architecture_optimizer": torch.optim.SparseAdam}, r"search.architecture_optimizer cannot .* dense grad"),
+        ({"scheduler": lambda optimizer, steps: torch.optim.SGD([nn.Parameter(torch.ones(1))])}, "search.scheduler"),
+        ({"loss": partial(cross_entropy, label_smoothing=1.5)}, "search.loss cannot be used .*label_smoothing"),
+    ],
+)
+def test_what_a_search_cannot_use_is_told_by_its_option(options, message):
+    with pytest.raises(TangleNASError, match=message):
+        searched(vit, **options)
+
+
+def test_the_trial_of_optimizers_changes_no_number():
+    """A tensor as the rate is moved in place, and the factory gives it to each optimizer that it makes."""
+    rates = [1e-3, torch.tensor(1e-3)]
+    one, two = (searched(noisy_vit, weight_optimizer=partial(torch.optim.AdamW, lr=rate)) for rate in rates)
+    assert one["history"][0]["weight_loss"] == pytest.approx(two["history"][0]["weight_loss"], rel=1e-6)
 
 
 def test_a_search_in_low_precision_measures_as_discretize_does():

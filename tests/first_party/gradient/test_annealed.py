@@ -74,6 +74,7 @@ def test_a_search_that_cools_resumes_exactly(name):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"temperature": float("inf")}, "temperature is inf, expected a finite number"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
         ({"final_temperature": float("nan")}, "final_temperature is nan, expected a positive number"),
         ({"temperature": 0.1, "final_temperature": 2.0}, "would rise from 0.1 to 2.0: it has to fall"),

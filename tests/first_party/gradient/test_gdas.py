@@ -116,6 +116,8 @@ def test_the_temperature_falls_linearly_and_sharpens_the_gradient():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"weight_decay": -5.0}, "weight_decay is -5.0, expected a number of at least 0"),
+        ({"weight_decay": "1"}, "weight_decay is '1', expected a number of at least 0"),
         ({"temperature": 0}, "temperature is 0, expected a positive number"),
         ({"final_temperature": -1}, "final_temperature is -1, expected a positive number"),
         ({"temperature": 0.1, "final_temperature": 10.0}, "would rise from 0.1 to 10.0"),

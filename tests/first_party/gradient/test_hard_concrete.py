@@ -1,5 +1,7 @@
 """Gates at 0 and 1 between nested options."""
 
+import math
+
 import pytest
 import torch
 from tiny import tiny
@@ -50,7 +52,9 @@ def test_alpha_learns_by_the_gates_that_are_neither_0_nor_1():
     assert (gradient[:, 0] < 0).all() and (gradient[:, 2] > 0).all()
 
 
-@pytest.mark.parametrize("ends", [{"low": 0.0}, {"high": 1.0}, {"low": float("nan")}])
+@pytest.mark.parametrize(
+    "ends", [{"low": 0.0}, {"high": 1.0}, {"low": float("nan")}, {"low": -math.inf}, {"high": math.inf}]
+)
 def test_ends_that_clamp_nothing_are_refused(ends):
-    with pytest.raises(TangleNASError, match="expected low below 0 and high above 1"):
+    with pytest.raises(TangleNASError, match="expected a low below 0 and a high above 1"):
         create_optimizer("hard_concrete", **ends)
