@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.targets import Target, band_of, bind_targets
-from tanglenas_engine.errors import TangleNASError, at_least, quoted
+from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
@@ -28,6 +27,7 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.ordering import Order, order_network
 from tanglenas_engine.stages.pace import Pace, taken_back
 from tanglenas_engine.stages.split_losses import split_losses
+from tanglenas_engine.stages.table_values import Table, table_values
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.execution import Compiled, executing
@@ -50,8 +50,6 @@ Phase = Literal["warm-up", "search", "path"]
 """What a step does: the weights learn alone, or alpha too, or the weights by random architectures."""
 Strategy = Literal["alternating", "simultaneous"]
 """The order of alpha's and the weights' steps: in turns, or both from one backward pass."""
-Table = Callable[[Architecture], Mapping[str, float]]
-"""A function that returns a benchmark's values of an architecture."""
 
 
 @dataclass(frozen=True)
@@ -540,7 +538,7 @@ class Search(Training):
         if mixture is not None and current is not None:
             record |= self._current_record(mixture.detach(), current)
             if self.table is not None:
-                record |= _checked_values(self.table(current), {*record, "epoch", "stopped"})
+                record |= table_values(self.table, current, {*record, "epoch", "stopped"})
         if self.stop is not None and epoch > self.warmup_epochs and (reason := self.stop(current, record)):
             record["stopped"] = reason
             self.session.note(f"search: stopped after epoch {epoch} of {self.epochs}: {reason}")
@@ -613,25 +611,6 @@ class SimultaneousSearch(Search):
         learns = self._alpha_learns(phase)
         measured = self.weight_step(pieces, phase, self.alphas if learns else ())
         return {**measured, **self._move_alphas(self.optimizer.regularizer())} if learns else measured
-
-
-def _checked_values(values: Mapping[str, Any], taken: Collection[str]) -> dict[str, float]:
-    """Return a table's values of an architecture, of which there may be none.
-
-    Raises:
-        TangleNASError: A value is no number, or has a name of the search's own record.
-    """
-    for name, value in values.items():
-        if name in taken:
-            raise TangleNASError(
-                f"search.table gives a value {quoted(name)}, which is the search's own: name it otherwise, such as "
-                f"{quoted(f'table_{name}')}"
-            )
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TangleNASError(
-                f"search.table gives {quoted(value)} for {quoted(name)}, expected a number: leave out what is not known"
-            )
-    return {name: float(value) for name, value in values.items()}
 
 
 def _check_options(

@@ -91,7 +91,9 @@ def call_factory(
     return result
 
 
-def make_scheduler(name: str, factory: SchedulerFactory, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def make_scheduler(
+    name: str, factory: SchedulerFactory, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """Call a user's factory for a learning-rate schedule of so many steps, and check its result.
 
     Raises:

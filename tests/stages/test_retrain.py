@@ -536,6 +536,17 @@ def test_what_would_fail_in_the_first_step_or_in_a_resumed_training_fails_withou
         retrained(vit, until=0, **options)
 
 
+def test_every_call_of_a_factory_gets_groups_that_no_optimizer_has_filled():
+    seen = []
+
+    def made(groups):
+        seen.append([sorted(group) for group in groups])
+        return torch.optim.AdamW(groups)
+
+    retrained(vit, until=0, optimizer=made)
+    assert seen == [[["params"], ["params", "weight_decay"]]] * 3
+
+
 def test_factories_that_need_the_parameters_themselves_are_not_tried():
     space = vit()
     rates = {}
