@@ -282,9 +282,9 @@ class Retraining(Training):
         self.trained = _wrapped(network, wrap).to(self.device) if wrap else network
         factory = ("retrain.optimizer", optimizer)
         schedule = ("retrain.scheduler", scheduler) if scheduler else None
+        try_steps(factory, parameter_groups(self.trained), schedule, self.steps)
         self.optimizer = call_factory(*factory, parameter_groups(self.trained))
         self.scheduler = make_scheduler(*schedule, self.optimizer, self.steps) if schedule else None
-        try_steps(factory, parameter_groups(self.trained), schedule, self.steps)
         self.average = call_factory("retrain.ema", ema, network, needs=("module",), like=AVERAGE) if ema else None
         self._update_average = _update_of(self.average) if self.average else None
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)

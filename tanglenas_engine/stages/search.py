@@ -269,22 +269,24 @@ class Search(Training):
         self.parameters = [*self.weights, *self.alphas]
         self.statistics = running_statistics(space)
         self._weight_factory = ("search.weight_optimizer", weight_optimizer)
+        self._schedule = ("search.scheduler", scheduler) if scheduler else None
+        if self.pace is None:
+            try_steps(self._weight_factory, parameter_groups(space), self._schedule, self._first_path)
+        else:  # the schedule's length is not known yet
+            try_steps(self._weight_factory, parameter_groups(space))
         self.weight_optimizer = call_factory(*self._weight_factory, parameter_groups(space))
         self.architecture_optimizer: torch.optim.Optimizer | None = None
         if optimizer.learns_architecture:
             factory = ("search.architecture_optimizer", architecture_optimizer)
-            self.architecture_optimizer = call_factory(*factory, self.alphas)
             try_steps(factory, self.alphas)
+            self.architecture_optimizer = call_factory(*factory, self.alphas)
         self._first_options = [
             {name: option for name, option in group.items() if name != "params"}
             for group in self.weight_optimizer.param_groups
         ]
-        self._schedule = ("search.scheduler", scheduler) if scheduler else None
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         if self.pace is None:
             self._make_scheduler()
-        else:  # the schedule begins after a trial of the steps' time
-            try_steps(self._weight_factory, parameter_groups(space))
         self._statistics = statistics_inputs(space, data.plain("weights"), count, seed, self.device)
         self._iterators: list[Iterator[Batch]] = []
         self._one = torch.ones((), device=self.device)
@@ -297,11 +299,9 @@ class Search(Training):
         for group, options in zip(self.weight_optimizer.param_groups, self._first_options, strict=True):
             group.update(options)
         self.schedule_start = self._first_path if phase == "path" else 0
-        steps = self.steps - self._first_path if phase == "path" else self._first_path
         if self._schedule is not None:
+            steps = self.steps - self._first_path if phase == "path" else self._first_path
             self.scheduler = make_scheduler(*self._schedule, self.weight_optimizer, steps)
-        if phase != "path":
-            try_steps(self._weight_factory, parameter_groups(self.space), self._schedule, steps)
 
     @property
     def _first_path(self) -> int:
@@ -348,6 +348,7 @@ class Search(Training):
         """
         if self.pace is not None:
             self._plan(self.pace, saved)
+            try_steps(self._weight_factory, parameter_groups(self.space), self._schedule, self._first_path)
             self._make_scheduler()
         position = 0 if saved is None else saved.get("position")
         if isinstance(position, int) and position > self._first_path:

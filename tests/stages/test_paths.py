@@ -175,7 +175,7 @@ def test_architectures_are_drawn_at_random_within_the_band_of_a_target(strategy)
             "search.warmup_epochs is 2, search.path_epochs 1 and search.epochs 3, so alpha would learn",
         ),
         (
-            {"stop": EarlyStopping(max_skips=9)},
+            {"stop": EarlyStopping(min_entropy=0.5)},
             "search.stop may end the search before its 1 path epochs",
         ),
         ({"seconds": 1e-9}, "search.seconds is 1e-09, but 1 path epochs and one more need"),

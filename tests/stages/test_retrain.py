@@ -548,22 +548,27 @@ def test_every_call_of_a_factory_gets_groups_that_no_optimizer_has_filled():
 
 
 def test_factories_that_need_the_parameters_themselves_are_not_tried():
-    space = vit()
-    rates = {}
-
     def layered(groups):
-        rates.update({id(tensor): 0.1 for tensor in groups[0]["params"]} if not rates else {})
-        return torch.optim.SGD([{**groups[0], "lr": rates[id(groups[0]["params"][0])]}, *groups[1:]])
+        rates = {shape: 0.1 for shape in shapes}
+        return torch.optim.SGD([{**group, "lr": rates[group["params"][0].shape]} for group in groups])
 
+    space = vit()
+    shapes = {parameter.shape for parameter in space.standalone(chosen(space)).parameters()}
     retrained(space, until=0, optimizer=layered)
-    kept = []
 
-    def one_for_all(groups):
-        kept.append(torch.optim.SGD(groups, lr=1.0)) if not kept else None
-        return kept[0]
 
-    retrained(space, until=0, optimizer=one_for_all)
-    assert kept[0].param_groups[0]["lr"] == 1 and not kept[0].state
+def test_an_optimizer_that_was_made_before_is_not_tried():
+    space = vit()
+    mine = torch.optim.SGD(space.parameters(), lr=1.0, momentum=0.9)
+    retrained(space, until=0, optimizer=lambda groups: mine)
+    assert mine.param_groups[0]["lr"] == 1 and not mine.state
+
+
+def test_the_last_optimizer_that_a_factory_makes_is_that_of_the_training():
+    made = []
+    optimizer = lambda groups: made.append(torch.optim.SGD(groups, lr=0.1, momentum=0.9)) or made[-1]  # noqa: E731
+    retrained(vit, optimizer=optimizer)
+    assert len(made[-1].state) == len([*vit().parameters()])
 
 
 def test_a_moving_average_of_torch_is_returned(tmp_path):

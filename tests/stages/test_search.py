@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from spaces import Convolutional, Language, vit
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from tanglenas_engine import Dataset, SearchSpace, elastic
@@ -847,7 +848,7 @@ def test_a_search_goes_on_with_any_number_of_a_table(tmp_path, value):
         ),
         ({"weight_optimizer": torch.optim.SparseAdam, "seconds": 9.0}, r"search.weight_optimizer cannot .* dense grad"),
         ({"architecture_optimizer": torch.optim.SparseAdam}, r"search.architecture_optimizer cannot .* dense grad"),
-        ({"scheduler": lambda optimizer, steps: torch.optim.SGD([nn.Parameter(torch.ones(1))])}, "search.scheduler"),
+        ({"scheduler": CosineLRScheduler}, r"search.scheduler cannot be used \(its step\(\) fails: .*'epoch'"),
         ({"loss": partial(cross_entropy, label_smoothing=1.5)}, "search.loss cannot be used .*label_smoothing"),
     ],
 )
