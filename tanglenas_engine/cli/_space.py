@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tanglenas_engine.errors import TangleNASError, describe
+from tanglenas_engine.runtime.foreign import place
 
 from ._console import read_text
 
@@ -84,7 +85,9 @@ def make_space(name: str, options: dict[str, Any]) -> "SearchSpace":
         if isinstance(error, TangleNASError):
             raise
         given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "its own options"
-        raise TangleNASError(f"the space {name} cannot be made with {given}: {describe(error)}") from error
+        raise TangleNASError(
+            f"the space {name} cannot be made with {given}: {describe(error)}{place(error)}"
+        ) from error
 
 
 def project_options(space: str) -> dict[str, Any]:

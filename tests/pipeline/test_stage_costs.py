@@ -15,6 +15,7 @@ from stages import arguments, forget_settings
 
 from pipelines import discretize, search
 from tanglenas_engine import Architecture, create_space
+from tanglenas_engine.pipeline.config import configurables
 from tanglenas_engine.pipeline.config.configurables import create
 from tanglenas_engine.pipeline.config.params import stage_arguments
 from tanglenas_engine.pipeline.config.reader import configured
@@ -28,7 +29,7 @@ from tanglenas_objectives.latency_table import LatencyTable, Machine, cost_of_la
 JOULES = """
 from tanglenas_datasets.digits import Digits
 
-from tanglenas_engine import Objective, hookimpl
+from tanglenas_engine import Objective, SearchSpace, hookimpl
 
 ANSWERS = {"fine": 1.0, "nan": float("nan"), "negative": -1.0}
 
@@ -54,6 +55,17 @@ class Joules(Objective):
 
 class Numbers(Digits):
     pass
+
+
+class Fallen(SearchSpace):
+    def __init__(self, num_classes: int = 10, image_size: int = 8, in_channels: int = 1, **options):
+        super().__init__(**options)
+        {}["fallen"]
+
+
+@hookimpl
+def tanglenas_register_spaces(register):
+    register("fallen", "joules:Fallen", summary="fails in its constructor")
 
 
 @hookimpl
@@ -390,6 +402,20 @@ def test_options_of_an_objective_are_checked(project, refused):
     assert "create_objective.mode is 1, expected a quoted string" in refused(
         "discretize", limits, "create_objective.mode = 1"
     )
+
+
+def test_options_reach_the_objectives_that_take_them(project, refused):
+    options = ("create_objective.table = 'table.json'", "create_objective.mode = 'fine'")
+    with configured([*arguments(project, "search"), *options]):
+        targets = [configurables.target(name, share=0.8) for name in ("params", "latency", "joules")]
+        assert [type(target.objective).__name__ for target in targets] == ["Params", "Latency", "Joules"]
+    assert "takes no option 'mood'" in refused("search", "create_objective.mood = 1")
+
+
+def test_an_error_in_the_constructor_of_a_space_is_told_with_its_place(project, refused, joules):
+    message = refused("search", 'SPACE = "fallen"')
+    place = rf"KeyError: 'fallen' \({re.escape(str(joules))}/joules.py:\d+, in __init__\)"
+    assert re.search(rf"'fallen' cannot be made with num_classes=10, .*: {place}\. Correct what gin binds", message)
 
 
 # Losses

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gin
 import torch
@@ -37,6 +37,7 @@ from tanglenas_engine.plugins import manager
 from tanglenas_engine.plugins.manager import options_of
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.fingerprint import file_digest
+from tanglenas_engine.runtime.foreign import place
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.objective import Objective
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 create_space = register(plugins.create_space)
 create_optimizer = register(plugins.create_optimizer)
 create_dataset = register(plugins.create_dataset)
-create_objective = register(plugins.create_objective)
 make_splits = register(engine_make_splits)
 pretrained = register(pipeline_pretrained)
 search = register(engine_search)
@@ -68,6 +68,21 @@ methods = {name: register(method) for name, method in METHODS.items()}
 
 
 @register
+def create_objective(name: str, **options: Any) -> Objective:
+    """Create an objective with those of the options that it takes: gin binds them for all objectives of a search.
+
+    Raises:
+        TangleNASError: The name is unknown, or no objective takes an option.
+    """
+    own = _options("objective", name)
+    foreign = {option for option in options if own is not None and option not in own}
+    if foreign:
+        others = [_options("objective", other) for other in manager().names("objective") if other != name]
+        foreign = {option for option in foreign if any(known is None or option in known for known in others)}
+    return plugins.create_objective(name, **{key: options[key] for key in options.keys() - foreign})
+
+
+@register
 def target(
     objective: str = "macs",
     value: float | None = None,
@@ -78,7 +93,8 @@ def target(
 ) -> Target:
     """Make a target for `search.targets`: a cost that the search is drawn to (see `objective.Target`).
 
-    The options of a plugin's objective are bound as `create_objective.OPTION`.
+    The options of objectives are bound as `create_objective.OPTION`. Those of this one alone are bound in its scope, as
+    `SCOPE/create_objective.OPTION`.
     """
     return Target(_objective(objective), value, share, weight, penalty, rate)
 
@@ -213,7 +229,7 @@ def _space_for(dataset: Dataset) -> SearchSpace:
                 f"{', '.join(dataset.space_options())}: choose another space or dataset"
             ) from None
         named = required("DATASET", str)
-        known, _ = options_of(manager().resolve("dataset", named).load())
+        known = _options("dataset", named)
         reason = without_call_stack(error).rstrip(".")
         for option, value in fitted.items():
             if f"{option} is {value}" in reason and (known is None or option in known):
@@ -225,8 +241,9 @@ def _space_for(dataset: Dataset) -> SearchSpace:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # options that make no network
         options = ", ".join(f"{option}={value!r}" for option, value in {**fitted, **bound}.items())
         raise TangleNASError(
-            f"the space {name!r} cannot be made with {options}: {str(error).splitlines()[0]}. Correct what "
-            "gin binds of create_space"
+            f"the space {name!r} cannot be made with {options}: {type(error).__name__}: "
+            f"{without_call_stack(error).splitlines()[0].rstrip('.')}{place(error)}. Correct what gin binds of "
+            "create_space, or the space"
         ) from error
     return space
 
@@ -261,6 +278,12 @@ def _objective(name: str) -> Objective:
     _check_options("objective", name)
     objective: Objective = create_objective(name=name)
     return objective
+
+
+def _options(kind: str, name: str) -> set[str] | None:
+    """Return the names of the options that a plugin's class takes; None stands for any."""
+    known, _ = options_of(manager().resolve(kind, name).load())
+    return known
 
 
 def _check_options(kind: str, name: str) -> None:
