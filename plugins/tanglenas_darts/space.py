@@ -254,16 +254,16 @@ def mixed(
     operation: Size, channels: Size, stride: int, affine: bool, pool_norm: bool, sharing: str
 ) -> elastic.MixedOperation:
     """Return the mixed operation of an edge."""
-    families: dict[str, elastic.Family] = {
-        "none": ({"none": 1}, lambda _: cells.Zero(stride)),
-        "max_pool_3x3": ({"max_pool_3x3": 3}, lambda _: cells.pool("max", channels, stride, pool_norm)),
-        "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: cells.pool("avg", channels, stride, pool_norm)),
-        "skip_connect": ({"skip_connect": 1}, lambda _: cells.skip(channels, stride, affine)),
-        "sep_conv": (
+    families = {
+        "none": elastic.Family({"none": 1}, lambda _: cells.Zero(stride)),
+        "max_pool_3x3": elastic.Family({"max_pool_3x3": 3}, lambda _: cells.pool("max", channels, stride, pool_norm)),
+        "avg_pool_3x3": elastic.Family({"avg_pool_3x3": 3}, lambda _: cells.pool("avg", channels, stride, pool_norm)),
+        "skip_connect": elastic.Family({"skip_connect": 1}, lambda _: cells.skip(channels, stride, affine)),
+        "sep_conv": elastic.Family(
             {"sep_conv_3x3": 3, "sep_conv_5x5": 5},
             partial(cells.Separable, channels, stride=stride, affine=affine),
         ),
-        "dil_conv": (
+        "dil_conv": elastic.Family(
             {"dil_conv_3x3": 3, "dil_conv_5x5": 5},
             partial(cells.Dilated, channels, stride=stride, affine=affine),
         ),

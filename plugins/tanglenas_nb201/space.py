@@ -37,14 +37,16 @@ class Cell(nn.Module):
 
     def __init__(self, channels: Size, operation: Choice, affine: bool, sharing: str):
         super().__init__()
-        families: dict[str, elastic.Family] = {
-            "none": ({"none": 1}, lambda _: cells.Zero()),
-            "skip_connect": ({"skip_connect": 1}, lambda _: nn.Identity()),
-            "nor_conv": (
+        families = {
+            "none": elastic.Family({"none": 1}, lambda _: cells.Zero()),
+            "skip_connect": elastic.Family({"skip_connect": 1}, lambda _: nn.Identity()),
+            "nor_conv": elastic.Family(
                 {"nor_conv_1x1": 1, "nor_conv_3x3": 3},
                 partial(Convolution, channels, channels, affine=affine),
             ),
-            "avg_pool_3x3": ({"avg_pool_3x3": 3}, lambda _: nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+            "avg_pool_3x3": elastic.Family(
+                {"avg_pool_3x3": 3}, lambda _: nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+            ),
         }
         self.edges = nn.ModuleList(elastic.MixedOperation.of(edge, families, sharing, channels) for edge in operation)
 

@@ -113,8 +113,8 @@ class ToyCell(cells.CellSpace):
 
 def mixed(operation: Size, channels: Size, stride: int, sharing: str) -> elastic.MixedOperation:
     """Return the mixed operation of an edge."""
-    families: dict[str, elastic.Family] = {
-        family: (
+    families = {
+        family: elastic.Family(
             {name: int(name[-1]) for name in OPERATIONS if name.startswith(family)},
             partial(layer, channels, stride=stride),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,17 @@ from tanglenas_engine.elastic.base import Elastic, plain
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.size import Assignment, Axis, Size, combinations
 
-Family = tuple[Mapping[str, int], Callable[[Size], nn.Module]]
-"""The kernel size of each operation (1 if it has no kernel), and the function from the kernel's Size to the module."""
+
+class Family(NamedTuple):
+    """Options of a choice between operations that are one module, such as a convolution with kernels of 3 and 5.
+
+    Attributes:
+        kernels: The kernel size of each option, by its name; 1 for operations without a kernel.
+        layer: A function from the kernel's Size to the module. The Size is 0 where none of the options is chosen.
+    """
+
+    kernels: Mapping[str, int]
+    layer: Callable[[Size], nn.Module]
 
 
 class MixedOperation(Elastic, nn.ModuleDict):
@@ -40,7 +49,7 @@ class MixedOperation(Elastic, nn.ModuleDict):
             2020).
 
     Raises:
-        TangleNASError: An architecture would have no operation or several.
+        TangleNASError: An architecture would have no operation or several, or a module cannot have an operation's name.
     """
 
     def __init__(
@@ -49,7 +58,7 @@ class MixedOperation(Elastic, nn.ModuleDict):
         sharing: str = "superposed",
         channels: Size | int | None = None,
     ):
-        nn.ModuleDict.__init__(self, {name: module for name, (_, module) in operations.items()})
+        nn.ModuleDict.__init__(self)
         self.channels = None if channels is None else Size.of(channels)
         self.presence = {name: present for name, (present, _) in operations.items()}
         rows = list(dict.fromkeys(row for present in self.presence.values() for row in present.rows))
@@ -60,6 +69,14 @@ class MixedOperation(Elastic, nn.ModuleDict):
                 chosen = ", ".join(f"{row!r}={row.options[i]}" for row, i in picks.items())
                 raise TangleNASError(f"for {chosen} the operations are {names or 'none'}, expected exactly one")
         self.members: dict[str, list[Assignment]] = {}
+        for name, (_, module) in operations.items():
+            try:
+                self.add_module(name, module)
+            except KeyError as error:  # such as "gate", which is a method, or a name with a dot
+                raise TangleNASError(
+                    f"an operation cannot be named {name!r}: {error.args[0]}. Give it another name, such as "
+                    f"{name.replace('.', '_') + '_' * ('.' not in name)!r}"
+                ) from None
         for name, present in self.presence.items():
             role, size = "value", present
             if sum(present.values) > 1 and sharing == "entangled":
@@ -82,7 +99,10 @@ class MixedOperation(Elastic, nn.ModuleDict):
     ) -> Self:
         """Return the mixed operation of a choice between names.
 
-        It has one module per family, or one per name for sharing "separate".
+        Args:
+            choice: The choice, such as one layer of `space.choice("op", ("conv3", "conv5", "skip"), per=4)`.
+            families: A family for each name of a module. Together they have each option once. For sharing "separate",
+                each option has a module of its own, under its own name.
         """
         operations = {}
         for family, (kernels, layer) in families.items():

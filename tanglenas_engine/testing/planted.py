@@ -173,8 +173,8 @@ class Operations(SearchSpace):
         return elastic.MixedOperation.of(
             operation,
             {
-                "noise": ({"noise": 1}, lambda kernel: Noise()),
-                "keep": ({"keep": 1}, lambda kernel: nn.Identity()),
+                "noise": elastic.Family({"noise": 1}, lambda kernel: Noise()),
+                "keep": elastic.Family({"keep": 1}, lambda kernel: nn.Identity()),
             },
         )
 

@@ -188,6 +188,15 @@ def test_a_mixed_operation_is_made_of_families_or_of_single_operations(sharing, 
     assert sizes == ([3, 5] if sharing == "separate" else [5])
 
 
+@pytest.mark.parametrize("name", ["gate", "channels", "axes", "pop", "half", "max.pool"])
+def test_an_operation_whose_name_a_module_cannot_have_is_refused(name):
+    op = SearchSpace().choice("op", ("relu", "other"))
+    operations = {"relu": (op.map(lambda it: int(it == "relu")), nn.ReLU())}
+    operations[name] = op.map(lambda it: int(it == "other")), nn.Identity()
+    with pytest.raises(TangleNASError, match=f"an operation cannot be named '{name}': .*Give it another name"):
+        elastic.MixedOperation(operations)
+
+
 def test_only_the_chosen_operation_is_extracted_and_counted():
     space = OneEdge()
     skip, conv5 = space.architecture(op="skip"), space.architecture(op="conv5")
