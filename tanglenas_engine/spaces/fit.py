@@ -26,11 +26,11 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
         splits: The splits that a stage reads.
 
     Raises:
-        TangleNASError: The shapes or the types of the inputs differ (the message has both), inputs are not finite, or
-            outputs are missing.
+        TangleNASError: The shapes or the types of the inputs differ (the message has both), targets are no classes or
+            tokens, inputs are not finite, or outputs are missing.
     """
     labels = splits[0].labels
-    inputs, _ = next(batches(splits[0], 1))
+    inputs, targets = next(batches(splits[0], 1))
     with torch.random.fork_rng(devices=[]):  # this check must not change the random numbers of a run
         wanted = space.example_input(1)
     if inputs.shape[1:] != wanted.shape[1:]:
@@ -44,6 +44,11 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
         raise TangleNASError(
             f"the data are {inputs.dtype}, but the space {space.label} takes {kinds[0]}: let the dataset's transform "
             f"convert {'and normalise ' * wanted.is_floating_point()}them"
+        )
+    if targets.dtype != torch.int64:
+        raise TangleNASError(
+            f"the targets of the data are {targets.dtype}, expected torch.int64: a class for each sample, or a token "
+            "for each position. Other targets, such as those of a regression, are not supported"
         )
     if told := not_finite(inputs):
         raise TangleNASError(f"{told} in the first batch of the data are not finite: {REMEDY}")

@@ -71,11 +71,9 @@ def check_batches(make_dataset: Callable[[], Dataset]) -> None:
         inputs, targets = _batch(samples, places)
         assert len(inputs) == len(targets) == len(places), f"a batch of {len(places)} has {len(inputs)} inputs"
         assert targets.dtype == torch.int64, f"targets are {targets.dtype}, expected int64"
+        assert bool(inputs.isfinite().all()), f"inputs of the {name} split are not finite"
+        _check_images(dataset, inputs)
         if dataset.labels is not None:
-            shape = (len(places), dataset.in_channels, dataset.image_size, dataset.image_size)
-            assert inputs.shape == shape, f"inputs have shape {tuple(inputs.shape)}, expected {shape}"
-            assert inputs.dtype == torch.float32, f"inputs are {inputs.dtype}, expected float32"
-            assert bool(inputs.isfinite().all()), f"inputs of the {name} split are not finite"
             right = dataset.labels[indices]
             assert samples.labels is not None and samples.labels.equal(right) and targets.equal(right[places]), (
                 f"labels or targets of the {name} split are not those of its indices in the pool"
@@ -102,6 +100,15 @@ def check_batches(make_dataset: Callable[[], Dataset]) -> None:
 def _batch(samples: Samples, places: Tensor) -> tuple[Tensor, Tensor]:
     with seeded(0):
         return samples.batch(places)
+
+
+def _check_images(dataset: Dataset, inputs: Tensor) -> None:
+    options = dataset.space_options()
+    if not {"in_channels", "image_size"} <= {*options}:
+        return
+    shape = (len(inputs), options["in_channels"], options["image_size"], options["image_size"])
+    assert inputs.shape == shape, f"inputs have shape {tuple(inputs.shape)}, expected {shape}"
+    assert inputs.dtype == torch.float32, f"inputs are {inputs.dtype}, expected float32"
 
 
 def _check_tokens(dataset: Dataset, inputs: Tensor, targets: Tensor) -> None:

@@ -41,6 +41,13 @@ def test_inputs_of_another_type_are_named_with_the_type_that_fits(kind):
         check_fit(space.to(kind), TensorSamples(inputs.to(kind), labels))
 
 
+def test_targets_that_are_no_classes_or_tokens_are_refused():
+    space = vit()
+    samples = TensorSamples(space.example_input(6), torch.rand(6))
+    with pytest.raises(TangleNASError, match=r"targets of the data are torch.float32, expected torch.int64"):
+        check_fit(space, samples)
+
+
 def test_tokens_have_32_or_64_bits():
     space, rows = Language(vocab_size=7, block_size=5), torch.zeros(3, 6, dtype=torch.int64)
 

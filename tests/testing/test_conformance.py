@@ -308,7 +308,18 @@ class Twice(Images):
     class_names = ("a", "b", "b")
 
 
-@pytest.mark.parametrize("dataset", [Images, lambda: create_dataset("digits")])
+class Table(Images):
+    """Rows of a table, with an option of its own for a space."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = self.images.flatten(1)
+
+    def space_options(self):
+        return {"num_classes": 3, "features": 4}
+
+
+@pytest.mark.parametrize("dataset", [Images, Table, lambda: create_dataset("digits")])
 def test_a_dataset_that_keeps_the_contract_passes(dataset):
     check_dataset(dataset)
 
