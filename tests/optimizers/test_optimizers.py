@@ -394,6 +394,23 @@ class Roaming(SPOS):
         return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
 
 
+class Permuted(SPOS):
+    """Trains architectures of the whole space, whatever the band is."""
+
+    def weight_losses(self, step):
+        self.enter(self.space.sample(torch.Generator().manual_seed(step.index)))
+        yield self._loss(step, step.weight_batch)
+
+
+class Refusing(Permuted):
+    """Refuses a band."""
+
+    def draw_from(self, source):
+        super().draw_from(source)
+        if source is not self.space:
+            raise TangleNASError("leave search.target out")
+
+
 class Seedless(SPOS):
     """Draws the same in every search."""
 
@@ -470,6 +487,7 @@ class Undecided(DARTS):
         (check_sampling, Sums, "not on the simplex"),
         (check_sampling, Constant, "does not depend on alpha"),
         (check_sampling, Roaming, "that draw_from() left out"),
+        (check_sampling, Permuted, "weight_losses() gives architectures that draw_from() left out"),
         (check_sampling, Undecided, "learns_architecture is True, but expected"),
         (check_gradients, Backward, "leaves a gradient"),
         (check_gradients, Nudging, "changes"),
@@ -482,6 +500,10 @@ def test_the_checks_find_a_broken_optimizer(check, optimizer, message):
     with pytest.raises(AssertionError) as caught:
         check(optimizer, functools.partial(tiny, "vit"))
     assert message in str(caught.value)
+
+
+def test_an_optimizer_may_refuse_a_band():
+    check_sampling(Refusing, functools.partial(tiny, "vit"))
 
 
 def test_states_differ_in_a_bit():
