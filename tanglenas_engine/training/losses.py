@@ -35,12 +35,14 @@ def checked_loss(name: str, loss: Callable[[Any, Tensor], Tensor]) -> Callable[[
     """
 
     def checked(outputs: Any, targets: Tensor) -> Tensor:
-        with blamed(name, "a function of outputs and targets, such as cross_entropy"):
+        shapes = " and ".join(str(tuple(output.shape)) for output in all_outputs(outputs))
+        given = f"for outputs of shape {shapes} and {targets.dtype} targets of shape {tuple(targets.shape)}, "
+        with blamed(name, "a loss of logits and classes, such as cross_entropy", given):
             value = loss(outputs, targets)
         if not isinstance(value, Tensor) or value.dim():
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise TangleNASError(
-                f"the loss gives {what}, expected a tensor with one number: of torch's losses, take those with the "
+                f"{name} gives {what}, expected a tensor with one number: of torch's losses, take those with the "
                 "reduction 'mean'"
             )
         return value

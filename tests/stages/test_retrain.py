@@ -647,7 +647,7 @@ def test_a_loss_that_is_not_one_number(reduction, given):
     def loss(outputs, targets):
         return nn.functional.cross_entropy(outputs, targets, reduction=reduction) if reduction else "nothing"
 
-    with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
+    with pytest.raises(TangleNASError, match=f"retrain.loss gives '?{given}'?, expected a tensor with one number"):
         retrained(vit, loss=loss)
 
 

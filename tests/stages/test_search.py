@@ -716,8 +716,14 @@ def test_a_loss_that_is_not_one_number(reduction, given):
     def loss(outputs, targets):
         return nn.functional.cross_entropy(outputs, targets, reduction=reduction) if reduction else "nothing"
 
-    with pytest.raises(TangleNASError, match=f"the loss gives '?{given}'?, expected a tensor with one number"):
+    with pytest.raises(TangleNASError, match=f"search.loss gives '?{given}'?, expected a tensor with one number"):
         searched(noisy_vit, loss=loss)
+
+
+def test_a_loss_that_fails_is_told_with_what_it_got():
+    shapes = r"outputs of shape \(4, 3\) and torch.int64 targets of shape \(4,\)"
+    with pytest.raises(TangleNASError, match=rf"search.loss cannot be used \(for {shapes}, ValueError"):
+        searched(noisy_vit, loss=nn.functional.binary_cross_entropy_with_logits)
 
 
 @pytest.mark.parametrize("order", ["magnitude", "taylor"])
