@@ -56,7 +56,7 @@ def layers(space: "SearchSpace", architecture: "Architecture") -> tuple[list[str
     layered = [choice for choice in space.choices.values() if choice.layered]
     cells: dict[str, dict[str, str]] = {}
     for choice in layered:
-        rows = [row for row in choice.layer_rows if row.active(assignment)]
+        rows = [row for row in choice.rows if row.active(assignment)]
         for row, option in zip(rows, architecture.choices[choice.name], strict=True):
             cells.setdefault(row.label, {})[choice.name] = str(option)
     names = [choice.name for choice in layered]

@@ -187,16 +187,16 @@ class Architectures:
         for name, choice in self.choices.items():
             given = choices[name]
             values = list(given) if choice.layered and isinstance(given, list | tuple) else [given]
-            rows = [row for row in choice.layer_rows if row.active(assignment)]
+            rows = [row for row in choice.rows if row.active(assignment)]
             if choice.layered != isinstance(given, list | tuple) or len(values) < len(rows):
                 expected = f"a list of {len(rows)} options" if choice.layered else "one option"
                 raise TangleNASError(f"choice {name!r} of {self.label} is {given!r}, expected {expected}")
-            if len(values) not in (len(rows), len(choice.layer_rows)):
-                used = f", {len(rows)} of them in use" if len(rows) < len(choice.layer_rows) else ""
+            if len(values) not in (len(rows), len(choice.rows)):
+                used = f", {len(rows)} of them in use" if len(rows) < len(choice.rows) else ""
                 raise TangleNASError(
-                    f"choice {name!r} has {len(choice.layer_rows)} layers{used}, but {len(values)} were given"
+                    f"choice {name!r} has {len(choice.rows)} layers{used}, but {len(values)} were given"
                 )
-            for row, value in zip(rows if len(values) == len(rows) else choice.layer_rows, values, strict=True):
+            for row, value in zip(rows if len(values) == len(rows) else choice.rows, values, strict=True):
                 if row not in rows:
                     continue
                 if value not in row.options:
@@ -211,7 +211,7 @@ class Architectures:
         """Return the architecture of an assignment. Rows beyond the depth are dropped."""
         choices = {}
         for name, choice in self.choices.items():
-            options = tuple(r.options[assignment[r]] for r in choice.layer_rows if r.active(assignment))
+            options = tuple(r.options[assignment[r]] for r in choice.rows if r.active(assignment))
             choices[name] = options if choice.layered else options[0]
         return Architecture(self._key, choices)
 
@@ -230,7 +230,7 @@ class Architectures:
         assignment = {row: 0 for row in self.rows}
         for name, choice in self.choices.items():
             value = architecture.choices[name]
-            rows = [row for row in choice.layer_rows if row.active(assignment)]
+            rows = [row for row in choice.rows if row.active(assignment)]
             for row, option in zip(rows, value if choice.layered else [value], strict=True):
                 assignment[row] = row.options.index(option)
         return assignment

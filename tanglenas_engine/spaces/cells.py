@@ -103,7 +103,7 @@ def into_nodes(choices: Iterable[Choice], edges: Sequence[tuple[int, object]]) -
     """
     ends = list(dict.fromkeys(node for node, _ in edges))
     return [
-        [row for row, (node, _) in zip(choice.layer_rows, edges, strict=True) if node == end]
+        [row for row, (node, _) in zip(choice.rows, edges, strict=True) if node == end]
         for choice in choices
         for end in ends
     ]

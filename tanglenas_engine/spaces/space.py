@@ -242,7 +242,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
             TangleNASError: A choice is unknown, a shape is wrong, a row is not on the simplex, or the mixture was made
                 by another space.
         """
-        by_choice = {name: choice.layer_rows for name, choice in self.choices.items()}
+        by_choice = {name: choice.rows for name, choice in self.choices.items()}
         if isinstance(weights, Mixture):
             if weights.superposition is not self.superposition:
                 raise TangleNASError(f"the mixture was made by another space than this {self.label}: make it anew")

@@ -74,18 +74,17 @@ class Choice(Size):
         else:
             depths: Any = per
             self.stages = tuple(tuple(add((s, i), d, i) for i in range(d.max)) for s, d in enumerate(depths))
-        self.layer_rows = tuple(itertools.chain(*self.stages))
-        super().__init__(() if self.layered else self.layer_rows, self.options)
+        super().__init__(itertools.chain(*self.stages), self.options)
 
     def __getitem__(self, layer: int | tuple[int, int]) -> Size:
         """Return the Size of one layer, given its number among all layers, or its stage and its number in the stage."""
         if not self.layered:
             raise TangleNASError(f"choice {self.name!r} is made once, not per layer: use it without an index")
-        row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.layer_rows[layer]
+        row = self.stages[layer[0]][layer[1]] if isinstance(layer, tuple) else self.rows[layer]
         return Size((row,), self.options)
 
     def __len__(self) -> int:
-        return len(self.layer_rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[Size]:
         return (self[layer] for layer in range(len(self)))
@@ -93,7 +92,7 @@ class Choice(Size):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the choice's mixing weights: `(options,)`, or `(layers, options)` for a choice per layer."""
-        return (len(self.layer_rows), len(self.options)) if self.layered else (len(self.options),)
+        return (len(self), len(self.options)) if self.layered else (len(self.options),)
 
     def number(self, assignment: Assignment) -> Any:
         if self.layered:

@@ -220,7 +220,7 @@ def check_learning(make_space: Callable[[], SearchSpace], idle: Collection[str] 
         choice = space.choices[name]
         if name not in idle and len(choice.options) > 1:
             assert alpha.grad is not None
-            for row, gradient in zip(choice.layer_rows, alpha.grad.reshape(-1, len(choice.options)), strict=True):
+            for row, gradient in zip(choice.rows, alpha.grad.reshape(-1, len(choice.options)), strict=True):
                 assert bool(gradient.any()), (
                     f"alpha of {row!r} gets a gradient of zeros only: the output does not depend on this choice. One "
                     "that is meant to do nothing is named in `idle`, or with --idle"

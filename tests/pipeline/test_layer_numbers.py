@@ -115,9 +115,9 @@ def test_the_console_has_the_numbers_of_the_figures():
     space = Staged()
     _, rows = layers(space, found(space))
     assert [row[0] for row in rows if row[0] != "1" and row[0] != "2"] == [LABELS[i - 1] for i in ACTIVE]
-    named = [row.label for row in space.choices["inner"].layer_rows]
+    named = [row.label for row in space.choices["inner"].rows]
     assert named == LABELS
-    assert [row.label for row in space.choices["depth"].layer_rows] == ["1", "2"]
+    assert [row.label for row in space.choices["depth"].rows] == ["1", "2"]
 
 
 def test_of_many_layers_the_first_of_each_stage_is_named(panels):

@@ -82,9 +82,7 @@ def test_the_expected_cost_of_a_cell_counts_each_edge_by_itself(name):
     weights = {n: w.detach() for n, w in random_mixture(space)[1].items()}
     expected = space.expected_cost(weights)
     probabilities = {
-        row: weights[choice][i].tolist()
-        for choice in space.choices
-        for i, row in enumerate(space.choices[choice].layer_rows)
+        row: weights[choice][i].tolist() for choice in space.choices for i, row in enumerate(space.choices[choice].rows)
     }
     for metric in METRICS:
         terms = space.terms(metric)

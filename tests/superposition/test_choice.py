@@ -99,11 +99,11 @@ def test_rows_lie_stage_by_stage():
     space = Staged()
     depth, width = space.choices["depth"], space.choices["width"]
     assert (depth.shape, width.shape, len(width)) == ((2, 2), (4, 3), 4)
-    assert [repr(row) for row in width.layer_rows] == ["width[0, 0]", "width[0, 1]", "width[1, 0]", "width[1, 1]"]
-    assert width[1, 0].rows == width[2].rows == (width.layer_rows[2],)
-    assert [size.rows for size in width] == [(row,) for row in width.layer_rows]
-    picks = {depth.layer_rows[0]: 1, depth.layer_rows[1]: 0}  # one layer in the first stage, two in the second
-    assert [row.active(picks) for row in width.layer_rows] == [True, False, True, True]
+    assert [repr(row) for row in width.rows] == ["width[0, 0]", "width[0, 1]", "width[1, 0]", "width[1, 1]"]
+    assert width[1, 0].rows == width[2].rows == (width.rows[2],)
+    assert [size.rows for size in width] == [(row,) for row in width.rows]
+    picks = {depth.rows[0]: 1, depth.rows[1]: 0}  # one layer in the first stage, two in the second
+    assert [row.active(picks) for row in width.rows] == [True, False, True, True]
     with pytest.raises(IndexError):
         width[0, 2]
 

@@ -100,16 +100,16 @@ def test_a_choice_per_layer_has_a_row_for_each_layer_that_counts_up_to_the_depth
     assert (depth.shape, heads.shape, len(heads)) == ((3,), (4, 2), 4)
     assert [repr(row) for row in space.rows] == ["depth", "heads[0]", "heads[1]", "heads[2]", "heads[3]"]
     for option, d in enumerate(depth.options):
-        active = [row.active({depth.rows[0]: option}) for row in heads.layer_rows]
+        active = [row.active({depth.rows[0]: option}) for row in heads.rows]
         assert active == [layer < d for layer in range(4)]
-    assert [size.rows for size in heads] == [(row,) for row in heads.layer_rows]
-    assert heads[2].value({heads.layer_rows[2]: 1}) == 5
+    assert [size.rows for size in heads] == [(row,) for row in heads.rows]
+    assert heads[2].value({heads.rows[2]: 1}) == 5
 
 
 def test_a_choice_made_a_number_of_times_always_counts():
     heads = SearchSpace().choice("heads", (3, 5), per=2)
     assert heads.shape == (2, 2)
-    assert all(row.active({}) for row in heads.layer_rows)
+    assert all(row.active({}) for row in heads.rows)
 
 
 @pytest.mark.parametrize("use", [lambda h: h * 2, lambda h: 1 + h, lambda h: sizes.make_divisible(h)])

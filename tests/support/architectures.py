@@ -27,7 +27,7 @@ def put(space, path, architecture):
 def every_assignment(space):
     """All options of all layers, those beyond the depth included."""
     listed = {
-        name: list(itertools.product(choice.options, repeat=len(choice.layer_rows)))
+        name: list(itertools.product(choice.options, repeat=len(choice.rows)))
         if choice.layered
         else list(choice.options)
         for name, choice in space.choices.items()

@@ -137,7 +137,7 @@ def _layer_bars(axes: Axes, choice: Choice, assignment: Assignment) -> None:
         return
     largest = options[-1]
     inch = largest * axes.figure.dpi / axes.bbox.width
-    for layer, row in enumerate(choice.layer_rows, 1):
+    for layer, row in enumerate(choice.rows, 1):
         if not row.active(assignment):
             axes.barh(layer, largest, 0.8, color="white", edgecolor=PALE, linewidth=0, hatch="////")
             continue
@@ -151,14 +151,14 @@ def _layer_bars(axes: Axes, choice: Choice, assignment: Assignment) -> None:
         axes.vlines(options[:-1], 0.5, len(choice) + 0.5, color="white", linewidth=0.8)
     axes.set_title(_heading(choice))
     axes.set(xlim=(0, largest), ylim=(len(choice) + 0.5, 0.5), xticks=[])
-    axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.layer_rows])
+    axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.rows])
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
 def _layer_names(axes: Axes, choice: Choice, assignment: Assignment) -> None:
     """Draw a line per layer in use with a mark for every option, the chosen one filled and named."""
-    for layer, row in enumerate(choice.layer_rows, 1):
+    for layer, row in enumerate(choice.rows, 1):
         if not row.active(assignment):
             continue
         name = choice.options[assignment[row]]
@@ -167,6 +167,6 @@ def _layer_names(axes: Axes, choice: Choice, assignment: Assignment) -> None:
         axes.text(0.08 * len(choice.options) + 0.02, layer, name, va="center_baseline")
     axes.set_title(_heading(choice))
     axes.set(xlim=(0, 1), ylim=(len(choice) + 0.5, 0.5), xticks=[])
-    axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.layer_rows])
+    axes.set_yticks(range(1, len(choice) + 1), [row.label for row in choice.rows])
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", length=0)

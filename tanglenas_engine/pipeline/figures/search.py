@@ -220,10 +220,10 @@ def _layers(
         if isinstance(choice, Choice):
             rows = mixture[other] if choice.layered else [mixture[other]]
             picks = (row.index(max(row)) for row in rows)
-            assignment.update(zip(choice.layer_rows, picks, strict=True))
+            assignment.update(zip(choice.rows, picks, strict=True))
     choice = choices[name]
     if isinstance(choice, Choice):
-        return [row.label for row in choice.layer_rows], [row.active(assignment) for row in choice.layer_rows]
+        return [row.label for row in choice.rows], [row.active(assignment) for row in choice.rows]
     count = len(mixture[name])
     return [str(layer) for layer in range(1, count + 1)], [True] * count
 

@@ -60,11 +60,11 @@ def place(choice: Choice, pick: int) -> float:
 def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
     """Return the place of each layer's option among the options of its choice, from 0 (smallest) to 1 (largest)."""
     choices = sized(space)
-    layers = max(len(choice.layer_rows) for choice in choices)
+    layers = max(len(choice.rows) for choice in choices)
     values = []
     for choice in choices:
         row = [math.nan] * layers
-        for number, one in enumerate(choice.layer_rows):
+        for number, one in enumerate(choice.rows):
             if one.active(assignment):
                 row[number] = place(choice, assignment[one])
         values.append(row)
@@ -73,11 +73,11 @@ def sizes(space: SearchSpace, assignment: Assignment) -> Matrix:
 
 def frequency(space: SearchSpace, assignment: Assignment) -> Matrix:
     """Return 1 where a layer has an option and 0 where it has not: the mean over seeds is the option's frequency."""
-    layers = max(len(choice.layer_rows) for choice in space.choices.values())
+    layers = max(len(choice.rows) for choice in space.choices.values())
     names, values = [], []
     for name, choice in space.choices.items():
         for number, option in enumerate(choice.options):
-            row = [float(one.active(assignment) and assignment[one] == number) for one in choice.layer_rows]
+            row = [float(one.active(assignment) and assignment[one] == number) for one in choice.rows]
             names.append(f"{name} {option}")
             values.append([*row, *[math.nan] * (layers - len(row))])
     return Matrix(names, [str(layer + 1) for layer in range(layers)], values)
@@ -90,7 +90,7 @@ def early_over_late(space: SearchSpace, assignment: Assignment) -> float:
     """
     early, late = [], []
     for choice in sized(space):
-        used = [row for row in choice.layer_rows if row.active(assignment)]
+        used = [row for row in choice.rows if row.active(assignment)]
         if not choice.layered or len(used) < 2:
             continue
         places = [place(choice, assignment[row]) for row in used]
@@ -110,7 +110,7 @@ def uniform(space: SearchSpace, most: int) -> Assignment | None:
     best, cost = None, -1
     for picks in itertools.product(*options):
         assignment = {
-            row: pick for choice, pick in zip(space.choices.values(), picks, strict=True) for row in choice.layer_rows
+            row: pick for choice, pick in zip(space.choices.values(), picks, strict=True) for row in choice.rows
         }
         try:
             macs = space.cost(space.architecture_of(assignment)).macs
