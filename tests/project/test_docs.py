@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ from tanglenas_engine.cli.new_plugin import _renamed
 from tanglenas_engine.pipeline.config.reader import configure
 from tanglenas_engine.plugins import KINDS, PluginManager, hookspecs
 from tanglenas_engine.runtime.files import write_atomic
-from tanglenas_engine.testing import check_dataset, check_objective
+from tanglenas_engine.testing import check_dataset, check_objective, check_optimizer, check_space
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -202,21 +203,44 @@ def names() -> list[str]:
     return [page.relative_to(DOCS).as_posix() for page in PAGES]
 
 
+ALONE = ("self.derive_seed", "class Operations", "class FairPaths")
+"""What shows the blocks of tutorials that are no part of the example."""
+
+
 @pytest.mark.parametrize("page", ["own-space.md", "own-optimizer.md"])
 def test_tutorials_show_the_example(page):
     files = (*EXAMPLE.glob("*.py"), *EXAMPLE.parent.glob("tests/*.py"))
     written = _renamed("\n".join(path.read_text() for path in files), "theirs")  # as new-plugin does it
-    shown = [code for name, code in blocks("python") if name == page and "self.derive_seed" not in code]
+    shown = [code for name, code in blocks("python") if name == page and not any(part in code for part in ALONE)]
     assert len(shown) >= 2
     for code in shown:
         parts = [part for part in re.split(r"\n\n\n", code.strip("\n")) if not part.startswith(("import", "from"))]
         assert all(part in written for part in parts), code
 
 
-def test_the_dataset_that_is_shown_is_one():
+def test_datasets_that_are_shown_keep_the_contract(tmp_path):
     names: dict = {}
     exec(python("own-data.md", "class Stripes"), names)
     check_dataset(names["Stripes"])
+    exec(python("own-data.md", "class Table"), names)
+    rows = [f"{i % 7},{i % 5},{'abc'[i % 3]}" for i in range(60)]
+    (tmp_path / "table.csv").write_text("\n".join(["width,height,kind", *rows]))
+    check_dataset(lambda: names["Table"](str(tmp_path / "table.csv")))
+
+
+@pytest.mark.slow
+def test_the_space_of_operations_that_is_shown_is_one():
+    names: dict = {}
+    exec(python("own-space.md", "class Operations"), names)
+    check_space(names["Operations"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", ["autoformer_nano", "toy_cell"])
+def test_the_optimizer_of_several_paths_that_is_shown_is_one(space):
+    names: dict = {}
+    exec(python("own-optimizer.md", "class FairPaths"), names)
+    check_optimizer(names["FairPaths"], lambda: create_space(space))
 
 
 def test_the_objective_that_is_shown_is_one():
@@ -226,6 +250,16 @@ def test_the_objective_that_is_shown_is_one():
     objective = names["Memory"]().bind(space)
     assert objective.cost(space.largest()) == 2 * space.cost(space.largest()).params
     check_objective(names["Memory"], lambda: create_space("gpt_nano"))
+
+
+@pytest.mark.parametrize("name", ["autoformer_nano", "toy_cell", "mobilenetv3_nano"])
+def test_the_objective_by_tables_that_is_shown_is_one(name, tmp_path):
+    names: dict = {}
+    exec(python("budgets.md", "class Energy"), names)
+    space = create_space(name)
+    prices = {f"{row.choice}={one}": sorted(row.options).index(one) for row in space.rows for one in row.options}
+    (tmp_path / "energy.json").write_text(json.dumps(prices))
+    check_objective(lambda: names["Energy"](str(tmp_path / "energy.json")), lambda: create_space(name))
 
 
 @pytest.mark.parametrize(("page", "part"), [("quickstart.md", "result = search("), ("faq.md", "load_state_dict")])
