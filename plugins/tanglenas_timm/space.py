@@ -67,14 +67,13 @@ class TimmSpace(SearchSpace):
         """Write a folder that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
         `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
-        the classes. Without a dataset, pixels go from -1 to 1, and classes have no names. A dataset that does not say
-        how its inputs are made leaves that out.
+        the classes. The `config.json` leaves out what the dataset does not say of its inputs, and without a dataset all
+        of it; timm has ImageNet's values then.
         """
-        channels = self.settings["in_chans"]
-        usual = {"mean": (0.5,) * channels, "std": (0.5,) * channels, "crop_pct": 1.0, "interpolation": "bilinear"}
+        known = dataset.input_config() if dataset else {}
         network.pretrained_cfg = {
-            "input_size": (channels, self.image_size, self.image_size),
-            **(dataset.input_config() if dataset else usual),
+            "input_size": (self.settings["in_chans"], self.image_size, self.image_size),
+            **known,
             "architecture": self.model,
             "num_classes": self.settings["num_classes"],
             **({"fixed_input_size": True} if self.fixed_size else {}),
@@ -82,3 +81,8 @@ class TimmSpace(SearchSpace):
             "classifier": self.output_layer,
         }
         save_for_hf(network, folder, model_args=self.arguments(architecture), safe_serialization=True)
+        path = Path(folder, "config.json")
+        config = json.loads(path.read_text("utf-8"))
+        for name in {"mean", "std", "crop_pct", "interpolation"} - known.keys():  # timm writes those of ImageNet
+            config["pretrained_cfg"].pop(name, None)
+        path.write_text(json.dumps(config, indent=2), "utf-8")

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 IMAGES = ("num_classes", "label_names", "input_size", "mean", "std", "crop_pct", "interpolation")
 TEXTS = ("vocab_size", "block_size")
+OWN_TRANSFORM = (
+    "If its dataset has a transform of its own (create_dataset.eval_transform), which no file holds, make the inputs "
+    "with that, as docs/serving.md shows. Otherwise export the network again from the files of its run"
+)
+"""The remedy for a network whose files do not say how its inputs are made."""
 RETRAINED = ("", "model", "retrain/model", "out/retrain/model")
 """The folders in which a network may lie, from where a person points: itself, a stage's, `out/` or a project's."""
 
@@ -62,10 +67,8 @@ def known_beside(weights: Path) -> Known | None:
     path = weights.with_name(CONFIG)
     if not path.is_file():
         return None
-    config = _json(path)
-    entries = {**config, **_mapping(config.get("pretrained_cfg"))}
-    known = {name: entries[name] for name in (*IMAGES, *TEXTS) if name in entries}
-    return Known(known, _tokenizer(weights.parent)) if {"input_size", "block_size"} & set(known) else None
+    known = Known(_entries(_json(path)), _tokenizer(weights.parent))
+    return known if {"input_size", "block_size"} & set(known.config) else None
 
 
 def open_model(path: Path) -> Model:
@@ -120,8 +123,7 @@ def _timm(folder: Path, config: Mapping[str, Any]) -> Model:
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # timm raises whatever its parts raise
         raise TangleNASError(f"timm cannot open {folder}: {describe(error)}. Export the network again") from None
-    cfg: Any = network.pretrained_cfg
-    return Model(folder, network, Known({name: cfg[name] for name in IMAGES if cfg.get(name) is not None}))
+    return Model(folder, network, Known(_entries(config)))  # network.pretrained_cfg has ImageNet's values for others
 
 
 def _space(folder: Path, config: Mapping[str, Any]) -> Model:
@@ -244,6 +246,12 @@ def _value(text: str | bytes, path: Path) -> Any:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says of inputs and outputs, under `pretrained_cfg` or, in older ones, beside it."""
+    entries = {**config, **_mapping(config.get("pretrained_cfg"))}
+    return {name: entries[name] for name in (*IMAGES, *TEXTS) if entries.get(name) is not None}
 
 
 def _names(folder: Path) -> list[str]:

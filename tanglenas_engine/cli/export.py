@@ -18,7 +18,7 @@ import click
 from tanglenas_engine.errors import TangleNASError, shown
 
 from ._console import read_text
-from ._model import CONFIG, TEXTS, TOKENIZER, known_beside, transformers_model
+from ._model import CONFIG, OWN_TRANSFORM, TEXTS, TOKENIZER, known_beside, transformers_model
 from ._space import parsed, read, read_architecture, space_options
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
             "has no names of classes, and nothing says how its inputs are made",
             err=True,
         )
+    elif not ("block_size" in (said := known.input_config()) or {"mean", "std"} <= said.keys()):
+        click.echo(f"nothing says how the inputs of the network are made. {OWN_TRANSFORM}", err=True)
 
 
 def _dataset(config: Path | None, made_with: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Dataset | None, str]:

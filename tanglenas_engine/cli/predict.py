@@ -13,7 +13,7 @@ import click
 from tanglenas_engine.errors import TangleNASError, describe, quoted, shown
 
 from ._console import read_text
-from ._model import Model, open_model
+from ._model import OWN_TRANSFORM, Model, open_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -117,8 +117,7 @@ def _transform(model: Model) -> Any:
     if len(size) != 3 or size[0] not in (1, 3) or not len(mean) == len(std) == size[0] or 0 in std or min(size) < 1:
         raise TangleNASError(
             f"{model.path} does not say how its inputs are made: input_size is {quoted(config.get('input_size'), 80)}, "
-            f"mean {quoted(config.get('mean'), 80)}, std {quoted(config.get('std'), 80)}. Export the network again "
-            "from the files of its run, or compute its inputs yourself, as docs/serving.md shows"
+            f"mean {quoted(config.get('mean'), 80)}, std {quoted(config.get('std'), 80)}. {OWN_TRANSFORM}"
         )
     from timm.data.transforms_factory import create_transform
 

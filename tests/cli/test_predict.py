@@ -264,14 +264,22 @@ def test_images_are_opened_as_images_alone(images, tmp_path):
     assert "it is of no known format" in run("predict", images / "out", eps, status=2)
 
 
-def test_a_network_of_unknown_inputs_says_so(images, tmp_path):
-    shutil.copy(images / "torch/model.safetensors", tmp_path)
+@pytest.mark.parametrize("name", ["torch", "timm", "onnx"])
+@pytest.mark.parametrize("own", [False, True], ids=["nothing known", "a transform of one's own"])
+def test_a_network_of_unknown_inputs_says_so(images, tmp_path, name, own):
+    shutil.copy(images / "timm/model.safetensors", tmp_path)
+    if own:
+        config = json.loads((images / "timm/config.json").read_text())
+        for key in ("mean", "std", "crop_pct", "interpolation"):
+            del config["pretrained_cfg"][key]
+        (tmp_path / "config.json").write_text(json.dumps(config))
     created = dict(create_dataset("digits").space_options(), embed_dim=(8, 16), depth=(2,), head_dim=4)
     options = [word for key, value in created.items() for word in ("-o", f"{key}={value!r}")]
     said = run("export", images / "out/discretize/architecture.json", "--weights", tmp_path / "model.safetensors",
-               "--format", "torch", "--output", tmp_path / "exported", *options)  # fmt: skip
-    assert "nothing says how its inputs are made" in said
-    assert "does not say how its inputs are made" in run("predict", tmp_path / "exported", images / "0.png", status=2)
+               "--format", name, "--output", tmp_path / "exported", *options)  # fmt: skip
+    assert "nothing says how" in said and ("create_dataset.eval_transform" in said) is own
+    refused = run("predict", tmp_path / "exported", images / "0.png", status=2)
+    assert "does not say how its inputs are made" in refused and "create_dataset.eval_transform" in refused
 
 
 def test_codes_for_a_terminal_are_escaped(images, texts, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ import torch
 from dataset_files import KINDS, write_cifar, write_fashion, write_idx
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize
 
 import tanglenas_vit.network  # noqa: F401 - both tell timm about their networks
@@ -801,6 +803,8 @@ def test_impossible_image_folder_options_are_named(pictures, options, message):
 
 # What a dataset says of its inputs, and what an exported network keeps of it
 
+PATCHES = {"autoformer_nano": {"patch_size": 7}}
+
 
 @pytest.mark.slow
 def test_datasets_of_images_state_the_normalisation_that_they_apply(tmp_path, fashion_folder, pictures):
@@ -822,8 +826,7 @@ def test_timm_makes_inputs_for_an_exported_network_as_its_dataset_does(tmp_path,
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "images" / "blue" / "0.png")
     dataset = ImageFolder(tmp_path / "images", image_size=28, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), crop_pct=0.875)
-    options = {"patch_size": 7} if space == "autoformer_nano" else {}
-    space = create_space(space, **dataset.space_options(), **options)
+    space = create_space(space, **dataset.space_options(), **PATCHES.get(space, {}))
     architecture = space.smallest()
     space.export(space.extract(architecture), architecture, tmp_path / "model", dataset)
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
@@ -832,10 +835,14 @@ def test_timm_makes_inputs_for_an_exported_network_as_its_dataset_does(tmp_path,
     assert torch.allclose(transform(image), everything(dataset)[0][0], atol=1e-5)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["no dataset", "a transform of one's own"])
 @pytest.mark.parametrize("space", ["autoformer_nano", "mobilenetv3_nano"])
-def test_an_export_without_a_dataset_is_for_pixels_from_minus_1_to_1(tmp_path, space):
-    space = create_space(space, in_channels=1)
-    architecture = space.smallest()
-    space.export(space.extract(architecture), architecture, tmp_path)
-    config = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg
-    assert (list(config["mean"]), list(config["std"])) == ([0.5], [0.5])
+def test_an_export_says_nothing_of_inputs_that_are_not_known(tmp_path, space, own):
+    write_images(tmp_path / "images", 1)
+    dataset = ImageFolder(tmp_path / "images", image_size=28, eval_transform=v2.ToImage()) if own else None
+    sizes = {"image_size": 28, "in_channels": 3, "num_classes": 3, **PATCHES.get(space, {})}
+    space = create_space(space, **sizes)
+    space.export(space.extract(space.smallest()), space.smallest(), tmp_path / "model", dataset)
+    said = json.loads((tmp_path / "model" / "config.json").read_text())["pretrained_cfg"]
+    assert not {"mean", "std", "crop_pct", "interpolation"} & said.keys() and ("label_names" in said) is own
+    timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
