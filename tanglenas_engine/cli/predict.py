@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tanglenas_engine.errors import TangleNASError, describe, quoted, shown
+from tanglenas_engine.errors import TangleNASError, describe, quoted, readable, shown
 
+from . import WrongInput
 from ._console import read_text
 from ._model import OWN_TRANSFORM, Model, open_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @click.command(short_help="Name the classes of images, or continue texts.")
@@ -42,7 +45,8 @@ def command(
 
     MODEL is what `tanglenas export` wrote, a folder or a file, or the output of a run: a project, its folder out/ or
     out/retrain/. A folder with a language model of transformers will do, too. How inputs are made, the names of classes
-    and the tokenizer are those that lie in or beside it.
+    and the tokenizer are those that lie in or beside it. A FILE that cannot be read is told among the results, and the
+    command ends with status 2.
     """
     import torch
 
@@ -70,6 +74,21 @@ def _refuse(model: Model, what: str, given: dict[str, Any], foreign: Sequence[st
         raise TangleNASError(f"{model.path} {what}, so {wrong[0]} would do nothing: leave it out")
 
 
+def _each(files: Sequence[Path], read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """Yield each file with what `read` makes of it. Tell those that it refuses, and end with status 2 at last."""
+    refused = False
+    for path in files:
+        try:
+            content = read(path)
+        except TangleNASError as error:
+            WrongInput(readable(error)).show()
+            refused = True
+        else:
+            yield path, content
+    if refused:
+        click.get_current_context().exit(WrongInput.exit_code)
+
+
 def _run(model: Model, inputs: Tensor) -> Tensor:
     """Return the network's outputs.
 
@@ -90,20 +109,18 @@ def _run(model: Model, inputs: Tensor) -> Tensor:
 # Images.
 
 
-def _images(model: Model, files: Sequence[Path], top: int) -> list[str]:
-    """Return for each image its name and its most probable classes with their probabilities in %."""
+def _images(model: Model, files: Sequence[Path], top: int) -> Iterator[str]:
+    """Yield for each image its name and its most probable classes with their probabilities in %."""
     make = _transform(model)
     names = model.known.config.get("label_names")
     names = names if isinstance(names, list | tuple) else ()
-    lines = []
-    for path in files:
-        (logits,) = _run(model, make(path)[None])  # (classes,)
+    for path, made in _each(files, make):
+        (logits,) = _run(model, made[None])  # (classes,)
         chances, classes = logits.softmax(-1).topk(min(top, len(logits)))
-        lines.append(shown(path))
+        yield shown(path)
         for chance, label in zip(chances.tolist(), classes.tolist(), strict=True):
             name = shown(names[label], 80) if label < len(names) else f"class {label}"
-            lines.append(f"  {100 * chance:6.2f} %  {name}")
-    return lines
+            yield f"  {100 * chance:6.2f} %  {name}"
 
 
 def _transform(model: Model) -> Any:
@@ -134,6 +151,8 @@ def _transform(model: Model) -> Any:
     )
 
     def make(path: Path) -> Tensor:
+        if path.is_dir():
+            raise TangleNASError(f"{shown(path)} is a folder: give the images in it, such as {shown(path / '*')}")
         try:
             image = decode(path, "L" if channels == 1 else "RGB")
         except Exception as error:  # Pillow's decoders raise errors of many types
@@ -158,13 +177,35 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 def _texts(
     model: Model, files: Sequence[Path], prompt: str | None, tokens: int, temperature: float, seed: int
-) -> list[str]:
-    """Return each text with its continuation: that of each file, or the prompt."""
-    from tokenizers import Tokenizer
-
+) -> Iterator[str]:
+    """Yield each text with its continuation: that of each file, or the prompt."""
     block = model.known.config["block_size"]
     if not isinstance(block, int) or block < 1:
         raise TangleNASError(f"{model.path}: block_size is {quoted(block, 80)}, expected a number of tokens")
+    tokenizer = _tokenizer(model)
+
+    def begin(name: str, text: str) -> tuple[str, list[int]]:
+        start = tokenizer.encode(text, add_special_tokens=False)
+        if not start.ids:
+            raise TangleNASError(f"{name} is empty: give a text of at least one token, which is continued")
+        if unknown := start.tokens.count(str(getattr(tokenizer.model, "unk_token", None))):
+            click.echo(f"{name}: {unknown} of {len(start.ids)} tokens are unknown to the network", err=True)
+        return text, start.ids
+
+    def read(path: Path) -> tuple[str, list[int]]:
+        return begin(shown(path), read_text(path, f"a text in UTF-8, which {model.path} continues"))
+
+    one = [(Path(), begin("the prompt", prompt))] if prompt is not None else _each(files, read)
+    for path, (text, start) in one:
+        added = _continued(model, start, block, tokens, temperature, seed)
+        if len(files) > 1:
+            yield f"==> {shown(path)} <=="
+        yield _printable(text + _text_after(tokenizer, start, added))
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     if not model.known.tokenizer:
         raise TangleNASError(
             f"{model.path} has no tokenizer.json beside it, without which no text becomes tokens. Copy it from the "
@@ -178,17 +219,7 @@ def _texts(
         raise
     except BaseException as error:  # the library's panics are no Exception
         raise TangleNASError(f"the tokenizer.json of {model.path} is none: {describe(error)}. Copy it again") from None
-    lines = []
-    what = f"a text in UTF-8, which {model.path} continues"
-    texts = [("the prompt", prompt)] if prompt is not None else [(shown(path), read_text(path, what)) for path in files]
-    for name, text in texts:
-        start = tokenizer.encode(text, add_special_tokens=False).ids
-        if not start:
-            raise TangleNASError(f"{name} is empty: give a text of at least one token, which is continued")
-        added = _continued(model, start, block, tokens, temperature, seed)
-        lines += [f"==> {name} <=="] * (len(texts) > 1)
-        lines.append(_printable(text + _text_after(tokenizer, start, added)))
-    return lines
+    return tokenizer
 
 
 def _text_after(tokenizer: Tokenizer, start: list[int], added: list[int]) -> str:

@@ -231,6 +231,7 @@ def damaged(folder: Path, name: str, content: str) -> Path:
         (lambda i, t: [i / "digit.png", "x"], "is no network that can be opened: expected a folder"),
         (lambda i, t: [i / "out"], "give images or texts as FILE..., or --prompt TEXT"),
         (lambda i, t: [i / "out", "x.png"], "x.png is no readable image: No such file"),
+        (lambda i, t: [i / "out", i], "is a folder: give the images in it, such as"),
         (lambda i, t: [i / "out", t / "start.txt"], "start.txt is no readable image: it is of no kno"),
         (lambda i, t: [i / "out", i / "0.png", "--seed", "0"], "takes images, so --seed would do"),
         (lambda i, t: [i / "out", i / "0.png", "--top", "0"], "0 is not in the range x>=1"),
@@ -256,6 +257,20 @@ def damaged(folder: Path, name: str, content: str) -> Path:
 def test_wrong_input_is_told_in_a_sentence(images, texts, arguments, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert reason in run("predict", *arguments(images, texts), status=2)
+
+
+def test_files_that_cannot_be_read_are_told_and_the_others_have_their_results(images, texts, tmp_path):
+    bad = [tmp_path / "gone", tmp_path / "bytes"]
+    bad[1].write_bytes(b"\xff")
+    for folder, good, more in ((images, "0.png", ()), (texts, "start.txt", ("--tokens", "3"))):
+        said = run("predict", folder / "torch", bad[0], folder / good, bad[1], *more, status=2)
+        alone = run("predict", folder / "torch", folder / good, *more)
+        assert alone in said and all(f"{path}" in said for path in bad) and said.count("Error: ") == 2
+
+
+def test_tokens_that_a_network_does_not_know_are_counted(texts):
+    said = run("predict", texts / "torch", "--prompt", "déf é", "--tokens", "1")
+    assert said.startswith("the prompt: 2 of 5 tokens are unknown to the network\n")
 
 
 def test_images_are_opened_as_images_alone(images, tmp_path):
