@@ -86,7 +86,7 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
     space, architecture, made_with, config = read(file, options)
     dataset, trouble = _dataset(config, made_with, parsed(options))
-    network = _network(space, architecture, weights, dataset, trouble).eval()
+    network = _network(space, architecture, weights, config, dataset, trouble).eval()
     known = known_beside(weights) or dataset
     torch.manual_seed(0)
     batches = [space.example_input(3)]  # another batch size than the traced one
@@ -160,7 +160,12 @@ def _refuse_others(folder: Path, output: Path) -> None:
 
 
 def _network(
-    space: SearchSpace, architecture: Architecture, weights: Path, dataset: Dataset | None, trouble: str
+    space: SearchSpace,
+    architecture: Architecture,
+    weights: Path,
+    config: Path | None,
+    dataset: Dataset | None,
+    trouble: str,
 ) -> nn.Module:
     """Return the network with its own weights, or with those that it inherits from the supernet."""
     from tanglenas_engine.runtime.weights import OtherWeightsError, load_into, weights_metadata
@@ -183,12 +188,14 @@ def _network(
     if prefix:
         click.echo(f"{weights}: all names begin with {prefix!r}, which was left out", err=True)
     if network is space:
-        return _recalibrated(space.extract(architecture).eval(), weights, dataset, trouble)
+        return _recalibrated(space.extract(architecture).eval(), weights, config, dataset, trouble)
     _check_architecture(space, architecture, weights, metadata)
     return own
 
 
-def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None, trouble: str) -> nn.Module:
+def _recalibrated(
+    network: nn.Module, weights: Path, config: Path | None, dataset: Dataset | None, trouble: str
+) -> nn.Module:
     """Return the network with statistics of batch norms of its own, as `retrain.mode = "inherit"` sets them.
 
     Those of the supernet are of many architectures.
@@ -199,12 +206,13 @@ def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None, tr
     import torch
 
     from tanglenas_engine.data import Splits, open_splits
+    from tanglenas_engine.pipeline.project import in_project_of
     from tanglenas_engine.training.measure import recalibrate, running_statistics, statistics_inputs
 
     if not running_statistics(network):
         return network
     path = weights.with_name(SPLITS)
-    if dataset is None or not path.is_file():
+    if config is None or dataset is None or not path.is_file():
         needs = (
             f"give the supernet.safetensors of the run, which lies beside its {SPLITS}"
             if dataset is not None
@@ -218,8 +226,9 @@ def _recalibrated(network: nn.Module, weights: Path, dataset: Dataset | None, tr
             "retrain.mode=inherit, run `dvc repro`, and export the weights that retrain writes"
         )
     splits = Splits.from_json(read_text(path, "the splits that search writes"))
-    samples = open_splits(dataset, splits, ("training",)).plain("training")
-    recalibrate(network, statistics_inputs(network, samples, STATISTICS, splits.seed, torch.device("cpu")))
+    with in_project_of(config):
+        samples = open_splits(dataset, splits, ("training",)).plain("training")
+        recalibrate(network, statistics_inputs(network, samples, STATISTICS, splits.seed, torch.device("cpu")))
     click.echo(f"{weights}: the statistics of batch norms were set anew, on training data of the run", err=True)
     return network
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from tanglenas_engine.pipeline.config.reader import register_references, require
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import STAGES
 from tanglenas_engine.pipeline.headline import plausible
+from tanglenas_engine.pipeline.project import in_project_of
 from tanglenas_engine.pipeline.tracking.store import PARENT, Store, experiment_name
 from tanglenas_engine.pipeline.tracking.tracker import AFTER
 
@@ -62,8 +64,8 @@ def space_of(config: Path) -> str | None:
     Raises:
         TangleNASError: The config is damaged.
     """
-    _read_config(config)
-    name: str | None = macro_value("SPACE")
+    with _opened(config):
+        name: str | None = macro_value("SPACE")
     return name
 
 
@@ -77,8 +79,9 @@ def made_with(config: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         TangleNASError: The config is damaged. Or the sizes of the data are neither in it nor given, and the dataset is
             missing.
     """
-    _read_config(config)
-    stage = {name: value for name, value in gin.get_bindings("create_space").items() if name != "name"}
+    with _opened(config):
+        bound_there = gin.get_bindings("create_space")
+    stage = {name: value for name, value in bound_there.items() if name != "name"}
     bound = {**stage, **given}
     if any(sizes <= bound.keys() for sizes in SIZES):
         return bound
@@ -89,29 +92,34 @@ def made_with(config: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dataset_of(config: Path) -> Dataset:
-    """Return the dataset of a stage, from the `operative.gin` that it wrote.
+    """Return the dataset of a stage, from the `operative.gin` that it wrote. Read samples `in_project_of(config)`.
 
     Raises:
         TangleNASError: The config is damaged, or the dataset is missing.
     """
-    _read_config(config)
-    try:
-        dataset: Dataset = create_dataset(name=required("DATASET", str))
-    except TangleNASError as error:
-        raise TangleNASError(without_call_stack(error)) from None
+    with _opened(config):
+        try:
+            dataset: Dataset = create_dataset(name=required("DATASET", str))
+        except TangleNASError as error:
+            raise TangleNASError(without_call_stack(error)) from None
     return dataset
 
 
-def _read_config(config: Path) -> None:
+@contextmanager
+def _opened(config: Path) -> Iterator[None]:
+    """Read a config, and stand in its project until the block ends."""
     gin.clear_config()
-    try:
-        text = config.read_text("utf-8")
-        register_references(text)
-        # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
-        gin.parse_config(text, skip_unknown=True)
-        gin.get_bindings("create_space")  # resolves what it refers to
-    except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
-        raise TangleNASError(f"{config} cannot be read ({shown(error)}). {OTHERWISE}") from None
+    file = config.absolute()
+    with in_project_of(file):
+        try:
+            text = file.read_text("utf-8")
+            register_references(text)
+            # This is a record, not a configuration: bindings of the stage's own functions may be unknown here.
+            gin.parse_config(text, skip_unknown=True)
+            gin.get_bindings("create_space")  # resolves what it refers to
+        except Exception as error:  # the tokenizer, the parser and the registry raise errors of their own
+            raise TangleNASError(f"{config} cannot be read ({shown(error)}). {OTHERWISE}") from None
+        yield
 
 
 def read(root: Path) -> Records:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from paths import ROOT
+from PIL import Image
 from tiny import TINY, tiny
 from torch import nn
 
@@ -177,7 +178,7 @@ def test_weights_of_the_supernet_are_sliced(found):
     _, network, arguments = found("autoformer_nano")
     run(arguments, "--weights", "supernet.safetensors", "--format", "torch")
     assert Path("exported/model.safetensors").stat().st_size < Path("supernet.safetensors").stat().st_size
-    exported = export._network(tiny("autoformer_nano"), *_read("exported/model.safetensors"), None, "")
+    exported = export._network(tiny("autoformer_nano"), *_read("exported/model.safetensors"), None, None, "")
     for key, value in network.state_dict().items():
         torch.testing.assert_close(exported.state_dict()[key], value)
 
@@ -230,6 +231,31 @@ def test_a_network_of_the_supernet_gets_statistics_of_its_own_as_inherit_sets_th
     assert written.keys() == expected.keys()
     for name, tensor in written.items():
         torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def test_a_run_is_exported_alike_from_every_folder(tmp_path, monkeypatch):
+    for kind in ("project/images/a", "project/images/b", "elsewhere/images/a"):
+        (tmp_path / kind).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8), (20 * number, 0, 10 * len(kind))).save(tmp_path / kind / f"{number}.png")
+    monkeypatch.chdir(tmp_path / "project")
+    Path("dvc.yaml").touch()
+    Path("operative.gin").write_text(
+        "SPACE = 'toy_conv_macro_nano'\nDATASET = 'image_folder'\ncreate_dataset.root = 'images'\n"
+        "create_dataset.image_size = 16\n"
+    )
+    dataset = create_dataset("image_folder", root="images", image_size=16)
+    space = create_space("toy_conv_macro_nano", **dataset.space_options())
+    Path("architecture.json").write_text(space.smallest().to_json())
+    Path("splits.json").write_text(make_splits(dataset, seed=0).to_json())
+    save_weights("supernet.safetensors", space.state_dict(), {"optimizer": "spos"})
+    for here in ("project", "elsewhere"):
+        monkeypatch.chdir(tmp_path / here)
+        run(["export", "../project/architecture.json", "--weights", "../project/supernet.safetensors"],
+            "--format", "torch", "--output", "exported")  # fmt: skip
+    for name in ("config.json", "model.safetensors"):
+        one, other = ((tmp_path / here / "exported" / name).read_bytes() for here in ("project", "elsewhere"))
+        assert one == other
 
 
 def test_without_the_data_a_network_of_the_supernet_with_batch_norms_is_refused(searched):

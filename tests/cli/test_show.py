@@ -1,6 +1,8 @@
 """`tanglenas show`: every choice of an architecture, and what it costs."""
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,21 +116,31 @@ def test_a_config_of_another_space_says_nothing_of_an_architecture(show, tmp_pat
     assert show(space.smallest(), "-o", "block_size=32") == alone
 
 
-def test_a_config_that_refers_to_functions_of_the_project_is_read(show, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "my_transforms_of_show.py").write_text("def train(image):\n    return image\n")
-    for kind in "ab":
-        (tmp_path / "pictures" / kind).mkdir(parents=True)
+@pytest.mark.parametrize("here", ["project", "elsewhere"])
+def test_a_config_that_names_functions_and_data_of_the_project_is_read(tmp_path, monkeypatch, here):
+    """Also from a folder with a module and data of the same names, which are none of the run's."""
+    for kind in ("project/pictures/a", "project/pictures/b", "elsewhere/pictures/a"):
+        (tmp_path / kind).mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / kind / f"{number}.png")
-    (tmp_path / "operative.gin").write_text(
+            Image.new("RGB", (8, 8)).save(tmp_path / kind / f"{number}.png")
+    project = tmp_path / "project"
+    (project / "dvc.yaml").touch()
+    module = f"my_transforms_of_show_{here}"
+    (project / f"{module}.py").write_text("def train(image):\n    return image\n")
+    (project / "out").mkdir()
+    (project / "out" / "operative.gin").write_text(
         "SPACE = 'autoformer_nano'\nDATASET = 'image_folder'\nSEED = 0\ncreate_dataset.root = 'pictures'\n"
-        "create_dataset.image_size = 16\ncreate_dataset.train_transform = @my_transforms_of_show.train\n"
+        f"create_dataset.image_size = 16\ncreate_dataset.train_transform = @{module}.train\n"
         "create_dataset.eval_transform = @torchvision.transforms.v2.ToImage()\n"
     )
     space = create_space("autoformer_nano", image_size=16, in_channels=3, num_classes=2)
-    assert f"{space.cost(space.smallest()).params:,}" in show(space.smallest())
+    (project / "out" / "architecture.json").write_text(space.smallest().to_json())
+    monkeypatch.chdir(tmp_path / here)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    result = CliRunner().invoke(main, ["show", "../project/out/architecture.json"])
+    assert f"{space.cost(space.smallest()).params:,}" in result.stdout, result.output
+    assert Path.cwd() == tmp_path / here and "DVC_ROOT" not in os.environ
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, shown, unknown
 from tanglenas_engine.pipeline.files import METRICS, OUT
+from tanglenas_engine.pipeline.project import environment
 from tanglenas_engine.pipeline.studies.run import STAGES_FILE, Run, clock_of, work_seconds
 from tanglenas_engine.pipeline.studies.study import Curve, Matrix, Measured
 from tanglenas_engine.pipeline.studies.yaml_text import yaml_text
@@ -98,7 +99,7 @@ def in_run_folder(arm: str, seed: str, aside: Path | None = None) -> Iterator[Ru
             write_atomic(folder / "params.yaml", yaml_text(own))
             write_atomic(folder / "dvc.yaml", yaml_text(_stages(root, bindings)))
     # Runs of one supernet share the id of their pipeline. MLflow tells them apart by the name of their experiment.
-    environment = {
+    variables = {
         "DVC_EXP_NAME": "-".join(filter(None, [os.environ.get("DVC_EXP_NAME"), folder.name])),
         "DVC_ROOT": os.environ.get("DVC_ROOT") or str(root),
         # Several processes of a stage, and the workers of a race, find the scripts and the functions of the project.
@@ -107,28 +108,13 @@ def in_run_folder(arm: str, seed: str, aside: Path | None = None) -> Iterator[Ru
     pool = Path("pool", "pool.csv")
     known = table or (str(pool) if (root / pool).exists() else None)
     beside = arms[arm].get("beside")
-    with chdir(folder), _environment(environment):
+    with chdir(folder), environment(variables):
         yield Run(
             params["study"], root, arm, int(seed), own,
             {**(params.get("measure") or {}), **(arms[arm].get("measure") or {})},
             Path("..", "..", known) if known else None, params.get("metric") or "test_acc",
             root / RUNS / f"{beside}-{seed}" if beside else None,
         )  # fmt: skip
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment until the block ends. What the command starts later has those of before."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def take_supernet(other: str, seed: str) -> None:
