@@ -150,10 +150,10 @@ class LatencyTable:
             ("largest network", dict(self.largest), cost_of_largest(space)),
         ):
             if mine != given:
+                options = "" if what == "space" else ", with the options that the search has, such as -o num_classes=10"
                 raise TangleNASError(
                     f"the latency table was measured for the {what} {mine!r}, but here it is {given!r}: build one for "
-                    "this with `tanglenas latency build`, and give it the options that the search has, such as "
-                    "-o num_classes=10"
+                    f"this with `tanglenas latency build`{options}"
                 )
         rows = {row_name(row): row for row in space.rows}
         try:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from tanglenas_engine.errors import TangleNASError
+
 from ._console import number, print_table
 from ._space import make_space, parsed, project_options, read, space_options
 
@@ -61,11 +63,13 @@ def build(
     click.echo(
         f"{machine.processor}, {machine.threads} threads, torch {machine.torch_version}, batches of {batch_size}"
     )
-    if networks > 1:
+    if networks:
         validation = measured.validation
+        least, most = (f"{bound(validation.measured):.3g}" for bound in (min, max))
+        ranks = f"Spearman {validation.spearman:.3f}, " if networks > 1 else ""
         click.echo(
-            f"{networks} other networks of {min(validation.measured):.3g} to {max(validation.measured):.3g} ms: "
-            f"Spearman {validation.spearman:.3f}, mean relative error {100 * validation.relative_error:.1f} %"
+            f"{networks} other network{'s'[: networks > 1]} of {least} to {most} ms: {ranks}"
+            f"mean relative error {100 * validation.relative_error:.1f} %"
         )
         if figure is not None:
             from ..pipeline.figures import predictions
@@ -81,12 +85,17 @@ def build(
 @space_options
 def predict(file: Path, table: Path, options: tuple[str, ...]) -> None:
     """Predict how long the network of the file ARCH takes, from a TABLE that `latency build` wrote."""
-    from tanglenas_objectives.latency_table import Latency
+    from tanglenas_objectives.latency_table import LatencyTable
 
     space, architecture, *_ = read(file, options)
-    objective = Latency(table).bind(space)
-    machine = objective.table.machine
+    found = LatencyTable.load(table)
+    try:
+        terms = found.terms(space)
+    except TangleNASError as error:
+        raise TangleNASError(f"{table}: {error}") from None
+    machine = found.machine
     click.echo(f"{machine.processor}, {machine.threads} threads, torch {machine.torch_version}, "
-               f"batches of {objective.table.batch_size}\n")  # fmt: skip
+               f"batches of {found.batch_size}\n")  # fmt: skip
     networks = {"this one": architecture, "smallest": space.smallest(), "largest": space.largest()}
-    print_table(["", *networks], [["milliseconds", *(number(objective.cost(a)) for a in networks.values())]])
+    times = (float(terms.cost(space.assignment_of(network))) for network in networks.values())
+    print_table(["", *networks], [["milliseconds", *map(number, times)]])
