@@ -35,9 +35,9 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
 
     Every file is yours to change. What the scripts in pipelines/ call comes with the package, and is upgraded with it.
 
-    With --upgrade, a project of an earlier version gets the scripts and the dvc.yaml of this one. gin/, params.yaml and
-    .gitignore stay as they are, but for files, keys and rules that are new. What is replaced is kept under
-    .tanglenas/replaced.
+    With --upgrade, a project of an earlier version gets the scripts and the dvc.yaml of this one. gin/, params.yaml,
+    .gitignore and .dvcignore stay as they are, but for files, keys and rules that are new. What is replaced is kept
+    under .tanglenas/replaced.
     """
     if upgrade:
         if any(named.values()):
@@ -107,16 +107,19 @@ def _upgrade(folder: Path) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, folder / path)
     keys = _add_keys(folder / "params.yaml", source / "params.yaml")
-    rules = _add_rules(folder / ".gitignore", TEMPLATE / "project" / "gitignore")
+    ignored = {
+        ".gitignore": _add_rules(folder / ".gitignore", TEMPLATE / "project" / "gitignore"),
+        ".dvcignore": _add_rules(folder / ".dvcignore", source / ".dvcignore"),
+    }
     for verb, paths in (("replaced", replaced), ("removed", outdated), ("added", added)):
         if paths:
             click.echo(f"{verb}: {', '.join(path.as_posix() for path in paths)}")
-    for file, lines in (("params.yaml", keys), (".gitignore", rules)):
+    for file, lines in (("params.yaml", keys), *ignored.items()):
         if lines:
             click.echo(f"added to {file}: {', '.join(lines)}")
     if kept.exists():
         click.echo(f"What was there is in {kept}.")
-    if not (replaced or outdated or added or keys or rules):
+    if not (replaced or outdated or added or keys or any(ignored.values())):
         click.echo(f"{folder} is of this version already.")
 
 
@@ -148,7 +151,7 @@ def _add_keys(theirs: Path, ours: Path) -> list[str]:
 
 
 def _add_rules(theirs: Path, ours: Path) -> list[str]:
-    """Add to a project's .gitignore the rules that it lacks. One that a person wrote otherwise or put out stays so."""
+    """Add to a file of a project the rules that it lacks. One that a person wrote otherwise or put out stays so."""
     text = theirs.read_text("utf-8", "surrogateescape") if theirs.exists() else ""
     there = {line.strip("# /") for line in text.splitlines()}
     rules = [line for line in ours.read_text("utf-8").splitlines() if not line.startswith("#")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -193,6 +194,20 @@ def test_an_upgrade_adds_the_rules_for_git_that_are_new(earlier, init):
     rules.unlink()
     init("--upgrade")
     assert rules.read_text().splitlines() == [line for line in ours.splitlines() if not line.startswith("#")]
+
+
+def test_dvc_does_not_read_what_an_upgrade_keeps(earlier, init):
+    """DVC reads each dvc.yaml below its root, unless git ignores it, or .dvcignore in a project without git."""
+    shutil.copy(ROOT / "params.yaml", earlier)
+    (earlier / "dvc.yaml").write_text("vars: [beside.yaml]\nstages: {}\n")
+    (earlier / ".dvcignore").write_text("mine\n__pycache__/\n")
+    said = init("--upgrade").output
+    with (earlier / ".dvc" / "config").open("a") as config:
+        config.write("    no_scm = true\n")
+    with Repo(earlier) as repo:
+        assert len(repo.index.stages) == len(STAGES) + 1
+    assert "added to .dvcignore: *.pyc, /.tanglenas/\n" in said
+    assert (earlier / ".dvcignore").read_text() == "mine\n__pycache__/\n*.pyc\n/.tanglenas/\n"
 
 
 def test_a_project_is_told_apart_from_another_folder_with_files(earlier, init):
