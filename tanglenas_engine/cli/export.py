@@ -182,8 +182,8 @@ def _network(
     else:
         raise TangleNASError(
             f"{weights} holds the weights of another network than the one of this architecture of {space.name!r}, "
-            f"and of another supernet {reason}. Give the file that retrain wrote for it, or set the space's options "
-            "with -o"
+            f"and of another supernet {reason}. Give the file that retrain wrote for it, or as ARCH the "
+            "pareto/DIGEST.json that retrain.pick took, or set the space's options with -o"
         )
     if prefix:
         click.echo(f"{weights}: all names begin with {prefix!r}, which was left out", err=True)

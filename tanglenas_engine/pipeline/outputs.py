@@ -251,13 +251,14 @@ def print_summary(architecture: Architecture, title: str, sample: str = "") -> N
         print(sample)
     metrics = {name: _numbers(name) for name in STAGES}
     table = Table("stage", "result", "files")
+    derived = metrics["discretize"].get("digest", architecture.digest) == architecture.digest  # else it was picked
     for name, numbers in metrics.items():
         lines = [
             f"{key.replace('_', ' ')} {text}"
             for key, text in metric_texts(numbers).items()
             if not key.startswith(("largest_", "smallest_"))
         ]  # the facts have these
-        if name == "discretize":
+        if name == ("discretize" if derived else "retrain"):
             lines = [*str(architecture).split(), *lines]
         table.add_row(name, "\n".join(lines), str(OUT / name))
     facts = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left")

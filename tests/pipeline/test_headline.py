@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from spaces import vit
 
-from tanglenas_engine import Architecture, Cost
+from tanglenas_engine import Architecture, Cost, create_space
 from tanglenas_engine.pipeline import outputs
 from tanglenas_engine.pipeline.files import read_splits
 from tanglenas_engine.pipeline.headline import Fact, headline, metric_texts
@@ -130,6 +131,19 @@ def test_evaluate_gives_a_perplexity_where_there_are_no_classes():
     ]
     assert [found.get("test_perplexity") for found in judged] == [math.exp(2), None, None]
     assert headline({"evaluate": judged[0]})[0].value == "7.389"
+
+
+@pytest.mark.parametrize("picked", [False, True])
+def test_the_choices_stand_beside_the_stage_that_found_them(tmp_path, monkeypatch, capsys, picked):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    architecture = create_space("toy_conv_macro_nano").smallest()
+    Path("metrics").mkdir()
+    digest = "0123456789abcdef" if picked else architecture.digest
+    Path("metrics/discretize.json").write_text(json.dumps({"digest": digest}))
+    outputs.print_summary(architecture, "")
+    rows = [line for line in capsys.readouterr().out.splitlines() if "discretize" in line or "retrain" in line]
+    assert ["=" in row for row in rows] == [not picked, picked]
 
 
 def test_evaluate_ends_with_the_facts_first_and_a_unit_for_every_number(finished, monkeypatch, capsys):
