@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tanglenas_engine.errors import TangleNASError, describe
-from tanglenas_engine.runtime.foreign import place
 
 from ._console import read_text
 
@@ -78,6 +77,7 @@ def make_space(name: str, options: dict[str, Any]) -> "SearchSpace":
         TangleNASError: The space is unknown or has no such option, or cannot be made with these values.
     """
     from ..plugins import create_space
+    from ..runtime.foreign import place
 
     try:
         return create_space(name, **options)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from tanglenas_engine.conversion.dimensions import Atom, Dim, constant, fix, fresh, length
-from tanglenas_engine.conversion.rules import entries, layers, products, shapes
-from tanglenas_engine.conversion.rules.call import Call, Dims, Rule, Unknown
 
 ALIASES = {
     "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "truediv", "negative": "neg",
@@ -19,15 +17,41 @@ ALIASES = {
     "moveaxis": "movedim", "tensor_split": "chunk", "remainder": "mod",
     "amin": "amax", "bmm": "matmul", "mm": "matmul", "baddbmm": "addmm", "bitwise_not": "invert",
 }  # fmt: skip
+"""Other names of operations. In-place operations and methods have the names of their functions."""
 
-RULES: dict[str, Rule] = {**entries.RULES, **layers.RULES, **shapes.RULES, **products.RULES}
-"""The rules by name. In-place operations and methods have the names of their functions."""
+Dims = list[Dim]
+"""The dimensions of a tensor."""
 
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(("nn.LSTM", "nn.GRU", "nn.RNN"), "recurrent layers have no elastic form"),
-    "nn.MultiheadAttention": "attention of torch's own layer is not taken apart",
-}
-"""The reasons for operations that have no rule, where there is more to say."""
+Rule = Callable[["Analysis", fx.Node, "Call"], Any]
+"""A function that returns the dimensions of a node's output, and unites, makes or fixes dimensions."""
+
+
+class Call:
+    """The arguments of a node with the numbers of the recorded batch in place of nodes for numbers."""
+
+    def __init__(self, node: fx.Node, name: str):
+        self.node, self.name = node, name
+        self.args, self.kwargs = node.meta.get("numbers", (node.args, node.kwargs))
+
+    def get(self, position: int, key: str, default: Any = None) -> Any:
+        return self.args[position] if len(self.args) > position else self.kwargs.get(key, default)
+
+    @property
+    def of_module(self) -> bool:
+        """True for a call of a module, which has its parameters and options itself."""
+        return self.node.op == "call_module"
+
+    def rest(self, position: int, *keys: str) -> Any:
+        """Return arguments that are given as one sequence or one by one: `view(2, 3)` or `view((2, 3))`."""
+        for key in keys:
+            if key in self.kwargs:
+                return self.kwargs[key]
+        given = self.args[position:]
+        return given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
+
+
+class Unknown(Exception):
+    """An error for a call that a rule does not cover."""
 
 
 class Analysis:
@@ -36,6 +60,8 @@ class Analysis:
     Args:
         graph: The recording.
         model: The recorded model.
+        rules: The rules by name.
+        refused: The reasons for operations that have no rule, where there is more to say.
 
     Attributes:
         dims: The dimensions of each node's output: a list for a tensor, a list of lists for several.
@@ -49,8 +75,8 @@ class Analysis:
         positions: For each call of a linear layer, the dimensions of its input that it does not read.
     """
 
-    def __init__(self, graph: fx.Graph, model: nn.Module):
-        self.graph, self.model = graph, model
+    def __init__(self, graph: fx.Graph, model: nn.Module, rules: Mapping[str, Rule], refused: Mapping[str, str]):
+        self.graph, self.model, self._rules, self._refused = graph, model, rules, refused
         self.modules = dict(model.named_modules())
         self.dims: dict[fx.Node, Any] = {}
         self.stored: dict[str, Dims] = {}
@@ -85,9 +111,9 @@ class Analysis:
             self.dims[node] = self.stored.get(str(node.target)) or [constant(n) for n in shapes]
         else:
             name = self.name_of(node)
-            rule = RULES.get(name)
+            rule = self._rules.get(name)
             if rule is None:
-                self.refuse(node, REFUSED.get(name, f"there is no rule for {name}"))
+                self.refuse(node, self._refused.get(name, f"there is no rule for {name}"))
                 return
             try:
                 self.dims[node] = rule(self, node, Call(node, name))
@@ -98,7 +124,7 @@ class Analysis:
                 self.refuse(node, f"the rule for {name} does not fit its output")
 
     def name_of(self, node: fx.Node) -> str:
-        """Return the name under which `RULES` has the rule of a node."""
+        """Return the name of a node's operation, by which rules are known."""
         if node.op == "call_module":
             if node.meta.get("regulariser"):
                 return "nn.regulariser"

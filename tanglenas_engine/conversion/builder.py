@@ -19,6 +19,7 @@ from tanglenas_engine.conversion.forms import FORMS, Axes, Holder, make_elastic
 from tanglenas_engine.conversion.program import Plan, Program
 from tanglenas_engine.conversion.record import Recorder
 from tanglenas_engine.conversion.report import Part, Report
+from tanglenas_engine.conversion.rules import REFUSED, RULES
 from tanglenas_engine.conversion.stacks import Layers, find_stacks
 from tanglenas_engine.conversion.traced import Stack, Traced
 from tanglenas_engine.elastic.base import Elastic
@@ -68,7 +69,7 @@ class Builder:
         self.model, self.graph, self.shares, self.divisor = model, recorder.graph, shares, divisor
         for name, tensor in recorder.constants.items():
             model.register_buffer(name, tensor, persistent=False)
-        self.analysis = Analysis(self.graph, model)
+        self.analysis = Analysis(self.graph, model, RULES, REFUSED)
         self.stacks = find_stacks(model, recorder.spans, self.analysis)
         self.refused = refused
         self.plan = Plan(self.analysis)

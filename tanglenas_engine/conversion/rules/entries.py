@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import fx
 
+from tanglenas_engine.conversion.analysis import Analysis, Call, Dims, Rule, Unknown
 from tanglenas_engine.conversion.dimensions import constant, length, resolved
-from tanglenas_engine.conversion.rules.call import Call, Dims, Rule, Unknown, aligned, tensors_in
-
-if TYPE_CHECKING:
-    from tanglenas_engine.conversion.analysis import Analysis
+from tanglenas_engine.conversion.rules.shared import aligned, tensors_in
 
 
 def entrywise(analysis: Analysis, node: fx.Node, call: Call) -> Dims:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from tanglenas_engine.conversion.analysis import Analysis, Call, Dims, Rule, Unknown
 from tanglenas_engine.conversion.dimensions import DATA, Atom, constant, fix, length, unite
 from tanglenas_engine.conversion.forms import equal_padding
-from tanglenas_engine.conversion.rules.call import Call, Dims, Rule, Unknown
-
-if TYPE_CHECKING:
-    from tanglenas_engine.conversion.analysis import Analysis
 
 
 def _linear(analysis: Analysis, node: fx.Node, call: Call) -> Dims:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from tanglenas_engine.conversion.analysis import Analysis, Call, Dims, Rule, Unknown
 from tanglenas_engine.conversion.dimensions import Dim, constant, fix, length, resolved, unite
-from tanglenas_engine.conversion.rules.call import Call, Dims, Rule, Unknown, aligned, position_of, tensors_in, varies
 from tanglenas_engine.conversion.rules.entries import entrywise
-
-if TYPE_CHECKING:
-    from tanglenas_engine.conversion.analysis import Analysis
+from tanglenas_engine.conversion.rules.shared import aligned, position_of, tensors_in, varies
 
 
 def _reduce(analysis: Analysis, node: fx.Node, call: Call) -> Any:

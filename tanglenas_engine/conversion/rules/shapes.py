@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from tanglenas_engine.conversion.analysis import Analysis, Call, Dims, Rule, Unknown
 from tanglenas_engine.conversion.dimensions import Dim, constant, fix, length, regrouped, resolved, unite
-from tanglenas_engine.conversion.rules.call import Call, Dims, Rule, Unknown, aligned, position_of, varies
-
-if TYPE_CHECKING:
-    from tanglenas_engine.conversion.analysis import Analysis
+from tanglenas_engine.conversion.rules.shared import aligned, position_of, varies
 
 
 def _permute(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
