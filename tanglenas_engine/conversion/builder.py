@@ -91,16 +91,21 @@ class Builder:
         return self.report
 
     def output_layer(self) -> str:
-        """Return the name of the layer that makes the classes of the output; "" if there is none, or several."""
+        """Return the name of the layer that makes the classes of the output; "" if no layer alone does.
+
+        No other tensor has a dimension of the classes then: no second head, no norm behind it, and no tied embedding.
+        """
         outputs = [source for node in self.graph.nodes if node.op == "output" for source in node.all_input_nodes]
-        made = {atom for node in outputs for dim in self.analysis.of(node) for atom in resolved(dim)}
-        found = [
-            name
-            for name, module in self.analysis.modules.items()
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            and any(atom in made and atom.fixed != DATA for atom in resolved(self.analysis.stored[f"{name}.weight"][0]))
-        ]
-        return found[0] if len(found) == 1 else ""
+        dims = [dim for node in outputs for dim in self.analysis.of(node)]
+        classes = {atom for atom in resolved(itertools.chain(*dims)) if atom.fixed != DATA}
+        stored = self.analysis.stored
+        places = {(name, i) for name, dims in stored.items() for i, dim in enumerate(dims) if classes & {*resolved(dim)}}
+        for name, module in self.analysis.modules.items():
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                own = {(f"{name}.{key}", 0) for key in module._parameters if f"{name}.{key}" in stored}
+                if places == own and classes == {*resolved(stored[f"{name}.weight"][0])}:
+                    return name
+        return ""
 
     def _uses(self) -> dict[str, fx.Node]:
         """Return the tensors that the forward uses, in order, with the first node that reads them."""
@@ -227,6 +232,8 @@ class Builder:
         for stack in self.stacks:
             for layer in range(len(stack.names)):
                 if all(place.startswith(stack.prefix(layer)) for place, _ in places):
+                    if label in self.refused:  # one layer alone
+                        return _Candidate(label, kind, atom, options, reason or self.refused[label], len(places))
                     label = f"{stack.path}.{label.removeprefix(stack.prefix(layer))}"
                     return _Candidate(label, kind, atom, options, reason, len(places), stack, layer)
         return _Candidate(label, kind, atom, options, reason, len(places))

@@ -158,7 +158,8 @@ def elasticize(
         heads: The same for numbers of heads.
         depth: The same for numbers of repeated layers.
         divisor: Sizes are multiples of this number, or of a smaller power of two where there are few entries.
-        fixed: Names of choices that stay as they are, as the report has them.
+        fixed: Names of choices that stay as they are, as the report has them. The name of a layer in a stack keeps that
+            layer alone.
         output: A function that returns a tensor from what the model returns. By default it is the tensor itself, its
             `logits`, or the first element.
         initial: A module of the same kind whose weights say how a network is initialised: each parameter is drawn with

@@ -387,6 +387,8 @@ def _has_mode(module: nn.Module) -> bool:
     """Return True for a module that may compute something else in training than in evaluation."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return module.running_mean is not None
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
     return not type(module).__module__.startswith("torch.nn.modules.") or bool(getattr(module, "dropout", 0))
 
 
@@ -476,7 +478,7 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
             raise TangleNASError(
                 f"{type(model).__name__} keeps {node.target} in evaluation while it trains, which its space would not: "
                 "let it follow the mode of the model, or put a layer without a mode there, such as torchvision's "
-                "FrozenBatchNorm2d"
+                "FrozenBatchNorm2d for a norm, or nn.Identity for a dropout"
             )
         node.meta["batched"] = node.meta.get("shapes") != long.meta.get("shapes")
         args = merging.merged(node, node.args, train.args, long.args)

@@ -176,6 +176,7 @@ def test_tied_weights_stay_tied():
             return self.head(self.norm(self.words(indices)))
 
     space = elasticize(Model(), torch.randint(11, (2, 6)))
+    assert not space.output_layer, "weights of another vocabulary are those of another embedding, too"
     found = space.extract(space.smallest())
     assert found.head.weight is found.words.weight and found.head.weight.shape[1] < 16
     check_corners(lambda: copy.deepcopy(space))
@@ -402,21 +403,22 @@ def test_a_module_that_looks_at_numbers_is_called_as_a_whole():
     check_corners(lambda: copy.deepcopy(space))
 
 
-def test_a_norm_that_stays_in_evaluation_is_refused():
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(32), nn.Dropout(0.5)])
+def test_a_layer_that_stays_in_evaluation_is_refused(layer):
     class Model(Small):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm1d(32)
+            self.still = layer
 
         def train(self, mode: bool = True) -> nn.Module:
             super().train(mode)
-            self.norm.eval()
+            self.still.eval()
             return self
 
         def between(self, x: Tensor) -> Tensor:
-            return self.norm(x)
+            return self.still(x)
 
-    with pytest.raises(TangleNASError, match="Model keeps norm in evaluation while it trains"):
+    with pytest.raises(TangleNASError, match="Model keeps still in evaluation while it trains"):
         elasticize(Model(), torch.randn(2, 8))
 
 
@@ -426,6 +428,7 @@ def test_a_norm_that_stays_in_evaluation_is_refused():
         (Small, "last"),
         (lambda: nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "1"),
         (lambda: Twice(), ""),
+        (lambda: nn.Sequential(nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 5, 1), nn.BatchNorm2d(5)), ""),
     ],
 )
 def test_the_layer_of_the_classes_is_known_so_that_weights_for_others_can_be_loaded(make, layer):
@@ -475,6 +478,9 @@ def test_choices_of_layers_have_the_same_name_where_the_depth_is_fixed():
     check_corners(lambda: copy.deepcopy(space))
     fixed = elasticize(nn.Sequential(*model, nn.Linear(8, 16), nn.Linear(16, 3)), x, fixed=["1.depth", "1.first"])
     assert "1.depth" not in fixed.choices and "1.first" not in fixed.choices and "2" in fixed.choices
+    one = elasticize(model, x, fixed=["1.depth", "1.1.first"])
+    assert len(one.choices["1.first"]) == 2 and len(one.extract(one.smallest()).get_submodule("1.1.first").bias) == 32
+    check_corners(lambda: copy.deepcopy(one))
 
 
 @pytest.mark.parametrize(
@@ -545,6 +551,17 @@ def test_tensors_that_a_forward_makes_without_a_device_are_no_hindrance_to_costs
 
     space = elasticize(Model(), torch.randn(2, 8))
     assert space.cost(space.largest()).macs == 8 * 32 + 32 * 3
+
+
+@pytest.mark.parametrize("number", [lambda x: float(x.mean()), lambda x: float(x.detach().numpy().mean())])
+def test_a_module_called_as_a_whole_may_need_numbers_in_costs(number):
+    class Whole(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if number(x) > -100 else x
+
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), Whole(16, 16), nn.Linear(16, 3))
+    space = elasticize(model, torch.randn(2, 8))
+    assert space.cost(space.largest()).macs == 8 * 32 + 32 * 16 + 16 * 16 + 16 * 3
 
 
 @pytest.mark.parametrize("kind", ["child", "parameter", "buffer"])
