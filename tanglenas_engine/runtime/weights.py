@@ -125,18 +125,19 @@ def check_tied(network: nn.Module, state: Mapping[str, Tensor], source: str | Pa
         if name not in state:
             continue
         one = first.setdefault(parameter, name)
-        if not _equal(state[one], state[name]):
+        if not _equal(state[one], state[name], parameter.dtype):
             raise OtherWeightsError(
                 f"{source} has other numbers in {one} than in {name}, which are one tensor here: create the network "
                 "without tied weights, or give weights that are tied"
             )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return True for tensors of the same bytes: values of any type, which may not be finite."""
-    if one is other or one.shape != other.shape or one.dtype != other.dtype:
+def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Return True for tensors of equal values in a type. Those that are no numbers are equal."""
+    if one is other or one.shape != other.shape:
         return one is other
-    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+    one, other = one.to(dtype), other.to(dtype)
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _difference(network: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

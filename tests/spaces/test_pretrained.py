@@ -153,6 +153,36 @@ def test_tied_tensors_that_differ_are_refused(tmp_path, load):
         load(found, tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("load", [load_pretrained, load_into])
+def test_tied_tensors_may_have_their_numbers_in_two_types_or_zeros_of_two_signs(tmp_path, load):
+    found = tiny("gpt_nano")
+    state = found.state_dict()
+    half = state["lm_head.weight"].half()
+    save_weights(tmp_path / "w.safetensors", {**state, "wte.weight": half.float(), "lm_head.weight": half})
+    load(found, tmp_path / "w.safetensors")
+    save_weights(tmp_path / "w.safetensors", {**state, "wte.weight": 0 * half, "lm_head.weight": -0.0 * half})
+    load(found, tmp_path / "w.safetensors")
+    assert not found.wte.weight.any()
+
+
+def test_a_tied_head_without_a_name_in_the_file_is_not_said_to_be_missing(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.up = torch.nn.Embedding(20, 16), torch.nn.Linear(16, 32)
+            self.down, self.head = torch.nn.Linear(32, 16), torch.nn.Linear(16, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x):
+            return self.head(self.down(self.up(self.table(x)).relu()))
+
+    found = elasticize(Model(), torch.randint(20, (2, 6)))
+    state = {name: tensor for name, tensor in Model().state_dict().items() if name != "head.weight"}
+    save_file(state, tmp_path / "w.safetensors")
+    (note,) = load_pretrained(found, tmp_path / "w.safetensors")
+    assert "outputs were not compared" in note and torch.equal(found.head.weight, state["table.weight"])
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
