@@ -181,13 +181,16 @@ Call = tuple[Tensor, ...]
 def _calls(
     space: SearchSpace, modules: Mapping[str, nn.Module], assignment: Assignment, batch_size: int
 ) -> dict[str, list[Call]]:
-    """Return the inputs of modules in one forward of an architecture, as meta tensors: nothing is computed."""
+    """Return the inputs of modules in one forward of an architecture, as meta tensors.
+
+    Nothing is computed, unless the forward needs numbers.
+    """
     seen: dict[str, list[Call]] = {name: [] for name in modules}
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs and all(isinstance(x, Tensor) for x in inputs):
-                seen[name].append(inputs)
+                seen[name].append(tuple(x.to("meta") for x in inputs))
 
         return hook
 
@@ -197,10 +200,15 @@ def _calls(
     training = space.training
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            example = space.example_input(batch_size).to("meta")
-            space.superposition.select(assignment)
-            with torch.device("meta"):  # for what the forward makes without a device
-                call_with(space.eval(), meta, example)
+            example = space.example_input(batch_size)
+            space.eval().superposition.select(assignment)
+            try:
+                with torch.device("meta"):  # for what the forward makes without a device
+                    call_with(space, meta, example.to("meta"))
+            except Exception:
+                for calls in seen.values():
+                    calls.clear()
+                space(example.to(next(space.parameters(), example).device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -99,7 +99,7 @@ class Builder:
         dims = [dim for node in outputs for dim in self.analysis.of(node)]
         classes = {atom for atom in resolved(itertools.chain(*dims)) if atom.fixed != DATA}
         stored = self.analysis.stored
-        places = {(name, i) for name, dims in stored.items() for i, dim in enumerate(dims) if classes & {*resolved(dim)}}
+        places = {(name, i) for name in stored for i, dim in enumerate(stored[name]) if classes & {*resolved(dim)}}
         for name, module in self.analysis.modules.items():
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 own = {(f"{name}.{key}", 0) for key in module._parameters if f"{name}.{key}" in stored}

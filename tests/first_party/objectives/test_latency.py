@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from tiny import DISTINCT, tiny
+from torch import nn
 
-from tanglenas_engine import create_objective, create_space
+from tanglenas_engine import create_objective, create_space, elasticize
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.cost import Additive
@@ -49,6 +50,18 @@ def test_numbers_of_heads_that_share_every_shape_are_measured_each():
     measures, alike = measurement._measurements(space, find_blocks(space), 1, torch.device("cpu"), 1)
     (block,) = {block for block, _ in alike if block.name == "blocks.0"}
     assert len({key for (one, _), key in alike.items() if one is block}) == len(heads) and len(measures) >= len(heads)
+
+
+def test_blocks_of_a_forward_that_needs_numbers_are_measured():
+    class Looks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if float(x.mean()) > -100 else x
+
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), Looks(16, 16), nn.Linear(16, 3))
+    space = elasticize(model, torch.randn(2, 8))
+    measures, alike = measurement._measurements(space, find_blocks(space), 2, torch.device("cpu"), 1)
+    assert {calls for *_, calls in alike.values()} >= {((((2, size), torch.float32),),) for size in (8, 16, 32)}
+    assert all(measure() > 0 for measure in measures.values())
 
 
 @pytest.mark.exhaustive
