@@ -104,7 +104,7 @@ class Builder:
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 own = {(f"{name}.{key}", 0) for key in module._parameters if f"{name}.{key}" in stored}
                 if places == own and classes == {*resolved(stored[f"{name}.weight"][0])}:
-                    return name
+                    return str(name)
         return ""
 
     def _uses(self) -> dict[str, fx.Node]:

@@ -30,8 +30,8 @@ def failing_choices(space: SearchSpace, model: nn.Module, output: Callable[[Any]
     the parameters, because fresh zeros would hide mistakes.
 
     Raises:
-        TangleNASError: The largest network differs from the model, or architectures differ without a choice that does
-            so alone.
+        TangleNASError: The model does not compute in one floating type, the largest network differs from it, or
+            architectures differ without a choice that does so alone.
     """
     try:
         with torch.no_grad():
@@ -56,7 +56,13 @@ def _failing(
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
         reference = copy.deepcopy(model).to(precision).eval()
         reference.load_state_dict(space.state_dict(), strict=False)
-        expected = output(_called(reference, x))
+        try:
+            expected: Tensor = output(_called(reference, x))
+        except Exception as error:
+            raise TangleNASError(
+                f"{type(model).__name__} cannot be computed in one floating type, as spaces are: {describe(error)}. "
+                "Take conversions to a fixed type out of its forward, and choose precision by `search.precision`"
+            ) from error
         try:
             got = _called(space, x)
         except Exception as error:

@@ -227,6 +227,15 @@ def scripted() -> nn.Module:
         return torch.jit.script(Small())
 
 
+class Casting(Small):
+    def __init__(self):
+        super().__init__()
+        self.first.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x.bfloat16())).float())
+
+
 REFUSED = {
     "no module": (lambda: 3, r"takes a torch module, got int"),
     "numbers of a tensor": (
@@ -241,6 +250,7 @@ REFUSED = {
     "scripted": (lambda: scripted(), r"is compiled: give the module that was compiled"),
     "scripted inside": (lambda: nn.Sequential(scripted()), r"0 \(RecursiveScriptModule\) is compiled"),
     "a lazy layer": (lambda: nn.LazyLinear(3), r"LazyLinear has no numbers in weight yet"),
+    "casting": (Casting, r"Casting cannot be computed in one floating type.*Take conversions"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), r"remove its parametrization"),
     "nothing to vary": (
         lambda: nn.Linear(8, 3),
