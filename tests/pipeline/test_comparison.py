@@ -490,6 +490,68 @@ def test_a_table_of_another_content_under_one_path_makes_a_group():
     assert labels == ["benchmark.fingerprint=a", "benchmark.fingerprint=b"]
 
 
+@pytest.mark.parametrize("options", [{}, {"by": ["optimizer"]}, {"joined": ["search.clip"]}])
+def test_data_of_another_content_have_a_table_of_their_own_also_where_methods_tell_them_apart(options):
+    runs = {"drnas": "a", "spos": "a", "random": "b"}
+    rows = [row(name, seed, 90.0, **{"dataset.fingerprint": data, "search.clip": 1})
+            for name, data in runs.items() for seed in range(2)]  # fmt: skip
+    comparison = compared(*rows, **options)
+    assert [table.title for table in comparison.tables] == ["dataset.fingerprint=a", "dataset.fingerprint=b"]
+    assert [group.label for table in comparison.tables for group in table.groups] == ["drnas", "spos", "random"]
+
+
+@pytest.mark.parametrize("name", ["dataset", "create_dataset.root", "dataset.fingerprint"])
+def test_data_of_another_content_are_in_one_table_where_a_person_names_them(name):
+    rows = [row("drnas", 0, 90.0, **{"dataset.fingerprint": text, name: text}) for text in ("a", "b")]
+    assert len(compared(*rows, by=[name]).tables) == 1
+    (table,) = compared(*rows, joined=[name]).tables
+    assert len(table.groups) == 1
+
+
+@pytest.mark.parametrize("path, told", [
+    ("pool.csv", "benchmark.fingerprint (a in drnas, b in spos)."),
+    ("grown.csv", "benchmark.path (pool.csv in drnas, grown.csv in spos)."),
+])  # fmt: skip
+def test_a_table_of_another_content_is_told_where_the_labels_do_not_tell_it(path, told):
+    rows = [row(name, 0, 90.0, **{"benchmark.path": file, "benchmark.fingerprint": content})
+            for name, file, content in (("drnas", "pool.csv", "a"), ("spos", path, "b"))]  # fmt: skip
+    for one in rows:
+        one["metrics"]["spearman"] = 0.5
+    notes = compared(*rows, metrics=["spearman"]).tables[0].notes
+    assert f"The groups also differ in settings that their labels do not name: {told}" in notes
+
+
+def test_an_older_run_has_the_fingerprint_of_runs_with_the_same_options_of_the_data():
+    def text(size: str, **content: str) -> dict:
+        return {"create_dataset.block_size": size, **{f"dataset.{name}": value for name, value in content.items()}}
+
+    rows = [row("drnas", 0, 90.0, **text("64")), row("spos", 0, 80.0, **text("64", fingerprint="a"))]
+    comparison = compared(*rows, row("spos", 0, 70.0, **text("128", fingerprint="b")))
+    assert [(table.title, len(table.groups)) for table in comparison.tables] == [
+        ("create_dataset.block_size=64", 2), ("create_dataset.block_size=128", 1),
+    ]  # fmt: skip
+
+
+def test_an_older_run_has_the_fingerprints_of_the_tables_of_its_stages():
+    paths = {"benchmark.path (search)": "table.csv", "benchmark.path (evaluate)": "pool.csv"}
+    contents = {"benchmark.fingerprint (search)": "a", "benchmark.fingerprint (evaluate)": "b"}
+    rows = [row("drnas", 0, 90.0, **paths), row("drnas", 1, 90.0, **paths, **contents)]
+    for one in rows:
+        one["metrics"]["spearman"] = 0.5
+    (group,) = compared(*rows, metrics=["spearman"]).tables[0].groups
+    assert len(group.runs) == 2
+
+
+def test_the_name_of_a_setting_that_stages_bind_differently_stands_for_it_in_each():
+    picks = {"read_architecture.pick (retrain)": "a", "read_architecture.pick (evaluate)": "a"}
+    rows = [row("drnas", 0, 90.0, **picks), row("drnas", 1, 80.0, **dict.fromkeys(picks, "b"))]
+    for name in ("retrain.pick", "read_architecture.pick"):
+        comparison = compared(*rows, by=[name])
+        assert comparison.by == ["retrain.pick (evaluate)", "retrain.pick (retrain)"]
+        assert len(comparison.tables[0].groups) == 2
+        assert len(compared(*rows, joined=[name]).tables[0].groups) == 1
+
+
 def test_settings_that_labels_leave_out_are_told_with_their_values():
     spos, drnas = ({"retrain.batch_size": size, f"{name}.x": 1, "search.clip": 1.0} for name, size in
                    (("spos", 32), ("drnas", 256)))  # fmt: skip

@@ -22,6 +22,7 @@ from tanglenas_engine.pipeline.comparison.settings import (
     conditions_of,
     differing,
     fewest,
+    fingerprints_of,
     in_order,
     known,
     label_of,
@@ -168,6 +169,7 @@ def compare_rows(
     by, joined = (known("by", by, settings, names), known("join", joined, settings, names))
     if both := [name for name in joined if name in by]:
         raise TangleNASError(f"--by and --join both have {both[0]}: leave it out of one")
+    joined += [name for name in fingerprints_of(joined, settings) if name not in [*by, *joined]]
     if equal := differing(settings, joined):
         notes.insert(0, f"The runs differ in {', '.join(equal)}, which --join takes for equal.")
     metrics = _chosen_metrics(metrics, rows)
@@ -175,9 +177,9 @@ def compare_rows(
         settings = without_tables(settings, {*by, *joined})
     whole = settings
     settings = [{name: value for name, value in one.items() if name not in joined} for one in settings]
-    by = by or fewest(settings, names)
-    split: dict[tuple[str, ...], list[int]] = {}
     conditions = conditions_of(settings, by)
+    by = by or fewest(settings, names, conditions)
+    split: dict[tuple[str, ...], list[int]] = {}
     for number, one in enumerate(settings):
         split.setdefault(values_of(one, conditions), []).append(number)
     if len(split) > 1:

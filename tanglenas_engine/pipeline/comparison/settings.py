@@ -23,8 +23,9 @@ OF_DATA = ("create_dataset.", "make_splits.samples", "make_splits.test_portion")
 """Prefixes of further settings that must be equal: with other options, a dataset of the same name has other data."""
 TABLE_METRICS = ("table_", "pool_", "kendall_tau", "spearman", "ranked_architectures")
 """The beginnings of metrics that depend on a benchmark table or a pool."""
-FINGERPRINTS = {DATA: "dataset", TABLE: f"{OF_TABLE}path"}
-"""Settings that are the fingerprint of a content, and those that name it. Runs of earlier versions have none."""
+FINGERPRINTS = {DATA: re.compile(r"dataset|create_dataset\..+"), TABLE: re.compile(rf"{re.escape(OF_TABLE)}path")}
+"""Settings that are the fingerprint of a content, and the names of those that name it. Runs of earlier versions have no
+fingerprint."""
 LABELLED = ("optimizer", "space", "dataset")
 """Settings whose values need no name before them."""
 NUMBER = re.compile(r"((?:(?<![\w.])-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
@@ -37,8 +38,8 @@ Settings = Mapping[str, str]
 def all_settings(rows: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[Settings]:
     """Return the settings of runs that results depend on, by their names in params.yaml.
 
-    One that is null there is left out. A run without the fingerprint of a content has that of the others, if there is
-    one alone.
+    One that is null there is left out. A run without the fingerprint of a content has that of the others which name the
+    content in the same way, if there is one alone.
     """
     nullable = set(names.values())
     found = []
@@ -48,13 +49,14 @@ def all_settings(rows: Iterable[Mapping[str, Any]], names: Mapping[str, str]) ->
         }
         given |= {name: row[name] for name in LABELLED if row[name] is not None}
         found.append({n: text for n, text in given.items() if text and not (text == "None" and plain(n) in nullable)})
-    for fingerprint, content in FINGERPRINTS.items():
-        seen: dict[str, set[str]] = {}
-        for one in found:
-            if content in one and fingerprint in one:
-                seen.setdefault(one[content], set()).add(one[fingerprint])
-        for one in found:
-            if fingerprint not in one and len(only := seen.get(one.get(content, ""), set())) == 1:
+    for fingerprint in sorted({name for one in found for name in one if plain(name) in FINGERPRINTS}):
+        contents = [tuple((name, one[name]) for name in _content_of(fingerprint, one)) for one in found]
+        seen: dict[Any, set[str]] = {}
+        for one, content in zip(found, contents, strict=True):
+            if fingerprint in one:
+                seen.setdefault(content, set()).add(one[fingerprint])
+        for one, content in zip(found, contents, strict=True):
+            if fingerprint not in one and len(only := seen.get(content, set())) == 1:
                 one[fingerprint] = next(iter(only))
     return list(found)
 
@@ -70,16 +72,40 @@ def plain(name: str) -> str:
     return name.partition(" (")[0]
 
 
-def conditions_of(settings: Sequence[Settings], by: Sequence[str] = ()) -> list[str]:
-    """Return the settings that differ and must be equal in comparable runs, but for those in `by`.
+def _content_of(fingerprint: str, names: Iterable[str]) -> list[str]:
+    """Return those settings that name the content of a fingerprint. That of one stage is named by the stage's own."""
+    bare = plain(fingerprint)
+    stages = {"", fingerprint.removeprefix(bare)}
+    return sorted(
+        name
+        for name in names
+        if FINGERPRINTS[bare].fullmatch(plain(name)) and (len(stages) == 1 or name.removeprefix(plain(name)) in stages)
+    )
 
-    The fingerprint of the data is one of them only where no other setting tells the data apart.
+
+def fingerprints_of(named: Sequence[str], settings: Sequence[Settings]) -> list[str]:
+    """Return the fingerprints of the contents that some settings name."""
+    there = {name for one in settings for name in one if plain(name) in FINGERPRINTS}
+    return sorted(name for name in there if _content_of(name, named))
+
+
+def conditions_of(settings: Sequence[Settings], named: Sequence[str] = ()) -> list[str]:
+    """Return the settings that differ and must be equal in comparable runs.
+
+    The fingerprint of the data is one of them where the others do not tell the data apart.
+
+    Args:
+        settings: The settings of each run.
+        named: The settings that a person took for groups. They are no conditions, nor are their fingerprints.
     """
-    prefixed = {name for one in settings for name in one if name.startswith(OF_DATA) or plain(name) in CONDITIONS}
+    lifted = {*named, *fingerprints_of(named, settings)}
+    there = {name for one in settings for name in one}
+    prefixed = {name for name in there if name.startswith(OF_DATA) or plain(name) in CONDITIONS}
     among = [*CONDITIONS, *sorted(prefixed - set(CONDITIONS))]
-    found = [name for name in differing(settings, among) if name not in by]
-    if DATA not in by and _splits(settings, [*found, *by], DATA):
-        found.append(DATA)
+    found = [name for name in differing(settings, among) if name not in lifted]
+    for name in sorted(there - lifted):
+        if plain(name) == DATA and _splits(settings, found, name):
+            found.append(name)
     return found
 
 
@@ -103,31 +129,34 @@ def without_tables(settings: Sequence[Settings], named: Iterable[str]) -> list[S
 def known(option: str, given: Sequence[str], settings: Sequence[Settings], names: Mapping[str, str]) -> list[str]:
     """Return the settings that an option of the command names, as params.yaml does.
 
+    The name of one that stages bind differently stands for it in each of them.
+
     Raises:
         TangleNASError: A setting is unknown, or is the seed.
     """
     there = {name for one in settings for name in one} | set(LABELLED)
-    chosen = list(dict.fromkeys(names.get(name, name) for name in given))
-    for name in chosen:
+    chosen: list[str] = []
+    for name in (_named(name, names) for name in given):
         if name.lower() == "seed":
             raise TangleNASError(f"--{option} seed: a group is what differs by seed alone. Leave it out")
-        if name not in there | set(names.values()):
+        stages = [] if name in there else sorted(one for one in there if plain(one) == name)
+        if not stages and name not in there | set(names.values()):
             raise TangleNASError(
                 f"--{option}: no run has a parameter {shown(name, 80)!r}.{closest(name, there)} Take the names of "
                 "params.yaml, or those of the runs' parameters in MLflow"
             )
-    return chosen
+        chosen += stages or [name]
+    return list(dict.fromkeys(chosen))
 
 
-def fewest(settings: Sequence[Settings], names: Mapping[str, str]) -> list[str]:
-    """Return the fewest settings that tell apart all runs that differ, apart from what makes tables of their own."""
+def fewest(settings: Sequence[Settings], names: Mapping[str, str], conditions: Sequence[str]) -> list[str]:
+    """Return the fewest settings that tell apart all runs that differ, beside those that make tables of their own."""
     there = {name for one in settings for name in one} | set(LABELLED)
     people = [*LABELLED, *sorted(set(names.values()) - set(LABELLED))]
-    others = sorted(there - set(people), key=lambda name: (name in FINGERPRINTS, name))
-    kept = conditions_of(settings)
+    others = sorted(there - set(people), key=lambda name: (plain(name) in FINGERPRINTS, name))
     found: list[str] = []
     for name in differing(settings, [*people, *others]):
-        if name not in kept and name != DATA and _splits(settings, [*kept, *found], name):
+        if _splits(settings, [*conditions, *found], name):
             found.append(name)
     return found
 
@@ -141,11 +170,15 @@ def _splits(settings: Sequence[Settings], kept: Sequence[str], name: str) -> boo
 def unnamed(groups: Mapping[str, Sequence[Settings]], named: Sequence[str]) -> list[str]:
     """Return the settings that differ between groups without being named, with the values that they have there.
 
-    Each is equal in the runs of a group. A group that lacks one does not count: other methods have other settings.
+    Each is equal in the runs of a group. A group that lacks one does not count: other methods have other settings. A
+    fingerprint says nothing more where the settings that name its content differ, too.
     """
-    found = []
-    for name in sorted({name for runs in groups.values() for one in runs for name in one}):
-        if name in named or name in FINGERPRINTS:
+    settings = [one for runs in groups.values() for one in runs]
+    there, found = sorted({name for one in settings for name in one}), []
+    for name in there:
+        if name in named:
+            continue
+        if plain(name) in FINGERPRINTS and not _splits(settings, _content_of(name, there), name):
             continue
         where: dict[str, str] = {}
         for label, runs in groups.items():
