@@ -133,7 +133,8 @@ def read(root: Path) -> Records:
     store = Store.of(root)
     if store.own and not (root / "mlflow.db").exists():
         return Records()
-    found = _runs(store.connect(), None if store.own else experiment_name())
+    client = store.connect()
+    found = _runs(client, None if store.own else experiment_name())
     pipelines = {run.info.run_id: run for run in found if run.data.tags[STAGE] == "pipeline"}
     stages = [run for run in found if run.data.tags[STAGE] in STAGES]
     # A stage that DVC skipped is nested in the pipeline that ran it. The runs after it know its id, or, those of older
@@ -143,14 +144,20 @@ def read(root: Path) -> Records:
     for run in finished.values():
         for pipeline in {run.data.tags.get(PIPELINE_ID), run.data.tags.get(PARENT)}:
             siblings.setdefault((pipeline, run.data.tags[STAGE]), []).append(run)
-    rows = []
-    for run in finished.values():
-        if run.data.tags[STAGE] == "evaluate" and run.data.tags.get(PARENT) in {*pipelines, None}:
-            known = {name: finished.get(run.data.tags.get(f"{AFTER}{name}", "")) for name in STAGES[:-1]}
-            parts = {name: part for name in known if (part := known[name] or _before(run, name, siblings))}
-            parts["evaluate"] = run
-            changed = _changed_by_hand(run, known["discretize"])
-            rows.append({**_row(parts, pipelines.get(run.data.tags.get(PARENT))), "by_hand": changed})
+    evaluations = [
+        run
+        for run in finished.values()
+        if run.data.tags[STAGE] == "evaluate" and run.data.tags.get(PARENT) in {*pipelines, None}
+    ]
+    after = {run_id for run in evaluations for tag, run_id in run.data.tags.items() if tag.startswith(AFTER)}
+    others = {run_id: _of_any_experiment(client, run_id) for run_id in after - {run.info.run_id for run in found}}
+    reached, rows = {**others, **finished}, []
+    for run in evaluations:
+        known = {name: reached.get(run.data.tags.get(f"{AFTER}{name}", "")) for name in STAGES[:-1]}
+        parts = {name: part for name in known if (part := known[name] or _before(run, name, siblings))}
+        parts["evaluate"] = run
+        changed = _changed_by_hand(run, known["discretize"])
+        rows.append({**_row(parts, pipelines.get(run.data.tags.get(PARENT))), "by_hand": changed})
     done = {run.data.tags.get(PARENT) for (_, stage), runs in siblings.items() if stage == "evaluate" for run in runs}
     unfinished = [
         f"{_name(pipeline)} ({_last(stages, run_id)})" for run_id, pipeline in pipelines.items() if run_id not in done
@@ -206,6 +213,22 @@ def _runs(client: MlflowClient, experiment: str | None) -> list[Any]:
             return found
 
 
+def _of_any_experiment(client: MlflowClient, run_id: str) -> Any:
+    """Return a finished run of whatever experiment, also one that someone deleted, or None if it is out of reach.
+
+    DVC takes a cached stage from where it ran, which may have been under another MLFLOW_EXPERIMENT_NAME.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"}:
+            raise
+        return None
+    return run if run.info.status == "FINISHED" else None
+
+
 def _before(evaluation: Any, stage: str, siblings: Mapping[tuple[str | None, str], Sequence[Any]]) -> Any:
     """Return the run of a stage that an evaluation followed: the last one before it, or else the first; or None."""
     tags = evaluation.data.tags
@@ -234,8 +257,8 @@ def _row(parts: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
     """
     run, search = parts["evaluate"], parts.get("search")
     tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
-    # The optimizer is a parameter of the search, not of the evaluation.
-    optimizer = search.data.params.get("OPTIMIZER") if search else None
+    # The evaluation has the optimizer of its search as a tag, but for older runs.
+    optimizer = search.data.params.get("OPTIMIZER") if search else tags.get("optimizer")
     return {
         "run_id": run.info.run_id,
         "search_id": search.info.run_id if search else None,

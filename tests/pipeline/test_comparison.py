@@ -572,6 +572,19 @@ def test_values_of_other_tables_are_not_averaged_as_a_curve():
     assert _curves(compared(*rows).tables[0], found).value == "validation_accuracy"
 
 
+@pytest.mark.parametrize("name, values, shown", [
+    ("benchmark.fingerprint", (None, "a"), "table_value"),  # an older run
+    ("benchmark.fingerprint", ("a", "b"), "validation_accuracy"),
+    ("benchmark.path (search)", ("a", "b"), "validation_accuracy"),
+    ("benchmark.path (evaluate)", ("a", "b"), "table_value"),
+])  # fmt: skip
+def test_curves_have_the_values_of_a_table_where_all_searches_used_it(name, values, shown):
+    rows = [row("drnas", seed, 90.0, **({name: value} if value else {})) for seed, value in enumerate(values)]
+    history = {"search/table_value": {1: 91.0}, "search/processor_seconds": {1: 10.0}}
+    table = compared(*rows, by=["optimizer"], joined=["benchmark.path"] * ("path" in name)).tables[0]
+    assert _curves(table, {one["search_id"]: history for one in rows}).value == shown
+
+
 def test_a_curve_says_how_many_of_the_seeds_it_is_of_and_shows_what_they_ended_with(monkeypatch):
     monkeypatch.setattr("tanglenas_engine.pipeline.comparison.figure.png", lambda figure: figure)
     history = {"search/validation_accuracy": {1: 80.0, 2: 90.0}, "search/processor_seconds": {1: 10.0, 2: 20.0},
@@ -605,6 +618,29 @@ def test_a_server_of_several_projects_has_the_runs_of_the_experiment_that_stages
     (tmp_path / "mine" / "dvc.yaml").touch()
     with pytest.raises(TangleNASError, match=r"no finished run to compare.* experiment 'tanglenas' in"):
         compare(tmp_path / "mine")
+
+
+def test_a_search_that_ran_in_another_experiment_keeps_its_settings_and_one_out_of_reach_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{(tmp_path / 'shared.db').as_posix()}")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    client, searches = Store.of(tmp_path).connect(), []
+    for epochs in (100, 5):
+        add_pipeline(tmp_path, "drnas", 0, settings={"search.epochs": epochs}, test_accuracy=10.0)
+        experiment = client.get_experiment_by_name("tanglenas").experiment_id
+        searches.append(client.search_runs([experiment], "tags.`tanglenas.stage` = 'search'")[0].info.run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "paper")
+    experiment = client.create_experiment("paper")
+    client.delete_run(searches[0])
+    for search in [*searches, "0" * 32]:
+        tags = {"tanglenas.stage": "evaluate", "optimizer": "drnas", f"{AFTER}search": search}
+        run = client.create_run(experiment, tags=tags).info.run_id
+        client.log_param(run, "SEED", 0)
+        client.log_metric(run, "final/test_accuracy", 90.0)
+        client.set_terminated(run)
+    rows = finished_runs.read(tmp_path).evaluated
+    assert sorted(str(one["settings"].get("search.epochs")) for one in rows) == ["100", "5", "None"]
+    assert {one["search_id"] for one in rows} == {*searches, None} and {one["optimizer"] for one in rows} == {"drnas"}
+    assert "1 run whose search is out of reach" in markdown(compare_rows(finished_runs.read(tmp_path), NAMES))
 
 
 @pytest.mark.parametrize("name, values, told", [

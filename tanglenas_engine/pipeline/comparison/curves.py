@@ -13,7 +13,9 @@ import numpy as np
 from tanglenas_engine.pipeline import finished_runs
 from tanglenas_engine.pipeline.comparison.estimates import bootstrap
 from tanglenas_engine.pipeline.comparison.groups import Comparison, Group, Table
+from tanglenas_engine.pipeline.comparison.settings import plain
 from tanglenas_engine.pipeline.config.reader import OF_TABLE
+from tanglenas_engine.pipeline.tracking.tracker import TABLE
 
 VALUES = {
     "table_value": "table value",
@@ -83,13 +85,26 @@ def read_curves(root: Path, comparison: Comparison) -> list[Curves]:
 
 def _curves(table: Table, found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Curves:
     runs = [run for group in table.groups for run in group.runs.values()]
-    tables = {tuple(sorted(item for item in run["settings"].items() if item[0].startswith(OF_TABLE))) for run in runs}
-    if len(tables) == 1 and all(found.get(run["search_id"], {}).get("search/table_value") for run in runs):
+    if _one_table(runs) and all(found.get(run["search_id"], {}).get("search/table_value") for run in runs):
         value = "table_value"
     else:
         value = "validation_loss" if any("test_perplexity" in run["metrics"] for run in runs) else "validation_accuracy"
     curves = [curve for group in table.groups if (curve := _curve(group, value, found))]
     return Curves(value, curves)
+
+
+def _one_table(runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether searches have one table and metric. Those of earlier versions have no fingerprint of the table."""
+    tables = [
+        {
+            plain(name): text
+            for name, text in run["settings"].items()
+            if name.startswith(OF_TABLE) and name.removeprefix(plain(name)) in ("", " (search)")
+        }
+        for run in runs
+    ]
+    contents = {one.pop(TABLE) for one in tables if TABLE in one}
+    return len(contents) <= 1 and all(one == tables[0] for one in tables)
 
 
 def _curve(group: Group, value: str, found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Curve | None:

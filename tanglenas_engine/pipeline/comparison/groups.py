@@ -165,6 +165,9 @@ def compare_rows(
         raise TangleNASError(
             " ".join(["there is no finished run to compare: run `dvc repro` or `dvc exp run` first.", *notes])
         )
+    if lost := [row["name"] for row in rows if row["search_id"] is None]:
+        what = "whose search is out of reach, so that its settings, times and curve are unknown and count as equal"
+        notes.append(_listed(what, lost))
     settings: Sequence[Settings] = all_settings(rows, names)
     by, joined = (known("by", by, settings, names), known("join", joined, settings, names))
     if both := [name for name in joined if name in by]:
