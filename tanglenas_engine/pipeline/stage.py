@@ -250,7 +250,7 @@ def _recipe(arguments: Sequence[str]) -> dict[str, str]:
 
 def _contents(dataset: Dataset) -> dict[str, str]:
     """Return parameters that tell apart runs whose data or benchmark table had another content under the same name."""
-    table = tables().get(bound_parameters().get("benchmark.path", ""), "")
+    table = tables().get(gin.get_bindings("benchmark").get("path"), "")
     return {DATA: dataset.fingerprint[:12], **({TABLE: table[:12]} if table else {})}
 
 

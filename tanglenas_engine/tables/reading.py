@@ -38,14 +38,14 @@ def load_table(
     A file has one of three forms:
 
     - CSV with a column `arch` or `architecture` (or `architecture of SPACE`, as `tanglenas tables import` writes it);
-    - CSV with one column of text per choice. The architecture is then the text "option, option, ...", in the order of
-      `space.table_columns` where the columns have these names, or else in that of the file;
+    - CSV with one column of text per choice. The architecture is then the text "option, option, ...", of the columns
+      `space.table_columns` where all of these are there, or else of all columns of text in the order of the file;
     - a pickle of `{architecture: {metric: value}}`. Nothing in it is executed (see `read_pickle`).
 
     All other columns are metrics, except `index`. An accuracy that never exceeds 1 is a fraction, and becomes a
     percentage, unless the file is one that `Table.write` wrote, where it is one already. Where no accuracy of a file
-    exceeds 1 and one is a fraction, all are, and their standard deviations, too. `higher_is_better` is as for `Table`;
-    a file that `Table.write` wrote has it in its header.
+    exceeds 1 and one is a fraction, all are, and so are their standard deviations, but for those that exceed 1.
+    `higher_is_better` is as for `Table`; a file that `Table.write` wrote has it in its header.
 
     Raises:
         TangleNASError: The file is missing, empty, damaged, or not a table (names the line), or does not fit `space`.
@@ -84,7 +84,7 @@ def _fractions(columns: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
     small = [metric for metric, values in accuracies.items() if max(values) <= 1]
     found = [metric for metric in small if any(0 < value < 1 for value in accuracies[metric])]
     if found and len(small) == len(accuracies):
-        found = [*small, *filter(is_deviation_of_accuracy, columns)]
+        found = [*small, *(name for name in columns if is_deviation_of_accuracy(name) and max(columns[name]) <= 1)]
     return tuple(metric for metric in columns if metric in found)
 
 

@@ -200,7 +200,7 @@ class Table:
         for key in self.keys:
             try:
                 options = key.split(", ")
-                if len(options) == len(order):
+                if order and len(options) == len(self.key_columns):
                     key = ", ".join(options[place] for place in order)
                 names.append(space.to_string(space.from_string(key)))
             except TangleNASError:
@@ -208,8 +208,8 @@ class Table:
         return names
 
     def _order(self, space: SearchSpace) -> list[int]:
-        """Return where the file has each column of a space, or [] where it has others."""
-        if set(self.key_columns) != set(space.table_columns):
+        """Return where the file has each column of a space, or [] where it lacks one."""
+        if not set(space.table_columns) <= set(self.key_columns):
             return []
         return [self.key_columns.index(name) for name in space.table_columns]
 

@@ -648,6 +648,8 @@ def test_a_search_that_ran_in_another_experiment_keeps_its_settings_and_one_out_
     ("table_value", (2e-5, 2.1e-5), ["2", "0.00002050", "0.00000071", "0.00002000 to 0.00002100"]),
     ("table_value", (91.0, 91.0), ["2", "91.0000", "0.0000", "91.0000 to 91.0000"]),
     ("test_loss", (0.123456,), ["1", "0.1235", "-", "one seed"]),
+    ("spearman", (0.0, 2.2e-16), ["2", "0.0000", "0.0000", "0.0000 to 0.0000"]),
+    ("table_value", (1e-5, 1e-5 + 2e-14), ["2", "0.000010", "0.000000", "0.000010 to 0.000010"]),
 ])  # fmt: skip
 def test_numbers_without_a_unit_have_the_decimals_that_their_deviation_needs(name, values, told):
     assert format_estimate(metric_of(name), Estimate.of(values)) == told

@@ -476,14 +476,14 @@ def test_the_tables_that_a_config_names_are_in_the_fingerprint_of_a_run(project,
 
 
 def test_a_run_has_the_fingerprints_of_its_data_and_of_its_table_as_parameters(project):
-    def found() -> dict[str, str]:
-        with configured([*arguments(project, "search"), "benchmark.path = 'table.json'"]):
+    def found(*bindings: str) -> dict[str, str]:
+        with configured([*arguments(project, "search"), *(bindings or ["benchmark.path = 'table.json'"])]):
             _, _, dataset = create()
             assert stage_contents(dataset)["dataset.fingerprint"] == dataset.fingerprint[:12]
             return stage_contents(dataset)
 
     before = found()
-    assert found() == before
+    assert found() == found("POOL = 'table.json'", "benchmark.path = %POOL") == before
     edit(project / "table.json")
     assert found()["benchmark.fingerprint"] != before["benchmark.fingerprint"]
     with configured(arguments(project, "search")):

@@ -173,6 +173,8 @@ def test_fractions_are_of_a_whole_file(tmp_path):
     found = load_table(path)
     assert found.fractions == ("test_acc", "train_acc", "test_acc_std")
     assert [found.value("a", metric) for metric in found.metrics] == [94, 100, 0.4, 0.1]
+    path.write_text("arch,test_acc,test_acc_std\na,0.94,1.2\nb,0.5,0.9\n")  # these deviations are in % already
+    assert load_table(path).fractions == ("test_acc",)
     path.write_text("arch,test_acc,valid_acc,test_acc_std\na,0.94,94,0.4\nb,0.5,50,1.0\n")
     assert load_table(path).fractions == ("test_acc",)
 

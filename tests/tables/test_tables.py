@@ -258,13 +258,14 @@ def test_columns_by_choice_are_read_in_their_order(tmp_path):
     assert found.keys == ("sep, dil", "sep, sep") and found.metrics == ("acc",)
 
 
-def test_columns_that_a_space_knows_are_read_by_their_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("hash",)])
+def test_columns_that_a_space_knows_are_read_by_their_names(tmp_path, more):
     space = installed("toy_cell_nano")
     names = ("normal_0_in", "normal_1_in", "normal_1_0", "reduce_0_in", "reduce_1_in", "reduce_1_0")
     assert space.table_columns == names
     some = [space.sample(torch.Generator().manual_seed(seed)) for seed in range(5)]
-    rows = [dict(zip(names, space.to_string(one).split(", "), strict=True)) for one in some]
-    order = sorted(names)
+    rows = [dict(zip(names, space.to_string(one).split(", "), strict=True), hash="dil_conv_3x3") for one in some]
+    order = sorted([*names, *more])
     lines = [",".join([*order, "acc"])] + [
         ",".join([*(row[name] for name in order), str(i)]) for i, row in enumerate(rows)
     ]

@@ -13,7 +13,7 @@ from tanglenas_engine.pipeline.comparison.groups import Comparison, Table
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 ROUNDING = 1e-12
-"""The share of a mean up to which a deviation is a rounding error."""
+"""The share of a mean, or of 1, up to which a deviation is a rounding error, and so is a mean of differences."""
 WORDS = ("metric", "group", "minus", "arm", "what it changes")
 """The columns of tables that hold no numbers."""
 MEANING = (
@@ -178,8 +178,8 @@ def _decimals(metric: Metric, estimate: Estimate) -> int:
     are those of the mean.
     """
     deviation = estimate.deviation or 0.0
-    size = deviation if deviation > ROUNDING * abs(estimate.mean) else abs(estimate.mean)
-    if metric.unit or not size:
+    size = deviation if deviation > ROUNDING * max(1.0, abs(estimate.mean)) else abs(estimate.mean)
+    if metric.unit or size <= ROUNDING:
         return metric.decimals
     return max(metric.decimals, 1 - math.floor(math.log10(size / metric.scale)))
 
