@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from tanglenas_engine.errors import TangleNASError
@@ -33,13 +34,13 @@ class _DamagedError(Exception):
 
 
 def encoded(state: Mapping[str, Any]) -> memoryview:
-    """Return the bytes of a state.
+    """Return the bytes of a state, with Python's numbers in place of NumPy's.
 
     Raises:
         TangleNASError: The state holds an object that `decoded` could not read.
     """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save(native(dict(state)), buffer)
     buffer.seek(0)
     if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
         raise TangleNASError(
@@ -47,6 +48,15 @@ def encoded(state: Mapping[str, Any]) -> memoryview:
             "Keep to tensors, Python numbers, strings, lists, tuples and dicts."
         )
     return buffer.getbuffer()
+
+
+def native(value: Any) -> Any:
+    """Return a value in whose dicts, lists and tuples Python's numbers stand for NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: native(one) for key, one in value.items()}
+    return type(value)(map(native, value)) if type(value) in (list, tuple) else value
 
 
 def decoded(data: bytes | memoryview) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tanglenas_engine.data import DataView, Stream, batches
+from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.errors import TangleNASError, at_least
 from tanglenas_engine.optimizers.optimizer import Batch
@@ -31,18 +31,22 @@ from tanglenas_engine.runtime.tracking import Record
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
+from tanglenas_engine.stages.pace import taken_back
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.distillation import Distillation, check_teaching, hidden_pairs, recorded
 from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
+    OPTIMIZER,
+    SCHEDULE,
     OptimizerFactory,
     SchedulerFactory,
     call_factory,
     cosine,
     make_scheduler,
     parameter_groups,
+    stepping,
 )
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
@@ -126,7 +130,8 @@ def retrain(
         until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
             the same checkpoints goes on. None trains to the end. If the checkpoint is beyond, the history and the
             accuracy are those of `until`, and the network is that of the checkpoint. 0 makes everything that the
-            training needs, tries the steps of small parameters and one loss, and trains nothing: the accuracy is NaN.
+            training needs, tries one loss, two steps without a gradient and the state after them, and trains nothing:
+            the accuracy is NaN.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.
         scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every
@@ -270,7 +275,7 @@ class Retraining(Training):
         session: Session,
     ):
         self.network, self.computation = network, computation
-        self._training, self.validation = data.training, data.validation
+        self.validation = data.validation
         self.device, self.loss = session.find_device(), checked_loss("retrain.loss", loss)
         self._last = learns_with_channels_last(network)
         self.distillation = distillation
@@ -280,11 +285,11 @@ class Retraining(Training):
         self.stream = Stream(data.training, batch_size, seed=seed, num_workers=session.num_workers, part=share)
         super().__init__("retrain", epochs, self.stream.batches_per_epoch, session)
         self.trained = _wrapped(network, wrap).to(self.device) if wrap else network
-        factory = ("retrain.optimizer", optimizer)
-        schedule = ("retrain.scheduler", scheduler) if scheduler else None
-        try_steps(factory, parameter_groups(self.trained), schedule, self.steps)
-        self.optimizer = call_factory(*factory, parameter_groups(self.trained))
-        self.scheduler = make_scheduler(*schedule, self.optimizer, self.steps) if schedule else None
+        self.optimizer = call_factory("retrain.optimizer", optimizer, parameter_groups(self.trained))
+        self.scheduler = (
+            make_scheduler("retrain.scheduler", scheduler, self.optimizer, self.steps) if scheduler else None
+        )
+        self.start(optimizer=self.optimizer)
         self.average = call_factory("retrain.ema", ema, network, needs=("module",), like=AVERAGE) if ema else None
         self._update_average = _update_of(self.average) if self.average else None
         self.parameters, self.statistics = list(self.trained.parameters()), running_statistics(self.trained)
@@ -308,20 +313,21 @@ class Retraining(Training):
     def result(self, until: int | None = None) -> RetrainResult:
         """Run the training, to its end or until so many epochs are finished, and return its result."""
         if until == 0:
-            self._try_loss()
+            self._try()
             return RetrainResult(self.final.eval(), math.nan, [])
         history = self.run(until)
         seconds, wall = self.stopwatch.ends[len(history) - 1].tolist()
         return RetrainResult(self.final.eval(), history[-1]["validation_accuracy"], history, seconds, wall)
 
-    def _try_loss(self) -> None:
-        """Compute the loss of two samples, and leave the network as it is."""
-        inputs, targets = to_device(next(batches(self._training, 2)), self.device, self._last)
-        buffers = [(buffer, buffer.clone()) for buffer in self.trained.buffers()]
-        with torch.no_grad():
-            self.loss(self.precision.forward(self.trained, inputs), targets)
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    def _try(self) -> None:
+        """Try the loss of the first batch, and the optimizer and the schedule, and leave the network as it is."""
+        inputs, targets = (piece.chunk(self.computation.accumulate)[0] for piece in self.stream.batch(0))
+        inputs, targets = to_device((inputs, targets), self.device, self._last)
+        parts = [("retrain.optimizer", self.optimizer, OPTIMIZER), ("retrain.scheduler", self.scheduler, SCHEDULE)]
+        with taken_back({"network": self.trained}):
+            with torch.no_grad():
+                self.loss(self.precision.forward(self.trained, inputs), targets)
+            try_steps([part for part in parts if part[1] is not None], self.parameters, self.steps)
 
     def inputs(self, position: int) -> list[Tensor]:
         return [self.stream.batch(position)[0]]
@@ -361,10 +367,12 @@ class Retraining(Training):
         self.scaler.unscale_(self.optimizer)
         if self.computation.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.computation.clip)
-        self.scaler.step(self.optimizer)
+        with stepping("retrain.optimizer"):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scheduler is not None:
-            self.scheduler.step()
+            with stepping("retrain.scheduler", SCHEDULE):
+                self.scheduler.step()
         if self._update_average is not None:
             self._update_average(self.network, position + 1)
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}

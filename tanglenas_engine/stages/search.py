@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,16 +36,17 @@ from tanglenas_engine.training.loop import Training
 from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import Measured, measure_inherited, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
+    SCHEDULE,
     OptimizerFactory,
     SchedulerFactory,
     call_factory,
     cosine,
     make_scheduler,
     parameter_groups,
+    stepping,
 )
 from tanglenas_engine.training.options import Computation, Session, flattened
 from tanglenas_engine.training.state import Stateful
-from tanglenas_engine.training.trial import try_steps
 
 Phase = Literal["warm-up", "search", "path"]
 """What a step does: the weights learn alone, or alpha too, or the weights by random architectures."""
@@ -268,20 +270,14 @@ class Search(Training):
         self.weights, self.alphas = list(space.parameters()), optimizer.parameters()
         self.parameters = [*self.weights, *self.alphas]
         self.statistics = running_statistics(space)
-        self._weight_factory = ("search.weight_optimizer", weight_optimizer)
-        self._schedule = ("search.scheduler", scheduler) if scheduler else None
-        if self.pace is None:
-            try_steps(self._weight_factory, parameter_groups(space), self._schedule, self._first_path)
-        else:  # the schedule's length is not known yet
-            try_steps(self._weight_factory, parameter_groups(space))
-        self.weight_optimizer = call_factory(*self._weight_factory, parameter_groups(space))
+        self._schedule = scheduler
+        self.weight_optimizer = call_factory("search.weight_optimizer", weight_optimizer, parameter_groups(space))
         self.architecture_optimizer: torch.optim.Optimizer | None = None
         if optimizer.learns_architecture:
-            factory = ("search.architecture_optimizer", architecture_optimizer)
-            try_steps(factory, self.alphas)
-            self.architecture_optimizer = call_factory(*factory, self.alphas)
+            name = "search.architecture_optimizer"
+            self.architecture_optimizer = call_factory(name, architecture_optimizer, self.alphas)
         self._first_options = [
-            {name: option for name, option in group.items() if name != "params"}
+            copy.deepcopy({name: option for name, option in group.items() if name != "params"})
             for group in self.weight_optimizer.param_groups
         ]
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -297,11 +293,14 @@ class Search(Training):
         Each begins with the options that the optimizer began with.
         """
         for group, options in zip(self.weight_optimizer.param_groups, self._first_options, strict=True):
-            group.update(options)
+            group.update(copy.deepcopy(options))
         self.schedule_start = self._first_path if phase == "path" else 0
         if self._schedule is not None:
             steps = self.steps - self._first_path if phase == "path" else self._first_path
-            self.scheduler = make_scheduler(*self._schedule, self.weight_optimizer, steps)
+            self.scheduler = make_scheduler("search.scheduler", self._schedule, self.weight_optimizer, steps)
+        if phase == "search":
+            made = {"weight_optimizer": self.weight_optimizer, "architecture_optimizer": self.architecture_optimizer}
+            self.start(**{name: one for name, one in made.items() if one is not None})
 
     @property
     def _first_path(self) -> int:
@@ -348,7 +347,6 @@ class Search(Training):
         """
         if self.pace is not None:
             self._plan(self.pace, saved)
-            try_steps(self._weight_factory, parameter_groups(self.space), self._schedule, self._first_path)
             self._make_scheduler()
         position = 0 if saved is None else saved.get("position")
         if isinstance(position, int) and position > self._first_path:
@@ -421,7 +419,8 @@ class Search(Training):
         measured = self.update(pieces, phase)
         self.scaler.update()
         if self.scheduler is not None:
-            self.scheduler.step()
+            with stepping("search.scheduler", SCHEDULE):
+                self.scheduler.step()
         seen = [batch_accuracy(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
         if seen:
             measured["weight_accuracy"] = torch.stack(seen).mean()
@@ -467,7 +466,8 @@ class Search(Training):
         self.scaler.unscale_(self.weight_optimizer)
         if self.computation.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, self.computation.clip)
-        self.scaler.step(self.weight_optimizer)
+        with stepping("search.weight_optimizer"):
+            self.scaler.step(self.weight_optimizer)
         return {"weight_loss": total}
 
     def _move_alphas(self, penalty: Tensor | None = None) -> dict[str, Tensor]:
@@ -477,7 +477,8 @@ class Search(Training):
         if penalty is not None:
             torch.autograd.backward(penalty)
         charges = self._charge_targets()
-        self.scaler.step(self.architecture_optimizer)
+        with stepping("search.architecture_optimizer"):
+            self.scaler.step(self.architecture_optimizer)
         return charges
 
     def _charge_targets(self) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.superposition.mixture import Superposition
@@ -40,9 +41,12 @@ class Choice(Size):
         superposition: Superposition,
         per: Size | Sequence[Size] | Sequence[tuple[Size, int]] | int | None = None,
     ):
-        if isinstance(options, str):
-            raise TangleNASError(f"choice {name!r} has the options {options!r}: give a list of them")
-        options = tuple(map(_plain, options)) if isinstance(options, Iterable) else (options,)
+        several = isinstance(options, Iterable)
+        if isinstance(options, str | set | frozenset) or (several and getattr(options, "shape", None) == ()):
+            raise TangleNASError(
+                f"choice {name!r} has the options {options!r}: give a list of them, which has an order"
+            )
+        options = tuple(map(_plain, options if several else (options,)))
         if not options:
             raise TangleNASError(f"choice {name!r} has no options: give at least one")
         numbers = [o for o in options if isinstance(o, int | float) and not isinstance(o, bool) and 0 < o < math.inf]
@@ -50,7 +54,8 @@ class Choice(Size):
         if len(options) not in (len(numbers), len(names)):
             wrong = next(o for o in options if o not in (names if len(names) > len(numbers) else numbers))
             raise TangleNASError(
-                f"choice {name!r} has the option {wrong!r}: options are finite positive numbers, or all of them names"
+                f"choice {name!r} has the option {wrong!r}: options are finite positive ints or floats, or all "
+                "of them names"
             )
         if len(set(options)) < len(options):
             raise TangleNASError(f"choice {name!r} lists an option twice: {options}")
@@ -105,6 +110,4 @@ class Choice(Size):
 
 def _plain(option: Any) -> Any:
     """Return a number of NumPy as Python's, which files of architectures can hold, and other options as they are."""
-    if isinstance(option, bool) or not isinstance(option, Real):
-        return option
-    return int(option) if isinstance(option, Integral) else float(option)
+    return option.item() if isinstance(option, np.generic) else option

@@ -20,7 +20,15 @@ from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.tracking import NullTracker, Record
 from tanglenas_engine.spaces.fit import REMEDY, not_finite
 from tanglenas_engine.training.options import Session
-from tanglenas_engine.training.state import Stateful, UnfitError, check_history, check_part, check_ranks
+from tanglenas_engine.training.state import (
+    Stateful,
+    UnfitError,
+    check_history,
+    check_part,
+    check_ranks,
+    check_start,
+    options_of,
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,6 +66,7 @@ class Training(abc.ABC):
         # step waits for it.
         self._first_broken: dict[str, Tensor] = {}
         self._saves = False
+        self._start: dict[str, list[dict[str, Any]]] = {}
 
     @abc.abstractmethod
     def step(self, position: int) -> Mapping[str, Tensor]:
@@ -110,6 +119,16 @@ class Training(abc.ABC):
         Args:
             last: The number of the last step that was taken.
         """
+
+    def start(self, **optimizers: Any) -> None:
+        """Note the options that optimizers begin with, once their schedule is made. A checkpoint of others is refused.
+
+        What a schedule moves later tells no training from another.
+
+        Args:
+            optimizers: The optimizers by their names.
+        """
+        self._start = {name: options_of(optimizer) for name, optimizer in optimizers.items()}
 
     @property
     def steps(self) -> int:
@@ -206,6 +225,7 @@ class Training(abc.ABC):
             place = {
                 "position": self._position,
                 "history": self.history,
+                "start": self._start,
                 "ranks": ranks,
                 "threads": torch.get_num_threads(),
             }
@@ -248,7 +268,7 @@ class Training(abc.ABC):
 
     def _check(self, state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
         """Raise an UnfitError for a state that cannot be one of this training. Nothing is loaded before."""
-        names = {*parts, "position", "history", "ranks", "threads"}
+        names = {*parts, "position", "history", "start", "ranks", "threads"}
         if names != state.keys():
             raise UnfitError(f"it holds {shown(sorted(map(str, state)))}, expected {', '.join(sorted(names))}")
         position = state["position"]
@@ -256,6 +276,7 @@ class Training(abc.ABC):
             raise UnfitError(f"its position is {shown(position, 60)}, expected a step from 0 to {self.steps}")
         if type(state["threads"]) is not int or state["threads"] < 1:
             raise UnfitError(f"it was made by {shown(state['threads'], 60)} threads, expected a number of at least 1")
+        check_start(self._start, state["start"])
         for key, part in parts.items():
             check_part(key, part, state[key], position - (self.schedule_start if key == "scheduler" else 0))
         check_history(state["history"], self.record_like(), position // self.steps_per_epoch)

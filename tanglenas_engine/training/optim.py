@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tanglenas_engine.errors import within
 from tanglenas_engine.runtime.foreign import blamed, unusable
@@ -64,17 +65,22 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def call_factory(
-    name: str, factory: Callable[..., T], *arguments: Any, needs: Sequence[str] = (), like: str = OPTIMIZER
+    name: str,
+    factory: Callable[..., T],
+    *arguments: Any,
+    needs: Sequence[str] = ("param_groups", "step", "zero_grad"),
+    like: str = OPTIMIZER,
 ) -> T:
     """Call a user's factory for an optimizer, a schedule or a moving average, and check its result.
 
-    torch optimizers in `FUSED_OPTIMIZERS` take fused steps unless the user chose otherwise.
+    torch optimizers in `FUSED_OPTIMIZERS` take fused steps unless the user chose otherwise. Tensors among the options
+    of an optimizer are copied: a schedule moves them in place, and the factory would give them again.
 
     Args:
         name: The option's name in messages.
         factory: The user's factory.
         arguments: The arguments of the factory.
-        needs: The attributes that the result needs beside those by which it is saved and loaded.
+        needs: The attributes that the result needs beside those by which it is saved and loaded, else an optimizer's.
         like: What the factory should make, for messages, with an example.
 
     Raises:
@@ -86,6 +92,8 @@ def call_factory(
     for attribute in ("state_dict", "load_state_dict", *needs):
         if not hasattr(result, attribute):
             raise unusable(name, f"it makes a {type(result).__name__}, which has no {attribute}", expected)
+    for group in getattr(result, "param_groups", ()):
+        group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
     if type(result) in FUSED_OPTIMIZERS:
         _fuse(result)
     return result
@@ -100,6 +108,11 @@ def make_scheduler(
         TangleNASError: The factory fails, or makes no schedule.
     """
     return call_factory(name, factory, optimizer, steps, needs=("step",), like=SCHEDULE)
+
+
+def stepping(name: str, like: str = OPTIMIZER) -> AbstractContextManager[None]:
+    """Turn an exception of a block, the step of a user's optimizer or schedule, into a sentence about the option."""
+    return blamed(name, like, "its step() fails: ")
 
 
 def _fuse(optimizer: Any) -> None:

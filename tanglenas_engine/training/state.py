@@ -10,6 +10,7 @@ import copy
 import math
 import random
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tanglenas_engine.errors import TangleNASError, shown
+from tanglenas_engine.runtime.checkpoint import native
 
 MERSENNE_WORDS = 624
 """The number of 32-bit words in the state of NumPy's MT19937."""
@@ -53,7 +55,7 @@ def check_part(name: str, part: Stateful, given: Any, position: int) -> None:
         _check_optimizer(name, part, given, position)
         return
     # A schedule's numbers may turn into fractions, as a rate of 1 does.
-    check_like(name, part.state_dict(), given, whole=not hasattr(part, "step"))
+    check_like(name, native(part.state_dict()), given, whole=not hasattr(part, "step"))
     if type(part) is LambdaLR:
         _check_rates(name, part, given, position)
     elif isinstance(part, torch.amp.GradScaler):
@@ -63,8 +65,8 @@ def check_part(name: str, part: Stateful, given: Any, position: int) -> None:
 def check_like(where: str, own: Any, given: Any, whole: bool = True) -> None:
     """Check that a value has the structure of another: types, names, lengths, and shapes and dtypes of tensors.
 
-    A number is finite where that of this training is, and so is a floating-point tensor. A value for None may be a
-    number.
+    A number is finite where that of this training is, and NaN only where that is. A floating-point tensor is finite. A
+    value for None may be a number.
 
     Args:
         where: The name of the value in messages.
@@ -92,10 +94,45 @@ def check_like(where: str, own: Any, given: Any, whole: bool = True) -> None:
     elif isinstance(own, int | float) and not isinstance(own, bool):
         if whole and isinstance(own, int) and not isinstance(given, int):
             _unfit(where, given, "a whole number")
-        if math.isfinite(own) or not isinstance(given, float):
-            _number(where, given)
+        if not math.isnan(own) or not isinstance(given, float):
+            _number(where, given, infinite=math.isinf(own))
     elif type(given) is not type(own):
         _unfit(where, given, f"a {type(own).__name__}")
+
+
+def options_of(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the options in the groups of an optimizer as plain values that no step moves."""
+    return [{key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor | np.generic):
+        return value.tolist() if value.ndim == 0 else type(value).__name__
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def check_start(own: Mapping[str, list[dict[str, Any]]], given: Any) -> None:
+    """Check that the optimizers of a checkpoint began with the options that those of this training begin with.
+
+    Args:
+        own: The options in the groups of each optimizer, by its name.
+        given: Those in the checkpoint.
+
+    Raises:
+        UnfitError: An option differs. The message says which.
+    """
+    _keys("start", own, given)
+    for name, groups in own.items():
+        if not isinstance(given[name], list) or len(given[name]) != len(groups):
+            _unfit(f"start.{name}", given[name], f"{len(groups)} groups")
+        for number, (group, other) in enumerate(zip(groups, given[name], strict=True)):
+            where = f"start.{name}[{number}]"
+            _keys(where, group, other)
+            for key, value in group.items():
+                if repr(other[key]) != repr(value):
+                    _unfit(f"{where}.{key}", other[key], shown(value, 60))
 
 
 def check_history(history: Any, like: Mapping[str, Any] | None, epochs: int) -> None:
@@ -197,14 +234,14 @@ def _check_generators(where: str, given: Any) -> None:
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, given: Any, position: int) -> None:
-    own = optimizer.state_dict()
+    own = native(optimizer.state_dict())
     _keys(name, own, given)
     exact = type(optimizer).__module__.startswith("torch.optim.")
     groups = given["param_groups"]
     if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
         _unfit(f"{name}.param_groups", groups, f"{len(own['param_groups'])} groups")
     for number, (group, mine) in enumerate(zip(groups, own["param_groups"], strict=True)):
-        _check_group(f"{name}.param_groups[{number}]", mine, group)
+        _check_group(f"{name}.param_groups[{number}]", mine, group, exact)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(given["state"], dict):
         _unfit(f"{name}.state", given["state"], "a dict")
@@ -233,29 +270,20 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, given: Any, po
                 storages.add(storage)
 
 
-def _check_group(where: str, own: Mapping[str, Any], given: Any) -> None:
-    """Check what a schedule of any kind, or the optimizer itself, may have moved and added: its numbers are finite.
+def _check_group(where: str, own: Mapping[str, Any], given: Any, exact: bool) -> None:
+    """Check the options of a group, of which a schedule or the optimizer may have moved the numbers, and added others.
 
-    All else is as it was, such as the parameters, or the flags that choose how a step is computed.
+    All else is as it was, such as the parameters, or the flags that choose how a step is computed. An optimizer that is
+    none of torch's (`exact` is false) may also have put a number in the place of None.
     """
     for key, value in own.items():
         if not isinstance(given, Mapping) or key not in given:
             _unfit(where, given, f"a dict with {key}")
-        if key == "params" and given[key] != value:
-            _unfit(f"{where}.{key}", given[key], shown(value, 60))
-        _check_moved(f"{where}.{key}", value, given[key])
-
-
-def _check_moved(where: str, own: Any, given: Any) -> None:
-    if isinstance(own, list | tuple) and type(given) is type(own) and len(given) == len(own):
-        for number, (value, other) in enumerate(zip(own, given, strict=True)):
-            _check_moved(f"{where}[{number}]", value, other)
-    elif isinstance(own, int | float) and not isinstance(own, bool):
-        _number(where, given)
-    elif isinstance(own, Tensor):
-        _check_tensor(where, given, own.shape, own.dtype)
-    elif type(given) is not type(own) or given != own:
-        _unfit(where, given, shown(own, 60))
+        if key == "params" or isinstance(value, bool | str) or (exact and value is None):
+            if type(given[key]) is not type(value) or given[key] != value:
+                _unfit(f"{where}.{key}", given[key], shown(value, 60))
+        else:
+            check_like(f"{where}.{key}", value, given[key], whole=False)
 
 
 def _check_entry(where: str, like: Any, given: Any, fused: bool) -> None:
@@ -278,10 +306,10 @@ def _steps(tensor: Tensor) -> list[int]:
 def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]] | None:
     """Return the state that the optimizer has after its first step, or None for one whose step cannot be tried.
 
-    A copy takes the step, on zeros that lie in memory as the parameters do.
+    A copy takes the step, without a gradient, on copies that lie in memory as the parameters do.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    twins: dict[int, Any] = {id(p): nn.Parameter(torch.zeros_like(p, device="cpu")) for p in parameters}
+    twins: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", copy=True)) for p in parameters}
     for twin in twins.values():
         twin.grad = torch.zeros_like(twin)
     try:
@@ -295,8 +323,10 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str,
 
 def _check_rates(name: str, schedule: LambdaLR, given: Any, position: int) -> None:
     """Check a schedule by a function of the step, such as `cosine`: all that it has follows from the step."""
-    rates = [base * rule(position) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    wanted = {"last_epoch": position, "base_lrs": schedule.base_lrs, "_last_lr": rates}
+    wanted = {"last_epoch": position, "base_lrs": schedule.base_lrs}
+    if all(isinstance(rule, FunctionType) for rule in schedule.lr_lambdas):  # an object may have a state of its own
+        rates = [base * rule(position) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        wanted["_last_lr"] = rates
     for key, value in wanted.items():
         if given[key] != value:
             _unfit(f"{name}.{key}", given[key], shown(value, 60))
@@ -318,9 +348,14 @@ def _check_tensor(where: str, given: Any, shape: torch.Size, dtype: torch.dtype)
         _unfit(where, "values that are not finite", "finite values")
 
 
-def _number(where: str, given: Any, least: float = -math.inf) -> None:
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or given < least:
-        _unfit(where, given, "a finite number" + f" of at least {least:g}" * (least > -math.inf))
+def _number(where: str, given: Any, least: float = -math.inf, infinite: bool = False) -> None:
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number or math.isnan(given) or (math.isinf(given) and not infinite) or given < least:
+        _unfit(
+            where,
+            given,
+            "a number" if infinite else "a finite number" + f" of at least {least:g}" * (least > -math.inf),
+        )
 
 
 def _keys(where: str, own: Mapping[Any, Any], given: Any, more: Sequence[str] = ()) -> None:

@@ -137,6 +137,7 @@ WEIGHT = ("space", "blocks.0.mlp.fc1.weight")
 MOMENT = ("weight_optimizer", "state", 0, "exp_avg")
 SQUARE = ("weight_optimizer", "state", 0, "exp_avg_sq")
 GROUP = ("weight_optimizer", "param_groups", 0)
+START = ("start", "weight_optimizer", 0)
 ALPHA = ("architecture_optimizer", "state", 0)
 RNG = ("ranks", 0, "rng")
 JUNK = (None, 3, "text", [], {}, NAN, torch.zeros(2))
@@ -181,6 +182,9 @@ FORGERIES = [
     *(assign("scheduler", "last_epoch", value=value) for value in (0, 2, -1, 10**9, NAN, "3", None, True)),
     *(assign("scheduler", "base_lrs", value=value) for value in ([], [1.0, 1.0], [NAN, NAN], None)),
     *(assign("scheduler", "_last_lr", value=value) for value in ([], [1.0, 1.0], ["a", "b"])),
+    *(assign("start", value=value) for value in JUNK), *(assign(*START[:-1], value=value) for value in JUNK),
+    *(assign(*START, "lr", value=value) for value in (NAN, 1.0, True, None, "0", [], torch.tensor(1.0))), drop("start"),
+    drop(*START, "lr"), assign(*START, "more", value=1),
     drop("scheduler", "last_epoch"), assign("scheduler", "lr_lambdas", value=[{"x": 1}, None]),
     *(assign("optimizer", "stage", value=value) for value in (-1, 99, 1.5, "0", None)),
     *(assign("optimizer", "edges", value=value) for value in (torch.zeros(9), None)),

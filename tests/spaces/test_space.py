@@ -3,6 +3,8 @@
 import copy
 import itertools
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -332,12 +334,17 @@ def test_a_sharing_that_a_space_cannot_do_lists_those_it_can():
         ((), "has no options: give at least one"),
         ((3, 3), "lists an option twice"),
         ((3, 3.0), "lists an option twice"),
-        ((3, -1), "has the option -1: options are finite positive numbers"),
-        ((0,), "has the option 0: options are finite positive numbers"),
-        ((4, float("inf")), "has the option inf: options are finite positive numbers"),
-        ((float("nan"),), "options are finite positive numbers"),
+        ({4, 8}, "has the options {8, 4}: give a list of them, which has an order"),
+        (frozenset("a"), "give a list of them"),
+        (np.array(4), r"has the options array\(4\): give a list of them"),
+        ((Fraction(1, 2), 1), r"has the option Fraction\(1, 2\): options are finite positive ints or floats"),
+        ((Decimal(4), 8), r"has the option Decimal\('4'\): options are finite positive ints or floats"),
+        ((3, -1), "has the option -1: options are finite positive ints or floats"),
+        ((0,), "has the option 0: options are finite positive ints or floats"),
+        ((4, float("inf")), "has the option inf: options are finite positive ints or floats"),
+        ((float("nan"),), "options are finite positive ints or floats"),
         ((True,), "has the option True"),
-        (("3", 3), "has the option '3': options are finite positive numbers, or all of them names"),
+        (("3", 3), "has the option '3': options are finite positive ints or floats, or all of them names"),
         (("a", ""), "has the option ''"),
         ("345", "has the options '345': give a list"),
     ],

@@ -188,16 +188,81 @@ class Whole(Decay):
         return [1 if self.last_epoch == 0 else 0.1 if self.last_epoch == 1 else -1e-18 for _ in self.base_lrs]
 
 
-@pytest.mark.parametrize("schedule", [Adapter, Decay, Whole])
+class Warm:
+    """A function of the step that counts its calls, which torch keeps in the state of its schedule."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, step):
+        self.calls += 1
+        return min(1.0, self.calls / 3)
+
+
+class Filling(torch.optim.SGD):
+    """An optimizer whose groups hold None in the place of numbers that come later."""
+
+    def __init__(self, groups):
+        super().__init__(groups, lr=0.1)
+        for group in self.param_groups:
+            group["seen"] = [None, None]
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            group["seen"][1] = 2.5
+
+
+SCHEDULES = {
+    "an adapter": Adapter,
+    "a decay": lambda optimizer, steps: Decay(optimizer),
+    "whole": lambda optimizer, steps: Whole(optimizer),
+    "counting": lambda optimizer, steps: schedules.LambdaLR(optimizer, Warm()),
+    "NumPy": lambda optimizer, steps: schedules.LambdaLR(optimizer, lambda step: np.interp(step, [0, steps], [1, 0])),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("cut", [2, 4])
 def test_a_retraining_goes_on_with_any_schedule(tmp_path, schedule, cut):
-    factory = schedule if schedule is Adapter else lambda optimizer, steps: schedule(optimizer)
-    options = {"scheduler": factory, "optimizer": partial(torch.optim.AdamW, lr=0.01), "checkpoint_every": 1}
+    goes_on(tmp_path, cut, scheduler=schedule, optimizer=partial(torch.optim.AdamW, lr=0.01))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.Rprop, step_sizes=(1e-6, math.inf)),
+        partial(torch.optim.AdamW, lr=torch.tensor(0.01)),
+        partial(torch.optim.SGD, lr=np.float64(0.1)),
+        Filling,
+    ],
+    ids=["infinite", "tensor", "NumPy", "None"],
+)
+def test_a_retraining_goes_on_with_any_options(tmp_path, optimizer):
+    goes_on(tmp_path, 3, optimizer=optimizer)
+
+
+def goes_on(tmp_path, cut, **options):
+    options["checkpoint_every"] = 1
     whole = retrained(vit, **options)
     with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
         retrained(vit, **options, checkpoints=checkpoints, progress=CutAfter(cut))
     with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
         same(retrained(vit, **options, checkpoints=checkpoints), whole, "the resumed retraining")
+
+
+@pytest.mark.parametrize("scheduler", [None, cosine, schedules.CosineAnnealingLR])
+@pytest.mark.parametrize("option, values", [("lr", (0.1, 0.01)), ("momentum", (0, 0.9)), ("weight_decay", (0, 0.5))])
+def test_a_checkpoint_of_other_options_is_refused(tmp_path, scheduler, option, values):
+    first, second = ({"optimizer": partial(torch.optim.SGD, **{"lr": 0.1, option: value})} for value in values)
+    more = {"scheduler": scheduler, "checkpoint_every": 1}
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints, pytest.raises(CutOff):
+        retrained(vit, **first, **more, checkpoints=checkpoints, progress=CutAfter(3))
+    with (
+        CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints,
+        pytest.raises(TangleNASError, match=rf"not of this run \(start.optimizer\[0\].{option} holds "),
+    ):
+        retrained(vit, **second, **more, checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize("average", [None, ema])
@@ -526,7 +591,7 @@ def failing(error):
         ({"optimizer": partial(torch.optim.SparseAdam, lr=0.1)}, r"optimizer cannot be used \(its step.* dense grad"),
         ({"optimizer": failing(AssertionError("CUDA"))}, r"optimizer cannot be used \(AssertionError: CUDA"),
         ({"loss": partial(cross_entropy, label_smoothing="0.1")}, r"loss cannot be used .*label_smoothing"),
-        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "the loss gives a tensor of shape"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "retrain.loss gives a tensor of shape"),
         ({"ema": copy.deepcopy}, r"ema cannot be used .* which has no module\). Expected .* timm.utils.ModelEmaV3"),
         ({"ema": torch.nn.DataParallel}, "ema cannot be used .* which has no update"),
     ],
@@ -536,39 +601,43 @@ def test_what_would_fail_in_the_first_step_or_in_a_resumed_training_fails_withou
         retrained(vit, until=0, **options)
 
 
-def test_every_call_of_a_factory_gets_groups_that_no_optimizer_has_filled():
-    seen = []
+@pytest.mark.parametrize("until", [0, None])
+def test_each_factory_is_called_once(until):
+    calls = []
 
-    def made(groups):
-        seen.append([sorted(group) for group in groups])
-        return torch.optim.AdamW(groups)
+    def optimizer(groups):
+        calls.append("optimizer")
+        return torch.optim.SGD(groups, lr=0.1)
 
-    retrained(vit, until=0, optimizer=made)
-    assert seen == [[["params"], ["params", "weight_decay"]]] * 3
+    def schedule(optimizer, steps):
+        calls.append("schedule")
+        return cosine(optimizer, steps)
 
-
-def test_factories_that_need_the_parameters_themselves_are_not_tried():
-    def layered(groups):
-        rates = {shape: 0.1 for shape in shapes}
-        return torch.optim.SGD([{**group, "lr": rates[group["params"][0].shape]} for group in groups])
-
-    space = vit()
-    shapes = {parameter.shape for parameter in space.standalone(chosen(space)).parameters()}
-    retrained(space, until=0, optimizer=layered)
+    retrained(vit, until=until, optimizer=optimizer, scheduler=schedule)
+    assert calls == ["optimizer", "schedule"]
 
 
-def test_an_optimizer_that_was_made_before_is_not_tried():
-    space = vit()
-    mine = torch.optim.SGD(space.parameters(), lr=1.0, momentum=0.9)
-    retrained(space, until=0, optimizer=lambda groups: mine)
-    assert mine.param_groups[0]["lr"] == 1 and not mine.state
+def test_an_optimizer_has_groups():
+    with pytest.raises(
+        TangleNASError, match=r"retrain.optimizer cannot be used \(it makes a Linear, .* no param_groups"
+    ):
+        retrained(vit, optimizer=lambda groups: nn.Linear(2, 2))
 
 
-def test_the_last_optimizer_that_a_factory_makes_is_that_of_the_training():
-    made = []
-    optimizer = lambda groups: made.append(torch.optim.SGD(groups, lr=0.1, momentum=0.9)) or made[-1]  # noqa: E731
-    retrained(vit, optimizer=optimizer)
-    assert len(made[-1].state) == len([*vit().parameters()])
+def test_a_schedule_of_another_interface_ends_a_training_in_a_sentence():
+    with pytest.raises(TangleNASError, match=r"retrain.scheduler cannot be used \(its step\(\) fails: .*'metrics'"):
+        retrained(vit, scheduler=lambda optimizer, steps: schedules.ReduceLROnPlateau(optimizer))
+
+
+def test_no_epoch_tries_the_loss_with_the_pieces_of_a_batch():
+    sizes = []
+
+    def loss(outputs, targets):
+        sizes.append(len(targets))
+        return cross_entropy(outputs, targets)
+
+    retrained(vit, until=0, loss=loss, batch_size=4, accumulate=2)
+    assert sizes == [2]
 
 
 def test_a_moving_average_of_torch_is_returned(tmp_path):

@@ -863,11 +863,21 @@ def test_what_a_search_cannot_use_is_told_by_its_option(options, message):
         searched(vit, **options)
 
 
-def test_the_trial_of_optimizers_changes_no_number():
-    """A tensor as the rate is moved in place, and the factory gives it to each optimizer that it makes."""
-    rates = [1e-3, torch.tensor(1e-3)]
-    one, two = (searched(noisy_vit, weight_optimizer=partial(torch.optim.AdamW, lr=rate)) for rate in rates)
-    assert one["history"][0]["weight_loss"] == pytest.approx(two["history"][0]["weight_loss"], rel=1e-6)
+def test_a_tensor_as_the_rate_stays_as_it_is_and_begins_the_path_epochs_again():
+    """A schedule moves it in place, and the factory gives it to each optimizer that it makes."""
+    rates, schedule = [1e-3, torch.tensor(1e-3)], torch.optim.lr_scheduler.ExponentialLR
+    one, two = (
+        searched(
+            noisy_vit,
+            weight_optimizer=partial(torch.optim.AdamW, lr=rate),
+            scheduler=lambda optimizer, steps: schedule(optimizer, 0.1),
+            path_epochs=1,
+        )
+        for rate in rates
+    )
+    assert rates[1] == torch.tensor(1e-3)
+    for row, other in zip(one["history"], two["history"], strict=True):
+        assert row["weight_loss"] == pytest.approx(other["weight_loss"], rel=1e-6)
 
 
 def test_a_search_in_low_precision_measures_as_discretize_does():
