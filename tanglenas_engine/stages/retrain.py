@@ -130,7 +130,7 @@ def retrain(
         until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
             the same checkpoints goes on. None trains to the end. If the checkpoint is beyond, the history and the
             accuracy are those of `until`, and the network is that of the checkpoint. 0 makes everything that the
-            training needs, tries one loss, two steps without a gradient and the state after them, and trains nothing:
+            training needs, tries one loss, two steps with zero gradients and the state after them, and trains nothing:
             the accuracy is NaN.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.

@@ -306,7 +306,7 @@ def _steps(tensor: Tensor) -> list[int]:
 def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]] | None:
     """Return the state that the optimizer has after its first step, or None for one whose step cannot be tried.
 
-    A copy takes the step, without a gradient, on copies that lie in memory as the parameters do.
+    A copy takes the step, with zero gradients, on copies of the parameters that lie in memory as these do.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     twins: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", copy=True)) for p in parameters}
@@ -351,11 +351,8 @@ def _check_tensor(where: str, given: Any, shape: torch.Size, dtype: torch.dtype)
 def _number(where: str, given: Any, least: float = -math.inf, infinite: bool = False) -> None:
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or math.isnan(given) or (math.isinf(given) and not infinite) or given < least:
-        _unfit(
-            where,
-            given,
-            "a number" if infinite else "a finite number" + f" of at least {least:g}" * (least > -math.inf),
-        )
+        expected = "a number" if infinite else "a finite number"
+        _unfit(where, given, expected + f" of at least {least:g}" * (least > -math.inf))
 
 
 def _keys(where: str, own: Mapping[Any, Any], given: Any, more: Sequence[str] = ()) -> None:

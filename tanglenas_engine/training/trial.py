@@ -20,7 +20,7 @@ TRIED = 2
 
 
 def try_steps(parts: Sequence[tuple[str, Any, str]], parameters: Iterable[Tensor], steps: int) -> None:
-    """Take the first steps of an optimizer and its schedule without a gradient, and let them load their state.
+    """Take the first steps of an optimizer and its schedule with zero gradients, and let them load their state.
 
     Args:
         parts: The optimizer and the schedule, each with its name and with what it should be.
