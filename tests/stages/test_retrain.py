@@ -196,7 +196,7 @@ class Warm:
 
     def __call__(self, step):
         self.calls += 1
-        return min(1.0, self.calls / 3)
+        return min(1.0, self.calls / 9)
 
 
 class Filling(torch.optim.SGD):
@@ -636,8 +636,8 @@ def test_no_epoch_tries_the_loss_with_the_pieces_of_a_batch():
         sizes.append(len(targets))
         return cross_entropy(outputs, targets)
 
-    retrained(vit, until=0, loss=loss, batch_size=4, accumulate=2)
-    assert sizes == [2]
+    retrained(vit, until=0, loss=loss, batch_size=8, accumulate=2)
+    assert sizes == [4]
 
 
 def test_a_moving_average_of_torch_is_returned(tmp_path):
