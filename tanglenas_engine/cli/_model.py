@@ -22,8 +22,9 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 IMAGES = ("num_classes", "label_names", "input_size", "mean", "std", "crop_pct", "interpolation")
 TEXTS = ("vocab_size", "block_size")
 OWN_TRANSFORM = (
-    "If its dataset has a transform of its own (create_dataset.eval_transform), which no file holds, make the inputs "
-    "with that, as docs/serving.md shows. Otherwise export the network again from the files of its run"
+    "If its dataset has a transform of its own (create_dataset.eval_transform), which no file holds, or data that are "
+    "no images or text, make the inputs as the dataset does; docs/serving.md shows how. Otherwise export the network "
+    "again from the files of its run"
 )
 """The remedy for a network whose files do not say how its inputs are made."""
 RETRAINED = ("", "model", "retrain/model", "out/retrain/model")

@@ -96,14 +96,18 @@ class Dataset(ABC):
         """Return how inputs are made and what outputs mean, as JSON can hold it. It is stored beside weights.
 
         For images these are `label_names`, `num_classes`, `input_size` (C, H, W), `mean`, `std`, `crop_pct` and
-        `interpolation`, as timm's `pretrained_cfg` names them. For other data these are the options of the space.
+        `interpolation`, as timm's `pretrained_cfg` names them. For other data these are the options of the space, and
+        the `label_names` of data with labels.
         """
         options = self.space_options()
-        if self.labels is None or not {"num_classes", "image_size", "in_channels"} <= set(options):
+        if self.labels is None:
             return options
+        names = list(map(str, getattr(self, "class_names", ())))
+        if not {"num_classes", "image_size", "in_channels"} <= set(options):
+            return {**options, "label_names": names} if names else options
         return {
             "num_classes": self.num_classes,
-            "label_names": list(map(str, self.class_names)),
+            "label_names": names,
             "input_size": [self.in_channels, self.image_size, self.image_size],
             "mean": list(map(float, self.mean or (0,) * self.in_channels)),
             "std": list(map(float, self.std or (1,) * self.in_channels)),

@@ -11,6 +11,7 @@ The previous generation is kept, in case the newest one is damaged.
 import hashlib
 import io
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,11 +23,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.errors import TangleNASError, describe
 from tanglenas_engine.runtime.files import exclusive, write_atomic
 
 SCHEMA_VERSION = 1
 """The version of the checkpoint format."""
+KEEP_TO = "Keep to tensors, Python numbers, strings, lists, tuples and dicts."
+"""The remedy for a state that no checkpoint can hold."""
 
 
 class _DamagedError(Exception):
@@ -40,12 +43,16 @@ def encoded(state: Mapping[str, Any]) -> memoryview:
         TangleNASError: The state holds an object that `decoded` could not read.
     """
     buffer = io.BytesIO()
-    torch.save(native(dict(state)), buffer)
+    try:
+        torch.save(native(dict(state)), buffer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # a function, a generator, an open file
+        raise TangleNASError(
+            f"the state to be checkpointed cannot be written ({describe(error)}). {KEEP_TO}"
+        ) from error
     buffer.seek(0)
     if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
         raise TangleNASError(
-            f"the state to be checkpointed holds {', '.join(foreign)}, which could not be loaded again. "
-            "Keep to tensors, Python numbers, strings, lists, tuples and dicts."
+            f"the state to be checkpointed holds {', '.join(foreign)}, which could not be loaded again. {KEEP_TO}"
         )
     return buffer.getbuffer()
 

@@ -130,8 +130,8 @@ def retrain(
         until: The number of epochs after which the training pauses, in the middle of its schedule. Another call with
             the same checkpoints goes on. None trains to the end. If the checkpoint is beyond, the history and the
             accuracy are those of `until`, and the network is that of the checkpoint. 0 makes everything that the
-            training needs, tries one loss, two steps with zero gradients and the state after them, and trains nothing:
-            the accuracy is NaN.
+            training needs, tries one loss, two steps with small random gradients and the state after them, and
+            trains nothing: the accuracy is NaN.
         batch_size: The number of samples per batch, over all ranks.
         optimizer: A function from parameter groups to the optimizer.
         scheduler: A function from (optimizer, total steps) to the learning-rate schedule, which is stepped in every

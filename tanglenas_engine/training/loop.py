@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tanglenas_engine.errors import DivergedError, TangleNASError, at_least, describe, shown
 from tanglenas_engine.runtime import distributed
-from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder, encoded
 from tanglenas_engine.runtime.progress import Line, SilentProgress
 from tanglenas_engine.runtime.seeding import restore_rng_state, rng_state
 from tanglenas_engine.runtime.tracking import NullTracker, Record
@@ -145,12 +145,15 @@ class Training(abc.ABC):
         Raises:
             DivergedError: The training diverged. The message names the first step in which a value was not finite. The
                 last checkpoint before it is kept.
-            TangleNASError: It did so as its inputs in this step are not finite.
+            TangleNASError: It did so as its inputs in this step are not finite. Or no checkpoint can hold the state of
+                an optimizer or a schedule.
             Interrupted: SIGINT or SIGTERM arrived. The current step was finished and saved, unless it diverged. If it
                 was the last one, a later call returns the history at once.
         """
         progress = self.session.progress or SilentProgress()
         self._resume()
+        if self._saves:
+            self._check_states()
         end = self.steps if until is None else min(until * self.steps_per_epoch, self.steps)
         with _stop_requests() as stop, progress.stage(self.name, self.steps, self._position) as line:
             while self._position < end and not (self.history and self.history[-1].get("stopped")):
@@ -165,6 +168,15 @@ class Training(abc.ABC):
                     self._save()
                     raise Interrupted(self._interruption())
         return self.history[:until]
+
+    def _check_states(self) -> None:
+        """Refuse an optimizer or a schedule whose state no checkpoint can hold, before it costs the first epoch."""
+        for name, part in self._parts().items():
+            if hasattr(part, "step"):
+                try:
+                    encoded(part.state_dict())
+                except TangleNASError as error:
+                    raise TangleNASError(f"{self.name}.{name} cannot be used: {error}") from error
 
     def _take_step(self) -> None:
         measured = self.step(self._position)

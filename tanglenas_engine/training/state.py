@@ -107,10 +107,12 @@ def options_of(optimizer: Any) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor | np.generic):
-        return value.tolist() if value.ndim == 0 else type(value).__name__
+        return _plain(value.tolist()) if value.ndim == 0 else type(value).__name__
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)  # a rate of 1 is one of 1.0
+    return value if value is None or isinstance(value, bool | str) else type(value).__name__
 
 
 def check_start(own: Mapping[str, list[dict[str, Any]]], given: Any) -> None:

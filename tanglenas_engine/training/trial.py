@@ -20,18 +20,20 @@ TRIED = 2
 
 
 def try_steps(parts: Sequence[tuple[str, Any, str]], parameters: Iterable[Tensor], steps: int) -> None:
-    """Take the first steps of an optimizer and its schedule with zero gradients, and let them load their state.
+    """Take the first steps of an optimizer and its schedule with small random gradients, and let them load their state.
 
     Args:
         parts: The optimizer and the schedule, each with its name and with what it should be.
-        parameters: The parameters of the optimizer. They may move, by weight decay.
+        parameters: The parameters of the optimizer. They move.
         steps: The number of steps of the training.
 
     Raises:
         TangleNASError: A step fails, or the state after it could not be read from a checkpoint.
     """
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:  # an optimizer may divide by the norm of the gradient
+        gradient = 1e-3 * torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient.to(parameter) if parameter.requires_grad else None
     firsts = [_saved(*part) for part in parts]
     taken = min(TRIED, steps)
     for _ in range(taken):

@@ -640,6 +640,48 @@ def test_no_epoch_tries_the_loss_with_the_pieces_of_a_batch():
     assert sizes == [4]
 
 
+class Normalized(torch.optim.SGD):
+    """Descends along the direction of the gradient, which a gradient of zeros has not."""
+
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        for gradient in gradients:
+            gradient.div_(norm)
+        return super().step(closure)
+
+
+def test_an_optimizer_of_the_direction_of_the_gradient_is_taken_at_the_start():
+    assert retrained(vit, until=0, optimizer=partial(Normalized, lr=0.1, momentum=0.9))["history"] == []
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_a_step(tmp_path):
+    class Keeping(schedules.StepLR):
+        def __init__(self, optimizer, steps):
+            super().__init__(optimizer, 1)
+            self.function = lambda step: step
+
+    steps = []
+
+    def loss(outputs, targets):
+        steps.append(None)
+        return cross_entropy(outputs, targets)
+
+    with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+        with pytest.raises(TangleNASError, match=r"retrain.scheduler cannot be used: the state .* cannot be written"):
+            retrained(vit, scheduler=Keeping, loss=loss, checkpoints=checkpoints)
+    assert not steps
+
+
+def test_a_rate_of_one_is_that_of_a_whole_number(tmp_path):
+    for lr in (1, 1.0):
+        with CheckpointFolder(tmp_path / "checkpoints", "retrain") as checkpoints:
+            found = retrained(
+                vit, optimizer=partial(torch.optim.SGD, lr=lr), checkpoints=checkpoints, until=1 + (type(lr) is float)
+            )
+    assert len(found["history"]) == 2
+
+
 def test_a_moving_average_of_torch_is_returned(tmp_path):
     average = torch.optim.swa_utils.AveragedModel
     options = {"ema": average, "optimizer": partial(torch.optim.SGD, lr=0.1), "checkpoint_every": 1}
