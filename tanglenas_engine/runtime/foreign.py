@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from tanglenas_engine.errors import TangleNASError, describe, shown
 
 
 @contextmanager
-def blamed(option: str, expected: str, what: str = "") -> Iterator[None]:
+def blamed(option: str, expected: str, what: Callable[[], str] = str) -> Iterator[None]:
     """Turn an exception of the block into a TangleNASError about an option. Others than errors of the code pass.
 
     Args:
         option: The option's name.
         expected: What the option should be, for the message.
-        what: What fails, such as "its step() fails: ".
+        what: A function that returns what fails, such as "its step() fails: ". It is called after an exception only.
 
     Raises:
         TangleNASError: The block raised an exception. Its own TangleNASErrors stay as they are.
@@ -30,7 +30,7 @@ def blamed(option: str, expected: str, what: str = "") -> Iterator[None]:
     except (TangleNASError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise unusable(option, what + describe(error) + place(error), expected) from error
+        raise unusable(option, what() + describe(error) + place(error), expected) from error
 
 
 def unusable(option: str, problem: str, expected: str) -> TangleNASError:

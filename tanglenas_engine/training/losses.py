@@ -35,8 +35,10 @@ def checked_loss(name: str, loss: Callable[[Any, Tensor], Tensor]) -> Callable[[
     """
 
     def checked(outputs: Any, targets: Tensor) -> Tensor:
-        shapes = " and ".join(str(tuple(output.shape)) for output in all_outputs(outputs))
-        given = f"for outputs of shape {shapes} and {targets.dtype} targets of shape {tuple(targets.shape)}, "
+        def given() -> str:
+            shapes = " and ".join(str(tuple(output.shape)) for output in all_outputs(outputs))
+            return f"for outputs of shape {shapes} and {targets.dtype} targets of shape {tuple(targets.shape)}, "
+
         with blamed(name, "a loss of logits and classes, such as cross_entropy", given):
             value = loss(outputs, targets)
         if not isinstance(value, Tensor) or value.dim():

@@ -112,7 +112,7 @@ def make_scheduler(
 
 def stepping(name: str, like: str = OPTIMIZER) -> AbstractContextManager[None]:
     """Turn an exception of a block, the step of a user's optimizer or schedule, into a sentence about the option."""
-    return blamed(name, like, "its step() fails: ")
+    return blamed(name, like, lambda: "its step() fails: ")
 
 
 def _fuse(optimizer: Any) -> None:
