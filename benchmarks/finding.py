@@ -61,6 +61,7 @@ from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.jobs import Trained
+from tanglenas_engine.derivation.levels import front as at_levels
 from tanglenas_engine.derivation.race import plan, race
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
@@ -442,17 +443,40 @@ class Study(contextlib.AbstractContextManager["Study"]):
             architecture = self.found(key)
             self.once(f"trained/{architecture.digest}/{seed}", partial(self.trained, architecture, seed))
 
-    def tuned_front(self, name: str, seed: int) -> None:
-        """Fine-tune what `front` derived for each budget from the weights of its search, which is repeated."""
-        keys = {share: f"front/{name}, fine-tuned/{share}/{seed}" for share in FRONT}
+    def front_at_once(self, name: str, seed: int) -> None:
+        """Search once, judge candidates for all budgets of the front together, and fine-tune the best for each."""
+        keys = {share: f"front/{name}, judged once, fine-tuned/{share}/{seed}" for share in FRONT}
         if all(key in self.done for key in keys.values()):
             return
-        space, _, _ = self.searched(METHODS[name], seed)
+        space, _, searched = self.searched(METHODS[name], seed)
         weights = {key: tensor.clone() for key, tensor in space.state_dict().items()}
+        judged = self.once(f"judged once/{name}/{seed}", lambda: self.judged_once(space, seed) | searched)
         for share, key in keys.items():
             space.load_state_dict(weights)
-            architecture = self.found(f"front/{name}/{share}/{seed}")
+            architecture = space.from_string(judged["architectures"][str(share)])
             self.once(key, partial(self.trained, architecture, seed, supernet=space))
+
+    def judged_once(self, space: SearchSpace, seed: int) -> dict[str, Any]:
+        """Return the architecture that the method `front` finds best for each budget of the front."""
+        start = time.process_time()
+        most = {share: self.budget(share)["macs"] for share in FRONT}
+        found = discretize(
+            space,
+            self.data("weights", "architecture", "validation"),
+            None,
+            method="front",
+            cost="macs",
+            candidates=100,
+            methods={"front": partial(at_levels, levels=[*most.values()], rounds=4)},
+            seed=seed,
+            device="cpu",
+        )
+        costs = [(space.cost(one).macs, one) for one in found.front]  # the dearer, the better
+        best = {share: [one for cost, one in costs if cost <= most[share]][-1] for share in FRONT}
+        return {
+            "architectures": {str(share): str(one) for share, one in best.items()},
+            "derive_seconds": round(time.process_time() - start, 2),
+        }
 
     def random_front(self, name: str, seed: int, start: int, epochs: int | None = None) -> None:
         """Train a random network for each budget of the front, from the draws that begin at `start`.
@@ -610,7 +634,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
         """Return loss and accuracy of each network of the pool with a supernet's weights, in the pool's order."""
         view = self.data("weights", "architecture")
         with Candidates(space, view.weights, view.architecture, limit=self.task.pool, seed=seed) as judged:
-            rows = judged.judge(self.pool(), race=False)
+            rows = judged.judge(self.pool(), on="all samples")
         return {"pool_losses": [row["loss"] for row in rows], "pool_accuracies": [row["accuracy"] for row in rows]}
 
 
@@ -705,20 +729,17 @@ def run(
 @click.option(
     "--longer",
     default=0,
-    help="Epochs of random networks that take as long as a search and the fine-tuning of what it found for each "
-    "budget; these two are then compared, in place of networks that are all trained from scratch for as long.",
+    help="Epochs of random networks that take as long as a search and the fine-tuning of what it found for all "
+    "budgets; these two are then compared, in place of networks that are all trained from scratch for as long.",
 )
 def front(task: str, data: str | None, out: Path, methods: str, seeds: str, longer: int) -> None:
     """Compare fronts over budgets: what one search gives for each, and random networks, one or two for each."""
     study = click.get_current_context().with_resource(Study(task, out / f"{task}_front.jsonl", data))
+    names = [*filter(None, methods.split(";"))]
     for seed in map(int, seeds.split(",")):
-        for name in filter(None, methods.split(";")):
-            study.front(name, seed)
-        study.random_front("random", seed, 0)
-        if longer:
-            study.random_front(f"random, {longer} epochs", seed, 0, longer)
-            for name in filter(None, methods.split(";")):
-                study.tuned_front(name, seed)
+        for name in names:
+            (study.front_at_once if longer else study.front)(name, seed)
+        study.random_front(f"random, {longer} epochs" if longer else "random", seed, 0, longer or None)
     for seed in () if longer else map(int, seeds.split(",")):
         study.random_front("another random", seed, 500)
     for share in () if longer else FRONT:

@@ -40,6 +40,8 @@ COLUMNS = ("digest", "loss", "accuracy", "samples", "generation", "architecture"
 
 Judging = Literal["race", "all samples", "one candidate"]
 """How a method judges candidates, which says how many fit into some seconds."""
+Rungs = Literal["race", "first rung", "all samples"]
+"""What a generation is judged on: all rungs, from each of which the best go on, the first one, or the last one."""
 AnyMethod = TypeVar("AnyMethod", bound=Callable[..., Any])
 
 
@@ -252,12 +254,15 @@ class Candidates(Proposals):
             mixture = None
         self.judge(self.first(self.limit, mixture=mixture))
 
-    def judge(self, architectures: Sequence[Architecture], total: int | None = None, race: bool = True) -> list[Record]:
+    def judge(
+        self, architectures: Sequence[Architecture], total: int | None = None, on: Rungs = "race"
+    ) -> list[Record]:
         """Judge architectures, which are one generation, and return their records. Known scores are used again.
 
         Args:
             total: The number of candidates in all generations, for the progress line.
-            race: False judges every candidate on all samples.
+            on: "race" judges all on the first rung, and the best on the following ones. "first rung" leaves it to
+                `promote` who goes on. "all samples" judges all on the last one.
         """
         if self._timer and not self._announced:
             self._announced = True
@@ -271,7 +276,7 @@ class Candidates(Proposals):
         new = list({one.digest: one for one in architectures if one.digest not in self._judged}.values())
         self.drawn.update(one.digest for one in new)
         left = new
-        for number, count in enumerate(self._rungs(len(new), race)):
+        for number, count in enumerate(self._rungs(len(new), on)):
             if number:
                 left = sorted(left, key=lambda one: _rank(self._judged[one.digest]))[: promoted(len(left))]
             self._measure(left, count)
@@ -325,10 +330,16 @@ class Candidates(Proposals):
             statistics = statistics[: math.ceil(len(samples) / STATISTICS_BATCH)]
         return measure_inherited(self.space, architecture, samples, statistics, self._batch_size)
 
-    def _rungs(self, candidates: int, race: bool = True) -> list[int]:
+    def _rungs(self, candidates: int, on: Rungs) -> list[int]:
         """Return the numbers of samples that a generation is judged on, one after another."""
-        samples = len(self._samples)
-        return rungs(candidates, samples, self._batch_size) if race else [samples]
+        if on == "all samples":
+            return [len(self._samples)]
+        counts = rungs(candidates, len(self._samples), self._batch_size)
+        if on == "race":
+            return counts
+        for count in () if self._losses else counts:  # all generations have the rungs of the first one
+            self._losses[count] = {}
+        return [min(self._losses)]
 
     def _part(self, count: int) -> Samples:
         """Return the samples of a rung."""

@@ -20,14 +20,14 @@ DOMINATED = 1e30
 """The loss and the cost, for NSGA-II, of a candidate whose loss is not finite."""
 
 
-def front(records: Sequence[Record], cost: str = "params") -> list[Record]:
+def undominated(records: Sequence[Record], cost: str = "params") -> list[Record]:
     """Return the records that no other one dominates, cheapest first: each has a smaller loss than all that cost less.
 
     Only records that were judged on the most samples count, because losses on other samples are not comparable. A
     record whose loss is not finite does not count.
     """
     most = max((record["samples"] for record in records), default=0)
-    return _undominated([record for record in records if record["samples"] == most], cost)
+    return _of_equal_samples([record for record in records if record["samples"] == most], cost)
 
 
 def final_front(candidates: Candidates) -> list[Record]:
@@ -36,11 +36,11 @@ def final_front(candidates: Candidates) -> list[Record]:
     A race drops candidates of a large loss, and with them most of the cheap ones. So the front of every rung goes on to
     the next one here. Losses are compared within a rung, where they are of the same samples.
     """
-    candidates.promote(lambda records: _undominated(records, candidates.cost))
-    return front(candidates.records, candidates.cost)
+    candidates.promote(lambda records: _of_equal_samples(records, candidates.cost))
+    return undominated(candidates.records, candidates.cost)
 
 
-def _undominated(records: Sequence[Record], cost: str) -> list[Record]:
+def _of_equal_samples(records: Sequence[Record], cost: str) -> list[Record]:
     found: list[Record] = []
     finite = [record for record in records if math.isfinite(record["loss"])]
     for record in sorted(finite, key=lambda record: (record[cost], record["loss"])):
@@ -103,7 +103,7 @@ def nsga2(
     seed = int(torch.randint(2**31, (), generator=generator))
     algorithm.setup(Problem(n_var=1, n_obj=2), termination=NoTermination(), seed=seed)
     while (asked := algorithm.ask()) is not None and len(asked):
-        records = candidates.judge([one.X[0] for one in asked], candidates.limit, race=False)
+        records = candidates.judge([one.X[0] for one in asked], candidates.limit, on="all samples")
         asked.set("F", np.array([_objectives(record, candidates.cost) for record in records]))
         algorithm.tell(infills=asked)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tanglenas_engine.derivation.budget import Tables, Vector, tabulated
+from tanglenas_engine.derivation.budget import Budget, Tables, Vector, tabulated
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import at_least
 from tanglenas_engine.spaces.architecture import Architecture
@@ -43,31 +43,14 @@ def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int
     """
     at_least("surrogate.proposals", proposals, 1)
     candidates.in_generations(None, single=proposals)
-    count = candidates.limit - proposals
-    trouble = ""
-    if count < 2 * FOLDS:
-        trouble = (
-            f"{candidates.limit} candidates without {proposals} proposals are too few to fit, which takes {2 * FOLDS}: "
-            "raise discretize.candidates"
-        )
-    elif not tabulated(candidates.space, candidates.budget.limits):
-        trouble = "a cost of the budget has no tables, or the space does not tell its decisions"
-    if trouble:
-        candidates.note(f"no regression, all candidates are random: {trouble}")
+    if is_impossible(candidates, proposals, candidates.budget):
         candidates.judge(candidates.first(candidates.limit))
         return
-    terms = Terms(candidates.space)
-    drawn = candidates.first(count)
+    explained = Explained(candidates)
+    drawn = candidates.first(candidates.limit - proposals)
     candidates.judge(drawn, candidates.limit)
-    for number in range(proposals):
-        losses = np.array(candidates.early(drawn))
-        known = np.isfinite(losses)
-        features = np.stack([terms.features(one) for one in drawn])
-        weights, correlation = fitted(features[known], losses[known])
-        if number == 0:
-            said = "unknown" if math.isnan(correlation) else f"{correlation:.2f}"
-            candidates.note(f"the regression predicts held-out candidates with a correlation of {said}")
-        best = candidates.budget.minimum(terms.tables(weights))
+    for _ in range(proposals):
+        best = candidates.budget.minimum(explained.by_tables(drawn))
         if best in drawn:  # a random one teaches more
             more = candidates.fresh(1)
             if not more:
@@ -75,6 +58,40 @@ def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int
             (best,) = more
         drawn.append(best)
         candidates.judge([best], candidates.limit)
+
+
+def is_impossible(candidates: Candidates, proposals: int, budget: Budget) -> bool:
+    """Return whether a regression is impossible, with so many proposals within a budget, and note why."""
+    trouble = ""
+    if candidates.limit - proposals < 2 * FOLDS:
+        trouble = (
+            f"{candidates.limit} candidates without {proposals} proposals are too few to fit, which takes {2 * FOLDS}: "
+            "raise discretize.candidates"
+        )
+    elif not tabulated(candidates.space, budget.limits):
+        trouble = "a cost of the budget has no tables, or the space does not tell its decisions"
+    if trouble:
+        candidates.note(f"no regression, all candidates are random: {trouble}")
+    return bool(trouble)
+
+
+class Explained:
+    """A regression on the losses of candidates on the first rung. The first fit notes how well it predicts."""
+
+    def __init__(self, candidates: Candidates):
+        self._candidates, self._terms, self._told = candidates, Terms(candidates.space), False
+
+    def by_tables(self, drawn: Sequence[Architecture]) -> Tables:
+        """Return tables whose sum explains the losses of these candidates, but for a constant."""
+        losses = np.array(self._candidates.early(drawn))
+        known = np.isfinite(losses)
+        features = np.stack([self._terms.features(one) for one in drawn])
+        weights, correlation = fitted(features[known], losses[known])
+        if not self._told:
+            said = "unknown" if math.isnan(correlation) else f"{correlation:.2f}"
+            self._candidates.note(f"the regression predicts held-out candidates with a correlation of {said}")
+            self._told = True
+        return self._terms.tables(weights)
 
 
 def fitted(features: Vector, losses: Vector) -> tuple[Vector, float]:

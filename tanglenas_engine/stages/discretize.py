@@ -12,6 +12,7 @@ from tanglenas_engine.data import DataView
 from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.derivation.candidates import Candidates, judges, judging_of
 from tanglenas_engine.derivation.evolution import evolution
+from tanglenas_engine.derivation.levels import front
 from tanglenas_engine.derivation.pareto import final_front, nsga2
 from tanglenas_engine.derivation.race import Raced
 from tanglenas_engine.derivation.surrogate import surrogate
@@ -75,6 +76,7 @@ METHODS: Mapping[str, Method] = {
     "both": both,
     "evolution": evolution,
     "surrogate": surrogate,
+    "front": front,
     "nsga2": nsga2,
 }
 """The ways to derive an architecture, by name.
@@ -189,9 +191,9 @@ def discretize(
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
             supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which adds
             what argmax takes to the random ones unless alpha is undecided, "evolution", "surrogate", which proposes
-            candidates by regression, and "nsga2", which looks for the whole front of loss and cost. "race" trains the
-            best of them, and takes that of smallest loss on the validation split; it has to be in `methods`. "auto"
-            stands for `derivation`, the optimizer's own method.
+            candidates by regression, and "front" and "nsga2", which look for the whole front of loss and cost. "race"
+            trains the best of them, and takes that of smallest loss on the validation split; it has to be in `methods`.
+            "auto" stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         seconds: The time that judging may take, instead of `candidates`. A trial says how many candidates fit. Argmax
             judges one, and the trainings of a race have a budget of their own.

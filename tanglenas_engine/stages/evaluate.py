@@ -222,11 +222,11 @@ def rank_correlation(
                 + ("" if every else "raise rank_correlation.architectures, or set it to 'all', or ")
                 + "set benchmark.path to a table with more of them"
             )
-        scored = candidates.judge(compared, race=False)
+        scored = candidates.judge(compared, on="all samples")
     untrained: list[Record] = [{} for _ in scored]
     if before is not None:
         with _state(space, before), judging(label="rank correlation before the search") as candidates:
-            untrained = [{"loss_before_search": row["loss"]} for row in candidates.judge(compared, race=False)]
+            untrained = [{"loss_before_search": row["loss"]} for row in candidates.judge(compared, on="all samples")]
     rows = [
         {key: row[key] for key in ("digest", "loss", "accuracy")}
         | first

@@ -119,7 +119,7 @@ def test_candidates_that_are_only_compared_have_no_best_one():
     space, told = Normed(), Told()
     samples = counted(space)
     with Candidates(space, samples, samples, device=torch.device("cpu"), tells_best=False, progress=told) as tried:
-        tried.judge(tried.fresh(3), race=False)
+        tried.judge(tried.fresh(3), on="all samples")
     assert told.lines == ["", "", ""]
 
 
@@ -317,7 +317,7 @@ def test_all_are_judged_on_the_first_rung_and_a_quarter_goes_on():
         assert tried.measurements[67:] == [(tried.records[-1]["digest"], 160)]
         assert [record["architecture"] for record in tried.records[:50]] == drawn
     with Raced(space, worth, samples=160, batch_size=10) as tried:
-        tried.judge(drawn, race=False)
+        tried.judge(drawn, on="all samples")
         assert tried.measurements == [(one.digest, 160) for one in drawn]
 
 

@@ -11,7 +11,7 @@ from spaces import vit
 from tiny import tiny
 
 from tanglenas_engine.derivation.budget import Budget
-from tanglenas_engine.derivation.pareto import final_front, front, nsga2
+from tanglenas_engine.derivation.pareto import final_front, nsga2, undominated
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import figures
 from tanglenas_engine.spaces.objective import Objective
@@ -28,7 +28,7 @@ def test_a_front_is_what_no_other_dominates_each_pair_of_values_once():
         rows = [
             {"loss": numbers.randrange(6), "params": numbers.randrange(6), "samples": 8, "place": i} for i in range(12)
         ]
-        found = front(rows)
+        found = undominated(rows)
         wanted = [row for row in rows if not any(dominates(other, row, "params") for other in rows)]
         values = [(row["params"], row["loss"]) for row in found]
         assert values == sorted({(row["params"], row["loss"]) for row in wanted})
@@ -41,8 +41,8 @@ def test_a_front_is_what_no_other_dominates_each_pair_of_values_once():
 def test_only_records_of_the_most_samples_are_on_a_front_and_only_finite_losses(worst):
     whole = [{"loss": loss, "params": params, "samples": 64} for loss, params in ((worst, 1), (3.0, 2), (1.0, 5))]
     parts = [{"loss": loss, "params": params, "samples": 16} for loss, params in ((0.5, 1), (0.1, 9))]
-    assert front([*parts, *whole]) == whole[1:]
-    assert front(parts) == parts and front([]) == [] == front(whole[:1])
+    assert undominated([*parts, *whole]) == whole[1:]
+    assert undominated(parts) == parts and undominated([]) == [] == undominated(whole[:1])
 
 
 @pytest.mark.exhaustive
@@ -62,9 +62,9 @@ def test_after_a_race_the_whole_front_is_judged_on_all_samples():
             tried.judge(drawn)
             assert Counter(record["samples"] for record in tried.records)[640] == 4
             found = final_front(tried)
-        assert [record["digest"] for record in found] == [record["digest"] for record in front(every.records)]
+        assert [record["digest"] for record in found] == [record["digest"] for record in undominated(every.records)]
         assert all(record["loss"] == 100 - worth(record["architecture"]) for record in found)
-        assert found == front(tried.records) and tried.best()[0] is found[-1] and len(found) > 4
+        assert found == undominated(tried.records) and tried.best()[0] is found[-1] and len(found) > 4
         assert sum(record["samples"] == 640 for record in tried.records) < 40
         assert len(set(tried.measurements)) == len(tried.measurements)
         measured.append(tried.measurements)
@@ -73,7 +73,7 @@ def test_after_a_race_the_whole_front_is_judged_on_all_samples():
 
 def volume(rows, cost, space):
     """The area that a front dominates, of that between a loss of 100 and the largest cost."""
-    most, area, points = getattr(space.cost(space.largest()), cost), 0.0, front(rows, cost)
+    most, area, points = getattr(space.cost(space.largest()), cost), 0.0, undominated(rows, cost)
     for point, following in zip(points, [*points[1:], {cost: most}], strict=True):
         area += (100 - point["loss"]) * (following[cost] - point[cost])
     return area
@@ -125,8 +125,8 @@ def test_it_finds_the_whole_front_of_a_small_space():
     assert len(every.records) == space.size == 168
     with Known(space, worth, limit=80) as bred:
         nsga2(bred, None, population=16)
-    exact = {row["digest"] for row in front(every.records)}
-    found = {row["digest"] for row in front(bred.records)}
+    exact = {row["digest"] for row in undominated(every.records)}
+    found = {row["digest"] for row in undominated(bred.records)}
     assert len(exact) > 3 and len(found & exact) >= 0.7 * len(exact)
 
 
@@ -193,10 +193,10 @@ def test_the_figure_shows_the_candidates_and_their_front(tmp_path):
     rows = [{"loss": 5.0 - i % 7, "params": 1000 * i, "macs": 10**7 * (9 - i), "samples": 8} for i in range(1, 9)]
     drawn = []
     for name, shown, points, cost in (
-        ("one", rows, front(rows), "params"),
-        ("same", rows, front(rows), "params"),
-        ("macs", rows, front(rows, "macs"), "macs"),
-        ("less", rows, front(rows)[:2], "params"),
+        ("one", rows, undominated(rows), "params"),
+        ("same", rows, undominated(rows), "params"),
+        ("macs", rows, undominated(rows, "macs"), "macs"),
+        ("less", rows, undominated(rows)[:2], "params"),
         ("single", rows[:1], rows[:1], "params"),
         ("none", [], [], "params"),
     ):

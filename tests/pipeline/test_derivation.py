@@ -14,7 +14,7 @@ from stages import forget_settings
 from pipelines import discretize, evaluate, retrain, search
 from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.derivation.candidates import Candidates
-from tanglenas_engine.derivation.pareto import front
+from tanglenas_engine.derivation.pareto import undominated
 from tanglenas_engine.pipeline import trainings, write_environment
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
@@ -282,7 +282,7 @@ def test_a_race_needs_a_recipe(project, capsys):
 def test_any_point_of_the_front_can_be_retrained(project, capsys):
     run(discretize, 'discretize.method = "nsga2"', "discretize.candidates = 24", "nsga2.population = 8")
     candidates, points = numbers("out/discretize/candidates.csv"), numbers("out/discretize/pareto.csv")
-    assert len(candidates) == 24 and points == front(candidates) and len(points) > 1
+    assert len(candidates) == 24 and points == undominated(candidates) and len(points) > 1
     assert Path("out/discretize/pareto.png").stat().st_size > 0
     files = {path.stem: Architecture.from_json(path.read_text()) for path in Path("out/discretize/pareto").iterdir()}
     assert {digest: str(found) for digest, found in files.items()} == {p["digest"]: p["architecture"] for p in points}
@@ -364,7 +364,7 @@ def test_a_plugins_objective_can_be_the_budget_and_the_cost_of_the_front(project
     found = [{**row, "latency": float(row["latency"])} for row in numbers("out/discretize/candidates.csv")]
     assert all(0 < row["latency"] <= limit for row in found)
     assert [row["digest"] for row in rows("out/discretize/pareto.csv")] == [
-        row["digest"] for row in front(found, "latency")
+        row["digest"] for row in undominated(found, "latency")
     ]
 
 

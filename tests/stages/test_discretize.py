@@ -16,7 +16,7 @@ from tanglenas_engine import SearchSpace, create_objective
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates
-from tanglenas_engine.derivation.pareto import front, nsga2
+from tanglenas_engine.derivation.pareto import nsga2, undominated
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import methods
 from tanglenas_engine.runtime import distributed, timer
@@ -146,7 +146,7 @@ def test_every_method_that_judges_takes_the_best_of_as_many_as_it_may(method):
     assert losses == sorted(losses)
     assert result.architecture.digest == result.candidates[0]["digest"]
     generations = sorted(row["generation"] for row in result.candidates)
-    expected = {"random": [0] * 45, "both": [0] * 45, "surrogate": [0] * 35 + [*range(1, 11)]}
+    expected = {"random": [0] * 45, "both": [0] * 45, "surrogate": [0] * 35 + [*range(1, 11)], "front": [0] * 45}
     assert generations == expected.get(method, [0] * 20 + [1] * 20 + [2] * 5)
 
 
@@ -158,7 +158,7 @@ def test_the_front_is_what_no_other_candidate_dominates(method, cost):
     result = derive(space, random_mixture(space), method=method, candidates=45, cost=cost)
     rows = {row["digest"]: row for row in result.candidates}
     chosen = [rows[architecture.digest] for architecture in result.front]
-    assert chosen == front(result.candidates, cost) and result.front_cost == cost
+    assert chosen == undominated(result.candidates, cost) and result.front_cost == cost
     assert chosen[-1]["loss"] == result.candidates[0]["loss"]
     for row in result.candidates:
         beaten = [c for c in chosen if c["loss"] <= row["loss"] and c[cost] <= row[cost]]
