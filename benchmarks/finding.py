@@ -171,7 +171,8 @@ class Method:
         band: Whether a target is set: samples are then drawn within the band, and mixtures are drawn to it.
         derivations: Names of `DERIVATIONS`. A race gives two results: what it finds, and the candidate that it judged
             best before any training, which is what `random` or `both` finds.
-        short: Whether the search takes a quarter of the epochs, and the schedule of the trainings.
+        short: Whether the search takes a quarter of the epochs.
+        recipe: Whether the search has the weight optimizer and the schedule of the trainings.
         paths: The epochs at the end in which the weights learn by random architectures.
         relaxation: How the supernet computes a mixture.
         segments: Whether the architecture split is the second half of the training samples, and not dealt.
@@ -182,12 +183,14 @@ class Method:
     derivations: tuple[str, ...]
     band: bool = True
     short: bool = False
+    recipe: bool = False
     paths: int = 0
     relaxation: str = "exact"
     segments: bool = False
     trained: bool = True
 
 
+FOR_FRONTS = "spos whole space, recipe of trainings"
 METHODS = {
     "spos band": Method("spos", ("best race",)),
     "drnas target": Method("drnas", ("argmax", "best race")),
@@ -195,9 +198,10 @@ METHODS = {
     "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
     "tunas band": Method("tunas", ("argmax", "both")),
     "gdas target": Method("gdas", ("argmax", "both")),
-    "short spos band": Method("spos", ("best race", "proposing race"), short=True),
+    "short spos band": Method("spos", ("best race", "proposing race"), short=True, recipe=True),
     "no search": Method("spos", ("proposing race",), trained=False),
     "spos whole space": Method("spos", ("random",), band=False),
+    FOR_FRONTS: Method("spos", ("random",), band=False, recipe=True),
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
 }
@@ -557,8 +561,8 @@ class Study(contextlib.AbstractContextManager["Study"]):
         )
         start = time.process_time()
         view = self.data("weights", "architecture", "validation")
-        short = {"weight_optimizer": OPTIMIZER, "scheduler": SCHEDULER} if method.short else {}
-        result = search(space, optimizer, view, **{**recipe, **self.task.search, **short})
+        trainings = {"weight_optimizer": OPTIMIZER, "scheduler": SCHEDULER} if method.recipe else {}
+        result = search(space, optimizer, view, **{**recipe, **self.task.search, **trainings})
         searched = {
             "search_seconds": round(time.process_time() - start, 2),
             "entropy": result.history[-1].get("entropy"),
@@ -677,7 +681,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
 @click.option(
     "--methods",
-    default=";".join(name for name in METHODS if name != "sandwich whole space"),
+    default=";".join(name for name in METHODS if name not in ("sandwich whole space", FOR_FRONTS)),
     help="Methods, with ; between them.",
 )
 @click.option("--seeds", default="0,1,2,3,4", help="The seeds of the searches, with commas between them.")
