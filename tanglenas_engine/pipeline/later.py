@@ -31,6 +31,7 @@ from tanglenas_engine.pipeline.config.params import stage_command
 from tanglenas_engine.pipeline.config.reader import bindings_of, configured
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import inherited_advice, inherits
+from tanglenas_engine.pipeline.inputs.same_inputs import compare, input_options
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
 from tanglenas_engine.runtime import distributed
@@ -43,8 +44,9 @@ from tanglenas_engine.stages.discretize import check_options as check_discretize
 def check_later_stages(stage: Stage, splits: Splits) -> None:
     """Refuse what a later stage would refuse after the search, where params.yaml is about this space and dataset.
 
-    The configs of all later stages are read. Discretize needs a method that exists, and a budget that some architecture
-    meets. Retrain makes the smallest network of the space with its optimizer, schedule and loss, and trains nothing.
+    The configs of all later stages are read. A stage that takes weights makes inputs as they were made where these were
+    trained. Discretize needs a method that exists, and a budget that some architecture meets. Retrain makes the
+    smallest network of the space with its optimizer, schedule and loss, and trains nothing.
 
     Args:
         stage: The search.
@@ -54,20 +56,30 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
         TangleNASError: A later stage would fail. The message has its name and the reason.
     """
     check_later_budget(stage.space, stage.dataset)
-    own = _created_with()
+    own, inputs = _created_with(), input_options(stage.dataset)
+    with _later("discretize", stage.space, stage.dataset) as about_this:
+        if about_this and _created_with() != own:
+            compare("discretize", create()[2], inputs, "the supernet")
+    retrained: dict[str, Any] = {}
     with _later("retrain", stage.space, stage.dataset) as about_this:
         if about_this:
             with _ranks(), seeded(stage.seed):
                 space, dataset = (stage.space, stage.dataset) if _created_with() == own else create()[1:]
-                if inherits() and _shapes(space) != _shapes(stage.space):
-                    raise TangleNASError(f"the space is of another size than in the search, and {inherited_advice()}")
+                retrained = input_options(dataset)
+                if inherits():
+                    compare("retrain", dataset, inputs, "the supernet")
+                    if _shapes(space) != _shapes(stage.space):
+                        raise TangleNASError(
+                            f"the space is of another size than in the search, and {inherited_advice()}"
+                        )
                 retrain(
                     space, space.smallest(), open_splits(dataset, splits, ("training", "validation")),
                     until=0, recalibration_batches=0, seed=stage.seed, device=stage.device,
                 )  # fmt: skip
     with _later("evaluate", stage.space, stage.dataset) as about_this:
-        if about_this and _created_with() != own:
-            create()
+        if about_this:
+            dataset = stage.dataset if _created_with() == own else create()[2]
+            compare("evaluate", dataset, retrained, "the network of retrain")
 
 
 def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:

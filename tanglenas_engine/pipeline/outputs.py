@@ -36,6 +36,7 @@ from tanglenas_engine.pipeline.files import (
     read_splits,
 )
 from tanglenas_engine.pipeline.headline import COSTS, headline, metric_texts
+from tanglenas_engine.pipeline.inputs.same_inputs import inputs_metadata
 from tanglenas_engine.pipeline.pools import agreement, incomparable
 
 LARGEST_LOSS = 700
@@ -54,6 +55,7 @@ def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: Sea
             "optimizer": optimizer.name,
             "pipeline_id": stage.pipeline_id,
             **({"weights_sha256": stage.weights} if stage.weights else {}),
+            **inputs_metadata(stage.dataset),
         },
     )
     save_weights(

@@ -39,6 +39,7 @@ from tanglenas_engine.pipeline.config.reader import bound_parameters, configure,
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import METRICS, OUT, STAGES, SUPERNET, read_json_or_empty, read_splits
 from tanglenas_engine.pipeline.inputs.own_code import own_code
+from tanglenas_engine.pipeline.inputs.same_inputs import check_same_inputs
 from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.pipeline_metrics import pipeline_metrics
 from tanglenas_engine.pipeline.project import project_root
@@ -183,6 +184,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             seed, space, dataset = create()
             if name == "search" and distributed.rank() == 0:
                 dataset.verify(ConsoleProgress(), root / ".tanglenas")
+            check_same_inputs(name, dataset, inputs)
             weights = pretrained(space, dataset) if name == "search" else ""
         config = gin.config_str()
         code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}} | own_code()

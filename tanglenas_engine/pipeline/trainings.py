@@ -27,6 +27,7 @@ from tanglenas_engine.pipeline.config.reader import configured
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import SPLITS, SUPERNET, inherits, load_inherited
 from tanglenas_engine.pipeline.inputs.own_code import own_code
+from tanglenas_engine.pipeline.inputs.same_inputs import check_same_inputs
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.fingerprint import code_version, file_digest, fingerprint
 from tanglenas_engine.spaces.architecture import Architecture
@@ -142,7 +143,9 @@ class ProjectTraining:
         with configured(recipe.arguments):
             refuse_race()
             if inherits():
-                load_inherited(create()[1])  # refused here, before anything is judged, if it does not fit
+                _, space, dataset = create()  # refused here, before anything is judged, if they do not fit
+                check_same_inputs("retrain", dataset, (SUPERNET,))
+                load_inherited(space)
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
             code = {package.__name__: code_version(package) for package in packages()} | own_code()
             weights = file_digest(SUPERNET) if inherits() else ""

@@ -1,0 +1,102 @@
+"""How inputs were made for the weights that a stage takes from an earlier one, and a check that it makes them alike.
+
+Splits serve every resolution and augmentation, so their fingerprint tells nothing of these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from tanglenas_engine.data import Dataset
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.files import SUPERNET, WEIGHTS, inherits, read_json_or_empty
+from tanglenas_engine.runtime.weights import weights_metadata
+
+NORMALISED = ("mean", "std", "interpolation")
+"""What a training that goes on from weights must keep. It may have larger images, as in progressive resizing."""
+SHAPED = ("crop_pct", "in_channels", "image_size")
+"""What counts, too, for weights that are taken as they are."""
+
+
+def input_options(dataset: Dataset) -> dict[str, Any]:
+    """Return how a dataset makes inputs of images, by the names of its options and as JSON has it; {} for other data.
+
+    What a dataset does not say, such as the normalisation of a transform of one's own, is left out.
+    """
+    described: dict[str, Any] = json.loads(json.dumps(dataset.input_config(), default=str))
+    return _options(described)
+
+
+def inputs_metadata(dataset: Dataset) -> dict[str, str]:
+    """Return what the metadata of weights have of the inputs of a dataset; {} for data that are no images."""
+    options = input_options(dataset)
+    return {"inputs": json.dumps(options)} if options else {}
+
+
+def check_same_inputs(stage: str, dataset: Dataset, inputs: Sequence[Path]) -> None:
+    """Refuse inputs of a stage that are made otherwise than those on which its weights were trained.
+
+    Weights whose files say nothing of their inputs are taken, as earlier versions wrote such files.
+
+    Args:
+        stage: The name of the stage.
+        dataset: Its dataset.
+        inputs: The files of earlier stages that it starts from.
+
+    Raises:
+        TangleNASError: The mean, the standard deviation or the interpolation differs, or, for weights that are not
+            trained further, the crop or the size of the image.
+    """
+    if WEIGHTS in inputs:
+        config = read_json_or_empty(WEIGHTS.with_name("config.json"))
+        compare(stage, dataset, _options(config.get("pretrained_cfg")), f"the network in {WEIGHTS.parent}")
+    elif SUPERNET in inputs and (stage != "retrain" or inherits()):
+        try:
+            made = json.loads(weights_metadata(SUPERNET).get("inputs", "{}"))
+        except ValueError:
+            made = {}
+        compare(stage, dataset, made, f"the supernet in {SUPERNET}")
+
+
+def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str) -> None:
+    """Refuse inputs of a stage that differ from those on which weights were trained; see `check_same_inputs`.
+
+    Args:
+        stage: The name of the stage, by whose config gin is configured.
+        dataset: Its dataset.
+        made: The `input_options` of the training.
+        weights: The weights, in the words of the error.
+    """
+    further = stage == "retrain" and gin.get_bindings("retrain").get("mode", "scratch") != "inherit"
+    here, there = input_options(dataset), made if isinstance(made, Mapping) else {}
+    names = [it for it in (*NORMALISED, *(() if further else SHAPED)) if it in here and it in there]
+    if other := [it for it in names if here[it] != there[it]]:
+        trained, found = (" and ".join(f"{it} {_text(options[it])}" for it in other) for options in (there, here))
+        raise TangleNASError(
+            f"{weights} was trained on inputs with {trained}, and {stage} has {found}: bind "
+            f"{' and '.join(f'create_dataset.{it}' for it in other)} in gin/datasets/{dataset.name}.gin, which all "
+            "stages read, and in no file of one stage alone"
+        )
+
+
+def _options(config: object) -> dict[str, Any]:
+    """Return the options of a dataset that an `input_config` says; {} for anything else."""
+    if not isinstance(config, Mapping):
+        return {}
+    options = {name: config[name] for name in (*NORMALISED, "crop_pct") if name in config}
+    size = config.get("input_size")
+    if isinstance(size, Sequence) and len(size) == 3:
+        options |= {"in_channels": size[0], "image_size": size[1] if size[1] == size[2] else list(size[1:])}
+    return options
+
+
+def _text(value: object) -> str:
+    """Return an option for a person: one number where all channels have the same."""
+    if isinstance(value, list) and value and all(it == value[0] for it in value):
+        value = value[0]
+    return str(value)

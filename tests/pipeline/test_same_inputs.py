@@ -1,0 +1,106 @@
+"""Stages make inputs as they were made where the weights that they take were trained."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import gin
+import pytest
+from stages import MAIN, arguments, forget_settings
+
+from tanglenas_datasets.digits import Digits
+from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config.reader import configured
+from tanglenas_engine.pipeline.files import SUPERNET, WEIGHTS
+from tanglenas_engine.pipeline.inputs.same_inputs import compare, input_options
+from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
+
+MADE = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+MADE |= {"in_channels": 3, "image_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch):
+    forget_settings(monkeypatch)
+    yield
+    gin.clear_config()
+
+
+def images(size: int = 32, **changes) -> SimpleNamespace:
+    """A dataset of images, of which nothing but the description of its inputs is there."""
+    described = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+    config = {**described, "input_size": (3, size, size), **changes}
+    return SimpleNamespace(name="images", input_config=lambda: config)
+
+
+@pytest.mark.parametrize("stage", ["discretize", "evaluate"])
+def test_weights_of_other_inputs_are_refused_with_the_place_to_bind_these(
+    done: Path, refused, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setattr(Digits, "mean", (0.125,))
+    message = refused(stage)
+    assert (
+        f"with mean 0.305, and {stage} has mean 0.125: bind create_dataset.mean in gin/datasets/digits.gin" in message
+    )
+
+
+def test_a_retrain_takes_the_weights_of_a_search_with_the_same_inputs_alone(
+    done: Path, refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "std", (0.25,))
+    assert "the supernet in out/search" in refused("retrain", "retrain.mode = 'finetune'")
+    MAIN["retrain"](arguments(done, "retrain"))  # from scratch
+    MAIN["evaluate"](arguments(done, "evaluate"))
+
+
+def test_a_search_refuses_inputs_that_a_later_stage_would_refuse(done: Path, refused) -> None:
+    for stage in ("discretize", "retrain", "evaluate"):
+        file = done / "gin" / "demo" / f"{stage}.gin"
+        before = file.read_text()
+        file.write_text(f"{before}\ncreate_dataset.image_size = 16\n")
+        told = f"after the search, {'evaluate' if stage == 'retrain' else stage} would fail: the "
+        message = refused("search")
+        assert told in message and "bind create_dataset.image_size in gin/datasets/digits.gin" in message
+        file.write_text(before)
+
+
+def test_a_network_from_scratch_may_have_other_images_than_the_search(done: Path) -> None:
+    for stage in ("retrain", "evaluate"):
+        with (done / "gin" / "demo" / f"{stage}.gin").open("a") as file:
+            file.write("\ncreate_dataset.image_size = 16\n")
+        MAIN[stage](arguments(done, stage))
+    assert json.loads(WEIGHTS.with_name("config.json").read_text())["pretrained_cfg"]["input_size"] == [1, 16, 16]
+
+
+def test_weights_that_say_nothing_of_their_inputs_are_taken(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = weights_metadata(SUPERNET)
+    assert json.loads(metadata.pop("inputs")) == input_options(Digits())
+    save_weights(SUPERNET, load_weights(SUPERNET), metadata)
+    WEIGHTS.with_name("config.json").unlink()
+    monkeypatch.setattr(Digits, "mean", (0.125,))
+    for stage in ("evaluate", "discretize"):  # the other way round, the network may be another one
+        MAIN[stage](arguments(done, stage))
+
+
+@pytest.mark.parametrize(
+    "stage, mode, dataset, told",
+    [
+        ("retrain", "finetune", images(64), ""),  # progressive resizing
+        ("retrain", "finetune", images(crop_pct=0.875), ""),
+        ("retrain", "finetune", images(mean=(0.4, 0.5, 0.5)), "mean 0.5, and retrain has mean [0.4, 0.5, 0.5]"),
+        ("retrain", "inherit", images(64), "image_size 32, and retrain has image_size 64: bind create_dataset.image_s"),
+        ("evaluate", "scratch", images(64), "image_size 32, and evaluate has image_size 64"),
+        ("evaluate", "scratch", images(crop_pct=0.875), "crop_pct 1.0, and evaluate has crop_pct 0.875"),
+        ("evaluate", "scratch", images(std=(1.0,) * 3), "std 0.5, and evaluate has std 1.0"),
+        ("evaluate", "scratch", images(interpolation="bicubic"), "interpolation bilinear, and evaluate has"),
+        ("evaluate", "scratch", SimpleNamespace(name="text", input_config=lambda: {"block_size": 8}), ""),
+    ],
+)
+def test_weights_that_are_trained_further_may_have_other_sizes(stage: str, mode: str, dataset, told: str) -> None:
+    with configured([f"retrain.mode = '{mode}'"]):
+        if told:
+            with pytest.raises(TangleNASError) as error:
+                compare(stage, dataset, MADE, "the network")
+            assert told in str(error.value)
+        else:
+            compare(stage, dataset, MADE, "the network")
