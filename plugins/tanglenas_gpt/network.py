@@ -187,6 +187,22 @@ def generate(
     return ids
 
 
+def sample_text(network: GPT, dataset: Any) -> str:
+    """Return a text that a network continues from a line break, always the same for equal weights.
+
+    It goes on from the first token of the vocabulary where the tokenizer has no token for a line break, as those that
+    split at white space.
+
+    Args:
+        network: The network; or another one that has its `config.block_size`.
+        dataset: A text with `encode` and `decode`.
+    """
+    start = dataset.encode("\n")
+    start = start if len(start) else torch.zeros(1, dtype=torch.long)
+    text: str = dataset.decode(generate(network, start[None], 300, 0.8, generator=torch.Generator().manual_seed(0))[0])
+    return text
+
+
 _GPT2 = {
     "blocks": "h", "norm1": "ln_1", "norm2": "ln_2", "norm": "ln_f",
     "qkv": "c_attn", "proj": "c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Described, SearchSpace, Size, TangleNASError, elastic, unknown
 from tanglenas_gpt import network
-from tanglenas_gpt.network import CODE, generate, to_hugging_face
+from tanglenas_gpt.network import CODE, sample_text, to_hugging_face
 from tanglenas_gpt.partition import PartitionedAttention
 
 
@@ -174,5 +174,4 @@ class GPT(SearchSpace):
 
     def show(self, network: nn.Module, dataset: Any) -> str:
         """Return a text that the network continues from a line break, always the same for equal weights."""
-        start, generator = dataset.encode("\n")[None], torch.Generator().manual_seed(0)
-        return dataset.decode(generate(network, start, 300, 0.8, generator=generator)[0])
+        return sample_text(network, dataset)

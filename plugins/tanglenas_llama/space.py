@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Axis, Described, SearchSpace, Size, TangleNASError, elastic
-from tanglenas_gpt.network import generate
+from tanglenas_gpt.network import sample_text
 from tanglenas_llama import network
 from tanglenas_llama.network import code, to_hugging_face
 
@@ -204,5 +204,4 @@ class Llama(SearchSpace):
 
     def show(self, network: nn.Module, dataset: Any) -> str:
         """Return a text that the network continues from a line break, always the same for equal weights."""
-        start, generator = dataset.encode("\n")[None], torch.Generator().manual_seed(0)
-        return dataset.decode(generate(network, start, 300, 0.8, generator=generator)[0])
+        return sample_text(network, dataset)

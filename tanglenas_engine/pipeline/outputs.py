@@ -12,6 +12,7 @@ from torch import nn
 
 from tanglenas_engine.data import Splits, data_path
 from tanglenas_engine.derivation.race import Raced, lead_of
+from tanglenas_engine.errors import describe
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.weights import save_weights
 from tanglenas_engine.spaces.architecture import Architecture
@@ -236,8 +237,15 @@ def class_rows(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list
 
 
 def write_sample(stage: Stage, network: nn.Module) -> str:
-    """Write what the space shows of a network, such as text that it generates, and return it; "" for most spaces."""
-    shown = stage.space.show(network.cpu(), stage.dataset)
+    """Write what the space shows of a network, such as text that it generates, and return it; "" for most spaces.
+
+    No result depends on it: a person is told where it fails.
+    """
+    try:
+        shown = stage.space.show(network.cpu(), stage.dataset)
+    except Exception as error:
+        stage.progress.note(f"evaluate: no sample, as `show` of {stage.space.name!r} failed: {describe(error)}")
+        return ""
     if shown is None:
         return ""
     stage.write("sample.txt", shown + "\n")

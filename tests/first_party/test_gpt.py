@@ -8,6 +8,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -519,3 +520,10 @@ def test_the_largest_network_of_slices_is_that_of_a_partition():
     torch.testing.assert_close(slices(ids), partition(ids))
     nested = nn.ModuleList(gpt(heads="slices", head_dim=5).blocks)
     assert nested[0].attn.qkv.weight.shape == (3 * 4 * 5, 24)
+
+
+@pytest.mark.parametrize("name", ["gpt_nano", "llama_nano"])
+def test_a_sample_needs_no_token_of_a_line_break(name):
+    words = SimpleNamespace(encode=lambda text: torch.arange(len(text.split())), decode=lambda ids: str(len(ids)))
+    space = create_space(name, vocab_size=3, block_size=4)
+    assert space.show(space.standalone(space.smallest()), words) == "301"

@@ -19,7 +19,7 @@ from project import STAGES, contents, set_params
 from safetensors.torch import save_file
 from stages import arguments, forget_settings
 
-from pipelines import discretize, search
+from pipelines import discretize, evaluate, search
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config.configurables import create_space
 from tanglenas_engine.pipeline.config.params import check_params
@@ -393,6 +393,19 @@ def test_an_architecture_file_that_does_not_fit_is_refused(
 ) -> None:
     Path("out/discretize/architecture.json").write_text(change())
     assert message in refused(stage)
+
+
+def test_a_sample_that_fails_costs_no_result(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def show(*_: object) -> str:
+        raise AttributeError("'Tokens' object has no attribute 'encode'")
+
+    monkeypatch.setattr("tanglenas_engine.spaces.space.SearchSpace.show", show)
+    Path("metrics/evaluate.json").unlink()
+    evaluate.main(arguments(done, "evaluate"))
+    assert "no sample, as `show` of 'autoformer_nano' failed: AttributeError: 'Tok" in capsys.readouterr().out
+    assert Path("metrics/evaluate.json").exists() and not Path("out/evaluate/sample.txt").exists()
 
 
 def test_weights_of_another_network_are_refused(done: Path, refused) -> None:
