@@ -44,8 +44,8 @@ from tanglenas_engine.stages.discretize import check_options as check_discretize
 def check_later_stages(stage: Stage, splits: Splits) -> None:
     """Refuse what a later stage would refuse after the search, where params.yaml is about this space and dataset.
 
-    The configs of all later stages are read. A stage that takes weights makes inputs as they were made where these were
-    trained. Discretize needs a method that exists, and a budget that some architecture meets. Retrain makes the
+    The configs of all later stages are read. Retrain and evaluate make inputs as they were made for the weights that
+    they take. Discretize needs a method that exists, and a budget that some architecture meets. Retrain makes the
     smallest network of the space with its optimizer, schedule and loss, and trains nothing.
 
     Args:
@@ -57,9 +57,6 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
     """
     check_later_budget(stage.space, stage.dataset)
     own, inputs = _created_with(), input_options(stage.dataset)
-    with _later("discretize", stage.space, stage.dataset) as about_this:
-        if about_this and _created_with() != own:
-            compare("discretize", create()[2], inputs, "the supernet")
     retrained: dict[str, Any] = {}
     with _later("retrain", stage.space, stage.dataset) as about_this:
         if about_this:

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gin
@@ -228,6 +228,13 @@ def run(project: Path, stage: str, *bindings: str) -> dict[str, object]:
     return json.loads((project / "metrics" / f"{stage}.json").read_text())
 
 
+def bind(name: str, stages: Sequence[str], *bindings: str) -> None:
+    """Add bindings to a recipe of the paper, as the search reads those of the later stages."""
+    for stage in stages:
+        with Path("gin", "paper", name, f"{stage}.gin").open("a") as file:
+            file.write("\n".join(["", *bindings, *SHORT[stage], ""]))
+
+
 @pytest.fixture
 def prepared(project: Path) -> Callable[[str], list[str]]:
     """Choose a recipe of the paper, write data for it, and return the bindings that make it small."""
@@ -246,9 +253,9 @@ def prepared(project: Path) -> Callable[[str], list[str]]:
 @pytest.mark.part(6)
 @pytest.mark.exhaustive
 def test_a_recipe_of_the_paper_goes_through_all_stages(project: Path, prepared, name: str) -> None:
-    small = prepared(name)
+    bind(name, STAGES, *prepared(name))
     for stage in STAGES:
-        metrics = run(project, stage, *small, *SHORT[stage])
+        metrics = run(project, stage)
     assert 0 <= metrics["test_accuracy"] <= 100 and metrics["params"] > 0
 
 
@@ -258,10 +265,12 @@ def test_the_darts_recipe_retrains_a_larger_network_than_it_searched(
 ) -> None:
     small = prepared("darts")
     larger = [*small, "create_space.layers = 4", "create_space.channels = 3"]
-    run(project, "search", *small, *SHORT["search"])
-    searched = run(project, "discretize", *small, *SHORT["discretize"])
-    run(project, "retrain", *larger, *SHORT["retrain"])
-    metrics = run(project, "evaluate", *larger)
+    bind("darts", ("search", "discretize"), *small)
+    bind("darts", ("retrain", "evaluate"), *larger)
+    run(project, "search")
+    searched = run(project, "discretize")
+    run(project, "retrain")
+    metrics = run(project, "evaluate")
 
     architecture = Architecture.from_json(Path("out/discretize/architecture.json").read_text())
     space = create_space("darts", layers=4, channels=3, affine=True, pool_norm=False, image_size=8)
@@ -275,6 +284,6 @@ def test_the_darts_recipe_retrains_a_larger_network_than_it_searched(
     assert "model.safetensors holds the weights of another network" in capsys.readouterr().err
     for mode in ("inherit", "finetune"):
         with pytest.raises(SystemExit):
-            run(project, "retrain", *larger, f"retrain.mode = {mode!r}")
+            run(project, "retrain", f"retrain.mode = {mode!r}")
         said = capsys.readouterr().err
         assert f"retrain.mode {mode!r} takes the weights of the search: create the space as there" in said
