@@ -4,6 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class Dataset(ABC):
         num_classes: The number of classes.
         image_size: The height and width of the inputs, in pixels.
         in_channels: The number of channels of the inputs.
-        class_names: One name per class, in the order of the labels.
+        class_names: One name per class, in the order of the labels. By default, these are the numbers of the classes.
         mean, std: The values that normalise the inputs, one per channel, for pixels from 0 to 1; None if inputs are not
             normalised.
         crop_pct: The share of an image's shorter side that the centre crop of validation and test keeps, from 0 to 1.
@@ -75,13 +76,16 @@ class Dataset(ABC):
     num_classes: int
     image_size: int
     in_channels: int
-    class_names: tuple[str, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float = 1.0
     labels: Tensor | None
     test_indices: Tensor | None = None
     fingerprint: str
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.num_classes)))
 
     def __len__(self) -> int:
         if self.labels is None:

@@ -165,9 +165,9 @@ def make_splits(
 
     Raises:
         TangleNASError: The seed is no whole number from 0 to 2**63 - 1, a portion is not strictly between 0 and 1,
-            there are fewer than `samples`, a split would be empty, labels are no classes of the dataset, or a class has
-            too few samples to be in both the weights and the architecture split. (A rare class may be missing from
-            validation or test.)
+            there are fewer than `samples`, a split would be empty, labels are no classes of the dataset, there is not
+            one name for each class, or a class has too few samples to be in both the weights and the architecture
+            split. (A rare class may be missing from validation or test.)
     """
     portions = {
         "train_portion": train_portion,
@@ -298,7 +298,7 @@ def _labels(dataset: Dataset) -> Any:
     """Return the labels of the whole pool.
 
     Raises:
-        TangleNASError: They are not one class for each sample.
+        TangleNASError: They are not one class for each sample, or there is not one name for each class.
     """
     found: Any = dataset.labels  # of somebody's plugin
     found = widened(found) if isinstance(found, Tensor) else found
@@ -312,6 +312,11 @@ def _labels(dataset: Dataset) -> Any:
         raise TangleNASError(
             f"labels of {dataset.name} has {int(found[position])} at position {position}, expected a class from 0 to "
             f"{dataset.num_classes - 1}: number the classes from 0 on, or correct num_classes"
+        )
+    if (named := len(dataset.class_names)) != dataset.num_classes:
+        raise TangleNASError(
+            f"class_names of {dataset.name} has {named} names for {dataset.num_classes} classes, expected one for each "
+            "class: correct it, or leave it out, and the classes are called by their numbers"
         )
     return found.numpy()
 
