@@ -93,7 +93,7 @@ def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable
         assert any(_plain(a) != _plain(b) for a, b in zip(weight, third, strict=True)), (
             "sample() gives the same for another seed of the search: draw by self.derive_seed(step, stream)"
         )
-    if (not learns or optimizer.draws_in_band) and all(isinstance(sample, Architecture) for sample in first):
+    if (not learns or optimizer.draws_in_band) and all(_is_corner(sample) for sample in first):
         _check_source(_bound(make_optimizer, space), space)
     again.set_progress(1.0)
     for what, last in (("expected()", again.expected()), ("sample()", again.sample(0, "weight"))):
@@ -103,6 +103,13 @@ def check_sampling(make_optimizer: Callable[[], Optimizer], make_space: Callable
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [torch.zeros_like(a) if a.grad is None else a.grad.clone() for a in optimizer.alphas.values()]
+
+
+def _is_corner(sample: object) -> bool:
+    """Return True for an architecture, and for a mixture whose rows are one-hot."""
+    if not isinstance(sample, Mixture):
+        return isinstance(sample, Architecture)
+    return all(bool(((it > 1 - 1e-4) | (it.abs() < 1e-4)).all()) for it in sample.stacks.values())
 
 
 class _Single:
@@ -124,7 +131,7 @@ class _Single:
 
 
 def _check_source(optimizer: Optimizer, space: SearchSpace) -> None:
-    """Check that an optimizer without architecture parameters draws from the source that a search gives it.
+    """Check that an optimizer draws architectures, or mixtures of one each, from the source that a search gives it.
 
     One that refuses another source than the space, by a `TangleNASError`, refuses searches with a target.
     """
@@ -134,7 +141,8 @@ def _check_source(optimizer: Optimizer, space: SearchSpace) -> None:
             optimizer.draw_from(_Single(architecture))
         except TangleNASError:
             return
-        samples = {optimizer.sample(number, "weight") for number in range(3)}
+        drawn = [optimizer.sample(number, "weight") for number in range(3)]
+        samples = {space.most_probable(it) if isinstance(it, Mixture) else it for it in drawn}
         trained = [space.superposition.assignment for _ in optimizer.weight_losses(step)]
         paths = {space.architecture_of(assignment) for assignment in trained if assignment is not None}
         for method, given in (("sample()", samples), ("weight_losses()", paths)):

@@ -27,6 +27,7 @@ from tanglenas_engine.testing import (
 )
 from tanglenas_gradient.darts import DARTS
 from tanglenas_gradient.drnas import DrNAS
+from tanglenas_gradient.gdas import GDAS
 from tanglenas_sampling.spos import SPOS
 
 OPTIMIZERS = manager().names("optimizer")
@@ -394,6 +395,17 @@ class Roaming(SPOS):
         return self.space.sample(torch.Generator().manual_seed(self.derive_seed(step, stream)))
 
 
+class RoamingMixtures(GDAS):
+    """Draws mixtures of one architecture from the whole space, whatever the band is."""
+
+    def sample(self, step, stream):
+        source, self.source = self.source, self.space
+        try:
+            return super().sample(step, stream)
+        finally:
+            self.source = source
+
+
 class Permuted(SPOS):
     """Trains architectures of the whole space, whatever the band is."""
 
@@ -487,6 +499,7 @@ class Undecided(DARTS):
         (check_sampling, Sums, "not on the simplex"),
         (check_sampling, Constant, "does not depend on alpha"),
         (check_sampling, Roaming, "that draw_from() left out"),
+        (check_sampling, RoamingMixtures, "sample() gives architectures that draw_from() left out"),
         (check_sampling, Permuted, "weight_losses() gives architectures that draw_from() left out"),
         (check_sampling, Undecided, "learns_architecture is True, but expected"),
         (check_gradients, Backward, "leaves a gradient"),
