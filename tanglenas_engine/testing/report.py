@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ def run(
         idle: Choices of a space that do nothing, on purpose.
 
     Raises:
-        TangleNASError: No installed plugin has that name.
+        TangleNASError: No installed plugin has that name, or nothing that is checked takes an option.
     """
     plugins = manager()
     for plugin_fault in plugins.faults:
@@ -72,6 +72,7 @@ def run(
             yield Outcome(str(plugin_fault.plugin), "loads", f"{plugin_fault.problem}. {plugin_fault.remedy}", 0.0)
             return
     registrations, given = _named(plugins, name), dict(options or {})
+    _check_options(registrations, given, space)
     choices = {it.name: _choices(it, given) for it in registrations if it.kind == "space"} if idle else {}
     for choice in idle:
         if not any(choice in names for names in choices.values()):
@@ -79,6 +80,22 @@ def run(
     for registration in registrations:
         own = {*idle} & choices.get(registration.name, set()) if registration.kind == "space" else ()
         yield from _checks(registration, given, space, own)
+
+
+def _check_options(registrations: Iterable[Registration], options: Mapping[str, Any], space: str | None) -> None:
+    """Refuse an option that neither what is checked takes, nor the space on which it is checked."""
+    known: set[str] = set()
+    for registration in [*registrations, *([manager().resolve("space", space)] if space else [])]:
+        try:
+            own, _ = options_of(registration.load())
+        except Exception:  # the checks tell what does not load
+            return
+        if own is None:
+            return
+        known |= {*own}
+    for option in options:
+        if option not in known:
+            raise errors.unknown("option", option, known)
 
 
 def _choices(registration: Registration, options: dict[str, Any]) -> set[str]:
