@@ -95,6 +95,30 @@ def check_batches(make_dataset: Callable[[], Dataset]) -> None:
     torch.manual_seed(1)
     again, _ = view.validation.batch(places)
     assert again.equal(inputs), "the validation split is augmented: subset(indices, train=False) must not draw anything"
+    _check_rows(dataset, splits.indices("validation")[places], inputs, targets)
+    _check_alone(dataset)
+
+
+def _check_rows(dataset: Dataset, indices: Tensor, inputs: Tensor, targets: Tensor) -> None:
+    """Check that a batch of samples without augmentation has the rows that each sample has alone."""
+    for row, index in enumerate(indices):
+        alone = _batch(dataset.subset(index[None], train=False), torch.zeros(1, dtype=torch.long))
+        for what, own, found in zip(("input", "target"), alone, (inputs[row], targets[row]), strict=True):
+            assert own[0].shape == found.shape and torch.allclose(own[0], found, rtol=1e-3, atol=1e-3), (
+                f"the {what} of sample {int(index)} of the pool is another one in a batch of the validation split than "
+                "alone: subset(indices, train) must give the samples at indices, and batch(indices) in their order"
+            )
+
+
+def _check_alone(dataset: Dataset) -> None:
+    """Check that a subset holds no other samples than its own, by the bytes in which workers get it."""
+    everything = torch.arange(len(dataset))
+    few, whole = (len(pickle.dumps(dataset.subset(it, train=False))) for it in (everything[:2], everything))
+    # Indices and labels of int64 have 16 bytes a sample. Every sample of its own has more.
+    assert few < whole / 2 or whole - few > 16 * (len(everything) - 2), (
+        f"subset() of 2 samples takes {few:,} bytes and that of all {len(everything):,} takes {whole:,}: it holds the "
+        "samples of other splits. Copy the rows at indices, and no more"
+    )
 
 
 def _batch(samples: Samples, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,3 +147,4 @@ def _check_tokens(dataset: Dataset, inputs: Tensor, targets: Tensor) -> None:
         assert 0 <= int(tokens.min()) and int(tokens.max()) < most, (
             f"{what} have tokens from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {most - 1}"
         )
+    assert targets[:, :-1].equal(inputs[:, 1:]), "targets are not the tokens that follow those of the inputs"

@@ -12,7 +12,7 @@ from torch import nn
 
 from tanglenas_engine import Dataset, Objective, SearchSpace, create_dataset, create_objective, create_space, elastic
 from tanglenas_engine.cli import main
-from tanglenas_engine.data import TensorSamples, make_splits
+from tanglenas_engine.data import TensorSamples, TokenSamples, content_hash, make_splits
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.spaces.cost import Cost
@@ -241,8 +241,9 @@ class Images(Dataset):
     def subset(self, indices, *, train):
         return TensorSamples(self.images[indices], self.labels[indices], self.prepare)
 
-    def prepare(self, rows):
-        return rows + self.noise * torch.rand_like(rows)
+    @classmethod
+    def prepare(cls, rows):
+        return rows + cls.noise * torch.rand_like(rows)
 
 
 class Noisy(Images):
@@ -286,8 +287,87 @@ class OwnNoise(Images):
 
     generator = torch.Generator().manual_seed(0)
 
-    def prepare(self, rows):
-        return rows + torch.rand(rows.shape, generator=self.generator)
+    @classmethod
+    def prepare(cls, rows):
+        return rows + torch.rand(rows.shape, generator=cls.generator)
+
+
+class FirstRows(Images):
+    """Gives samples the inputs of others, as by a slice in place of the indices."""
+
+    def subset(self, indices, *, train):
+        return TensorSamples(self.images[: len(indices)], self.labels[indices], self.prepare)
+
+
+class Turned(TensorSamples):
+    def batch(self, indices):
+        inputs, targets = super().batch(indices)
+        return inputs.flip(0), targets
+
+
+class OtherOrder(Images):
+    def subset(self, indices, *, train):
+        return Turned(self.images[indices], self.labels[indices])
+
+
+class Pool(TensorSamples):
+    """Samples of some positions in the whole pool."""
+
+    def __init__(self, rows, labels, indices):
+        super().__init__(rows, labels[indices])
+        self.indices = indices
+
+    def batch(self, indices):
+        return self._rows[self.indices[indices]], self.labels[indices]
+
+
+class Holding(Images):
+    """Gives the samples of every split the whole pool."""
+
+    def subset(self, indices, *, train):
+        return Pool(self.images, self.labels, indices)
+
+
+class Tokens(Dataset):
+    name, labels = "tokens", None
+
+    def __init__(self):
+        self.rows = torch.randint(30, (400, 9), generator=torch.Generator().manual_seed(0))
+        self.fingerprint = content_hash(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def space_options(self):
+        return {"vocab_size": 30, "block_size": 8}
+
+    def subset(self, indices, *, train):
+        return TokenSamples(self.rows[indices], indices, shift=train)
+
+
+class FirstTokens(Tokens):
+    """Gives every split the first part of the text."""
+
+    def subset(self, indices, *, train):
+        return TokenSamples(self.rows[: len(indices)], indices, shift=train)
+
+
+class SameTokens(TokenSamples):
+    def batch(self, indices):
+        inputs, _ = super().batch(indices)
+        return inputs, inputs
+
+
+class NoNextTokens(Tokens):
+    def subset(self, indices, *, train):
+        return SameTokens(self.rows[indices], indices)
+
+
+class Plain(Dataset):
+    """Images whose classes have no names."""
+
+    num_classes, image_size, in_channels, name, fingerprint = 3, 4, 1, "plain", "plain"
+    __init__, subset, prepare, noise = Images.__init__, Images.subset, Images.prepare, 0.0
 
 
 class Unpicklable(Images):
@@ -296,7 +376,8 @@ class Unpicklable(Images):
 
 
 class Broken(Images):
-    def prepare(self, rows):
+    @classmethod
+    def prepare(cls, rows):
         return rows / 0
 
 
@@ -319,7 +400,7 @@ class Table(Images):
         return {"num_classes": 3, "features": 4}
 
 
-@pytest.mark.parametrize("dataset", [Images, Table, lambda: create_dataset("digits")])
+@pytest.mark.parametrize("dataset", [Images, Table, Tokens, Plain, lambda: create_dataset("digits")])
 def test_a_dataset_that_keeps_the_contract_passes(dataset):
     check_dataset(dataset)
 
@@ -333,6 +414,11 @@ def test_a_dataset_that_keeps_the_contract_passes(dataset):
         (check_batches, Swapped, "are not those of its indices in the pool"),
         (check_batches, OwnNoise, "must draw from the global generators"),
         (check_batches, Unpicklable, "cannot be pickled"),
+        (check_batches, FirstRows, "the input of sample .* another one in a batch of the validation split than alone"),
+        (check_batches, OtherOrder, "the input of sample .* another one in a batch"),
+        (check_batches, Holding, "it holds the samples of other splits"),
+        (check_batches, FirstTokens, "the input of sample .* another one in a batch"),
+        (check_batches, NoNextTokens, "targets are not the tokens that follow"),
         (check_batches, Broken, "are not finite"),
         (check_pool, Twice, "class_names"),
         (check_pool, Renamed, "differs from time to time"),
@@ -520,7 +606,7 @@ def test_one_name_is_checked_and_passes(check):
 
 @pytest.mark.slow
 def test_an_exception_is_told_with_its_place_in_the_plugin(check):
-    result = check("misspelt", "-o", "num_classes=3")
+    result = check("misspelt")
     line = inspect.getsourcelines(Misspelt.forward)[1] + 1
     assert f"has no attribute 'frist' ({__file__}:{line}, in forward)" in result.stdout
 
@@ -593,3 +679,14 @@ def test_an_unknown_plugin_names_the_closest(check):
 def test_options_go_to_what_takes_them(check, tmp_path):
     result = check("image_folder", "-o", f"root={tmp_path / 'none'}")
     assert result.exit_code == 1 and str(tmp_path / "none") in result.stdout
+
+
+def test_an_option_that_nothing_takes_is_named_with_the_closest(check):
+    result = check("digits", "-o", "imagesize=16")
+    assert result.exit_code == 2 and "Did you mean 'image_size'?" in result.stderr
+
+
+def test_a_dataset_names_each_class_once():
+    with pytest.raises(TangleNASError, match="class_names of images has 2 names for 3 classes, expected one for each"):
+        make_splits(Unnamed(), seed=0)
+    assert Plain().input_config()["label_names"] == ["0", "1", "2"]
