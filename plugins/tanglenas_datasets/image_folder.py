@@ -43,7 +43,7 @@ class ImageFolder(Dataset):
         root: The folder. A relative path is one under the current folder or the project's root.
         image_size: Height and width of the inputs.
         in_channels: 3 for RGB, 1 for grey.
-        mean, std: Mean and standard deviation of pixels from 0 to 1; one number, or one per channel.
+        mean, std: Mean and standard deviation of pixels from 0 to 1; one number up to 1, or one per channel.
         crop_pct: Share of an image's shorter side that the centre crop of validation and test keeps.
         crop_scale: Smallest and largest share of a training image's area that its random crop takes.
         shift: Largest random shift of training images in pixels; black comes in. It replaces the random crop: training
@@ -375,4 +375,9 @@ def _per_channel(name: str, value: float | Sequence[float], channels: int) -> tu
     if not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
         expected = "numbers above 0" if name == "std" else "finite numbers"
         raise TangleNASError(f"image_folder: {name} is {value}, expected {expected}, as pixels are from 0 to 1.")
+    if min(values) < 0 or max(values) > 1:
+        raise TangleNASError(
+            f"image_folder: {name} is {value}, expected numbers from 0 to 1, as pixels are from 0 to 1. Divide "
+            "numbers for pixels from 0 to 255 by 255."
+        )
     return values

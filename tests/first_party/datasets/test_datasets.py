@@ -683,6 +683,14 @@ def test_options_that_a_transform_of_ones_own_replaces_are_refused(pictures, giv
     ImageFolder(pictures, image_size=8, eval_transform=own, **given)
 
 
+@pytest.mark.parametrize("given", [{"mean": (123.675, 116.28, 103.53)}, {"std": 58.395}, {"mean": -0.1}])
+def test_a_normalisation_of_pixels_up_to_255_is_refused(pictures, given):
+    with pytest.raises(
+        TangleNASError, match=r"expected numbers from 0 to 1, as pixels are from 0 to 1. Divide .* by 255"
+    ):
+        ImageFolder(pictures, **given)
+
+
 @pytest.mark.parametrize("given", [{"mean": 0.1}, {"std": (0.1, 0.2, 0.3)}, {"crop_pct": 0.9}])
 def test_options_that_both_transforms_of_ones_own_replace_are_refused(pictures, given):
     def own(image):
