@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -19,8 +20,11 @@ from tanglenas_engine import Dataset, TangleNASError, TokenSamples, at_least, co
 
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"
-# The number of characters that are encoded at a time.
-_PIECE = 1 << 16
+# The number of characters that are encoded at a time, by our tokenizers and by a tokenizer.json at most. A library's
+# tokenizer takes many bytes for each character of a text.
+_PIECE, _LONG_PIECE = 1 << 16, 1 << 20
+_PATTERN = "*.txt"
+_VOCAB_SIZE = 4096
 # A test text with a larger share of unknown tokens is of another kind than the text of the vocabulary.
 _MOST_UNKNOWN = 0.01
 
@@ -37,16 +41,17 @@ class Text(Dataset):
     Args:
         root: A text file in UTF-8, or a folder. The files in a folder that match `pattern`, at any depth, are joined.
         block_size: Tokens in a window.
-        tokenizer: "char", "bpe", or the path of a `tokenizer.json`, which is used as it is. "char" has a token for each
-            character that occurs, and `<unk>` for others. "bpe" is trained on the text, on bytes: it encodes any text.
-        vocab_size: Tokens of "bpe".
+        tokenizer: "char", "bpe", or the path of a `tokenizer.json`, which is used as it is; it gets a longer text in
+            parts of up to 1,048,576 characters, which end at line breaks. "char" has a token for each character that
+            occurs, and `<unk>` for others. "bpe" is trained on the text, on bytes: it encodes any text.
+        vocab_size: Tokens of "bpe", by default 4096. Other tokenizers refuse it.
         test_portion: Share of the characters, the last ones, that are the test part. None deals test windows too.
         test_root: A file or folder that is the test part instead.
         pattern: Pattern of the files in a folder; names that start with a dot are skipped.
 
     Raises:
-        TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, or the
-            test part has many characters that the vocabulary lacks.
+        TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, the
+            test part has many characters that the vocabulary lacks, or an option would do nothing.
     """
 
     name = "text"
@@ -57,23 +62,35 @@ class Text(Dataset):
         root: str | os.PathLike[str],
         block_size: int = 64,
         tokenizer: str = "char",
-        vocab_size: int = 4096,
+        vocab_size: int | None = None,
         test_portion: float | None = None,
         test_root: str | os.PathLike[str] | None = None,
-        pattern: str = "*.txt",
+        pattern: str = _PATTERN,
     ) -> None:
         if test_root is not None and test_portion is not None:
             raise TangleNASError(
                 f"{self.name}: test_root gives the test part, so test_portion {test_portion} would do nothing: set one "
                 "of them to None."
             )
+        folders = [path for it in (root, test_root) if it is not None and (path := data_path(it)).is_dir()]
+        if pattern != _PATTERN and not folders and data_path(root).exists():
+            raise TangleNASError(
+                f"{self.name}: root is a file, so pattern {pattern!r} would do nothing: give a folder, or leave it out."
+            )
         test_files = [] if test_root is None else self._files(test_root, pattern)
         text = self._read(root, pattern, {_identity(path): path for path in test_files})
         test = None if test_root is None else self._read(test_root, pattern)
         self._prepare(text, test, block_size, tokenizer, vocab_size, test_portion)
+        self._description = "\n".join([*(self._read_of(folder, pattern) for folder in folders), self._description])
 
     def _prepare(
-        self, text: str, test: str | None, block_size: int, tokenizer: str, vocab_size: int, test_portion: float | None
+        self,
+        text: str,
+        test: str | None,
+        block_size: int,
+        tokenizer: str,
+        vocab_size: int | None,
+        test_portion: float | None,
     ) -> None:
         at_least(f"{self.name}: block_size", block_size, 1)
         if test_portion is not None and not (isinstance(test_portion, Real) and 0 < test_portion < 1):
@@ -81,8 +98,14 @@ class Text(Dataset):
         if test is None and test_portion is not None:
             cut = int(len(text) * (1 - test_portion))
             text, test = text[:cut], text[cut:]
+        if vocab_size is not None and tokenizer != "bpe":
+            raise TangleNASError(
+                f"{self.name}: vocab_size is {vocab_size}, and the tokenizer {tokenizer!r} has a vocabulary of its "
+                "own: set tokenizer = 'bpe', or leave out vocab_size."
+            )
         self.block_size = block_size
-        self.tokenizer = self._tokenizer(tokenizer, vocab_size, text)
+        self._own_tokenizer = tokenizer in ("char", "bpe")
+        self.tokenizer = self._tokenizer(tokenizer, _VOCAB_SIZE if vocab_size is None else vocab_size, text)
         self.vocab_size: int = self.tokenizer.get_vocab_size()
         parts = [self._rows(text, "the text")]
         if test is not None:
@@ -93,6 +116,12 @@ class Text(Dataset):
         if test is not None:
             self.test_indices = torch.arange(self._first_test, len(self._pool))
         self.fingerprint = content_hash(*parts, self.tokenizer.to_str())
+        self._description = (
+            f"  {len(text) + len(test or ''):,} characters, {self.vocab_size:,} kinds of tokens by {tokenizer}"
+        )
+
+    def describe(self) -> str:
+        return self._description
 
     def __len__(self) -> int:
         return len(self._pool)
@@ -109,8 +138,8 @@ class Text(Dataset):
 
     def encode(self, text: str) -> Tensor:
         """Return the tokens of a text, shape (n,), int64."""
-        pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
-        encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        pieces = _pieces(text) if self._own_tokenizer else _pieces_of_lines(text)
+        encoded = self.tokenizer.encode_batch_fast([*pieces], add_special_tokens=False)
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(np.array(e.ids, np.int64) for e in encoded)]))
 
     def decode(self, tokens: Tensor) -> str:
@@ -156,6 +185,17 @@ class Text(Dataset):
             raise TangleNASError(f"{self.name}: {root} {what}. Put text there, or give another root= or pattern=.")
         return text
 
+    def _read_of(self, folder: Path, pattern: str) -> str:
+        """Return a line with the number of files that were read of a folder, and the suffixes of the others."""
+        read = len(self._files(folder, pattern))
+        others = Counter(
+            path.suffix or path.name
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.match(pattern) and not path.name.startswith(".")
+        )
+        passed = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
+        return f"  {folder}: {read:,} files {pattern}" + (f" (passed over: {passed})" if passed else "")
+
     def _decoded(self, path: Path) -> str:
         try:
             return path.read_bytes().decode("utf-8-sig")
@@ -181,7 +221,7 @@ class Text(Dataset):
             trainer = trainers.BpeTrainer(
                 vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
             )
-            tokenizer.train_from_iterator((text[i : i + _PIECE] for i in range(0, len(text), _PIECE)), trainer)
+            tokenizer.train_from_iterator(_pieces(text), trainer)
             return tokenizer
         if not isinstance(kind, str | os.PathLike) or not (path := data_path(kind)).is_file():
             raise TangleNASError(
@@ -230,7 +270,7 @@ class StdlibText(Text):
         characters: int = 1_000_000,
         block_size: int = 64,
         tokenizer: str = "char",
-        vocab_size: int = 4096,
+        vocab_size: int | None = None,
         test_portion: float | None = None,
     ) -> None:
         at_least(f"{self.name}: characters", characters, 1)
@@ -273,6 +313,21 @@ def _up_to(characters: int, texts: Iterable[str]) -> str:
             left -= len(text)
 
     return "".join(taken())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of one length."""
+    return (text[i : i + _PIECE] for i in range(0, len(text), _PIECE))
+
+
+def _pieces_of_lines(text: str) -> Iterator[str]:
+    """Cut a long text behind line breaks, or anywhere in a line that is longer than a piece."""
+    start = 0
+    while len(text) - start > _LONG_PIECE:
+        end = text.rfind("\n", start, start + _LONG_PIECE) + 1 or start + _LONG_PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _identity(path: Path) -> tuple[int, int]:

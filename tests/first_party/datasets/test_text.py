@@ -11,6 +11,8 @@ import pytest
 import torch
 from forked import Forked
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from tanglenas_datasets.digits import Digits
 from tanglenas_datasets.text import StdlibText, Text
@@ -344,7 +346,7 @@ def test_none_of_the_standard_library_is_refused():
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 @pytest.mark.exhaustive
 def test_a_space_made_with_the_options_of_the_text_learns_it(tokenizer):
-    dataset = StdlibText(60_000, block_size=16, tokenizer=tokenizer, vocab_size=300)
+    dataset = StdlibText(60_000, block_size=16, tokenizer=tokenizer)
     assert dataset.space_options() == {"vocab_size": dataset.vocab_size, "block_size": 16}
     space = create_space("gpt_nano", **dataset.space_options())
     view = open_splits(dataset, make_splits(dataset, seed=0), ["weights"])
@@ -385,6 +387,35 @@ def test_a_file_that_is_there_twice_is_refused(tmp_path):
         with pytest.raises(TangleNASError, match=r"b.txt and .*a.txt are one file"):
             Text(tmp_path / "data", block_size=4)
         (tmp_path / "data/b.txt").unlink()
+
+
+def test_an_option_of_another_tokenizer_or_of_folders_is_refused(tmp_path):
+    path = written(tmp_path / "a.txt", "abcab" * 100)
+    with pytest.raises(TangleNASError, match=r"vocab_size is 2000, and the tokenizer 'char' .*set tokenizer = 'bpe'"):
+        Text(path, vocab_size=2000)
+    with pytest.raises(TangleNASError, match=r"root is a file, so pattern '\*.md' would do nothing"):
+        Text(path, pattern="*.md")
+
+
+def test_a_text_tells_what_was_read_and_what_was_passed_over(tmp_path):
+    for name in ("a.txt", "b.txt", "C.TXT", "n.md", ".hidden"):
+        written(tmp_path / name, "abcab" * 100)
+    lines = Text(tmp_path, block_size=8).describe().splitlines()
+    assert lines[0].endswith(": 2 files *.txt (passed over: 1 .TXT, 1 .md)")
+    assert lines[1] == "  1,000 characters, 4 kinds of tokens by char"
+
+
+def test_a_tokenizer_file_gets_a_text_whole(tmp_path):
+    text = "The quick brown fox jumps over the lazy dog. " * 4000
+    words = ["<unk>", *sorted(set(text.split()))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "words.json"))
+    dataset = Text(written(tmp_path / "a.txt", text), block_size=8, tokenizer=str(tmp_path / "words.json"))
+    assert dataset.encode(text).tolist() == tokenizer.encode(text).ids
+    lines = (text[:80] + "\n") * 30_000  # longer than one part, which ends at a line break
+    assert dataset.encode(lines).tolist() == tokenizer.encode(lines).ids
+    assert len(dataset.encode("a" * (2**21 + 1))) == 3  # a line that is longer is cut
 
 
 def test_options_that_would_do_nothing_or_are_no_numbers_are_refused(tmp_path):
