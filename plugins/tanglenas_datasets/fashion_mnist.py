@@ -18,9 +18,9 @@ class FashionMNIST(ImagesInMemory):
     """The Fashion-MNIST dataset: ten classes of 28x28 images with one channel, with the official test part at the end.
 
     Args:
-        root: A folder with the four IDX files, gzipped or not, of Fashion-MNIST or of any dataset in the form of MNIST.
-            By default they are looked for in `$TANGLENAS_DATA`, or in `data/` in the project, where
-            torchvision keeps them.
+        root: A folder with the four IDX files of Fashion-MNIST, gzipped or not. By default they are looked for in
+            `$TANGLENAS_DATA`, or in `data/` in the project, where torchvision keeps them. Files of other data in
+            the form of MNIST are read, but their classes get the names of clothes.
         download: Let torchvision fetch missing files to that place, unless `root` is given.
         image_size: Height and width of the inputs: 28, or 32 after bilinear resizing.
         shift: Largest random shift of training images, in pixels.
