@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -28,7 +29,15 @@ from tanglenas_engine.runtime.devices import own_device
 T = TypeVar("T")
 S = TypeVar("S")
 
+WAIT = timedelta(days=7)
+"""How long a rank waits for a value of another one, which may train a network of a race, or download the data.
+
+A dead rank is noticed before: its connections close, and torchrun ends the others. The exchanges of tensors in a step
+keep the shorter limit of torch, after which NCCL's watchdog ends ranks that hang.
+"""
+
 _apart = False  # inside the block of `apart`
+_values: Any = None  # the group that exchanges values; None is the default group
 
 
 class LostError(TangleNASError):
@@ -120,17 +129,20 @@ def _ended(module: str, rank: int, count: int, number: int) -> str:
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the process group that torchrun started, inside the block."""
+    global _values
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
         yield
         return
     if torch.cuda.is_available() and os.environ.get("TANGLENAS_DEVICE") != "cpu":
         torch.cuda.set_device(own_device())
-        dist.init_process_group("cpu:gloo,cuda:nccl")  # values such as decisions are exchanged between CPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
     try:
+        _values = dist.new_group(backend="gloo", timeout=WAIT)  # values such as decisions are exchanged between CPUs
         yield
     finally:
+        _values = None
         dist.destroy_process_group()
 
 
@@ -231,10 +243,10 @@ def gather(value: Any) -> list[Any]:
     packed = _packed(value)
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
     with _talking():
-        dist.all_gather(sizes, torch.tensor([len(packed)]))
+        dist.all_gather(sizes, torch.tensor([len(packed)]), group=_values)
         length = max(int(size) for size in sizes)
         padded = [torch.zeros(length, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(padded, torch.nn.functional.pad(packed, (0, length - len(packed))))
+        dist.all_gather(padded, torch.nn.functional.pad(packed, (0, length - len(packed))), group=_values)
     return [_unpacked(one[: int(size)]) for one, size in zip(padded, sizes, strict=True)]
 
 
@@ -245,9 +257,9 @@ def broadcast(value: T) -> T:
     packed = _packed(value if rank() == 0 else None)
     size = torch.tensor([len(packed)])
     with _talking():
-        dist.broadcast(size, 0)
+        dist.broadcast(size, 0, group=_values)
         packed = packed if rank() == 0 else torch.zeros(int(size), dtype=torch.uint8)
-        dist.broadcast(packed, 0)
+        dist.broadcast(packed, 0, group=_values)
     return value if rank() == 0 else _unpacked(packed)
 
 
@@ -257,7 +269,7 @@ def sum_over_ranks(numbers: Sequence[float]) -> list[float]:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
     with _talking():
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=_values)
     return sums.tolist()
 
 

@@ -1,6 +1,7 @@
 """Two processes that train as one: what they find is what one finds, and what becomes of them when one dies."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -221,6 +222,28 @@ def test_a_dead_rank_ends_the_job_and_leaves_a_checkpoint_for_any_number_of_rank
     assert apart(whole["alphas"], resumed["alphas"]) < 1e-5
 
 
+WAITING = """
+import time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from tanglenas_engine.runtime import distributed
+
+with distributed.process_group():
+    distributed.gather(0)
+    torchs = dist.group.WORLD._get_backend(torch.device("cpu"))
+    torchs._set_default_timeout(timedelta(seconds=1))  # instead of 30 minutes
+    time.sleep(2 * distributed.rank())
+    print(distributed.gather(distributed.rank()), distributed.broadcast(7), distributed.sum_over_ranks([1.0]))
+"""
+
+
+def test_a_rank_waits_for_another_for_longer_than_torch_lets_it(tmp_path):
+    given = {**os.environ, "TANGLENAS_DEVICE": "cpu"}
+    pair = [Forked(WAITING, folder=tmp_path, environment={**given, **told}) for told in ranks.environments(2)]
+    assert [process.finished() for process in pair] == ["[0, 1] 7 [2.0]\n"] * 2
+
+
 def test_the_parts_of_a_stream_are_its_batches():
     samples = TensorSamples(torch.arange(20.0).view(20, 1), torch.arange(20))
     whole = Stream(samples, 6, seed=1).start(2)
@@ -277,7 +300,7 @@ def test_the_pipeline_in_two_processes(tmp_path):
         "retrain": ["retrain.epochs = 1"],
         "evaluate": [],
     }
-    last = {"discretize": "discretize 3/3  loss", "evaluate": "autoformer_nano on digits"}
+    last = {"discretize": "discretize 3/3  best loss", "evaluate": "autoformer_nano on digits"}
     for name in STAGES:
         bindings = ["SPACE = 'autoformer_nano'", "DATASET = 'digits'", "SEED = 0", *options[name]]
         command = [sys.executable, "-m", f"pipelines.{name}", f"gin/stages/{name}.gin", *bindings]
