@@ -170,7 +170,7 @@ class Candidates(Proposals):
         """Set the limit to the number of candidates that can be judged in a timer's seconds.
 
         The first candidates are judged on two rungs, which tells what a candidate and a sample cost. A derivation that
-        goes on keeps what its trial said, and so its number.
+        goes on, with any number of ranks, keeps what its trial said, and so its number.
 
         Args:
             race: False for candidates that are all judged on all samples.
@@ -185,8 +185,7 @@ class Candidates(Proposals):
             restore_rng_state(generators)
             self.drawn.clear()
             self.save()
-        trial, ranks = Trial(*self.kept["trial"]), distributed.world_size()
-        self._costing = Derivation(trial, len(self._samples), self._batch_size, race=race, ranks=ranks)
+        self._costing = Derivation(Trial(*self.kept["trial"]), len(self._samples), self._batch_size, race=race)
         self._timer, self._announced = timer, not new
         self.in_generations(None)
 
@@ -229,7 +228,7 @@ class Candidates(Proposals):
                 found = self.measured(one, self._part(count))
                 self._scores[f"{one.digest}/{count}"] = found.loss, found.accuracy
 
-            return timer.measure(judge, 1, timed)
+            return timer.measure(judge, 1, timed) / distributed.world_size()  # each rank judged all of them
 
         short = judging(few, TRIED)
         long = judging(many, TRIED_LONG) if many > few else short

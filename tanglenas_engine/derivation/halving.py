@@ -47,7 +47,7 @@ class Trial(NamedTuple):
 
     Attributes:
         drawing: The seconds to draw one.
-        few, short: A number of samples, and the seconds to judge a candidate on them.
+        few, short: A number of samples, and the seconds to judge a candidate on them where the ranks share the judging.
         many, long: The same for more samples.
         left: The seconds that are left for others.
     """
@@ -73,7 +73,6 @@ class Derivation:
         race: False if all candidates are judged on all samples.
         generation: The number of candidates of a generation; None for one of all candidates.
         single: The number of candidates that follow one by one, each judged on all samples and on the first rung.
-        ranks: The number of ranks that share the judging.
     """
 
     trial: Trial
@@ -82,7 +81,6 @@ class Derivation:
     race: bool = True
     generation: int | None = None
     single: int = 0
-    ranks: int = 1
 
     def seconds(self, candidates: int) -> float:
         """Return the seconds that so many candidates need after the trial."""
@@ -119,7 +117,7 @@ class Derivation:
         """Return the seconds to judge one candidate on so many samples."""
         few, short, many, long = self.trial[1:5]
         each = (long - short) / (many - few) if many > few else 0.0
-        return (short + each * (count - few)) / self.ranks
+        return short + each * (count - few)
 
     def _generation(self, candidates: int) -> float:
         """Return the seconds to judge a generation."""

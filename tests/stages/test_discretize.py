@@ -330,17 +330,31 @@ def test_what_a_trial_judged_is_not_judged_again(monkeypatch):
     assert {one for one in judged if judged.count(one) > 1} <= {first}  # the first one is judged before the clock runs
 
 
-@pytest.mark.parametrize("ranks, seconds", [(1, 30.0), (4, 120.0)])
-def test_known_scores_are_credited_once_for_all_ranks(monkeypatch, ranks, seconds):
-    """Each judging takes a second of each rank; the candidates after the trial fit into what it leaves."""
-    space, data = vit(), random_data(vit(), SPLITS, samples=40)
-    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-    with Candidates(space, data.weights, data.architecture, recalibration_batches=1) as candidates:
-        candidates.kept["trial"] = [0.0, 40, float(ranks), 40, float(ranks), seconds - 9 * ranks]
-        candidates.limit_by_seconds(
-            timer.Timer(seconds, "processor", torch.device("cpu"), "discretize", ""), race=False
-        )
-        assert (candidates.limit - 8) + 1 == (seconds - 9 * ranks)  # the result is measured, too
+@pytest.mark.parametrize("first, second", [(1, 4), (4, 1)])
+def test_seconds_are_the_same_number_of_candidates_after_a_cut(first, second, tmp_path, monkeypatch):
+    """Each judging takes a second of each rank that runs the trial; the candidates after it fit into what it leaves."""
+    space, data, now = vit(), random_data(vit(), SPLITS, samples=40), itertools.count(1)
+    clock, measured = [0.0], Candidates.measured
+
+    def timed(*given):
+        clock[0] = float(next(now))
+        return measured(*given)
+
+    monkeypatch.setattr(timer.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(Candidates, "measured", timed)
+    for ranks in (first, second):
+        monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
+        monkeypatch.setattr(distributed, "gather", lambda value, ranks=ranks: [value] * ranks)
+        with (
+            CheckpointFolder(tmp_path / "checkpoints", "discretize") as checkpoints,
+            Candidates(
+                space, data.weights, data.architecture, recalibration_batches=1, checkpoints=checkpoints
+            ) as found,
+        ):
+            given = timer.Timer(100.0, "processor", torch.device("cpu"), "discretize", "")
+            found.limit_by_seconds(given, race=False)
+            # A trial judges nine times, and eight of the candidates are known then. The result is measured, too.
+            assert found.limit == 100 - 9 * first + 8 - 1
 
 
 def test_seconds_in_which_no_two_candidates_are_judged_are_refused(monkeypatch):
