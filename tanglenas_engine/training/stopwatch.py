@@ -14,7 +14,8 @@ from tanglenas_engine.runtime import distributed
 class Stopwatch:
     """The seconds of a training in all processes that it ran in: those of processors, and those on the wall.
 
-    A checkpoint holds them. What a process did after its last checkpoint counts once, when it is done again.
+    A checkpoint holds them, so that any number of processes can go on. What a process did after its last checkpoint
+    counts once, when it is done again. In a checkpoint amid an epoch, every process counts as the first one.
 
     Args:
         epochs: The number of epochs.
@@ -25,18 +26,24 @@ class Stopwatch:
 
     def __init__(self, epochs: int):
         self.ends = torch.zeros(epochs, 2, dtype=torch.float64)
+        self._earlier = torch.zeros(2, dtype=torch.float64)  # the seconds of all processes before the start
         self._start = _now()
 
     def end_epoch(self, epoch: int) -> None:
         """Note the seconds at the end of an epoch, counted from 1."""
-        each = torch.stack(distributed.gather(_now() - self._start))  # (ranks, 2)
-        self.ends[epoch - 1] = torch.stack([each[:, 0].sum(), each[:, 1].max()])
+        now = _now()
+        each = torch.stack(distributed.gather(now - self._start))  # (ranks, 2)
+        self._earlier = self._earlier + torch.stack([each[:, 0].sum(), each[:, 1].max()])
+        self._start = now
+        self.ends[epoch - 1] = self._earlier
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": _now() - self._start, "ends": self.ends}
+        own = (_now() - self._start) * torch.tensor([distributed.world_size(), 1])
+        return {"seconds": self._earlier + own, "ends": self.ends}
 
     def load_state_dict(self, state: Any) -> None:
-        self._start, self.ends = _now() - state["seconds"], state["ends"].clone()
+        self._earlier, self.ends = state["seconds"], state["ends"].clone()
+        self._start = _now()
 
 
 def _now() -> Tensor:

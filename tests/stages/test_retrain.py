@@ -322,6 +322,23 @@ def test_the_seconds_of_processors_add_up_over_processes_and_those_on_the_wall_d
     torch.testing.assert_close(watch.ends, torch.tensor([[5.0, 3.0]], dtype=watch.ends.dtype))
 
 
+def test_the_seconds_of_a_training_go_on_with_any_number_of_processes(monkeypatch):
+    now = torch.zeros(2, dtype=torch.float64)
+    monkeypatch.setattr(stopwatch, "_now", now.clone)
+    state = None
+    for epoch, processes in ((1, 3), (2, 1), (3, 2)):
+        monkeypatch.setattr(stopwatch.distributed, "world_size", lambda processes=processes: processes)
+        monkeypatch.setattr(stopwatch.distributed, "gather", lambda own, processes=processes: [own] * processes)
+        watch = stopwatch.Stopwatch(3)
+        if state:
+            watch.load_state_dict(state)
+        now += 2
+        watch.end_epoch(epoch)
+        now += 1  # the first half of the next epoch, which is saved
+        state = watch.state_dict()
+    assert watch.ends.tolist() == [[6, 2], [6 + 3 + 2, 5], [6 + 3 + 2 + 1 + 4, 8]]
+
+
 def test_a_retraining_goes_on_after_an_epoch_whose_validation_loss_is_not_finite(tmp_path):
     space = vit()
     data = random_data(space, SPLITS)
