@@ -36,6 +36,12 @@ A dead rank is noticed before: its connections close, and torchrun ends the othe
 keep the shorter limit of torch, after which NCCL's watchdog ends ranks that hang.
 """
 
+STOPPING = 3600
+"""The seconds that processes have to stop after a signal, if TORCH_ELASTIC_SHUTDOWN_TIMEOUT does not say them.
+
+They finish a step, or the validation of an epoch, and save a checkpoint. torchrun kills them after 30 s otherwise.
+"""
+
 _apart = False  # inside the block of `apart`
 _values: Any = None  # the group that exchanges values; None is the default group
 
@@ -103,6 +109,7 @@ def relaunch(module: str, arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOPPING))
     try:
         main(["--standalone", f"--nproc-per-node={count}", "-m", module, *arguments])
     except ChildFailedError as error:

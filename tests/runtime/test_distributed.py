@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import ranked
@@ -10,6 +11,7 @@ import ranks
 import torch
 from forked import Forked
 from project import STAGES, environment, execute, lay_out
+from torch.distributed.launcher.api import LaunchConfig
 
 from tanglenas_engine.data import Stream, TensorSamples
 from tanglenas_engine.errors import TangleNASError
@@ -277,6 +279,22 @@ def test_a_number_of_processes_that_cannot_be(monkeypatch, count):
 def test_only_the_program_itself_starts_again(monkeypatch):
     monkeypatch.setenv("TANGLENAS_NPROC", "2")
     distributed.relaunch("pipelines.search", [])  # this program is pytest: it would be gone
+
+
+@pytest.mark.skipif(not hasattr(LaunchConfig, "shutdown_timeout"), reason="this torch has no such limit to set")
+@pytest.mark.parametrize("given, limit", [(None, 3600), ("60", 60)])
+def test_processes_that_are_asked_to_stop_have_time_for_a_step_and_a_checkpoint(monkeypatch, given, limit):
+    limits = []
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("pipelines.search", None))
+    monkeypatch.setattr("torch.distributed.run.main", lambda _: limits.append(LaunchConfig(1, 1, 2).shutdown_timeout))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TANGLENAS_NPROC", "2")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", given or "")  # is back as it was after the test
+    if given is None:
+        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    with pytest.raises(SystemExit):
+        distributed.relaunch("pipelines.search", [])
+    assert limits == [limit]
 
 
 ONE_STAGE = """
