@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,12 @@ from tanglenas_engine.training.state import (
     check_start,
     options_of,
 )
+
+REPEATED = 1.0
+"""Seconds in which a signal that comes again is the same request.
+
+Schedulers and `timeout` send one to all processes of a run, and torchrun passes its own on to the processes it started.
+"""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -316,20 +323,27 @@ def _refusals(name: str, checkpoints: CheckpointFolder | None) -> Iterator[None]
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Yield a list that gets the number of each SIGINT and SIGTERM. A second signal of the same kind acts as usual.
+    """Yield a list that gets the number of the first SIGINT and of the first SIGTERM.
+
+    Another one of the same kind acts as usual, unless it comes within `REPEATED` seconds.
 
     A block that ends without an exception has not acted on the signals in the list. They act as usual then. Where a
     training diverged, too, the exception is `Interrupted`, which says so: what called it has to stop.
     """
     arrived: list[int] = []
+    since: dict[int, float] = {}
     if threading.current_thread() is not threading.main_thread():
         yield arrived
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, frame: Any) -> None:
-        arrived.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
+        if number not in since:
+            arrived.append(number)
+            since[number] = time.monotonic()
+        elif time.monotonic() - since[number] >= REPEATED:
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, request)

@@ -24,6 +24,7 @@ from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.testing import same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
+from tanglenas_engine.training import loop
 from tanglenas_engine.training.loop import Interrupted
 from tanglenas_engine.training.measure import measure, random_inputs, recalibrate
 from tanglenas_engine.training.optim import call_factory, cosine, parameter_groups
@@ -145,7 +146,17 @@ def test_a_stop_without_a_place_to_save_says_so():
         walk(progress=SignalAfter(2, signal.SIGTERM))
 
 
-def test_a_second_signal_does_not_wait_for_the_step():
+def test_a_signal_that_comes_twice_at_once_is_one_request(tmp_path):
+    """Schedulers send one to all processes, and torchrun passes its own on to them."""
+    with folder(tmp_path) as checkpoints:
+        with pytest.raises(Interrupted, match="stopped at step 2 of 6 and is saved"):
+            walk(checkpoints, progress=SignalAfter(2, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM))
+    with folder(tmp_path) as checkpoints:
+        same(walk(checkpoints), walk(), "the resumed run")
+
+
+def test_a_second_signal_does_not_wait_for_the_step(monkeypatch):
+    monkeypatch.setattr(loop, "REPEATED", 0.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
