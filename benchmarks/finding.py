@@ -345,10 +345,11 @@ class Study(contextlib.AbstractContextManager["Study"]):
                 device="cpu",
                 checkpoints=checkpoints,
             )
-            self.paused[name] = self.paused.get(name, 0.0) + time.process_time() - start
+            self.paused[name] = seconds = self.paused.get(name, 0.0) + time.process_time() - start
             if until is None:
                 checkpoints.discard()
-            return found, round(self.paused[name], 2)
+                del self.paused[name]
+            return found, round(seconds, 2)
 
     def begun(self, architecture: Architecture, epochs: int) -> dict[str, Any]:
         """Train a network by itself until so many epochs, or look that up where it was trained to the end."""

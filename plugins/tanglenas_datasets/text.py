@@ -72,16 +72,17 @@ class Text(Dataset):
                 f"{self.name}: test_root gives the test part, so test_portion {test_portion} would do nothing: set one "
                 "of them to None."
             )
-        folders = [path for it in (root, test_root) if it is not None and (path := data_path(it)).is_dir()]
-        if pattern != _PATTERN and not folders and data_path(root).exists():
+        paths = [data_path(it) for it in (root, test_root) if it is not None]
+        if pattern != _PATTERN and all(path.is_file() for path in paths):
             raise TangleNASError(
                 f"{self.name}: root is a file, so pattern {pattern!r} would do nothing: give a folder, or leave it out."
             )
+        self._read_paths: set[Path] = set()
         test_files = [] if test_root is None else self._files(test_root, pattern)
         text = self._read(root, pattern, {_identity(path): path for path in test_files})
         test = None if test_root is None else self._read(test_root, pattern)
         self._prepare(text, test, block_size, tokenizer, vocab_size, test_portion)
-        self._description = "\n".join([*(self._read_of(folder, pattern) for folder in folders), self._description])
+        self._folders = [path for path in paths if path.is_dir()]
 
     def _prepare(
         self,
@@ -121,7 +122,7 @@ class Text(Dataset):
         )
 
     def describe(self) -> str:
-        return self._description
+        return "\n".join([*map(self._read_of, self._folders), self._description])
 
     def __len__(self) -> int:
         return len(self._pool)
@@ -177,6 +178,7 @@ class Text(Dataset):
     ) -> str:
         """Return the text of a file or folder without the files of the test part, which may lie in the same folder."""
         paths = [path for path in self._files(root, pattern) if _identity(path) not in (apart or {})]
+        self._read_paths.update(paths)
         text, root = "".join(map(self._decoded, paths)), data_path(root)
         if apart and not paths:
             raise TangleNASError(f"{self.name}: all text of {root} is the test part. Give another root= or test_root=.")
@@ -185,16 +187,18 @@ class Text(Dataset):
             raise TangleNASError(f"{self.name}: {root} {what}. Put text there, or give another root= or pattern=.")
         return text
 
-    def _read_of(self, folder: Path, pattern: str) -> str:
+    def _read_of(self, folder: Path) -> str:
         """Return a line with the number of files that were read of a folder, and the suffixes of the others."""
-        read = len(self._files(folder, pattern))
-        others = Counter(
-            path.suffix or path.name
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.match(pattern) and not path.name.startswith(".")
-        )
+        read, others = 0, Counter[str]()
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(place, name) for name in names if not name.startswith(".")):
+                if path in self._read_paths:
+                    read += 1
+                else:
+                    others[path.suffix or "without suffix"] += 1
         passed = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
-        return f"  {folder}: {read:,} files {pattern}" + (f" (passed over: {passed})" if passed else "")
+        return f"  {folder}: {read:,} files" + (f" (passed over: {passed})" if passed else "")
 
     def _decoded(self, path: Path) -> str:
         try:

@@ -313,7 +313,7 @@ def _labels(dataset: Dataset) -> Any:
             f"labels of {dataset.name} has {int(found[position])} at position {position}, expected a class from 0 to "
             f"{dataset.num_classes - 1}: number the classes from 0 on, or correct num_classes"
         )
-    if (named := len(dataset.class_names)) != dataset.num_classes:
+    if (named := len(dataset.class_names)) not in (0, dataset.num_classes):
         raise TangleNASError(
             f"class_names of {dataset.name} has {named} names for {dataset.num_classes} classes, expected one for each "
             "class: correct it, or leave it out, and the classes are called by their numbers"

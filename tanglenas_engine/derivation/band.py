@@ -54,20 +54,22 @@ class Band:
     Args:
         budget: The limits; at least one.
         least: The share of a limit that an architecture uses at least, from 0 to 1.
+        of: The name of the limit that is meant by that; None for any of them.
 
     Raises:
         TangleNASError: No architecture is in the band.
     """
 
-    def __init__(self, budget: Budget, least: float = 0.93):
+    def __init__(self, budget: Budget, least: float = 0.93, of: str | None = None):
         self.space, self.budget, self.least = budget.space, budget, least
         budget.check()
-        self._limits = sorted(budget.limits, key=lambda limit: limit.name)  # samples do not depend on their order
+        # Samples do not depend on the order of the limits.
+        self._limits = sorted((limit for limit in budget.limits if of in (None, limit.name)), key=lambda it: it.name)
         self._counters: list[_Counter] = []
         self._extremes: dict[bool, Architecture] = {}
         self._scores: Mapping[Row, Sequence[float]] | None = None
         self._under_scores: list[_Counter] = []
-        self.exact = tabulated(self.space, self._limits)
+        self.exact = tabulated(self.space, budget.limits)
         if self.exact:
             for limit in self._limits:
                 counter = _Counter.count(self.space, limit, least)
@@ -160,10 +162,9 @@ class Band:
 
     def _used_limits(self, picks: Mapping[Any, int]) -> list[int]:
         """Return the indices of the limits whose share the assignment reaches; [] if it exceeds a limit."""
-        costs = [(limit.cost(picks), limit) for limit in self._limits]
-        if any(cost > limit.allowed for cost, limit in costs):
+        if any(limit.cost(picks) > limit.allowed for limit in self.budget.limits):
             return []
-        return [number for number, (cost, limit) in enumerate(costs) if cost >= self.least * limit.most]
+        return [n for n, limit in enumerate(self._limits) if limit.cost(picks) >= self.least * limit.most]
 
     def _empty(self) -> TangleNASError:
         ranges = " or ".join(

@@ -148,6 +148,10 @@ class Budget:
             raise TangleNASError(f"no architecture of {self.space.label} was found within the budget: raise it")
         return Projection(self.space.architecture_of(found[0]), found[1])
 
+    def is_tabulated(self, *costs: str | Objective) -> bool:
+        """Return whether the limits, and these costs, have tables over the decisions of the space."""
+        return tabulated(self.space, [*self.limits, *(_unlimited(self.space, cost) for cost in costs)])
+
     def minimum(self, tables: Tables) -> Architecture:
         """Return the architecture within the budget at which a sum of tables is least.
 
@@ -166,26 +170,37 @@ class Budget:
             raise TangleNASError(f"no architecture of {self.space.label} was found within the budget: raise it")
         return self.space.architecture_of(found)
 
+    def cheapest(self, cost: str | Objective) -> Architecture:
+        """Return the architecture within the budget that costs least in another cost.
+
+        Without tables it is the end of random moves that cost less, from an architecture within the budget.
+        """
+        return self._end(cost, 1)
+
     def dearest(self, cost: str | Objective) -> Architecture:
         """Return the architecture within the budget that costs most in another cost: a baseline that needs no data.
 
         Without tables it is the end of random moves that cost more, from an architecture within the budget.
         """
+        return self._end(cost, -1)
+
+    def _end(self, cost: str | Objective, sign: int) -> Architecture:
+        """Return the architecture within the budget of least `sign * cost`."""
         limit = _unlimited(self.space, cost)
         if tabulated(self.space, [limit, *self.limits]):
-            goal = {rows: [-value for value in values] for rows, values in (limit.tables or {}).items()}
+            goal = {rows: [sign * value for value in values] for rows, values in (limit.tables or {}).items()}
             found, _ = _solve(self.space, goal, self.limits)
             if found is not None:
                 return self.space.architecture_of(found)
         self.check()
         generator = torch.Generator().manual_seed(0)
-        start = self.space.assignment_of(self.shrink(self.space.largest(), generator))
-        most = limit.cost(self.space.assignment_of(dearest(self.space, cost)))
+        start = self.shrink(self.space.smallest() if sign > 0 else self.space.largest(), generator)
+        bound = limit.cost(_extreme(self.space, limit, sign)[0])
 
         def missing(picks: Picks) -> float:
-            return math.inf if self.excess(picks) else max(0.0, float(most - limit.cost(picks)))
+            return math.inf if self.excess(picks) else max(0.0, float(sign * (limit.cost(picks) - bound)))
 
-        return self.space.architecture_of(self._descend(start, missing, generator))
+        return self.space.architecture_of(self._descend(self.space.assignment_of(start), missing, generator))
 
     def shrink(self, architecture: Architecture, generator: torch.Generator) -> Architecture:
         """Return the architecture after random moves into the budget, each of which lowers the excess."""

@@ -235,6 +235,11 @@ class Candidates(Proposals):
         return Trial(drawing, few, short, many, long, timer.seconds - timer.used())
 
     @property
+    def front_cost(self) -> str | Objective:
+        """The cost of a front: a metric's name, or an objective."""
+        return next((one for one in self.objectives if one.name == self.cost), self.cost)
+
+    @property
     def records(self) -> list[Record]:
         return [*self._judged.values()]
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget, cheapest
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.surrogate import Explained, is_impossible
 from tanglenas_engine.errors import TangleNASError, at_least, positive
@@ -43,11 +43,12 @@ def front(
         TangleNASError: An option is out of its range, or a level is below the cheapest architecture's cost.
     """
     at_least("front.rounds", rounds, 1)
+    number = len(levels) if isinstance(levels, list | tuple) else at_least("front.levels", levels, 1)
+    at_least("the number of front.levels", number, 1)
+    if is_impossible(candidates, number * rounds, candidates.front_cost):
+        candidates.judge(candidates.first(candidates.limit, fill=False), candidates.limit, on="first rung")
+        return
     budgets, bands = _levels(candidates, levels)
-    proposals = len(budgets) * rounds
-    if is_impossible(candidates, proposals, budgets[-1]):
-        proposals = 0
-    count = candidates.limit - proposals
     turns = itertools.cycle(bands)
 
     def random(count: int) -> list[Architecture]:
@@ -55,15 +56,16 @@ def front(
         found = candidates.fresh(count, lambda: next(turns).sample(candidates.generator), fill=False) if bands else []
         return found + candidates.fresh(count - len(found), fill=False)
 
+    count = candidates.limit - number * rounds
     drawn = random(count) if candidates.prior is None else candidates.first(count, fill=False)
     candidates.judge(drawn, candidates.limit, on="first rung")
     explained = Explained(candidates)
-    for _ in range(proposals // len(budgets)):
+    for _ in range(rounds):
         tables = explained.by_tables(drawn)
         best = {one.digest: one for one in (budget.minimum(tables) for budget in budgets)}
         new = [one for digest, one in best.items() if digest not in candidates.drawn]
         candidates.drawn.update(one.digest for one in new)
-        new += random(len(budgets) - len(new))
+        new += random(number - len(new))
         if not new:
             return
         drawn += new
@@ -71,26 +73,22 @@ def front(
 
 
 def _levels(candidates: Candidates, levels: int | Sequence[float]) -> tuple[list[Budget], list[Band]]:
-    """Return the budget of each level, cheapest first, and the costs that are drawn for it."""
-    space, budget = candidates.space, candidates.budget
-    objectives = {one.name: one for one in candidates.objectives}
-    cost = objectives.get(candidates.cost, candidates.cost)
+    """Return the budget of each level, cheapest first, and the architectures that are drawn for it."""
+    space, budget, cost = candidates.space, candidates.budget, candidates.front_cost
 
     def price(architecture: Architecture) -> float:
         return getattr(space.cost(architecture), cost) if isinstance(cost, str) else cost.cost(architecture)
 
-    least, most = price(cheapest(space, cost)), price(budget.dearest(cost))
-    if isinstance(levels, Sequence) and not isinstance(levels, str):
-        at_least("the number of front.levels", len(levels), 1)
-        fill, edges = candidates.fill, [least, *sorted({min(positive("front.levels", one), most) for one in levels})]
+    least, most = price(budget.cheapest(cost)), price(budget.dearest(cost))
+    if isinstance(levels, int):
+        fill, edges = 0.0, (np.geomspace if least > 0 else np.linspace)(least, most, levels + 1).tolist()
     else:
-        count = at_least("front.levels", levels, 1)
-        fill, edges = 0.0, (np.geomspace if least > 0 else np.linspace)(least, most, count + 1).tolist()
+        fill, edges = candidates.fill, [least, *sorted({min(positive("front.levels", one), most) for one in levels})]
     limits = {limit.name: limit.most for limit in budget.limits}
     budgets, bands = [], []
     for below, level in itertools.pairwise(edges):
         budgets.append(Budget(space, {**limits, candidates.cost: level}, candidates.objectives))
-        budgets[-1].check()
         with contextlib.suppress(TangleNASError):  # costs with few values may have none there
-            bands.append(Band(budgets[-1], max(below / level, fill)))
+            bands.append(Band(budgets[-1], max(below / level, fill), of=candidates.cost))
+    budgets[0].check()
     return budgets, bands

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tanglenas_engine.derivation.budget import Budget, Tables, Vector, tabulated
+from tanglenas_engine.derivation.budget import Tables, Vector
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.errors import at_least
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.superposition.size import Assignment, Row, combinations
@@ -43,7 +44,7 @@ def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int
     """
     at_least("surrogate.proposals", proposals, 1)
     candidates.in_generations(None, single=proposals)
-    if is_impossible(candidates, proposals, candidates.budget):
+    if is_impossible(candidates, proposals):
         candidates.judge(candidates.first(candidates.limit))
         return
     explained = Explained(candidates)
@@ -60,15 +61,15 @@ def surrogate(candidates: Candidates, mixture: Mixture | None, *, proposals: int
         candidates.judge([best], candidates.limit)
 
 
-def is_impossible(candidates: Candidates, proposals: int, budget: Budget) -> bool:
-    """Return whether a regression is impossible, with so many proposals within a budget, and note why."""
+def is_impossible(candidates: Candidates, proposals: int, *costs: str | Objective) -> bool:
+    """Return whether a regression is impossible, with so many proposals within limits of these costs, and note why."""
     trouble = ""
     if candidates.limit - proposals < 2 * FOLDS:
         trouble = (
             f"{candidates.limit} candidates without {proposals} proposals are too few to fit, which takes {2 * FOLDS}: "
             "raise discretize.candidates"
         )
-    elif not tabulated(candidates.space, budget.limits):
+    elif not candidates.budget.is_tabulated(*costs):
         trouble = "a cost of the budget has no tables, or the space does not tell its decisions"
     if trouble:
         candidates.note(f"no regression, all candidates are random: {trouble}")

@@ -58,13 +58,19 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
     check_later_budget(stage.space, stage.dataset)
     own, inputs = _created_with(), input_options(stage.dataset)
     retrained: dict[str, Any] = {}
+    with _later("discretize", stage.space, stage.dataset) as about_this:
+        if about_this and _created_with() != own:
+            try:
+                compare("discretize", create()[2], inputs, "the supernet", stage.progress)
+            except TangleNASError as error:  # a search by hand may have options that discretize will get by hand, too
+                stage.progress.note(f"discretize will refuse this search: {error}")
     with _later("retrain", stage.space, stage.dataset) as about_this:
         if about_this:
             with _ranks(), seeded(stage.seed):
                 space, dataset = (stage.space, stage.dataset) if _created_with() == own else create()[1:]
                 retrained = input_options(dataset)
                 if inherits():
-                    compare("retrain", dataset, inputs, "the supernet")
+                    compare("retrain", dataset, inputs, "the supernet", stage.progress)
                     if _shapes(space) != _shapes(stage.space):
                         raise TangleNASError(
                             f"the space is of another size than in the search, and {inherited_advice()}"
@@ -76,7 +82,7 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
     with _later("evaluate", stage.space, stage.dataset) as about_this:
         if about_this:
             dataset = stage.dataset if _created_with() == own else create()[2]
-            compare("evaluate", dataset, retrained, "the network of retrain")
+            compare("evaluate", dataset, retrained, "the network of retrain", stage.progress)
 
 
 def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:

@@ -243,12 +243,12 @@ def write_sample(stage: Stage, network: nn.Module) -> str:
     """
     try:
         shown = stage.space.show(network.cpu(), stage.dataset)
+        if shown is None:
+            return ""
+        stage.write("sample.txt", shown + "\n")
     except Exception as error:
         stage.progress.note(f"evaluate: no sample, as `show` of {stage.space.name!r} failed: {describe(error)}")
         return ""
-    if shown is None:
-        return ""
-    stage.write("sample.txt", shown + "\n")
     return shown
 
 

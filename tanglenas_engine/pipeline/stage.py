@@ -184,7 +184,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
             seed, space, dataset = create()
             if name == "search" and distributed.rank() == 0:
                 dataset.verify(ConsoleProgress(), root / ".tanglenas")
-            check_same_inputs(name, dataset, inputs)
+            check_same_inputs(name, dataset, inputs, ConsoleProgress())
             weights = pretrained(space, dataset) if name == "search" else ""
         config = gin.config_str()
         code = {package.__name__: code_version(package) for package in {tanglenas_engine, *packages()}} | own_code()

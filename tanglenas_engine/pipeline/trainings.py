@@ -30,6 +30,7 @@ from tanglenas_engine.pipeline.inputs.own_code import own_code
 from tanglenas_engine.pipeline.inputs.same_inputs import check_same_inputs
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.fingerprint import code_version, file_digest, fingerprint
+from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.retrain import Kept, RetrainResult, trained
@@ -144,7 +145,7 @@ class ProjectTraining:
             refuse_race()
             if inherits():
                 _, space, dataset = create()  # refused here, before anything is judged, if they do not fit
-                check_same_inputs("retrain", dataset, (SUPERNET,))
+                check_same_inputs("retrain", dataset, (SUPERNET,), SilentProgress())
                 load_inherited(space)
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
             code = {package.__name__: code_version(package) for package in packages()} | own_code()

@@ -114,8 +114,9 @@ def _check_alone(dataset: Dataset) -> None:
     """Check that a subset holds no other samples than its own, by the bytes in which workers get it."""
     everything = torch.arange(len(dataset))
     few, whole = (len(pickle.dumps(dataset.subset(it, train=False))) for it in (everything[:2], everything))
-    # Indices and labels of int64 have 16 bytes a sample. Every sample of its own has more.
-    assert few < whole / 2 or whole - few > 16 * (len(everything) - 2), (
+    inputs, _ = _batch(dataset.subset(everything[:1], train=False), torch.zeros(1, dtype=torch.long))
+    # Samples that are held have a byte for each number at least. What has fewer bytes may be a tokenizer, say.
+    assert few < whole / 2 or few < len(everything) * inputs[0].numel(), (
         f"subset() of 2 samples takes {few:,} bytes and that of all {len(everything):,} takes {whole:,}: it holds the "
         "samples of other splits. Copy the rows at indices, and no more"
     )

@@ -13,7 +13,9 @@ from tanglenas_engine.derivation.levels import front
 from tanglenas_engine.derivation.pareto import final_front, undominated
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.spaces.cost import Additive
 from tanglenas_engine.spaces.objective import Objective
+from tanglenas_engine.superposition.size import combinations
 
 
 class Spared(Objective):
@@ -23,6 +25,24 @@ class Spared(Objective):
 
     def measure(self, architecture):
         return float(self.space.cost(self.space.largest()).params - self.space.cost(architecture).params)
+
+
+class Counted(Objective):
+    """A cost with tables that falls where the parameters grow: 1 for each row at its first option."""
+
+    name = "counted"
+
+    def terms(self, space):
+        rows = {(*(row.gate[0].rows if row.gate else ()), row): row for row in space.rows}
+        return Additive(
+            {
+                key: [
+                    float(row.active(picks) and row.options[picks[row]] == min(row.options))
+                    for picks in combinations(key)
+                ]
+                for key, row in rows.items()
+            }
+        )
 
 
 class Notes(SilentProgress):
@@ -121,8 +141,33 @@ def test_every_candidate_is_within_the_budget_and_levels_beyond_it_are_its_own()
         assert len(tried.records) == 60
         assert max(row["macs"] for row in tried.records) <= 0.5 * high.macs
         assert max(row["params"] for row in tried.records) <= 0.6 * high.params
-        assert max(row["macs"] for row in tried.records) > 0.4 * high.macs
+        if levels != 5:  # of two limits, each level's cost is what candidates fill
+            first = [row["macs"] for row in tried.records if row["generation"] == 0]
+            filled = [
+                sum(0.9 * level <= cost <= level for cost in first) for level in (0.3 * high.macs, 0.5 * high.macs)
+            ]
+            assert sum(filled) == len(first) and min(filled) > 15
         assert {row["generation"] for row in tried.records} == {0, 1, 2, 3}
+
+
+def test_levels_start_at_the_cheapest_architecture_within_the_budget():
+    """What is cheap in parameters may be dear in the cost that is limited."""
+    space = tiny("autoformer_nano")
+    objective, low = Counted().bind(space), space.cost(space.smallest()).params
+    most = 0.5 * objective.cost(space.smallest())
+    budget = Budget(space, {"counted": most}, [objective])
+    with Known(space, additive(space, 0), limit=60, budget=budget, objectives=[objective]) as tried:
+        front(tried, None, levels=4)
+    assert len(tried.records) == 60 and {row["generation"] for row in tried.records} == {0, 1, 2, 3}
+    assert all(row["counted"] <= most for row in tried.records) and min(row["params"] for row in tried.records) > low
+
+
+def test_a_cost_in_place_of_a_number_of_levels_ends_at_once():
+    space = tiny("autoformer_nano")
+    notes = Notes()
+    with Known(space, additive(space, 0), limit=60, progress=notes) as tried:
+        front(tried, None, levels=4_500_000)
+    assert len(tried.records) == 60 and "too few to fit" in notes.lines[0]
 
 
 def test_the_cost_can_be_an_objective_by_which_one_architecture_is_free():
@@ -192,6 +237,7 @@ def test_without_enough_candidates_or_decisions_all_are_random_and_that_is_said(
         ({"levels": "macs"}, "front.levels is 'macs', expected a whole number"),
         ({"levels": []}, "the number of front.levels is 0, expected a whole number of at least 1"),
         ({"levels": [-1]}, "front.levels is -1, expected a positive number"),
+        ({"levels": True}, "front.levels is True, expected a whole number"),
         ({"levels": [1, 10**6]}, r"at most 1 params: the smallest has [\d,]+\. Raise"),
         ({"rounds": 0}, "front.rounds is 0, expected a whole number of at least 1"),
     ],

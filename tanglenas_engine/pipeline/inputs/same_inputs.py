@@ -6,6 +6,7 @@ Splits serve every resolution and augmentation, so their fingerprint tells nothi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import gin
 from tanglenas_engine.data import Dataset
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.files import SUPERNET, WEIGHTS, inherits, read_json_or_empty
+from tanglenas_engine.runtime.progress import Progress
 from tanglenas_engine.runtime.weights import weights_metadata
 
-NORMALISED = ("mean", "std", "interpolation")
+NORMALISED = ("mean", "std", "interpolation", "in_channels")
 """What a training that goes on from weights must keep. It may have larger images, as in progressive resizing."""
-SHAPED = ("crop_pct", "in_channels", "image_size")
-"""What counts, too, for weights that are taken as they are."""
+SHAPED = ("crop_pct", "image_size")
+"""What counts, too, for weights that are taken as they are. Evaluate may have other sizes on purpose, and says so."""
+ALIKE = 1e-4
+"""The difference up to which numbers are equal. A mean of images has other last digits on another machine."""
 
 
 def input_options(dataset: Dataset) -> dict[str, Any]:
@@ -38,32 +42,33 @@ def inputs_metadata(dataset: Dataset) -> dict[str, str]:
     return {"inputs": json.dumps(options)} if options else {}
 
 
-def check_same_inputs(stage: str, dataset: Dataset, inputs: Sequence[Path]) -> None:
+def check_same_inputs(stage: str, dataset: Dataset, inputs: Sequence[Path], progress: Progress) -> None:
     """Refuse inputs of a stage that are made otherwise than those on which its weights were trained.
 
-    Weights whose files say nothing of their inputs are taken, as earlier versions wrote such files.
+    Weights whose files say nothing of their inputs are taken, as earlier versions wrote such supernets.
 
     Args:
         stage: The name of the stage.
         dataset: Its dataset.
         inputs: The files of earlier stages that it starts from.
+        progress: Gets a note where evaluate has other sizes.
 
     Raises:
-        TangleNASError: The mean, the standard deviation or the interpolation differs, or, for weights that are not
-            trained further, the crop or the size of the image.
+        TangleNASError: The mean, the standard deviation, the interpolation or the channels differ, or, for weights that
+            discretize or a retrain with mode "inherit" takes as they are, the crop or the size of the image.
     """
     if WEIGHTS in inputs:
         config = read_json_or_empty(WEIGHTS.with_name("config.json"))
-        compare(stage, dataset, _options(config.get("pretrained_cfg")), f"the network in {WEIGHTS.parent}")
+        compare(stage, dataset, _options(config.get("pretrained_cfg")), f"the network in {WEIGHTS.parent}", progress)
     elif SUPERNET in inputs and (stage != "retrain" or inherits()):
         try:
             made = json.loads(weights_metadata(SUPERNET).get("inputs", "{}"))
         except ValueError:
             made = {}
-        compare(stage, dataset, made, f"the supernet in {SUPERNET}")
+        compare(stage, dataset, made, f"the supernet in {SUPERNET}", progress)
 
 
-def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str) -> None:
+def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str, progress: Progress) -> None:
     """Refuse inputs of a stage that differ from those on which weights were trained; see `check_same_inputs`.
 
     Args:
@@ -71,17 +76,23 @@ def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str)
         dataset: Its dataset.
         made: The `input_options` of the training.
         weights: The weights, in the words of the error.
+        progress: Gets a note where evaluate has other sizes.
     """
     further = stage == "retrain" and gin.get_bindings("retrain").get("mode", "scratch") != "inherit"
     here, there = input_options(dataset), made if isinstance(made, Mapping) else {}
     names = [it for it in (*NORMALISED, *(() if further else SHAPED)) if it in here and it in there]
-    if other := [it for it in names if here[it] != there[it]]:
-        trained, found = (" and ".join(f"{it} {_text(options[it])}" for it in other) for options in (there, here))
-        raise TangleNASError(
-            f"{weights} was trained on inputs with {trained}, and {stage} has {found}: bind "
-            f"{' and '.join(f'create_dataset.{it}' for it in other)} in gin/datasets/{dataset.name}.gin, which all "
-            "stages read, and in no file of one stage alone"
-        )
+    other = [it for it in names if not _alike(here[it], there[it])]
+    if not other:
+        return
+    trained, found = (" and ".join(f"{it} {_text(options[it])}" for it in other) for options in (there, here))
+    told = f"{weights} was trained on inputs with {trained}, and {stage} has {found}"
+    if stage == "evaluate" and not {*other} & {*NORMALISED}:
+        progress.note(told)
+        return
+    raise TangleNASError(
+        f"{told}: make them alike, by options in gin/datasets/{dataset.name}.gin, which all stages read, and in no "
+        "file of one stage alone"
+    )
 
 
 def _options(config: object) -> dict[str, Any]:
@@ -93,6 +104,15 @@ def _options(config: object) -> dict[str, Any]:
     if isinstance(size, Sequence) and len(size) == 3:
         options |= {"in_channels": size[0], "image_size": size[1] if size[1] == size[2] else list(size[1:])}
     return options
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Return whether two values of an option are equal, numbers up to `ALIKE`."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=ALIKE, abs_tol=ALIKE)
+    return bool(one == other)
 
 
 def _text(value: object) -> str:

@@ -398,11 +398,13 @@ def test_an_option_of_another_tokenizer_or_of_folders_is_refused(tmp_path):
 
 
 def test_a_text_tells_what_was_read_and_what_was_passed_over(tmp_path):
-    for name in ("a.txt", "b.txt", "C.TXT", "n.md", ".hidden"):
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", "b.txt", "t.txt", "C.TXT", "n.md", "LICENSE", ".hidden", ".git/o.bin"):
         written(tmp_path / name, "abcab" * 100)
-    lines = Text(tmp_path, block_size=8).describe().splitlines()
-    assert lines[0].endswith(": 2 files *.txt (passed over: 1 .TXT, 1 .md)")
-    assert lines[1] == "  1,000 characters, 4 kinds of tokens by char"
+    lines = Text(tmp_path, block_size=8, test_root=tmp_path / "t.txt").describe().splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"  {tmp_path}: 3 files (passed over: ")
+    assert {*lines[0].split(": ")[-1].rstrip(")").split(", ")} == {"1 .TXT", "1 .md", "1 without suffix"}
+    assert lines[1] == "  1,500 characters, 4 kinds of tokens by char"
 
 
 def test_a_tokenizer_file_gets_a_text_whole(tmp_path):
