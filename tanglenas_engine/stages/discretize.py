@@ -198,7 +198,7 @@ def discretize(
         seconds: The time that judging may take, instead of `candidates`. A trial says how many candidates fit. Argmax
             judges one, and the trainings of a race have a budget of their own.
         clock: The clock for `seconds`: "processor" adds up the seconds of all threads and ranks, which other programs
-            hardly change; "wall" is the clock for work on a GPU.
+            hardly change if there is one thread; "wall" is the clock for work on a GPU.
         prior: "uniform" draws the first candidates with equal probability for all options of a row. "mixture" draws
             them from the mixture, and starts with the architecture of argmax.
         cost: The cost of the front: "params", "macs" or the name of an objective.

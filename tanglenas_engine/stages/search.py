@@ -118,7 +118,7 @@ def search(
         seconds: The time that the search may take, instead of `epochs`. A trial of a few steps says how many epochs
             fit; the schedule is complete at the end of the last. None counts epochs.
         clock: The clock for `seconds`: "processor" adds up the seconds of all threads and ranks, which other programs
-            on the machine change little; "wall" is right for a GPU.
+            on the machine change little if there is one thread; "wall" is right for a GPU.
         batch_size: The number of samples per batch, over all ranks.
         weight_optimizer: A function from parameter groups to the optimizer of the supernet's weights.
         architecture_optimizer: A function from parameters to the optimizer of alpha.
