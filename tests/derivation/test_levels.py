@@ -4,27 +4,17 @@ import itertools
 import math
 
 import pytest
-from known import Known, Raced, additive
+from known import Known, Notes, Raced, Spared, additive, volume
 from spaces import SPACES, vit
 from tiny import tiny
 
 from tanglenas_engine.derivation.budget import Budget, cheapest, dearest
 from tanglenas_engine.derivation.levels import front
-from tanglenas_engine.derivation.pareto import final_front, undominated
+from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.spaces.cost import Additive
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.superposition.size import combinations
-
-
-class Spared(Objective):
-    """The parameters that an architecture has less than the largest: what is cheap by it is large, and one is free."""
-
-    name = "spared"
-
-    def measure(self, architecture):
-        return float(self.space.cost(self.space.largest()).params - self.space.cost(architecture).params)
 
 
 class Counted(Objective):
@@ -45,27 +35,11 @@ class Counted(Objective):
         )
 
 
-class Notes(SilentProgress):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, sentence):
-        self.lines.append(sentence)
-
-
 def judged(space, worth, **options):
     """Return the records of all architectures of a space, or of so many."""
     with Known(space, worth, **{"limit": space.size} | options) as every:
         every.judge(every.fresh(every.limit))
     return every.records
-
-
-def volume(rows, cost, most):
-    """The area that a front dominates, of that between a loss of 100 and the largest cost."""
-    area, points = 0.0, undominated(rows, cost)
-    for point, following in zip(points, [*points[1:], {cost: most}], strict=True):
-        area += (100 - point["loss"]) * (following[cost] - point[cost])
-    return area
 
 
 @pytest.mark.parametrize("seed", range(3))

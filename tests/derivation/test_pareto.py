@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 
 import pytest
-from known import Known, Raced, additive
+from known import Known, Raced, Spared, additive, volume
 from spaces import vit
 from tiny import tiny
 
@@ -14,7 +14,6 @@ from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.pareto import final_front, nsga2, undominated
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import figures
-from tanglenas_engine.spaces.objective import Objective
 
 
 def dominates(one, other, cost):
@@ -71,19 +70,11 @@ def test_after_a_race_the_whole_front_is_judged_on_all_samples():
     assert measured[0] == measured[1] == measured[2]
 
 
-def volume(rows, cost, space):
-    """The area that a front dominates, of that between a loss of 100 and the largest cost."""
-    most, area, points = getattr(space.cost(space.largest()), cost), 0.0, undominated(rows, cost)
-    for point, following in zip(points, [*points[1:], {cost: most}], strict=True):
-        area += (100 - point["loss"]) * (following[cost] - point[cost])
-    return area
-
-
 @pytest.mark.parametrize("name, cost", [("autoformer_nano", "params"), ("mobilenetv3_nano", "macs")])
 @pytest.mark.exhaustive
 def test_it_finds_a_better_front_than_as_many_random_candidates(name, cost):
     space = tiny(name)
-    better = 0
+    most, better = getattr(space.cost(space.largest()), cost), 0
     for seed in range(3):
         worth = additive(space, seed)
         with Known(space, worth, limit=160, seed=seed, cost=cost) as bred:
@@ -91,17 +82,8 @@ def test_it_finds_a_better_front_than_as_many_random_candidates(name, cost):
         with Known(space, worth, limit=160, seed=seed) as drawn:
             drawn.judge(drawn.fresh(160))
         assert len(bred.records) == len({row["digest"] for row in bred.records}) == 160
-        better += volume(bred.records, cost, space) > volume(drawn.records, cost, space)
+        better += volume(bred.records, cost, most) > volume(drawn.records, cost, most)
     assert better == 3
-
-
-class Spared(Objective):
-    """The parameters that an architecture has less than the largest: what is cheap by it is large."""
-
-    name = "spared"
-
-    def measure(self, architecture):
-        return float(self.space.cost(self.space.largest()).params - self.space.cost(architecture).params)
 
 
 @pytest.mark.slow

@@ -7,23 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from known import Known, seconds_of
+from known import Known, Notes, seconds_of
 from spaces import SPACES, vit
 from tiny import ALL, tiny
 
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.surrogate import Terms, fitted, surrogate
-from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.superposition.size import Size
-
-
-class Notes(SilentProgress):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 @pytest.mark.parametrize("proposals", [1, 8])

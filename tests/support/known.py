@@ -4,8 +4,10 @@ import torch
 from spaces import vit
 
 from tanglenas_engine.derivation.candidates import Candidates
-from tanglenas_engine.derivation.pareto import final_front
+from tanglenas_engine.derivation.pareto import final_front, undominated
 from tanglenas_engine.runtime import timer
+from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.training.measure import Measured
 
@@ -65,3 +67,30 @@ def additive(space, seed):
         return 100 * sum(used) / len(used)
 
     return worth
+
+
+class Spared(Objective):
+    """The parameters that an architecture has less than the largest: what is cheap by it is large, and one is free."""
+
+    name = "spared"
+
+    def measure(self, architecture):
+        return float(self.space.cost(self.space.largest()).params - self.space.cost(architecture).params)
+
+
+class Notes(SilentProgress):
+    """Keeps what a person is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, sentence):
+        self.lines.append(sentence)
+
+
+def volume(rows, cost, most):
+    """The area that a front dominates, of that between a loss of 100 and the largest cost."""
+    area, points = 0.0, undominated(rows, cost)
+    for point, following in zip(points, [*points[1:], {cost: most}], strict=True):
+        area += (100 - point["loss"]) * (following[cost] - point[cost])
+    return area
