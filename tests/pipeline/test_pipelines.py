@@ -395,16 +395,18 @@ def test_an_architecture_file_that_does_not_fit_is_refused(
     assert message in refused(stage)
 
 
-def test_a_sample_that_fails_costs_no_result(
-    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def show(*_: object) -> str:
-        raise AttributeError("'Tokens' object has no attribute 'encode'")
+def _fails(*_: object) -> str:
+    raise AttributeError("'Tokens' object has no attribute 'encode'")
 
+
+@pytest.mark.parametrize("show, told", [(_fails, "AttributeError: 'Tok"), (lambda *_: ["no text"], "TypeError: ")])
+def test_a_sample_that_fails_costs_no_result(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], show: Callable, told: str
+) -> None:
     monkeypatch.setattr("tanglenas_engine.spaces.space.SearchSpace.show", show)
     Path("metrics/evaluate.json").unlink()
     evaluate.main(arguments(done, "evaluate"))
-    assert "no sample, as `show` of 'autoformer_nano' failed: AttributeError: 'Tok" in capsys.readouterr().out
+    assert f"no sample, as `show` of 'autoformer_nano' failed: {told}" in capsys.readouterr().out
     assert Path("metrics/evaluate.json").exists() and not Path("out/evaluate/sample.txt").exists()
 
 

@@ -328,6 +328,27 @@ class Holding(Images):
         return Pool(self.images, self.labels, indices)
 
 
+LARGE = torch.arange(60.0 * 32 * 32).reshape(60, 1, 32, 32)
+
+
+class Numbered(Pool):
+    """Samples that are read by their numbers, with something large that is not of samples."""
+
+    def __init__(self, labels, indices):
+        super().__init__(None, labels, indices)
+        self.vocabulary = bytes(20_000)
+
+    def batch(self, indices):
+        return LARGE[self.indices[indices]], self.labels[indices]
+
+
+class Reading(Images):
+    image_size = 32
+
+    def subset(self, indices, *, train):
+        return Numbered(self.labels, indices)
+
+
 class Tokens(Dataset):
     name, labels = "tokens", None
 
@@ -690,3 +711,10 @@ def test_a_dataset_names_each_class_once():
     with pytest.raises(TangleNASError, match="class_names of images has 2 names for 3 classes, expected one for each"):
         make_splits(Unnamed(), seed=0)
     assert Plain().input_config()["label_names"] == ["0", "1", "2"]
+    unnamed = Plain()
+    unnamed.class_names = ()
+    make_splits(unnamed, seed=0)
+
+
+def test_what_is_large_and_no_sample_is_no_alarm():
+    check_batches(Reading)
