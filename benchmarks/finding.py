@@ -404,11 +404,15 @@ class Study(contextlib.AbstractContextManager["Study"]):
             return
         space, _, searched = self.searched(METHODS[name], seed)
         self.once(f"lengths/{name}/search", lambda: {"seconds": searched["search_seconds"]})
-        weights = {key: tensor.clone() for key, tensor in space.state_dict().items()}
         pool = self.pool()
-        for number, key in keys.items():
-            space.load_state_dict(weights)
-            self.once(key, partial(self.trained, pool[number], 0, supernet=space))
+        self.fine_tuned(space, {key: pool[number] for number, key in keys.items()}, 0)
+
+    def fine_tuned(self, supernet: SearchSpace, networks: dict[str, Architecture], seed: int) -> None:
+        """Fine-tune networks from a supernet's weights; each is a result under its key."""
+        weights = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
+        for key, one in networks.items():
+            supernet.load_state_dict(weights)
+            self.once(key, partial(self.trained, one, seed, supernet=supernet))
 
     def pool(self) -> list[Architecture]:
         """Return the architectures of the pool, all different."""
@@ -449,17 +453,21 @@ class Study(contextlib.AbstractContextManager["Study"]):
             self.once(f"trained/{architecture.digest}/{seed}", partial(self.trained, architecture, seed))
 
     def front_at_once(self, name: str, seed: int) -> None:
-        """Search once, judge candidates for all budgets of the front together, and fine-tune the best for each."""
-        keys = {share: f"front/{name}, judged once, fine-tuned/{share}/{seed}" for share in FRONT}
-        if all(key in self.done for key in keys.values()):
+        """Search once, judge candidates for all budgets of the front together, and fine-tune the best for each.
+
+        The random networks that compete are fine-tuned from the same weights, too: the search's choice against theirs.
+        """
+        found, drawn = (
+            {share: f"front/{name}, {what}, fine-tuned/{share}/{seed}" for share in FRONT}
+            for what in ("judged once", "random")
+        )
+        if all(key in self.done for key in (*found.values(), *drawn.values())):
             return
         space, _, searched = self.searched(METHODS[name], seed)
-        weights = {key: tensor.clone() for key, tensor in space.state_dict().items()}
         judged = self.once(f"judged once/{name}/{seed}", lambda: self.judged_once(space, seed) | searched)
-        for share, key in keys.items():
-            space.load_state_dict(weights)
-            architecture = space.from_string(judged["architectures"][str(share)])
-            self.once(key, partial(self.trained, architecture, seed, supernet=space))
+        best, random = judged["architectures"], self.random(seed)
+        networks = {key: space.from_string(best[str(share)]) for share, key in found.items()}
+        self.fine_tuned(space, networks | {key: random[share] for share, key in drawn.items()}, seed)
 
     def judged_once(self, space: SearchSpace, seed: int) -> dict[str, Any]:
         """Return the architecture that the method `front` finds best for each budget of the front."""
@@ -483,15 +491,17 @@ class Study(contextlib.AbstractContextManager["Study"]):
             "derive_seconds": round(time.process_time() - start, 2),
         }
 
-    def random_front(self, name: str, seed: int, start: int, epochs: int | None = None) -> None:
-        """Train a random network for each budget of the front, from the draws that begin at `start`.
-
-        `epochs` are those of `retrained`.
-        """
-        space = self.space()
+    def random(self, seed: int, start: int = 0) -> dict[float, Architecture]:
+        """Return a random network for each budget of the front, from the draws that begin at `start`."""
+        space, found = self.space(), {}
         for number, share in enumerate(FRONT):
             generator = torch.Generator().manual_seed(start + 1000 * seed + number)
-            one = Band(Budget(space, self.budget(share)), FILLED).sample(generator)
+            found[share] = Band(Budget(space, self.budget(share)), FILLED).sample(generator)
+        return found
+
+    def random_front(self, name: str, seed: int, start: int = 0, epochs: int | None = None) -> None:
+        """Train a random network for each budget of the front. `epochs` are those of `retrained`."""
+        for share, one in self.random(seed, start).items():
             self.once(f"front/{name}/{share}/{seed}", partial(self.trained, one, seed, epochs=epochs))
 
     def paths(self, optimizer: str, seed: int) -> None:
@@ -744,7 +754,7 @@ def front(task: str, data: str | None, out: Path, methods: str, seeds: str, long
     for seed in map(int, seeds.split(",")):
         for name in names:
             (study.front_at_once if longer else study.front)(name, seed)
-        study.random_front(f"random, {longer} epochs" if longer else "random", seed, 0, longer or None)
+        study.random_front(f"random, {longer} epochs" if longer else "random", seed, epochs=longer or None)
     for seed in () if longer else map(int, seeds.split(",")):
         study.random_front("another random", seed, 500)
     for share in () if longer else FRONT:
