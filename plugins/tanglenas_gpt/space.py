@@ -102,7 +102,7 @@ class GPT(SearchSpace):
         self.norm = elastic.LayerNorm(E, bias=bias)
         self.lm_head = elastic.Linear(E, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        network.initialise(self, L.max)
+        network.initialise(self, E.max, L.max)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map tokens `(B, T)`, T up to `block_size`, to logits of the next token, `(B, T, vocab_size)`."""

@@ -129,7 +129,7 @@ class Llama(SearchSpace):
         self.lm_head = elastic.Linear(E, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-        network.initialise(self, L.max)
+        network.initialise(self, E.max, L.max)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map tokens `(B, T)`, T up to `block_size`, to logits of the next token, `(B, T, vocab_size)`."""

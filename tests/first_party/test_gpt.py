@@ -380,14 +380,26 @@ def test_a_state_dict_without_the_embedding_is_refused():
         network.load_state_dict({})
 
 
-def test_fresh_networks_start_as_gpt_2_does():
+def test_fresh_networks_deviate_by_their_width():
+    """A deviation of 0.02 whatever the width leaves the attention of narrow networks uniform for most of a training."""
     space = create_space("gpt_nano", bias=True)
-    for model in (space, space.standalone(space.largest())):
-        for inner in (model.wte, model.wpe, model.blocks[0].fc1, model.blocks[3].attn.qkv):
-            assert inner.weight.std().item() == pytest.approx(0.02, rel=0.1)
-        for residual in (model.blocks[1].fc2, model.blocks[2].attn.proj):
-            assert residual.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
+    smallest = space.standalone(space.smallest())
+    for model, width, layers in ((space, 64, 4), (space.standalone(space.largest()), 64, 4), (smallest, 32, 2)):
+        std = math.sqrt(2 / (5 * width))
+        for inner in (model.wte, model.wpe, model.blocks[0].fc1, model.blocks[1].attn.qkv):
+            assert inner.weight.std().item() == pytest.approx(std, rel=0.1)
+        for residual in (model.blocks[1].fc2, model.blocks[1].attn.proj):
+            assert residual.weight.std().item() == pytest.approx(std / math.sqrt(2 * layers), rel=0.1)
             assert not residual.bias.any()
+
+
+def test_fresh_llamas_deviate_by_their_width():
+    space = create_space("llama_nano")
+    for model, width, layers in ((space, 64, 4), (space.standalone(space.smallest()), 32, 2)):
+        std, layer = math.sqrt(2 / (5 * width)), model.model.layers[1]
+        assert model.model.embed_tokens.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.mlp.down_proj.weight.std().item() == pytest.approx(std / math.sqrt(2 * layers), rel=0.1)
 
 
 def network(**options):
