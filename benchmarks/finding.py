@@ -120,7 +120,7 @@ class Task:
 
 
 SGD = partial(torch.optim.SGD, lr=0.025, momentum=0.9, nesterov=True, weight_decay=5e-4)
-VIT = {"relative_position": True, "weight_init": "jax", "drop_path": 0.1}
+VIT = {"relative_position": True, "drop_path": 0.1}
 TASKS = {
     "gpt_nano": Task(
         "gpt_nano", "stdlib_text", {"characters": 400_000}, {"bias": True},

@@ -93,6 +93,7 @@ def vision_transformer(
     mlp_ratio: Sequence[float],
     head_dim: int = 64,
     relative_position: bool = False,
+    position_std: float = 0.02,
     **options: Any,
 ) -> VisionTransformer:
     """Build timm's `VisionTransformer` with other heads and MLP widths in each block.
@@ -100,6 +101,7 @@ def vision_transformer(
     Args:
         num_heads: The number of heads of `head_dim` in each block.
         mlp_ratio: MLP ratio of each block.
+        position_std: Standard deviation of fresh position embeddings.
 
     Raises:
         ValueError: `dynamic_img_size` is asked for with relative positions, which are computed for one size of images.
@@ -122,7 +124,10 @@ def vision_transformer(
         return made
 
     kind = RelativeVisionTransformer if relative_position else VisionTransformer
-    return kind(depth=len(num_heads), block_fn=block, **options)
+    network = kind(depth=len(num_heads), block_fn=block, **options)
+    if network.pos_embed is not None:
+        nn.init.normal_(network.pos_embed, std=position_std)
+    return network
 
 
 @register_model

@@ -10,6 +10,7 @@ from spaces import SPACES, vit
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
+from tanglenas_engine import create_space
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_vit.network import RelativePosition2D, tanglenas_vit
 
@@ -41,6 +42,17 @@ def test_an_extracted_network_is_timm_s_class_with_the_chosen_blocks():
     assert [block.attn.num_heads for block in network.blocks] == [3, 1]
     assert [tuple(block.attn.qkv.weight.shape) for block in network.blocks] == [(36, 8), (12, 8)]
     assert [block.mlp.fc1.out_features for block in network.blocks] == [12, 16]
+
+
+def test_fresh_positions_are_not_drowned_by_the_patches():
+    """Without positions, the mean over patches only knows which patches there are, not where."""
+    space = create_space("autoformer_nano")
+    images = torch.randn(64, 1, 8, 8)
+    for network in (space, space.standalone(space.largest()), space.standalone(space.smallest())):
+        assert network.pos_embed.std().item() == pytest.approx(0.5, rel=0.1)
+        assert network.pos_embed.std() > network.patch_embed(images).std() / 4
+    wide = create_space("autoformer_nano", position_std=0.02)
+    assert wide.standalone(wide.largest()).pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.parametrize("relative_position", [False, True])
