@@ -18,9 +18,7 @@ def tanglenas_register_spaces(register):
         image_size=8,
         in_channels=1,
         num_classes=10,
-        # Narrow layers need weights that scale with the width. Patch embeddings then deviate by 1: positions, too.
-        weight_init="jax",
-        position_std=0.5,
+        weight_init="narrow",
     )
     register(
         "autoformer_t",

@@ -14,6 +14,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     global_pool_nlc,
     resample_abs_pos_embed,
+    trunc_normal_,
 )
 from timm.models import named_apply
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Choice, Size, TangleNASError, elastic
 from tanglenas_timm.space import TimmSpace
-from tanglenas_vit.network import RelativePosition2D, vision_transformer
+from tanglenas_vit.network import NARROW, RelativePosition2D, initialise_narrow, vision_transformer
 
 
 class Block(nn.Module):
@@ -53,9 +54,8 @@ class AutoFormer(TimmSpace):
         head_dim: Fixed dimension of a head; more heads make attention wider.
         global_pool: "avg" over the patch tokens, as in AutoFormer, or "token" for the class token.
         weight_init: timm's scheme. "" is its usual `trunc_normal(std=0.02)`, made for wide networks. "jax" scales
-            with the width, which narrow networks need.
-        position_std: Standard deviation of fresh position embeddings. timm's 0.02 fits patch embeddings that are as
-            small; those of "jax" deviate by 1, and drown it, so that a short training sees a bag of patches.
+            with the width. "narrow" is ours, for networks of up to about 100 channels and short trainings: as "jax",
+            but with positions as large as the patches, and a head that is not 0.
         relative_position: Use AutoFormer's 2D relative positions. The paper always has them, timm's ViT never.
         drop_path: Stochastic depth of the largest network. A block's rate grows with its place. A network of less
             depth, once extracted, spreads the rates over its own blocks, as timm does.
@@ -82,7 +82,6 @@ class AutoFormer(TimmSpace):
         drop: float = 0.0,
         drop_path: float = 0.0,
         weight_init: str = "",
-        position_std: float = 0.02,
         **options: Any,
     ):
         super().__init__(**options)
@@ -99,7 +98,6 @@ class AutoFormer(TimmSpace):
             num_classes=num_classes, img_size=image_size, in_chans=in_channels, patch_size=patch_size,
             head_dim=head_dim, global_pool=global_pool, relative_position=relative_position,
             proj_drop_rate=drop, drop_path_rate=drop_path, weight_init=weight_init,
-            position_std=position_std,
         )  # fmt: skip
         E: Choice = self.choice("embed_dim", embed_dim)
         D = self.choice("depth", depth)
@@ -153,6 +151,9 @@ class AutoFormer(TimmSpace):
         return {**self.settings, **choices, "fc_norm": False}
 
     def _initialise(self) -> None:
-        nn.init.normal_(self.pos_embed, std=self.settings["position_std"])
+        trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        named_apply(get_init_weights_vit(self.settings["weight_init"], needs_reset=False), self)
+        scheme = self.settings["weight_init"]
+        named_apply(get_init_weights_vit("jax" if scheme == NARROW else scheme, needs_reset=False), self)
+        if scheme == NARROW:
+            initialise_narrow(self)

@@ -23,6 +23,10 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+NARROW = "narrow"
+"""The scheme of initialisation that is not timm's."""
+
+
 class RelativePosition2D(nn.Module):
     """An attention with learned embeddings of vertical and horizontal distances, for keys and for values.
 
@@ -93,7 +97,7 @@ def vision_transformer(
     mlp_ratio: Sequence[float],
     head_dim: int = 64,
     relative_position: bool = False,
-    position_std: float = 0.02,
+    weight_init: str = "",
     **options: Any,
 ) -> VisionTransformer:
     """Build timm's `VisionTransformer` with other heads and MLP widths in each block.
@@ -101,7 +105,7 @@ def vision_transformer(
     Args:
         num_heads: The number of heads of `head_dim` in each block.
         mlp_ratio: MLP ratio of each block.
-        position_std: Standard deviation of fresh position embeddings.
+        weight_init: timm's scheme, or "narrow".
 
     Raises:
         ValueError: `dynamic_img_size` is asked for with relative positions, which are computed for one size of images.
@@ -124,10 +128,22 @@ def vision_transformer(
         return made
 
     kind = RelativeVisionTransformer if relative_position else VisionTransformer
-    network = kind(depth=len(num_heads), block_fn=block, **options)
-    if network.pos_embed is not None:
-        nn.init.normal_(network.pos_embed, std=position_std)
+    narrow = weight_init == NARROW
+    network = kind(depth=len(num_heads), block_fn=block, weight_init="jax" if narrow else weight_init, **options)
+    if narrow:
+        initialise_narrow(network)
     return network
+
+
+def initialise_narrow(network: nn.Module) -> None:
+    """Initialise position embeddings and head for narrow networks; timm's "jax" has done the rest.
+
+    Patch embeddings of "jax" deviate by 1. Positions of timm's 0.02 drown in them, so that a short training sees
+    patches and hardly where they are. A head of 0 has to grow before anything below it learns.
+    """
+    nn.init.normal_(network.pos_embed, std=0.5)
+    if isinstance(network.head, nn.Linear):  # not where there are no classes
+        nn.init.normal_(network.head.weight, std=network.head.in_features**-0.5)
 
 
 @register_model

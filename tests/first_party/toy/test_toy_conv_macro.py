@@ -179,3 +179,17 @@ def test_an_architecture_of_another_space_has_no_key():
     space = tiny()
     with pytest.raises(TangleNASError, match="is of the space 'ConvMacro', not of 'toy_conv_macro'"):
         create_space("toy_conv_macro", image_size=16).to_string(space.smallest())
+
+
+@pytest.mark.parametrize("name", ["toy_conv_macro", "toy_conv_macro_nano"])
+def test_outputs_of_fresh_networks_depend_on_the_input(name):
+    """Nothing is normalised, so nine layers of torch's default initialisation leave next to nothing of an image."""
+    space = create_space(name)
+    images = space.example_input(16)
+    for network in (space, space.standalone(space.largest()), space.standalone(space.smallest())):
+        assert network.eval()(images).std(0).mean() > 0.05
+    space = create_space(name, weight_init="torch")
+    for network in (space, space.standalone(space.largest())):
+        assert network.eval()(images).std(0).mean() < 0.005
+    with pytest.raises(TangleNASError, match="unknown weight_init 'kaiming'"):
+        create_space(name, weight_init="kaiming")
