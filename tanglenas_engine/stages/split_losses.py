@@ -1,4 +1,4 @@
-"""The loss of one network on each split, which tells whether the splits are of one distribution.
+"""The loss of one network on each split: whether it learned, and whether the splits are of one distribution.
 
 Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's, it has
 other data, and what is found there does not hold elsewhere.
@@ -19,6 +19,8 @@ from tanglenas_engine.training.measure import estimate_loss, inherited
 
 SPLIT_DEVIATIONS = 5.0
 """Standard errors between the losses of two splits that chance allows: neighbouring windows of a text are alike."""
+HARDLY = 0.95
+"""The share of the loss of guessing that a network which learned stays below."""
 SPLIT_TOLERANCE = 0.05
 """The share of the loss below which a difference between splits does no harm."""
 
@@ -30,7 +32,9 @@ def split_losses(
     statistics: Sequence[Tensor],
     note: Callable[[str], None],
 ) -> dict[str, float]:
-    """Return the loss of a network on each split, with the supernet's weights, and warn if two splits differ.
+    """Return the loss of a network on each split, with the supernet's weights.
+
+    Warn if two splits differ, and if the network does no better than guessing on the samples that it was trained on.
 
     Args:
         data: A view of the splits `weights`, `architecture` and `validation`.
@@ -45,7 +49,13 @@ def split_losses(
             f"warning: the loss on the {name} split is {found[name].mean}, so that nobody can tell whether the splits "
             f"are alike: {_why_not_finite(data.plain(name))}"
         )
-    architecture, validation = found["architecture"], found["validation"]
+    weights, architecture, validation = found["weights"], found["architecture"], found["validation"]
+    if weights.mean > HARDLY * weights.guessing > 0:
+        note(
+            f"warning: the loss on the weights split is {weights.mean:.3f}, and guessing by the frequencies of targets "
+            f"has {weights.guessing:.3f}. The supernet has hardly learned, so what it says of architectures is chance. "
+            "Train longer, change the learning rate, or look at how fresh weights and inputs are scaled"
+        )
     chance = SPLIT_DEVIATIONS * math.hypot(architecture.error, validation.error)
     if abs(architecture.mean - validation.mean) > max(chance, SPLIT_TOLERANCE * validation.mean):
         note(

@@ -102,26 +102,29 @@ def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequen
 
 
 class LossEstimate(NamedTuple):
-    """Mean cross-entropy over samples, and the standard error of that mean."""
+    """Mean cross-entropy over samples, the standard error of that mean, and the loss of guessing by frequencies."""
 
     mean: float
     error: float
+    guessing: float
 
 
 @torch.no_grad()
 def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -> LossEstimate:
-    """Return the mean loss of a network in eval mode over samples, with its standard error; its mode is restored."""
+    """Return the loss of a network in eval mode over samples; its mode is restored."""
     device, training = next(network.parameters()).device, network.training
     network.eval()
-    losses = []
+    losses, counts = [], torch.zeros((), device=device)
     for batch in batches(samples, batch_size):
         inputs, targets = to_device(batch, device)
         outputs = network(inputs)
+        counts = counts + torch.bincount(targets[targets >= 0], minlength=outputs.shape[-1])
         each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
         losses.append(each.view(len(inputs), -1).mean(1).double())
     network.train(training)
     every = torch.cat(losses)
-    return LossEstimate(float(every.mean()), float(every.std(correction=0)) / len(every) ** 0.5)
+    guessing = torch.special.entr(counts / counts.sum()).sum()
+    return LossEstimate(float(every.mean()), float(every.std(correction=0)) / len(every) ** 0.5, float(guessing))
 
 
 def statistics_inputs(

@@ -40,9 +40,9 @@ def learnable(count, seed, shift=0):
     return TensorSamples(images, (labels + shift) % 3)
 
 
-def searched(data, notes):
+def searched(data, notes, rate=2e-2):
     space = create_space("nb201", channels=4, cells=1, image_size=8, num_classes=3)
-    adam = partial(torch.optim.Adam, lr=2e-2)
+    adam = partial(torch.optim.Adam, lr=rate)
     return search(
         space, create_optimizer("drnas"), data, epochs=3, batch_size=32, weight_optimizer=adam, progress=notes
     )
@@ -60,8 +60,7 @@ def test_a_split_loss_that_is_not_finite_says_why(split):
     broken(data[split])
     space, notes = create_space("nb201", channels=4, cells=1, image_size=8, num_classes=3), Notes()
     search(space, create_optimizer("spos"), DataView(data), epochs=1, batch_size=32, progress=notes)
-    (warning,) = [note for note in notes.notes if "warning" in note]
-    assert f"the loss on the {split} split is nan" in warning
+    (warning,) = [note for note in notes.notes if f"warning: the loss on the {split} split is nan" in note]
     assert "1 of 12,288 numbers in a batch of it are not finite. Correct the dataset's transform" in warning
 
 
@@ -139,6 +138,18 @@ def test_an_estimate_is_the_mean_loss_and_its_standard_error():
     estimate, found = estimate_loss(space, data.validation, batch_size=16), measure(space, data.validation)
     assert estimate.mean == pytest.approx(found.loss, rel=1e-5)
     assert 0 < estimate.error < 1
+    counts = torch.bincount(data.validation.batch(torch.arange(40))[1])
+    assert estimate.guessing == pytest.approx(torch.distributions.Categorical(counts / 40).entropy().item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate, learned", [(2e-2, True), (1e-7, False)])
+def test_a_search_warns_where_the_supernet_guesses(rate, learned):
+    data, notes = DataView({name: learnable(192, seed) for seed, name in enumerate(SPLITS)}), Notes()
+    searched(data, notes, rate)
+    warnings = [note for note in notes.notes if "warning" in note]
+    assert len(warnings) == (not learned)
+    assert learned or "guessing by the frequencies of targets has 1.086" in warnings[0]
 
 
 def test_a_view_has_some_samples_without_augmentation():
