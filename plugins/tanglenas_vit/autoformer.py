@@ -20,9 +20,9 @@ from timm.models import named_apply
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
-from tanglenas_engine import Architecture, Choice, Size, TangleNASError, elastic
+from tanglenas_engine import Architecture, Choice, Size, TangleNASError, elastic, unknown
 from tanglenas_timm.space import TimmSpace
-from tanglenas_vit.network import NARROW, RelativePosition2D, initialise_narrow, vision_transformer
+from tanglenas_vit.network import NARROW, SCHEMES, RelativePosition2D, initialise_narrow, vision_transformer
 
 
 class Block(nn.Module):
@@ -93,6 +93,8 @@ class AutoFormer(TimmSpace):
             )
         if global_pool not in ("avg", "token"):
             raise TangleNASError(f"global_pool is {global_pool!r}, expected 'avg' or 'token'")
+        if weight_init not in SCHEMES:
+            raise unknown("weight_init", weight_init, SCHEMES)
         self.image_size = image_size
         self.settings = dict(
             num_classes=num_classes, img_size=image_size, in_chans=in_channels, patch_size=patch_size,

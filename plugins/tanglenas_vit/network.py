@@ -25,6 +25,7 @@ default_cfgs = generate_default_cfgs(
 
 NARROW = "narrow"
 """The scheme of initialisation that is not timm's."""
+SCHEMES = ("", "jax", "jax_nlhb", "moco", "reset", NARROW)
 
 
 class RelativePosition2D(nn.Module):
@@ -105,7 +106,7 @@ def vision_transformer(
     Args:
         num_heads: The number of heads of `head_dim` in each block.
         mlp_ratio: MLP ratio of each block.
-        weight_init: timm's scheme, or "narrow".
+        weight_init: One of `SCHEMES`.
 
     Raises:
         ValueError: `dynamic_img_size` is asked for with relative positions, which are computed for one size of images.

@@ -56,6 +56,8 @@ def test_fresh_positions_are_not_drowned_by_the_patches():
     for network in (published, published.standalone(published.largest())):
         assert network.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
         assert not network.head.weight.any()
+    with pytest.raises(TangleNASError, match="unknown weight_init 'wide'"):
+        create_space("autoformer_nano", weight_init="wide")
 
 
 @pytest.mark.parametrize("relative_position", [False, True])
