@@ -83,7 +83,7 @@ def test_a_supernet_is_compared_with_a_pool_or_a_table(done):
     Table(keys, {"test_acc": [float(number) for number in range(len(keys))]}, space.name).write(table)
     measured = studies.load("ranking").measure(run_of("ranking", done, table=table))
     assert -1 <= measured.values["spearman"] <= 1 and -1 <= measured.values["kendall_tau"] <= 1
-    assert not {"before", "gain"} & {*measured.values}  # the head of a new vision transformer is zero
+    assert {"before", "gain"} <= {*measured.values}
     assert "ceiling" not in measured.values  # a table without a record says nothing about its trainings
     with pytest.raises(TangleNASError, match="give --table, or keep the stage `pool`"):
         studies.load("ranking").measure(run_of("ranking", done))
