@@ -110,7 +110,7 @@ class Task:
 
 IMAGES = (6000, 512, 1000, 5000)
 VIT = {
-    "weight_init": "jax",
+    "weight_init": "jax",  # that of the stored results
     "embed_dim": (32, 40, 48, 56, 64),
     "depth": (2, 3, 4),
     "num_heads": (1, 2, 3, 4),

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+SCHEMES = ("small", "gpt2")
+"""How fresh weights may be drawn."""
 OWN = "tanglenas_gpt"
 """The `model_type` in transformers of a network that GPT-2 cannot hold."""
 CODE = "modeling_tanglenas_gpt"
@@ -28,7 +30,8 @@ class Config:
     """The shape of a GPT, with a number of heads and an MLP ratio for each layer.
 
     A head has `head_dim` dimensions. Where that is None, the heads of a layer partition `embed_dim`. `gelu` is "none"
-    for the exact activation, or "tanh" for its approximation in the published GPT-2.
+    for the exact activation, or "tanh" for its approximation in the published GPT-2. `weight_init` is "small", whose
+    deviation follows the width, or "gpt2", which is 0.02.
     """
 
     vocab_size: int
@@ -40,6 +43,7 @@ class Config:
     dropout: float = 0.0
     bias: bool = False
     gelu: str = "none"
+    weight_init: str = "small"
 
     def hidden(self, layer: int) -> int:
         """Return the width of the MLP of one layer."""
@@ -95,7 +99,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, bias=config.bias)
         self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        initialise(self, config.embed_dim, layers=len(config.num_heads))
+        initialise(self, config.weight_init, config.embed_dim, layers=len(config.num_heads))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map tokens `(B, T)`, T up to `block_size`, to logits of the next token, `(B, T, vocab_size)`."""
@@ -135,14 +139,15 @@ def positions(ids: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, width: int, layers: int) -> None:
-    """Initialise normally, with standard deviation sqrt(2 / (5 * width)): "small init" (arXiv:1910.05895).
+def initialise(network: nn.Module, scheme: str, width: int, layers: int) -> None:
+    """Initialise normally, by one of `SCHEMES`.
 
-    At a width of 1,000 this is GPT-2's 0.02. In narrow networks 0.02 is too little: attention is uniform at first, and
-    the network is late to learn to attend. As in GPT-2, the deviation is divided by sqrt(2 * layers) in the projections
-    that add to the residual stream.
+    "small" has the standard deviation sqrt(2 / (5 * width)) (arXiv:1910.05895), and "gpt2" 0.02, which is the same at a
+    width of 1,000. In narrow networks 0.02 is too little: attention is uniform at first, and the network is late to
+    learn to attend. As in GPT-2, the deviation is divided by sqrt(2 * layers) in the projections that add to the
+    residual stream.
     """
-    std = math.sqrt(2 / (5 * width))
+    std = math.sqrt(2 / (5 * width)) if scheme == "small" else 0.02
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = name.endswith((".attn.proj", ".fc2"))

@@ -48,6 +48,8 @@ class GPT(SearchSpace):
         dropout: Dropout of embeddings, attention and residuals.
         bias: Give linear layers and norms a bias.
         gelu: "none" for the exact activation, or "tanh" for its approximation in the published GPT-2.
+        weight_init: The standard deviation of fresh weights: "small" for sqrt(2 / (5 * width)), "gpt2" for 0.02, as in
+            the paper. With 0.02, narrow networks learn late.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class GPT(SearchSpace):
         dropout: float = 0.0,
         bias: bool = False,
         gelu: str = "none",
+        weight_init: str = "small",
         **options: Any,
     ):
         super().__init__(**options)
@@ -80,8 +83,16 @@ class GPT(SearchSpace):
         head_dim = None if heads == "partition" else head_dim or E.max // max(H.values)
         if gelu not in ("none", "tanh"):
             raise unknown("gelu", gelu, ("none", "tanh"))
+        if weight_init not in network.SCHEMES:
+            raise unknown("weight_init", weight_init, network.SCHEMES)
         self.settings = dict(
-            vocab_size=vocab_size, block_size=block_size, head_dim=head_dim, dropout=dropout, bias=bias, gelu=gelu
+            vocab_size=vocab_size,
+            block_size=block_size,
+            head_dim=head_dim,
+            dropout=dropout,
+            bias=bias,
+            gelu=gelu,
+            weight_init=weight_init,
         )
 
         self.dynamic_axes = {1: ("length", block_size)}
@@ -102,7 +113,7 @@ class GPT(SearchSpace):
         self.norm = elastic.LayerNorm(E, bias=bias)
         self.lm_head = elastic.Linear(E, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        network.initialise(self, E.max, L.max)
+        network.initialise(self, weight_init, E.max, L.max)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map tokens `(B, T)`, T up to `block_size`, to logits of the next token, `(B, T, vocab_size)`."""

@@ -25,8 +25,9 @@ class ConvMacro(SearchSpace):
         kernel_size: Options of each of the four kernels.
         image_size: A multiple of 4 of at least 16; two poolings halve it.
         dropout: Probability of dropping a channel behind the third convolution; 0.5 in the paper.
-        weight_init: "he" keeps the variance of activations from layer to layer (arXiv:1502.01852). "torch" is torch's
-            default, as in the paper. Each layer then divides the variance by 6, and short trainings learn little.
+        weight_init: "he" keeps the variance of activations from layer to layer (arXiv:1502.01852) in the largest
+            network, and in all that are trained by themselves. "torch" is torch's default, as in the paper. Each layer
+            then divides the variance by 6, and short trainings learn little.
     """
 
     def __init__(
@@ -83,11 +84,12 @@ class ConvMacro(SearchSpace):
         return self._initialise(super().standalone(architecture))
 
     def _initialise(self, network: nn.Module) -> nn.Module:
-        for module in network.modules() if self.weight_init == "he" else ():
+        own = [module for name, module in network.named_modules() if name.startswith(("conv", "head."))]
+        for module in own if self.weight_init == "he" else ():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         return network
 
     def example_input(self, batch: int) -> Tensor:

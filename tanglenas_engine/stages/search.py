@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,6 +236,7 @@ class Search(Training):
         check_fit(space, data.weights, data.architecture, data.validation)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
         self.loss, self.seed, self.table, self.stop = checked_loss("search.loss", loss), seed, table, stop
+        self._plain_loss = inspect.unwrap(getattr(loss, "func", loss)) is cross_entropy
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.path_epochs = path_epochs if optimizer.learns_architecture else 0
         self.device = session.find_device()
@@ -328,7 +330,8 @@ class Search(Training):
             with seeded(self.seed), executing(self.space, *ways):
                 history = self.run()
                 network = self.optimizer.current() or self._stand_in
-                losses = split_losses(self.space, network, self._data, self._statistics, self._note)
+                trained = history[-1]["weight_loss"] if self._plain_loss else 0.0
+                losses = split_losses(self.space, network, self._data, self._statistics, self._note, trained)
         finally:
             self.space.release()
             self.space.superposition.channel_divisor = 1  # partial channels end with the search

@@ -102,7 +102,10 @@ def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequen
 
 
 class LossEstimate(NamedTuple):
-    """Mean cross-entropy over samples, the standard error of that mean, and the loss of guessing by frequencies."""
+    """Mean cross-entropy over samples, the standard error of that mean, and the loss of guessing by frequencies.
+
+    Targets of -100 are left out, as in torch's losses.
+    """
 
     mean: float
     error: float
@@ -119,8 +122,9 @@ def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -
         inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         counts = counts + torch.bincount(targets[targets >= 0], minlength=outputs.shape[-1])
+        told = (targets != -100).view(len(inputs), -1).sum(1)
         each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-        losses.append(each.view(len(inputs), -1).mean(1).double())
+        losses.append((each.view(len(inputs), -1).sum(1).double() / told)[told > 0])
     network.train(training)
     every = torch.cat(losses)
     guessing = torch.special.entr(counts / counts.sum()).sum()

@@ -384,6 +384,9 @@ def test_fresh_networks_deviate_by_their_width():
     """A deviation of 0.02 whatever the width leaves the attention of narrow networks uniform for most of a training."""
     space = create_space("gpt_nano", bias=True)
     smallest = space.standalone(space.smallest())
+    published = create_space("gpt_nano", weight_init="gpt2")
+    for model in (published, published.standalone(published.largest())):
+        assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.1)
     for model, width, layers in ((space, 64, 4), (space.standalone(space.largest()), 64, 4), (smallest, 32, 2)):
         std = math.sqrt(2 / (5 * width))
         for inner in (model.wte, model.wpe, model.blocks[0].fc1, model.blocks[1].attn.qkv):

@@ -14,6 +14,7 @@ from tanglenas_engine.errors import DivergedError, TangleNASError
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.retrain import retrain
+from tanglenas_engine.stages.split_losses import split_losses
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import same
 from tanglenas_engine.training.measure import estimate_loss, measure, measure_inherited, statistics_inputs
@@ -140,6 +141,27 @@ def test_an_estimate_is_the_mean_loss_and_its_standard_error():
     assert 0 < estimate.error < 1
     counts = torch.bincount(data.validation.batch(torch.arange(40))[1])
     assert estimate.guessing == pytest.approx(torch.distributions.Categorical(counts / 40).entropy().item(), rel=1e-5)
+
+
+def test_ignored_targets_do_not_count_in_an_estimate():
+    space = vit()
+    images, labels = random_data(space, SPLITS, samples=40).validation.batch(torch.arange(40))
+    whole = estimate_loss(space, TensorSamples(images[:30], labels[:30]))
+    labels[30:] = -100
+    assert estimate_loss(space, TensorSamples(images, labels)) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mixture_that_learned_and_other_losses_are_no_alarm():
+    data, notes = DataView({name: learnable(96, seed) for seed, name in enumerate(SPLITS)}), Notes()
+    space = create_space("nb201", channels=4, cells=1, image_size=8, num_classes=3)
+    split_losses(space, space.largest(), data, [], notes.note, trained=0.1)
+    assert not [note for note in notes.notes if "guessing" in note]
+    split_losses(space, space.largest(), data, [], notes.note, trained=1.1)
+    assert [note for note in notes.notes if "guessing" in note]
+    weighted = partial(torch.nn.functional.cross_entropy, weight=torch.tensor([1.0, 9.0, 9.0]))
+    search(space, create_optimizer("spos"), data, epochs=1, batch_size=32, loss=weighted, progress=(quiet := Notes()))
+    assert not [note for note in quiet.notes if "guessing" in note]
 
 
 @pytest.mark.slow

@@ -193,3 +193,16 @@ def test_outputs_of_fresh_networks_depend_on_the_input(name):
         assert network.eval()(images).std(0).mean() < 0.005
     with pytest.raises(TangleNASError, match="unknown weight_init 'kaiming'"):
         create_space(name, weight_init="kaiming")
+
+
+def test_the_layers_of_a_derived_space_start_as_they_do():
+    class Derived(ConvMacro):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.stem = nn.Conv2d(1, 1, 1, bias=False)
+
+        def forward(self, x):
+            return super().forward(self.stem(x))
+
+    space = Derived(**TINY, image_size=16, in_channels=1)
+    assert space.standalone(space.smallest())(space.example_input(2)).shape == (2, 10)
