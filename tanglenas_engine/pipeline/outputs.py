@@ -38,7 +38,7 @@ from tanglenas_engine.pipeline.files import (
 )
 from tanglenas_engine.pipeline.headline import COSTS, headline, metric_texts
 from tanglenas_engine.pipeline.inputs.same_inputs import inputs_metadata
-from tanglenas_engine.pipeline.pools import agreement, incomparable
+from tanglenas_engine.pipeline.pools import agreement, incomparable, other_code
 
 LARGEST_LOSS = 700
 """The loss in nats from which a perplexity exceeds what a float holds."""
@@ -160,6 +160,8 @@ def looked_up(
         if reason := incomparable(path, stage.space, stage.dataset, read_splits(), result.cost):
             stage.progress.note(f"evaluate: no percentile in a pool: {reason}")
             return ceiling
+        if told := other_code(path):
+            stage.progress.note(f"evaluate: {told}")
     return {**table.judged(architecture, test_accuracy=result.test_accuracy, test_loss=result.test_loss), **ceiling}
 
 

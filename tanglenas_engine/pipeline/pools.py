@@ -37,7 +37,7 @@ from tanglenas_engine.pipeline.config.configurables import (
 from tanglenas_engine.pipeline.config.params import stage_arguments
 from tanglenas_engine.pipeline.config.reader import configured, material_config
 from tanglenas_engine.pipeline.files import SPLITS
-from tanglenas_engine.pipeline.trainings import Recipe, project_arguments
+from tanglenas_engine.pipeline.trainings import Recipe, code_behind, project_arguments
 from tanglenas_engine.runtime import strict_json
 from tanglenas_engine.runtime.files import write_atomic
 from tanglenas_engine.runtime.fingerprint import fingerprint
@@ -140,12 +140,14 @@ class Record:
         rows: The results by architecture, as the space writes it, and by the seed of the training.
         baselines: The architectures that cost most within the budget, by cost. They are no random ones.
         failed: The messages of trainings that ended in an error, by architecture.
+        code: Digests of the code that trained the networks, by package or file; none in former records.
     """
 
     identity: Identity
     rows: dict[str, dict[str, Row]] = field(default_factory=dict)
     baselines: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Record:
@@ -182,6 +184,16 @@ class Record:
             if not (isinstance(content, dict) and {"identity", "rows"} & {*content}):
                 return None
         return cls.read(path)
+
+    def other_code(self, code: Mapping[str, str]) -> str:
+        """Return a sentence where the networks were trained with other code than this, or an empty string."""
+        changed = sorted(name for name in {*code} | {*self.code} if code.get(name) != self.code.get(name))
+        if not self.rows or not changed:
+            return ""
+        return (
+            f"the networks of the pool were trained with other code of {', '.join(changed)}: if that changes how "
+            "networks start or train, build the pool anew, in another file"
+        )
 
     def write(self, path: Path, architectures: Sequence[str]) -> None:
         """Write the record, and the table of those of the architectures that were trained."""
@@ -315,7 +327,7 @@ def build(
         seed, space, dataset = create()
         splits = Splits.from_json(SPLITS.read_text("utf-8")) if SPLITS.exists() else make_splits(dataset, seed=seed)
         splits.check(dataset)
-        limits = _limits(space, share)
+        limits, code = _limits(space, share), code_behind()
     if least is not None and not limits:
         raise TangleNASError(f"--least is {least}, a share of the budget, but there is none: give --budget")
     if least is not None and not 0 <= least <= 1:
@@ -326,6 +338,9 @@ def build(
         raise TangleNASError(
             f"{path} is a pool of another {other}: give another file, or go back to the {other} that it was built with"
         )
+    if told := record.other_code(code):
+        progress.note(f"pool: {told}")
+    record.code = record.code if record.rows else code
     budget = Budget(space, limits, [])
     keys = list(_drawn(space, budget, LEAST if least is None else least, count, seed))
     if limits:
@@ -403,6 +418,19 @@ def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Split
         if (own := getattr(cost, name)) > most:
             return f"the network has {own:,} {name}, and those of {path} at most {most:,}"
     return ""
+
+
+def other_code(path: Path) -> str:
+    """Return a sentence where the networks of a pool were trained with other code than this project's, or "".
+
+    Raises:
+        TangleNASError: The record is damaged.
+    """
+    arguments, record = project_arguments(), Record.beside(path)
+    if arguments is None or record is None:
+        return ""
+    with configured(arguments):
+        return record.other_code(code_behind())
 
 
 def _limits(space: SearchSpace, share: float | None) -> dict[str, float]:

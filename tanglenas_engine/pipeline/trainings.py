@@ -37,6 +37,11 @@ from tanglenas_engine.stages.retrain import Kept, RetrainResult, trained
 from tanglenas_engine.superposition.mixture import Mixture
 
 
+def code_behind() -> dict[str, str]:
+    """Return digests of the code that the config's trainings run: of its packages, and of files of the project."""
+    return {package.__name__: code_version(package) for package in packages()} | own_code()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The recipe of the retrain stage, which a worker gets as text.
@@ -148,7 +153,7 @@ class ProjectTraining:
                 check_same_inputs("retrain", dataset, (SUPERNET,), SilentProgress())
                 load_inherited(space)
             default = inspect.signature(tanglenas_engine.retrain).parameters["epochs"].default
-            code = {package.__name__: code_version(package) for package in packages()} | own_code()
+            code = code_behind()
             weights = file_digest(SUPERNET) if inherits() else ""
             identity = fingerprint(config=gin.config_str(), splits=recipe.splits, code=code, weights=weights)
             epochs = gin.get_bindings("retrain").get("epochs", default)

@@ -322,6 +322,22 @@ def test_a_network_is_not_compared_with_a_pool_of_other_data(project):
     )
 
 
+def test_a_person_is_told_that_a_pool_was_trained_with_other_code(project, monkeypatch):
+    monkeypatch.setattr(pools.Job, "run", lambda job: (job.architecture, job.seed, dict.fromkeys(pools.COLUMNS, 1.0)))
+    record = json.loads((project / "pool.json").read_text())
+    assert not pools.other_code(Path("pool.csv")) and "other code" not in build("--count", "2").output
+    assert "tanglenas_vit" in record["code"]
+    record["code"]["tanglenas_vit"] = "of a former release"
+    (project / "pool.json").write_text(json.dumps(record))
+    told = "the networks of the pool were trained with other code of tanglenas_vit: if that changes how networks start"
+    assert pools.other_code(Path("pool.csv")).startswith(told)
+    assert told in " ".join(build("--count", "3").output.split())
+    assert pools.other_code(Path("pool.csv")).startswith(told)  # the former networks are still there
+    del record["code"]  # a record of a former release
+    (project / "pool.json").write_text(json.dumps(record))
+    assert "tanglenas_engine" in pools.other_code(Path("pool.csv"))
+
+
 def test_a_network_beyond_any_limit_of_a_pool_is_not_compared_with_it(project):
     with configured(trainings.project_arguments()):
         seed, space, dataset = create()
