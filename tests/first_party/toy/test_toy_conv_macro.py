@@ -199,10 +199,13 @@ def test_the_layers_of_a_derived_space_start_as_they_do():
     class Derived(ConvMacro):
         def __init__(self, **options):
             super().__init__(**options)
-            self.stem = nn.Conv2d(1, 1, 1, bias=False)
+            self.stem = nn.Linear(16, 16, bias=False)
 
         def forward(self, x):
             return super().forward(self.stem(x))
 
     space = Derived(**TINY, image_size=16, in_channels=1)
-    assert space.standalone(space.smallest())(space.example_input(2)).shape == (2, 10)
+    network = space.standalone(space.smallest())
+    assert network(space.example_input(2)).shape == (2, 10)
+    for model in (space, network):
+        assert model.stem.weight.abs().max() <= 0.25  # torch's bound, which He's initialisation of 256 weights exceeds
