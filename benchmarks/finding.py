@@ -56,7 +56,7 @@ from tanglenas_engine import (
     retrain,
     search,
 )
-from tanglenas_engine.data import DataView, held
+from tanglenas_engine.data import DataView, Splits, held
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.candidates import Candidates
@@ -176,6 +176,7 @@ class Method:
         paths: The epochs at the end in which the weights learn by random architectures.
         relaxation: How the supernet computes a mixture.
         segments: Whether the architecture split is the second half of the training samples, and not dealt.
+        portion: The share of the training samples that the weights learn from. The others judge.
         trained: Whether there is a search at all. Without one, the weights that rank candidates are random.
     """
 
@@ -187,10 +188,10 @@ class Method:
     paths: int = 0
     relaxation: str = "exact"
     segments: bool = False
+    portion: float = 0.5
     trained: bool = True
 
 
-FOR_FRONTS = "spos whole space, recipe of trainings"
 METHODS = {
     "spos band": Method("spos", ("best race",)),
     "drnas target": Method("drnas", ("argmax", "best race")),
@@ -201,13 +202,20 @@ METHODS = {
     "short spos band": Method("spos", ("best race", "proposing race"), short=True, recipe=True),
     "no search": Method("spos", ("proposing race",), trained=False),
     "spos whole space": Method("spos", ("random",), band=False),
-    FOR_FRONTS: Method("spos", ("random",), band=False, recipe=True),
+    "spos whole space, recipe of trainings": Method("spos", ("best race",), band=False, recipe=True),
+    "spos whole space, recipe of trainings, most data": Method(
+        "spos", ("best race",), band=False, recipe=True, portion=0.8
+    ),
     "sandwich band": Method("sandwich", ("random",)),
     "sandwich whole space": Method("sandwich", ("random",), band=False),
 }
 ABLATIONS = {
     "spos": Method("spos", ("judged",)),
     "spos, whole space": Method("spos", ("judged",), band=False),
+    "spos, whole space, recipe of trainings": Method("spos", ("judged",), band=False, recipe=True),
+    "spos, whole space, recipe of trainings, most data": Method(
+        "spos", ("judged",), band=False, recipe=True, portion=0.8
+    ),
     "spos, architecture split from elsewhere": Method("spos", ("judged",), segments=True),
     "sandwich": Method("sandwich", ("judged",)),
     "gdas": Method("gdas", ("argmax", "judged")),
@@ -246,9 +254,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
         self.task, self.path = TASKS[name], path
         place = {self.task.place: data} if self.task.place and data else {}
         self.dataset = create_dataset(self.task.dataset, **self.task.data, **place)
-        self.splits = make_splits(
-            self.dataset, seed=0, samples=self.task.images, validation_portion=self.task.validation
-        )
+        self.splits = self._dealt(0.5)
         space = self.space()
         self.limits: dict[str, float] = {}
         if self.task.budget is not None:
@@ -271,15 +277,29 @@ class Study(contextlib.AbstractContextManager["Study"]):
         options = {**self.dataset.space_options(), **self.task.options, "relaxation": relaxation}
         return create_space(self.task.space, **options)
 
-    def segments(self) -> Self:
-        """Return the study with training samples that are cut in two, not dealt: the second half judges."""
+    def _dealt(self, portion: float) -> Splits:
+        """Return splits whose weights have a portion of the training samples. Validation and test are the same."""
+        return make_splits(
+            self.dataset,
+            seed=0,
+            train_portion=portion,
+            samples=self.task.images,
+            validation_portion=self.task.validation,
+        )
+
+    def split_for(self, method: Method) -> Self:
+        """Return the study with the training samples shared between weights and architecture as a method has it."""
+        study = copy.copy(self)
+        study.splits = self._segments() if method.segments else self._dealt(method.portion)
+        vars(study).pop("_images", None)
+        return study
+
+    def _segments(self) -> Splits:
+        """Return splits whose training samples are cut in two, not dealt: the second half judges."""
         training = self.splits.training
         letters = np.array([*self.splits.assignment])
         letters[training[: len(training) // 2]], letters[training[len(training) // 2 :]] = "w", "a"
-        study = copy.copy(self)
-        study.splits = replace(self.splits, assignment="".join(letters))
-        vars(study).pop("_images", None)
-        return study
+        return replace(self.splits, assignment="".join(letters))
 
     @cached_property
     def _images(self) -> DataView:
@@ -402,7 +422,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
         keys = {number: f"lengths/{name}/{self.task.epochs}/{number}" for number in numbers}
         if all(key in self.done for key in keys.values()):
             return
-        space, _, searched = self.searched(METHODS[name], seed)
+        space, _, searched = self.split_for(METHODS[name]).searched(METHODS[name], seed)
         self.once(f"lengths/{name}/search", lambda: {"seconds": searched["search_seconds"]})
         pool = self.pool()
         self.fine_tuned(space, {key: pool[number] for number, key in keys.items()}, 0)
@@ -434,9 +454,10 @@ class Study(contextlib.AbstractContextManager["Study"]):
         keys = {derivation: f"found/{name}, {derivation}/{seed}" for derivation in method.derivations}
         if all(key in self.done for key in keys.values()):
             return
-        space, mixture, searched = self.searched(method, seed)
+        study = self.split_for(method)
+        space, mixture, searched = study.searched(method, seed)
         for derivation, key in keys.items():
-            row = self.once(key, partial(self.derived, space, mixture, derivation, seed, searched, self.limits))
+            row = self.once(key, partial(study.derived, space, mixture, derivation, seed, searched, self.limits))
             if "judged" in row and method.trained:
                 judged = f"found/{name}, {'both' if mixture else 'random'}/{seed}"
                 self.once(judged, lambda first=row["judged"]: {**first, **searched})
@@ -445,9 +466,10 @@ class Study(contextlib.AbstractContextManager["Study"]):
         """Search once, derive a network for each budget of the front by judging candidates, and train it."""
         keys = {share: f"front/{name}/{share}/{seed}" for share in FRONT}
         if not all(key in self.done for key in keys.values()):
-            space, mixture, searched = self.searched(METHODS[name], seed)
+            study = self.split_for(METHODS[name])
+            space, mixture, searched = study.searched(METHODS[name], seed)
             for share, key in keys.items():
-                self.once(key, partial(self.derived, space, mixture, "judged", seed, searched, self.budget(share)))
+                self.once(key, partial(study.derived, space, mixture, "judged", seed, searched, self.budget(share)))
         for key in keys.values():
             architecture = self.found(key)
             self.once(f"trained/{architecture.digest}/{seed}", partial(self.trained, architecture, seed))
@@ -463,8 +485,9 @@ class Study(contextlib.AbstractContextManager["Study"]):
         )
         if all(key in self.done for key in (*found.values(), *drawn.values())):
             return
-        space, _, searched = self.searched(METHODS[name], seed)
-        judged = self.once(f"judged once/{name}/{seed}", lambda: self.judged_once(space, seed) | searched)
+        study = self.split_for(METHODS[name])
+        space, _, searched = study.searched(METHODS[name], seed)
+        judged = self.once(f"judged once/{name}/{seed}", lambda: study.judged_once(space, seed) | searched)
         best, random = judged["architectures"], self.random(seed)
         networks = {key: space.from_string(best[str(share)]) for share, key in found.items()}
         self.fine_tuned(space, networks | {key: random[share] for share, key in drawn.items()}, seed)
@@ -541,7 +564,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
         keys = {derivation: f"ablation/{name}/{derivation}/{seed}" for derivation in method.derivations}
         if all(key in self.done for key in keys.values()):
             return
-        study = self.segments() if method.segments else self
+        study = self.split_for(method)
         space, mixture, searched = study.searched(method, seed)
         for derivation, key in keys.items():
             self.once(key, partial(study.derived, space, mixture, derivation, seed, searched, self.limits))
@@ -692,7 +715,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="The folder of results.")
 @click.option(
     "--methods",
-    default=";".join(name for name in METHODS if name not in ("sandwich whole space", FOR_FRONTS)),
+    default=";".join(name for name in METHODS if name != "sandwich whole space"),
     help="Methods, with ; between them.",
 )
 @click.option("--seeds", default="0,1,2,3,4", help="The seeds of the searches, with commas between them.")
@@ -723,7 +746,7 @@ def run(
     for seed in map(int, seeds.split(",")):
         for name in filter(None, methods.split(";")):
             study.search(name, seed)
-        for trainings in () if study.table else map(float, halving.split(",")):
+        for trainings in () if study.table else map(float, filter(None, halving.split(","))):
             key = f"found/random, successive halving of {trainings:g} trainings/{seed}"
             study.once(key, partial(study.halved, seed, trainings))
         for key in [key for key in study.done if key.startswith("found/") and key.endswith(f"/{seed}")]:

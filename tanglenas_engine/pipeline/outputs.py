@@ -38,7 +38,7 @@ from tanglenas_engine.pipeline.files import (
 )
 from tanglenas_engine.pipeline.headline import COSTS, headline, metric_texts
 from tanglenas_engine.pipeline.inputs.same_inputs import inputs_metadata
-from tanglenas_engine.pipeline.pools import agreement, incomparable, other_code
+from tanglenas_engine.pipeline.pools import agreement, incomparable, other_code, single_trainings
 
 LARGEST_LOSS = 700
 """The loss in nats from which a perplexity exceeds what a float holds."""
@@ -152,7 +152,7 @@ def looked_up(
     """
     if table is None:
         return {}
-    ceiling = {}
+    ceiling, trainings = {}, []
     if table.listed is not None:
         path = data_path(gin.query_parameter("benchmark.path"))
         if alike := agreement(path, table.metric, table.table.keys):
@@ -162,7 +162,9 @@ def looked_up(
             return ceiling
         if told := other_code(path):
             stage.progress.note(f"evaluate: {told}")
-    return {**table.judged(architecture, test_accuracy=result.test_accuracy, test_loss=result.test_loss), **ceiling}
+        trainings = single_trainings(path, table.metric, table.table.keys)
+    measured = {"test_accuracy": result.test_accuracy, "test_loss": result.test_loss}
+    return {**table.judged(architecture, measured, trainings), **ceiling}
 
 
 def evaluate_metrics(

@@ -217,6 +217,11 @@ class Record:
         seeds = set.intersection(*({*self.rows[key]} for key in trained)) if trained else set[str]()
         return trained, sorted(seeds, key=int)
 
+    def by_seed(self, metric: str, architectures: Sequence[str]) -> list[list[float]]:
+        """Return a column of the trained ones of the architectures, a list for each seed that all of them have."""
+        trained, seeds = self.complete_networks(architectures)
+        return [[self.rows[key][seed][metric] for key in trained] for seed in seeds]
+
     def reliability(self, metric: str, architectures: Sequence[str]) -> Reliability | None:
         """Return how far trainings with other seeds rank architectures alike.
 
@@ -226,10 +231,10 @@ class Record:
             metric: A column.
             architectures: The architectures to rank.
         """
-        trained, seeds = self.complete_networks(architectures)
-        if len(seeds) < 2 or len(trained) < 3:
+        trainings = self.by_seed(metric, architectures)
+        if len(trainings) < 2 or len(trainings[0]) < 3:
             return None
-        found = Reliability.of([[self.rows[key][seed][metric] for key in trained] for seed in seeds])
+        found = Reliability.of(trainings)
         return found if math.isfinite(found.correlation) else None
 
 
@@ -386,6 +391,15 @@ def agreement(path: Path, metric: str, architectures: Sequence[str]) -> Reliabil
     if metric not in COLUMNS or (record := Record.beside(path)) is None:
         return None
     return record.reliability(metric, architectures)
+
+
+def single_trainings(path: Path, metric: str, architectures: Sequence[str]) -> list[list[float]]:
+    """Return a column of a pool, a list for each seed of its trainings; an empty list if there is no record.
+
+    The arguments and errors are those of `agreement`.
+    """
+    record = Record.beside(path) if metric in COLUMNS else None
+    return [] if record is None else record.by_seed(metric, architectures)
 
 
 def incomparable(path: Path, space: SearchSpace, dataset: Dataset, splits: Splits, cost: Cost) -> str:

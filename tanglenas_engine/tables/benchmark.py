@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tanglenas_engine.tables.table import Table
 
@@ -51,26 +53,41 @@ class Benchmark:
         listed = self.table.tied.to_string(architecture) in self.table
         return self.table.row(architecture, self.metric) if listed else {}
 
-    def judged(self, architecture: Architecture, **measured: float) -> dict[str, float]:
-        """Return what the table says of a network: the values of its architecture, or its place in a pool."""
-        return {**self(architecture), **self.placed(measured)}
+    def judged(
+        self, architecture: Architecture, measured: Mapping[str, float], trainings: Sequence[Sequence[float]] = ()
+    ) -> dict[str, float]:
+        """Return what the table says of a network: the values of its architecture, or its place in a pool.
 
-    def placed(self, measured: Mapping[str, float]) -> dict[str, float]:
+        The arguments `measured` and `trainings` are those of `placed`.
+        """
+        return {**self(architecture), **self.placed(measured, trainings)}
+
+    def placed(self, measured: Mapping[str, float], trainings: Sequence[Sequence[float]] = ()) -> dict[str, float]:
         """Return the percentile of a network in the pool, with the ends of its 95 % interval; nothing without a pool.
 
         The percentile is the share of the pool, in %, that is worse. Its interval is that of Clopper and Pearson for
-        this share in all networks of which the pool is a sample.
+        this share in all networks of which the pool is a sample. With several trainings of each network, the share is
+        the mean of the shares that single trainings give, and is treated as one of as many networks.
 
         Args:
-            measured: The network's results by name, as `metrics/evaluate.json` has them.
+            measured: The results of one training of the network by name, as `metrics/evaluate.json` has them.
+            trainings: The pool's values of the metric, a sequence for each training seed. Without any, the table's
+                values are taken. Of several seeds these are means, which differ by less than single trainings do, so
+                that one training would look better or worse than most.
         """
         name = MEASURED.get(self.metric, self.metric)
         if self.listed is None or name not in measured:
             return {}
         from scipy import stats  # type: ignore[import-untyped]
 
-        column, value = self.table.columns[self.metric], measured[name]
-        worse = int(((column < value) if self.table.higher_is_better(self.metric) else (column > value)).sum())
-        interval = stats.binomtest(worse, len(column)).proportion_ci(method="exact")
-        ends = {"percentile": worse / len(column), "percentile_low": interval.low, "percentile_high": interval.high}
-        return {f"pool_{key}": 100.0 * float(share) for key, share in ends.items()} | {"pool_size": len(column)}
+        column = self.table.columns[self.metric]
+        values = np.array(trainings) if trainings else column[None]  # (seeds, networks)
+        beats = np.less if self.table.higher_is_better(self.metric) else np.greater
+        size = values.shape[1]
+        worse = size * float(beats(values, measured[name]).mean())
+        ends = {
+            "percentile": worse / size,
+            "percentile_low": stats.beta.ppf(0.025, worse, size - worse + 1) if worse > 0 else 0.0,
+            "percentile_high": stats.beta.ppf(0.975, worse + 1, size - worse) if worse < size else 1.0,
+        }
+        return {f"pool_{key}": 100.0 * float(share) for key, share in ends.items()} | {"pool_size": size}

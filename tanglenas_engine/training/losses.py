@@ -11,6 +11,9 @@ from torch import Tensor
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.foreign import blamed
 
+IGNORED = -100
+"""A target that counts for no loss and no accuracy, as in torch's losses: padding, or a token that is no answer."""
+
 
 def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the mean cross-entropy over all targets, `(B,)` for images or `(B, T)` for tokens.
@@ -53,8 +56,9 @@ def checked_loss(name: str, loss: Callable[[Any, Tensor], Tensor]) -> Callable[[
 
 
 def batch_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the accuracy of a batch in %, as a tensor on its device."""
-    return 100.0 * (outputs.detach().argmax(-1) == targets).float().mean()
+    """Return the accuracy of a batch in %, as a tensor on its device; 0 if all targets are `IGNORED`."""
+    hits = (outputs.detach().argmax(-1) == targets).sum()
+    return 100.0 * hits / (targets != IGNORED).sum().clamp(min=1)
 
 
 Outputs = Tensor | tuple[Tensor, ...]

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanglenas_engine.data import Samples, Stream, batches
+from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.devices import channels_last, to_device
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.losses import IGNORED
 
 STATISTICS_BATCH = 256
 """The number of samples in each batch that sets the statistics of batch norms, in every stage."""
@@ -31,7 +32,7 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def measure(network: nn.Module, samples: Samples, batch_size: int = 256, together: bool = False) -> Measured:
-    """Return accuracy and loss of a network in eval mode over all targets, and restore the network's mode.
+    """Return accuracy and loss of a network in eval mode over all targets but `IGNORED`, and restore its mode.
 
     Args:
         network: The network.
@@ -39,22 +40,30 @@ def measure(network: nn.Module, samples: Samples, batch_size: int = 256, togethe
         batch_size: The number of samples per batch.
         together: True shares the samples between the ranks, which must have equal networks. False measures on this rank
             alone.
+
+    Raises:
+        TangleNASError: All targets are `IGNORED`.
     """
     device = next(network.parameters()).device
     training = network.training
     network.eval()
-    hits = torch.zeros((), dtype=torch.long, device=device)
-    loss, count = torch.zeros((), device=device), 0
+    hits, count = torch.zeros(2, dtype=torch.long, device=device)
+    loss = torch.zeros((), device=device)
     part = torch.arange(distributed.rank(), len(samples), distributed.world_size()) if together else None
     for batch in batches(samples, batch_size, part):
         inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         hits += (outputs.argmax(-1) == targets).sum()
-        loss += cross_entropy(outputs, targets) * targets.numel()
-        count += targets.numel()
+        loss += F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="sum")
+        count += (targets != IGNORED).sum()
     network.train(training)
-    sums = [float(hits), float(loss), count]
+    sums = [float(hits), float(loss), float(count)]
     right, wrong, seen = distributed.sum_over_ranks(sums) if together else sums
+    if not seen:
+        raise TangleNASError(
+            f"none of the {len(samples)} samples to measure has a target: all are {IGNORED}, which counts for no loss. "
+            "Give the dataset's splits samples with labels"
+        )
     return Measured(100.0 * right / seen, wrong / seen)
 
 
@@ -104,7 +113,7 @@ def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequen
 class LossEstimate(NamedTuple):
     """Mean cross-entropy over samples, the standard error of that mean, and the loss of guessing by frequencies.
 
-    Targets of -100 are left out, as in torch's losses.
+    `IGNORED` targets are left out.
     """
 
     mean: float
@@ -122,7 +131,7 @@ def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -
         inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         counts = counts + torch.bincount(targets[targets >= 0], minlength=outputs.shape[-1])
-        told = (targets != -100).view(len(inputs), -1).sum(1)
+        told = (targets != IGNORED).view(len(inputs), -1).sum(1)
         each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
         losses.append((each.view(len(inputs), -1).sum(1).double() / told)[told > 0])
     network.train(training)

@@ -256,7 +256,11 @@ def test_evaluate_says_what_a_perfect_ranking_of_the_pool_would_reach(project):
         patch.setattr(outputs, "read_splits", lambda: make_splits(stage.dataset, seed=0))
         benchmark = Benchmark(load_table(project / "pool.csv", space), "test_loss")
         found = outputs.looked_up(stage, benchmark, space.largest(), result)
+        result.cost = SimpleNamespace(macs=0, params=0)
+        comparable = outputs.looked_up(stage, benchmark, space.largest(), result)
     assert found == {"spearman_ceiling": expected.ceiling} and 0 < expected.ceiling < 1
+    # The losses are 0 to 7 with both seeds. Of the means, 7 of 8 are above 1.
+    assert comparable["pool_percentile"] == 75.0 and comparable["pool_size"] == 8
     (project / "pool.json").unlink()
     assert pools.agreement(project / "pool.csv", "test_loss", keys) is None
 

@@ -17,6 +17,7 @@ from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.stages.split_losses import split_losses
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import same
+from tanglenas_engine.training.losses import batch_accuracy
 from tanglenas_engine.training.measure import estimate_loss, measure, measure_inherited, statistics_inputs
 
 SPLITS = ("weights", "architecture", "validation")
@@ -144,12 +145,27 @@ def test_an_estimate_is_the_mean_loss_and_its_standard_error():
     assert estimate.guessing == pytest.approx(torch.distributions.Categorical(counts / 40).entropy().item(), rel=1e-5)
 
 
-def test_ignored_targets_do_not_count_in_an_estimate():
+@pytest.mark.parametrize("measured", [estimate_loss, partial(measure, batch_size=10)])
+def test_ignored_targets_do_not_count(measured):
     space = vit()
     images, labels = random_data(space, SPLITS, samples=40).validation.batch(torch.arange(40))
-    whole = estimate_loss(space, TensorSamples(images[:30], labels[:30]))
+    with torch.no_grad():
+        labels[:15] = space.eval()(images[:15]).argmax(-1)  # an accuracy above chance
+    whole = measured(space, TensorSamples(images[:30], labels[:30]))
     labels[30:] = -100
-    assert estimate_loss(space, TensorSamples(images, labels)) == pytest.approx(whole, rel=1e-5)
+    assert measured(space, TensorSamples(images, labels)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_ignored_targets_do_not_count_in_the_accuracy_of_a_batch():
+    outputs, targets = torch.eye(4), torch.tensor([0, 1, 0, -100])
+    assert batch_accuracy(outputs, targets).item() == pytest.approx(200 / 3)
+    assert batch_accuracy(outputs[3:], targets[3:]).item() == 0
+
+
+def test_samples_without_any_target_are_refused():
+    images, labels = random_data(vit(), SPLITS, samples=8).validation.batch(torch.arange(8))
+    with pytest.raises(TangleNASError, match=r"none of the 8 samples .* has a target: all are -100"):
+        measure(vit(), TensorSamples(images, torch.full_like(labels, -100)))
 
 
 @pytest.mark.slow

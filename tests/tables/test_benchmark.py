@@ -27,7 +27,7 @@ def test_a_network_has_a_percentile_in_a_pool(space, metric, name):
     benchmark = Benchmark(pool(space, 10), metric)
     assert len(benchmark.listed) == 10
     value = {"test_loss": 2.5, "test_accuracy": 96.5}[name]  # three are better, seven are worse
-    placed = benchmark.judged(space.largest(), **{name: value})
+    placed = benchmark.judged(space.largest(), {name: value})
     assert placed["pool_percentile"] == pytest.approx(70) and placed["pool_size"] == 10
     # The exact interval of 7 in 10, from tables of the binomial distribution.
     assert placed["pool_percentile_low"] == pytest.approx(34.755, abs=0.01)
@@ -35,6 +35,20 @@ def test_a_network_has_a_percentile_in_a_pool(space, metric, name):
     best = benchmark.placed({name: {"test_loss": -1.0, "test_accuracy": 100.0}[name]})
     assert best["pool_percentile"] == 100 and best["pool_percentile_high"] == 100
     assert benchmark.placed({}) == {}
+
+
+def test_a_percentile_is_among_single_trainings(space):
+    generator = torch.Generator().manual_seed(0)
+    trainings = torch.rand(3, 20, generator=generator).tolist()  # the seeds decide alone
+    means = torch.tensor(trainings).mean(0).tolist()
+    table = Table([*pool(space).keys], {"test_loss": means}, space.name).of(space)
+    benchmark, lucky = Benchmark(table, "test_loss"), {"test_loss": 0.1}
+    assert benchmark.placed(lucky)["pool_percentile"] == 100
+    worse = 100 * sum(value > 0.1 for values in trainings for value in values) / 60
+    placed = benchmark.judged(space.largest(), lucky, trainings)
+    assert placed["pool_percentile"] == pytest.approx(worse) and worse < 100
+    assert placed["pool_percentile_low"] < worse < placed["pool_percentile_high"] < 100
+    assert placed["pool_size"] == 20
 
 
 def test_a_pool_looks_nothing_up_during_a_search(space):
@@ -48,7 +62,7 @@ def test_a_table_of_the_whole_space_has_values_and_no_percentile(space):
     values = [float(i) for i in range(len(keys))]
     benchmark = Benchmark(Table(keys, {"test_loss": values}, space.name).of(space), "test_loss")
     assert benchmark.listed is None
-    assert benchmark.judged(space.largest(), test_loss=1.0) == benchmark.row(space.largest())
+    assert benchmark.judged(space.largest(), {"test_loss": 1.0}) == benchmark.row(space.largest())
 
 
 def test_a_table_that_lacks_a_few_architectures_is_no_pool(space):
@@ -58,7 +72,7 @@ def test_a_table_that_lacks_a_few_architectures_is_no_pool(space):
         Table(keys, {"test_loss": [float(i) for i in range(len(keys))]}, space.name).of(space), "test_loss"
     )
     assert benchmark.listed is None and benchmark(known)["table_rank"] == 1
-    assert benchmark(missing) == {} and benchmark.judged(missing, test_loss=1.0) == {}
+    assert benchmark(missing) == {} and benchmark.judged(missing, {"test_loss": 1.0}) == {}
 
 
 def test_an_unknown_metric_is_refused_at_once(space):
