@@ -28,7 +28,7 @@ from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.ordering import Order, order_network
 from tanglenas_engine.stages.pace import Pace, taken_back
-from tanglenas_engine.stages.split_losses import split_losses
+from tanglenas_engine.stages.split_losses import largest_loss, split_losses
 from tanglenas_engine.stages.table_values import Table, table_values
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.channels_last import learns_with_channels_last
@@ -328,10 +328,12 @@ class Search(Training):
         ways = [self.precision.forward, *([] if self.backend is None else [Compiled(self.space, self.backend).forward])]
         try:
             with seeded(self.seed), executing(self.space, *ways):
+                # A search that resumes has not loaded its checkpoint yet: these are the weights that it started from.
+                before = largest_loss(self.space, self._data, self._statistics) if self._plain_loss else None
                 history = self.run()
                 network = self.optimizer.current() or self._stand_in
                 trained = history[-1]["weight_loss"] if self._plain_loss else 0.0
-                losses = split_losses(self.space, network, self._data, self._statistics, self._note, trained)
+                losses = split_losses(self.space, network, self._data, self._statistics, self._note, trained, before)
         finally:
             self.space.release()
             self.space.superposition.channel_divisor = 1  # partial channels end with the search

@@ -1,4 +1,4 @@
-"""The loss of one network on each split: whether it learned, and whether the splits are of one distribution.
+"""The loss of one network on each split: whether it learned or forgot, and whether the splits are of one distribution.
 
 Alpha and the candidates are judged on the architecture split. If its loss is far from the validation split's, it has
 other data, and what is found there does not hold elsewhere.
@@ -15,12 +15,14 @@ from tanglenas_engine.data import DataView, Samples, batches
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import REMEDY, not_finite
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.measure import estimate_loss, inherited
+from tanglenas_engine.training.measure import LossEstimate, estimate_loss, inherited
 
 SPLIT_DEVIATIONS = 5.0
 """Standard errors between the losses of two splits that chance allows: neighbouring windows of a text are alike."""
 HARDLY = 0.95
 """The share of the loss of guessing that a network which learned stays below."""
+LOST = 0.1
+"""The share of what trained weights are better by than guessing that a search may lose without a warning."""
 SPLIT_TOLERANCE = 0.05
 """The share of the loss below which a difference between splits does no harm."""
 
@@ -32,16 +34,19 @@ def split_losses(
     statistics: Sequence[Tensor],
     note: Callable[[str], None],
     trained: float = 0.0,
+    before: LossEstimate | None = None,
 ) -> dict[str, float]:
     """Return the loss of a network on each split, with the supernet's weights.
 
-    Warn if two splits differ, and if the supernet does no better than guessing on the samples that it was trained on.
+    Warn if two splits differ, if the supernet does no better than guessing on the samples that it was trained on, and
+    if it started from trained weights and made them worse.
 
     Args:
         data: A view of the splits `weights`, `architecture` and `validation`.
         statistics: Inputs that set the statistics of batch norms.
         note: A function that tells a person a sentence.
         trained: The cross-entropy of what was trained, over the last epoch; 0 if it had another loss.
+        before: The `largest_loss` before the first step; None if another loss was trained.
     """
     with inherited(space, network, statistics):
         found = {name: estimate_loss(space, data.plain(name)) for name in ("weights", "architecture", "validation")}
@@ -66,7 +71,24 @@ def split_losses(
             f"{validation.mean:.3f}: they differ by more than chance allows ({chance:.3f}). The splits are of "
             "different data, so what was found may not hold. Look at a sample of each, or make the splits anew"
         )
+    if before is not None and before.mean < HARDLY * before.guessing:
+        largest = largest_loss(space, data, statistics)
+        after = min(validation, largest)  # a search that decided for small networks may leave the largest behind
+        lost = max(SPLIT_DEVIATIONS * math.hypot(before.error, after.error), LOST * (before.guessing - before.mean))
+        if after.mean - before.mean > lost:
+            note(
+                f"warning: before the search, the largest network had a loss of {before.mean:.3f} on validation. "
+                f"Now it has {largest.mean:.3f}, and the network above {validation.mean:.3f}: the search has spoilt "
+                "the weights that it started from. Lower the learning rate of search.weight_optimizer, and that of "
+                "retrain.optimizer if it tunes these weights. The recipe 'pretrained' has rates for trained weights"
+            )
     return {name: loss.mean for name, loss in found.items()}
+
+
+def largest_loss(space: SearchSpace, data: DataView, statistics: Sequence[Tensor]) -> LossEstimate:
+    """Return the loss of the largest network on the validation split, with the supernet's weights."""
+    with inherited(space, space.largest(), statistics):
+        return estimate_loss(space, data.plain("validation"))
 
 
 def _why_not_finite(samples: Samples) -> str:

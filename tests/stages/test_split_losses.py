@@ -1,5 +1,6 @@
 """A search says what one network's loss is on each split, and measures inherited weights as discretize does."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -11,10 +12,11 @@ from tanglenas_engine import create_dataset, create_optimizer, create_space, mak
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.data.splits import PLAIN_SAMPLES, _evenly
 from tanglenas_engine.errors import DivergedError, TangleNASError
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.stages.discretize import discretize
 from tanglenas_engine.stages.retrain import retrain
-from tanglenas_engine.stages.split_losses import split_losses
+from tanglenas_engine.stages.split_losses import largest_loss, split_losses
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import same
 from tanglenas_engine.training.losses import batch_accuracy
@@ -189,6 +191,46 @@ def test_a_search_warns_where_the_supernet_guesses(rate, learned):
     warnings = [note for note in notes.notes if "warning" in note]
     assert len(warnings) == (not learned)
     assert learned or "guessing by the frequencies of targets has 1.086" in warnings[0]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A space whose weights have learned, and the data."""
+    torch.manual_seed(0)
+    data = DataView({name: learnable(192, seed) for seed, name in enumerate(SPLITS)})
+    space, notes = vit(image_size=8, in_channels=3), Notes()
+    assert not spoilt_by_a_search(space, data, 1e-2, 16, notes)  # fresh weights know nothing that could be lost
+    return space, data
+
+
+def spoilt_by_a_search(space, data, rate, epochs, notes, checkpoints=None):
+    search(
+        space, create_optimizer("sandwich"), data, epochs=epochs, batch_size=32, checkpoints=checkpoints,
+        weight_optimizer=partial(torch.optim.Adam, lr=rate), progress=notes,
+    )  # fmt: skip
+    return [note for note in notes.notes if "spoilt the weights" in note]
+
+
+@pytest.mark.parametrize("rate, spoilt", [(1e-3, False), (0.1, True)])
+def test_a_search_warns_where_it_spoils_the_weights_that_it_started_from(trained, rate, spoilt, tmp_path):
+    start, data = trained
+    before = measure_inherited(start, start.largest(), data.validation, []).loss
+    assert before < 0.1
+    for _ in range(2):  # the second search goes on after the last step of the first
+        with CheckpointFolder(tmp_path, "x") as checkpoints:
+            found = spoilt_by_a_search(copy.deepcopy(start), data, rate, 2, Notes(), checkpoints)
+        assert len(found) == spoilt
+        assert not spoilt or f"the largest network had a loss of {before:.3f} on validation. Now it has" in found[0]
+
+
+def test_a_search_may_leave_the_largest_network_behind(trained):
+    start, data = trained
+    space, before = copy.deepcopy(start), largest_loss(start, data, [])
+    shallow = space.architecture(depth=2, embed_dim=12, num_heads=(3, 3), mlp_ratio=(2, 2))
+    torch.nn.init.normal_(space.blocks[2].mlp.fc2.weight, std=100)  # the third block is the largest's alone
+    for network, spoilt in ((shallow, False), (space.largest(), True)):
+        split_losses(space, network, data, [], (notes := Notes()).note, before=before)
+        assert any("spoilt the weights" in note for note in notes.notes) == spoilt
 
 
 def test_a_view_has_some_samples_without_augmentation():
