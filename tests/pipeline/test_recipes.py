@@ -28,7 +28,7 @@ from tanglenas_engine.plugins import manager
 from tanglenas_engine.training.optim import parameter_groups
 
 PAPER = sorted(path.name for path in (ROOT / "gin" / "paper").iterdir())
-RECIPES = ["demo", "cpu", *(f"paper/{name}" for name in PAPER)]
+RECIPES = ["demo", "cpu", "pretrained", *(f"paper/{name}" for name in PAPER)]
 NULL = {
     "search": dict.fromkeys(("epochs", "batch_size", "warmup_epochs")),
     "discretize": {"candidates": None},
