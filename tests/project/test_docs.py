@@ -169,7 +169,7 @@ def test_runs_that_are_shown_set_what_exists(tmp_path, monkeypatch):
         assert not set(values) - set(params()), page
         now = {**params(), **values}
         assert (ROOT / "gin" / now["recipe"]).is_dir(), page
-        if now["search.weights"] != "scratch":  # other rates destroy trained weights
+        if now["search.weights"] != "scratch":  # other rates can destroy trained weights
             assert (now["recipe"], now["retrain.mode"]) == ("pretrained", "finetune"), shlex.join(words)
         recipe = dict(
             re.findall(r"^(search\.\w+) = (\d+)$", (ROOT / "gin" / now["recipe"] / "search.gin").read_text(), re.M)
