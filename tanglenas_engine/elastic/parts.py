@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+"""Layers of torch whose `weight` may have several dimensions and multiplies no features: tables, and gains of norms."""
+
 
 def part(module: nn.Module, name: str) -> Any:
     """Return a parameter, a buffer or a module by its name in `module`; `module` itself for an empty name.
@@ -27,6 +30,27 @@ def part(module: nn.Module, name: str) -> Any:
         stored = next((parts for parts in (found._modules, found._parameters, found._buffers) if key in parts), None)
         found = getattr(found, key) if stored is None else stored[key]
     return found
+
+
+def matrices(network: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters with which layers multiply features, as linear layers, convolutions and attentions do.
+
+    These are the parameters of several dimensions that a layer calls a weight, such as `weight`, `in_proj_weight` or
+    `weight_ih_l0`. Tables, such as embeddings, class tokens and positions, are left out, unless a layer multiplies with
+    one (tied weights). A vector in several dimensions, such as a gain of shape `(1, 1, 1, C)`, counts in linear layers
+    and convolutions only.
+    """
+    return {
+        parameter
+        for module in network.modules()
+        if not isinstance(module, _NO_MATRICES)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and "weight" in name.split("_")
+        and (
+            isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or sum(length > 1 for length in parameter.shape) > 1
+        )
+    }
 
 
 def reference(module: nn.Module) -> Tensor:

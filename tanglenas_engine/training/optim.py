@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tanglenas_engine.elastic.parts import matrices
 from tanglenas_engine.errors import within
 from tanglenas_engine.runtime.foreign import blamed, unusable
 
@@ -55,12 +56,12 @@ def cosine(
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Return two groups of parameters: weights of linear and convolution layers, and others without weight decay."""
-    decayed = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    """Return two groups of parameters: the matrices of layers (see `matrices`), and others without weight decay."""
+    decayed = matrices(network)
     parameters = [p for p in network.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if id(p) in decayed]},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p in decayed]},
+        {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
     ]
 
 

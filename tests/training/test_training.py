@@ -341,6 +341,65 @@ def test_only_the_weights_of_layers_decay():
     assert len(free["params"]) == len([p for p in network.parameters() if p.requires_grad]) - 2
 
 
+class Rows(nn.Module):
+    """A linear layer whose weight has a row for each input, as transformers' `Conv1D` has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.zeros(8))
+
+
+class Gain(nn.Module):
+    """The gain of a norm over the last of four dimensions, as in transformers' ConvNeXt V2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1, 1, 4))
+
+
+class Places(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 4)), nn.Parameter(torch.zeros(1, 5, 4))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.table.weight
+
+
+@pytest.mark.parametrize(
+    "layer, names",
+    [
+        (Rows(), ["weight"]),
+        (nn.MultiheadAttention(4, 2), ["in_proj_weight", "out_proj.weight"]),
+        (
+            nn.MultiheadAttention(4, 2, kdim=3, vdim=3),
+            ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"],
+        ),
+        (nn.LSTM(4, 3), ["weight_ih_l0", "weight_hh_l0"]),
+        (nn.Bilinear(2, 3, 4), ["weight"]),
+        (nn.Linear(4, 1), ["weight"]),  # a vector, but of a layer that multiplies
+        (nn.Conv2d(4, 4, 1, groups=4), ["weight"]),
+        (Tied(), ["table.weight"]),  # the head multiplies with it
+        (nn.Embedding(5, 4), []),
+        (nn.EmbeddingBag(5, 4), []),
+        (nn.LayerNorm((3, 4)), []),
+        (nn.RMSNorm((3, 4)), []),
+        (nn.PReLU(4), []),
+        (Gain(), []),
+        (Places(), []),
+    ],
+)
+def test_what_a_layer_multiplies_with_decays_whatever_the_layer(layer, names):
+    decayed, free = parameter_groups(layer)
+    known = {parameter: name for name, parameter in layer.named_parameters()}
+    assert [known[parameter] for parameter in decayed["params"]] == names
+    assert len(decayed["params"]) + len(free["params"]) == len(known)
+
+
 @pytest.mark.parametrize(
     "factory",
     [
