@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tanglenas_engine.conversion.builder import Builder
 from tanglenas_engine.conversion.check import failing_choices
+from tanglenas_engine.conversion.initial import Initial, initials, is_trained
 from tanglenas_engine.conversion.record import DataDependent, Recorder, record
 from tanglenas_engine.conversion.report import Part, Report
 from tanglenas_engine.conversion.traced import Traced
@@ -49,7 +50,7 @@ class Elasticized(Traced, SearchSpace):
     """
 
     report = Report()
-    _initial: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    _initial: Mapping[str, Initial] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, example: Tensor, **options: Any):
         super().__init__(**options)
@@ -61,18 +62,21 @@ class Elasticized(Traced, SearchSpace):
         self._modules.update(model._modules)
 
     def set_initial(self, model: nn.Module) -> None:
-        """Take the means and deviations of a model's parameters for the initialisation of networks."""
-        self._initial = {
-            name: (float(p.detach().mean()), float(p.detach().std(correction=0)))
-            for name, p in model.named_parameters()
-            if p.is_floating_point()
-        }
+        """Take the rules by which a model's parameters are drawn for the initialisation of networks."""
+        self._initial = initials(model)
+        if is_trained(model):
+            self.scratch_warning = (
+                f"the weights of {type(model).__name__} are trained, as the gains of its norms differ: networks from "
+                "scratch begin with torch's default for matrices, gains of 1 and biases of 0. To begin as the model "
+                "does, give elasticize the untrained model as `initial`, or the configuration a function with an "
+                "argument `pretrained`, which is called with False for it"
+            )
 
     def standalone(self, architecture: Architecture) -> nn.Module:
         """Return the newly initialised network of an architecture, a `torch.fx.GraphModule` over plain layers.
 
-        Each parameter is drawn with the mean and the deviation that it has in the given model. So the model's own
-        initialisation holds for it. What needs no gradient keeps the values that it has here.
+        Each parameter is drawn by the rule that it has in the given model, with the network's own sizes (see
+        `initials`). What needs no gradient keeps the values that it has here.
         """
         network = self.plain(self.assignment_of(architecture))
         del network._example
@@ -84,8 +88,7 @@ class Elasticized(Traced, SearchSpace):
                 setattr(network.get_submodule(owner), key, there[present[0]])
         for name, parameter in network.named_parameters():
             if parameter.requires_grad and name in self._initial:
-                mean, deviation = self._initial[name]
-                nn.init.normal_(parameter, mean, deviation) if deviation else nn.init.constant_(parameter, mean)
+                self._initial[name].draw(parameter, network)
         inherited = self.inherited(architecture)
         for path, module in network.named_modules():
             _complete(module, {key: inherited.get(f"{path}.{key}".lstrip(".")) for key in _tensors(module)})
@@ -162,8 +165,11 @@ def elasticize(
             layer alone.
         output: A function that returns a tensor from what the model returns. By default it is the tensor itself, its
             `logits`, or the first element.
-        initial: A module of the same kind whose weights say how a network is initialised: each parameter is drawn with
-            the mean and the deviation that it has there. By default it is the model.
+        initial: A module of the same kind whose weights say how a network is initialised, such as the model before it
+            was trained. Matrices are drawn by the rule that their deviations follow there, such as a constant divided
+            by the root of the inputs, with the network's own sizes; other parameters with the mean and the deviation
+            that they have there. By default it is the model. In a module with trained norms, matrices are drawn as
+            those of torch's layers, gains are 1, and biases 0.
         options: Options of every space, such as `relaxation`.
 
     Raises:

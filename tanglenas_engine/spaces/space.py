@@ -89,6 +89,8 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     """
     output_layer: str = ""
     """The name of the module whose outputs are the classes. Weights to start from may have another one."""
+    scratch_warning: str = ""
+    """A sentence with which a training from scratch warns, or "" for none."""
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
         super().__init__()

@@ -6,6 +6,7 @@ import inspect
 import math
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -181,6 +182,8 @@ def retrain(
     device = session.find_device()
     computation.check(device)
     computation.share("retrain", batch_size)
+    if mode == "scratch" and space.scratch_warning:
+        warnings.warn(space.scratch_warning, stacklevel=2)
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
         network = network.to(device)

@@ -139,6 +139,14 @@ def test_scratch_does_not_depend_on_the_supernet(name):
 # Kill, resume, seeds
 
 
+def test_a_training_from_scratch_warns_of_what_its_space_says() -> None:
+    space = vit()
+    space.scratch_warning = "the weights of Net are trained"
+    with pytest.warns(UserWarning, match="the weights of Net are trained"):
+        retrained(space, mode="scratch", epochs=1)
+    retrained(space, mode="finetune", epochs=1)  # a warning would be an error
+
+
 @pytest.mark.parametrize("mode", ["scratch", "finetune"])
 @pytest.mark.parametrize("average", [None, ema])
 @pytest.mark.parametrize("make, every, cut", [(noisy_vit, 1, 4), (noisy_vit, None, 3), (Convolutional, 1, 2)])

@@ -1,0 +1,128 @@
+"""The initialisation of a model, as rules that hold for its networks of other widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tanglenas_engine.elastic.parts import matrices, part
+
+CONSTANT, BOTH, INPUTS, OUTPUTS = FANS = range(4)
+"""The fans with whose root a deviation may go: none, the mean of both (Xavier), and Kaiming's fan_in and fan_out."""
+DEFAULT = 1 / math.sqrt(3)
+"""The deviation of torch's layers, times the root of their inputs."""
+KNOWN = ((BOTH, 1.0), (INPUTS, DEFAULT), (INPUTS, math.sqrt(2)), (INPUTS, 1.0), (OUTPUTS, math.sqrt(2)))
+"""The fans and constants of Xavier, torch's layers, Kaiming for ReLU, LeCun, and Kaiming for ReLU by outputs."""
+
+
+class Initial(NamedTuple):
+    """The normal distribution of a new parameter.
+
+    Attributes:
+        mean: The mean.
+        constant: The deviation times the root of the fan.
+        fan: One of `FANS`.
+        weight: The name of the matrix whose fan it is: that of the parameter, or that of its layer for a bias.
+    """
+
+    mean: float
+    constant: float
+    fan: int
+    weight: str
+
+    def draw(self, parameter: Tensor, network: nn.Module) -> None:
+        """Draw a parameter of a network by the network's own sizes."""
+        deviation = self.constant / math.sqrt(_fan(self.fan, part(network, self.weight)))
+        nn.init.normal_(parameter, self.mean, deviation) if deviation else nn.init.constant_(parameter, self.mean)
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Return True if the gains of a norm differ from one another. In a new model they are equal."""
+    gains = [p.detach() for name, p in model.named_parameters() if _is_gain(name, p)]
+    return any(not torch.equal(gain, gain[:1].expand_as(gain)) for gain in gains)
+
+
+def initials(model: nn.Module) -> dict[str, Initial]:
+    """Return the distributions of the parameters of new networks, by name.
+
+    The deviations of a new model's matrices follow rules, such as a constant divided by the root of the inputs. One
+    matrix does not tell the rule, but matrices of several shapes do (see `_rules`). The bias of a layer follows the
+    rule of its matrix. All other parameters keep their mean and deviation.
+
+    The deviations of a trained model follow no rule. Its matrices begin as those of torch's layers, gains are 1, and
+    biases 0.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+    weights = matrices(model)
+    multiplied = {name for name in parameters if named[name] in weights}
+    trained = is_trained(model)
+    rules = dict.fromkeys(multiplied, INPUTS) if trained else _rules(parameters, multiplied)
+    fans = {named[name]: fan for name, fan in rules.items()}
+    found: dict[str, Initial] = {}
+    for name, tensor in parameters.items():
+        owner, dot, key = name.rpartition(".")
+        weight = f"{owner}{dot}{key.replace('bias', 'weight')}"
+        fan = fans.get(named[weight], CONSTANT) if weight in named else CONSTANT
+        if trained and name in multiplied:
+            found[name] = Initial(0.0, DEFAULT, fan, name)
+        elif trained and tensor.dim() == 1 and "bias" in key.split("_"):
+            found[name] = Initial(0.0, 0.0, CONSTANT, name)
+        elif trained and _is_gain(name, tensor):
+            found[name] = Initial(1.0, 0.0, CONSTANT, name)
+        else:
+            constant = float(tensor.std(correction=0)) * math.sqrt(_fan(fan, named.get(weight, tensor)))
+            found[name] = Initial(float(tensor.mean()), constant, fan, weight if fan else name)
+    return found
+
+
+def _is_gain(name: str, parameter: Tensor) -> bool:
+    return name.rpartition(".")[2] == "weight" and parameter.dim() == 1 and parameter.is_floating_point()
+
+
+def _fan(fan: int, weight: Tensor) -> float:
+    """Return a fan of a matrix, whose inputs and outputs are counted as torch counts them."""
+    if fan == CONSTANT:
+        return 1.0
+    positions = math.prod(weight.shape[2:])
+    inputs, outputs = weight.shape[1] * positions, weight.shape[0] * positions
+    return {BOTH: (inputs + outputs) / 2, INPUTS: inputs, OUTPUTS: outputs}[fan]
+
+
+def _rules(parameters: Mapping[str, Tensor], multiplied: Container[str]) -> dict[str, int]:
+    """Return the fan with whose root the deviation of each matrix goes: one of `FANS`.
+
+    A rule is a fan and a constant. The rule that matrices of most shapes follow is taken first, then the one that most
+    of the others follow, and so on. A rule of `KNOWN` has one shape more, because matrices of one shape do not tell
+    rules apart. Tables have no fan, so they may follow a constant deviation only. That is taken among equals.
+    """
+    deviations = {name: float(p.float().std(correction=0)) for name, p in parameters.items() if p.dim() > 1}
+    left = {name: deviation for name, deviation in deviations.items() if 0 < deviation < math.inf}
+    # Three standard errors of a deviation, and 1 % for distributions whose tails are cut off.
+    errors = {name: 3 / math.sqrt(2 * parameters[name].numel()) + 0.01 for name in left}
+    rules: list[tuple[int, int, set[str]]] = []
+    for fan in FANS:
+        logs = {
+            name: math.log(deviation * math.sqrt(_fan(fan, parameters[name])))
+            for name, deviation in left.items()
+            if fan == CONSTANT or name in multiplied
+        }
+        known = [(math.log(constant), 1) for one, constant in KNOWN if one == fan]
+        for value, more in [*known, *((log, 0) for log in dict.fromkeys(logs.values()))]:
+            rules.append((fan, more, {name for name, log in logs.items() if abs(log - value) <= errors[name]}))
+
+    def shapes(rule: tuple[int, int, set[str]]) -> int:
+        _, more, names = rule
+        return len({parameters[name].shape for name in names & left.keys()}) + more * bool(names & left.keys())
+
+    found = dict.fromkeys(deviations, CONSTANT)
+    while left:
+        fan, _, names = max(rules, key=shapes)
+        for name in names & left.keys():
+            found[name] = fan
+            del left[name]
+    return found
