@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -18,6 +19,10 @@ NAMES = {"image_size": ("img_size", "image_size"), "in_channels": ("in_chans", "
 """The names that a function of a model may have for the options of a space, beside the option's own."""
 OUTPUTS = ("num_classes", "vocab_size")
 """The options that set the number of outputs. A function with `**kwargs` gets them, too."""
+UNTRAINED = {"pretrained": False, "weights": None, "checkpoint_path": ""}
+"""The arguments with which functions of models load no trained weights: those of timm and of torchvision."""
+
+_Made = tuple[nn.Module, partial[Any]]
 
 
 def elasticized(
@@ -66,10 +71,10 @@ def elasticized(
     given = {name: value for name, value in given.items() if value is not None}
     size = image_size or 224
     with torch.device("cpu"):
-        network = _made(model, given, dict(arguments or {}))
+        network, again = _made(model, given, dict(arguments or {}))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # so that a network trained from scratch depends on its own seed alone
-            initial = _made(model, given, dict(arguments or {}))
+            initial = _untrained(again, network)
         example = torch.randint(vocab_size, (2, block_size or 64)) if texts else torch.randn(2, in_channels, size, size)
         space = elasticize(
             network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
@@ -98,8 +103,25 @@ def _check_outputs(space: SearchSpace, option: str, wanted: int | None) -> None:
     warnings.warn(advice, stacklevel=2)
 
 
-def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
-    """Make a model with those of the given options that it takes."""
+def _untrained(make: partial[Any], network: nn.Module) -> Any:
+    """Make a network again, without trained weights where its function can do so."""
+    takes = {*inspect.signature(make.func).parameters, *make.keywords}
+    if options := {name: value for name, value in UNTRAINED.items() if name in takes}:
+        try:
+            untrained = make(**options)
+            if _shapes(untrained) == _shapes(network):
+                return untrained
+        except Exception:  # a function of one's own may need weights, or mean something else by the name
+            pass
+    return make()
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> _Made:
+    """Make a model with those of the given options that it takes, and return the call that made it, too."""
     if isinstance(model, str):
         if not timm.is_model(model):
             close = timm.list_models(f"*{model}*")[:3]
@@ -107,7 +129,7 @@ def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], argument
                 f"timm has no model {model!r}{': did you mean ' + ', '.join(close) + '?' if close else ''}. "
                 "timm.list_models() has the names; a function that makes a model does, too"
             )
-        return _timm(lambda **options: timm.create_model(model, **options), given, arguments)
+        return _timm(partial(timm.create_model, model), given, arguments)
     if not callable(model):
         raise TangleNASError(
             f"create_space.model is {model!r}, expected a name of timm or a function that makes a model"
@@ -122,25 +144,29 @@ def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], argument
     passed_on = {}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         passed_on = {name: value for name, value in given.items() if name in OUTPUTS and name not in named}
+    make = partial(model, **{**named, **passed_on, **arguments})
     try:
-        network = model(**{**named, **passed_on, **arguments})
+        network = make()
     except (TypeError, ValueError) as error:
         # What `**kwargs` go to may have another name for it, which `arguments` may hold, or weights of another number.
         if not any(name in str(error) for name in passed_on):
             raise
-        network = model(**{**named, **arguments})
+        make = partial(model, **{**named, **arguments})
+        network = make()
     if not isinstance(network, nn.Module):
         raise TangleNASError(f"create_space.model makes a {type(network).__name__}, expected a torch module")
-    return network
+    return network, make
 
 
-def _timm(create: Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
+def _timm(create: Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> _Made:
     """Make a model of timm. Only some of them take the size of images."""
     named = {NAMES.get(option, (option,))[0]: value for option, value in given.items()}
+    make = partial(create, **{**named, **arguments})
     try:
-        return create(**{**named, **arguments})
+        return make(), make
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         named.pop("img_size", None)
-        return create(**{**named, **arguments})
+        make = partial(create, **{**named, **arguments})
+        return make(), make

@@ -71,3 +71,66 @@ def test_a_model_has_its_own_number_of_classes_where_none_is_given():
 def test_what_fails_in_a_function_is_told():
     with pytest.raises(TypeError, match="a failure of its own"):
         create_space("elasticized", model=failing, num_classes=7, image_size=8)
+
+
+def normed(outputs: int, trained: bool) -> nn.Module:
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, outputs, bias=False)
+    )
+    nn.init.normal_(net[4].weight, std=0.5)
+    if trained:
+        nn.init.normal_(net[4].weight, std=7.0)
+        nn.init.uniform_(net[2].weight)
+    return net
+
+
+def as_in_timm(num_classes=1000, pretrained=False):
+    return normed(num_classes, pretrained)
+
+
+def as_in_torchvision(*, weights=None, **options):
+    if weights is not None and options.get("num_classes", 100) != 100:
+        raise ValueError("The parameter 'num_classes' expected value 100")
+    return normed(options.get("num_classes", 100), weights is not None)
+
+
+def needing_a_file(num_classes, weights):
+    return normed(num_classes, bool(weights.strip()))
+
+
+def with_a_head_more_if_untrained(num_classes, weights):
+    net = normed(num_classes, weights is not None)
+    if weights is None:
+        net.auxiliary = nn.Linear(num_classes, num_classes)
+    return net
+
+
+def with_another_switch(num_classes, trained):
+    return normed(num_classes, trained)
+
+
+@pytest.mark.parametrize(
+    "model, arguments, deviation",
+    [
+        (as_in_timm, {"pretrained": True}, 0.5),
+        (as_in_torchvision, {"weights": "DEFAULT"}, 0.5),
+        (needing_a_file, {"weights": "file"}, 0.102),  # torch's for 32 inputs
+        (with_a_head_more_if_untrained, {"weights": "DEFAULT"}, 0.102),
+        (with_another_switch, {"trained": True}, 0.102),
+    ],
+)
+def test_networks_from_scratch_do_not_begin_as_trained_ones(model, arguments, deviation):
+    space = create_space("elasticized", model=model, arguments=arguments, num_classes=100, image_size=8)
+    network = space.standalone(space.largest())
+    assert network.get_submodule("2").weight.eq(1).all()
+    assert float(network.get_submodule("4").weight.detach().std()) == pytest.approx(deviation, rel=0.1)
+    assert bool(space.scratch_warning) == (deviation != 0.5)
+    assert float(space.get_submodule("4").weight.detach().std()) == pytest.approx(7, rel=0.1)
+
+
+def test_weights_of_another_number_of_classes_are_left_out_too():
+    with pytest.warns(UserWarning, match="num_classes is 7, but"):
+        space = create_space(
+            "elasticized", model=as_in_torchvision, arguments={"weights": "DEFAULT"}, num_classes=7, image_size=8
+        )
+    assert not space.scratch_warning
