@@ -16,7 +16,8 @@ file, so a study that is cut off goes on where it was. All times are of the proc
 split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
 the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
 `paths` goes on from a supernet that learned in mixtures by epochs of random architectures, and ranks the pool after
-each. `ablate` changes one thing of a search at a time. `lengths` trains networks of the pool for longer, and from the
+each. `ablate` changes one thing of a search at a time. `moments` says after which epoch of their trainings networks are
+ranked as a search ranks them. `lengths` trains networks of the pool for longer, and from the
 weights of a search. `alone` trains networks that a table knows, to see what short
 trainings say.
 """
@@ -1032,6 +1033,27 @@ def table(path: Path) -> None:
             f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
             + (f" ranks {[listed[row['digest']] for row in results]}" if listed else "")
         )
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+def moments(path: Path) -> None:
+    """Compare how searches rank the pool with the validation losses after each epoch of the pool's own trainings."""
+    rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    pool = [row for key, row in rows.items() if key.startswith("pool/") and key.endswith("/0")]
+    curves = np.array([row["curve"] for row in pool]).T  # (epochs, networks)
+    click.echo(f"| | {' | '.join(str(epoch + 1) for epoch in range(len(curves)))} |")
+    click.echo(f"| --- |{' ---: |' * len(curves)}")
+    named: dict[str, list[Sequence[float]]] = {"test loss at the end": [[row["test_loss"] for row in pool]]}
+    known = set()
+    for key, row in rows.items():
+        losses = tuple(row.get("pool_losses", ()))
+        if len(losses) == len(pool) and losses not in known:  # one search has a row for each derivation
+            known.add(losses)
+            named.setdefault("/".join(key.split("/")[:2]), []).append(losses)
+    for name, rankings in named.items():
+        means = [np.mean([stats.spearmanr(one, losses).statistic for one in rankings]) for losses in curves]
+        click.echo(f"| {name} ({len(rankings)}) | {_listed(means, 2).replace(', ', ' | ')} |")
 
 
 def _trainings(rows: dict[str, dict[str, Any]]) -> dict[str, dict[int, float]]:

@@ -17,8 +17,10 @@ class Sandwich(Optimizer):
 
     The largest network learns from the labels. The others learn from labels and from its predictions: a share of their
     loss is the cross-entropy to its softmax, without a gradient to it. Gradients add up, as in the papers, and
-    `search.clip` clips their sum. The search reports the loss and the accuracy of the largest network. In a search
-    within a band, the largest and the smallest are those of the band.
+    `search.clip` clips their sum. The search reports the loss and the accuracy of the largest network.
+
+    In a search within a band, the largest network of the whole space teaches, because every other network shares all of
+    its weights with it, and one more network of the band is drawn in place of the smallest.
 
     Args:
         random: Random architectures in a step.
@@ -36,7 +38,9 @@ class Sandwich(Optimizer):
 
     def draw_from(self, source: Source) -> None:
         super().draw_from(source)
-        self._largest, self._smallest = source.largest(), source.smallest()
+        space = self.space
+        self._largest = space.largest()
+        self._smallest = space.smallest() if source is space else None
 
     def sample(self, step: int, stream: str) -> Architecture:
         return self.draw(step, f"{stream}/0")
@@ -48,8 +52,8 @@ class Sandwich(Optimizer):
         loss = step.loss(outputs, targets)
         step.outputs, step.reported = (teacher := outputs.detach()), loss.detach()
         yield loss
-        others = [self._smallest, *(self.draw(step.index, f"weight/{i}") for i in range(self.random))]
-        for architecture in others:
+        drawn = (self.draw(step.index, f"weight/{i}") for i in range(self.random))
+        for architecture in (self._smallest or self.draw(step.index, "weight/smallest"), *drawn):
             self.enter(architecture)
             outputs = step.space(inputs)
             yield self._taught(step, outputs, targets, teacher)

@@ -1,6 +1,6 @@
 """Bands: random architectures whose cost is within a range just below a limit.
 
-A supernet that trains on such architectures alone ranks them better than one that trains on the whole space. Few
+A supernet that trains on such architectures alone spends no step on those that are too small or too large. Few
 architectures of a large space cost nearly as much as a limit allows, so drawing until one does can take for ever.
 Instead, the ways to get there are counted. Decisions are taken in a fixed order. `counts[k][f][t]` is the number of
 ways to take the decisions from the k-th on at a cost of t, where f are the earlier ones that share a table with these:
@@ -40,8 +40,6 @@ MAX_WAYS = 50_000
 """Combinations of a decision with earlier ones that are counted at most; beyond, samples are grown into the band."""
 MAX_DRAWS = 1000
 """Draws without one in the band after which a band counts as empty."""
-DRAWS_PER_BIN = 20
-"""Draws from a bin at the border of the band, after which the next bin follows."""
 
 
 class Band:
@@ -66,7 +64,6 @@ class Band:
         # Samples do not depend on the order of the limits.
         self._limits = sorted((limit for limit in budget.limits if of in (None, limit.name)), key=lambda it: it.name)
         self._counters: list[_Counter] = []
-        self._extremes: dict[bool, Architecture] = {}
         self._scores: Mapping[Row, Sequence[float]] | None = None
         self._under_scores: list[_Counter] = []
         self.exact = tabulated(self.space, budget.limits)
@@ -125,40 +122,6 @@ class Band:
             self._scores = scores
             self._under_scores = [counter.under(scores) for counter in self._counters]
         return self._under_scores
-
-    def largest(self) -> Architecture:
-        """Return an architecture of the band that uses most of a limit, up to 1/4096 of it."""
-        return self._extreme(True)
-
-    def smallest(self) -> Architecture:
-        """Return an architecture of the band that uses least of a limit, up to 1/4096 of it."""
-        return self._extreme(False)
-
-    def _extreme(self, reverse: bool) -> Architecture:
-        if reverse not in self._extremes:
-            self._extremes[reverse] = self._find_extreme(reverse)
-        return self._extremes[reverse]
-
-    def _find_extreme(self, reverse: bool) -> Architecture:
-        generator = torch.Generator().manual_seed(0)
-        if not self.exact:
-            drawn = [self.sample(generator) for _ in range(100)]
-            return sorted(drawn, key=lambda one: self._used(self.space.assignment_of(one)), reverse=reverse)[0]
-        found: list[Picks] = []
-        for counter in self._counters:
-            bins = range(counter.window.start, counter.window.stop)
-            for number in reversed(bins) if reverse else bins:
-                ending = replace(counter, window=slice(number, number + 1))
-                tried = (ending.draw(generator) for _ in range(DRAWS_PER_BIN) if ending.ways)
-                if inside := next((picks for picks in tried if self._used_limits(picks)), None):
-                    found.append(inside)
-                    break
-        found = found or [self.space.assignment_of(self.sample(generator))]
-        return self.space.architecture_of(sorted(found, key=self._used, reverse=reverse)[0])
-
-    def _used(self, picks: Mapping[Any, int]) -> float:
-        """Return the share that an assignment uses of the tightest limit."""
-        return max(limit.cost(picks) / limit.most for limit in self._limits)
 
     def _used_limits(self, picks: Mapping[Any, int]) -> list[int]:
         """Return the indices of the limits whose share the assignment reaches; [] if it exceeds a limit."""

@@ -62,10 +62,6 @@ class Source(Protocol):
         self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
     ) -> Architecture: ...
 
-    def largest(self) -> Architecture: ...
-
-    def smallest(self) -> Architecture: ...
-
 
 class Optimizer(abc.ABC):
     """A search method. A subclass writes `sample`. The other methods have the usual first-order form as default.

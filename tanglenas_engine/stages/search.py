@@ -135,8 +135,8 @@ def search(
         targets: Costs to aim for. A method that draws architectures draws within the band. The others, or all with
             architecture parameters if the band is None, limit the costs in expectation: the loss of alpha is charged
             for missing them.
-        band: The least and the most that a drawn architecture costs, as shares of the tightest target. A supernet that
-            trains on such architectures alone ranks them best. None draws from the whole space.
+        band: The least and the most that a drawn architecture costs, as shares of the tightest target. None draws from
+            the whole space.
         order: The importance by which the units of every size are put in order before the search, if the space starts
             from a trained network: architectures keep the first ones. "magnitude" takes the weights, "taylor" the
             first-order change of the loss on a few batches. The largest network's outputs stay the same.

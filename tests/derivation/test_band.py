@@ -110,12 +110,8 @@ def test_every_space_has_bands(name, share):
     limits = limited(space, share)
     band, generator = Band(Budget(space, limits), 0.8), torch.Generator().manual_seed(1)
     drawn = [band.sample(generator) for _ in range(8)]
-    costs = [space.cost(one).macs for one in (*drawn, band.smallest(), band.largest())]
-    assert all(0.8 * limits["macs"] <= cost <= limits["macs"] for cost in costs)
+    assert all(0.8 * limits["macs"] <= space.cost(one).macs <= limits["macs"] for one in drawn)
     assert all(band.holds(one) for one in drawn)
-    *drawn_costs, least, most = costs
-    bins = limits["macs"] / 1024
-    assert least <= min(drawn_costs) + bins and most >= max(drawn_costs) - bins
 
 
 def test_scores_that_rule_the_band_out_are_left_out():
@@ -138,16 +134,7 @@ def test_samples_do_not_depend_on_the_order_of_limits():
     limits = limited(space, 0.6, METRICS)
     bands = [Band(Budget(space, dict(order)), 0.5) for order in (limits.items(), reversed(limits.items()))]
     drawn = [[band.sample(torch.Generator().manual_seed(seed)) for seed in range(20)] for band in bands]
-    assert drawn[0] == drawn[1] and bands[0].largest() == bands[1].largest()
-
-
-def test_extremes_are_those_of_the_band():
-    space = SPACES["convolutional"]()
-    limits = limited(space, 0.6)
-    inside = [cost for p in assignments(space) if 0.8 <= (cost := space.terms("macs").cost(p)) / limits["macs"] <= 1]
-    band = Band(Budget(space, limits), 0.8)
-    assert space.cost(band.largest()).macs == pytest.approx(max(inside), abs=limits["macs"] / 2048)
-    assert space.cost(band.smallest()).macs == pytest.approx(min(inside), abs=limits["macs"] / 2048)
+    assert drawn[0] == drawn[1]
 
 
 class Opaque(Objective):
@@ -170,7 +157,6 @@ def test_a_cost_without_tables_is_met_by_moves():
     assert not band.exact
     costs = [space.cost(band.sample(torch.Generator().manual_seed(seed))).params for seed in range(10)]
     assert all(0.8 * most <= cost <= most for cost in costs) and len(set(costs)) > 1
-    assert space.cost(band.smallest()).params <= min(costs) and space.cost(band.largest()).params >= max(costs)
 
 
 def test_an_empty_band_is_refused_with_its_range():

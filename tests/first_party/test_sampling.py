@@ -8,6 +8,8 @@ import torch
 from tiny import tiny
 
 from tanglenas_engine import search
+from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import Step
 from tanglenas_engine.testing import random_data
@@ -33,6 +35,20 @@ def test_a_step_trains_the_largest_the_smallest_and_random_ones(monkeypatch):
     assert len(list(optimizer.weight_losses(step))) == 5
     assert entered[:2] == [step.space.largest(), step.space.smallest()]
     assert len({architecture.digest for architecture in entered}) == 5
+
+
+def test_within_a_band_the_largest_network_of_the_space_teaches_networks_of_the_band(monkeypatch):
+    optimizer, step = setting(random=2)
+    space, entered = step.space, []
+    band = Band(Budget(space, {"macs": 0.6 * space.cost(space.largest()).macs}), 0.7)
+    optimizer.draw_from(band)
+    enter = optimizer.enter
+    monkeypatch.setattr(optimizer, "enter", lambda architecture: (entered.append(architecture), enter(architecture)))
+    for step.index in range(4):
+        assert len(list(optimizer.weight_losses(step))) == 4
+    assert entered[::4] == 4 * [space.largest()]
+    drawn = [one for number, one in enumerate(entered) if number % 4]
+    assert all(band.holds(one) for one in drawn) and len({one.digest for one in drawn}) > 4
 
 
 def test_smaller_networks_learn_from_the_largest_and_it_from_the_labels():
