@@ -16,8 +16,7 @@ file, so a study that is cut off goes on where it was. All times are of the proc
 split: it only says in the end what a network is worth. `table` prints the comparison, with intervals. `front` searches
 the whole space once a seed, derives a network for each of several budgets, and compares fronts of loss and cost.
 `paths` goes on from a supernet that learned in mixtures by epochs of random architectures, and ranks the pool after
-each. `ablate` changes one thing of a search at a time. `moments` says after which epoch of their trainings networks are
-ranked as a search ranks them. `lengths` trains networks of the pool for longer, and from the
+each. `ablate` changes one thing of a search at a time. `lengths` trains networks of the pool for longer, and from the
 weights of a search. `alone` trains networks that a table knows, to see what short
 trainings say.
 """
@@ -418,22 +417,25 @@ class Study(contextlib.AbstractContextManager["Study"]):
             "seconds": seconds,
         }
 
-    def tuned(self, name: str, seed: int, numbers: Sequence[int]) -> None:
-        """Fine-tune networks of the pool from the weights of a search, for as long as trainings take."""
-        keys = {number: f"lengths/{name}/{self.task.epochs}/{number}" for number in numbers}
+    def tuned(self, name: str, seed: int, numbers: Sequence[int], epochs: int) -> None:
+        """Fine-tune networks of the pool from the weights of a search."""
+        keys = {number: f"lengths/{name}/{epochs}/{number}" for number in numbers}
         if all(key in self.done for key in keys.values()):
             return
         space, _, searched = self.split_for(METHODS[name]).searched(METHODS[name], seed)
-        self.once(f"lengths/{name}/search", lambda: {"seconds": searched["search_seconds"]})
+        search = {"seconds": searched["search_seconds"], "pool_losses": searched["pool_losses"]}
+        self.once(f"lengths/{name}/search", lambda: search)
         pool = self.pool()
-        self.fine_tuned(space, {key: pool[number] for number, key in keys.items()}, 0)
+        self.fine_tuned(space, {key: pool[number] for number, key in keys.items()}, 0, epochs)
 
-    def fine_tuned(self, supernet: SearchSpace, networks: dict[str, Architecture], seed: int) -> None:
+    def fine_tuned(
+        self, supernet: SearchSpace, networks: dict[str, Architecture], seed: int, epochs: int | None = None
+    ) -> None:
         """Fine-tune networks from a supernet's weights; each is a result under its key."""
         weights = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
         for key, one in networks.items():
             supernet.load_state_dict(weights)
-            self.once(key, partial(self.trained, one, seed, supernet=supernet))
+            self.once(key, partial(self.trained, one, seed, epochs=epochs, supernet=supernet))
 
     def pool(self) -> list[Architecture]:
         """Return the architectures of the pool, all different."""
@@ -863,7 +865,10 @@ def _listed(values: Sequence[float] | np.ndarray[Any, Any], digits: int) -> str:
 @click.option("--networks", default="0,5,10", help="Networks of the pool, with commas between them.")
 @click.option("--epochs", "longer", default="24", help="Epochs from scratch, with commas between them.")
 @click.option("--methods", default="short spos band;spos band", help="Searches to fine-tune from, with ; between them.")
-def lengths(task: str, data: str | None, out: Path, networks: str, longer: str, methods: str) -> None:
+@click.option(
+    "--tuned", default="", help="Epochs of fine-tuning, with commas between them; by default those of the task."
+)
+def lengths(task: str, data: str | None, out: Path, networks: str, longer: str, methods: str, tuned: str) -> None:
     """Train networks of the pool for longer, and from the weights of a search: what time is worth without a choice."""
     study = click.get_current_context().with_resource(Study(task, out / f"{task}.jsonl", data))
     numbers, pool = [int(number) for number in networks.split(",")], study.pool()
@@ -871,7 +876,8 @@ def lengths(task: str, data: str | None, out: Path, networks: str, longer: str, 
         for number in numbers:
             study.once(f"lengths/scratch/{epochs}/{number}", partial(study.trained, pool[number], 0, epochs=epochs))
     for name in filter(None, methods.split(";")):
-        study.tuned(name, 0, numbers)
+        for epochs in map(int, filter(None, tuned.split(","))) if tuned else [study.task.epochs]:
+            study.tuned(name, 0, numbers, epochs)
     click.echo("| from | epochs | networks | test loss, each | the same from scratch, as long as the task | seconds |")
     click.echo("| --- | ---: | --- | --- | --- | ---: |")
     groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -1033,27 +1039,6 @@ def table(path: Path) -> None:
             f"| {np.mean([row['search_seconds'] + row['derive_seconds'] for row in results]):.0f} |"
             + (f" ranks {[listed[row['digest']] for row in results]}" if listed else "")
         )
-
-
-@main.command()
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
-def moments(path: Path) -> None:
-    """Compare how searches rank the pool with the validation losses after each epoch of the pool's own trainings."""
-    rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
-    pool = [row for key, row in rows.items() if key.startswith("pool/") and key.endswith("/0")]
-    curves = np.array([row["curve"] for row in pool]).T  # (epochs, networks)
-    click.echo(f"| | {' | '.join(str(epoch + 1) for epoch in range(len(curves)))} |")
-    click.echo(f"| --- |{' ---: |' * len(curves)}")
-    named: dict[str, list[Sequence[float]]] = {"test loss at the end": [[row["test_loss"] for row in pool]]}
-    known = set()
-    for key, row in rows.items():
-        losses = tuple(row.get("pool_losses", ()))
-        if len(losses) == len(pool) and losses not in known:  # one search has a row for each derivation
-            known.add(losses)
-            named.setdefault("/".join(key.split("/")[:2]), []).append(losses)
-    for name, rankings in named.items():
-        means = [np.mean([stats.spearmanr(one, losses).statistic for one in rankings]) for losses in curves]
-        click.echo(f"| {name} ({len(rankings)}) | {_listed(means, 2).replace(', ', ' | ')} |")
 
 
 def _trainings(rows: dict[str, dict[str, Any]]) -> dict[str, dict[int, float]]:
