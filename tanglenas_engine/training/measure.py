@@ -54,7 +54,7 @@ def measure(network: nn.Module, samples: Samples, batch_size: int = 256, togethe
         inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         hits += (outputs.argmax(-1) == targets).sum()
-        loss += F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="sum")
+        loss += F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten(), reduction="sum")
         count += (targets != IGNORED).sum()
     network.train(training)
     sums = [float(hits), float(loss), float(count)]
