@@ -62,7 +62,7 @@ from tanglenas_engine.derivation.budget import Budget, whole
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.jobs import Trained
 from tanglenas_engine.derivation.levels import front as at_levels
-from tanglenas_engine.derivation.race import plan, race
+from tanglenas_engine.derivation.race import Rung, plan, race, work
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.stages.discretize import METHODS as DERIVATION_METHODS
@@ -83,6 +83,8 @@ SCHEDULER = partial(cosine, warmup=0.2)
 """The schedule of trainings. With a warm-up over 5 %, seeds differ as much as networks do."""
 PATHS = {1: 0.5, 2: 1.0}
 """Epochs of random architectures after a search by mixtures, with the share of its learning rate."""
+HALVINGS = (4, 6)
+"""The budgets, in trainings, of races between random networks of the pool in the table."""
 FRONT = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """The budgets of a front, as shares of the largest network's cost."""
 
@@ -1008,9 +1010,15 @@ def table(path: Path) -> None:
     single = np.mean([row["test_loss"] for row in pool])
     each = np.mean([row["seconds"] for row in pool])
     click.echo(f"| one random network | {losses.mean():.4f} | {single:.4f} | | 50 | | {each:.0f} |")
+    epochs = len(_curve(pool[0]))
     for count in (3, 10):
-        again, once = (_best_of(pool, values, count) for values in (worth, first))
+        again, once = (_raced(pool, values, [Rung(count, epochs)]) for values in (worth, first))
         click.echo(f"| best of {count} by validation loss | {again:.4f} | {once:.4f} | | | | {count * each:.0f} |")
+    for trainings in HALVINGS if epochs > 1 else ():
+        rungs = plan(16, epochs, trainings=trainings)
+        again, once = (_raced(pool, values, rungs) for values in (worth, first))
+        name = f"successive halving of {rungs[0].networks} random networks"
+        click.echo(f"| {name} | {again:.4f} | {once:.4f} | | | | {work(rungs) / epochs * each:.0f} |")
     for cost in ("params", "macs"):
         if f"most {cost}/0" in rows:
             loss = worth[rows[f"most {cost}/0"]["digest"]]
@@ -1065,12 +1073,21 @@ def _spearman(one: Sequence[float], other: Sequence[float] | np.ndarray[Any, Any
     return f"{stats.spearmanr(one, other).statistic:.2f} +- {1 / math.sqrt(len(one) - 1):.2f}"
 
 
-def _best_of(pool: Sequence[dict[str, Any]], worth: dict[str, float], count: int) -> float:
-    """Return the mean worth of the network of best validation loss among `count` of the pool."""
-    generator = np.random.default_rng(0)
-    chosen = (generator.choice(len(pool), min(count, len(pool)), replace=False) for _ in range(10_000))
-    best = (min(some, key=lambda i: pool[i]["validation_loss"]) for some in chosen)
-    return float(np.mean([worth[pool[i]["digest"]] for i in best]))
+def _raced(pool: Sequence[dict[str, Any]], worth: dict[str, float], rungs: Sequence[Rung]) -> float:
+    """Return the mean worth of the winners of many races between random networks of the pool, by their trainings."""
+    generator, found = np.random.default_rng(0), []
+    curves = [_curve(row) for row in pool]
+    for _ in range(10_000):
+        running = generator.choice(len(pool), min(rungs[0].networks, len(pool)), replace=False).tolist()
+        for rung in rungs:
+            running = sorted(running[: rung.networks], key=lambda number: curves[number][rung.epochs - 1])
+        found.append(worth[pool[running[0]]["digest"]])
+    return float(np.mean(found))
+
+
+def _curve(row: dict[str, Any]) -> list[float]:
+    """Return the validation losses of a training; a single one if a table stands for it."""
+    return row.get("curve") or [row["validation_loss"]]
 
 
 if __name__ == "__main__":
