@@ -15,8 +15,9 @@ CONSTANT, BOTH, INPUTS, OUTPUTS = FANS = range(4)
 """The fans with whose root a deviation may go: none, the mean of both (Xavier), and Kaiming's fan_in and fan_out."""
 DEFAULT = 1 / math.sqrt(3)
 """The deviation of torch's layers, times the root of their inputs."""
-KNOWN = ((BOTH, 1.0), (INPUTS, DEFAULT), (INPUTS, math.sqrt(2)), (INPUTS, 1.0), (OUTPUTS, math.sqrt(2)))
-"""The fans and constants of Xavier, torch's layers, Kaiming for ReLU, LeCun, and Kaiming for ReLU by outputs."""
+RELU = math.sqrt(2)
+KNOWN = ((CONSTANT, 0.02), (BOTH, 1.0), (INPUTS, DEFAULT), (INPUTS, RELU), (INPUTS, 1.0), (OUTPUTS, RELU))
+"""The fans and constants of GPT-2, Xavier, torch's layers, Kaiming for ReLU, LeCun, and Kaiming for ReLU by outputs."""
 
 
 class Initial(NamedTuple):
@@ -98,7 +99,7 @@ def _rules(parameters: Mapping[str, Tensor], multiplied: Container[str]) -> dict
 
     A rule is a fan and a constant. The rule that matrices of most shapes follow is taken first, then the one that most
     of the others follow, and so on. A rule of `KNOWN` has one shape more, because matrices of one shape do not tell
-    rules apart. Tables have no fan, so they may follow a constant deviation only. That is taken among equals.
+    rules apart. Among equals a rule of `KNOWN` is taken, and then a constant deviation, as tables may follow no other.
     """
     deviations = {name: float(p.float().std(correction=0)) for name, p in parameters.items() if p.dim() > 1}
     left = {name: deviation for name, deviation in deviations.items() if 0 < deviation < math.inf}
@@ -115,9 +116,10 @@ def _rules(parameters: Mapping[str, Tensor], multiplied: Container[str]) -> dict
         for value, more in [*known, *((log, 0) for log in dict.fromkeys(logs.values()))]:
             rules.append((fan, more, {name for name, log in logs.items() if abs(log - value) <= errors[name]}))
 
-    def shapes(rule: tuple[int, int, set[str]]) -> int:
+    def shapes(rule: tuple[int, int, set[str]]) -> tuple[int, int]:
         _, more, names = rule
-        return len({parameters[name].shape for name in names & left.keys()}) + more * bool(names & left.keys())
+        found = len({parameters[name].shape for name in names & left.keys()})
+        return (found + more, more) if found else (0, 0)
 
     found = dict.fromkeys(deviations, CONSTANT)
     while left:

@@ -117,6 +117,19 @@ def test_a_model_may_follow_several_rules():
     assert {found[f"{i}.weight"].fan for i in range(4)} == {CONSTANT}
 
 
+def test_a_known_constant_is_taken_before_one_that_happens_to_fit_as_many_shapes():
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(192, 576), nn.Linear(192, 768), nn.Linear(768, 192)])
+    for one, deviation in zip(model, (0.02, 0.02, 0.01), strict=True):  # 0.01 * sqrt(768) is 0.02 * sqrt(192)
+        nn.init.normal_(one.weight, std=deviation)
+    found = initials(model)
+    assert {found[f"{i}.weight"].fan for i in range(3)} == {CONSTANT}
+    model = nn.ModuleList([nn.Linear(768, 256), nn.Linear(256, 256)])
+    nn.init.normal_(model[0].weight, std=1 / math.sqrt(768))  # LeCun's, which is torch's for a third of the inputs
+    found = initials(model)
+    assert [found[f"{i}.weight"].fan for i in range(2)] == [INPUTS, INPUTS]
+
+
 def test_weights_without_a_deviation_keep_their_values():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     nn.init.zeros_(model[2].weight)
