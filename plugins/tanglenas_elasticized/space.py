@@ -71,15 +71,17 @@ def elasticized(
     given = {name: value for name, value in given.items() if value is not None}
     size = image_size or 224
     with torch.device("cpu"):
-        network, again = _made(model, given, dict(arguments or {}))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # so that a network trained from scratch depends on its own seed alone
-            initial = _untrained(again, network)
+        network, make = _made(model, given, dict(arguments or {}))
+        initial, failures = _untrained(make, network)
         example = torch.randint(vocab_size, (2, block_size or 64)) if texts else torch.randn(2, in_channels, size, size)
         space = elasticize(
             network, example, hidden=hidden, residual=residual, heads=heads, depth=depth, divisor=divisor, fixed=fixed,
             initial=initial, relaxation=relaxation, sharing=sharing,
         )  # fmt: skip
+        if space.scratch_warning and failures:
+            space.scratch_warning += f". The function was called again: {failures}"
+        elif initial is None and not space.scratch_warning:
+            space.set_initial(_again(make), trained=False)
         _check_outputs(space, *("vocab_size", vocab_size) if texts else ("num_classes", num_classes))
     return space
 
@@ -103,21 +105,34 @@ def _check_outputs(space: SearchSpace, option: str, wanted: int | None) -> None:
     warnings.warn(advice, stacklevel=2)
 
 
-def _untrained(make: partial[Any], network: nn.Module) -> Any:
-    """Make a network again, without trained weights where its function can do so."""
-    takes = {*inspect.signature(make.func).parameters, *make.keywords}
-    if options := {name: value for name, value in UNTRAINED.items() if name in takes}:
+def _untrained(make: partial[Any], network: nn.Module) -> tuple[nn.Module | None, str]:
+    """Make a network again, without trained weights. Return None and what failed where its function cannot do so."""
+    takes = inspect.signature(make.func).parameters
+    every = tuple(name for name in UNTRAINED if name in takes or name in make.keywords)
+    given = tuple(name for name in every if name in make.keywords)  # some functions take one name instead of another
+    failures = []
+    for names in filter(None, dict.fromkeys((every, given))):
+        options = {name: UNTRAINED[name] for name in names}
         try:
-            untrained = make(**options)
-            if _shapes(untrained) == _shapes(network):
-                return untrained
-        except Exception:  # a function of one's own may need weights, or mean something else by the name
-            pass
-    return make()
+            untrained = _again(make, **options)
+        except Exception as error:  # a function of one's own may need weights, or mean something else by the name
+            failures.append(f"with {options} it raises {type(error).__name__} ({error})")
+        else:
+            if _shapes(untrained) >= _shapes(network):
+                return untrained, ""
+            failures.append(f"with {options} it makes a model of other parameters")
+    return None, ", and ".join(failures)
 
 
-def _shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in network.named_parameters()}
+def _again(make: partial[Any], **options: Any) -> Any:
+    """Make a network by a seed of its own, so that a network trained from scratch depends on that training's alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(**options)
+
+
+def _shapes(network: nn.Module) -> set[tuple[str, torch.Size]]:
+    return {(name, parameter.shape) for name, parameter in network.named_parameters()}
 
 
 def _made(model: str | Callable[..., nn.Module], given: dict[str, Any], arguments: dict[str, Any]) -> _Made:

@@ -61,15 +61,16 @@ class Elasticized(Traced, SearchSpace):
         self._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
         self._modules.update(model._modules)
 
-    def set_initial(self, model: nn.Module) -> None:
+    def set_initial(self, model: nn.Module, trained: bool) -> None:
         """Take the rules by which a model's parameters are drawn for the initialisation of networks."""
-        self._initial = initials(model)
-        if is_trained(model):
+        self._initial = initials(model, trained)
+        if trained:
             self.scratch_warning = (
-                f"the weights of {type(model).__name__} are trained, as the gains of its norms differ: networks from "
-                "scratch begin with torch's default for matrices, gains of 1 and biases of 0. To begin as the model "
-                "does, give elasticize the untrained model as `initial`, or the configuration a function with an "
-                "argument `pretrained`, which is called with False for it"
+                f"the weights of {type(model).__name__} are trained, as gains and biases of its norms differ: networks "
+                "from scratch begin with torch's defaults for matrices, torch's norms and PReLU, and biases of 0. How "
+                "gains of other norms, layer scales and embeddings begin is not known: they keep their trained mean "
+                "and deviation. To begin as the model does, give elasticize the untrained model as `initial`, or the "
+                "configuration a function with an argument `pretrained`, which is called with False for it"
             )
 
     def standalone(self, architecture: Architecture) -> nn.Module:
@@ -168,8 +169,9 @@ def elasticize(
         initial: A module of the same kind whose weights say how a network is initialised, such as the model before it
             was trained. Matrices are drawn by the rule that their deviations follow there, such as a constant divided
             by the root of the inputs, with the network's own sizes; other parameters with the mean and the deviation
-            that they have there. By default it is the model. In a module with trained norms, matrices are drawn as
-            those of torch's layers, gains are 1, and biases 0.
+            that they have there. It may have more parameters than the module, and counts as untrained. By default it
+            is the module. If that has trained norms, matrices and the gains of torch's norms begin as torch's, and
+            biases as 0.
         options: Options of every space, such as `relaxation`.
 
     Raises:
@@ -185,9 +187,9 @@ def elasticize(
     fixed = _names(fixed)
     if not callable(output):
         raise TangleNASError(f"output is {quoted(output)}: expected a function of what the model returns")
-    if initial is not None and not (isinstance(initial, nn.Module) and _shapes(initial) == _shapes(model)):
+    if initial is not None and not (isinstance(initial, nn.Module) and _shapes(initial) >= _shapes(model)):
         raise TangleNASError(
-            f"the parameters of `initial` ({type(initial).__name__}) are not those of {type(model).__name__}: give a "
+            f"`initial` ({type(initial).__name__}) does not have the parameters of {type(model).__name__}: give a "
             "module of the same kind, such as the model before it was trained"
         )
     example = example.detach().to(next(model.parameters(), example).device)
@@ -204,7 +206,7 @@ def elasticize(
         space.report.parts[:0] = [Part(name, "fixed", 0, (), reason) for name, reason in whole.items()]
         failing = failing_choices(space, model, output)
         if not failing:
-            space.set_initial(model if initial is None else initial)
+            space.set_initial(*(model, is_trained(model)) if initial is None else (initial, False))
             return space.train(model.training)
         refused.update(failing)
     raise TangleNASError(
@@ -220,8 +222,8 @@ def _shares(kind: str, given: Any) -> tuple[float, ...]:
     return shares
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+def _shapes(model: nn.Module) -> set[tuple[str, torch.Size]]:
+    return {(name, parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _names(given: Any) -> tuple[str, ...]:

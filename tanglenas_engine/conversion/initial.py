@@ -18,6 +18,8 @@ DEFAULT = 1 / math.sqrt(3)
 RELU = math.sqrt(2)
 KNOWN = ((CONSTANT, 0.02), (BOTH, 1.0), (INPUTS, DEFAULT), (INPUTS, RELU), (INPUTS, 1.0), (OUTPUTS, RELU))
 """The fans and constants of GPT-2, Xavier, torch's layers, Kaiming for ReLU, LeCun, and Kaiming for ReLU by outputs."""
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""torch's norms, whose gains begin as 1. Those of others may begin as 0, as they add 1, or as a small number."""
 
 
 class Initial(NamedTuple):
@@ -42,28 +44,34 @@ class Initial(NamedTuple):
 
 
 def is_trained(model: nn.Module) -> bool:
-    """Return True if the gains of a norm differ from one another. In a new model they are equal."""
-    gains = [p.detach() for name, p in model.named_parameters() if _is_gain(name, p)]
-    return any(not torch.equal(gain, gain[:1].expand_as(gain)) for gain in gains)
+    """Return True if the gains of a norm differ from one another, and its biases as well, where it has some.
+
+    In a new model they are equal, or the gains alone are drawn.
+    """
+    norms = [_vectors(module) for module in model.modules()]
+    return any(
+        "weight" in norm and not any(torch.equal(v, v[:1].expand_as(v)) for v in norm.values()) for norm in norms
+    )
 
 
-def initials(model: nn.Module) -> dict[str, Initial]:
+def initials(model: nn.Module, trained: bool) -> dict[str, Initial]:
     """Return the distributions of the parameters of new networks, by name.
 
     The deviations of a new model's matrices follow rules, such as a constant divided by the root of the inputs. One
     matrix does not tell the rule, but matrices of several shapes do (see `_rules`). The bias of a layer follows the
     rule of its matrix. All other parameters keep their mean and deviation.
 
-    The deviations of a trained model follow no rule. Its matrices begin as those of torch's layers, gains are 1, and
-    biases 0.
+    The deviations of a trained model follow no rule. Its matrices, the gains of torch's norms and the slopes of PReLU
+    begin as torch's do, biases are 0, and all other parameters keep their mean and deviation.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
     weights = matrices(model)
     multiplied = {name for name in parameters if named[name] in weights}
-    trained = is_trained(model)
     rules = dict.fromkeys(multiplied, INPUTS) if trained else _rules(parameters, multiplied)
     fans = {named[name]: fan for name, fan in rules.items()}
+    gains = {norm.weight: 1.0 for norm in model.modules() if isinstance(norm, NORMS)}
+    gains |= {prelu.weight: prelu.init for prelu in model.modules() if isinstance(prelu, nn.PReLU)}
     found: dict[str, Initial] = {}
     for name, tensor in parameters.items():
         owner, dot, key = name.rpartition(".")
@@ -73,16 +81,18 @@ def initials(model: nn.Module) -> dict[str, Initial]:
             found[name] = Initial(0.0, DEFAULT, fan, name)
         elif trained and tensor.dim() == 1 and "bias" in key.split("_"):
             found[name] = Initial(0.0, 0.0, CONSTANT, name)
-        elif trained and _is_gain(name, tensor):
-            found[name] = Initial(1.0, 0.0, CONSTANT, name)
+        elif trained and named[name] in gains:
+            found[name] = Initial(gains[named[name]], 0.0, CONSTANT, name)
         else:
             constant = float(tensor.std(correction=0)) * math.sqrt(_fan(fan, named.get(weight, tensor)))
             found[name] = Initial(float(tensor.mean()), constant, fan, weight if fan else name)
     return found
 
 
-def _is_gain(name: str, parameter: Tensor) -> bool:
-    return name.rpartition(".")[2] == "weight" and parameter.dim() == 1 and parameter.is_floating_point()
+def _vectors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the gains and the biases of a module, by their names in torch's norms."""
+    own = {name: module._parameters.get(name) for name in ("weight", "bias")}
+    return {name: p.detach() for name, p in own.items() if p is not None and p.dim() == 1 and p.is_floating_point()}
 
 
 def _fan(fan: int, weight: Tensor) -> float:

@@ -96,7 +96,7 @@ def test_biases_of_torch_go_with_the_inputs_of_their_layers():
 def test_a_rule_is_told_by_matrices_of_several_shapes():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
-    found = initials(model)
+    found = initials(model, trained=False)
     layer = "layers.1."
     fans = {name.removeprefix(layer): initial.fan for name, initial in found.items() if name.startswith(layer)}
     assert {name for name, fan in fans.items() if fan == BOTH} == {"self_attn.in_proj_weight", "self_attn.in_proj_bias"}
@@ -108,12 +108,12 @@ def test_a_rule_is_told_by_matrices_of_several_shapes():
 
 def test_a_model_may_follow_several_rules():
     torch.manual_seed(0)
-    found = initials(plain(BY_OUTPUTS, (32, 32, 32)))
+    found = initials(plain(BY_OUTPUTS, (32, 32, 32)), trained=False)
     assert [found[f"{i}.weight"].fan for i in (0, 2, 4, 8)] == [OUTPUTS, OUTPUTS, OUTPUTS, CONSTANT]
     model = nn.ModuleList([nn.Embedding(50, 64), nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 64)])
     for one, deviation in zip(model, (0.02, 0.02, 0.01, 0.02), strict=True):
         nn.init.normal_(one.weight, std=deviation)  # as in GPT-2, which makes the ends of its blocks smaller
-    found = initials(model)
+    found = initials(model, trained=False)
     assert {found[f"{i}.weight"].fan for i in range(4)} == {CONSTANT}
 
 
@@ -122,11 +122,11 @@ def test_a_known_constant_is_taken_before_one_that_happens_to_fit_as_many_shapes
     model = nn.ModuleList([nn.Linear(192, 576), nn.Linear(192, 768), nn.Linear(768, 192)])
     for one, deviation in zip(model, (0.02, 0.02, 0.01), strict=True):  # 0.01 * sqrt(768) is 0.02 * sqrt(192)
         nn.init.normal_(one.weight, std=deviation)
-    found = initials(model)
+    found = initials(model, trained=False)
     assert {found[f"{i}.weight"].fan for i in range(3)} == {CONSTANT}
     model = nn.ModuleList([nn.Linear(768, 256), nn.Linear(256, 256)])
     nn.init.normal_(model[0].weight, std=1 / math.sqrt(768))  # LeCun's, which is torch's for a third of the inputs
-    found = initials(model)
+    found = initials(model, trained=False)
     assert [found[f"{i}.weight"].fan for i in range(2)] == [INPUTS, INPUTS]
 
 
@@ -134,19 +134,31 @@ def test_weights_without_a_deviation_keep_their_values():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     nn.init.zeros_(model[2].weight)
     nn.init.constant_(model[0].weight, math.nan)
-    found = initials(model)
+    found = initials(model, trained=False)
     assert found["2.weight"] == (0.0, 0.0, CONSTANT, "2.weight") and math.isnan(found["0.weight"].mean)
+
+
+class Scaled(nn.Module):
+    """A norm of one's own whose gains add 1, and then a layer scale."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.std(-1, keepdim=True) * (1 + self.weight) * self.scale
 
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Parameter(torch.randn(1, 1, 16, 16))
-        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32)
-        self.second, self.last = nn.Conv2d(32, 64, 3, padding=1), nn.Linear(64, 10)
+        self.first, self.norm, self.prelu = nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.PReLU()
+        self.second, self.last, self.scaled = nn.Conv2d(32, 64, 3, padding=1), nn.Linear(64, 40), Scaled(40)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.norm(self.first(x + self.table)).relu()).relu().mean((2, 3)))
+        x = self.second(self.prelu(self.norm(self.first(x + self.table)))).relu()
+        return self.scaled(self.last(x.mean((2, 3))))
 
 
 def trained() -> Net:
@@ -155,6 +167,9 @@ def trained() -> Net:
     with torch.no_grad():
         model.norm.weight.copy_(torch.linspace(-0.2, 1.2, 32))
         model.norm.bias.copy_(torch.randn(32))
+        model.prelu.weight.fill_(0.7)
+        model.scaled.weight.copy_(0.1 * torch.randn(40))
+        model.scaled.scale.copy_(0.3 + 0.1 * torch.randn(40))
         model.last.weight.mul_(20)
         model.second.bias.fill_(3)
     return model
@@ -165,14 +180,34 @@ def test_fresh_weights_of_a_trained_model_are_those_of_new_layers():
     assert "the weights of Net are trained" in space.scratch_warning
     network = space.standalone(space.smallest())
     assert network.norm.weight.eq(1).all() and not network.norm.bias.any() and not network.second.bias.any()
+    assert network.prelu.weight.eq(0.25).all()
     assert float(network.last.weight.detach().std()) == pytest.approx(1 / math.sqrt(3 * 16), rel=0.2)
-    assert float(network.table.detach().std()) == pytest.approx(1, rel=0.2)  # no layer says how a table begins
+
+
+def test_a_trained_model_keeps_the_distributions_of_which_no_layer_says_how_they_begin():
+    model = trained()
+    space = elasticize(model, torch.randn(2, 1, 16, 16))
+    network = space.standalone(space.largest())
+    for name in ("table", "scaled.weight", "scaled.scale"):
+        old, new = model.get_parameter(name).detach(), network.get_parameter(name).detach()
+        error = float(old.std()) / math.sqrt(old.numel())
+        assert float(new.mean()) == pytest.approx(float(old.mean()), abs=4 * error)
+        assert float(new.std()) == pytest.approx(float(old.std()), abs=4 * error)
 
 
 def test_fresh_weights_of_a_trained_model_follow_an_untrained_one():
     fresh = Net()
     nn.init.normal_(fresh.last.weight, std=0.5)
+    fresh.auxiliary = nn.Linear(10, 10)
+    for parameter in fresh.norm.parameters():
+        nn.init.normal_(parameter, std=0.1)  # what is given as `initial` is untrained, whatever it looks like
     space = elasticize(trained(), torch.randn(2, 1, 16, 16), initial=fresh)
     network = space.standalone(space.largest())
-    assert network.norm.weight.eq(1).all() and not space.scratch_warning
+    assert float(network.norm.weight.detach().std()) == pytest.approx(0.1, rel=0.5) and not space.scratch_warning
     assert float(network.last.weight.detach().std()) == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_new_model_may_draw_its_gains():
+    model = Net()
+    nn.init.normal_(model.norm.weight, 1, 0.1)
+    assert not elasticize(model, torch.randn(2, 1, 16, 16)).scratch_warning

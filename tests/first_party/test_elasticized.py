@@ -81,6 +81,7 @@ def normed(outputs: int, trained: bool) -> nn.Module:
     if trained:
         nn.init.normal_(net[4].weight, std=7.0)
         nn.init.uniform_(net[2].weight)
+        nn.init.uniform_(net[2].bias)
     return net
 
 
@@ -98,11 +99,24 @@ def needing_a_file(num_classes, weights):
     return normed(num_classes, bool(weights.strip()))
 
 
+def taking_an_old_name_too(num_classes, weights="", **old):
+    if weights == "":
+        weights = old.pop("pretrained", None) or None
+    if old:
+        raise TypeError(f"unexpected {old}")
+    return normed(num_classes, weights is not None)
+
+
 def with_a_head_more_if_untrained(num_classes, weights):
     net = normed(num_classes, weights is not None)
     if weights is None:
         net.auxiliary = nn.Linear(num_classes, num_classes)
     return net
+
+
+def with_a_head_less_if_untrained(num_classes, weights):
+    net = normed(num_classes, weights is not None)
+    return net if weights is not None else net[:4]
 
 
 def with_another_switch(num_classes, trained):
@@ -114,8 +128,10 @@ def with_another_switch(num_classes, trained):
     [
         (as_in_timm, {"pretrained": True}, 0.5),
         (as_in_torchvision, {"weights": "DEFAULT"}, 0.5),
+        (taking_an_old_name_too, {"pretrained": True}, 0.5),
+        (with_a_head_more_if_untrained, {"weights": "DEFAULT"}, 0.5),
         (needing_a_file, {"weights": "file"}, 0.102),  # torch's for 32 inputs
-        (with_a_head_more_if_untrained, {"weights": "DEFAULT"}, 0.102),
+        (with_a_head_less_if_untrained, {"weights": "DEFAULT"}, 0.102),
         (with_another_switch, {"trained": True}, 0.102),
     ],
 )
@@ -126,6 +142,21 @@ def test_networks_from_scratch_do_not_begin_as_trained_ones(model, arguments, de
     assert float(network.get_submodule("4").weight.detach().std()) == pytest.approx(deviation, rel=0.1)
     assert bool(space.scratch_warning) == (deviation != 0.5)
     assert float(space.get_submodule("4").weight.detach().std()) == pytest.approx(7, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "model, sentence",
+    [
+        (
+            needing_a_file,
+            "with {'weights': None} it raises AttributeError ('NoneType' object has no attribute 'strip')",
+        ),
+        (with_a_head_less_if_untrained, "with {'weights': None} it makes a model of other parameters"),
+    ],
+)
+def test_a_call_for_untrained_weights_that_failed_is_told(model, sentence):
+    space = create_space("elasticized", model=model, arguments={"weights": "file"}, num_classes=100, image_size=8)
+    assert space.scratch_warning.endswith(f". The function was called again: {sentence}")
 
 
 def test_weights_of_another_number_of_classes_are_left_out_too():
