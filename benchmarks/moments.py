@@ -106,7 +106,7 @@ def main(path: Path, output: Path | None) -> None:
         for name, values in lines.items():
             click.echo(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
     if output is not None:
-        draw(panels, output)
+        draw({title: lines for title, lines in panels.items() if len(lines[END]) > 3}, output)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class SecondOrderDARTS(DARTS):
 
     def __init__(
         self,
-        weight_decay: float = 1e-3,
+        weight_decay: float = 0.0,
         hypergradient: str = "finite_differences",
         radius: float = 1e-2,
         temperature: float = 1.0,

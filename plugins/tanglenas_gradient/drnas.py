@@ -16,9 +16,9 @@ class DrNAS(Annealed):
     """An optimizer that draws mixtures from `Dirichlet(elu(alpha / temperature) + 1)`, with pathwise gradients.
 
     Args:
-        regularizer: "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2`; in the paper, this is the
-            weight decay of the architecture optimizer. "kl" adds `scale * KL(Dirichlet || uniform)`. "none" adds
-            nothing.
+        regularizer: "none" adds nothing. "l2" pulls alpha to 0, the uniform Dirichlet, by `scale / 2 * |alpha|^2`; in
+            the paper, this is the weight decay of the architecture optimizer (see `darts`). "kl" adds
+            `scale * KL(Dirichlet || uniform)`.
         scale: Weight of the regularizer.
         temperature: Temperature at the start of the search.
         final_temperature: Temperature at the end, reached linearly with the epochs; None keeps the temperature.
@@ -26,7 +26,7 @@ class DrNAS(Annealed):
 
     def __init__(
         self,
-        regularizer: str = "l2",
+        regularizer: str = "none",
         scale: float = 1e-3,
         temperature: float = 1.0,
         final_temperature: float | None = None,

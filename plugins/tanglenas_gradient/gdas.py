@@ -33,7 +33,7 @@ class GDAS(Annealed):
 
     draws_in_band = True
 
-    def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 1e-3):
+    def __init__(self, temperature: float = 10.0, final_temperature: float = 0.1, weight_decay: float = 0.0):
         super().__init__(temperature, final_temperature)
         self.weight_decay = within("weight_decay", weight_decay, 0)
 

@@ -40,7 +40,7 @@ class HardConcrete(Annealed):
         final_temperature: float | None = None,
         low: float = -0.1,
         high: float = 1.1,
-        weight_decay: float = 1e-3,
+        weight_decay: float = 0.0,
     ):
         super().__init__(temperature, final_temperature)
         if not -math.inf < low < 0 or not 1 < high < math.inf:

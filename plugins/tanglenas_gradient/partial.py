@@ -148,7 +148,7 @@ class PartialDARTS(Progressive, DARTS):
         channels: Sequence[int] = (4,),
         keep: Sequence[float] = (1.0,),
         edge_normalization: bool = True,
-        weight_decay: float = 1e-3,
+        weight_decay: float = 0.0,
         temperature: float = 1.0,
         final_temperature: float | None = None,
     ):
@@ -171,7 +171,7 @@ class PartialDrNAS(Progressive, DrNAS):
         channels: Sequence[int] = (4, 2),
         keep: Sequence[float] = (1.0, 0.5),
         edge_normalization: bool = True,
-        regularizer: str = "l2",
+        regularizer: str = "none",
         scale: float = 1e-3,
         temperature: float = 1.0,
         final_temperature: float | None = None,

@@ -546,7 +546,7 @@ class TwoPaths(Optimizer):
         return self.draw(step, stream)
 
     def weight_losses(self, step: Step):
-        for architecture in (self.source.largest(), self.sample(step.index, "weight")):
+        for architecture in (self.space.largest(), self.sample(step.index, "weight")):
             self.enter(architecture)
             yield step.loss(step.space(step.weight_batch[0]), step.weight_batch[1])
 
