@@ -179,6 +179,7 @@ class Method:
         relaxation: How the supernet computes a mixture.
         segments: Whether the architecture split is the second half of the training samples, and not dealt.
         portion: The share of the training samples that the weights learn from. The others judge.
+        decay: The weight decay of alpha. 0.001 is the paper's.
         trained: Whether there is a search at all. Without one, the weights that rank candidates are random.
     """
 
@@ -191,6 +192,7 @@ class Method:
     relaxation: str = "exact"
     segments: bool = False
     portion: float = 0.5
+    decay: float = 0.001
     trained: bool = True
 
 
@@ -199,7 +201,7 @@ METHODS = {
     "drnas target": Method("drnas", ("argmax", "best race")),
     "drnas target, then paths": Method("drnas", ("argmax", "both"), paths=2),
     "hard_concrete target": Method("hard_concrete", ("argmax", "best race")),
-    "tunas band": Method("tunas", ("argmax", "both")),
+    "tunas band": Method("tunas", ("argmax", "both"), decay=0.0),
     "gdas target": Method("gdas", ("argmax", "both")),
     "short spos band": Method("spos", ("best race", "proposing race"), short=True, recipe=True),
     "no search": Method("spos", ("proposing race",), trained=False),
@@ -221,9 +223,10 @@ ABLATIONS = {
     "spos, architecture split from elsewhere": Method("spos", ("judged",), segments=True),
     "sandwich": Method("sandwich", ("judged",)),
     "gdas": Method("gdas", ("argmax", "judged")),
-    "tunas": Method("tunas", ("argmax", "judged")),
+    "tunas": Method("tunas", ("argmax", "judged"), decay=0.0),
     "drnas": Method("drnas", ("argmax", "judged")),
     "drnas, architecture split from elsewhere": Method("drnas", ("argmax", "judged"), segments=True),
+    "drnas, no decay of alpha": Method("drnas", ("argmax", "judged"), decay=0.0),
     "drnas, gated": Method("drnas", ("argmax", "judged"), relaxation="gated"),
     "drnas, paper": Method("drnas", ("argmax", "judged"), relaxation="paper"),
 }
@@ -590,7 +593,7 @@ class Study(contextlib.AbstractContextManager["Study"]):
             epochs=max(1, self.task.epochs // 4) if method.short else self.task.epochs,
             batch_size=32,
             weight_optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.05),
-            architecture_optimizer=partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.999)),
+            architecture_optimizer=partial(torch.optim.Adam, lr=0.03, betas=(0.5, 0.999), weight_decay=method.decay),
             warmup_epochs=max(1, self.task.epochs // 5) if optimizer.learns_architecture else 0,
             path_epochs=method.paths,
             targets=[Target(create_objective("macs"), value=most) for most in self.limits.values() if method.band],
@@ -1011,11 +1014,11 @@ def table(path: Path) -> None:
     each = np.mean([row["seconds"] for row in pool])
     click.echo(f"| one random network | {losses.mean():.4f} | {single:.4f} | | 50 | | {each:.0f} |")
     epochs = len(_curve(pool[0]))
-    for count in (3, 10):
+    for count in (count for count in (3, 10) if count <= len(pool)):
         again, once = (_raced(pool, values, [Rung(count, epochs)]) for values in (worth, first))
         click.echo(f"| best of {count} by validation loss | {again:.4f} | {once:.4f} | | | | {count * each:.0f} |")
     for trainings in HALVINGS if epochs > 1 else ():
-        rungs = plan(16, epochs, trainings=trainings)
+        rungs = plan(min(16, len(pool)), epochs, trainings=trainings)
         again, once = (_raced(pool, values, rungs) for values in (worth, first))
         name = f"successive halving of {rungs[0].networks} random networks"
         click.echo(f"| {name} | {again:.4f} | {once:.4f} | | | | {work(rungs) / epochs * each:.0f} |")
@@ -1078,7 +1081,7 @@ def _raced(pool: Sequence[dict[str, Any]], worth: dict[str, float], rungs: Seque
     generator, found = np.random.default_rng(0), []
     curves = [_curve(row) for row in pool]
     for _ in range(10_000):
-        running = generator.choice(len(pool), min(rungs[0].networks, len(pool)), replace=False).tolist()
+        running = generator.choice(len(pool), rungs[0].networks, replace=False).tolist()
         for rung in rungs:
             running = sorted(running[: rung.networks], key=lambda number: curves[number][rung.epochs - 1])
         found.append(worth[pool[running[0]]["digest"]])

@@ -97,6 +97,8 @@ def draw(panels: dict[str, Lines], path: Path) -> None:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The figure to write.")
 def main(path: Path, output: Path | None) -> None:
     rows = {row["key"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    if not any("curve" in row for key, row in rows.items() if key.startswith("pool/")):
+        raise click.UsageError(f"{path} has no pool whose trainings have a loss after each epoch")
     panels = {"Trained from scratch": from_scratch(rows)}
     panels |= {f"Fine-tuned from {name}": lines for name, lines in fine_tuned(rows).items()}
     for title, lines in panels.items():

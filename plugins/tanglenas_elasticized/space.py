@@ -117,10 +117,10 @@ def _untrained(make: partial[Any], network: nn.Module) -> tuple[nn.Module | None
             untrained = _again(make, **options)
         except Exception as error:  # a function of one's own may need weights, or mean something else by the name
             failures.append(f"with {options} it raises {type(error).__name__} ({error})")
-        else:
-            if _shapes(untrained) >= _shapes(network):
-                return untrained, ""
-            failures.append(f"with {options} it makes a model of other parameters")
+            continue
+        if isinstance(untrained, nn.Module) and _shapes(untrained) >= _shapes(network):
+            return untrained, ""
+        failures.append(f"with {options} it makes no model of these parameters")
     return None, ", and ".join(failures)
 
 

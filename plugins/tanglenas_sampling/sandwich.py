@@ -19,8 +19,8 @@ class Sandwich(Optimizer):
     loss is the cross-entropy to its softmax, without a gradient to it. Gradients add up, as in the papers, and
     `search.clip` clips their sum. The search reports the loss and the accuracy of the largest network.
 
-    In a search within a band, the largest network of the whole space teaches, because every other network shares all of
-    its weights with it, and one more network of the band is drawn in place of the smallest.
+    In a search within a band, the largest network of the whole space teaches, because it has the most weights in common
+    with the others, and one more network of the band is drawn in place of the smallest.
 
     Args:
         random: Random architectures in a step.

@@ -127,7 +127,7 @@ class _Single:
 def _check_source(optimizer: Optimizer, space: SearchSpace) -> None:
     """Check that an optimizer draws architectures, or mixtures of one each, from the source that a search gives it.
 
-    Its weight steps may train the largest network of the space, too, which contains all others and can teach them.
+    Its weight steps may train the largest network of the space, too, which can teach the others.
     One that refuses another source than the space, by a `TangleNASError`, refuses searches with a target.
     """
     step = _step(space.train(), random_data(space, ("weights",)))

@@ -119,6 +119,10 @@ def with_a_head_less_if_untrained(num_classes, weights):
     return net if weights is not None else net[:4]
 
 
+def with_nothing_if_untrained(num_classes, weights):
+    return normed(num_classes, True) if weights else None
+
+
 def with_another_switch(num_classes, trained):
     return normed(num_classes, trained)
 
@@ -151,7 +155,8 @@ def test_networks_from_scratch_do_not_begin_as_trained_ones(model, arguments, de
             needing_a_file,
             "with {'weights': None} it raises AttributeError ('NoneType' object has no attribute 'strip')",
         ),
-        (with_a_head_less_if_untrained, "with {'weights': None} it makes a model of other parameters"),
+        (with_a_head_less_if_untrained, "with {'weights': None} it makes no model of these parameters"),
+        (with_nothing_if_untrained, "with {'weights': None} it makes no model of these parameters"),
     ],
 )
 def test_a_call_for_untrained_weights_that_failed_is_told(model, sentence):

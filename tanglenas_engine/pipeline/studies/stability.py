@@ -95,21 +95,24 @@ def _drnas(**search: object) -> dict[str, object]:
 
 
 PLAIN = 'create_optimizer.regularizer = "none"'
+NO_DECAY = "architecture/torch.optim.Adam.weight_decay = 0.0"
+"""The paper's recipes let alpha decay. Here each arm says itself what pulls alpha, and the others have nothing."""
 STUDY = Study(
     question="How steady is alpha over the epochs of a search?",
     paper="It names warm-up and progressive shrinking as means against a high variance of alpha in macro spaces.",
     arms={
-        "plain": Arm(_drnas(), (PLAIN,)),
-        "warm-up": Arm(_drnas(), (PLAIN,)),
-        "l2": Arm(_drnas(), ('create_optimizer.regularizer = "l2"', "create_optimizer.scale = 0.01")),
-        "kl": Arm(_drnas(), ('create_optimizer.regularizer = "kl"', "create_optimizer.scale = 0.01")),
+        "plain": Arm(_drnas(), (PLAIN, NO_DECAY)),
+        "warm-up": Arm(_drnas(), (PLAIN, NO_DECAY)),
+        "l2": Arm(_drnas(), ('create_optimizer.regularizer = "l2"', "create_optimizer.scale = 0.01", NO_DECAY)),
+        "kl": Arm(_drnas(), ('create_optimizer.regularizer = "kl"', "create_optimizer.scale = 0.01", NO_DECAY)),
         "temperature": Arm(
-            _drnas(), (PLAIN, "create_optimizer.temperature = 2.0", "create_optimizer.final_temperature = 0.5")
+            _drnas(),
+            ("create_optimizer.temperature = 2.0", "create_optimizer.final_temperature = 0.5", PLAIN, NO_DECAY),
         ),
         "shrinking": Arm(
             {"optimizer": "pc_drnas"},
             ("create_optimizer.channels = (1, 1)", "create_optimizer.keep = (1.0, 0.5)",
-             "create_optimizer.edge_normalization = False", PLAIN),
+             "create_optimizer.edge_normalization = False", PLAIN, NO_DECAY),
         ),
     },
     stages=("search",),

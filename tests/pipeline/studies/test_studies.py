@@ -99,7 +99,8 @@ def test_a_run_is_laid_out_as_a_project_with_the_values_of_its_arm(study, tmp_pa
         assert Path.cwd() == tmp_path / "here" / "runs" / "warm-up-7"
         arguments = arguments_of("search")
         assert {'OPTIMIZER = "drnas"', "SEED = 7", "search.epochs = 4", "search.warmup_epochs = 4"} <= {*arguments}
-        assert arguments[-2:] == ["search.clip = 1.0", 'create_optimizer.regularizer = "none"']
+        own = ['create_optimizer.regularizer = "none"', "architecture/torch.optim.Adam.weight_decay = 0.0"]
+        assert arguments[-3:] == ["search.clip = 1.0", *own]
         assert run.params["search"]["epochs"] == 4
         assert "retrain.clip = 2.0" in arguments_of("retrain") and "retrain.clip = 2.0" not in arguments
         assert os.environ["DVC_EXP_NAME"].endswith("warm-up-7")
