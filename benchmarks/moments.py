@@ -74,13 +74,13 @@ def fine_tuned(rows: Rows) -> dict[str, Lines]:
 
 
 def draw(panels: dict[str, Lines], path: Path) -> None:
-    """Draw a panel for each set of lines."""
+    """Draw a panel for each set of lines. Searches of one seed are in the table alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for place, (title, lines) in zip(axes, panels.items(), strict=True):
-        for name, values in lines.items():
+        for name, values in ((name, values) for name, values in lines.items() if not name.endswith(", 1 seed")):
             color = {"color": "0.6"} if name == END else {}
             place.plot(range(1, len(values) + 1), values, "o-", markersize=3, label=name, **color)
         place.axhline(0, color="0.8", linewidth=0.8, zorder=0)
