@@ -47,6 +47,7 @@ def test_every_gin_file_is_in_a_folder_that_is_tested_here_or_is_a_recipe() -> N
         "datasets",
         "demo",
         "cpu",
+        "pretrained",
         "paper",
     }
     assert {Path(file).stem for file in named("stages")} == set(STAGES)

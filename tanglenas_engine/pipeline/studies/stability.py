@@ -95,7 +95,7 @@ def _drnas(**search: object) -> dict[str, object]:
 
 
 PLAIN = 'create_optimizer.regularizer = "none"'
-NO_DECAY = "architecture/torch.optim.Adam.weight_decay = 0.0"
+NO_DECAY = "search: architecture/torch.optim.Adam.weight_decay = 0.0"
 """The paper's recipes let alpha decay. Here each arm says itself what pulls alpha, and the others have nothing."""
 STUDY = Study(
     question="How steady is alpha over the epochs of a search?",
