@@ -294,8 +294,11 @@ class Study(contextlib.AbstractContextManager["Study"]):
 
     def split_for(self, method: Method) -> Self:
         """Return the study with the training samples shared between weights and architecture as a method has it."""
+        splits = self._segments() if method.segments else self._dealt(method.portion)
+        if splits == self.splits:
+            return self  # with the images that it holds
         study = copy.copy(self)
-        study.splits = self._segments() if method.segments else self._dealt(method.portion)
+        study.splits = splits
         vars(study).pop("_images", None)
         return study
 
@@ -601,8 +604,8 @@ class Study(contextlib.AbstractContextManager["Study"]):
             seed=seed,
             device="cpu",
         )
-        start = time.process_time()
         view = self.data("weights", "architecture", "validation")
+        start = time.process_time()
         trainings = {"weight_optimizer": OPTIMIZER, "scheduler": SCHEDULER} if method.recipe else {}
         result = search(space, optimizer, view, **{**recipe, **self.task.search, **trainings})
         searched = {
