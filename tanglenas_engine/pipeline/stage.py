@@ -43,7 +43,7 @@ from tanglenas_engine.pipeline.inputs.same_inputs import check_same_inputs
 from tanglenas_engine.pipeline.meter import Meter
 from tanglenas_engine.pipeline.pipeline_metrics import pipeline_metrics
 from tanglenas_engine.pipeline.project import project_root
-from tanglenas_engine.pipeline.tracking.tracker import AFTER, DATA, TABLE, MlflowTracker
+from tanglenas_engine.pipeline.tracking.tracker import AFTER, DATA, OBJECTIVES, TABLE, WEIGHTS, MlflowTracker
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.files import exclusive, sweep, write_atomic
@@ -218,7 +218,7 @@ def open_stage(name: str, arguments: Sequence[str], inputs: Sequence[Path] = ())
         ) as tracker:
             if tracker.run_id:
                 write_atomic(record, tracker.run_id)
-            params = {"OPTIMIZER": optimizer, **_recipe(arguments), **bound_parameters(), **_contents(dataset)}
+            params = {"OPTIMIZER": optimizer, **_recipe(arguments), **bound_parameters(), **_contents(dataset, weights)}
             tracker.log_params(params)
             if isinstance(tracker, MlflowTracker):
                 # The search's config is the same in all stages of a pipeline. Another stage may run again with others.
@@ -250,10 +250,16 @@ def _recipe(arguments: Sequence[str]) -> dict[str, str]:
     return {"RECIPE": recipes[0]} if recipes else {}
 
 
-def _contents(dataset: Dataset) -> dict[str, str]:
-    """Return parameters that tell apart runs whose data or benchmark table had another content under the same name."""
-    table = tables().get(gin.get_bindings("benchmark").get("path"), "")
-    return {DATA: dataset.fingerprint[:12], **({TABLE: table[:12]} if table else {})}
+def _contents(dataset: Dataset, weights: str) -> dict[str, str]:
+    """Return parameters that tell apart runs whose files had another content under the same name."""
+    objectives = sorted(tables("create_objective").values())
+    contents = {
+        DATA: dataset.fingerprint,
+        TABLE: tables("benchmark").get(gin.get_bindings("benchmark").get("path"), ""),
+        OBJECTIVES: fingerprint(files=objectives) if objectives else "",
+        WEIGHTS: weights,
+    }
+    return {name: digest[:12] for name, digest in contents.items() if digest}
 
 
 def _identity(

@@ -464,8 +464,12 @@ def test_a_condition_that_stages_bind_differently_stays_one():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["make_splits.test_portion", "dataset.fingerprint"])
-def test_runs_with_other_test_data_have_tables_of_their_own(name):
+@pytest.mark.parametrize("name", [
+    "make_splits.test_portion", "dataset.fingerprint",
+    "size/target.share", "size/target.value", "time/target.objective", "time/create_objective.table",
+    "create_objective.fingerprint",
+])  # fmt: skip
+def test_runs_with_other_test_data_or_budgets_have_tables_of_their_own(name):
     comparison = compared(*(row("drnas", seed, 90.0, **{name: value}) for seed in range(2) for value in ("a", "b")))
     assert [table.title for table in comparison.tables] == [f"{name}=a", f"{name}=b"]
 
@@ -506,6 +510,21 @@ def test_data_of_another_content_are_in_one_table_where_a_person_names_them(name
     assert len(compared(*rows, by=[name]).tables) == 1
     (table,) = compared(*rows, joined=[name]).tables
     assert len(table.groups) == 1
+
+
+def test_starts_from_weights_of_another_content_under_one_path_are_groups():
+    rows = [row("drnas", 0, 90.0, **{"search.weights": "mine.safetensors", "weights.fingerprint": content})
+            for content in ("a", "b")]  # fmt: skip
+    (table,) = compared(*rows).tables
+    assert [group.label for group in table.groups] == ["weights.fingerprint=a", "weights.fingerprint=b"]
+
+
+def test_a_latency_table_of_another_content_says_nothing_more_where_its_path_differs():
+    rows = [row("drnas", 0, 90.0, **{"create_objective.table": path, "create_objective.fingerprint": path[0]})
+            for path in ("a.json", "b.json")]  # fmt: skip
+    assert [table.title for table in compared(*rows).tables] == [
+        "create_objective.table=a.json", "create_objective.table=b.json",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path, told", [

@@ -475,16 +475,23 @@ def test_the_tables_that_a_config_names_are_in_the_fingerprint_of_a_run(project,
     assert identity() == plain
 
 
-def test_a_run_has_the_fingerprints_of_its_data_and_of_its_table_as_parameters(project):
+def test_a_run_has_the_fingerprints_of_its_data_and_of_the_files_that_it_read_as_parameters(project):
     def found(*bindings: str) -> dict[str, str]:
         with configured([*arguments(project, "search"), *(bindings or ["benchmark.path = 'table.json'"])]):
             _, _, dataset = create()
-            assert stage_contents(dataset)["dataset.fingerprint"] == dataset.fingerprint[:12]
-            return stage_contents(dataset)
+            assert stage_contents(dataset, "")["dataset.fingerprint"] == dataset.fingerprint[:12]
+            return stage_contents(dataset, "")
 
     before = found()
     assert found() == found("POOL = 'table.json'", "benchmark.path = %POOL") == before
     edit(project / "table.json")
     assert found()["benchmark.fingerprint"] != before["benchmark.fingerprint"]
+    scoped = ["search.targets = [@one/target()]", "one/create_objective.table = 'table.json'"]
+    latency = found(*scoped)
+    edit(project / "table.json")
+    assert found(*scoped) != latency
+    assert set(latency) == {"dataset.fingerprint", "create_objective.fingerprint"}
     with configured(arguments(project, "search")):
-        assert set(stage_contents(create()[2])) == {"dataset.fingerprint"}
+        dataset = create()[2]
+        assert set(stage_contents(dataset, "")) == {"dataset.fingerprint"}
+        assert stage_contents(dataset, "0123456789abcdef")["weights.fingerprint"] == "0123456789ab"

@@ -19,6 +19,8 @@ LEVEL = 0.95
 RESAMPLES = 9999
 POWER = 0.8
 """The probability with which a claim's seeds show a difference that is there."""
+ROUNDING = 1e-12
+"""The share of a mean, or of 1, up to which a deviation is a rounding error, and so is a mean of differences."""
 MOST_SEEDS = 9999
 """The largest number of seeds that a claim is said to need."""
 
@@ -69,7 +71,8 @@ class Estimate:
 
     Attributes:
         count: The number of seeds.
-        deviation: The standard deviation, of one degree of freedom less than there are seeds. None for one seed.
+        deviation: The standard deviation, of one degree of freedom less than there are seeds. None for one seed, and 0
+            for values that are equal up to rounding.
         interval: The ends of the bootstrap interval of the mean, or None for one seed.
     """
 
@@ -83,8 +86,11 @@ class Estimate:
         """Return the mean of one value or more. The resamples are the same in every call."""
         if len(values) == 1:
             return cls(1, values[0])
+        mean, deviation = statistics.fmean(values), statistics.stdev(values)
+        if deviation <= ROUNDING * max(1.0, abs(mean)):
+            return cls(len(values), mean, 0.0, (mean, mean))
         low, high = bootstrap(np.asarray(values)[:, None])
-        return cls(len(values), statistics.fmean(values), statistics.stdev(values), (float(low[0]), float(high[0])))
+        return cls(len(values), mean, deviation, (float(low[0]), float(high[0])))
 
 
 def bootstrap(values: np.ndarray[Any, Any], resamples: int = RESAMPLES) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tanglenas_engine.errors import TangleNASError, closest, shown
 from tanglenas_engine.pipeline.config.reader import IMMATERIAL, OF_TABLE
-from tanglenas_engine.pipeline.tracking.tracker import DATA, TABLE
+from tanglenas_engine.pipeline.tracking.tracker import DATA, OBJECTIVES, TABLE, WEIGHTS
 
 MOST_NAMED = 3
 """The most settings or runs that a note names."""
@@ -16,14 +16,22 @@ MOST_NAMED = 3
 CONDITIONS = (
     "space", "dataset", "search.epochs", "search.seconds", "search.clock", "retrain.epochs", "search.objective",
     "search.target", "search.target_share", "discretize.max_params", "discretize.max_macs", "discretize.max_flops",
-    "discretize.limits",
+    "discretize.limits", "target.objective", "target.value", "target.share",
 )  # fmt: skip
-"""The settings without which runs are not comparable: what is searched, on which data, and within which budgets."""
-OF_DATA = ("create_dataset.", "make_splits.samples", "make_splits.test_portion")
-"""Prefixes of further settings that must be equal: with other options, a dataset of the same name has other data."""
+"""The settings without which runs are not comparable: what is searched, on which data, and within which budgets.
+
+One that is bound in a scope, such as `size/target.share`, is a condition, too."""
+OPTIONS = ("create_dataset.", "make_splits.samples", "make_splits.test_portion", "create_objective.")
+"""Prefixes of further conditions: with other options, a dataset of one name has other data, and an objective counts
+another cost."""
 TABLE_METRICS = ("table_", "pool_", "kendall_tau", "spearman", "ranked_architectures")
 """The beginnings of metrics that depend on a benchmark table or a pool."""
-FINGERPRINTS = {DATA: re.compile(r"dataset|create_dataset\..+"), TABLE: re.compile(rf"{re.escape(OF_TABLE)}path")}
+FINGERPRINTS = {
+    DATA: re.compile(r"dataset|create_dataset\..+"),
+    TABLE: re.compile(rf"{re.escape(OF_TABLE)}path"),
+    OBJECTIVES: re.compile(r"(.+/)?create_objective\.(?!fingerprint).+"),
+    WEIGHTS: re.compile(r"search\.weights"),
+}
 """Settings that are the fingerprint of a content, and the names of those that name it. Runs of earlier versions have no
 fingerprint."""
 LABELLED = ("optimizer", "space", "dataset")
@@ -92,7 +100,7 @@ def fingerprints_of(named: Sequence[str], settings: Sequence[Settings]) -> list[
 def conditions_of(settings: Sequence[Settings], named: Sequence[str] = ()) -> list[str]:
     """Return the settings that differ and must be equal in comparable runs.
 
-    The fingerprint of the data is one of them where the others do not tell the data apart.
+    The fingerprints of the data and of the objectives are among them where the others do not tell these apart.
 
     Args:
         settings: The settings of each run.
@@ -100,13 +108,18 @@ def conditions_of(settings: Sequence[Settings], named: Sequence[str] = ()) -> li
     """
     lifted = {*named, *fingerprints_of(named, settings)}
     there = {name for one in settings for name in one}
-    prefixed = {name for name in there if name.startswith(OF_DATA) or plain(name) in CONDITIONS}
-    among = [*CONDITIONS, *sorted(prefixed - set(CONDITIONS))]
+    bound = {name for name in there - set(CONDITIONS) if _is_condition(plain(name).rpartition("/")[2])}
+    among = [*CONDITIONS, *sorted(bound)]
     found = [name for name in differing(settings, among) if name not in lifted]
     for name in sorted(there - lifted):
-        if plain(name) == DATA and _splits(settings, found, name):
+        if plain(name) in (DATA, OBJECTIVES) and _splits(settings, found, name):
             found.append(name)
     return found
+
+
+def _is_condition(name: str) -> bool:
+    """Return whether a setting without its scope must be equal in comparable runs. Fingerprints are looked at apart."""
+    return name in CONDITIONS or (name.startswith(OPTIONS) and name not in FINGERPRINTS)
 
 
 def differing(settings: Sequence[Settings], among: Iterable[str]) -> list[str]:

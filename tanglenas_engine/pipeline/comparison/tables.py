@@ -8,12 +8,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from tanglenas_engine.pipeline.comparison.estimates import LEVEL, MOST_SEEDS, POWER, Estimate, Metric
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL, MOST_SEEDS, POWER, ROUNDING, Estimate, Metric
 from tanglenas_engine.pipeline.comparison.groups import Comparison, Table
 
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
-ROUNDING = 1e-12
-"""The share of a mean, or of 1, up to which a deviation is a rounding error, and so is a mean of differences."""
 WORDS = ("metric", "group", "minus", "arm", "what it changes")
 """The columns of tables that hold no numbers."""
 MEANING = (
@@ -177,8 +175,7 @@ def _decimals(metric: Metric, estimate: Estimate) -> int:
     A metric without a unit may be of any size, as the values of a benchmark table are. Without a deviation, the digits
     are those of the mean.
     """
-    deviation = estimate.deviation or 0.0
-    size = deviation if deviation > ROUNDING * max(1.0, abs(estimate.mean)) else abs(estimate.mean)
+    size = estimate.deviation or abs(estimate.mean)
     if metric.unit or size <= ROUNDING:
         return metric.decimals
     return max(metric.decimals, 1 - math.floor(math.log10(size / metric.scale)))

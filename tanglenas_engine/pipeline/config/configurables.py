@@ -259,9 +259,14 @@ def packages() -> set[ModuleType]:
     return {package for package in found - {torch} if hasattr(package, "__file__") or hasattr(package, "__path__")}
 
 
-def tables() -> dict[str, str]:
-    """Return the SHA-256 of each file that the config has objectives and benchmarks read, by path."""
-    values = [value for name in ("create_objective", "benchmark") for it in bindings_of(name) for value in it.values()]
+def tables(*readers: str) -> dict[str, str]:
+    """Return the SHA-256 of each file that the config has objectives or benchmarks read, by path.
+
+    Args:
+        readers: The configurable functions that read them, `create_objective` or `benchmark`; both if there are none.
+    """
+    named = readers or ("create_objective", "benchmark")
+    values = [value for name in named for it in bindings_of(name) for value in it.values()]
     paths = {value: data_path(value) for value in values if isinstance(value, str)}
     return {name: file_digest(path) for name, path in paths.items() if path.is_file()}
 

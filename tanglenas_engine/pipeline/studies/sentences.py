@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from tanglenas_engine.pipeline.comparison.estimates import LEVEL, MOST_SEEDS, Estimate, Metric
+from tanglenas_engine.pipeline.comparison.estimates import LEVEL, MOST_SEEDS, ROUNDING, Estimate, Metric
 from tanglenas_engine.pipeline.comparison.groups import Comparison, Difference, Table, differences_to
 from tanglenas_engine.pipeline.comparison.tables import INTERVAL, format_estimate
 from tanglenas_engine.pipeline.studies.study import Claim
 
-Verdict = Literal["ahead", "behind", "not told apart", "equal", "one seed"]
+Verdict = Literal["ahead", "behind", "not told apart", "constant", "one seed"]
 
 
 def verdict(estimate: Estimate, value: float = 0.0, higher: bool = True) -> Verdict:
     """Return on which side of a number a mean is, as far as its interval shows it.
+
+    Equal values have no interval: of few seeds, they say nothing of other seeds.
 
     Args:
         estimate: The mean of one or more seeds.
@@ -31,8 +33,8 @@ def verdict(estimate: Estimate, value: float = 0.0, higher: bool = True) -> Verd
     if ends is None:
         return "one seed"
     low, high = ends
-    if low == high == value:
-        return "equal"
+    if low == high:
+        return "constant"
     if low > value:
         return "ahead" if higher else "behind"
     if high < value:
@@ -82,8 +84,8 @@ def _against_number(claim: Claim, arm: str, look: Metric, estimate: Estimate, va
     if reached in ("ahead", "behind"):
         side = "above" if reached == "ahead" else "below"
         return f"**{arm}: {title} is {side} {shown}**: {mean} ({ends}).{_paper(claim, reached)}"
-    if reached == "equal":
-        return f"{arm}: {title} is {mean} with every seed."
+    if reached == "constant":
+        return f"{arm}: {title} is {mean} with every seed, which has no interval."
     return f"{arm}: {title} is **not told apart from {shown}**: {mean} ({ends}).{_paper(claim, reached)}"
 
 
@@ -95,8 +97,9 @@ def _against_arm(claim: Claim, one: Difference, look: Metric) -> str:
             f"{one.group} against {one.against}: {title} differs by {difference} with the one seed that both have, so "
             "nothing follows."
         )
-    if reached == "equal":
-        return f"{one.group} and {one.against} have equal values of {title} with every seed."
+    if reached == "constant":
+        differs = f"differs by {difference}" if abs(one.estimate.mean) > ROUNDING else "is equal"
+        return f"{one.group} against {one.against}: {title} {differs} with every seed, which has no interval."
     if reached == "not told apart":
         need = ""
         if one.seeds_needed is not None:

@@ -57,7 +57,9 @@ Clock = Callable[[], Mapping[str, float]]
 AFTER = "tanglenas.after."
 """The start of the tags of a run with the runs of the stages before it, by name."""
 DATA, TABLE = "dataset.fingerprint", "benchmark.fingerprint"
-"""The parameters of a run with the fingerprints of its data and of its benchmark table."""
+OBJECTIVES, WEIGHTS = "create_objective.fingerprint", "weights.fingerprint"
+"""The parameters of a run with the fingerprints of its data, its benchmark table, the files of its objectives, and the
+weights that it started from."""
 PIPELINE = "pipeline"
 """The tag `tanglenas.stage` of a pipeline's run."""
 RETRY_SECONDS = 60.0

@@ -69,7 +69,7 @@ def said(claim: Claim, **values: list[float]) -> str:
         ),
         ([88.0, 89.1, 89.9], True, "**b is behind a** in accuracy: the difference is -2.", "which sees it ahead."),
         ([89.0, 93.0, 91.0], True, "b and a are **not told apart** in accuracy", "these data do not decide that."),
-        ([90.0, 91.0, 92.0], True, "b and a have equal values of accuracy with every seed.", ""),
+        ([90.0, 91.0, 92.0], True, "b against a: accuracy is equal with every seed, which has no interval.", ""),
     ],
 )
 def test_the_interval_of_the_difference_chooses_the_sentence(b, higher, start, end):
@@ -92,7 +92,7 @@ def test_one_seed_claims_nothing():
         ([1.9, 2.0, 2.1], "**a: accuracy is above 0**: 2.0 % (95 % interval 1.8 to 2.2, 3 seeds)"),
         ([-1.9, -2.0, -2.1], "**a: accuracy is below 0**: -2.0 %"),
         ([-1.0, 1.0, 2.0], "a: accuracy is **not told apart from 0**: 0.7 %"),
-        ([0.0, 0.0], "a: accuracy is 0.0 % with every seed."),
+        ([0.0, 0.0], "a: accuracy is 0.0 % with every seed, which has no interval."),
     ],
 )
 def test_a_mean_is_compared_with_a_number(values, start):
@@ -105,6 +105,14 @@ def test_verdicts_follow_the_interval_and_the_direction():
     assert verdict(Estimate(3, 1.0, 0.1, (0.9, 1.1)), value=2.0) == "behind"
     assert verdict(Estimate(3, 1.0, 1.0, (0.5, 1.5))) == "not told apart"
     assert verdict(Estimate(1, 1.0)) == "one seed"
+
+
+def test_equal_differences_are_no_claim():
+    a, b = ([100 * right / 359 for right in counts] for counts in ((349, 345, 350), (350, 346, 351)))
+    (sentence,) = sentences(STUDY.claims, found := compared(STUDY, results(a=a, b=b)), found.tables[0])
+    assert sentence == "b against a: accuracy differs by +0.3 % with every seed, which has no interval."
+    (difference,) = found.tables[0].differences
+    assert difference.seeds_needed is None and difference.estimate.deviation == 0
 
 
 def test_seeds_that_only_one_arm_has_do_not_count():
