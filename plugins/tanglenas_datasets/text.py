@@ -15,7 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tanglenas_datasets.tokenizer_file import read_tokenizer
+from tanglenas_datasets.tokenizer_file import read_tokenizer, unknown_token
 from tanglenas_engine import Dataset, TangleNASError, TokenSamples, at_least, content_hash, data_path
 
 UNKNOWN = "<unk>"
@@ -25,8 +25,12 @@ END = "<|endoftext|>"
 _PIECE, _LONG_PIECE = 1 << 16, 1 << 20
 _PATTERN = "*.txt"
 _VOCAB_SIZE = 4096
-# A test text with a larger share of unknown tokens is of another kind than the text of the vocabulary.
-_MOST_UNKNOWN = 0.01
+# A text with a larger share of unknown tokens is not one for its tokenizer. The Penn Treebank with its 10,000 words, a
+# text with many of them, has 4.8 % (Merity et al., Pointer Sentinel Mixture Models, 2016, table 1).
+_MOST_UNKNOWN = 0.05
+# A test text whose share is larger than the text's by more than this is of another kind: the network learned to expect
+# fewer of them, and "char" learned none.
+_MOST_MORE_UNKNOWN = 0.01
 
 
 class Text(Dataset):
@@ -51,7 +55,8 @@ class Text(Dataset):
 
     Raises:
         TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, the
-            test part has many characters that the vocabulary lacks, or an option would do nothing.
+            tokenizer does not know more than 5 % of its tokens, the share of the test part's unknown tokens exceeds
+            the text's by more than 1 percentage point, or an option would do nothing.
     """
 
     name = "text"
@@ -108,17 +113,17 @@ class Text(Dataset):
         self._own_tokenizer = tokenizer in ("char", "bpe")
         self.tokenizer = self._tokenizer(tokenizer, _VOCAB_SIZE if vocab_size is None else vocab_size, text)
         self.vocab_size: int = self.tokenizer.get_vocab_size()
-        parts = [self._rows(text, "the text")]
-        if test is not None:
-            parts.append(self._rows(test, "the test part"))
-            self._check_known(parts[1], test)
+        texts = {"the text": text} if test is None else {"the text": text, "the test part": test}
+        tokens = {part: self.encode(content).int() for part, content in texts.items()}
+        unknown = self._unknown(texts, tokens, tokenizer)
+        parts = [self._rows(one, part) for part, one in tokens.items()]
         self._pool = torch.cat(parts)  # (N, block_size + 1)
         self._first_test = len(parts[0])
         if test is not None:
             self.test_indices = torch.arange(self._first_test, len(self._pool))
         self.fingerprint = content_hash(*parts, self.tokenizer.to_str())
         self._description = (
-            f"  {len(text) + len(test or ''):,} characters, {self.vocab_size:,} kinds of tokens by {tokenizer}"
+            f"  {len(text) + len(test or ''):,} characters, {self.vocab_size:,} kinds of tokens by {tokenizer}{unknown}"
         )
 
     def describe(self) -> str:
@@ -139,8 +144,7 @@ class Text(Dataset):
 
     def encode(self, text: str) -> Tensor:
         """Return the tokens of a text, shape (n,), int64."""
-        pieces = _pieces(text) if self._own_tokenizer else _pieces_of_lines(text)
-        encoded = self.tokenizer.encode_batch_fast([*pieces], add_special_tokens=False)
+        encoded = self.tokenizer.encode_batch_fast([*self._encoded_at_a_time(text)], add_special_tokens=False)
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(np.array(e.ids, np.int64) for e in encoded)]))
 
     def decode(self, tokens: Tensor) -> str:
@@ -233,27 +237,53 @@ class Text(Dataset):
             )
         return read_tokenizer(self.name, str(path), text)
 
-    def _rows(self, text: str, what: str) -> Tensor:
-        """Return all full windows of a text, each with the token after it, shape (n, block_size + 1)."""
-        tokens, length = self.encode(text).int(), self.block_size + 1
+    def _encoded_at_a_time(self, text: str) -> Iterator[str]:
+        return _pieces(text) if self._own_tokenizer else _pieces_of_lines(text)
+
+    def _rows(self, tokens: Tensor, part: str) -> Tensor:
+        """Return all full windows of tokens (n,), each with the token after it, shape (windows, block_size + 1)."""
+        length = self.block_size + 1
         if len(tokens) < length:
             raise TangleNASError(
-                f"{self.name}: {what} has {len(tokens)} tokens, too few for a window of block_size {self.block_size} "
+                f"{self.name}: {part} has {len(tokens)} tokens, too few for a window of block_size {self.block_size} "
                 "and the token after it. Use more text, or a smaller block_size."
             )
         return tokens[: len(tokens) // length * length].view(-1, length)
 
-    def _check_known(self, rows: Tensor, text: str) -> None:
-        unknown = self.tokenizer.token_to_id(UNKNOWN)
-        share = 0.0 if unknown is None else (rows == unknown).float().mean().item()
-        if share > _MOST_UNKNOWN:
-            known = self.tokenizer.get_vocab()
-            strange = sorted({c for c in text if c not in known})[:5]
-            raise TangleNASError(
-                f"{self.name}: {100 * share:.0f} % of the test part is not in the vocabulary of the text "
-                f"({', '.join(map(repr, strange))}...): they are of different kinds. Give another test_root or "
-                "test_portion, or tokenizer='bpe', which knows all characters."
-            )
+    def _unknown(self, texts: Mapping[str, str], tokens: Mapping[str, Tensor], kind: str) -> str:
+        """Return a line with the share of each part's tokens that are unknown, or "" where all are known.
+
+        Raises:
+            TangleNASError: The text has too many of them, or the test part many more than the text.
+        """
+        if (unknown := unknown_token(self.tokenizer)) is None:
+            return ""
+        shares = {part: (one == unknown).float().mean().item() if len(one) else 0.0 for part, one in tokens.items()}
+        remedies = {
+            "the text": "a tokenizer.json made for such text",
+            "the test part": "another test_root or test_portion",
+        }
+        most = _MOST_UNKNOWN
+        for part, share in shares.items():
+            if share > most:
+                examples = ", ".join(map(repr, self._strange(texts[part], unknown)))
+                raise TangleNASError(
+                    f"{self.name}: tokenizer {kind} does not know {100 * share:.1f} % of the tokens of {part} "
+                    f"({examples}...), expected at most {100 * most:.1f} %. Give {remedies[part]}, or tokenizer='bpe', "
+                    "which is trained on the text and knows all characters."
+                )
+            most = share + _MOST_MORE_UNKNOWN
+        said = ", ".join(f"{100 * share:.2g} % of {part}" for part, share in shares.items())
+        return f"\n  tokens that the tokenizer does not know: {said}" if any(shares.values()) else ""
+
+    def _strange(self, text: str, unknown: int) -> list[str]:
+        """Return up to five strings that are unknown, the most frequent ones of a part of a text that has some."""
+        for piece in self._encoded_at_a_time(text):
+            encoded = self.tokenizer.encode(piece, add_special_tokens=False)
+            pairs = zip(encoded.ids, encoded.offsets, strict=True)
+            if found := Counter(piece[start:end] for token, (start, end) in pairs if token == unknown):
+                return [one[:40] for one, _ in found.most_common(5)]
+        return []
 
 
 class StdlibText(Text):

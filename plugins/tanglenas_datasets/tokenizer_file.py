@@ -43,6 +43,18 @@ def read_tokenizer(label: str, path: str, text: str) -> Tokenizer:
     return tokenizer
 
 
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """Return the token that stands for whatever a tokenizer does not know, or None if it has no such token.
+
+    The library has the token's spelling as an attribute of some models, and nothing for Unigram.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] == "Unigram":
+        number: int | None = model["unk_id"]
+        return number
+    return None if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
+
+
 @contextmanager
 def _refusals(message: str) -> Iterator[None]:
     """Turn any error of the library into a sentence. It raises no narrower type, and its panics are no Exception."""

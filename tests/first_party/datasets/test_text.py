@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Forked
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from tanglenas_datasets.digits import Digits
 from tanglenas_datasets.text import StdlibText, Text
+from tanglenas_datasets.tokenizer_file import unknown_token
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.data import Dataset, Stream, TokenSamples, batches, make_splits, open_splits
 from tanglenas_engine.errors import TangleNASError
@@ -235,9 +236,57 @@ def test_a_tokenizer_is_saved_and_used_as_a_file(tmp_path, kind):
 
 def test_a_test_part_of_another_kind_is_refused(tmp_path):
     text, other = written(tmp_path / "a.txt", "some text. " * 40), written(tmp_path / "b.txt", "ξένο κείμενο " * 40)
-    with pytest.raises(TangleNASError, match=r"85 % of the test part is not in the vocabulary .*'έ', 'ί', 'ε'.*'bpe'"):
+    message = r"tokenizer char does not know 84.6 % of the tokens of the test part \(.*'έ'.*most 1.0 %.*'bpe'"
+    with pytest.raises(TangleNASError, match=message):
         Text(text, block_size=8, test_root=other)
     assert len(Text(text, block_size=8, test_root=other, tokenizer="bpe", vocab_size=300).test_indices) > 40
+
+
+WORDS = {"?": 0, "None": 1, "a": 2, "b": 3}
+METASPACE = [(f"▁{word}", -1.0) for word in ("None", "a", "b")]
+MODELS = {  # each with the number of its unknown token
+    "WordLevel": (lambda: models.WordLevel(WORDS, unk_token="?"), 0),
+    "WordPiece": (lambda: models.WordPiece(WORDS, unk_token="?"), 0),
+    "BPE": (lambda: models.BPE(WORDS, [], unk_token="?", fuse_unk=True), 0),
+    "Unigram": (lambda: models.Unigram([*METASPACE, ("?", -9.0)], 3, False), 3),
+    "BPE without an unknown token": (lambda: models.BPE(WORDS, []), None),
+    "Unigram without an unknown token": (lambda: models.Unigram(METASPACE, None, False), None),
+}
+
+
+def tokenizer_file(folder, kind):
+    tokenizer = Tokenizer(MODELS[kind][0]())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if "Unigram" in kind else pre_tokenizers.WhitespaceSplit()
+    return written(folder / "tokenizer.json", tokenizer.to_str())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_unknown_token_is_that_of_the_model(tmp_path, kind):
+    assert unknown_token(Tokenizer.from_file(str(tokenizer_file(tmp_path, kind)))) == MODELS[kind][1]
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE", "Unigram"])
+def test_a_tokenizer_file_that_does_not_know_the_text_is_refused(tmp_path, kind):
+    """One unknown word in 25 is taken and told; one in 10 is too much. A test part may have 1 % more than the text."""
+    path = tokenizer_file(tmp_path, kind)
+
+    def text(every):
+        return written(tmp_path / f"{every}.txt", ("a " * (every - 1) + "щука ") * (500 // every) + "a")
+
+    known = Text(text(500), block_size=18, tokenizer=str(path), test_root=text(250))
+    assert known.describe().splitlines()[-1].startswith("  tokens that the tokenizer does not know: 0.")
+    assert "not know" not in Text(written(tmp_path / "a.txt", "a b " * 99 + "a"), 18, str(path)).describe()
+    of_text = (
+        r"tokenizer \S+tokenizer.json does not know \S+ % of the tokens of the text \(' ?щука'\.\.\.\), expected at "
+    )
+    with pytest.raises(TangleNASError, match=of_text + r"most 5.0 %. Give a tokenizer.json made for such text"):
+        Text(text(10), block_size=18, tokenizer=str(path))
+    with pytest.raises(
+        TangleNASError, match=r"of the test part \(' ?щука'\.\.\.\), expected at most 1.0 %. Give another"
+    ):
+        Text(tmp_path / "a.txt", block_size=18, tokenizer=str(path), test_root=text(10))
+    both = Text(text(25), block_size=18, tokenizer=str(path), test_root=text(20)).describe()
+    assert both.endswith("4 % of the text, 5 % of the test part")
 
 
 # Files.
