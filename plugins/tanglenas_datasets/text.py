@@ -122,6 +122,9 @@ class Text(Dataset):
         if test is not None:
             self.test_indices = torch.arange(self._first_test, len(self._pool))
         self.fingerprint = content_hash(*parts, self.tokenizer.to_str())
+        # Whoever reads the stored tokenizer shall get the tokens of the windows, and none that begin or end a text.
+        # The fingerprint is as before, so that the splits of earlier runs fit.
+        self.tokenizer.post_processor = None
         self._description = (
             f"  {len(text) + len(test or ''):,} characters, {self.vocab_size:,} kinds of tokens by {tokenizer}{unknown}"
         )

@@ -16,6 +16,7 @@ from ._console import read_text
 from ._space import read_architecture
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -63,13 +64,38 @@ def known_beside(weights: Path) -> Known | None:
     """Return what the config.json beside a file of weights says, or None if there is none or it says nothing.
 
     Raises:
-        TangleNASError: The file is damaged.
+        TangleNASError: A file is damaged.
     """
     path = weights.with_name(CONFIG)
     if not path.is_file():
         return None
-    known = Known(_entries(_json(path)), _tokenizer(weights.parent))
+    tokenizer = _tokenizer(weights.parent)
+    if tokenizer:  # that of a run of an earlier version may have a post-processor
+        tokenizer = open_tokenizer(tokenizer, weights.parent).to_str(pretty=True)
+    known = Known(_entries(_json(path)), tokenizer)
     return known if {"input_size", "block_size"} & set(known.config) else None
+
+
+def open_tokenizer(content: str, place: Path) -> Tokenizer:
+    """Open the content of a tokenizer.json without its truncation, padding and post-processor.
+
+    Networks are trained on windows from everywhere in a text, without tokens that begin or end it.
+
+    Raises:
+        TangleNASError: The content is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(content)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.post_processor = None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's panics are no Exception
+        raise TangleNASError(f"the tokenizer.json of {place} is none: {describe(error)}. Copy it again") from None
+    return tokenizer
 
 
 def open_model(path: Path) -> Model:

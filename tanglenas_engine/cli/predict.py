@@ -14,7 +14,7 @@ from tanglenas_engine.errors import TangleNASError, describe, quoted, readable, 
 
 from . import WrongInput
 from ._console import read_text
-from ._model import OWN_TRANSFORM, Model, open_model
+from ._model import OWN_TRANSFORM, Model, open_model, open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -204,22 +204,12 @@ def _texts(
 
 
 def _tokenizer(model: Model) -> Tokenizer:
-    from tokenizers import Tokenizer
-
     if not model.known.tokenizer:
         raise TangleNASError(
             f"{model.path} has no tokenizer.json beside it, without which no text becomes tokens. Copy it from the "
             "folder of the retrained network, or export the network again"
         )
-    try:
-        tokenizer = Tokenizer.from_str(model.known.tokenizer)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library's panics are no Exception
-        raise TangleNASError(f"the tokenizer.json of {model.path} is none: {describe(error)}. Copy it again") from None
-    return tokenizer
+    return open_tokenizer(model.known.tokenizer, model.path)
 
 
 def _text_after(tokenizer: Tokenizer, start: list[int], added: list[int]) -> str:

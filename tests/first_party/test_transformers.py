@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from paths import ROOT
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 
 from tanglenas_engine import create_dataset, create_space, load_pretrained
 from tanglenas_engine.cli import main
@@ -319,6 +320,22 @@ def test_predict_continues_with_a_network_of_transformers(exported, tmp_path):
     assert run("predict", folder, *arguments) == run("predict", exported("llama_alike") / "model", *arguments)
     (folder / "config.json").write_text('{"model_type": "nothing"}')
     assert "transformers cannot open" in run("predict", folder, *arguments, status=2)
+
+
+def test_an_export_gives_a_prompt_the_tokens_of_the_training(exported, tmp_path):
+    """Of a run of an earlier version too, which left a post-processor in the tokenizer. Training adds no tokens."""
+    folder = shutil.copytree(exported("llama_alike"), tmp_path / "run")
+    tokenizer = Tokenizer.from_file(str(folder / "model/tokenizer.json"))
+    tokenizer.add_special_tokens(["d"])  # one that the vocabulary has
+    plain = {text: tokenizer.encode(text).ids for text in ("ef f", "def f")}
+    tokenizer.post_processor = processors.TemplateProcessing("d $A", special_tokens=[("d", tokenizer.token_to_id("d"))])
+    tokenizer.save(str(folder / "model/tokenizer.json"))
+    words = [word for key, value in json.loads((folder / "model/config.json").read_text())["options"].items()
+             for word in ("-o", f"{key}={value!r}")]  # fmt: skip
+    run("export", folder / "architecture.json", "--weights", folder / "model/model.safetensors",
+        "--format", "transformers", "--output", folder / "again", *words)  # fmt: skip
+    read = transformers.AutoTokenizer.from_pretrained(folder / "again")
+    assert {text: read(text)["input_ids"] for text in plain} == plain
 
 
 def test_a_search_starts_again_from_what_was_exported(exported, tmp_path):

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Forked
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from tanglenas_datasets.digits import Digits
 from tanglenas_datasets.text import StdlibText, Text
 from tanglenas_datasets.tokenizer_file import unknown_token
-from tanglenas_engine import create_dataset, create_space
+from tanglenas_engine import content_hash, create_dataset, create_space
 from tanglenas_engine.data import Dataset, Stream, TokenSamples, batches, make_splits, open_splits
 from tanglenas_engine.errors import TangleNASError
 
@@ -232,6 +232,21 @@ def test_a_tokenizer_is_saved_and_used_as_a_file(tmp_path, kind):
     again = Text(tmp_path / "t.txt", tokenizer=str(tmp_path / "tokenizer.json"))
     assert again._pool.equal(dataset._pool) and again.vocab_size == dataset.vocab_size
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab() == again.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["TemplateProcessing", "ByteLevel"])
+def test_the_stored_tokenizer_gives_the_tokens_of_the_dataset(tmp_path, kind):
+    """A post-processor adds tokens that the network never saw. What spells one of them is such a token all the same."""
+    tokenizer = Text(written(tmp_path / "t.txt", SOURCE), tokenizer="bpe").tokenizer
+    end = tokenizer.token_to_id("<|endoftext|>")
+    template = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)])
+    tokenizer.post_processor = template if kind == "TemplateProcessing" else processors.ByteLevel(trim_offsets=True)
+    dataset = Text(tmp_path / "t.txt", tokenizer=str(written(tmp_path / "tokenizer.json", tokenizer.to_str())))
+    stored = Tokenizer.from_str(dataset.files()["tokenizer.json"])
+    for text in ("def f", "", "one<|endoftext|>two"):
+        assert stored.encode(text).ids == dataset.encode(text).tolist()
+        assert stored.encode(text).ids == tokenizer.encode(text, add_special_tokens=False).ids
+    assert dataset.fingerprint == content_hash(dataset._pool, tokenizer.to_str())  # as of versions that kept it
 
 
 def test_a_test_part_of_another_kind_is_refused(tmp_path):
