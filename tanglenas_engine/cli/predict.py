@@ -182,15 +182,18 @@ def _texts(
     block = model.known.config["block_size"]
     if not isinstance(block, int) or block < 1:
         raise TangleNASError(f"{model.path}: block_size is {quoted(block, 80)}, expected a number of tokens")
+    from tanglenas_datasets.tokenizer_file import unknown_token
+
     tokenizer = _tokenizer(model)
+    unknown = unknown_token(tokenizer)
 
     def begin(name: str, text: str) -> tuple[str, list[int]]:
-        start = tokenizer.encode(text, add_special_tokens=False)
-        if not start.ids:
+        start: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        if not start:
             raise TangleNASError(f"{name} is empty: give a text of at least one token, which is continued")
-        if unknown := start.tokens.count(str(getattr(tokenizer.model, "unk_token", None))):
-            click.echo(f"{name}: {unknown} of {len(start.ids)} tokens are unknown to the network", err=True)
-        return text, start.ids
+        if unknown is not None and (count := start.count(unknown)):
+            click.echo(f"{name}: {count} of {len(start)} tokens are unknown to the network", err=True)
+        return text, start
 
     def read(path: Path) -> tuple[str, list[int]]:
         return begin(shown(path), read_text(path, f"a text in UTF-8, which {model.path} continues"))

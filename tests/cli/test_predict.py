@@ -273,6 +273,27 @@ def test_tokens_that_a_network_does_not_know_are_counted(texts):
     assert said.startswith("the prompt: 2 of 5 tokens are unknown to the network\n")
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE", "Unigram"])
+def test_the_word_none_is_known_and_the_unknown_token_of_each_model_is_counted(texts, tmp_path, kind):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"None": 0, "a": 1, "?": 2}
+    made = {
+        "WordLevel": lambda: models.WordLevel(words, unk_token="?"),
+        "WordPiece": lambda: models.WordPiece(words, unk_token="?"),
+        "BPE": lambda: models.BPE({**words, "N": 3, "o": 4, "n": 5, "e": 6, "No": 7, "ne": 8},
+                                  [("N", "o"), ("n", "e"), ("No", "ne")]),
+        "Unigram": lambda: models.Unigram([(word, -1.0) for word in words], 2, False),
+    }  # fmt: skip
+    tokenizer = Tokenizer(made[kind]())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = shutil.copytree(texts / "torch", tmp_path / "network")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = run("predict", folder, "--prompt", "None a щ None", "--tokens", "1")
+    unknown = "" if kind == "BPE" else "the prompt: 1 of 4 tokens are unknown to the network\n"  # that one has none
+    assert said.partition("None")[0] == unknown
+
+
 def test_images_are_opened_as_images_alone(images, tmp_path):
     eps = tmp_path / "0.png"
     eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
