@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,11 +53,18 @@ class Known:
 
 @dataclass(frozen=True)
 class Model:
-    """A network, opened: a function from inputs (B, ...) to outputs (B, ...), and what is known of both."""
+    """A network, opened.
+
+    Attributes:
+        forward: A function from inputs (B, ...) to outputs (B, ...).
+        known: What is known of both.
+        length: The number of tokens that a graph was traced for and takes alone, or None.
+    """
 
     path: Path
     forward: Callable[[Tensor], Tensor]
     known: Known
+    length: int | None = None
 
 
 def known_beside(weights: Path) -> Known | None:
@@ -163,7 +170,8 @@ def _space(folder: Path, config: Mapping[str, Any]) -> Model:
     if not isinstance(options, dict):
         raise TangleNASError(
             f"{folder / CONFIG} does not say with which options the space {architecture.space!r} was made. Export the "
-            "network as onnx or torch-export, and use that"
+            f"network from the output of its run, and use that: tanglenas export {folder / 'architecture.json'} "
+            f"--weights {folder / 'model.safetensors'} --format torch-export --output exported"
         )
     try:
         space = create_space(architecture.space, **options)
@@ -221,10 +229,13 @@ def _torch_export(path: Path) -> Model:
 
     files: dict[str, Any] = {CONFIG: ""}
     try:
-        network = torch.export.load(path, extra_files=files).module()
+        program = torch.export.load(path, extra_files=files)
+        network, (name,) = program.module(), program.graph_signature.user_inputs
+        (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
     except Exception as error:  # the archive may hold anything
         raise TangleNASError(f"torch cannot open {path}: {describe(error)}. Export the network again") from None
-    return Model(path, network, Known(_parsed(files[CONFIG] or "{}", path), _tokenizer(path.parent)))
+    known = Known(_parsed(files[CONFIG] or "{}", path), _tokenizer(path.parent))
+    return Model(path, network, known, _length(shape))
 
 
 def _onnx(path: Path) -> Model:
@@ -238,14 +249,19 @@ def _onnx(path: Path) -> Model:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an error for each of its codes
         raise TangleNASError(f"onnxruntime cannot open {path}: {describe(error)}. Export the network again") from None
-    name = session.get_inputs()[0].name
+    name, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape
     stored = session.get_modelmeta().custom_metadata_map
 
     def forward(inputs: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
 
     known = {name: _value(stored[name], path) for name in (*IMAGES, *TEXTS) if name in stored}
-    return Model(path, forward, Known(known, _tokenizer(path.parent)))
+    return Model(path, forward, Known(known, _tokenizer(path.parent)), _length(shape))
+
+
+def _length(shape: Sequence[Any]) -> int | None:
+    """Return the length of texts (B, length) that a graph takes alone. That of an axis that varies is no int."""
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
 
 def _tokenizer(folder: Path) -> str:

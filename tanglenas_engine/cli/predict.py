@@ -15,6 +15,7 @@ from tanglenas_engine.errors import TangleNASError, describe, quoted, readable, 
 from . import WrongInput
 from ._console import read_text
 from ._model import OWN_TRANSFORM, Model, open_model, open_tokenizer
+from .export import TOLERANCE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -227,14 +228,36 @@ def _continued(model: Model, start: list[int], block: int, tokens: int, temperat
 
     generator = torch.Generator().manual_seed(seed)
     found = list(start)
+    block = min(block, model.length or block)
+    _check_causal(model, start[-block:])
     for _ in range(tokens):
-        logits = _run(model, torch.tensor([found[-block:]]))[0, -1].double()  # (vocab_size,)
+        logits = _next(model, found[-block:]).double()  # (vocab_size,)
         if temperature == 0:
             found.append(int(logits.argmax()))
         else:
             chances = ((logits - logits.max()) / temperature).softmax(-1)  # no temperature overflows
             found.append(int(torch.multinomial(chances, 1, generator=generator)))
     return found[len(start) :]
+
+
+def _next(model: Model, window: list[int], filling: int = 0) -> Tensor:
+    """Return the logits (vocab_size,) of the token after a window. A graph of one length gets it filled up behind."""
+    import torch
+
+    filled = window + [filling] * ((model.length or 0) - len(window))
+    return _run(model, torch.tensor([filled]))[0, len(window) - 1]
+
+
+def _check_causal(model: Model, window: list[int]) -> None:
+    """Refuse a window that needs filling up where the outputs depend on the filling."""
+    if model.length is None or len(window) == model.length:
+        return
+    one, other = (_next(model, window, filling) for filling in (0, 1))
+    if (one - other).abs().max() > TOLERANCE * one.abs().max():
+        raise TangleNASError(
+            f"{model.path} takes exactly {model.length} tokens, and what it computes for a text of {len(window)} "
+            f"depends on what is filled up behind it. Give a text of at least {model.length} tokens"
+        )
 
 
 def _printable(text: str) -> str:

@@ -17,6 +17,8 @@ from tanglenas_datasets.text import Text
 from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.cli import main, predict
 from tanglenas_engine.cli._console import read_text
+from tanglenas_engine.cli._model import Known, Model
+from tanglenas_engine.errors import TangleNASError
 
 pytest.importorskip("onnxruntime", reason="it comes with the extra 'onnx'")
 pytest.importorskip("onnxscript", reason="it comes with the extra 'onnx'")
@@ -190,6 +192,33 @@ def test_a_language_model_is_exported_for_any_length_up_to_the_block(texts):
             torch.testing.assert_close(torch.from_numpy(logits), network(ids))
 
 
+@pytest.mark.parametrize("name", ["onnx", "torch-export"])
+def test_a_graph_of_one_length_continues_shorter_texts_too(texts, tmp_path, name):
+    from tanglenas_engine.cli.export import FORMATS as WAYS
+    from tanglenas_engine.cli.export import Export
+    from tanglenas_gpt.network import GPT
+
+    dataset = create_dataset("text", root=str(texts / "all.txt"), block_size=8)
+    space = create_space("gpt_nano", **dataset.space_options())
+    space.dynamic_axes = {}  # as `elasticize` leaves it
+    network = GPT.load(texts / "out/retrain/model")
+    WAYS[name](Export(space, space.smallest(), {}, network, tmp_path, dataset))
+    for prompt in ("d", "def f(x)", "return x + 1"):  # 1, 8 and 12 tokens, where the block has 8
+        how = ("--prompt", prompt, "--tokens", "12", "--temperature", "0")
+        assert run("predict", tmp_path, *how) == run("predict", texts / "out", *how)
+
+
+def test_a_graph_of_one_length_that_is_not_causal_refuses_shorter_texts():
+    def forward(inputs):
+        assert inputs.shape == (1, 8)
+        return torch.nn.functional.one_hot(inputs.flip(1), 5).float()  # (1, 8, 5)
+
+    model = Model(Path("graph"), forward, Known(), length=8)
+    assert predict._continued(model, [3, *[2] * 7], 8, 1, 0, 0) == [3]
+    with pytest.raises(TangleNASError, match=r"graph takes exactly 8 tokens, .* a text of 2 .* at least 8 tokens"):
+        predict._continued(model, [2, 2], 8, 1, 0, 0)
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda code: re.sub(r"\W+", "-", code)[:40])
 @pytest.mark.exhaustive
 def test_code_of_the_page_runs(images, texts, snippet, monkeypatch, tmp_path, capsys):
@@ -241,7 +270,9 @@ def damaged(folder: Path, name: str, content: str) -> Path:
         (lambda i, t: [damaged(i / "timm", "config.json", "[]"), "x"], "is [], expected an object"),
         (lambda i, t: [damaged(i / "timm", "config.json", '{"architecture": 3}'), "x"], "timm cannot open"),
         (lambda i, t: [damaged(i / "timm", "model.safetensors", "?"), "x"], "timm cannot open copy"),
-        (lambda i, t: [damaged(i / "torch", "config.json", "{}"), "x"], "does not say with which options"),
+        (lambda i, t: [damaged(i / "torch", "config.json", "{}"), "x"], "options the space 'autoformer_nano' was made. "
+         "Export the network from the output of its run, and use that: tanglenas export copy/architecture.json "
+         "--weights copy/model.safetensors --format torch-export --output exported"),
         (lambda i, t: [damaged(i / "torch", "config.json", '{"options": {"image_size": ""}}'), "x"],
          "cannot be made with its options: TypeError"),
         (lambda i, t: [damaged(i / "torch", "config.json", '{"options": {"dept": 3}}'), "x"], "takes no option 'dept'"),
