@@ -15,7 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tanglenas_datasets.tokenizer_file import read_tokenizer, unknown_token
+from tanglenas_datasets.tokenizer_file import dropped, read_tokenizer, unknown_token
 from tanglenas_engine import Dataset, TangleNASError, TokenSamples, at_least, content_hash, data_path
 
 UNKNOWN = "<unk>"
@@ -55,8 +55,8 @@ class Text(Dataset):
 
     Raises:
         TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, the
-            tokenizer does not know more than 5 % of its tokens, the share of the test part's unknown tokens exceeds
-            the text's by more than 1 percentage point, or an option would do nothing.
+            tokenizer does not know more than 5 % of its tokens or drops more than 5 % of its characters, this share of
+            the test part exceeds the text's by more than 1 percentage point, or an option would do nothing.
     """
 
     name = "text"
@@ -254,14 +254,23 @@ class Text(Dataset):
         return tokens[: len(tokens) // length * length].view(-1, length)
 
     def _unknown(self, texts: Mapping[str, str], tokens: Mapping[str, Tensor], kind: str) -> str:
-        """Return a line with the share of each part's tokens that are unknown, or "" where all are known.
+        """Return a line with the share of each part that is unknown, or "" where all is known.
+
+        It is that of unknown tokens, or of characters that become no token where a tokenizer has no unknown token.
 
         Raises:
-            TangleNASError: The text has too many of them, or the test part many more than the text.
+            TangleNASError: The share of the text is too large, or that of the test part much larger than the text's.
         """
-        if (unknown := unknown_token(self.tokenizer)) is None:
-            return ""
-        shares = {part: (one == unknown).float().mean().item() if len(one) else 0.0 for part, one in tokens.items()}
+        unknown = unknown_token(self.tokenizer)
+        if unknown is None and self._own_tokenizer:
+            return ""  # "bpe" has all bytes
+        if unknown is None:
+            unit, sizes = "characters", {part: len(one) for part, one in texts.items()}
+            lost = {part: dropped(self.tokenizer, one).total() for part, one in texts.items()}
+        else:
+            unit, sizes = "tokens", {part: len(one) for part, one in tokens.items()}
+            lost = {part: int((one == unknown).sum()) for part, one in tokens.items()}
+        shares = {part: lost[part] / max(size, 1) for part, size in sizes.items()}
         remedies = {
             "the text": "a tokenizer.json made for such text",
             "the test part": "another test_root or test_portion",
@@ -271,22 +280,23 @@ class Text(Dataset):
             if share > most:
                 examples = ", ".join(map(repr, self._strange(texts[part], unknown)))
                 raise TangleNASError(
-                    f"{self.name}: tokenizer {kind} does not know {100 * share:.1f} % of the tokens of {part} "
+                    f"{self.name}: tokenizer {kind} does not know {100 * share:.1f} % of the {unit} of {part} "
                     f"({examples}...), expected at most {100 * most:.1f} %. Give {remedies[part]}, or tokenizer='bpe', "
                     "which is trained on the text and knows all characters."
                 )
             most = share + _MOST_MORE_UNKNOWN
         said = ", ".join(f"{100 * share:.2g} % of {part}" for part, share in shares.items())
-        return f"\n  tokens that the tokenizer does not know: {said}" if any(shares.values()) else ""
+        return f"\n  {unit} that the tokenizer does not know: {said}" if any(shares.values()) else ""
 
-    def _strange(self, text: str, unknown: int) -> list[str]:
+    def _strange(self, text: str, unknown: int | None) -> list[str]:
         """Return up to five strings that are unknown, the most frequent ones of a part of a text that has some."""
-        for piece in self._encoded_at_a_time(text):
+        found = dropped(self.tokenizer, text) if unknown is None else Counter[str]()
+        for piece in () if found else self._encoded_at_a_time(text):
             encoded = self.tokenizer.encode(piece, add_special_tokens=False)
             pairs = zip(encoded.ids, encoded.offsets, strict=True)
             if found := Counter(piece[start:end] for token, (start, end) in pairs if token == unknown):
-                return [one[:40] for one, _ in found.most_common(5)]
-        return []
+                break
+        return [one[:40] for one, _ in found.most_common(5)]
 
 
 class StdlibText(Text):

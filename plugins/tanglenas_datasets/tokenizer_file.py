@@ -1,6 +1,7 @@
 """Reads a `tokenizer.json` of someone else. One that cannot encode a text, or not twice alike, is refused."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,19 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
         number: int | None = model["unk_id"]
         return number
     return None if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
+
+
+def dropped(tokenizer: Tokenizer, text: str) -> Counter[str]:
+    """Count the characters of a text, but for white space, that become no token, not even an unknown one.
+
+    A BPE without an unknown token leaves out what it does not know.
+    """
+    counts = Counter(text)
+    characters = [one for one in counts if not one.isspace()]
+    # Tokenizers may put a space before a text, whose token counts as a part of the first character.
+    encoded = tokenizer.encode_batch([2 * one for one in characters], add_special_tokens=False)
+    pairs = zip(characters, encoded, strict=True)
+    return Counter({one: counts[one] for one, twice in pairs if all(end < 2 for _, end in twice.offsets)})
 
 
 @contextmanager

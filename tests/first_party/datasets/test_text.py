@@ -249,6 +249,25 @@ def test_the_stored_tokenizer_gives_the_tokens_of_the_dataset(tmp_path, kind):
     assert dataset.fingerprint == content_hash(dataset._pool, tokenizer.to_str())  # as of versions that kept it
 
 
+@pytest.mark.parametrize("kind", ["WhitespaceSplit", "Metaspace", "ByteLevel"])
+def test_a_tokenizer_file_that_drops_the_text_is_refused(tmp_path, kind):
+    """Without an unknown token, BPE makes nothing of what it does not know. Here these are the last two letters."""
+    characters = "▁Ġabcde\n"
+    tokenizer = Tokenizer(models.BPE({one: number for number, one in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = getattr(pre_tokenizers, kind)()
+    path = str(written(tmp_path / "tokenizer.json", tokenizer.to_str()))
+    known = written(tmp_path / "known.txt", "a b ccd ee " * 99)
+    assert "not know" not in Text(known, block_size=8, tokenizer=path).describe()
+    with pytest.raises(
+        TangleNASError, match=r"not know 50.0 % of the characters of the text \('щ', 'x'\.\.\.\), expected at"
+    ):
+        Text(written(tmp_path / "t.txt", "a щщx " * 99), block_size=8, tokenizer=path)
+    with pytest.raises(
+        TangleNASError, match=r"% of the characters of the test part \('щ'\.\.\.\), expected at most 1.0 %"
+    ):
+        Text(known, block_size=8, tokenizer=path, test_root=written(tmp_path / "test.txt", "a щ b " * 99))
+
+
 def test_a_test_part_of_another_kind_is_refused(tmp_path):
     text, other = written(tmp_path / "a.txt", "some text. " * 40), written(tmp_path / "b.txt", "ξένο κείμενο " * 40)
     message = r"tokenizer char does not know 84.6 % of the tokens of the test part \(.*'έ'.*most 1.0 %.*'bpe'"
