@@ -36,7 +36,7 @@ from tanglenas_engine.stages.pace import taken_back
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.distillation import Distillation, check_teaching, hidden_pairs, recorded
 from tanglenas_engine.training.loop import Training
-from tanglenas_engine.training.losses import all_outputs, batch_accuracy, checked_loss, cross_entropy
+from tanglenas_engine.training.losses import all_outputs, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
     OPTIMIZER,
@@ -50,6 +50,7 @@ from tanglenas_engine.training.optim import (
     stepping,
 )
 from tanglenas_engine.training.options import Computation, Session, flattened
+from tanglenas_engine.training.pieces import PieceLoss, may_ignore
 from tanglenas_engine.training.state import Stateful
 from tanglenas_engine.training.stopwatch import Stopwatch
 from tanglenas_engine.training.trial import try_steps
@@ -280,6 +281,7 @@ class Retraining(Training):
         self.network, self.computation = network, computation
         self.validation = data.validation
         self.device, self.loss = session.find_device(), checked_loss("retrain.loss", loss)
+        self._ignoring = may_ignore(data.training)
         self._last = learns_with_channels_last(network)
         self.distillation = distillation
         self.precision = computation.precise(self.device)
@@ -353,19 +355,20 @@ class Retraining(Training):
             self._iterator = self.stream.start(position)
         count = self.computation.accumulate
         batch = to_device(next(self._iterator), self.device, self._last)
-        pieces = (tensor.chunk(count) for tensor in batch)
+        pieces = [tensor.chunk(count) for tensor in batch]
+        loss = PieceLoss(self.loss, [pieces[1]], self._ignoring)
         losses, accuracies = [], []
         self.optimizer.zero_grad()
         for inputs, targets in zip(*pieces, strict=True):
             watched = [] if self.distillation is None else self.distillation.watched
             with recorded(self.network, watched) as states:
                 outputs = self.precision.forward(self._forward, inputs)
-            value = self.loss(outputs, targets)
+            value = loss(outputs, targets)
             if self.distillation is not None:
                 value = self.distillation(value, all_outputs(outputs)[0], inputs, states, self.precision.autocast)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
-            accuracies.append(batch_accuracy(all_outputs(outputs)[0], targets))
+            accuracies.append(loss.accuracy(all_outputs(outputs)[0], targets))
         distributed.average([*(parameter.grad for parameter in self.parameters), *self.statistics])
         self.scaler.unscale_(self.optimizer)
         if self.computation.clip is not None:

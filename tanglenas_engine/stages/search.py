@@ -34,7 +34,7 @@ from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.execution import Compiled, executing
 from tanglenas_engine.training.loop import Training
-from tanglenas_engine.training.losses import batch_accuracy, checked_loss, cross_entropy
+from tanglenas_engine.training.losses import checked_loss, cross_entropy
 from tanglenas_engine.training.measure import Measured, measure_inherited, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
     SCHEDULE,
@@ -47,6 +47,7 @@ from tanglenas_engine.training.optim import (
     stepping,
 )
 from tanglenas_engine.training.options import Computation, Session, flattened
+from tanglenas_engine.training.pieces import PieceLoss, may_ignore
 from tanglenas_engine.training.state import Stateful
 
 Phase = Literal["warm-up", "search", "path"]
@@ -268,6 +269,7 @@ class Search(Training):
             Stream(split, batch_size, seed=2 * seed + number, num_workers=session.num_workers, part=share)
             for number, split in enumerate(splits)
         ]
+        self._ignoring = any(map(may_ignore, splits))
         super().__init__("search", epochs, self.streams[0].batches_per_epoch, session)
         self.weights, self.alphas = list(space.parameters()), optimizer.parameters()
         self.parameters = [*self.weights, *self.alphas]
@@ -420,13 +422,13 @@ class Search(Training):
         return self._step(position, self._phase(position))
 
     def _step(self, position: int, phase: Phase) -> dict[str, Tensor]:
-        pieces = self._next_pieces(position, phase)
+        pieces, loss = self._next_pieces(position, phase)
         measured = self.update(pieces, phase)
         self.scaler.update()
         if self.scheduler is not None:
             with stepping("search.scheduler", SCHEDULE):
                 self.scheduler.step()
-        seen = [batch_accuracy(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
+        seen = [loss.accuracy(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
         if seen:
             measured["weight_accuracy"] = torch.stack(seen).mean()
         return measured
@@ -508,8 +510,8 @@ class Search(Training):
         if self.architecture_optimizer is not None:
             self.architecture_optimizer.zero_grad()
 
-    def _next_pieces(self, position: int, phase: Phase) -> list[Step]:
-        """Return the next batches, cut into the pieces that are accumulated."""
+    def _next_pieces(self, position: int, phase: Phase) -> tuple[list[Step], PieceLoss]:
+        """Return the next batches, cut into the pieces that are accumulated, and the loss of these."""
         if position % self.steps_per_epoch == 0:
             self._set_progress(position, phase)
         if not self._iterators:  # a resumed search starts its streams where it left off
@@ -517,12 +519,13 @@ class Search(Training):
         count = self.computation.accumulate
         taken = (to_device(next(iterator), self.device, self._last) for iterator in self._iterators)
         batches = [[tensor.chunk(count) for tensor in batch] for batch in taken]
+        loss = PieceLoss(self.loss, [targets for _, targets in batches], self._ignoring)
         weight_batches, *others = [list(zip(*batch, strict=True)) for batch in batches]
-        return [
+        steps = [
             Step(
                 index=position,
                 space=self.space,
-                loss=self.loss,
+                loss=loss,
                 weight_batch=weight_batches[number],
                 architecture_batch=others[0][number] if others else None,
                 weight_optimizer=self.weight_optimizer,
@@ -530,6 +533,7 @@ class Search(Training):
             )
             for number in range(count)
         ]
+        return steps, loss
 
     # The end of an epoch.
 

@@ -15,7 +15,7 @@ from torch import nn
 from trainings import run
 
 from tanglenas_engine import create_optimizer, create_space
-from tanglenas_engine.data import SPLITS, make_splits, open_splits
+from tanglenas_engine.data import SPLITS, DataView, make_splits, open_splits
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.derivation.race import race
@@ -29,16 +29,25 @@ from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
+from tanglenas_engine.training.losses import IGNORED
 from tanglenas_engine.training.optim import parameter_groups
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
-def searched(optimizer, space=vit, checkpoints=None, progress=None, **options):
+def masked(samples):
+    """The samples, of which three in four have no target: some batches and many pieces of them have none at all."""
+    samples.labels[torch.arange(len(samples)) % 4 > 0] = IGNORED
+    return samples
+
+
+def searched(optimizer, space=vit, checkpoints=None, progress=None, masks=False, **options):
     """20 steps at a batch of 8 samples in all, and what they leave."""
     torch.manual_seed(0)
     space, optimizer = space(), create_optimizer(optimizer)
     data = random_data(space, ("weights", "architecture", "validation"), samples=40)
+    if masks:
+        data = DataView({**{name: masked(getattr(data, name)) for name in SPLITS[:2]}, "validation": data.validation})
     small = dict(epochs=4, batch_size=8, seed=3, weight_optimizer=SGD, scheduler=None)
     result = search(space, optimizer, data, **{**small, **options}, checkpoints=checkpoints, progress=progress)
     return {
@@ -77,6 +86,18 @@ def simultaneous():
 
 def accumulated():
     return searched("drnas", accumulate=2)
+
+
+def masked_drnas(**options):
+    return searched("drnas", masks=True, **options)
+
+
+def masked_darts2():
+    return searched("darts2", masks=True)
+
+
+def masked_sandwich():
+    return searched("sandwich", masks=True)
 
 
 def bfloat16():
@@ -129,18 +150,25 @@ def _architecture_gradient(space, optimizer):
     return gradients
 
 
-def retrained():
-    space = vit()
+def retrained(masks=False, **options):
     torch.manual_seed(1)
+    space = vit()
     data = random_data(space, SPLITS, samples=36)
+    if masks:
+        masked(data.training)
     architecture = space.sample(torch.Generator().manual_seed(1))
-    result = retrain(space, architecture, data, epochs=4, batch_size=12, seed=3, optimizer=SGD, scheduler=None)
+    small = dict(epochs=4, batch_size=12, seed=3, optimizer=SGD, scheduler=None)
+    result = retrain(space, architecture, data, **small, **options)
     judged = evaluate(space, architecture, result.network, data, batch_size=5)
     return {
         "weights": dict(result.network.state_dict()),
         "history": result.history,
         "test": (judged.test_accuracy, judged.test_loss, judged.samples),
     }
+
+
+def masked_retrained(**options):
+    return retrained(masks=True, teacher="largest", teacher_hidden=0.1, **options)
 
 
 def raced():
