@@ -111,9 +111,10 @@ def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequen
 
 
 class LossEstimate(NamedTuple):
-    """Mean cross-entropy over samples, the standard error of that mean, and the loss of guessing by frequencies.
+    """Mean cross-entropy over all targets, its standard error, and the loss of guessing by frequencies.
 
-    `IGNORED` targets are left out.
+    `IGNORED` targets are left out. The standard error is that of a ratio of two sums over samples: of losses and of
+    numbers of targets. So it holds also where the targets of one sample are alike.
     """
 
     mean: float
@@ -126,18 +127,20 @@ def estimate_loss(network: nn.Module, samples: Samples, batch_size: int = 256) -
     """Return the loss of a network in eval mode over samples; its mode is restored."""
     device, training = next(network.parameters()).device, network.training
     network.eval()
-    losses, counts = [], torch.zeros((), device=device)
+    sums, numbers, counts = [], [], torch.zeros((), device=device)  # sums and numbers of targets: (B,) for each batch
     for batch in batches(samples, batch_size):
         inputs, targets = to_device(batch, device)
         outputs = network(inputs)
         counts = counts + torch.bincount(targets[targets >= 0], minlength=outputs.shape[-1])
-        told = (targets != IGNORED).view(len(inputs), -1).sum(1)
         each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-        losses.append((each.view(len(inputs), -1).sum(1).double() / told)[told > 0])
+        sums.append(each.view(len(inputs), -1).sum(1).double())
+        numbers.append((targets != IGNORED).view(len(inputs), -1).sum(1))
     network.train(training)
-    every = torch.cat(losses)
+    lost, told = torch.cat(sums), torch.cat(numbers)
+    mean = lost.sum() / told.sum()
+    error = (lost - mean * told).square().sum().sqrt() / told.sum()
     guessing = torch.special.entr(counts / counts.sum()).sum()
-    return LossEstimate(float(every.mean()), float(every.std(correction=0)) / len(every) ** 0.5, float(guessing))
+    return LossEstimate(float(mean), float(error), float(guessing))
 
 
 def statistics_inputs(

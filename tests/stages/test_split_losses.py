@@ -147,6 +147,20 @@ def test_an_estimate_is_the_mean_loss_and_its_standard_error():
     assert estimate.guessing == pytest.approx(torch.distributions.Categorical(counts / 40).entropy().item(), rel=1e-5)
 
 
+def test_an_estimate_counts_targets_where_samples_have_unequally_many():
+    space = tiny("gpt_nano")
+    tokens, targets = random_data(space, SPLITS, samples=40).validation.batch(torch.arange(40))
+    targets[::2, 1:] = targets[1, :] = -100
+    samples = TensorSamples(tokens, targets)
+    estimate, found = estimate_loss(space, samples, batch_size=16), measure(space, samples)
+    assert estimate.mean == pytest.approx(found.loss, rel=1e-5)
+    # The jackknife's standard error of a ratio, from the losses without one sample each.
+    every = torch.arange(40)
+    without = torch.tensor([measure(space, TensorSamples(tokens[kept], targets[kept])).loss
+                            for kept in (every[every != one] for one in every)])  # fmt: skip
+    assert estimate.error == pytest.approx(((without - found.loss).square().sum() * 39 / 40).sqrt().item(), rel=0.1)
+
+
 @pytest.mark.parametrize("measured", [estimate_loss, partial(measure, batch_size=10)])
 def test_ignored_targets_do_not_count(measured):
     space = vit()
