@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import joblib
 import torch
@@ -26,8 +27,11 @@ from tanglenas_engine.runtime.timer import Clock
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.training.loop import Interrupted
 
+S = TypeVar("S")
+T = TypeVar("T")
+
 LOST = 3
-"""Losses of workers in a row, without a finished training between them, after which the race gives up."""
+"""Losses of workers in a row, without a finished training between them, after which no more are started."""
 
 _one_at_a_time = threading.Lock()
 """A lock for the global random generators and gin's config, as workers of a cluster may be threads."""
@@ -111,27 +115,22 @@ class Jobs:
         for key, one in names.items():
             if (before := self._before(one.digest, epochs)).failure:
                 self.candidates.kept.setdefault(key, list(before))
-        lost = 0
-        while missing := {key: one for key, one in names.items() if key not in self.candidates.kept}:
-            try:
-                for digest, result in self._finished([*missing.values()], epochs):
-                    key = self._key(digest, epochs)
-                    self.candidates.kept[key] = list(result)
-                    self.candidates.save()
-                    lost, done = 0, sum(one in self.candidates.kept for one in keys)
-                    self.candidates.note(
-                        f"{done} of {len(keys)} trained for {epochs} epoch{'s' * (epochs > 1)}: "
-                        f"validation loss {result.loss:.4f}, {result.seconds:.0f} s  {names[key]}"
-                    )
-            except BrokenProcessPool as problem:
-                lost += 1
-                said = str(problem).split(". ")[0].split("\n")[0]
-                if lost == LOST:
-                    raise TangleNASError(
-                        f"the race lost workers {LOST} times in a row ({said}). Memory may be short: lower "
-                        "race.workers. Finished trainings are kept: run the same command again to go on"
-                    ) from None
-                self.candidates.note(f"a worker was lost ({said}); its trainings run again")
+
+        def missing() -> list[Architecture]:
+            return [one for key, one in names.items() if key not in self.candidates.kept]
+
+        found = despite_losses(
+            missing, partial(self._finished, epochs=epochs), "race", "race.workers", self.candidates.note
+        )
+        for digest, result in found:
+            key = self._key(digest, epochs)
+            self.candidates.kept[key] = list(result)
+            self.candidates.save()
+            done = sum(one in self.candidates.kept for one in keys)
+            self.candidates.note(
+                f"{done} of {len(keys)} trained for {epochs} epoch{'s' * (epochs > 1)}: "
+                f"validation loss {result.loss:.4f}, {result.seconds:.0f} s  {names[key]}"
+            )
         return [Trained(*self.candidates.kept[key]) for key in keys]
 
     def afforded(self, architectures: Sequence[Architecture], seconds: float, clock: Clock) -> float:
@@ -232,6 +231,42 @@ def run(
     if not math.isfinite(result.loss) and not result.failure:
         result = result._replace(failure=f"the validation loss is {result.loss}, which is no finite number")
     return architecture.digest, (result.loss, result.accuracy, result.seconds, result.failure, result.wall)
+
+
+def despite_losses(
+    missing: Callable[[], Sequence[S]],
+    run: Callable[[Sequence[S]], Iterator[T]],
+    name: str,
+    option: str,
+    note: Callable[[str], None],
+) -> Iterator[T]:
+    """Yield the results of jobs as they come. The jobs that are missing after a loss of workers run again.
+
+    Args:
+        missing: Returns the jobs without a result. A result that was yielded counts, so the caller keeps it at once.
+        run: Runs jobs, and yields their results as they come.
+        name: The name of all the jobs together, for messages.
+        option: The option that has fewer workers, for messages.
+        note: A function that tells a person a sentence.
+
+    Raises:
+        TangleNASError: Workers were lost `LOST` times in a row, without a result between.
+    """
+    lost = 0
+    while jobs := missing():
+        try:
+            for result in run(jobs):
+                lost = 0
+                yield result
+        except BrokenProcessPool as problem:
+            lost += 1
+            said = str(problem).split(". ")[0].split("\n")[0]
+            if lost == LOST:
+                raise TangleNASError(
+                    f"the {name} lost workers {LOST} times in a row ({said}). Memory may be short: lower {option}. "
+                    "Finished trainings are kept: run the same command again to go on"
+                ) from None
+            note(f"a worker was lost ({said}); its trainings run again")
 
 
 def as_they_come(tasks: Sequence[Any], workers: int) -> Iterator[Any]:

@@ -25,7 +25,7 @@ import torch
 from tanglenas_engine.data import Dataset, Splits
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget, whole
-from tanglenas_engine.derivation.jobs import as_they_come, running_on
+from tanglenas_engine.derivation.jobs import as_they_come, despite_losses, running_on
 from tanglenas_engine.errors import DivergedError, TangleNASError, at_least
 from tanglenas_engine.pipeline.config.configurables import (
     bound_limits,
@@ -311,8 +311,8 @@ def build(
         bindings: gin bindings beyond those of the retrain stage.
 
     Raises:
-        TangleNASError: This is no project, the file holds a pool of something else or no pool, or too few architectures
-            fit.
+        TangleNASError: This is no project, the file holds a pool of something else or no pool, too few architectures
+            fit, or workers were lost time after time.
     """
     at_least("--count", count, 2)
     at_least("--seeds", seeds, 1)
@@ -358,18 +358,26 @@ def build(
         record.failed.pop(key, None)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs != 1 else None
     recipe = Recipe(arguments, str(Path.cwd()), splits.to_json())
-    tasks = [joblib.delayed(Job.run)(Job(recipe, key, one, threads)) for key, one in wanted]
     progress.note(f"pool: {len(every)} trainings, {len(wanted)} of them to do, {jobs} at a time")
-    with running_on(backend, jobs, "--backend"):
-        for number, (key, one, result) in enumerate(as_they_come(tasks, jobs), 1):
-            if isinstance(result, str):
-                record.failed[key] = result
-                progress.note(f"pool: {key} failed with seed {one} and is left out: {result}")
-            else:
-                record.rows.setdefault(key, {})[str(one)] = result
-                told = f"test loss {result['test_loss']:.4f}  {key}  seed {one}"
-                progress.note(f"pool: {number} of {len(wanted)}: {told}")
-            record.write(path, keys)
+    done: set[tuple[str, int]] = set()
+
+    def missing() -> list[tuple[str, int]]:
+        return [pair for pair in wanted if pair not in done]
+
+    def run(pairs: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, Row | str]]:
+        with running_on(backend, jobs, "--backend"):
+            yield from as_they_come([joblib.delayed(Job.run)(Job(recipe, *pair, threads)) for pair in pairs], jobs)
+
+    for key, one, result in despite_losses(missing, run, "pool", "--jobs", lambda text: progress.note(f"pool: {text}")):
+        done.add((key, one))
+        if isinstance(result, str):
+            record.failed[key] = result
+            progress.note(f"pool: {key} failed with seed {one} and is left out: {result}")
+        else:
+            record.rows.setdefault(key, {})[str(one)] = result
+            told = f"test loss {result['test_loss']:.4f}  {key}  seed {one}"
+            progress.note(f"pool: {len(done)} of {len(wanted)}: {told}")
+        record.write(path, keys)
     record.write(path, keys)
     for key in record.failed:
         if key in networks and key not in dict(wanted):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +102,34 @@ def test_a_pool_goes_on_and_trains_nothing_twice(project, monkeypatch):
     assert len(done) == 2 and not {*done} & {*before}
     assert {key: after[key] for key in before} == before
     assert len(load_table(project / "pool.csv")) == 4
+
+
+@pytest.mark.parametrize("losses", [2, 3])
+def test_what_is_lost_with_a_worker_runs_again(project, monkeypatch, losses):
+    before = json.loads((project / "pool.json").read_text())["rows"]
+    called = []
+
+    def run(job):
+        called.append((job.architecture, job.seed))
+        first, second = (*called, None)[:2]
+        if called[-1] == second and called.count(second) <= losses:
+            raise BrokenProcessPool("A worker was terminated. Memory?")
+        row = "it diverged" if called[-1] == first else dict.fromkeys(pools.COLUMNS, 1.0)
+        return job.architecture, job.seed, row
+
+    monkeypatch.setattr(pools.Job, "run", run)
+    result = build("--count", "5")
+    after = json.loads((project / "pool.json").read_text())
+    first, lost, *others = dict.fromkeys(called)
+    assert result.output.count("pool: a worker was lost (A worker was terminated); its trainings run again") == 2
+    assert list(after["failed"]) == [first[0]] and called.count(first) == 1
+    if losses == 3:
+        assert result.exit_code == 2 and "the pool lost workers 3 times in a row" in result.output
+        assert "lower --jobs" in result.output and not others and after["rows"].keys() == before.keys()
+    else:
+        assert result.exit_code == 0 and "pool: 3 of 3: " in result.output
+        assert called.count(lost) == 3 and len(others) == 1
+        assert after["rows"].keys() == {*before, lost[0], others[0][0]}
 
 
 def test_a_network_whose_test_loss_is_no_number_has_failed(project, monkeypatch):
