@@ -18,7 +18,7 @@ from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.halving import MOST, RUNG, TRIED, TRIED_LONG, Derivation, Trial, promoted, rungs
 from tanglenas_engine.derivation.proposals import Proposals
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import UNDECIDED, normalized_entropy
+from tanglenas_engine.optimizers.optimizer import UNDECIDED
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -249,7 +249,7 @@ class Candidates(Proposals):
         An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs
         of the options rather than by their worth.
         """
-        entropy = math.nan if mixture is None else normalized_entropy(mixture)
+        entropy = math.nan if mixture is None else mixture.entropy()
         if entropy <= UNDECIDED:
             self.note(f"alpha has an entropy of {entropy:.2f} of 1: what it prefers is judged with random candidates")
         else:

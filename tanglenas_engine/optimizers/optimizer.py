@@ -242,19 +242,6 @@ Between two options, the heavier one has a weight of 0.89 at the first entropy, 
 """
 
 
-def normalized_entropy(mixture: Mixture) -> float:
-    """Return the mean entropy of the rows relative to the uniform distribution: 1 is undecided, 0 is decided.
-
-    Options of weight 0, such as those that shrinking dropped, do not count.
-    """
-    rows = []
-    for count, stack in mixture.detach().stacks.items():
-        if count > 1:
-            possible = (stack > 0).sum(1).clamp_min(2)  # a single option has an entropy of 0, whatever divides it
-            rows.append(-torch.special.xlogy(stack, stack).sum(1) / possible.log())
-    return float(torch.cat(rows).mean()) if rows else 0.0
-
-
 def l2(alphas: Iterable[Tensor]) -> Tensor:
     """Return `|alpha|^2 / 2`, whose gradient is alpha: weight decay as a term of the loss."""
     return torch.stack([alpha.square().sum() for alpha in alphas]).sum() / 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from tanglenas_engine.data import DataView, Stream
 from tanglenas_engine.derivation.targets import Target, band_of, bind_targets
 from tanglenas_engine.errors import TangleNASError, at_least
-from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step, normalized_entropy
+from tanglenas_engine.optimizers.optimizer import Batch, Loss, Optimizer, Step
 from tanglenas_engine.optimizers.stopping import Stop
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.devices import to_device
@@ -588,7 +588,7 @@ class Search(Training):
         """Return the part of the record about the mixture and the current architecture."""
         expected, cost = self.space.expected_cost(mixture), self.space.cost(current)
         record: Record = {
-            "entropy": normalized_entropy(mixture),
+            "entropy": mixture.entropy(),
             "expected_params": float(expected.params),
             "expected_macs": float(expected.macs),
             "params": cost.params,

@@ -11,6 +11,8 @@ options `e` are given, so `M = sum_e p(e) * outer(coverage given e, ...)`. This 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -126,6 +128,36 @@ class Mixture(Mapping[str, Tensor]):
         mixture = Mixture(self._rows, dict(zip(self.stacks, weights, strict=False)))
         mixture.edges, mixture.kept = dict(zip(self.edges, weights[len(self.stacks) :], strict=True)), self.kept
         return mixture
+
+    def in_use(self) -> dict[Row, float]:
+        """Return for each row the probability that it matters: that the depth, if any, reaches the row's layer."""
+        used: dict[Row, float] = {}
+        for row in itertools.chain(*self._rows.values()):  # depths come before the rows of their layers
+            used[row] = 1.0
+            if row.gate is not None:
+                depth, layer = row.gate
+                (outer,) = depth.rows
+                rank = row.superposition.rank(depth, layer)
+                weights = self.stacks[len(outer.options)][outer.slot].tolist()
+                deeper = (weight for weight, value in zip(weights, depth.values, strict=True) if int(value) > rank)
+                used[row] = used[outer] * sum(deeper)
+        return used
+
+    def entropy(self) -> float:
+        """Return the entropy of an architecture of the mixture, from 1 (undecided) to 0 (one architecture is left).
+
+        It is `sum_r P(r) H(r) / sum_r P(r) log K(r)` over the rows r: P(r) is the probability that the row is in use,
+        H(r) is the entropy of its weights, and K(r) is the number of its options. Options of weight 0, such as those
+        that shrinking dropped, do not count.
+        """
+        stacks = {count: stack.tolist() for count, stack in self.stacks.items()}
+        found = most = 0.0
+        for row, probability in self.in_use().items():
+            if len(row.options) > 1:
+                left = [weight for weight in stacks[len(row.options)][row.slot] if weight != 0]
+                found -= probability * sum(weight * math.log(weight) for weight in left)
+                most += probability * math.log(max(len(left), 2))  # a single one that is left is a decision
+        return min(found / most, 1.0) if most else 0.0  # rounding may exceed 1
 
     def joint(self, rows: Sequence[Row], slots: Tensor) -> Tensor:
         """Return the probabilities `(instances, combinations)` of all option combinations of `rows`.

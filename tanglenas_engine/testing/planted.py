@@ -23,7 +23,7 @@ from tanglenas_engine import elastic
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import unknown
-from tanglenas_engine.optimizers.optimizer import Optimizer, normalized_entropy
+from tanglenas_engine.optimizers.optimizer import Optimizer
 from tanglenas_engine.plugins import create_objective
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
@@ -374,7 +374,7 @@ def find(optimizer: Optimizer, truth: Truth | str, seed: int = 0, **options: Any
         seed=seed,
     )
     result = search(space, optimizer, data, **{**recipe, **options})
-    entropy = None if result.mixture is None else normalized_entropy(result.mixture)
+    entropy = None if result.mixture is None else result.mixture.entropy()
     method = "argmax" if entropy is not None and entropy <= DECIDED else "random"
     found = discretize(
         space, data, result.mixture, method=method, candidates=space.size, limits=budget, seed=seed

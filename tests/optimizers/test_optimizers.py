@@ -12,7 +12,7 @@ from torch import nn
 
 from tanglenas_engine import Architecture, Optimizer, SearchSpace, elastic
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import Step, l2, normalized_entropy
+from tanglenas_engine.optimizers.optimizer import Step, l2
 from tanglenas_engine.plugins import create_optimizer, manager
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.superposition.mixture import COVERED
@@ -162,24 +162,6 @@ def test_the_current_architecture_has_the_most_probable_options():
             alpha.copy_(corner[count])
     assert optimizer.current() == chosen
     assert bound(SPOS(), space).current() is None
-
-
-def test_entropy_goes_from_1_undecided_to_0_decided():
-    space = tiny("stages")
-    flat = space.mixture({count: torch.full((rows, count), 1 / count) for count, rows in space.stacks.items()})
-    assert normalized_entropy(flat) == pytest.approx(1)
-    assert normalized_entropy(space.one_hot(space.largest())) == pytest.approx(0, abs=1e-6)
-    decided = tiny("vit", num_heads=(2,), depth=(2,), mlp_ratio=(2,), embed_dim=(8,))
-    assert normalized_entropy(decided.one_hot(decided.largest())) == 0
-
-
-def test_entropy_is_relative_to_the_options_that_are_left():
-    space = tiny("stages")
-    left = {count: torch.zeros(rows, count) for count, rows in space.stacks.items()}
-    for stack in left.values():
-        stack[:, :2] = 0.5
-    assert {3} & {*space.stacks}, "a row has dropped an option"
-    assert normalized_entropy(space.mixture(left)) == pytest.approx(1)
 
 
 def test_l2_has_the_gradient_of_weight_decay():

@@ -16,7 +16,6 @@ from torch import nn
 from tanglenas_engine import SearchSpace, create_optimizer, elastic, elasticize
 from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import normalized_entropy
 from tanglenas_engine.pipeline import figures
 from tanglenas_engine.pipeline.figures import drawing
 from tanglenas_engine.stages.discretize import discretize
@@ -64,7 +63,7 @@ def history(space, epochs):
                 "epoch": epoch,
                 "weight_accuracy": 90 - 60 / epoch,
                 "validation_accuracy": 85 - 50 / epoch,
-                "entropy": normalized_entropy(mixture),
+                "entropy": mixture.entropy(),
                 "expected_params": float(expected.params),
                 "expected_macs": float(expected.flops),
                 "params": cost.params,

@@ -1,6 +1,7 @@
 """Mixtures, and masks that are the expectation over architectures."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tanglenas_engine import SearchSpace, elastic, superposition
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.superposition.size import combinations
 
 
 class Parameter(elastic.Elastic):
@@ -237,6 +239,66 @@ def test_every_pair_of_sides_is_covered_once():
     for (i, m), (j, n) in itertools.product(enumerate(a.options), enumerate(b.options)):
         expected[:m, : m * n, :n] += p[i] * q[j]
     torch.testing.assert_close(layer(1.0), expected)
+
+
+class Nested(SearchSpace):
+    """A number of stages, a depth for each, and a kernel size for each of their layers."""
+
+    def __init__(self):
+        super().__init__()
+        depth = self.choice("depth", (1, 3, 2), per=self.choice("stages", (2, 1)))
+        self.choice("kernel_size", (3, 5), per=[*depth])
+
+
+def mixture_of(space, generator):
+    """A random mixture in float64."""
+    drawn = {n: torch.randn(rows, n, generator=generator).double() for n, rows in space.stacks.items()}
+    return space.mixture({count: (2 * stack).softmax(1) for count, stack in drawn.items()})
+
+
+@pytest.mark.parametrize("make_space", [Nested, vit])
+@pytest.mark.parametrize("reversed_layers", [False, True])
+def test_entropy_is_that_of_the_architectures_over_that_of_even_options(make_space, reversed_layers):
+    space = make_space()
+    if reversed_layers:
+        depths = {row.gate[0] for row in space.rows if row.gate}
+        space.superposition.ranks = {(d.rows[0], d.values): tuple(range(d.max))[::-1] for d in depths}
+    mixture = mixture_of(space, torch.Generator().manual_seed(0))
+    chances, most = dict[frozenset, float](), 0.0
+    for picks in combinations(space.rows):
+        chance = math.prod(mixture.stacks[len(row.options)][row.slot, pick].item() for row, pick in picks.items())
+        used = frozenset((row, pick) for row, pick in picks.items() if row.active(picks))
+        chances[used] = chances.get(used, 0.0) + chance
+        most += chance * sum(math.log(len(row.options)) for row, _ in used)
+    assert len(chances) == space.size
+    assert mixture.entropy() == pytest.approx(-sum(p * math.log(p) for p in chances.values()) / most)
+
+
+@pytest.mark.parametrize("make_space", [Nested, vit])
+@pytest.mark.parametrize("end", ["smallest", "largest"])
+def test_entropy_is_0_where_one_architecture_is_left(make_space, end):
+    space = make_space()
+    picks = space.assignment_of(getattr(space, end)())
+    weights = {count: torch.full((rows, count), 1 / count) for count, rows in space.stacks.items()}
+    for row in (row for row in space.rows if row.active(picks)):
+        weights[len(row.options)][row.slot] = torch.eye(len(row.options))[picks[row]]
+    assert space.mixture(weights).entropy() == 0
+
+
+def test_entropy_is_1_where_all_options_are_even_and_there_is_none_without_options():
+    space = make("stages")
+    assert space.mixture({n: torch.full((rows, n), 1 / n) for n, rows in space.stacks.items()}).entropy() == 1
+    decided = vit(num_heads=(2,), depth=(2,), mlp_ratio=(2,), embed_dim=(8,))
+    assert decided.one_hot(decided.largest()).entropy() == 0
+
+
+def test_entropy_is_relative_to_the_options_that_are_left():
+    space = make("stages")
+    left = {count: torch.zeros(rows, count) for count, rows in space.stacks.items()}
+    for stack in left.values():
+        stack[:, :2] = 0.5
+    assert {3} & {*space.stacks}, "a row has dropped an option"
+    assert space.mixture(left).entropy() == pytest.approx(1)
 
 
 def test_the_example_in_the_readme():
