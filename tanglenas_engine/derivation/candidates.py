@@ -18,7 +18,6 @@ from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.halving import MOST, RUNG, TRIED, TRIED_LONG, Derivation, Trial, promoted, rungs
 from tanglenas_engine.derivation.proposals import Proposals
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.optimizers.optimizer import UNDECIDED
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.devices import device_of
@@ -244,18 +243,18 @@ class Candidates(Proposals):
         return [*self._judged.values()]
 
     def judge_first(self, mixture: Mixture | None) -> None:
-        """Judge random candidates, and before them the result of argmax, unless alpha is undecided or missing.
+        """Judge the result of argmax, architectures drawn from alpha's mixture, and as many random ones or more.
 
-        An undecided alpha weighs all options nearly alike. What it prefers within a budget is then decided by the costs
-        of the options rather than by their worth.
+        What alpha has not decided is nearly even in its mixture, and so nearly random in what is drawn from it. Without
+        a mixture, all candidates are random.
         """
-        entropy = math.nan if mixture is None else mixture.entropy()
-        if entropy <= UNDECIDED:
-            self.note(f"alpha has an entropy of {entropy:.2f} of 1: what it prefers is judged with random candidates")
+        if mixture is None:
+            self.note("there is no alpha: random candidates are judged")
         else:
-            reason = "there is no alpha" if mixture is None else f"alpha is undecided (entropy {entropy:.2f} of 1)"
-            self.note(f"{reason}: random candidates are judged")
-            mixture = None
+            self.note(
+                f"alpha has an entropy of {mixture.entropy():.2f} of 1: what argmax takes is judged, with candidates "
+                "drawn from alpha's mixture and random ones"
+            )
         self.judge(self.first(self.limit, mixture=mixture))
 
     def judge(

@@ -22,9 +22,9 @@ class Proposals:
 
     Args:
         budget: The limits that every candidate keeps; None for no limits.
-        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones are drawn from this
-            band; others grow, where moves lead there. When all of these were drawn, candidates are as small as they
-            were proposed.
+        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones, and those of a
+            mixture, are drawn from this band; others grow, where moves lead there. When all of these were drawn,
+            candidates are as small as they were proposed.
         limit: The largest number of candidates.
         prior: The mixture to draw from; None draws all options of a row with equal probability.
 
@@ -47,20 +47,34 @@ class Proposals:
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn: set[str] = set()
-        self._band = self._filled(fill) if prior is None else None
+        self._band = self._filled(fill)
 
-    def sample(self) -> Architecture:
-        """Return a random architecture, within the budget or not, from the prior if there is one."""
-        return self.space.sample(self.generator, None if self.prior is None else self.space.scores(self.prior))
+    def sample(self, mixture: Mixture | None = None, share: float = 0.0) -> Architecture:
+        """Return a random architecture within the budget. It uses a share of the limit, where moves lead there.
+
+        Args:
+            mixture: The mixture to draw from; None draws all options of a row with equal probability.
+            share: The share of the tightest limit: `fill` or 0.
+        """
+        scores = None if mixture is None else self.space.scores(mixture)
+        if self._band and share:
+            return self._band.sample(self.generator, scores)
+        return self.budget.grow(self.space.sample(self.generator, scores), self.generator, share)
 
     def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
-        """Return the first new candidates.
+        """Return the first new candidates: those of the mixture, by default of the prior, and then those of `fresh`.
 
-        The most probable architecture of the mixture, by default of the prior, comes first, brought into the budget.
+        The most probable architecture of the mixture comes first, brought into the budget. As many architectures are
+        drawn from the mixture as half of the others. A decided mixture draws the same ones again, so it gives fewer.
         """
         mixture = self.prior if mixture is None else mixture
-        likely = [] if mixture is None else self._new(self.budget.project(mixture).architecture)
-        return likely + self.fresh(count - len(likely), fill=fill)
+        found: list[Architecture] = []
+        count = min(count, self.limit - len(self.drawn))
+        if mixture is not None:
+            found += self._new(self.budget.project(mixture).architecture)
+            for _ in range((count - len(found)) // 2):
+                found += self._new(self.sample(mixture, self.fill if fill else 0.0))
+        return found + self.fresh(count - len(found), fill=fill)
 
     def fresh(
         self, count: int, propose: Callable[[], Architecture] | None = None, fill: bool = True
@@ -70,7 +84,7 @@ class Proposals:
         There are fewer where the space has no more.
 
         Args:
-            propose: Returns architectures, which are then brought into the budget; by default `sample`.
+            propose: Returns architectures, which are then brought into the budget; by default the prior is sampled.
             fill: False leaves candidates that are within the budget as small as they were proposed.
         """
         found: list[Architecture] = []
@@ -80,11 +94,10 @@ class Proposals:
             for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
                 if len(found) == count:
                     break
-                if self._band and share and propose is None:
-                    architecture = self._band.sample(self.generator)
+                if propose is None:
+                    found += self._new(self.sample(self.prior, share))
                 else:
-                    architecture = self.budget.grow((propose or self.sample)(), self.generator, share)
-                found += self._new(architecture)
+                    found += self._new(self.budget.grow(propose(), self.generator, share))
         return found
 
     def _new(self, architecture: Architecture) -> list[Architecture]:

@@ -235,13 +235,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-DECIDED, UNDECIDED = 0.5, 0.9
-"""The entropies up to which alpha is decided, and from which it is undecided.
-
-Between two options, the heavier one has a weight of 0.89 at the first entropy, and of 0.68 at the second.
-"""
-
-
 def l2(alphas: Iterable[Tensor]) -> Tensor:
     """Return `|alpha|^2 / 2`, whose gradient is alpha: weight decay as a term of the loss."""
     return torch.stack([alpha.square().sum() for alpha in alphas]).sum() / 2

@@ -66,7 +66,10 @@ def random(candidates: Candidates, mixture: Mixture | None) -> None:
 
 
 def both(candidates: Candidates, mixture: Mixture | None) -> None:
-    """Judge random candidates, and before them the result of argmax, unless alpha is undecided or missing."""
+    """Judge the result of argmax, candidates drawn from alpha's mixture, and as many random ones or more.
+
+    Without alpha, all candidates are random.
+    """
     candidates.judge_first(mixture)
 
 
@@ -189,10 +192,11 @@ def discretize(
             on.
         mixture: The mixture of a gradient search, by choice. It is None or empty after a sampled search.
         method: "argmax" takes the most probable option of every row. The other methods judge candidates with the
-            supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which adds
-            what argmax takes to the random ones unless alpha is undecided, "evolution", "surrogate", which proposes
-            candidates by regression, and "front" and "nsga2", which look for the whole front of loss and cost. "race"
-            trains the best of them, and takes that of smallest loss on the validation split; it has to be in `methods`.
+            supernet's weights on the architecture split, and take that of smallest loss: "random", "both", which judges
+            what argmax takes with candidates drawn from the mixture and random ones, "evolution", "surrogate", which
+            proposes candidates by regression, and "front" and "nsga2", which look for the whole front of loss and cost.
+            "race" trains the best of them, and takes that of smallest loss on the validation split; it has to be in
+            `methods`.
             "auto" stands for `derivation`, the optimizer's own method.
         candidates: The largest number of architectures to judge. It decides how long a method takes.
         seconds: The time that judging may take, instead of `candidates`. A trial says how many candidates fit. Argmax

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from tanglenas_engine.data import DataView, TensorSamples
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import nsga2, undominated
+from tanglenas_engine.derivation.proposals import Proposals
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import methods
 from tanglenas_engine.runtime import distributed, timer
@@ -179,25 +181,51 @@ def test_a_prior_begins_with_what_argmax_takes(method):
         assert result.candidates[0]["loss"] <= likely.candidates[0]["loss"]
 
 
-@pytest.mark.parametrize(
-    "trust, said", [(0.95, "entropy of 0."), (0.01, "is undecided (entropy 1.00 of 1)"), (None, "no alpha")]
-)
-def test_both_asks_alpha_where_it_has_decided(trust, said, capsys):
-    space = vit(depth=(1, 2, 3))
-    limit = int(0.6 * space.cost(space.largest()).macs)
-    chosen, mixture = space.sample(torch.Generator().manual_seed(3)), None
-    if trust is not None:
-        even = {name: torch.full_like(one, 1 / one.shape[-1]) for name, one in space.one_hot(chosen).items()}
-        mixture = {name: trust * one + (1 - trust) * even[name] for name, one in space.one_hot(chosen).items()}
-    result = derive(space, mixture, method="both", candidates=12, max_macs=limit, progress=ConsoleProgress(every=0))
-    drawn = derive(space, mixture, method="random", candidates=12, max_macs=limit)
-    assert said in capsys.readouterr().out and len(result.candidates) == 12
-    if trust == 0.95:
-        likely = derive(space, mixture, method="argmax", max_macs=limit).architecture.digest
-        digests, others = ({row["digest"] for row in found.candidates} for found in (result, drawn))
-        assert likely in digests and likely not in others and len(digests & others) > 1
+def trusting(space: SearchSpace, architecture, trust: float):
+    """A mixture with this weight, and its share of the rest, on an architecture's options."""
+    corner = space.one_hot(architecture)
+    return {name: trust * one + (1 - trust) / one.shape[-1] for name, one in corner.items()}
+
+
+@pytest.mark.parametrize("share", [None, 0.6])
+@pytest.mark.parametrize("trust", [1.0, 0.8, 0.01, None])
+def test_both_judges_what_argmax_takes_and_others(trust, share, capsys):
+    space = tiny("autoformer_nano")
+    limit = share and int(share * space.cost(space.largest()).macs)
+    mixture = None if trust is None else trusting(space, space.sample(torch.Generator().manual_seed(3)), trust)
+    options = dict(candidates=40, max_macs=limit)
+    result = derive(space, mixture, method="both", progress=ConsoleProgress(every=0), **options)
+    said, judged = capsys.readouterr().out, {row["digest"]: row for row in result.candidates}
+    assert len(judged) == 40
+    if mixture is None:
+        assert "there is no alpha: random candidates are judged" in said
+        assert result.candidates == derive(space, None, method="random", **options).candidates
     else:
-        assert result.candidates == drawn.candidates
+        assert f"entropy of {space.mixture(mixture).entropy():.2f} of 1: what argmax takes is judged" in said
+        judged.pop(derive(space, mixture, method="argmax", max_macs=limit).architecture.digest)
+    assert not limit or all(0.95 * limit <= row["macs"] <= limit for row in judged.values())
+
+
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_half_of_what_both_judges_has_what_alpha_decided_and_is_random_in_the_rest(share):
+    space = vit(depth=(6, 7, 8), mlp_ratio=(1, 1.5, 2))
+    largest = space.cost(space.largest()).macs
+    mixture = space.mixture(trusting(space, space.largest(), 0.0) | {"depth": torch.tensor([0.0, 1.0, 0.0])})
+    assert mixture.entropy() > 0.9
+    budget = Budget(space, {"macs": share and share * largest})
+    drawn = Proposals(space, budget=budget, fill=0.95, limit=200).first(200, mixture=mixture)
+    first, others = drawn[:100], drawn[100:]
+    assert len({*drawn}) == 200
+    assert {one.choices["depth"] for one in first} == {7} and {one.choices["depth"] for one in others} == {6, 7, 8}
+    for name in ("num_heads", "mlp_ratio"):
+        options = Counter(one.choices[name][0] for one in first)
+        assert {*options} == {*space.choices[name].options} and max(options.values()) < 80
+
+
+def test_both_judges_all_of_a_small_space():
+    space = vit(depth=(1,), num_heads=(1, 3), mlp_ratio=(1.5, 2))
+    mixture = trusting(space, space.smallest(), 0.9)
+    assert len(derive(space, mixture, method="both").candidates) == space.size == 8
 
 
 def test_a_prior_of_one_architecture_keeps_to_it():
