@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
@@ -30,6 +30,7 @@ class Proposals:
 
     Attributes:
         drawn: The digests of the architectures that were drawn.
+        projection: The most probable architecture of a mixture within the budget, once `first` drew from one.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Proposals:
         self.limit = min(limit, space.size)
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn: set[str] = set()
+        self.projection: Projection | None = None
         self._band = self._filled(fill)
 
     def sample(self, mixture: Mixture | None = None, share: float = 0.0) -> Architecture:
@@ -71,7 +73,8 @@ class Proposals:
         found: list[Architecture] = []
         count = min(count, self.limit - len(self.drawn))
         if mixture is not None:
-            found += self._new(self.budget.project(mixture).architecture)
+            self.projection = self.budget.project(mixture)
+            found += self._new(self.projection.architecture)
             for _ in range((count - len(found)) // 2):
                 found += self._new(self.sample(mixture, self.fill if fill else 0.0))
         return found + self.fresh(count - len(found), fill=fill)

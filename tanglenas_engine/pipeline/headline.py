@@ -143,12 +143,16 @@ def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
         source = f"the architecture comes from judging {candidates:,.0f} candidates"
         if (raced := _number(derived, "race_networks")) is not None:
             source += f", and from training {raced:,.0f} of them"
-    else:
+    elif derived.get("most_probable") is True:
         source = "the architecture has each choice's heaviest option"
+    elif "exact" in derived:
+        source = "the architecture is the most probable one within the budget"
+    else:
+        source = "the architecture is one random candidate"
     if entropy is None:
         return [Fact("alpha", "none", f"a sampled search: {source}")] if source else []
     state = "undecided" if entropy > UNDECIDED else "decided" if entropy <= DECIDED else "partly decided"
-    if state == "undecided" and candidates == 1 and source.endswith("option"):
+    if state == "undecided" and source.endswith("option"):
         source += ", which weighs little more than the others"
     return [Fact("alpha", f"{state} (entropy {entropy:.2f} of 1)", source)]
 

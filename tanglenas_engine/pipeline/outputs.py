@@ -123,6 +123,7 @@ def discretize_metrics(result: DiscretizeResult) -> dict[str, Any]:
         "candidates": len(result.candidates),
         "params": result.cost.params,
         "macs": result.cost.macs,
+        **({} if result.most_probable is None else {"most_probable": result.most_probable}),
         **({} if result.exact is None else {"exact": result.exact}),
         **({} if result.raced is None else race_metrics(result.raced)),
         "digest": result.architecture.digest,

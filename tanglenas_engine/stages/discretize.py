@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tanglenas_engine.data import DataView
-from tanglenas_engine.derivation.budget import Budget, Projection
+from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates, judges, judging_of
 from tanglenas_engine.derivation.evolution import evolution
 from tanglenas_engine.derivation.levels import front
@@ -30,19 +30,18 @@ from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.mixture import Mixture
 
-Method = Callable[..., Projection | Raced | None]
+Method = Callable[..., Raced | None]
 """A function that judges candidates.
 
 Its arguments are the `Candidates` to draw from, the mixture of the search or None, and options of its own. A method
-that only projects the mixture's most probable architecture into the budget returns the `Projection`, and one that
-trains candidates returns how that ended; others return None. One that does not judge candidates in a race is marked
-with `candidates.judges`.
+that trains candidates returns how that ended; others return None. One that does not judge candidates in a race is
+marked with `candidates.judges`.
 """
 
 
 @judges("one candidate")
-def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
-    """Judge one candidate, the most probable architecture within the budget, and return how it was found.
+def argmax(candidates: Candidates, mixture: Mixture | None) -> None:
+    """Judge one candidate, the most probable architecture within the budget.
 
     Raises:
         TangleNASError: There is no mixture.
@@ -52,9 +51,7 @@ def argmax(candidates: Candidates, mixture: Mixture | None) -> Projection:
             "discretize.method 'argmax' needs the mixture of a gradient search, and the search has none: "
             "use method 'random' or 'evolution' for a sampled supernet"
         )
-    found = candidates.budget.project(mixture)
-    candidates.judge([found.architecture])
-    return found
+    candidates.judge(candidates.first(1, mixture=mixture))
 
 
 def random(candidates: Candidates, mixture: Mixture | None) -> None:
@@ -105,8 +102,10 @@ class DiscretizeResult:
         costs: The costs of the architecture by the objectives that discretize was given, by name.
         limits: The limits that the architecture keeps, by the name of the cost.
         units: The units of `costs`, by name.
-        exact: True if argmax is known to have found the most probable architecture within the budget. False if a local
-            search found it. None for the other methods.
+        most_probable: True if the architecture has the most probable option of every row, and False if it has not. None
+            without a mixture.
+        exact: True if the architecture is known to be the most probable one within the budget. False if a local search
+            found it as that. None if the method took another one, or did not look for it.
         raced: The end of the race, or None for the methods that train nothing.
     """
 
@@ -120,6 +119,7 @@ class DiscretizeResult:
     costs: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
+    most_probable: bool | None = None
     exact: bool | None = None
     raced: Raced | None = None
 
@@ -263,10 +263,11 @@ def discretize(
         best = tried.best()[0]["architecture"] if found is None else found.architecture
         measured = tried.measured(best, data.validation)
     records = [{**record, "architecture": str(record["architecture"])} for record in tried.best(len(tried.records))]
-    exact = found.exact if isinstance(found, Projection) else None
-    raced = found if isinstance(found, Raced) else None
-    if exact is not None and weights is not None:
-        _note_projection(progress, exact, within=best == space.most_probable(weights))
+    most_probable = None if weights is None else best == space.most_probable(weights)
+    projection = tried.projection
+    exact = projection.exact if projection is not None and projection.architecture == best else None
+    if exact is not None and len(records) == 1:
+        _note_projection(progress, exact, within=most_probable is True)
     return DiscretizeResult(
         best,
         space.cost(best),
@@ -278,8 +279,9 @@ def discretize(
         costs={objective.name: objective.cost(best) for objective in objectives},
         limits={limit.name: limit.most for limit in budget.limits},
         units={objective.name: objective.unit for objective in objectives},
+        most_probable=most_probable,
         exact=exact,
-        raced=raced,
+        raced=found,
     )
 
 

@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from spaces import vit
 
 from tanglenas_engine import Architecture, Cost, create_space
 from tanglenas_engine.pipeline import outputs
 from tanglenas_engine.pipeline.files import read_splits
 from tanglenas_engine.pipeline.headline import Fact, headline, metric_texts
-from tanglenas_engine.stages.discretize import DiscretizeResult
+from tanglenas_engine.stages.discretize import DiscretizeResult, discretize
 from tanglenas_engine.stages.evaluate import EvaluateResult
+from tanglenas_engine.testing import random_data
 
 EVALUATED = {
     "test_accuracy": 97.214, "test_loss": 0.12345, "test_samples": 359, "digest": "a",
@@ -86,21 +88,53 @@ def test_a_text_has_a_perplexity():
     )
 
 
+HEAVIEST, PROJECTED = {"most_probable": True, "exact": True}, {"most_probable": False, "exact": True}
+
+
 @pytest.mark.parametrize(
-    ("entropy", "candidates", "value", "detail"),
+    ("entropy", "derived", "value", "detail"),
     [
-        (0.96, 100, "undecided (entropy 0.96 of 1)", "the architecture comes from judging 100 candidates"),
-        (0.96, 1, "undecided (entropy 0.96 of 1)",
-         "the architecture has each choice's heaviest option, which weighs little more than the others"),
-        (0.7, 1, "partly decided (entropy 0.70 of 1)", "the architecture has each choice's heaviest option"),
-        (0.1, 1, "decided (entropy 0.10 of 1)", "the architecture has each choice's heaviest option"),
-        (None, 1000, "none", "a sampled search: the architecture comes from judging 1,000 candidates"),
+        (0.96, {"candidates": 100}, "undecided (entropy 0.96 of 1)", "comes from judging 100 candidates"),
+        (0.96, {"candidates": 1, **HEAVIEST}, "undecided (entropy 0.96 of 1)",
+         "has each choice's heaviest option, which weighs little more than the others"),
+        (0.7, {"candidates": 1, **HEAVIEST}, "partly decided (entropy 0.70 of 1)", "has each choice's heaviest option"),
+        (0.1, {"candidates": 1, **HEAVIEST}, "decided (entropy 0.10 of 1)", "has each choice's heaviest option"),
+        (0.1, {"candidates": 1, **PROJECTED}, "decided (entropy 0.10 of 1)",
+         "is the most probable one within the budget"),
+        (0.96, {"candidates": 1, "most_probable": False}, "undecided (entropy 0.96 of 1)", "is one random candidate"),
+        (None, {"candidates": 1}, "none", "is one random candidate"),
+        (None, {"candidates": 1000}, "none", "comes from judging 1,000 candidates"),
     ],
 )  # fmt: skip
-def test_alpha_is_decided_or_not(entropy, candidates, value, detail):
+def test_alpha_is_decided_or_not(entropy, derived, value, detail):
     searched = {} if entropy is None else {"entropy": entropy}
-    (fact,) = headline({"search": searched, "discretize": {"candidates": candidates}})
-    assert (fact.value, fact.detail) == (value, detail)
+    (fact,) = headline({"search": searched, "discretize": derived})
+    sampled = "a sampled search: " if entropy is None else ""
+    assert (fact.value, fact.detail) == (value, f"{sampled}the architecture {detail}")
+
+
+@pytest.mark.parametrize("method", ["argmax", "both", "random", None])
+@pytest.mark.parametrize("budget", [False, True])
+def test_one_candidate_is_told_for_what_it_is(method, budget):
+    """The depth of alpha's heaviest options is the largest, which is beyond the budget; None is a sampled search."""
+    space = vit()
+    likely, smallest, largest = space.largest(), space.cost(space.smallest()).macs, space.cost(space.largest()).macs
+    even = {name: torch.full_like(one, 1 / one.shape[-1]) for name, one in space.one_hot(likely).items()}
+    mixture = {name: 0.5 * even[name] + 0.5 * one for name, one in space.one_hot(likely).items()} if method else None
+    result = discretize(
+        space, random_data(space, ("weights", "architecture", "validation"), samples=40), mixture,
+        method=method or "both", candidates=1, max_macs=(smallest + largest) // 2 if budget else None,
+    )  # fmt: skip
+    metrics = outputs.discretize_metrics(result)
+    (fact,) = headline({"discretize": metrics})
+    if method in ("argmax", "both"):
+        assert metrics["most_probable"] is not budget and metrics["exact"] is True
+        assert fact.detail.endswith(
+            "most probable one within the budget" if budget else "each choice's heaviest option"
+        )
+    else:
+        assert metrics.get("most_probable") is (False if method else None) and "exact" not in metrics
+        assert fact.detail.endswith("the architecture is one random candidate")
 
 
 def test_a_race_is_told():
