@@ -12,7 +12,8 @@ from tanglenas_engine.conversion.dimensions import Atom, Dim, constant, fix, fre
 ALIASES = {
     "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "truediv", "negative": "neg",
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ifloordiv": "floordiv", "imod": "mod",
-    "ipow": "pow", "iand": "and_", "ior": "or_", "ixor": "xor", "imatmul": "matmul",
+    "ipow": "pow", "iand": "and_", "ior": "or_", "ixor": "xor", "ilshift": "lshift", "irshift": "rshift",
+    "imatmul": "matmul", "floor_divide": "floordiv", "bitwise_xor": "xor",
     "concat": "cat", "concatenate": "cat", "absolute": "abs", "swapaxes": "transpose", "swapdims": "transpose",
     "moveaxis": "movedim", "tensor_split": "chunk", "remainder": "mod",
     "amin": "amax", "bmm": "matmul", "mm": "matmul", "baddbmm": "addmm", "bitwise_not": "invert",

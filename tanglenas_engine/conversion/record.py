@@ -36,6 +36,21 @@ INPLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and 
 """Operators that write into their first argument."""
 
 
+def _operators(prefix: str = "") -> dict[Any, Callable[..., Any]]:
+    """Return the functions of `operator` by the methods of tensors that Python calls for them.
+
+    The name of such a method may be another: that of `Tensor.__pow__` is "pow".
+
+    Args:
+        prefix: What the method's name begins with: "r" for the methods of the second operand, as in `2 ** x`.
+    """
+    names = {f"__{prefix}{name.strip('_')}__": getattr(operator, name) for name in operator.__all__}
+    return {getattr(Tensor, name): function for name, function in names.items() if hasattr(Tensor, name)}
+
+
+OPERATORS, REVERSED = _operators(), _operators("r")
+"""The functions that repeat a call of an operator. Those of `REVERSED` take its arguments in reverse."""
+
 BLOCKS = {
     "autocasts": "its forward turns autocast on or off",
     "gradients": "its forward turns gradients off, or has gradients of its own",
@@ -212,17 +227,12 @@ class Recorder(TorchFunctionMode):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__get__":
             node = self._create("call_function", getattr, (args[0], attribute), {})
+        elif func in OPERATORS:
+            node = self._create("call_function", OPERATORS[func], args, kwargs)
+        elif func in REVERSED:
+            node = self._create("call_function", REVERSED[func], args[::-1], kwargs)
         elif name.startswith("__"):
-            key = name.strip("_")
-            if hasattr(operator, key) or hasattr(operator, key + "_"):
-                target = getattr(operator, key, None) or getattr(operator, key + "_")
-            elif key[:1] == "r" and hasattr(operator, key[1:]):
-                target, args = getattr(operator, key[1:]), (args[1], args[0])
-            else:
-                raise DataDependent(
-                    self.owners[-1], f"its forward calls Tensor.{name}, which a recording cannot repeat"
-                )
-            node = self._create("call_function", target, args, kwargs)
+            raise DataDependent(self.owners[-1], f"its forward calls Tensor.{name}, which a recording cannot repeat")
         elif getattr(Tensor, name, None) is func:
             node = self._create("call_method", name, args, kwargs)
         else:

@@ -150,6 +150,32 @@ def test_what_has_a_rule_varies_exactly(name):
     check_costs(lambda: copy.deepcopy(space))
 
 
+UNARY = "neg pos abs invert".split()
+BINARY = "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift".split()
+WHOLE = {"invert", "and_", "or_", "xor", "lshift", "rshift"}
+"""Operators that take whole numbers alone."""
+
+
+@pytest.mark.parametrize(
+    "name, order",
+    [*((name, "unary") for name in UNARY), *((n, order) for n in BINARY for order in ("first", "second", "in place"))],
+)
+def test_operators_of_python_are_repeated(name, order):
+    function = getattr(operator, f"i{name.rstrip('_')}" if order == "in place" else name)
+
+    class Model(Small):
+        def between(self, x: Tensor) -> Tensor:
+            x = 4 * x + 1
+            given = x.long() if name in WHOLE else x
+            operands = {"unary": (given,), "second": (2, given)}.get(order, (given, 2))
+            return function(*operands).to(x.dtype)
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(2, 8)
+    space = elasticize(model, x).eval()
+    assert list(space.choices) == ["first"] and space(x).equal(model(x))
+
+
 def test_a_layer_that_is_called_again_is_one_layer():
     class Model(Small):
         def __init__(self):

@@ -43,7 +43,7 @@ ENTRYWISE = """
     to float double half bfloat16 type type_as contiguous clone detach masked_fill logical_not logical_and logical_or
     bitwise_and bitwise_or and_ or_ invert eq ne lt le gt ge sin cos erf floor ceil round sign nan_to_num threshold
     zeros_like ones_like full_like rand_like randn_like empty_like bernoulli div hardshrink softshrink tanhshrink
-    copy cpu cuda pos xor isnan isinf bool long int log2 log10 fill atan2 atan
+    copy cpu cuda pos xor lshift rshift isnan isinf bool long int log2 log10 fill atan2 atan
 """.split()
 
 
