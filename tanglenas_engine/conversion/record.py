@@ -26,7 +26,10 @@ from tanglenas_engine.errors import TangleNASError
 BATCHES = 3, 5
 """The lengths of the batches that are recorded. Primes tell a multiple of the batch from other numbers."""
 
-READS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
+READS = set(
+    "__bool__ __int__ __float__ __complex__ __index__ __contains__ __array__ item tolist numpy is_nonzero equal "
+    "allclose".split()
+)
 """Functions that turn the numbers of a tensor into numbers of Python."""
 
 VARYING = {"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"}

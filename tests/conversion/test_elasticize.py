@@ -214,6 +214,11 @@ class Looks(Small):
         return x * 2 if x.sum() > 0 else x
 
 
+class Searches(Small):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if 1.5 in x else x
+
+
 def hooked() -> nn.Module:
     model = Small()
     model.first.register_forward_hook(lambda *_: None)
@@ -267,6 +272,10 @@ REFUSED = {
     "numbers of a tensor": (
         Looks,
         r"Looks cannot become a space: its forward depends on the numbers of a tensor \(bool",
+    ),
+    "membership in a tensor": (
+        Searches,
+        r"Searches cannot become a space: its forward depends on the numbers .*contain",
     ),
     "hooks": (hooked, r"first \(Linear\) has hooks, which a recording leaves out"),
     "other calls in train mode": (Modes, r"makes other calls in train mode than in evaluation \(in the model, at "),
