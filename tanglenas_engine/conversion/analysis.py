@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from tanglenas_engine.conversion.dimensions import Atom, Dim, constant, fix, fresh, length
+from tanglenas_engine.conversion.dimensions import Atom, Dim, constant, fix, fresh, length, resolved
 
 ALIASES = {
     "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "truediv", "negative": "neg",
@@ -74,6 +74,8 @@ class Analysis:
         groups: For each convolution and norm with groups, their number.
         sums: The dimensions of tensors, by name and number, that a function sums over.
         positions: For each call of a linear layer, the dimensions of its input that it does not read.
+        writers: For each node, the nodes that wrote the channels of its output. What keeps the channels of its inputs,
+            such as an activation, a norm or a depthwise convolution, wrote none.
     """
 
     def __init__(self, graph: fx.Graph, model: nn.Module, rules: Mapping[str, Rule], refused: Mapping[str, str]):
@@ -88,6 +90,7 @@ class Analysis:
         self.groups: dict[fx.Node, Dim] = {}
         self.positions: dict[fx.Node, Dims] = {}
         self.sums: set[tuple[str, int]] = set()
+        self.writers: dict[fx.Node, frozenset[fx.Node]] = {}
         self._by_tensor: dict[int, Dims] = {}
         for name, tensor in [
             *model.named_parameters(remove_duplicate=False),
@@ -97,6 +100,7 @@ class Analysis:
             self.stored[name] = self._by_tensor[id(tensor)]
         for node in graph.nodes:
             self._visit(node)
+            self.writers[node] = self._writers(node)
 
     def _visit(self, node: fx.Node) -> None:
         shapes: Any = node.meta.get("shapes")
@@ -123,6 +127,15 @@ class Analysis:
                 return
             if _lengths(self.dims[node]) != _listed(shapes):
                 self.refuse(node, f"the rule for {name} does not fit its output")
+
+    def _writers(self, node: fx.Node) -> frozenset[fx.Node]:
+        """Return `writers` of a node. Later nodes may unite what a layer reads with what it writes."""
+        made = self._varying(node)
+        kept = [n for n in node.all_input_nodes if n.op != "get_attr" and made & self._varying(n)]
+        return frozenset[fx.Node]().union(*(self.writers[n] for n in kept)) if kept else frozenset({node})
+
+    def _varying(self, node: fx.Node) -> set[Atom]:
+        return {atom for dim in _flat(self.dims.get(node)) for atom in resolved(dim) if atom.fixed is None}
 
     def name_of(self, node: fx.Node) -> str:
         """Return the name of a node's operation, by which rules are known."""
@@ -181,8 +194,8 @@ class Analysis:
 
 
 def _flat(dims: Any) -> Iterable[Dim]:
-    for item in dims or ():
-        if isinstance(item, list):
+    for item in dims.values() if isinstance(dims, Mapping) else dims or ():
+        if isinstance(item, list | Mapping):
             yield from _flat(item)
         elif item is not None:
             yield item

@@ -176,6 +176,49 @@ def test_operators_of_python_are_repeated(name, order):
     assert list(space.choices) == ["first"] and space(x).equal(model(x))
 
 
+class Block(nn.Module):
+    """An MLP with a residual: `inner` is its activation, and `outer` adds what it computes to the stream."""
+
+    def __init__(self, inner, outer=operator.add):
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(16, 64), nn.Linear(64, 16), nn.LayerNorm(16)
+        self.inner, self.outer = inner, outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(x, self.last(self.inner(self.first(self.norm(x)))))
+
+
+def halves(x: Tensor) -> Tensor:
+    a, b = x.unflatten(1, (2, 32)).unbind(1)
+    return torch.cat([a + b.sin(), b + a.cos()], 1)
+
+
+INNER = {
+    "GPT-2's GELU": lambda x: x * torch.tanh(x + 0.044715 * torch.pow(x, 3)),
+    "a sum with an activation": lambda x: x + F.relu(x),
+    "a sum with a gate": lambda x: x + x * torch.sigmoid(x),
+    "a sum with itself": lambda x: x + x,
+    "in place": lambda x: x.mul(2).add_(x),
+    "heads": lambda x: (x.view(-1, 8, 8) + x.view(-1, 8, 8).sin()).flatten(1),
+    "halves": halves,
+}
+OUTER = {
+    "a sum": operator.add,
+    "a sum in place": lambda x, y: x.clone().add_(y),
+    "a sum with a product": lambda x, y: x * 0.5 + y * x,
+    "a gate between both": lambda x, y: x * (1 - torch.sigmoid(y)) + y.tanh() * torch.sigmoid(y),
+}
+
+
+@pytest.mark.parametrize("name", [*INNER, *OUTER])
+def test_a_residual_stream_is_what_several_layers_write(name):
+    torch.manual_seed(0)
+    block = Block(INNER.get(name, F.relu), OUTER.get(name, operator.add))
+    space = elasticize(nn.Sequential(nn.Linear(8, 16), block, nn.Linear(16, 3)), torch.randn(2, 8))
+    kinds = {part.name: part.kind for part in space.report.choices}
+    assert kinds == {"0": "residual", "1.first": "hidden"}, space.report
+
+
 def test_a_layer_that_is_called_again_is_one_layer():
     class Model(Small):
         def __init__(self):

@@ -15,9 +15,10 @@ def entrywise(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
 
 
 def _sum(analysis: Analysis, node: fx.Node, call: Call) -> Dims:
+    """Make a residual stream of tensors that different layers wrote, which the two of `x + x ** 3` are not."""
     computed = [value for value in tensors_in(call.args) if value.op != "get_attr"]
     dims = entrywise(analysis, node, call)
-    if len(computed) > 1 and dims:
+    if len({analysis.writers[value] for value in computed[:2]}) > 1 and dims:
         first, second = (analysis.of(value) for value in computed[:2])
         for a, b in zip(reversed(first), reversed(second), strict=False):
             if length(a) > 1 and length(b) > 1:
