@@ -68,16 +68,13 @@ def transformers_models() -> dict[str, Callable[[], nn.Module]]:
                 n_embd=64,
                 n_layer=3,
                 n_head=4,
-                use_cache=False,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
                 **words,
             )
         ),
-        "hf llama": lambda: hf.LlamaForCausalLM(
-            hf.LlamaConfig(**small, **words, num_key_value_heads=2, use_cache=False)
-        ),
+        "hf llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**small, **words, num_key_value_heads=2)),
         "hf vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**small, image_size=32, patch_size=8)),
         "hf convnext": lambda: hf.ConvNextForImageClassification(
             hf.ConvNextConfig(hidden_sizes=[16, 32, 48, 64], depths=[2, 2, 3, 2], image_size=64)

@@ -275,6 +275,19 @@ def _check_model(model: nn.Module, example: Tensor) -> None:
             )
 
 
+def _without_cache(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in which those of transformers keep no keys and values for the next token.
+
+    A recording would put them behind an empty cache in every network, and heads and depths would stay for it.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+    return model
+
+
 def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> tuple[Recorder, dict[str, str]]:
     """Return the recording of a model, and the modules in it that are called as a whole, with the reasons."""
     name = type(model).__name__
@@ -294,6 +307,7 @@ def _record(model: nn.Module, example: Tensor, output: Callable[[Any], Any]) -> 
         raise TangleNASError(f"`output` does not take what {name} returns: {describe(error)}") from error
     if not isinstance(got, Tensor):
         raise TangleNASError(f"`output` returns a {type(got).__name__} for what {name} returns, expected a tensor")
+    model = _without_cache(model)
     whole: dict[str, str] = {}
     while True:
         try:

@@ -771,8 +771,10 @@ def test_a_space_inside_a_model_of_transformers_keeps_every_promise(name):
     from benchmarks.elasticize import built
 
     model, x = built(name)
+    before = copy.deepcopy(model.config)
     space = elasticize(model, x)
-    assert space.report.share > 0.6
+    assert model.config.to_dict() == before.to_dict()
+    assert space.report.share > 0.6 and {"heads", "hidden"} <= {part.kind for part in space.report.choices}
     # Its norms compute in float32, whatever its weights are.
     check_corners(lambda: copy.deepcopy(space), 1e-6 if name == "hf llama" else 1e-9)
     check_costs(lambda: copy.deepcopy(space))
