@@ -128,10 +128,9 @@ class Program:
                 made = program.call_function(getattr, (self._x, key))
             elif key == "training":
                 made = program.create_node("get_attr", "training")
-            else:
-                kind, factor = key
-                source = next(n for n in node.all_input_nodes if n.meta.get("special") == kind)
-                made = program.call_function(operator.mul, (self._node(source), factor))
+            else:  # it follows from those
+                args: Any = fx.node.map_arg(node.args, self._node)
+                made = program.create_node(node.op, node.target, args)
             self._specials[key] = made
         return self._specials[key]
 

@@ -67,6 +67,10 @@ UNREAD = {"device", "dtype"}
 """Attributes that are the same for every size of a tensor."""
 
 
+LIMITS = "min", "max", "eps", "tiny"
+"""Attributes of `torch.finfo` that a forward may compute with, such as the smallest number for a mask."""
+
+
 class DataDependent(Exception):
     """An error for a forward that a recording cannot repeat.
 
@@ -442,10 +446,10 @@ def record(model: nn.Module, example: Tensor, output: Callable[[Any], Any], whol
     trained = run(copy.deepcopy(model).train(), whole, batches[0], output)
     try:
         longer = batches[1].double() if example.is_floating_point() else batches[1]
-        again = run(copy.deepcopy(model).double(), whole, longer, output)
+        again, how = run(copy.deepcopy(model).double(), whole, longer, output), "for a longer batch in float64"
     except RuntimeError:  # a model that makes tensors of one type is recorded in that type alone
-        again = run(model, whole, batches[1], output)
-    _merge(evaluated, trained, again, model, example)
+        again, how = run(model, whole, batches[1], output), "for a longer batch"
+    _merge(evaluated, trained, again, how, model, example)
     for node in evaluated.graph.nodes:
         if node.op == "call_module" and node.target in regularisers:
             node.meta["regulariser"] = True
@@ -482,10 +486,15 @@ def _counts(node: fx.Node) -> bool:
     )
 
 
-def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.Module, example: Tensor) -> None:
-    """Replace the numbers in a recording that differ in the others by nodes that compute them."""
-    columns = _aligned(evaluated, trained, longer, model)
-    merging = _Merging(evaluated.graph, columns, model, example)
+def _merge(
+    evaluated: Recorder, trained: Recorder, longer: Recorder, how: str, model: nn.Module, example: Tensor
+) -> None:
+    """Replace the numbers in a recording that differ in the others by nodes that compute them.
+
+    `how` says in messages how the third recording was made.
+    """
+    columns = _aligned(evaluated, trained, longer, how, model)
+    merging = _Merging(evaluated.graph, columns, how, model, example)
     for node, train, long in zip(*columns, strict=True):
         if train.meta.get("evaluates"):
             raise TangleNASError(
@@ -507,14 +516,16 @@ def _merge(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.M
             )
 
 
-def _aligned(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn.Module) -> list[list[fx.Node]]:
+def _aligned(
+    evaluated: Recorder, trained: Recorder, longer: Recorder, how: str, model: nn.Module
+) -> list[list[fx.Node]]:
     """Return the steps of three recordings.
 
     Raises:
         TangleNASError: They make other calls.
     """
     columns = [_steps(recorder) for recorder in (evaluated, trained, longer)]
-    for other, what in zip(columns[1:], ("in train mode", "for a longer batch"), strict=True):
+    for other, what in zip(columns[1:], ("in train mode", how), strict=True):
         pairs = zip(columns[0], other, strict=False)
         odd = next((a for a, b in pairs if (a.op, _key(a)) != (b.op, _key(b))), None)
         if odd is not None or len(columns[0]) != len(other):
@@ -529,8 +540,10 @@ def _aligned(evaluated: Recorder, trained: Recorder, longer: Recorder, model: nn
 class _Merging:
     """The arguments of a recording's steps, where they differ between three recordings, as nodes of its graph."""
 
-    def __init__(self, graph: fx.Graph, columns: Sequence[Sequence[fx.Node]], model: nn.Module, example: Tensor):
-        self._graph, self._model, self._example = graph, model, example
+    def __init__(
+        self, graph: fx.Graph, columns: Sequence[Sequence[fx.Node]], how: str, model: nn.Module, example: Tensor
+    ):
+        self._graph, self._how, self._model, self._example = graph, how, model, example
         self._number = {node: i for column in columns for i, node in enumerate(column)}
         self._placeholder = columns[0][0]
         self._made: dict[Any, fx.Node] = {}
@@ -546,6 +559,20 @@ class _Merging:
                 self._made[key] = make()
             self._made[key].meta.update(owner="", special=key, shapes=None)
         return self._made[key]
+
+    def _dtype(self) -> tuple[torch.dtype, fx.Node]:
+        """Return the floating type of the recording, and its node: of the inputs, or of the weights for token ids."""
+        reference = next((item for item in self._model.named_parameters() if item[1].is_floating_point()), None)
+        given, source = self._example, self._placeholder
+        if reference is not None and not given.is_floating_point():
+            name, given = reference
+            source = self._node("reference", lambda: self._graph.create_node("get_attr", name))
+        return given.dtype, self._node("dtype", lambda: self._graph.call_function(getattr, (source, "dtype")))
+
+    def _limit(self, value: float, long: Any) -> str | None:
+        """Return the name of the limit of floating types that a number is, in the recording and in float64."""
+        types = [torch.finfo(dtype) for dtype in (self._dtype()[0], torch.float64) if dtype.is_floating_point]
+        return next((name for name in LIMITS if [value, long] == [getattr(t, name) for t in types]), None)
 
     def merged(self, node: fx.Node, value: Any, train: Any, long: Any) -> Any:
         """Return an argument of a node, from its value in evaluation, in train mode and for a longer batch."""
@@ -572,11 +599,10 @@ class _Merging:
         if type(value) is type(train) is type(long) and value == train == long:
             return value
         if isinstance(value, torch.dtype) and value == train:
-            reference = next((n for n, p in self._model.named_parameters() if p.is_floating_point()), None)
-            source = self._placeholder
-            if reference is not None and not self._example.is_floating_point():
-                source = self._node("reference", lambda: self._graph.create_node("get_attr", reference))
-            return self._node("dtype", lambda: call(getattr, (source, "dtype")))
+            return self._dtype()[1]
+        if isinstance(value, float) and value == train and (limit := self._limit(value, long)) is not None:
+            limits = self._node("finfo", lambda: call(torch.finfo, (self._dtype()[1],)))
+            return self._node(("finfo", limit), lambda: call(getattr, (limits, limit)))
         one, two = BATCHES
         if type(value) is int and value == train and value * two == long * one and value % one == 0:
             batch = self._node("batch", lambda: self._graph.call_method("size", (self._placeholder, 0)))
@@ -590,7 +616,7 @@ class _Merging:
         raise TangleNASError(
             f"{self._forward} computes with a number that depends on mode, batch or precision: "
             f"{_name(node)} in {node.meta.get('owner') or 'the model'} takes {value}, {train} in train mode, and "
-            f"{long} for a longer batch"
+            f"{long} {self._how}"
         )
 
 

@@ -219,6 +219,32 @@ def test_a_residual_stream_is_what_several_layers_write(name):
     assert kinds == {"0": "residual", "1.first": "hidden"}, space.report
 
 
+class Scaled(Block):
+    """A block with numbers that follow from the type: `eps` is 1.2e-7 in float32, and 2.2e-16 in float64."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        limits = torch.finfo(x.dtype)
+        scaled = super().forward(x).clamp(limits.min, limits.max) * limits.eps * 1e7
+        return x + scaled.masked_fill(scaled > 1, limits.tiny)
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_limits_of_floating_types_follow_the_type(words):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Scaled() for _ in range(2)))
+    first = nn.Embedding(8, 16) if words else nn.Linear(8, 16)
+    model = nn.Sequential(first, blocks, nn.Linear(16, 3)).eval()
+    x = torch.randint(8, (2, 5)) if words else torch.randn(2, 8)
+    space = elasticize(model, x).eval()
+    assert {part.kind for part in space.report.choices} == {"depth", "residual", "hidden"}
+    for dtype in (torch.float64, torch.bfloat16):
+        given = x if words else x.to(dtype)
+        assert space.to(dtype)(given).equal(model.to(dtype)(given))
+
+
 def test_a_layer_that_is_called_again_is_one_layer():
     class Model(Small):
         def __init__(self):
@@ -260,6 +286,11 @@ class Looks(Small):
 class Searches(Small):
     def between(self, x: Tensor) -> Tensor:
         return x * 2 if 1.5 in x else x
+
+
+class Rounding(Small):
+    def between(self, x: Tensor) -> Tensor:
+        return x * {torch.float32: 2.0, torch.float64: 3.0}.get(x.dtype, 1.0)
 
 
 def hooked() -> nn.Module:
@@ -320,6 +351,7 @@ REFUSED = {
         Searches,
         r"Searches cannot become a space: its forward depends on the numbers .*contain",
     ),
+    "numbers of a precision": (Rounding, r"takes 2.0, 2.0 in train mode, and 3.0 for a longer batch in float64"),
     "hooks": (hooked, r"first \(Linear\) has hooks, which a recording leaves out"),
     "other calls in train mode": (Modes, r"makes other calls in train mode than in evaluation \(in the model, at "),
     "a loop over the batch": (OneByOne, r"makes other calls for a longer batch"),
