@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ class Llama(SearchSpace):
         return network.Llama.load(folder) if kind in (network.STOCK, network.OWN) else None
 
     def _check_shape(self, settings: dict[str, Any]) -> None:
+        """Refuse weights of another shape, and warn of those of shorter texts."""
         try:
             config = network.from_hugging_face(settings)
         except ValueError as error:
@@ -191,6 +193,13 @@ class Llama(SearchSpace):
                     f"the config.json of the weights says {name} {getattr(config, name)}, and the space has "
                     f"{self.settings[name]}: set create_space.{name} = {getattr(config, name)}"
                 )
+        if config.block_size < (length := self.settings["block_size"]):
+            warnings.warn(
+                f"the config.json of the weights says max_position_embeddings {config.block_size}, and the space takes "
+                f"texts of block_size {length}: the weights did not learn the positions behind {config.block_size}. "
+                f"Train them, or set create_space.block_size = {config.block_size}",
+                stacklevel=2,
+            )
 
     def export(
         self, network: nn.Module, architecture: Architecture, folder: Path, dataset: Described | None = None

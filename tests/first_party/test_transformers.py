@@ -92,6 +92,12 @@ def test_a_search_starts_from_a_folder_of_transformers(tmp_path, shards):
     assert torch.equal(space(x), theirs(x).logits)
 
 
+def test_weights_of_shorter_texts_are_warned_of(tmp_path):
+    llama_of_transformers(max_position_embeddings=BLOCK // 2).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=rf"max_position_embeddings {BLOCK // 2}, .* block_size {BLOCK}: .*positions"):
+        assert "outputs equal" in load_pretrained(llama(), tmp_path)[-1]
+
+
 def test_gpt_2_starts_from_a_folder_of_transformers(tmp_path):
     gpt_2_of_transformers().save_pretrained(tmp_path)
     assert "outputs equal" in load_pretrained(create_space("gpt2", **GPT_2), tmp_path)[-1]
