@@ -83,22 +83,27 @@ class Band:
         return bool(self._used_limits(self.space.assignment_of(architecture)))
 
     def sample(
-        self, generator: torch.Generator | None = None, scores: Mapping[Row, Sequence[float]] | None = None
+        self,
+        generator: torch.Generator | None = None,
+        scores: Mapping[Row, Sequence[float]] | None = None,
+        draws: int = MAX_DRAWS,
     ) -> Architecture:
         """Return a random architecture in the band.
 
         Args:
             scores: Log-probabilities of every row's options, as `space.sample` takes them. They are counted anew when
-                they change. They are left out if they give the band no chance: the numbers underflow, or a thousand
-                draws lead to no architecture in it.
+                they change. They are left out if they give the band no chance: the numbers underflow, or so many
+                `draws` lead to no architecture in it.
+            draws: The draws after which scores are left out. What is likely but just below the band is drawn again and
+                again.
 
         Raises:
-            TangleNASError: A thousand draws led to none.
+            TangleNASError: A thousand draws without scores led to none.
         """
         counters = self._counters if scores is None else self._weighted(scores)
         if scores is not None and self.exact and not any(counter.ways for counter in counters):
             return self.sample(generator)
-        for _ in range(MAX_DRAWS):
+        for _ in range(MAX_DRAWS if scores is None else draws):
             if not self.exact:
                 generator = generator or torch.default_generator
                 grown = self.budget.grow(self.space.sample(generator, scores), generator, self.least)

@@ -15,6 +15,8 @@ from tanglenas_engine.superposition.mixture import Mixture
 
 PROPOSALS_PER_CANDIDATE = 20
 """Proposals per new candidate after which a space counts as exhausted."""
+MIXTURE_DRAWS = 10
+"""Draws from a mixture that miss the band, after which the band is drawn from evenly."""
 
 
 class Proposals:
@@ -22,9 +24,9 @@ class Proposals:
 
     Args:
         budget: The limits that every candidate keeps; None for no limits.
-        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones, and those of a
-            mixture, are drawn from this band; others grow, where moves lead there. When all of these were drawn,
-            candidates are as small as they were proposed.
+        fill: The share of the tightest limit that candidates use at least, from 0 to 1. Random ones are drawn from this
+            band; others grow, where moves lead there. When all of these were drawn, candidates are as small as they
+            were proposed.
         limit: The largest number of candidates.
         prior: The mixture to draw from; None draws all options of a row with equal probability.
 
@@ -51,32 +53,25 @@ class Proposals:
         self.projection: Projection | None = None
         self._band = self._filled(fill)
 
-    def sample(self, mixture: Mixture | None = None, share: float = 0.0) -> Architecture:
-        """Return a random architecture within the budget. It uses a share of the limit, where moves lead there.
-
-        Args:
-            mixture: The mixture to draw from; None draws all options of a row with equal probability.
-            share: The share of the tightest limit: `fill` or 0.
-        """
-        scores = None if mixture is None else self.space.scores(mixture)
-        if self._band and share:
-            return self._band.sample(self.generator, scores)
-        return self.budget.grow(self.space.sample(self.generator, scores), self.generator, share)
-
     def first(self, count: int, fill: bool = True, mixture: Mixture | None = None) -> list[Architecture]:
-        """Return the first new candidates: those of the mixture, by default of the prior, and then those of `fresh`.
+        """Return the first new candidates.
 
-        The most probable architecture of the mixture comes first, brought into the budget. As many architectures are
-        drawn from the mixture as half of the others. A decided mixture draws the same ones again, so it gives fewer.
+        The most probable architecture of the mixture, by default of the prior, comes first, brought into the budget.
+        Half of the others are drawn from a mixture that is given. A decided one draws the same architectures again, so
+        it gives fewer. The rest is that of `fresh`.
         """
-        mixture = self.prior if mixture is None else mixture
         found: list[Architecture] = []
         count = min(count, self.limit - len(self.drawn))
-        if mixture is not None:
-            self.projection = self.budget.project(mixture)
+        if (likely := self.prior if mixture is None else mixture) is not None:
+            self.projection = self.budget.project(likely)
             found += self._new(self.projection.architecture)
+        if mixture is not None:
+            scores, share = self.space.scores(mixture), self.fill if fill else 0.0
             for _ in range((count - len(found)) // 2):
-                found += self._new(self.sample(mixture, self.fill if fill else 0.0))
+                if self._band and share:
+                    found += self._new(self._band.sample(self.generator, scores, MIXTURE_DRAWS))
+                else:
+                    found += self._new(self._grown(self.space.sample(self.generator, scores), share))
         return found + self.fresh(count - len(found), fill=fill)
 
     def fresh(
@@ -87,21 +82,29 @@ class Proposals:
         There are fewer where the space has no more.
 
         Args:
-            propose: Returns architectures, which are then brought into the budget; by default the prior is sampled.
+            propose: Returns architectures, which are then brought into the budget; by default the prior is sampled, or
+                the space.
             fill: False leaves candidates that are within the budget as small as they were proposed.
         """
         found: list[Architecture] = []
         count = min(count, self.limit - len(self.drawn))
+        scores = None if self.prior is None else self.space.scores(self.prior)
         # Few architectures fill a budget where costs have few values. When they are used up, smaller ones follow.
         for share in dict.fromkeys((self.fill if fill else 0.0, 0.0)):
             for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
                 if len(found) == count:
                     break
-                if propose is None:
-                    found += self._new(self.sample(self.prior, share))
+                if propose is not None:
+                    found += self._new(self._grown(propose(), share))
+                elif self._band and share and scores is None:
+                    found += self._new(self._band.sample(self.generator))
                 else:
-                    found += self._new(self.budget.grow(propose(), self.generator, share))
+                    found += self._new(self._grown(self.space.sample(self.generator, scores), share))
         return found
+
+    def _grown(self, architecture: Architecture, share: float) -> Architecture:
+        """Return an architecture that was brought into the budget, and uses a share of it where moves lead there."""
+        return self.budget.grow(architecture, self.generator, share)
 
     def _new(self, architecture: Architecture) -> list[Architecture]:
         """Return the architecture if it was not drawn before, and count it as drawn."""

@@ -146,9 +146,10 @@ def _decision(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
     elif derived.get("most_probable") is True:
         source = "the architecture has each choice's heaviest option"
     elif "exact" in derived:
-        source = "the architecture is the most probable one within the budget"
+        found = "" if derived["exact"] is True else " that a local search found"
+        source = f"the architecture is the most probable one within the budget{found}"
     else:
-        source = "the architecture is one random candidate"
+        source = "the architecture is the one candidate that was judged"
     if entropy is None:
         return [Fact("alpha", "none", f"a sampled search: {source}")] if source else []
     state = "undecided" if entropy > UNDECIDED else "decided" if entropy <= DECIDED else "partly decided"

@@ -259,6 +259,11 @@ def discretize(
         if timer is not None and judging != "one candidate":
             tried.limit_by_seconds(timer, race=judging == "race")
         found = methods[method](tried, weights)
+        if not isinstance(found, Raced | None):
+            raise TangleNASError(
+                f"the method {method!r} returned a {type(found).__name__}, expected None, or a Raced from `race`. What "
+                "it judges is in `candidates.records`; `candidates.first(1, mixture=mixture)` is what argmax takes"
+            )
         front = [record["architecture"] for record in final_front(tried)]
         best = tried.best()[0]["architecture"] if found is None else found.architecture
         measured = tried.measured(best, data.validation)

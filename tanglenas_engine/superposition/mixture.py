@@ -148,7 +148,7 @@ class Mixture(Mapping[str, Tensor]):
 
         It is `sum_r P(r) H(r) / sum_r P(r) log K(r)` over the rows r: P(r) is the probability that the row is in use,
         H(r) is the entropy of its weights, and K(r) is the number of its options. Options of weight 0, such as those
-        that shrinking dropped, do not count.
+        that shrinking dropped, do not count, and neither do weights of edges.
         """
         stacks = {count: stack.tolist() for count, stack in self.stacks.items()}
         found = most = 0.0

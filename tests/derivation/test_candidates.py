@@ -173,8 +173,11 @@ def test_the_best_are_those_of_smallest_loss_and_the_first_of_equals():
 def test_a_prior_draws_every_option_as_often_as_the_mixture_says():
     space = vit()
     mixture = space.mixture({count: torch.randn(n, count).softmax(1) for count, n in space.stacks.items()})
+    drawn = []
     with candidates(space, prior=mixture) as tried:
-        drawn = [tried.sample(mixture) for _ in range(1500)]
+        for _ in range(1500):
+            drawn += tried.fresh(1)
+            tried.drawn.clear()
     for name in ("embed_dim", "depth"):
         expected = dict(zip(space.choices[name].options, mixture[name].tolist(), strict=True))
         for option, probability in expected.items():
@@ -191,7 +194,7 @@ def test_a_prior_counts_the_weights_of_edges():
     mixture = space.mixture({count: torch.full((n, count), 1 / count) for count, n in space.stacks.items()})
     mixture.edges = edges
     with candidates(space, prior=mixture) as tried:
-        for architecture in [tried.sample(mixture) for _ in range(20)]:
+        for architecture in tried.fresh(20):
             drawn = space.assignment_of(architecture)
             assert sum(space.has_score(row, drawn[row]) for row in kept) >= 0.75 * len(kept)
 
@@ -201,7 +204,7 @@ def test_a_prior_draws_architectures_only_where_not_every_assignment_is_one():
     space = tiny("darts")
     mixture = space.mixture({count: torch.randn(n, count).softmax(1) for count, n in space.stacks.items()})
     with candidates(space, prior=mixture) as tried:
-        drawn = [tried.sample(mixture) for _ in range(20)]
+        drawn = tried.fresh(20)
         assert tried.first(3)[0] == space.most_probable(mixture)
     assert len({a.digest for a in drawn}) == 20
     for architecture in drawn:

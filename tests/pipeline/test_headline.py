@@ -101,8 +101,11 @@ HEAVIEST, PROJECTED = {"most_probable": True, "exact": True}, {"most_probable": 
         (0.1, {"candidates": 1, **HEAVIEST}, "decided (entropy 0.10 of 1)", "has each choice's heaviest option"),
         (0.1, {"candidates": 1, **PROJECTED}, "decided (entropy 0.10 of 1)",
          "is the most probable one within the budget"),
-        (0.96, {"candidates": 1, "most_probable": False}, "undecided (entropy 0.96 of 1)", "is one random candidate"),
-        (None, {"candidates": 1}, "none", "is one random candidate"),
+        (0.1, {"candidates": 1, "most_probable": False, "exact": False}, "decided (entropy 0.10 of 1)",
+         "is the most probable one within the budget that a local search found"),
+        (0.96, {"candidates": 1, "most_probable": False}, "undecided (entropy 0.96 of 1)",
+         "is the one candidate that was judged"),
+        (None, {"candidates": 1}, "none", "is the one candidate that was judged"),
         (None, {"candidates": 1000}, "none", "comes from judging 1,000 candidates"),
     ],
 )  # fmt: skip
@@ -134,7 +137,7 @@ def test_one_candidate_is_told_for_what_it_is(method, budget):
         )
     else:
         assert metrics.get("most_probable") is (False if method else None) and "exact" not in metrics
-        assert fact.detail.endswith("the architecture is one random candidate")
+        assert fact.detail.endswith("the architecture is the one candidate that was judged")
 
 
 def test_a_race_is_told():

@@ -16,10 +16,11 @@ from torch import nn
 
 from tanglenas_engine import SearchSpace, create_objective
 from tanglenas_engine.data import DataView, TensorSamples
+from tanglenas_engine.derivation.band import _Counter
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import nsga2, undominated
-from tanglenas_engine.derivation.proposals import Proposals
+from tanglenas_engine.derivation.proposals import MIXTURE_DRAWS, Proposals
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import methods
 from tanglenas_engine.runtime import distributed, timer
@@ -221,6 +222,31 @@ def test_half_of_what_both_judges_has_what_alpha_decided_and_is_random_in_the_re
     for name in ("num_heads", "mlp_ratio"):
         options = Counter(one.choices[name][0] for one in first)
         assert {*options} == {*space.choices[name].options} and max(options.values()) < 80
+
+
+def test_a_decided_mixture_just_below_the_band_does_not_draw_for_ever(monkeypatch):
+    space, draws, draw = tiny("autoformer_nano"), Counter(), _Counter.draw
+
+    def counted(self, generator):
+        draws["all"] += 1
+        return draw(self, generator)
+
+    monkeypatch.setattr(_Counter, "draw", counted)
+    chosen = space.sample(torch.Generator().manual_seed(3))
+    budget = Budget(space, {"macs": space.cost(chosen).macs / 0.9499})
+    mixture = space.mixture(trusting(space, chosen, 0.999))
+    assert len(Proposals(space, budget=budget, fill=0.95, limit=40).first(40, mixture=mixture)) == 40
+    assert draws["all"] < 40 * (MIXTURE_DRAWS + 2)
+
+
+def test_a_method_that_returns_a_projection_is_refused():
+    def method(candidates, mixture):
+        candidates.judge(candidates.first(1, mixture=mixture))
+        return candidates.projection
+
+    space = vit()
+    with pytest.raises(TangleNASError, match="method 'own' returned a Projection, expected None"):
+        derive(space, space.one_hot(space.smallest()), method="own", methods={"own": method})
 
 
 def test_both_judges_all_of_a_small_space():
