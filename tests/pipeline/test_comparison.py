@@ -178,8 +178,9 @@ def test_other_data_of_one_name_have_tables_of_their_own():
     assert len(asked.tables) == 1 and len(asked.tables[0].groups) == 3
 
 
-def test_a_setting_that_is_none_is_one_that_an_older_run_lacks():
-    comparison = compared(row("spos", 0, 90.0), row("spos", 1, 91.0, **{"search.seconds": None}))
+@pytest.mark.parametrize("name", ["search.seconds", "target.share", "size/target.share", "size/target.share (search)"])
+def test_a_setting_that_is_none_is_one_that_an_older_run_lacks(name):
+    comparison = compared(row("spos", 0, 90.0), row("spos", 1, 91.0, **{name: None}))
     assert [len(group.runs) for group in comparison.tables[0].groups] == [2]
 
 
@@ -466,7 +467,7 @@ def test_a_condition_that_stages_bind_differently_stays_one():
 
 @pytest.mark.parametrize("name", [
     "make_splits.test_portion", "dataset.fingerprint",
-    "size/target.share", "size/target.value", "time/target.objective", "time/create_objective.table",
+    "search.targets", "size/target.share", "size/target.value", "time/target.objective", "time/create_objective.table",
     "create_objective.fingerprint",
 ])  # fmt: skip
 def test_runs_with_other_test_data_or_budgets_have_tables_of_their_own(name):

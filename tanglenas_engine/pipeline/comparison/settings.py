@@ -15,8 +15,8 @@ MOST_NAMED = 3
 
 CONDITIONS = (
     "space", "dataset", "search.epochs", "search.seconds", "search.clock", "retrain.epochs", "search.objective",
-    "search.target", "search.target_share", "discretize.max_params", "discretize.max_macs", "discretize.max_flops",
-    "discretize.limits", "target.objective", "target.value", "target.share",
+    "search.target", "search.target_share", "search.targets", "discretize.max_params", "discretize.max_macs",
+    "discretize.max_flops", "discretize.limits", "target.objective", "target.value", "target.share",
 )  # fmt: skip
 """The settings without which runs are not comparable: what is searched, on which data, and within which budgets.
 
@@ -46,17 +46,19 @@ Settings = Mapping[str, str]
 def all_settings(rows: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[Settings]:
     """Return the settings of runs that results depend on, by their names in params.yaml.
 
-    One that is null there is left out. A run without the fingerprint of a content has that of the others which name the
-    content in the same way, if there is one alone.
+    One that is null there, or in a scope, is left out. A run without the fingerprint of a content has that of the
+    others which name the content in the same way, if there is one alone.
     """
-    nullable = set(names.values())
+    nullable = {*names, *names.values()}
     found = []
     for row in rows:
         given = {
             _named(name, names): text for name, text in row["settings"].items() if not plain(name).endswith(IMMATERIAL)
         }
         given |= {name: row[name] for name in LABELLED if row[name] is not None}
-        found.append({n: text for n, text in given.items() if text and not (text == "None" and plain(n) in nullable)})
+        found.append(
+            {n: text for n, text in given.items() if text and not (text == "None" and unscoped(n) in nullable)}
+        )
     for fingerprint in sorted({name for one in found for name in one if plain(name) in FINGERPRINTS}):
         contents = [tuple((name, one[name]) for name in _content_of(fingerprint, one)) for one in found]
         seen: dict[Any, set[str]] = {}
@@ -78,6 +80,11 @@ def _named(name: str, names: Mapping[str, str]) -> str:
 def plain(name: str) -> str:
     """Return the name of a setting without the stage that `finished_runs` puts behind it where stages disagree."""
     return name.partition(" (")[0]
+
+
+def unscoped(name: str) -> str:
+    """Return the plain name of a setting without the scope that it is bound in."""
+    return plain(name).rpartition("/")[2]
 
 
 def _content_of(fingerprint: str, names: Iterable[str]) -> list[str]:
@@ -108,7 +115,7 @@ def conditions_of(settings: Sequence[Settings], named: Sequence[str] = ()) -> li
     """
     lifted = {*named, *fingerprints_of(named, settings)}
     there = {name for one in settings for name in one}
-    bound = {name for name in there - set(CONDITIONS) if _is_condition(plain(name).rpartition("/")[2])}
+    bound = {name for name in there - set(CONDITIONS) if _is_condition(unscoped(name))}
     among = [*CONDITIONS, *sorted(bound)]
     found = [name for name in differing(settings, among) if name not in lifted]
     for name in sorted(there - lifted):
