@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.search_step import synchronize
 from tanglenas_engine import SearchSpace, create_optimizer
 from tanglenas_engine.stages.search import Search
 from tanglenas_engine.testing import random_data
+from tanglenas_engine.training.loop import Summand
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import cosine
 from tanglenas_engine.training.options import Computation, Session
@@ -71,7 +71,7 @@ class Watched(Search):
         self.taken: list[float] = []
         self.found: dict[str, Any] = {}
 
-    def step(self, position: int) -> dict[str, Tensor]:
+    def step(self, position: int) -> dict[str, Summand]:
         step = partial(super().step, position)
         after = position - self.timed.stop
         if position in self.timed:

@@ -34,8 +34,9 @@ class Step:
     Attributes:
         index: The number of the step, counted from 0.
         space: The supernet.
-        loss: The loss of outputs and targets. It weighs the targets of the two batches below, given as they are: so the
-            mean over the pieces of a batch and over the ranks is a mean over all targets that are not -100.
+        loss: The loss of outputs and targets. One that is known to be a mean over targets (see
+            `losses.averages_targets`) weighs those of the two batches below, given as they are: so the mean over the
+            pieces of a batch and over the ranks is a mean over all targets that are not -100.
         weight_batch: The inputs and targets that train the weights.
         architecture_batch: The inputs and targets that train alpha. It is None in a simultaneous search, where one
             backward pass serves weights and alpha.

@@ -16,6 +16,7 @@ from tanglenas_engine.spaces.layers import order_layers
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import magnitude, order_units, taylor
 from tanglenas_engine.training.channels_last import learns_with_channels_last
+from tanglenas_engine.training.losses import IGNORED
 
 Order = Literal["magnitude", "taylor"]
 """The importance by which the units of a trained network are put in order: of its weights, or of its loss."""
@@ -30,6 +31,7 @@ def order_network(
     units: Order | None,
     layers: bool,
     loss: Loss,
+    averages: bool,
     batch_size: int,
     seed: int,
     device: torch.device,
@@ -40,6 +42,8 @@ def order_network(
         samples: Samples without augmentation, for what is measured by the loss.
         units: The importance of units; None leaves them as they are.
         layers: False leaves the layers as they are.
+        loss: The loss of outputs and targets.
+        averages: True leaves out batches without any target that counts, over which such a loss is no mean.
 
     Returns:
         A sentence for each size and depth.
@@ -50,8 +54,9 @@ def order_network(
 
     def few_batches() -> list[tuple[Tensor, Tensor]]:
         stream, last = Stream(samples, batch_size, seed=seed), learns_with_channels_last(space)
-        taken = (to_device(batch, device, last) for batch in itertools.islice(stream.start(), ORDER_BATCHES))
-        return [(inputs, targets) for inputs, targets in taken]
+        drawn = itertools.islice(stream.start(), max(ORDER_BATCHES, stream.batches_per_epoch))
+        useful = (batch for batch in drawn if not averages or bool((batch[1] != IGNORED).any()))
+        return [to_device(batch, device, last) for batch in itertools.islice(useful, ORDER_BATCHES)]
 
     told: list[str] = []
     if units == "magnitude":

@@ -35,8 +35,8 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.pace import taken_back
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.distillation import Distillation, check_teaching, hidden_pairs, recorded
-from tanglenas_engine.training.loop import Training
-from tanglenas_engine.training.losses import all_outputs, checked_loss, cross_entropy
+from tanglenas_engine.training.loop import Summand, Training
+from tanglenas_engine.training.losses import all_outputs, averages_targets, checked_loss, cross_entropy
 from tanglenas_engine.training.measure import measure, recalibrate, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
     OPTIMIZER,
@@ -143,7 +143,9 @@ def retrain(
         ema: A function from the network to a moving average of its weights. The average is then validated and returned.
             It is told the step if its `update` takes one.
         loss: A function of outputs and targets. The outputs are those of train mode: a tensor, or several with the
-            logits first.
+            logits first. A cross-entropy, and `auxiliary` of one, is a mean over all targets of a batch that are not
+            -100, in however many pieces it is. Another loss is averaged over the pieces as it is (see
+            `training.losses.averages_targets`).
         teacher: "largest" lets the network also learn from the logits of the space's largest network, with the
             supernet's weights. None leaves the teacher out.
         teacher_weight: The share of the teacher in the loss, from 0 to 1 (see `training.distillation`).
@@ -281,7 +283,9 @@ class Retraining(Training):
         self.network, self.computation = network, computation
         self.validation = data.validation
         self.device, self.loss = session.find_device(), checked_loss("retrain.loss", loss)
-        self._ignoring = may_ignore(data.training)
+        self._piece_loss = partial(
+            PieceLoss, self.loss, averages=averages_targets(loss), ignoring=may_ignore(data.training)
+        )
         self._last = learns_with_channels_last(network)
         self.distillation = distillation
         self.precision = computation.precise(self.device)
@@ -347,7 +351,7 @@ class Retraining(Training):
             "stopwatch": self.stopwatch,
         }
 
-    def step(self, position: int) -> dict[str, Tensor]:
+    def step(self, position: int) -> dict[str, Summand]:
         if self._iterator is None or position % self.steps_per_epoch == 0:
             for hook in self._hooks:
                 hook(position // self.steps_per_epoch / self.epochs)
@@ -356,7 +360,7 @@ class Retraining(Training):
         count = self.computation.accumulate
         batch = to_device(next(self._iterator), self.device, self._last)
         pieces = [tensor.chunk(count) for tensor in batch]
-        loss = PieceLoss(self.loss, [pieces[1]], self._ignoring)
+        loss = self._piece_loss([pieces[1]])
         losses, accuracies = [], []
         self.optimizer.zero_grad()
         for inputs, targets in zip(*pieces, strict=True):
@@ -381,7 +385,7 @@ class Retraining(Training):
                 self.scheduler.step()
         if self._update_average is not None:
             self._update_average(self.network, position + 1)
-        return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()}
+        return loss.weigh({"loss": torch.stack(losses).mean(), "accuracy": torch.stack(accuracies).mean()})
 
     def end_epoch(self, epoch: int, means: Record) -> Record:
         found = measure(self.final, self.validation, together=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,8 +32,8 @@ from tanglenas_engine.stages.table_values import Table, table_values
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.training.channels_last import learns_with_channels_last
 from tanglenas_engine.training.execution import Compiled, executing
-from tanglenas_engine.training.loop import Training
-from tanglenas_engine.training.losses import checked_loss, cross_entropy
+from tanglenas_engine.training.loop import Summand, Training
+from tanglenas_engine.training.losses import averages_targets, checked_loss, cross_entropy, is_cross_entropy
 from tanglenas_engine.training.measure import Measured, measure_inherited, running_statistics, statistics_inputs
 from tanglenas_engine.training.optim import (
     SCHEDULE,
@@ -145,7 +144,9 @@ def search(
             the same batches. False drops the last ones.
         stop: A rule that can end the search after an epoch past the warm-up, such as `EarlyStopping`. For a method
             without architecture parameters, it gets None for the current architecture.
-        loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`.
+        loss: A function of outputs and targets, `(B, classes)` and `(B,)`, or `(B, T, tokens)` and `(B, T)`. A
+            cross-entropy is a mean over all targets of a batch that are not -100, in however many pieces it is. Another
+            loss is averaged over the pieces as it is (see `training.losses.averages_targets`).
         recalibration_batches: The number of batches that set the statistics of batch norms for the architecture that is
             validated; 0 takes the supernet's, which are of all architectures together.
         seed: The seed of all random numbers.
@@ -237,7 +238,7 @@ class Search(Training):
         check_fit(space, data.weights, data.architecture, data.validation)
         self.space, self.optimizer, self.validation = space, optimizer, data.validation
         self.loss, self.seed, self.table, self.stop = checked_loss("search.loss", loss), seed, table, stop
-        self._plain_loss = inspect.unwrap(getattr(loss, "func", loss)) is cross_entropy
+        self._plain_loss, averages = is_cross_entropy(loss), averages_targets(loss)
         self.warmup_epochs, self.computation = warmup_epochs, computation
         self.path_epochs = path_epochs if optimizer.learns_architecture else 0
         self.device = session.find_device()
@@ -249,8 +250,8 @@ class Search(Training):
         self._data, count = data, at_least("search.recalibration_batches", recalibration_batches, 0)
         space.to(self.device).train()
         for sentence in order_network(
-            space, data.plain("weights"), units=order, layers=order_layers, loss=self.loss, batch_size=batch_size,
-            seed=seed, device=self.device,
+            space, data.plain("weights"), units=order, layers=order_layers, loss=self.loss, averages=averages,
+            batch_size=batch_size, seed=seed, device=self.device,
         ):  # fmt: skip
             session.note(f"search: {sentence}")
         distributed.synchronize([*space.parameters(), *space.buffers()])
@@ -269,7 +270,7 @@ class Search(Training):
             Stream(split, batch_size, seed=2 * seed + number, num_workers=session.num_workers, part=share)
             for number, split in enumerate(splits)
         ]
-        self._ignoring = any(map(may_ignore, splits))
+        self._piece_loss = partial(PieceLoss, self.loss, averages=averages, ignoring=any(map(may_ignore, splits)))
         super().__init__("search", epochs, self.streams[0].batches_per_epoch, session)
         self.weights, self.alphas = list(space.parameters()), optimizer.parameters()
         self.parameters = [*self.weights, *self.alphas]
@@ -416,12 +417,12 @@ class Search(Training):
 
     # One iteration.
 
-    def step(self, position: int) -> dict[str, Tensor]:
+    def step(self, position: int) -> dict[str, Summand]:
         if position == self._first_path:
             self._make_scheduler("path")
         return self._step(position, self._phase(position))
 
-    def _step(self, position: int, phase: Phase) -> dict[str, Tensor]:
+    def _step(self, position: int, phase: Phase) -> dict[str, Summand]:
         pieces, loss = self._next_pieces(position, phase)
         measured = self.update(pieces, phase)
         self.scaler.update()
@@ -431,7 +432,7 @@ class Search(Training):
         seen = [loss.accuracy(piece.outputs, piece.weight_batch[1]) for piece in pieces if piece.outputs is not None]
         if seen:
             measured["weight_accuracy"] = torch.stack(seen).mean()
-        return measured
+        return loss.weigh(measured, ("weight_loss", "architecture_loss"), "weight_accuracy")
 
     def update(self, pieces: Sequence[Step], phase: Phase) -> dict[str, Tensor]:
         """Take an architecture step, if alpha learns in this phase, and then a weight step."""
@@ -519,7 +520,7 @@ class Search(Training):
         count = self.computation.accumulate
         taken = (to_device(next(iterator), self.device, self._last) for iterator in self._iterators)
         batches = [[tensor.chunk(count) for tensor in batch] for batch in taken]
-        loss = PieceLoss(self.loss, [targets for _, targets in batches], self._ignoring)
+        loss = self._piece_loss([targets for _, targets in batches])
         weight_batches, *others = [list(zip(*batch, strict=True)) for batch in batches]
         steps = [
             Step(

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ REPEATED = 1.0
 
 Schedulers and `timeout` send one to all processes of a run, and torchrun passes its own on to the processes it started.
 """
+
+
+Summand: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""A scalar that a step measured, or one and its weight in the mean over an epoch."""
+WEIGHT = "weight of "
+"""What stands before the name of a value for the sum of its weights."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,8 +82,8 @@ class Training(abc.ABC):
         self._start: dict[str, list[dict[str, Any]]] = {}
 
     @abc.abstractmethod
-    def step(self, position: int) -> Mapping[str, Tensor]:
-        """Take one step and return scalar tensors. Their means over the epoch go to `end_epoch`.
+    def step(self, position: int) -> Mapping[str, Summand]:
+        """Take one step and return scalar tensors, some with a weight. Their means over the epoch go to `end_epoch`.
 
         The step must leave equal state on all ranks.
 
@@ -186,7 +192,7 @@ class Training(abc.ABC):
                     raise TangleNASError(f"{self.name}.{name} cannot be used: {error}") from error
 
     def _take_step(self) -> None:
-        measured = self.step(self._position)
+        measured = _summands(self.step(self._position))
         if self._sums and self._sums.keys() != measured.keys():  # only those of a checkpoint can differ
             raise TangleNASError(
                 f"{self.name}: the checkpoint has sums of {shown(sorted(self._sums))}, and a step gives "
@@ -205,7 +211,7 @@ class Training(abc.ABC):
         self._check_finite()
         distributed.check_equal(self.parameters)
         distributed.average(self._sums.values())
-        means = {key: float(value) / self.steps_per_epoch for key, value in self._sums.items()}
+        means = _means({key: float(value) for key, value in self._sums.items()}, self.steps_per_epoch)
         record = distributed.broadcast({"epoch": epoch, **self.end_epoch(epoch, means)})
         self.history.append(record)
         self._sums = {}
@@ -306,6 +312,23 @@ class Training(abc.ABC):
         where = f" and is saved in {checkpoints.folder}" if checkpoints else ", but it had nowhere to save"
         step = f"step {self._position} of {self.steps}"
         return f"{self.name} stopped at {step}{where}. Run the same command again to continue"
+
+
+def _summands(measured: Mapping[str, Summand]) -> dict[str, Tensor]:
+    """Return what a step adds to the sums of its epoch: every value, multiplied by its weight, and every weight."""
+    found = {}
+    for key, value in measured.items():
+        if isinstance(value, tuple):
+            value, found[WEIGHT + key] = value[0] * value[1], value[1]
+        found[key] = value
+    return found
+
+
+def _means(sums: Mapping[str, float], steps: int) -> Record:
+    """Return the means of an epoch. A value whose weights are all 0 has a mean of 0."""
+    return {
+        key: total / (sums.get(WEIGHT + key, steps) or 1.0) for key, total in sums.items() if not key.startswith(WEIGHT)
+    }
 
 
 @contextmanager

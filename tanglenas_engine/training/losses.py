@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.foreign import blamed
@@ -74,6 +76,34 @@ def auxiliary(
     """
     logits, *others = all_outputs(outputs)
     return sum((weight * loss(output, targets) for output in others), loss(logits, targets))
+
+
+_MEAN = {"weight": None, "ignore_index": IGNORED, "reduction": "mean", "label_smoothing": 0.0}
+"""Options with which torch's cross-entropy is a mean over the targets that are not `IGNORED`. It may smooth labels."""
+
+
+def is_cross_entropy(loss: Callable[..., Any]) -> bool:
+    """Return True for `cross_entropy`, and for torch's without weights of classes. Both may smooth labels."""
+    function, options = _parts(loss)
+    if function is F.cross_entropy:
+        return {**_MEAN, **options, "label_smoothing": 0.0} == _MEAN
+    return inspect.unwrap(function) is cross_entropy  # a wrapper of gin's hides options: this one has none that matters
+
+
+def averages_targets(loss: Callable[..., Any]) -> bool:
+    """Return True if a loss is known to be a mean over the targets that are not `IGNORED`.
+
+    Known are the cross-entropy and `auxiliary` of it. Nobody can tell of a function of somebody else.
+    """
+    function, options = _parts(loss)
+    return averages_targets(options.get("loss", cross_entropy)) if function is auxiliary else is_cross_entropy(loss)
+
+
+def _parts(loss: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the function that a loss calls, and the options that it gives."""
+    if isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward:
+        return F.cross_entropy, {name: getattr(loss, name) for name in _MEAN}
+    return (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
 
 
 def all_outputs(outputs: Outputs) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranked import masked
 from spaces import REGISTERED, Convolutional, vit
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -378,6 +379,17 @@ def test_what_only_reports_changes_no_number(tmp_path, capsys):
         reported = retrained(noisy_vit, checkpoints=checkpoints, checkpoint_every=1, progress=ConsoleProgress())
     same(reported, retrained(noisy_vit), "the retraining")
     assert "retrain 2/2  loss" in capsys.readouterr().out
+
+
+def test_the_means_of_an_epoch_are_over_its_targets():
+    space = vit()
+    data = random_data(space, SPLITS, samples=40)
+    masked(data.training)
+    still = partial(torch.optim.SGD, lr=0.0)
+    result = retrain(space, space.largest(), data, mode="finetune", epochs=1, batch_size=2, optimizer=still)
+    found = measure(result.network, data.training)
+    assert result.history[0]["loss"] == pytest.approx(found.loss, rel=1e-5)
+    assert result.history[0]["accuracy"] == pytest.approx(found.accuracy, rel=1e-5)
 
 
 # What is trained around the network

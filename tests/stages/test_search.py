@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 import signal
 from functools import partial
 
@@ -31,7 +32,7 @@ from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import check_resume, random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
-from tanglenas_engine.training.losses import cross_entropy
+from tanglenas_engine.training.losses import IGNORED, cross_entropy
 from tanglenas_engine.training.measure import measure_inherited
 from tanglenas_gradient.annealed import Annealed
 from tanglenas_gradient.darts import DARTS
@@ -761,6 +762,13 @@ def test_a_search_orders_the_layers_of_a_trained_network_first(tmp_path):
     kept = space.blocks[space.blocks.order[0]]
     assert torch.equal(network.blocks[0].norm1.weight, kept.norm1.weight)
     assert torch.equal(network.blocks[0].attn.qkv.weight, kept.attn.qkv.weight)
+
+
+def test_batches_without_targets_are_left_out_of_the_order(capsys):
+    data = random_data(vit(), SPLITS, samples=80)
+    data.weights.labels[16:] = IGNORED  # most of the first batches have no target
+    searched(partial(vit, depth=(1, 3)), "spos", data, order="taylor", order_layers=True, progress=ConsoleProgress())
+    assert re.search(r"the loss is \d\.\d+ with all of them and \d\.\d+ without these", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("optimizer", ["drnas", "spos"])

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from ranked import masked
 from spaces import vit
 from tiny import tiny
 
@@ -205,6 +206,17 @@ def test_a_search_warns_where_the_supernet_guesses(rate, learned):
     warnings = [note for note in notes.notes if "warning" in note]
     assert len(warnings) == (not learned)
     assert learned or "guessing by the frequencies of targets has 1.086" in warnings[0]
+
+
+@pytest.mark.parametrize("loss", [torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss()])
+def test_batches_without_targets_do_not_hide_that_a_supernet_guesses(loss):
+    data, notes = DataView({name: masked(learnable(96, 0)) for name in SPLITS}), Notes()
+    space = vit(image_size=8, in_channels=3)
+    still = partial(torch.optim.SGD, lr=0.0)
+    result = search(space, create_optimizer("spos"), data, epochs=1, batch_size=2, weight_optimizer=still, loss=loss,
+                    progress=notes)  # fmt: skip
+    assert result.history[0]["weight_loss"] > 0.95 * result.split_losses["weights"]
+    assert [note for note in notes.notes if "guessing" in note]
 
 
 @pytest.fixture(scope="module")

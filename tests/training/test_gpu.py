@@ -8,6 +8,8 @@ from benchmarks.host import watched
 from benchmarks.search_step import Bench
 from tanglenas_engine import create_space
 from tanglenas_engine.elastic.norm import weighted_layer_norm
+from tanglenas_engine.stages.retrain import Retraining, retrain
+from tanglenas_engine.testing import random_data
 from tanglenas_engine.training.options import Computation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
@@ -56,6 +58,31 @@ def test_no_step_waits_for_the_device(name, precision, monkeypatch):
     monkeypatch.setattr("tanglenas_engine.stages.search.may_ignore", lambda _: True)  # targets are counted, too
     found = watched(create_space(name), 8, "cuda", computation=Computation(precision))
     assert found["waits"] == found["reads"] == found["copies_to_host"] == 0, found["waits_by_line"]
+
+
+def test_no_step_of_a_retraining_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr("tanglenas_engine.stages.retrain.may_ignore", lambda _: True)  # targets are counted, too
+    step, taken = Retraining.step, []
+
+    def watched_step(self, position):
+        torch.cuda.set_sync_debug_mode("error" if position else "default")  # the first step makes what stays
+        try:
+            return step(self, position)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            taken.append(position)
+
+    monkeypatch.setattr(Retraining, "step", watched_step)
+    space = create_space("gpt_nano")
+    retrain(
+        space,
+        space.largest(),
+        random_data(space, ("training", "validation"), samples=24),
+        epochs=1,
+        batch_size=8,
+        device="cuda",
+    )
+    assert taken == [0, 1, 2]
 
 
 def test_a_search_needs_hardly_more_memory_than_training():

@@ -42,7 +42,7 @@ class Walk(nn.Module):
     def step(self, position: int) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             self.place += torch.randn(2) * (1 + position) + random.random() + np.random.rand()
-        return {"loss": self.place.sum()}
+        return {"loss": self.place.sum(), "weighed": (self.place.mean(), torch.tensor(position / EPOCHS / STEPS))}
 
 
 def walk(checkpoints: CheckpointFolder | None = None, module: Walk | None = None, **options):
@@ -186,7 +186,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 def broken_at(module: Walk, at: int, value: float):
     def step(position: int) -> dict[str, torch.Tensor]:
         means = module.step(position)
-        return {"loss": torch.tensor(value)} if position == at else means
+        return {**means, "loss": torch.tensor(value)} if position == at else means
 
     return step
 
@@ -259,6 +259,15 @@ def test_the_history_has_means_and_the_tracker_its_numbers():
         (1, {"walk/position": 1.0}),
         (2, {"walk/position": 4.0}),
     ]
+
+
+def test_a_value_with_weights_has_a_weighted_mean():
+    def step(position):
+        value = torch.tensor(float(position))
+        return {"some": (value, value), "none": (value, torch.zeros(()))}
+
+    history, _ = walk(step=step, end_epoch=lambda epoch, means: means, describe=str)
+    assert history == [{"epoch": 1, "some": pytest.approx(5 / 3), "none": 0}, {"epoch": 2, "some": 50 / 12, "none": 0}]
 
 
 def test_plain_lines_tell_the_first_and_the_last_epoch(capsys):
