@@ -1,6 +1,7 @@
 """Datasets of text: your own, or the source code of Python's standard library."""
 
 import hashlib
+import math
 import os
 import platform
 import sysconfig
@@ -15,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tanglenas_datasets.tokenizer_file import dropped, read_tokenizer, unknown_token
+from tanglenas_datasets.tokenizer_file import dropped, read_tokenizer, unknown_strings, unknown_token
 from tanglenas_engine import Dataset, TangleNASError, TokenSamples, at_least, content_hash, data_path
 
 UNKNOWN = "<unk>"
@@ -28,9 +29,10 @@ _VOCAB_SIZE = 4096
 # A text with a larger share of unknown tokens is not one for its tokenizer. The Penn Treebank with its 10,000 words, a
 # text with many of them, has 4.8 % (Merity et al., Pointer Sentinel Mixture Models, 2016, table 1).
 _MOST_UNKNOWN = 0.05
-# A test text whose share is larger than the text's by more than this is of another kind: the network learned to expect
-# fewer of them, and "char" learned none.
-_MOST_MORE_UNKNOWN = 0.01
+# A test text whose share exceeds the text's by more than this is of another kind: the network learned to expect fewer
+# of them, and "char" learned none. A short one has some more by chance, so that standard errors are added. They are
+# those of the text's share, which counts as at least 1 %: a text without unknown tokens would have none.
+_MOST_MORE_UNKNOWN, _STANDARD_ERRORS = 0.01, 4
 
 
 class Text(Dataset):
@@ -56,7 +58,8 @@ class Text(Dataset):
     Raises:
         TangleNASError: A file or folder is missing, empty or not UTF-8, the text is shorter than a few windows, the
             tokenizer does not know more than 5 % of its tokens or drops more than 5 % of its characters, this share of
-            the test part exceeds the text's by more than 1 percentage point, or an option would do nothing.
+            the test part exceeds the text's by more than 1 percentage point and 4 standard errors, or an option would
+            do nothing.
     """
 
     name = "text"
@@ -251,12 +254,17 @@ class Text(Dataset):
                 f"{self.name}: {part} has {len(tokens)} tokens, too few for a window of block_size {self.block_size} "
                 "and the token after it. Use more text, or a smaller block_size."
             )
-        return tokens[: len(tokens) // length * length].view(-1, length)
+        return tokens[: self._used(tokens)].view(-1, length)
+
+    def _used(self, tokens: Tensor) -> int:
+        """Return the number of the first tokens (n,) that are in full windows."""
+        return len(tokens) - len(tokens) % (self.block_size + 1)
 
     def _unknown(self, texts: Mapping[str, str], tokens: Mapping[str, Tensor], kind: str) -> str:
         """Return a line with the share of each part that is unknown, or "" where all is known.
 
-        It is that of unknown tokens, or of characters that become no token where a tokenizer has no unknown token.
+        It is that of unknown tokens in the windows, or of characters that become no token where a tokenizer has no
+        unknown token.
 
         Raises:
             TangleNASError: The share of the text is too large, or that of the test part much larger than the text's.
@@ -266,37 +274,40 @@ class Text(Dataset):
             return ""  # "bpe" has all bytes
         if unknown is None:
             unit, sizes = "characters", {part: len(one) for part, one in texts.items()}
-            lost = {part: dropped(self.tokenizer, one).total() for part, one in texts.items()}
+            found = {part: dropped(self.tokenizer, self._encoded_at_a_time(one)) for part, one in texts.items()}
         else:
-            unit, sizes = "tokens", {part: len(one) for part, one in tokens.items()}
-            lost = {part: int((one == unknown).sum()) for part, one in tokens.items()}
-        shares = {part: lost[part] / max(size, 1) for part, size in sizes.items()}
-        remedies = {
-            "the text": "a tokenizer.json made for such text",
-            "the test part": "another test_root or test_portion",
+            unit, sizes = "tokens", {part: self._used(one) for part, one in tokens.items()}
+            found = {
+                part: self._unknown_strings(texts[part], tokens[part][:size], unknown) for part, size in sizes.items()
+            }
+        shares = {part: found[part].total() / max(size, 1) for part, size in sizes.items()}
+        expected = shares["the text"]
+        error = math.sqrt(max(expected, _MOST_MORE_UNKNOWN) / max(sizes.get("the test part", 0), 1))
+        limits = {
+            "the text": (_MOST_UNKNOWN, "a tokenizer.json made for such text"),
+            "the test part": (
+                expected + _MOST_MORE_UNKNOWN + _STANDARD_ERRORS * error,
+                "another test_root or test_portion",
+            ),
         }
-        most = _MOST_UNKNOWN
         for part, share in shares.items():
+            most, remedy = limits[part]
             if share > most:
-                examples = ", ".join(map(repr, self._strange(texts[part], unknown)))
+                examples = ", ".join(repr(one[:40]) for one, _ in found[part].most_common(5))
                 raise TangleNASError(
                     f"{self.name}: tokenizer {kind} does not know {100 * share:.1f} % of the {unit} of {part} "
-                    f"({examples}...), expected at most {100 * most:.1f} %. Give {remedies[part]}, or tokenizer='bpe', "
+                    f"({examples}...), expected at most {100 * most:.1f} %. Give {remedy}, or tokenizer='bpe', "
                     "which is trained on the text and knows all characters."
                 )
-            most = share + _MOST_MORE_UNKNOWN
         said = ", ".join(f"{100 * share:.2g} % of {part}" for part, share in shares.items())
         return f"\n  {unit} that the tokenizer does not know: {said}" if any(shares.values()) else ""
 
-    def _strange(self, text: str, unknown: int | None) -> list[str]:
-        """Return up to five strings that are unknown, the most frequent ones of a part of a text that has some."""
-        found = dropped(self.tokenizer, text) if unknown is None else Counter[str]()
-        for piece in () if found else self._encoded_at_a_time(text):
-            encoded = self.tokenizer.encode(piece, add_special_tokens=False)
-            pairs = zip(encoded.ids, encoded.offsets, strict=True)
-            if found := Counter(piece[start:end] for token, (start, end) in pairs if token == unknown):
-                break
-        return [one[:40] for one, _ in found.most_common(5)]
+    def _unknown_strings(self, text: str, tokens: Tensor, unknown: int) -> Counter[str]:
+        """Count the strings that become unknown tokens among the first tokens (n,) of a text."""
+        if not (tokens == unknown).any():
+            return Counter()  # the strings are found by encoding the text again
+        found = unknown_strings(self.tokenizer, self._encoded_at_a_time(text))
+        return Counter(string for place, _, string in found if place < len(tokens))
 
 
 class StdlibText(Text):

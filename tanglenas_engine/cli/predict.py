@@ -183,16 +183,15 @@ def _texts(
     block = model.known.config["block_size"]
     if not isinstance(block, int) or block < 1:
         raise TangleNASError(f"{model.path}: block_size is {quoted(block, 80)}, expected a number of tokens")
-    from tanglenas_datasets.tokenizer_file import unknown_token
+    from tanglenas_datasets.tokenizer_file import unknown_strings
 
     tokenizer = _tokenizer(model)
-    unknown = unknown_token(tokenizer)
 
     def begin(name: str, text: str) -> tuple[str, list[int]]:
         start: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         if not start:
             raise TangleNASError(f"{name} is empty: give a text of at least one token, which is continued")
-        if unknown is not None and (count := start.count(unknown)):
+        if count := sum(1 for _ in unknown_strings(tokenizer, [text])):
             click.echo(f"{name}: {count} of {len(start)} tokens are unknown to the network", err=True)
         return text, start
 
