@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,15 +94,13 @@ def open_tokenizer(content: str, place: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    try:
+    from tanglenas_datasets.tokenizer_file import refusals
+
+    with refusals(f"the tokenizer.json of {place} is none", "Copy it again"):
         tokenizer = Tokenizer.from_str(content)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.post_processor = None
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library's panics are no Exception
-        raise TangleNASError(f"the tokenizer.json of {place} is none: {describe(error)}. Copy it again") from None
     return tokenizer
 
 
@@ -168,10 +167,11 @@ def _space(folder: Path, config: Mapping[str, Any]) -> Model:
     architecture = read_architecture(folder / "architecture.json")
     options = config.get("options")
     if not isinstance(options, dict):
+        files = shlex.join([f"{folder / 'architecture.json'}", "--weights", f"{folder / 'model.safetensors'}"])
         raise TangleNASError(
             f"{folder / CONFIG} does not say with which options the space {architecture.space!r} was made. Export the "
-            f"network from the output of its run, and use that: tanglenas export {folder / 'architecture.json'} "
-            f"--weights {folder / 'model.safetensors'} --format torch-export --output exported"
+            f"network from the output of its run, and use that: tanglenas export {files} --format torch-export "
+            "--output exported"
         )
     try:
         space = create_space(architecture.space, **options)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -323,6 +324,16 @@ def test_the_word_none_is_known_and_the_unknown_token_of_each_model_is_counted(t
     said = run("predict", folder, "--prompt", "None a щ ? None", "--tokens", "1")
     unknown = "" if kind == "BPE" else "the prompt: 1 of 5 tokens are unknown to the network\n"  # that one has none
     assert said.partition("None")[0] == unknown
+
+
+def test_the_export_that_a_folder_needs_is_a_command_for_a_shell(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images / "torch", "my net's")
+    (tmp_path / "my net's/config.json").write_text("{}")
+    said = run("predict", "my net's", "x", status=2)
+    command = shlex.split(said.partition("use that: ")[2].partition("--format")[0])
+    files = [f"my net's/{name}" for name in ("architecture.json", "model.safetensors")]
+    assert command == ["tanglenas", "export", files[0], "--weights", files[1]]
 
 
 def test_images_are_opened_as_images_alone(images, tmp_path):
