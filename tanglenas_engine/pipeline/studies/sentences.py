@@ -128,7 +128,7 @@ def _paper(claim: Claim, reached: Verdict) -> str:
 
 
 def _numbers(look: Metric, estimate: Estimate, signed: bool = False) -> tuple[str, str]:
-    """Return a mean with its unit, and its interval with the number of seeds."""
+    """Return a mean with its unit, and its interval with the number of seeds. A difference of percentages is points."""
     count, mean, _, ends = format_estimate(look, replace(estimate, interval=interval(estimate)), signed)
-    unit = f" {look.unit}" if look.unit else ""
-    return f"{mean}{unit}", f"{INTERVAL} {ends}, {count} seeds"
+    unit = "points" if signed and look.unit == "%" else look.unit
+    return f"{mean} {unit}".rstrip(), f"{INTERVAL} {ends}, {count} seeds"

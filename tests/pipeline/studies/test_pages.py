@@ -58,7 +58,7 @@ def said(claim: Claim, **values: list[float]) -> str:
         (
             [92.5, 93.4, 94.6],
             True,
-            "**b is ahead of a** in accuracy: the difference is +2.",
+            "**b is ahead of a** in accuracy: the difference is +2.5 points (95 % interval ",
             "The paper sees it ahead, too.",
         ),
         (
@@ -67,7 +67,12 @@ def said(claim: Claim, **values: list[float]) -> str:
             "**b is behind a** in accuracy",
             "This contradicts the paper, which sees it ahead.",
         ),
-        ([88.0, 89.1, 89.9], True, "**b is behind a** in accuracy: the difference is -2.", "which sees it ahead."),
+        (
+            [88.0, 89.1, 89.9],
+            True,
+            "**b is behind a** in accuracy: the difference is -2.0 points (95 % interval ",
+            "which sees it ahead.",
+        ),
         ([89.0, 93.0, 91.0], True, "b and a are **not told apart** in accuracy", "these data do not decide that."),
         ([90.0, 91.0, 92.0], True, "b against a: accuracy is equal with every seed, which has no interval.", ""),
     ],
@@ -76,12 +81,12 @@ def test_the_interval_of_the_difference_chooses_the_sentence(b, higher, start, e
     found = said(Claim("accuracy", "b", "a", higher, "ahead"), a=[90.0, 91.0, 92.0], b=b)
     assert found.startswith(start) and found.endswith(end), found
     if "not told apart" in found:
-        assert re.search(r"is 0\.0 % \(95 % interval -4\.3 to \+4\.3, 3 seeds\)", found)
+        assert re.search(r"is 0\.0 points \(95 % interval -4\.3 to \+4\.3, 3 seeds\)", found)
 
 
 def test_one_seed_claims_nothing():
     assert said(Claim("accuracy", "b", "a"), a=[90.0], b=[99.0]) == (
-        "b against a: accuracy differs by +9.0 % with the one seed that both have, so nothing follows."
+        "b against a: accuracy differs by +9.0 points with the one seed that both have, so nothing follows."
     )
     assert "one seed, which shows nothing of chance" in said(Claim("accuracy", "a", 0.0), a=[90.0])
 
@@ -110,7 +115,7 @@ def test_verdicts_follow_the_interval_and_the_direction():
 def test_equal_differences_are_no_claim():
     a, b = ([100 * right / 359 for right in counts] for counts in ((349, 345, 350), (350, 346, 351)))
     (sentence,) = sentences(STUDY.claims, found := compared(STUDY, results(a=a, b=b)), found.tables[0])
-    assert sentence == "b against a: accuracy differs by +0.3 % with every seed, which has no interval."
+    assert sentence == "b against a: accuracy differs by +0.3 points with every seed, which has no interval."
     (difference,) = found.tables[0].differences
     assert difference.seeds_needed is None and difference.estimate.deviation == 0
 
@@ -173,7 +178,7 @@ def test_a_page_of_one_seed_says_that_there_is_no_interval():
 def test_a_sentence_about_one_common_seed_agrees_with_the_table():
     found = results(a=[90.0, 91.0, 92.0], b=[95.0])
     page = text(STUDY, found, compared(STUDY, found))
-    assert re.search(r"b against a: .* differs by \+5\.0 % with the one seed that both have", page), page
+    assert re.search(r"b against a: .* differs by \+5\.0 points with the one seed that both have", page), page
     assert "Student's t" not in page  # a single statement has an interval, if any
 
 
