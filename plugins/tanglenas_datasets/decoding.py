@@ -49,6 +49,8 @@ def opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
 def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
     """Return an image in a mode, "L" or "RGB", turned as its EXIF data say, where they can be read.
 
+    What is transparent becomes white, as viewers show it: the colours under it may be anything, often black everywhere.
+
     Raises:
         One of `UNREADABLE`: As in `opened`, or the pixels are of a kind that has no black and white.
     """
@@ -57,11 +59,23 @@ def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
         if wide is not None and (content.mode == "F" or content.format == "TIFF"):  # other "I" are of 16 bits
             raise ValueError(f"its pixels are {wide}, of which black and white are not known")
         image = _upright(content)
-        if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale them
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
+        if image.mode.startswith("I"):
+            image = _of_8_bits(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert(mode)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of 16 bits with 8, and with an alpha channel where it has a transparent level.
+
+    Pillow would clip the levels, not scale them.
+    """
+    levels = np.asarray(image)
+    grey = Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(levels != image.info["transparency"]).convert("L"))
+    return grey
 
 
 def _upright(image: Image.Image) -> Image.Image:

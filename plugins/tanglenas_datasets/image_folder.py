@@ -113,7 +113,7 @@ class ImageFolder(Dataset):
         train, evaluation = self._transforms(crop_scale, shift, flip, augment)
         self._train_transform: Transform = train_transform or train
         self._eval_transform: Transform = eval_transform or evaluation
-        self._described = eval_transform is None
+        self._own_transform = eval_transform
         self._checked = check
         root = data_path(root)
         if not root.is_dir():
@@ -129,12 +129,16 @@ class ImageFolder(Dataset):
         self.fingerprint = content_hash(*self.class_names, self.labels, *_file_hashes(paths, root, check))
 
     def input_config(self) -> dict[str, Any]:
-        """Return how inputs are made. A custom `eval_transform` cannot be described, so its keys are left out.
+        """Return how inputs are made. A custom `eval_transform` has its name in place of the options that it replaces.
 
         See `Dataset.input_config`.
         """
-        unknown = () if self._described else ("mean", "std", "crop_pct", "interpolation")
-        return {name: value for name, value in super().input_config().items() if name not in unknown}
+        config = super().input_config()
+        if self._own_transform is None:
+            return config
+        replaced = ("mean", "std", "crop_pct", "interpolation")
+        kept = {name: value for name, value in config.items() if name not in replaced}
+        return {**kept, "eval_transform": _name_of(self._own_transform)}
 
     def _transforms(
         self,
@@ -266,6 +270,12 @@ class ImageFiles:
                 f"image_size ask for {self._shape}. Change the transform, or those."
             )
         return inputs
+
+
+def _name_of(transform: Transform) -> str:
+    """Return the name of a function with that of its module; that of its class for another callable."""
+    named: Any = transform if hasattr(transform, "__qualname__") else type(transform)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _check_options(

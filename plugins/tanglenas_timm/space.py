@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import save_for_hf
+from timm.models import PretrainedCfg, save_for_hf
 from torch import Tensor, nn
 
 from tanglenas_engine import Architecture, Described, SearchSpace
@@ -68,9 +68,11 @@ class TimmSpace(SearchSpace):
 
         `timm.data.create_transform` then makes inputs as the dataset does, and `pretrained_cfg["label_names"]` names
         the classes. The `config.json` leaves out what the dataset does not say of its inputs, and without a dataset all
-        of it; timm has ImageNet's values then.
+        of it; timm has ImageNet's values then. What timm has no name for stands beside `pretrained_cfg`.
         """
-        known = dataset.input_config() if dataset else {}
+        said = dataset.input_config() if dataset else {}
+        fields = PretrainedCfg.__dataclass_fields__  # timm refuses a pretrained_cfg with any other
+        known = {name: value for name, value in said.items() if name in fields}
         network.pretrained_cfg = {
             "input_size": (self.settings["in_chans"], self.image_size, self.image_size),
             **known,
@@ -85,4 +87,5 @@ class TimmSpace(SearchSpace):
         config = json.loads(path.read_text("utf-8"))
         for name in {"mean", "std", "crop_pct", "interpolation"} - known.keys():  # timm writes those of ImageNet
             config["pretrained_cfg"].pop(name, None)
+        config |= {name: value for name, value in said.items() if name not in fields}
         path.write_text(json.dumps(config, indent=2), "utf-8")

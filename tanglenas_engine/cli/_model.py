@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-IMAGES = ("num_classes", "label_names", "input_size", "mean", "std", "crop_pct", "interpolation")
+IMAGES = ("num_classes", "label_names", "input_size", "mean", "std", "crop_pct", "interpolation", "eval_transform")
 TEXTS = ("vocab_size", "block_size")
 OWN_TRANSFORM = (
     "If its dataset has a transform of its own (create_dataset.eval_transform), which no file holds, or data that are "

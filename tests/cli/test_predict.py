@@ -12,7 +12,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from paths import ROOT
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tanglenas_datasets.text import Text
 from tanglenas_engine import create_dataset, create_space
@@ -61,7 +61,11 @@ def images(tmp_path_factory) -> Path:
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    shutil.copy(folder / "0.png", folder / "digit.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    # Black on nothing, and lying on its side. The network takes it for another class without either.
+    ink = Image.fromarray(255 - np.random.default_rng(9).integers(0, 256, (8, 8), np.uint8))
+    Image.merge("LA", (ink.point(lambda _: 0), ink)).save(folder / "digit.png", exif=exif)
     return folder
 
 

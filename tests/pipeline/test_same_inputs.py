@@ -1,6 +1,7 @@
 """Stages make inputs as they were made where the weights that they take were trained."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,3 +111,31 @@ def test_weights_that_are_trained_further_may_have_other_sizes(stage: str, mode:
             assert told in str(error.value)
         else:
             compare(stage, dataset, MADE, "the network", SilentProgress())
+
+
+OWN = {"eval_transform": "mine.centred", "in_channels": 3, "image_size": 32}
+
+
+def own_images(name: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        name="image_folder", input_config=lambda: {"eval_transform": name, "input_size": (3, 32, 32), "num_classes": 2}
+    )
+
+
+@pytest.mark.parametrize("stage", ["discretize", "evaluate"])
+@pytest.mark.parametrize(
+    "dataset, made, told",
+    [
+        (own_images("mine.lying"), MADE, "interpolation bilinear and crop_pct 1.0, and {} has eval_transform mine.lying"),
+        (images(), OWN, "trained on inputs with eval_transform mine.centred, and {} has mean 0.5 and std 0.5"),
+        (own_images("mine.lying"), OWN, "eval_transform mine.centred, and {} has eval_transform mine.lying: make them"),
+        (own_images("mine.centred"), OWN, ""),
+        (own_images("mine.centred"), {"in_channels": 3, "image_size": 32}, ""),  # of an earlier version
+    ],
+)
+def test_a_transform_of_ones_own_is_another_than_none_and_than_that_of_another_name(
+    stage: str, dataset, made, told: str
+) -> None:
+    with nullcontext() if not told else pytest.raises(TangleNASError) as error:
+        compare(stage, dataset, made, "the network", SilentProgress())
+    assert not told or told.format(stage) in str(error.value)

@@ -19,7 +19,7 @@ from tanglenas_engine.pipeline.files import SUPERNET, WEIGHTS, inherits, read_js
 from tanglenas_engine.runtime.progress import Progress
 from tanglenas_engine.runtime.weights import weights_metadata
 
-NORMALISED = ("mean", "std", "interpolation", "in_channels")
+NORMALISED = ("mean", "std", "interpolation", "eval_transform", "in_channels")
 """What a training that goes on from weights must keep. It may have larger images, as in progressive resizing."""
 SHAPED = ("crop_pct", "image_size")
 """What counts, too, for weights that are taken as they are. Evaluate may have other sizes on purpose, and says so."""
@@ -30,7 +30,7 @@ ALIKE = 1e-4
 def input_options(dataset: Dataset) -> dict[str, Any]:
     """Return how a dataset makes inputs of images, by the names of its options and as JSON has it; {} for other data.
 
-    What a dataset does not say, such as the normalisation of a transform of one's own, is left out.
+    What a dataset does not say is left out. A transform of one's own has a name, `eval_transform`, and no normalisation.
     """
     described: dict[str, Any] = json.loads(json.dumps(dataset.input_config(), default=str))
     return _options(described)
@@ -59,7 +59,8 @@ def check_same_inputs(stage: str, dataset: Dataset, inputs: Sequence[Path], prog
     """
     if WEIGHTS in inputs:
         config = read_json_or_empty(WEIGHTS.with_name("config.json"))
-        compare(stage, dataset, _options(config.get("pretrained_cfg")), f"the network in {WEIGHTS.parent}", progress)
+        described = {**config, **_mapping(config.get("pretrained_cfg"))}  # timm's form has few of the names inside
+        compare(stage, dataset, _options(described), f"the network in {WEIGHTS.parent}", progress)
     elif SUPERNET in inputs and (stage != "retrain" or inherits()):
         try:
             made = json.loads(weights_metadata(SUPERNET).get("inputs", "{}"))
@@ -79,12 +80,17 @@ def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str,
         progress: Gets a note where evaluate has other sizes.
     """
     further = stage == "retrain" and gin.get_bindings("retrain").get("mode", "scratch") != "inherit"
-    here, there = input_options(dataset), made if isinstance(made, Mapping) else {}
-    names = [it for it in (*NORMALISED, *(() if further else SHAPED)) if it in here and it in there]
-    other = [it for it in names if not _alike(here[it], there[it])]
+    here, there = input_options(dataset), _mapping(made)
+    # A side that says how it makes inputs says all of it: a name that it lacks means something to it, too.
+    known = here.keys() | there.keys() if _told(here) and _told(there) else here.keys() & there.keys()
+    names = [it for it in (*NORMALISED, *(() if further else SHAPED)) if it in known]
+    other = [it for it in names if not _alike(here.get(it), there.get(it))]
     if not other:
         return
-    trained, found = (" and ".join(f"{it} {_text(options[it])}" for it in other) for options in (there, here))
+    trained, found = (
+        " and ".join(f"{it} {_text(options[it])}" for it in other if it in options) or f"no {' and no '.join(other)}"
+        for options in (there, here)
+    )
     told = f"{weights} was trained on inputs with {trained}, and {stage} has {found}"
     if stage == "evaluate" and not {*other} & {*NORMALISED}:
         progress.note(told)
@@ -95,10 +101,17 @@ def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str,
     )
 
 
-def _options(config: object) -> dict[str, Any]:
-    """Return the options of a dataset that an `input_config` says; {} for anything else."""
-    if not isinstance(config, Mapping):
-        return {}
+def _told(options: Mapping[str, Any]) -> bool:
+    """Return whether options say how inputs are normalised. Earlier versions said nothing of a transform of one's own."""
+    return "mean" in options or "eval_transform" in options
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a dataset that an `input_config` says."""
     options = {name: config[name] for name in (*NORMALISED, "crop_pct") if name in config}
     size = config.get("input_size")
     if isinstance(size, Sequence) and len(size) == 3:

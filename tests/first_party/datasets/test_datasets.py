@@ -649,15 +649,42 @@ def test_wide_images_keep_their_centre(pictures):
     assert inputs[0].min() == 1
 
 
-def test_sixteen_bit_and_transparent_images_are_read(pictures):
-    deep = np.full((10, 10), 0x8000, np.uint16)
-    Image.fromarray(deep).save(pictures / "blue" / "0.png")
-    palette = Image.new("P", (10, 10), 0)
-    palette.putpalette([10, 20, 30])
-    palette.save(pictures / "blue" / "1.png", transparency=b"\x80")
+def test_sixteen_bit_images_are_scaled_to_eight(pictures):
+    Image.fromarray(np.full((10, 10), 0x8000, np.uint16)).save(pictures / "blue" / "0.png")
     inputs, _ = everything(ImageFolder(pictures, image_size=8, mean=0, std=1 / 255))
     assert inputs[0].round().unique().tolist() == [0x80]
-    assert inputs[1, :, 0, 0].round().tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "mode, colour, saved",
+    [
+        ("RGBA", (10, 20, 30, 0), {}),
+        ("LA", (10, 0), {}),
+        ("P", 0, {"transparency": b"\0"}),
+        ("L", 10, {"transparency": 10}),
+        ("RGB", (10, 20, 30), {"transparency": (10, 20, 30)}),
+        ("I;16", 0x0A0B, {"transparency": 0x0A0B}),
+    ],
+)
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_what_is_transparent_is_white_and_the_rest_as_it_was(pictures, mode, colour, saved, in_channels):
+    opaque = {"RGBA": (10, 20, 30, 255), "LA": (10, 255), "P": 1, "L": 11, "RGB": (10, 20, 31), "I;16": 0x0A0C}[mode]
+    image = Image.new(mode, (8, 8), opaque)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 10, 20, 30])
+    image.paste(colour, (4, 0, 8, 8))
+    image.save(pictures / "blue" / "0.png", **saved)
+    inputs, _ = everything(ImageFolder(pictures, image_size=8, in_channels=in_channels, mean=0, std=1 / 255))
+    assert inputs[0, :, :, 4:].round().unique().tolist() == [255]
+    assert inputs[0, :, :, :4].round().max() < 32
+
+
+def test_half_a_transparency_lets_half_of_the_white_through(pictures):
+    palette = Image.new("P", (10, 10), 0)
+    palette.putpalette([10, 20, 30])
+    palette.save(pictures / "blue" / "0.png", transparency=b"\x80")
+    inputs, _ = everything(ImageFolder(pictures, image_size=8, mean=0, std=1 / 255))
+    assert inputs[0, :, 0, 0].round().tolist() == [132, 137, 142]
 
 
 def test_own_transforms_replace_both_pipelines(pictures):
@@ -851,6 +878,9 @@ def test_an_export_says_nothing_of_inputs_that_are_not_known(tmp_path, space, ow
     sizes = {"image_size": 28, "in_channels": 3, "num_classes": 3, **PATCHES.get(space, {})}
     space = create_space(space, **sizes)
     space.export(space.extract(space.smallest()), space.smallest(), tmp_path / "model", dataset)
-    said = json.loads((tmp_path / "model" / "config.json").read_text())["pretrained_cfg"]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    said = config["pretrained_cfg"]
     assert not {"mean", "std", "crop_pct", "interpolation"} & said.keys() and ("label_names" in said) is own
+    name = "torchvision.transforms.v2._type_conversion.ToImage" if own else None
+    assert config.get("eval_transform") == name and "eval_transform" not in said
     timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)

@@ -320,9 +320,14 @@ def test_options_of_another_type_are_named(tmp_path: Path, options: dict[str, ob
         ImageFolder(tmp_path, **options)
 
 
-def test_inputs_of_an_own_transform_are_not_described(tmp_path: Path) -> None:
+def blank(image: object) -> torch.Tensor:
+    return torch.zeros(3, 32, 32)
+
+
+def test_inputs_of_an_own_transform_are_described_by_its_name(tmp_path: Path) -> None:
     write(tmp_path)
     known = ImageFolder(tmp_path).input_config()
-    own = ImageFolder(tmp_path, eval_transform=lambda image: torch.zeros(3, 32, 32)).input_config()
+    own = ImageFolder(tmp_path, eval_transform=blank).input_config()
+    assert own.pop("eval_transform") == f"{__name__}.blank"
     assert {*known} - {*own} == {"mean", "std", "crop_pct", "interpolation"}
     assert own == {name: known[name] for name in own}
