@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 IMAGES = ("num_classes", "label_names", "input_size", "mean", "std", "crop_pct", "interpolation", "eval_transform")
 TEXTS = ("vocab_size", "block_size")
+SIZES = ("num_classes", "image_size", "in_channels", *TEXTS)
+"""The options of a space that the data decide."""
 OWN_TRANSFORM = (
     "If its dataset has a transform of its own (create_dataset.eval_transform), which no file holds, or data that are "
     "no images or text, make the inputs as the dataset does; docs/serving.md shows how. Otherwise export the network "
@@ -82,6 +84,25 @@ def known_beside(weights: Path) -> Known | None:
         tokenizer = open_tokenizer(tokenizer, weights.parent).to_str(pretty=True)
     known = Known(_entries(_json(path)), tokenizer)
     return known if {"input_size", "block_size"} & set(known.config) else None
+
+
+def sizes_beside(weights: Path) -> dict[str, Any]:
+    """Return the options of a space that the config.json beside a file of weights says; {} where there is none.
+
+    A network may be retrained on larger images than those of the search, so that the architecture's stage has others.
+
+    Raises:
+        TangleNASError: The file is damaged.
+    """
+    path = weights.with_name(CONFIG)
+    config = _json(path) if path.is_file() else {}
+    if isinstance(config.get("options"), dict):
+        return {name: config["options"][name] for name in SIZES if name in config["options"]}
+    size = _entries(config).get("input_size")
+    if not (isinstance(size, list) and len(size) == 3 and size[1] == size[2]):
+        return {}
+    classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+    return {"in_channels": size[0], "image_size": size[1], **classes}
 
 
 def open_tokenizer(content: str, place: Path) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Reads an architecture file, and makes the space that it was searched in."""
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ def space_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--option",
         metavar="NAME=VALUE",
         multiple=True,
-        help="An option of the space, such as image_size=32, in place of that of the project, or of the operative.gin "
-        "beside ARCH.",
+        help="An option of the space, such as image_size=32, in place of that of the project, or of the files beside "
+        "ARCH and the weights.",
     )(function)
 
 
@@ -46,17 +46,30 @@ def read_architecture(path: str | Path) -> "Architecture":
         raise TangleNASError(f"{path}: {error}") from None
 
 
-def read(path: Path, given: Sequence[str]) -> "tuple[SearchSpace, Architecture, dict[str, Any], Path | None]":
+def read(
+    path: Path, given: Sequence[str], sizes: Mapping[str, Any] | None = None
+) -> "tuple[SearchSpace, Architecture, dict[str, Any], Path | None]":
     """Return the space and the architecture of a file, the options that make the space fit it, and the stage's config.
 
     A stage writes `operative.gin` beside the architecture, or above the folder of a front. It has the options but for
     those that a person gives. The config is None where there is no such file, or where it is about another space.
 
+    Args:
+        path: The file of the architecture.
+        given: The options that a person gives.
+        sizes: Options in place of those of the stage, where the space takes them.
+
     Raises:
         TangleNASError: The file holds no architecture, or the space is unknown or has no such option. Or the config is
             damaged, or needs a dataset that is missing.
     """
-    architecture, options = read_architecture(path), parsed(given)
+    from ..plugins import manager
+    from ..plugins.manager import options_of
+
+    architecture = read_architecture(path)
+    known, _ = options_of(manager().resolve("space", architecture.space).load()) if sizes else (None, ())
+    sized = {name: value for name, value in (sizes or {}).items() if known is None or name in known}
+    options = {**sized, **parsed(given)}
     folder = path.absolute().parent
     configs = (one for one in (folder / "operative.gin", folder.parent / "operative.gin") if one.is_file())
     if config := next(configs, None):

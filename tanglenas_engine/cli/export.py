@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import click
 from tanglenas_engine.errors import TangleNASError, shown
 
 from ._console import read_text
-from ._model import CONFIG, OWN_TRANSFORM, TEXTS, TOKENIZER, known_beside, transformers_model
+from ._model import CONFIG, OWN_TRANSFORM, TEXTS, TOKENIZER, Known, known_beside, sizes_beside, transformers_model
 from ._space import parsed, read, read_architecture, space_options
 
 if TYPE_CHECKING:
@@ -80,16 +80,19 @@ def command(file: Path, weights: Path, name: str, output: Path, options: tuple[s
 
     The names of classes, and mean, standard deviation and size of inputs, are stored with it; the tokenizer of a text
     lies beside it. They are those beside the weights, or else those of the dataset of the run if its sizes are those
-    of the network.
+    of the network. The sizes of the network are those beside the weights, too, or else those of the stage that wrote
+    ARCH.
     """
     import torch
 
-    space, architecture, made_with, config = read(file, options)
+    space, architecture, made_with, config = read(file, options, sizes_beside(weights))
     dataset, trouble = _dataset(config, made_with, parsed(options))
     network = _network(space, architecture, weights, config, dataset, trouble).eval()
-    known = known_beside(weights) or dataset
+    known: Described | None = known_beside(weights) or dataset
     torch.manual_seed(0)
     batches = [space.example_input(3)]  # another batch size than the traced one
+    if isinstance(known, Known) and "input_size" in known.config:  # a person may give another size of images
+        known = replace(known, config={**known.config, "input_size": [*batches[0].shape[1:]]})
     batches += [batches[0].narrow(axis, 0, (most + 1) // 2).clone() for axis, (_, most) in space.dynamic_axes.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, torch.no_grad():

@@ -21,7 +21,8 @@ def command(file: Path, options: tuple[str, ...], figure: Path | None) -> None:
     """Show what the file ARCH chooses, once and per layer, and what the network costs.
 
     Sizes that do not belong to the architecture (classes, image size) are those of the stage that wrote it, or the
-    space's own defaults where no operative.gin lies beside it.
+    space's own defaults where no operative.gin lies beside it. A network that retrain builds for larger images costs
+    more: give their size, such as `-o image_size=48`.
     """
     space, architecture, *_ = read(file, options)
     cost, least, most = (space.cost(a) for a in (architecture, space.smallest(), space.largest()))

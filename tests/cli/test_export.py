@@ -314,6 +314,27 @@ def test_what_the_dataset_says_is_stored_if_its_sizes_are_those_of_the_network(
     assert f"the dataset of the run has the {other} " in result.stderr if other else not result.stderr
 
 
+@pytest.mark.parametrize("given, size", [((), 16), (("-o", "image_size=16"), 16), (("-o", "image_size=24"), 24)])
+@pytest.mark.parametrize("name", ["resnet_nano", "nb201"])  # the form of timm, and that of spaces
+def test_a_network_that_was_retrained_on_larger_images_is_exported_for_these(tmp_path, monkeypatch, name, given, size):
+    monkeypatch.chdir(tmp_path)
+    dataset = create_dataset("digits", image_size=16)
+    options = {**TINY.get(name, {}), **dataset.space_options()}
+    space = create_space(name, **options)
+    architecture = space.smallest()
+    Path("architecture.json").write_text(architecture.to_json())
+    searched = {**options, "image_size": 8}
+    bound = "".join(f"create_space.{option} = {value!r}\n" for option, value in searched.items())
+    Path("operative.gin").write_text(f"SPACE = {name!r}\nDATASET = 'digits'\n{bound}")
+    space.export(space.extract(architecture), architecture, Path("model"), dataset)
+    run(["export", "architecture.json", "--weights", "model/model.safetensors", "--format", "torch"],
+        "--output", "exported", *given)  # fmt: skip
+    config = json.loads(Path("exported/config.json").read_text())
+    made_with = {option: config["options"][option] for option in dataset.space_options()}
+    assert made_with == {**dataset.space_options(), "image_size": size}
+    assert config["pretrained_cfg"] == {**dataset.input_config(), "input_size": [1, size, size]}
+
+
 @pytest.mark.parametrize("told_by", ["metadata", "architecture.json"])
 def test_weights_of_another_architecture_with_equal_shapes_are_refused(tmp_path, monkeypatch, told_by):
     monkeypatch.chdir(tmp_path)
