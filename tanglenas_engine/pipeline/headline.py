@@ -53,7 +53,27 @@ def headline(metrics: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
         metrics: The content of `metrics/STAGE.json` by stage, {} for a stage that has not run.
     """
     evaluated = metrics.get("evaluate", {})
-    return [*_quality(evaluated), *_costs(evaluated), *_further_costs(metrics), *_decision(metrics)]
+    derived = metrics.get("discretize", {})
+    return [*_quality(evaluated), *_costs(evaluated, derived), *_further_costs(metrics), *_decision(metrics)]
+
+
+def excesses(derived: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, str]:
+    """Return by cost how a network exceeds a limit of discretize, as a part of a sentence; {} within all limits.
+
+    Retrain may build larger networks than the space of the search counts.
+
+    Args:
+        derived: The metrics of discretize.
+        network: The costs of the network, and its `digest` where it is known.
+    """
+    told = {}
+    for key in COSTS:
+        cost, limit, searched = _number(network, key), _number(derived, f"limit_{key}"), _number(derived, key)
+        if cost is not None and limit is not None and cost > limit:
+            same = network.get("digest") == derived.get("digest") and searched is not None and searched <= limit
+            kept = f", which the architecture keeps at the sizes of the search, with {searched:,.0f}" if same else ""
+            told[key] = f"exceeds the limit of {limit:,.0f}{kept}"
+    return told
 
 
 def metric_texts(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -99,14 +119,14 @@ def _quality(evaluated: Mapping[str, Any]) -> list[Fact]:
     return [] if accuracy is None else [Fact("test accuracy", f"{accuracy:.2f} %", ", ".join([*about, *mean]))]
 
 
-def _costs(evaluated: Mapping[str, Any]) -> list[Fact]:
-    """Return the costs of the network, against the largest and the smallest network of the space."""
-    facts = []
+def _costs(evaluated: Mapping[str, Any], derived: Mapping[str, Any]) -> list[Fact]:
+    """Return the costs of the network, against its limits, and the largest and the smallest network of the space."""
+    facts, beyond = [], excesses(derived, evaluated)
     for key, (unit, meaning) in COSTS.items():
         cost, largest, smallest = (_number(evaluated, prefix + key) for prefix in ("", "largest_", "smallest_"))
         if cost is None:
             continue
-        details, share = [meaning] if meaning else [], None
+        details, share = [it for it in (beyond.get(key), meaning) if it], None
         if largest and smallest is not None:
             details += [
                 f"{100 * cost / largest:.0f} % of the space's largest network ({largest:,.0f})",

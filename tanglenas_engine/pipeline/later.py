@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tanglenas_engine.pipeline.config.params import stage_command
 from tanglenas_engine.pipeline.config.reader import bindings_of, configured
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import inherited_advice, inherits
+from tanglenas_engine.pipeline.headline import COSTS
 from tanglenas_engine.pipeline.inputs.same_inputs import compare, input_options
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
@@ -59,6 +60,7 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
     own, inputs = _created_with(), input_options(stage.dataset)
     retrained: dict[str, Any] = {}
     with _later("discretize", stage.space, stage.dataset) as about_this:
+        limits = bound_limits()
         if about_this and _created_with() != own:
             try:
                 compare("discretize", create()[2], inputs, "the supernet", stage.progress)
@@ -69,6 +71,8 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
             with _ranks(), seeded(stage.seed):
                 space, dataset = (stage.space, stage.dataset) if _created_with() == own else create()[1:]
                 retrained = input_options(dataset)
+                for told in _beyond(limits, stage.space, space):
+                    stage.progress.note(told)
                 if inherits():
                     compare("retrain", dataset, inputs, "the supernet", stage.progress)
                     if _shapes(space) != _shapes(stage.space):
@@ -111,6 +115,23 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
     if method == "race":
         with _later("retrain", space, dataset, told="discretize"):
             refuse_race()
+
+
+def _beyond(limits: Mapping[str, float | None], searched: SearchSpace, retrained: SearchSpace) -> Iterator[str]:
+    """Yield a sentence for each limit of discretize that networks may exceed because retrain builds larger ones."""
+    there, here = (space.created_with or {} for space in (searched, retrained))
+    other = [name for name in there if name in here and there[name] != here[name]]
+    one, two = (",".join(f" with {name} {options[name]}" for name in other) for options in (there, here))
+    largest = searched.cost(searched.largest())
+    least, most = retrained.cost(retrained.smallest()), retrained.cost(retrained.largest())
+    for name, (unit, _) in COSTS.items():
+        limit = limits.get(name)
+        if limit is not None and getattr(most, name) > max(limit, getattr(largest, name)):
+            yield (
+                f"discretize keeps the limit of {limit:,.0f} {unit} for networks as in the search{one}. Retrain builds "
+                f"larger ones{two}, of {getattr(least, name):,} to {getattr(most, name):,} {unit}: the final network "
+                "may exceed the limit"
+            )
 
 
 def _ranks() -> AbstractContextManager[None]:

@@ -35,6 +35,21 @@ def test_accuracy_comes_first_and_costs_are_placed_in_the_range_of_the_space():
     assert macs.detail.startswith("multiply-accumulates for one input; ")
 
 
+@pytest.mark.parametrize(
+    "derived, detail",
+    [
+        ({"macs": 1300000, "limit_macs": 1300000, "digest": "a"}, ""),
+        ({"macs": 900000, "limit_macs": 950000.0, "digest": "a"},
+         "exceeds the limit of 950,000, which the architecture keeps at the sizes of the search, with 900,000; "),
+        ({"macs": 900000, "limit_macs": 950000, "digest": "b"}, "exceeds the limit of 950,000; "),  # changed by hand
+    ],
+)  # fmt: skip
+def test_a_network_beyond_a_limit_of_discretize_is_told(derived, detail):
+    found = headline({"evaluate": EVALUATED, "discretize": derived})
+    (macs,) = (fact for fact in found if fact.name == "MACs")
+    assert macs.detail.startswith(f"{detail}multiply-accumulates for one input; ")
+
+
 LATENCY = {"latency": 0.5832, "limit_latency": 0.5972334, "unit_latency": "ms"}
 
 

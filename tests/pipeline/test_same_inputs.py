@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import gin
 import pytest
+from project import set_params
 from stages import MAIN, arguments, forget_settings
 
 from tanglenas_datasets.digits import Digits
@@ -63,6 +64,17 @@ def test_a_search_says_that_a_later_stage_has_images_of_another_size(done: Path,
     assert f"trained on inputs with image_size 8, and {stage} has image_size 16" in told
 
 
+def test_a_search_says_that_retrain_may_exceed_the_limit_of_discretize(done: Path, capsys) -> None:
+    set_params(done, discretize={"max_macs": 1_300_000, "max_params": 10_000_000})
+    for stage in ("retrain", "evaluate"):
+        with (done / "gin" / "demo" / f"{stage}.gin").open("a") as file:
+            file.write("\ncreate_dataset.image_size = 16\n")
+    MAIN["search"](arguments(done, "search"))
+    told = capsys.readouterr().out
+    assert "limit of 1,300,000 MACs for networks as in the search with image_size 8. Retrain builds larger" in told
+    assert "10,000,000" not in told
+
+
 @pytest.mark.parametrize("change", [{"size": 64}, {"crop_pct": 0.875}])
 def test_evaluate_may_have_other_sizes_and_says_so(capsys, change: dict[str, float]) -> None:
     """Networks are better on images a bit larger than those of their training (Touvron et al., 2019)."""
@@ -70,11 +82,15 @@ def test_evaluate_may_have_other_sizes_and_says_so(capsys, change: dict[str, flo
     assert "the network was trained on inputs with " in capsys.readouterr().out
 
 
-def test_a_network_from_scratch_may_have_other_images_than_the_search(done: Path) -> None:
+def test_a_network_from_scratch_may_have_other_images_than_the_search(done: Path, capsys) -> None:
+    derived = json.loads(Path("metrics/discretize.json").read_text())
+    Path("metrics/discretize.json").write_text(json.dumps({**derived, "limit_macs": derived["macs"]}))
     for stage in ("retrain", "evaluate"):
         with (done / "gin" / "demo" / f"{stage}.gin").open("a") as file:
             file.write("\ncreate_dataset.image_size = 16\n")
         MAIN[stage](arguments(done, stage))
+        told = " ".join("".join(capsys.readouterr()).split())
+        assert f"exceeds the limit of {derived['macs']:,}, which the architecture keeps at the sizes of the" in told
     assert json.loads(WEIGHTS.with_name("config.json").read_text())["pretrained_cfg"]["input_size"] == [1, 16, 16]
 
 
@@ -126,7 +142,11 @@ def own_images(name: str) -> SimpleNamespace:
 @pytest.mark.parametrize(
     "dataset, made, told",
     [
-        (own_images("mine.lying"), MADE, "interpolation bilinear and crop_pct 1.0, and {} has eval_transform mine.lying"),
+        (
+            own_images("mine.lying"),
+            MADE,
+            "interpolation bilinear and crop_pct 1.0, and {} has eval_transform mine.lying",
+        ),
         (images(), OWN, "trained on inputs with eval_transform mine.centred, and {} has mean 0.5 and std 0.5"),
         (own_images("mine.lying"), OWN, "eval_transform mine.centred, and {} has eval_transform mine.lying: make them"),
         (own_images("mine.centred"), OWN, ""),

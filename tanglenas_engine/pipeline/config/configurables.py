@@ -31,7 +31,9 @@ from tanglenas_engine.pipeline.config.reader import (
     without_call_stack,
 )
 from tanglenas_engine.pipeline.config.values import check_types, macro_value
-from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT
+from tanglenas_engine.pipeline.files import ARCHITECTURE, FRONT, read_json_or_empty
+from tanglenas_engine.pipeline.files import METRICS as METRICS_FOLDER
+from tanglenas_engine.pipeline.headline import COSTS, excesses
 from tanglenas_engine.pipeline.inputs.pretrained import pretrained as pipeline_pretrained
 from tanglenas_engine.plugins import manager
 from tanglenas_engine.plugins.manager import options_of
@@ -138,7 +140,7 @@ def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
     """Read the architecture that discretize wrote, and check that it is one of the space.
 
     Bind `read_architecture.pick` to the digest of an architecture in `out/discretize/pareto.csv`, or to the digest's
-    first digits, to go on with that one.
+    first digits, to go on with that one. What exceeds a limit of discretize in this space is printed.
 
     Raises:
         TangleNASError: The file holds an architecture of another space, or `pick` names none of them or several.
@@ -157,7 +159,14 @@ def read_architecture(space: SearchSpace, pick: str = "best") -> Architecture:
                 "-S \"retrain.pick='12e45'\""
             )
         (path,) = found
-    return space.architecture_of(space.assignment_of(Architecture.from_json(path.read_text("utf-8", errors="replace"))))
+    chosen = Architecture.from_json(path.read_text("utf-8", errors="replace"))
+    architecture = space.architecture_of(space.assignment_of(chosen))
+    if distributed.rank() == 0:
+        costs = vars(space.cost(architecture))
+        derived = read_json_or_empty(METRICS_FOLDER / "discretize.json")
+        for key, excess in excesses(derived, {**costs, "digest": architecture.digest}).items():
+            print(f"the network has {costs[key]:,} {COSTS[key][0]}: this {excess}", file=sys.stderr)
+    return architecture
 
 
 def objectives(space: SearchSpace, targets: Iterable[str] = ()) -> list[Objective]:

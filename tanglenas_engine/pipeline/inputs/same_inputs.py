@@ -30,7 +30,7 @@ ALIKE = 1e-4
 def input_options(dataset: Dataset) -> dict[str, Any]:
     """Return how a dataset makes inputs of images, by the names of its options and as JSON has it; {} for other data.
 
-    What a dataset does not say is left out. A transform of one's own has a name, `eval_transform`, and no normalisation.
+    What a dataset does not say is left out. A transform of one's own has its name, `eval_transform`, and no mean.
     """
     described: dict[str, Any] = json.loads(json.dumps(dataset.input_config(), default=str))
     return _options(described)
@@ -102,7 +102,7 @@ def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str,
 
 
 def _told(options: Mapping[str, Any]) -> bool:
-    """Return whether options say how inputs are normalised. Earlier versions said nothing of a transform of one's own."""
+    """Return whether options say how inputs are normalised. Earlier versions left out a transform of one's own."""
     return "mean" in options or "eval_transform" in options
 
 
