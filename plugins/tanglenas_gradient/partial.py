@@ -57,6 +57,7 @@ class Progressive(Optimizer):
             or list(self.keep) != sorted(self.keep)[::-1]
         ):
             raise TangleNASError(f"keep is {self.keep}, expected shares that start at 1 and fall, such as (1, 0.5)")
+        self.final_divisor = self.channels[-1]
         self.edge_normalization = edge_normalization
         self.stage = 0
         self.edges = nn.Parameter(torch.empty(0))

@@ -171,6 +171,7 @@ def _network(
     trouble: str,
 ) -> nn.Module:
     """Return the network with its own weights, or with those that it inherits from the supernet."""
+    from tanglenas_engine.pipeline.files import trained_divisor
     from tanglenas_engine.runtime.weights import OtherWeightsError, load_into, weights_metadata
 
     metadata, own = weights_metadata(weights), space.standalone(architecture)
@@ -191,6 +192,12 @@ def _network(
     if prefix:
         click.echo(f"{weights}: all names begin with {prefix!r}, which was left out", err=True)
     if network is space:
+        space.superposition.trained_divisor = trained_divisor(space, weights)
+        if space.untrained:
+            raise TangleNASError(
+                f"{weights} holds the supernet's weights, but {space.untrained}: its outputs are chance. Give the file "
+                "that retrain wrote"
+            )
         return _recalibrated(space.extract(architecture).eval(), weights, config, dataset, trouble)
     _check_architecture(space, architecture, weights, metadata)
     return own

@@ -79,9 +79,11 @@ class Optimizer(abc.ABC):
         draws_in_band: True if a method with architecture parameters draws from `source` too. In a search with a target,
             its samples are then within the band, and no expected cost is charged.
         accumulates: True if alpha's gradient over a batch is the mean of its gradients over parts of the batch.
+        final_divisor: The `channel_divisor` of cell spaces in the last steps of a search; 1 stands for all channels.
     """
 
     name: str = ""
+    final_divisor: int = 1
     learns_architecture: ClassVar[bool] = True
     derivation: ClassVar[str] = "both"
     draws_in_band: ClassVar[bool] = False

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tanglenas_engine.data import Splits
 from tanglenas_engine.errors import TangleNASError, positive
 from tanglenas_engine.runtime import strict_json, weights
+from tanglenas_engine.spaces.cells import CellSpace
+from tanglenas_engine.spaces.space import SearchSpace
 
 if TYPE_CHECKING:
-    from tanglenas_engine.spaces.space import SearchSpace
     from tanglenas_engine.superposition.mixture import Mixture
 
 STAGES = ("search", "discretize", "retrain", "evaluate")
@@ -28,6 +29,8 @@ SPLITS = OUT / "search" / "splits.json"
 ARCHITECTURE = OUT / "discretize" / "architecture.json"
 FRONT = OUT / "discretize" / "pareto"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
+CHANNEL_DIVISOR = "channel_divisor"
+"""The metadata of a supernet whose weights were trained with a share of their channels: the reciprocal of the share."""
 
 
 def read_splits() -> Splits:
@@ -95,8 +98,11 @@ def load_into(
 ) -> None:
     """Load the weights that an earlier stage wrote into a network.
 
+    A space also learns with which share of the channels the weights of its supernet were trained.
+
     Raises:
-        TangleNASError: The file holds the weights of another network, or none that a network can have.
+        TangleNASError: The file holds the weights of another network, or none that a network can have, or its metadata
+            has a share of the channels that search does not write.
     """
     try:
         if prefix := weights.load_into(network, path):
@@ -104,6 +110,24 @@ def load_into(
     except weights.OtherWeightsError as error:
         found, _, reason = str(error).partition(" (")
         raise TangleNASError(f"{found} than the config and {ARCHITECTURE.name} say ({reason}. {advice}") from None
+    if isinstance(network, SearchSpace):
+        network.superposition.trained_divisor = trained_divisor(network, path)
+
+
+def trained_divisor(space: SearchSpace, path: Path) -> int:
+    """Return the `channel_divisor` with which the weights of a file were trained; 1 if its metadata has none.
+
+    Raises:
+        TangleNASError: It is none that search writes for this space.
+    """
+    given = weights.weights_metadata(path).get(CHANNEL_DIVISOR, "1")
+    channels = space.partial_channels if isinstance(space, CellSpace) else []
+    if given.isdecimal() and len(given) < 10 and int(given) and not any(count % int(given) for count in channels):
+        return int(given)
+    raise TangleNASError(
+        f"{path}: its metadata has the {CHANNEL_DIVISOR} {given[:60]!r}, expected a whole number that divides the "
+        f"channels of {space.label}. Run search again, or `dvc repro`"
+    )
 
 
 def inherits() -> bool:

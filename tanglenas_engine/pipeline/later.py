@@ -22,6 +22,7 @@ from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config.configurables import (
     bound_limits,
     create,
+    create_optimizer,
     discretize,
     objectives,
     race,
@@ -37,6 +38,7 @@ from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
+from tanglenas_engine.spaces.cells import CellSpace
 from tanglenas_engine.spaces.cost import METRICS
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.discretize import check_options as check_discretize
@@ -57,7 +59,7 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
         TangleNASError: A later stage would fail. The message has its name and the reason.
     """
     check_later_budget(stage.space, stage.dataset)
-    own, inputs = _created_with(), input_options(stage.dataset)
+    own, inputs, divisor = _created_with(), input_options(stage.dataset), _final_divisor(stage.space)
     retrained: dict[str, Any] = {}
     with _later("discretize", stage.space, stage.dataset) as about_this:
         limits = bound_limits()
@@ -79,10 +81,11 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
                         raise TangleNASError(
                             f"the space is of another size than in the search, and {inherited_advice()}"
                         )
-                retrain(
-                    space, space.smallest(), open_splits(dataset, splits, ("training", "validation")),
-                    until=0, recalibration_batches=0, seed=stage.seed, device=stage.device,
-                )  # fmt: skip
+                with _trained_with(space, divisor):
+                    retrain(
+                        space, space.smallest(), open_splits(dataset, splits, ("training", "validation")),
+                        until=0, recalibration_batches=0, seed=stage.seed, device=stage.device,
+                    )  # fmt: skip
     with _later("evaluate", stage.space, stage.dataset) as about_this:
         if about_this:
             dataset = stage.dataset if _created_with() == own else create()[2]
@@ -155,6 +158,24 @@ def _created_with() -> tuple[object, object]:
     """Return what gin binds of the space and the dataset: retrain may have larger ones than search."""
     space, dataset = (gin.get_bindings(it, resolve_references=False) for it in ("create_space", "create_dataset"))
     return space, dataset
+
+
+def _final_divisor(space: SearchSpace) -> int:
+    """Return the divisor of channels with which the weights of the space learn at the end of the search."""
+    name = macro_value("OPTIMIZER")
+    if not isinstance(space, CellSpace) or not name or gin.get_bindings("search").get("path_epochs"):
+        return 1
+    return int(create_optimizer(name=name).final_divisor)
+
+
+@contextmanager
+def _trained_with(space: SearchSpace, divisor: int) -> Iterator[None]:
+    """Let a space say inside the block that its weights were trained with a share of the channels."""
+    before, space.superposition.trained_divisor = space.superposition.trained_divisor, divisor
+    try:
+        yield
+    finally:
+        space.superposition.trained_divisor = before
 
 
 def _shapes(space: SearchSpace) -> dict[str, torch.Size]:

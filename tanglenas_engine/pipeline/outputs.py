@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 from tanglenas_engine.pipeline.files import (
     ARCHITECTURE,
+    CHANNEL_DIVISOR,
     FRONT,
     METRICS,
     MIXTURE,
@@ -56,6 +57,7 @@ def write_search(stage: Stage, optimizer: Optimizer, splits: Splits, result: Sea
             "optimizer": optimizer.name,
             "pipeline_id": stage.pipeline_id,
             **({"weights_sha256": stage.weights} if stage.weights else {}),
+            **({CHANNEL_DIVISOR: str(divisor)} if (divisor := space.superposition.trained_divisor) > 1 else {}),
             **inputs_metadata(stage.dataset),
         },
     )

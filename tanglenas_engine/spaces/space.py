@@ -206,6 +206,17 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         """The rows whose outputs a mixture may weight: those of the edges in a cell space."""
         return []
 
+    @property
+    def untrained(self) -> str:
+        """Say which weights of an extracted network no search has trained; "" if all are trained, or all are new."""
+        divisor = self.superposition.trained_divisor
+        if divisor == 1:
+            return ""
+        return (
+            f"the search trained the supernet with 1/{divisor} of the channels of each operation, and an extracted "
+            "network has all of them"
+        )
+
     # What the next forwards compute.
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -336,7 +347,10 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     # Standalone networks.
 
     def extract(self, architecture: Architecture) -> nn.Module:
-        """Return the standalone network of an architecture with the supernet's weights, in the supernet's mode."""
+        """Return the standalone network of an architecture with the supernet's weights, in the supernet's mode.
+
+        It has all of its channels, also where a search with partial channels trained a share of them (`untrained`).
+        """
         place = reference(self)
         network = self.standalone(architecture).to(place.device, place.dtype)
         network.load_state_dict(self.inherited(architecture))

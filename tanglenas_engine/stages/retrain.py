@@ -187,6 +187,18 @@ def retrain(
     computation.share("retrain", batch_size)
     if mode == "scratch" and space.scratch_warning:
         warnings.warn(space.scratch_warning, stacklevel=2)
+    if space.untrained and (mode == "inherit" or teacher):
+        given = "retrain.mode is 'inherit'" if mode == "inherit" else f"retrain.teacher is {teacher!r}"
+        raise TangleNASError(
+            f"{given}, but {space.untrained}: its outputs are chance. Use mode 'scratch' without a teacher, or search "
+            "with search.path_epochs, which train all channels"
+        )
+    if space.untrained and mode == "finetune":
+        warnings.warn(
+            f"retrain.mode is 'finetune', but {space.untrained}, so that it starts from chance. search.path_epochs "
+            "train all channels",
+            stacklevel=2,
+        )
     with seeded(seed):
         network = space.standalone(architecture) if mode == "scratch" else space.extract(architecture)
         network = network.to(device)

@@ -400,8 +400,10 @@ class Search(Training):
     def _set_progress(self, position: int, phase: Phase) -> None:
         last = max(1, self.epochs - self.path_epochs - 1)
         self.optimizer.set_progress(min(1.0, position // self.steps_per_epoch / last))
+        state = self.space.superposition
         if phase == "path":
-            self.space.superposition.channel_divisor = 1  # architectures have all of their channels
+            state.channel_divisor = 1  # architectures have all of their channels
+        state.trained_divisor = state.channel_divisor
 
     def stateful(self) -> Mapping[str, Stateful | None]:
         return {

@@ -268,7 +268,9 @@ class Superposition:
         relaxation: A key of `COVERED`.
         mixture: The mixture of the soft path, or None.
         assignment: The architecture of the hard path, or None.
-        channel_divisor: A `PartialSize` of C channels uses `C // channel_divisor` of them.
+        channel_divisor: A `PartialSize` of C channels uses `C // channel_divisor` of them in the next forwards.
+        trained_divisor: The `channel_divisor` with which the weights learned last. Networks that inherit them are
+            judged with it, because the other channels are untrained.
         deferred: True leaves the masks of a mixture to `cover`, for a caller that computes them elsewhere.
         ranks: The rank of each layer, by the row and the values of its depth, where layers were put in order. A depth
             keeps the layers of the lowest ranks.
@@ -280,6 +282,7 @@ class Superposition:
         self.mixture: Mixture | None = None
         self.assignment: Assignment | None = None
         self.channel_divisor = 1
+        self.trained_divisor = 1
         self.deferred = False
         self.ranks: dict[tuple[Row, tuple[Any, ...]], tuple[int, ...]] = {}
         self._axes: dict[tuple[Axis, ...], None] = {}

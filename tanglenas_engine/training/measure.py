@@ -93,11 +93,12 @@ def measure_inherited(
 def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequence[Tensor]) -> Iterator[None]:
     """Compute an architecture with batch norms recalibrated in the block; then the space has its buffers again.
 
-    It has all of its channels, of which a search may use a part, and the precision of its weights, which a search may
-    lower.
+    It has the share of channels that the weights were trained with: the others are as they were initialised. And it has
+    the precision of its weights, which a search may lower.
     """
     buffers = [(buffer, buffer.clone()) for buffer in space.buffers()]
-    divisor, space.superposition.channel_divisor = space.superposition.channel_divisor, 1
+    state = space.superposition
+    divisor, state.channel_divisor = state.channel_divisor, state.trained_divisor
     execute, space.execute = space.execute, None
     space.select(architecture)
     try:
@@ -105,7 +106,7 @@ def inherited(space: SearchSpace, architecture: Architecture, statistics: Sequen
             recalibrate(space, statistics)
         yield
     finally:
-        space.superposition.channel_divisor, space.execute = divisor, execute
+        state.channel_divisor, space.execute = divisor, execute
         for buffer, before in buffers:
             buffer.copy_(before)
 

@@ -233,6 +233,24 @@ def test_a_network_of_the_supernet_gets_statistics_of_its_own_as_inherit_sets_th
         torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
+@pytest.mark.parametrize(
+    ("divisor", "message"),
+    [
+        ("4", "holds the supernet's weights, but the search trained the supernet with 1/4 of the channels"),
+        ("3", "its metadata has the channel_divisor '3', expected a whole number that divides the channels of 'nb201'"),
+        ("0", "its metadata has the channel_divisor '0'"),
+    ],
+)
+def test_weights_of_a_supernet_with_untrained_channels_are_refused(tmp_path, monkeypatch, divisor, message):
+    monkeypatch.chdir(tmp_path)
+    space = create_space("nb201", channels=4, cells=1)
+    Path("architecture.json").write_text(space.largest().to_json())
+    save_weights("supernet.safetensors", space.state_dict(), {"optimizer": "pc_darts", "channel_divisor": divisor})
+    arguments = ["export", "architecture.json", "--weights", "supernet.safetensors", "--format", "torch"]
+    result = CliRunner().invoke(main, [*arguments, "--output", "exported", "-o", "channels=4", "-o", "cells=1"])
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
 def test_a_run_is_exported_alike_from_every_folder(tmp_path, monkeypatch):
     for kind in ("project/images/a", "project/images/b", "elsewhere/images/a"):
         (tmp_path / kind).mkdir(parents=True)

@@ -16,6 +16,8 @@ from tanglenas_engine import Architecture, create_space
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import undominated
 from tanglenas_engine.pipeline import trainings, write_environment
+from tanglenas_engine.pipeline.files import SUPERNET, load_into
+from tanglenas_engine.runtime.weights import save_weights, weights_metadata
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Table
 from tanglenas_engine.training.loop import Interrupted
@@ -375,3 +377,30 @@ def test_params_name_the_method_and_the_point(project):
     check_params()
     text = Path("dvc.yaml").read_text()
     assert text.count('read_architecture.pick = "${retrain.pick}"') == 2
+
+
+def test_a_supernet_of_partial_channels_is_judged_with_these_in_later_stages(project):
+    partial = ("OPTIMIZER = 'pc_darts'", "create_space.channels = 8")
+    run(search, *partial, "search.epochs = 1", "search.warmup_epochs = 0", "search.recalibration_batches = 1")
+    assert weights_metadata(SUPERNET)["channel_divisor"] == "4"
+    run(discretize, *partial, "discretize.method = 'argmax'")
+    searched, derived = (json.loads(Path(f"metrics/{stage}.json").read_text()) for stage in ("search", "discretize"))
+    assert derived["validation_loss"] == pytest.approx(searched["validation_loss"], rel=1e-5)
+    space = create_space("toy_cell", channels=8, image_size=8)
+    load_into(space, SUPERNET)
+    assert space.superposition.trained_divisor == 4
+    save_weights(SUPERNET, space.state_dict())  # as it was written before
+    load_into(space, SUPERNET)
+    assert space.superposition.trained_divisor == 1
+
+
+def test_inheriting_untrained_channels_is_refused_before_the_search(project, capsys):
+    set_params(project, space="toy_cell", dataset="digits", optimizer="pc_darts", retrain={"mode": "inherit"})
+    partial = ("OPTIMIZER = 'pc_darts'", "create_space.channels = 8")
+    with open("gin/stages/retrain.gin", "a") as file:
+        file.write("\ncreate_space.channels = 8\n")
+    with pytest.raises(SystemExit):
+        run(search, *partial, "search.epochs = 2", "search.warmup_epochs = 0")
+    assert "after the search, retrain would fail: retrain.mode is 'inherit', but the search" in capsys.readouterr().err
+    run(search, *partial, "search.epochs = 2", "search.warmup_epochs = 0", "search.path_epochs = 1")
+    assert "channel_divisor" not in weights_metadata(SUPERNET)

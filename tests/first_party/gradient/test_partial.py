@@ -1,5 +1,7 @@
 """Partial channels, edge normalization and progressive shrinking: pc_darts and pc_drnas."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,12 @@ from tiny import tiny
 from tanglenas_engine import create_optimizer
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import Step
+from tanglenas_engine.runtime.checkpoint import CheckpointFolder
+from tanglenas_engine.stages.retrain import retrain
 from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.training.losses import cross_entropy
-from tanglenas_engine.training.measure import measure_inherited, statistics_inputs
+from tanglenas_engine.training.measure import measure, measure_inherited, recalibrate, statistics_inputs
 from tanglenas_engine.training.optim import parameter_groups
 from tanglenas_gradient.partial import PartialDARTS, PartialDrNAS
 
@@ -49,14 +53,54 @@ def test_operations_see_a_share_of_the_channels_and_the_rest_passes_by(name):
     assert not torch.allclose(apart[:, :half], passed)
 
 
-def test_an_architecture_is_validated_with_all_of_its_channels():
-    space = tiny("darts")
+def small_search(space, folder=None, **options):
     data = random_data(space, ("weights", "architecture", "validation"))
-    result = search(space, PartialDARTS(channels=(2,)), data, epochs=1, batch_size=8, seed=1)
+    with CheckpointFolder(folder, "small") if folder else nullcontext() as checkpoints:
+        options = {"epochs": 1, "batch_size": 8, "seed": 1, "checkpoints": checkpoints, **options}
+        return data, search(space, PartialDARTS(channels=(2,)), data, **options)
+
+
+@pytest.mark.parametrize("path_epochs, divisor", [(0, 2), (1, 1)])
+def test_an_architecture_is_judged_with_the_channels_that_its_weights_were_trained_with(path_epochs, divisor):
+    space = tiny("darts")
+    data, result = small_search(space, epochs=2, path_epochs=path_epochs)
     statistics = statistics_inputs(space, data.plain("weights"), 8, 1, torch.device("cpu"))
-    measured = measure_inherited(space, result.architecture, data.validation, statistics)
-    assert result.history[-1]["validation_loss"] == pytest.approx(measured.loss, rel=1e-5)
-    assert result.split_losses["validation"] == pytest.approx(measured.loss, rel=1e-5)
+    losses = {}
+    for channels in (1, 2):
+        space.superposition.channel_divisor = channels
+        recalibrate(space.select(result.architecture), statistics)
+        losses[channels] = measure(space, data.validation).loss
+    space.superposition.channel_divisor = 1
+    assert losses[1] != pytest.approx(losses[2], rel=1e-3)
+    assert result.history[-1]["validation_loss"] == pytest.approx(losses[divisor], rel=1e-5)
+    assert result.split_losses["validation"] == pytest.approx(losses[divisor], rel=1e-5)
+    after = measure_inherited(space, result.architecture, data.validation, statistics)
+    assert after.loss == pytest.approx(losses[divisor], rel=1e-5)
+    assert space.superposition.channel_divisor == 1
+
+
+def test_a_search_that_resumes_after_its_last_step_judges_with_the_same_channels(tmp_path):
+    torch.manual_seed(0)
+    first = tiny("darts")
+    _, found = small_search(first, tmp_path / "checkpoints")
+    again = tiny("darts")
+    _, resumed = small_search(again, tmp_path / "checkpoints")
+    assert resumed.split_losses == found.split_losses
+    assert first.superposition.trained_divisor == again.superposition.trained_divisor == 2
+
+
+def test_what_takes_inherited_weights_refuses_channels_that_were_not_trained():
+    space = tiny("darts")
+    _, result = small_search(space)
+    data, told = random_data(space, ("training", "validation")), "with 1/2 of the channels of each operation"
+    options = {"epochs": 1, "batch_size": 4}
+    with pytest.raises(TangleNASError, match=f"retrain.mode is 'inherit', but the search .* {told}.*path_epochs"):
+        retrain(space, result.architecture, data, mode="inherit", **options)
+    with pytest.raises(TangleNASError, match=f"retrain.teacher is 'largest', but the search .* {told}"):
+        retrain(space, result.architecture, data, teacher="largest", **options)
+    with pytest.warns(UserWarning, match=f"retrain.mode is 'finetune', but the search .* {told}"):
+        retrain(space, result.architecture, data, mode="finetune", **options)
+    retrain(space, result.architecture, data, **options)
 
 
 @pytest.mark.parametrize("name", CELLS)
