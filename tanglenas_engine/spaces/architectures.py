@@ -6,13 +6,16 @@ import itertools
 import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tanglenas_engine.errors import TangleNASError, closest, unknown
 from tanglenas_engine.spaces.architecture import Architecture
-from tanglenas_engine.spaces.cost import Cost
+from tanglenas_engine.spaces.cost import Additive, Cost
+from tanglenas_engine.spaces.decisions import Decision, expected
 from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Row, combinations
@@ -100,6 +103,22 @@ class Architectures:
         return True
 
     # Methods that follow from the decisions.
+
+    @cached_property
+    def _decided(self) -> dict[Row, Decision]:
+        """The decision of each row, or nothing if all rows are independent."""
+        found = [Decision(alternatives, self.has_score) for alternatives in self.decisions()]
+        if all(decision.is_independent for decision in found):
+            return {}
+        return {row: decision for decision in found for row in decision.picks}
+
+    def expectation_of(self, terms: Additive, mixture: Mixture) -> Tensor:
+        """Return the expectation of a sum of tables over the architectures that `sample` draws by a mixture's scores.
+
+        Returns:
+            A float64 scalar, differentiable in the mixture.
+        """
+        return expected(terms, self._decided, mixture) if self._decided else terms.expected(mixture)
 
     def all_architectures(self) -> Iterator[Architecture]:
         """Yield each architecture of the space once. `size` says how many there are."""

@@ -1,9 +1,10 @@
 """Costs: parameters and multiply-accumulates, exact for an architecture and in expectation.
 
 A network's cost is a sum of products of Sizes, `constant * out * in * ...`, times one factor per depth that
-decides whether the layer is there. All terms over the same rows of choices add up to one table, and rows are
-independent under a mixture, so the expectation is a product of these tables with the rows' probabilities:
-exact, differentiable, and a handful of operations for a whole space.
+decides whether the layer is there. All terms over the same rows of choices add up to one table. Where rows are
+independent under a mixture, the expectation is a product of these tables with the rows' probabilities:
+exact, differentiable, and a handful of operations for a whole space. `decisions.py` has the expectation for rows that
+are decided together.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class Additive:
         return sum(Size(rows, values).number(assignment) for rows, values in self.tables.items())
 
     def expected(self, mixture: Mixture) -> Tensor:
-        """Return the expectation over independent rows, a differentiable float64 scalar."""
+        """Return the expectation over independent rows, a differentiable float64 scalar.
+
+        `SearchSpace.expectation_of` gives that over the architectures of a space, whose rows may be decided together.
+        """
         # Counts exceed what float32 holds exactly.
         mixture = Mixture({}, {count: stack.double() for count, stack in mixture.stacks.items()})
         total = next(iter(mixture.stacks.values())).new_zeros(())
@@ -127,9 +131,6 @@ class CostModel:
 
     def cost(self, assignment: Assignment) -> Cost:
         return Cost(**{metric: terms.cost(assignment) for metric, terms in self.metrics.items()})
-
-    def expected(self, mixture: Mixture) -> Cost:
-        return Cost(**{metric: terms.expected(mixture) for metric, terms in self.metrics.items()})
 
 
 def _batched(

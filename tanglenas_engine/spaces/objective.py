@@ -48,7 +48,7 @@ class Objective:
 
     def expectation(self, mixture: Mixture) -> Tensor:
         """Return the expectation of `measure` under a mixture, a differentiable scalar."""
-        return self._tables().expected(mixture)
+        return self.space.expectation_of(self._tables(), mixture)
 
     # The engine calls these.
 

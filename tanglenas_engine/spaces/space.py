@@ -403,14 +403,14 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         return self.cost_model.cost(assignment)
 
     def expected_cost(self, mixture: Mapping[str, Tensor]) -> Cost:
-        """Return the expectation of `cost` over independent rows: float64 scalars, differentiable.
+        """Return the expectation of `cost` over the architectures of a mixture: float64 scalars, differentiable.
 
-        It counts the parts of the supernet. If some assignments are not architectures, it exceeds the mean cost of
-        architectures. An example is `darts`, where a node of an architecture has two edges. A cell of its supernet has
-        14 edges, and each counts with the probability that its operation is not `none`. So a cell of the uniform
-        mixture has 12.25 edges, not 8.
+        Architectures are drawn as `sample` draws them by the mixture's scores. Most spaces decide each row by itself,
+        by its weights. In `darts`, the edges into a node are decided together: a cell of its supernet has 14 edges, and
+        8 of an architecture's cell count.
         """
-        return self.cost_model.expected(self.mixture(mixture))
+        mixed = self.mixture(mixture)
+        return Cost(**{metric: self.expectation_of(terms, mixed) for metric, terms in self.cost_model.metrics.items()})
 
     def terms(self, metric: str) -> Additive:
         """Return the tables over rows of choices for a metric of `cost.METRICS`."""
@@ -419,7 +419,7 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     def _standalone(self, assignment: Assignment) -> nn.Module:
         """Return a module with this class' methods over plain layers. It has no choices and needs no search space."""
         network = copied(self, assignment)
-        for attribute in ("superposition", "choices", "_costs", "stacks", "execute", "created_with"):
+        for attribute in ("superposition", "choices", "_costs", "stacks", "_decided", "execute", "created_with"):
             network.__dict__.pop(attribute, None)
         network.__class__ = _network_class(type(self))
         # Copying makes several modules of one with several names, and unties weights.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from tanglenas_engine.spaces.architecture import Architecture
+from tanglenas_engine.spaces.architectures import weights_of
 from tanglenas_engine.spaces.objective import Objective
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.superposition.size import Row, combinations
+from tanglenas_engine.superposition.size import Row
 
 ENUMERATED = 64
 """The largest number of architectures over which an expectation is enumerated."""
@@ -61,15 +64,18 @@ def check_expectation(make_objective: MakeObjective, make_space: MakeSpace) -> N
         assert _close(exact, expected), f"{architecture} costs {exact}, but at its corner {expected} are expected"
     generator = torch.Generator().manual_seed(0)
     for architecture in _architectures(space, 1):
-        rows, weights = _soft(space, architecture, generator)
-        expected = float(objective.expected(space.mixture(_stacked(space, weights))))
+        free, weights = _soft(space, architecture, generator)
+        mixture = space.mixture(_stacked(space, weights))
+        expected, scores = float(objective.expected(mixture)), space.scores(mixture)
         corner, mean = space.assignment_of(architecture), 0.0
-        for picks in combinations(rows):
-            probability = math.prod(float(weights[row][option]) for row, option in picks.items())
-            mean += probability * objective.cost(space.architecture_of({**corner, **picks}))
+        shares = [weights_of(alternatives, scores) for alternatives in free]
+        for picks in itertools.product(*(range(len(alternatives)) for alternatives in free)):
+            chosen = dict(ChainMap(*(alternatives[i] for alternatives, i in zip(free, picks, strict=True))))
+            probability = math.prod(share[i] / sum(share) for share, i in zip(shares, picks, strict=True))
+            mean += probability * objective.cost(space.architecture_of({**corner, **chosen}))
         assert _close(mean, expected), (
-            f"under a mixture over {', '.join(map(repr, rows))} the architectures cost {mean} in the mean, but "
-            f"{expected} are expected"
+            f"under a mixture over {', '.join(repr(row) for one in free for row in one[0])} the architectures cost "
+            f"{mean} in the mean, but {expected} are expected"
         )
 
 
@@ -104,23 +110,23 @@ def _architectures(space: SearchSpace, samples: int) -> list[Architecture]:
 
 def _soft(
     space: SearchSpace, architecture: Architecture, generator: torch.Generator
-) -> tuple[list[Row], dict[Row, Tensor]]:
-    """Draw rows that can be enumerated together, and weights for all rows.
+) -> tuple[list[list[dict[Row, int]]], dict[Row, Tensor]]:
+    """Draw decisions whose alternatives can be enumerated together, and weights for all rows.
 
-    The weights of the drawn rows are random, those of the others a corner. Rows that are decided together stay at the
-    corner, because not every combination of their options is an architecture.
+    The weights of the rows that are decided there are random, those of the others a corner.
     """
-    free = [row for alternatives in space.decisions() if len(alternatives[0]) == 1 for row in alternatives[0]]
-    rows: list[Row] = []
-    for i in torch.randperm(len(free), generator=generator).tolist():
-        if math.prod(len(row.options) for row in [*rows, free[i]]) <= ENUMERATED:
-            rows.append(free[i])
+    decisions, free = list(space.decisions()), list[list[dict[Row, int]]]()
+    for i in torch.randperm(len(decisions), generator=generator).tolist():
+        if math.prod(map(len, [*free, decisions[i]])) <= ENUMERATED:
+            free.append(decisions[i])
     corner = space.assignment_of(architecture)
     weights = {
         row: torch.nn.functional.one_hot(torch.tensor(corner[row]), len(row.options)).double() for row in space.rows
     }
-    weights |= {row: torch.randn(len(row.options), generator=generator).double().softmax(0) for row in rows}
-    return rows, weights
+    weights |= {
+        row: torch.randn(len(row.options), generator=generator).double().softmax(0) for one in free for row in one[0]
+    }
+    return free, weights
 
 
 def _stacked(space: SearchSpace, weights: Mapping[Row, Tensor]) -> dict[int, Tensor]:

@@ -10,7 +10,8 @@ from architectures import counted, every_assignment, some_architectures
 from spaces import LAYERS, REGISTERED, SPACES, inputs, make, random_mixture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tanglenas_engine import create_space
+from tanglenas_engine import Additive, Objective, create_space
+from tanglenas_engine.spaces.architectures import weights_of
 from tanglenas_engine.spaces.cost import METRICS
 
 
@@ -75,25 +76,65 @@ def test_the_gradient_of_the_expected_cost(name):
     assert torch.autograd.gradcheck(relative, alphas)
 
 
+def chances(space, mixture):
+    """The alternatives of each decision with their probabilities, which are in proportion to exponentials of scores."""
+    scores = space.scores(mixture)
+    for alternatives in space.decisions():
+        weights = weights_of(alternatives, scores)
+        yield [(picks, weight / sum(weights)) for picks, weight in zip(alternatives, weights, strict=True)]
+
+
+def with_edges(space):
+    """A random mixture with weights of edges, which decide in darts which edges are kept."""
+    mixture = space.mixture({name: weights.detach() for name, weights in random_mixture(space)[1].items()})
+    mixture.edges = {row: torch.rand((), dtype=torch.float64) for row in space.edge_rows}
+    return mixture
+
+
 @pytest.mark.parametrize("name", ["nb201", "darts"])
-def test_the_expected_cost_of_a_cell_counts_each_edge_by_itself(name):
-    """Of darts that is all 14 edges of a cell, of which an architecture has 8."""
+def test_the_expected_cost_of_a_cell_is_the_mean_of_the_edges_that_architectures_have(name):
     space = make(name)
-    weights = {n: w.detach() for n, w in random_mixture(space)[1].items()}
-    expected = space.expected_cost(weights)
-    probabilities = {
-        row: weights[choice][i].tolist() for choice in space.choices for i, row in enumerate(space.choices[choice].rows)
-    }
+    mixture = with_edges(space)
+    expected = space.expected_cost(mixture)
     for metric in METRICS:
         terms = space.terms(metric)
         nothing = {row: row.options.index("none") for row in space.rows}
-        constant, by_hand = terms.cost(nothing), 0.0
+        constant = terms.cost(nothing)
         by_hand = constant + sum(
-            probability * (terms.cost({**nothing, row: option}) - constant)
-            for row, listed in probabilities.items()
-            for option, probability in enumerate(listed)
+            probability * (terms.cost({**nothing, **picks}) - constant)
+            for alternatives in chances(space, mixture)
+            for picks, probability in alternatives
         )
-        assert getattr(expected, metric).item() == pytest.approx(by_hand, rel=1e-12)
+        assert getattr(expected, metric).item() == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_a_table_over_rows_of_several_decisions_has_the_mean_over_architectures(order):
+    space = make("darts")
+    (one, _, _, other, *_), mixture = space.nodes(), with_edges(space)
+    rows = tuple((one[0], one[1], other[3])[i] for i in order)
+    terms = Additive({rows: torch.rand(8**3, generator=torch.Generator().manual_seed(0)).tolist()})
+    first, _, _, last, *_ = chances(space, mixture)
+    by_hand = sum(p * q * terms.cost({**picks, **others}) for (picks, p), (others, q) in itertools.product(first, last))
+    objective = Objective()
+    objective.terms = lambda space: terms
+    found = objective.bind(space).expected(mixture)
+    assert found.item() == space.expectation_of(terms, mixture).item() == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_the_gradient_of_an_expected_cost_reaches_the_weights_of_edges():
+    space = make("darts")
+    mixture = with_edges(space)
+    weights = [*mixture.stacks.values(), *mixture.edges.values()]
+    for tensor in weights:
+        tensor.requires_grad_()
+    scale = space.cost(space.largest()).macs
+
+    def share(*given):
+        return space.expected_cost(mixture.replaced(given)).macs / scale
+
+    assert torch.autograd.gradcheck(share, weights)
+    assert all(bool(gradient.any()) for gradient in torch.autograd.grad(share(*weights), weights))
 
 
 def test_expected_costs_of_float32_mixtures_are_exact_for_their_weights():

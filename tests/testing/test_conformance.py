@@ -580,6 +580,23 @@ def test_an_objective_that_breaks_the_contract_is_told_how(check, objective, mes
         check(objective, Square)
 
 
+class ByRows(Objective):
+    """Expects each row by itself, in a space that decides rows together."""
+
+    name, unit = "by_rows", "parameters"
+
+    def terms(self, space):
+        return space.terms("params")
+
+    def expectation(self, mixture):
+        return self.additive.expected(mixture)
+
+
+def test_an_expectation_that_is_not_over_architectures_is_told():
+    with pytest.raises(AssertionError, match=r"under a mixture over .*\[0\].* the architectures cost"):
+        check_expectation(ByRows, lambda: tiny("darts"))
+
+
 PLUGIN = """
 from tanglenas_engine import hookimpl
 
