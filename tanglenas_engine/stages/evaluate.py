@@ -160,8 +160,9 @@ def rank_correlation(
         data: A view of `weights` (for the statistics of batch norms) and `architecture` (for accuracies).
         table: A function from an architecture to the benchmark's `table_value` and `table_rank`, which is 1 for the
             best, or to nothing where the benchmark lacks it. Such an architecture is left out.
-        listed: The architectures of a table that lacks most of the space. They are compared, and no others.
-        architectures: The number of random architectures to compare, or "all". None skips the comparison.
+        listed: The architectures of a table that lacks most of the space. No others are compared.
+        architectures: The number of random architectures to compare, or "all". None skips the comparison, or compares
+            all that are listed.
         before: The state of the supernet before the search, whose ranking is a baseline. An untrained supernet may rank
             as well as a trained one, where a simple property of networks decides. None leaves the baseline out.
         recalibration_batches: The number of batches that set the statistics of batch norms for each architecture. 0
@@ -176,7 +177,7 @@ def rank_correlation(
         TangleNASError: There is no table, it lists fewer than 2 of the architectures, "all" are more than can be
             listed, or `before` is of another network.
     """
-    if listed is not None:
+    if listed is not None and architectures in (None, "all"):
         architectures = len(listed)
     if architectures is None:
         return None
@@ -212,7 +213,10 @@ def rank_correlation(
         progress=progress,
     )
     with judging(label="rank correlation", checkpoints=checkpoints) as candidates:
-        drawn = listed or (_all_architectures(space) if every else candidates.fresh(candidates.limit))
+        if listed is not None:
+            drawn = _some(listed, candidates.limit, seed)
+        else:
+            drawn = _all_architectures(space) if every else candidates.fresh(candidates.limit)
         looked_up = [(architecture, row) for architecture in drawn if (row := table(architecture))]
         compared, known = [architecture for architecture, _ in looked_up], [row for _, row in looked_up]
         if len(compared) < 2:
@@ -266,6 +270,12 @@ def _state(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         network.load_state_dict(own)
+
+
+def _some(listed: Sequence[Architecture], count: int, seed: int) -> list[Architecture]:
+    """Return so many of the architectures, or all if they are fewer, in their order; the seed decides which."""
+    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [listed[i] for i in sorted(order[:count])]
 
 
 def _all_architectures(space: SearchSpace) -> list[Architecture]:

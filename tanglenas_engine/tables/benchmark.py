@@ -19,9 +19,9 @@ MEASURED = {"test_acc": "test_accuracy", "test_loss": "test_loss"}
 class Benchmark:
     """A metric of a table that is tied to a space.
 
-    A table of the whole space looks an architecture up; it may lack some. A pool is a table of a few random
-    architectures, less than half of the space, so it rarely has the one that was found. It says instead which share of
-    its networks is worse than the one found.
+    A table looks up the architectures that it lists. A pool is a table of a few random architectures, less than half of
+    the space, so it rarely has the one that was found. It also says which share of its networks is worse than the one
+    found.
 
     Args:
         table: The table, tied to its space.
@@ -43,9 +43,21 @@ class Benchmark:
         if 2 * len(table) < space.size:
             self.listed = [space.from_string(key) for key in table.keys]
 
+    @property
+    def gaps(self) -> str:
+        """A sentence about a table that lacks architectures of the space; "" for a table of all."""
+        assert self.table.tied is not None
+        count, size = len(self.table), self.table.tied.size
+        if count == size:
+            return ""
+        told = f"the table lists {count:,} of {size:,} architectures: the values of all others are not known"
+        if self.listed is None:
+            return told
+        return f"{told}. Evaluate says which share of these {count:,} is worse than the network found (a pool)"
+
     def __call__(self, architecture: Architecture) -> dict[str, float]:
-        """Return the value, rank and regret of an architecture; nothing if the table is a pool."""
-        return {} if self.listed is not None else self.row(architecture)
+        """Return what `row` returns: a benchmark is a table of a search."""
+        return self.row(architecture)
 
     def row(self, architecture: Architecture) -> dict[str, float]:
         """Return the value, rank and regret of an architecture; nothing if the table lacks it."""
@@ -56,11 +68,11 @@ class Benchmark:
     def judged(
         self, architecture: Architecture, measured: Mapping[str, float], trainings: Sequence[Sequence[float]] = ()
     ) -> dict[str, float]:
-        """Return what the table says of a network: the values of its architecture, or its place in a pool.
+        """Return what the table says of a network: the values of its architecture, and its place in a pool.
 
         The arguments `measured` and `trainings` are those of `placed`.
         """
-        return {**self(architecture), **self.placed(measured, trainings)}
+        return {**self.row(architecture), **self.placed(measured, trainings)}
 
     def placed(self, measured: Mapping[str, float], trainings: Sequence[Sequence[float]] = ()) -> dict[str, float]:
         """Return the percentile of a network in the pool, with the ends of its 95 % interval; nothing without a pool.

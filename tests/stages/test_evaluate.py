@@ -171,6 +171,19 @@ def test_a_sample_is_of_distinct_architectures_and_follows_from_the_seed(judged)
     assert all(0.1 < sample.kendall_tau < sample.spearman < 0.95 for sample in samples)
 
 
+@pytest.mark.parametrize("architectures, compared", [(None, 12), ("all", 12), (5, 5), (1000, 12)])
+def test_of_listed_architectures_a_number_is_compared_that_the_seed_decides(judged, architectures, compared):
+    space, data, worth = judged
+    listed = list(space.all_architectures())[:12]
+    first, again, other = (
+        rank_correlation(space, data, ranked(worth), listed=listed, architectures=architectures, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    digests, others = ([row["digest"] for row in found.rows] for found in (first, other))
+    assert len({*digests}) == compared and {*digests} <= {one.digest for one in listed}
+    assert first == again and (digests != others) == (compared < 12)
+
+
 def test_a_table_that_ranks_nothing_has_no_correlation(judged):
     space, data, _ = judged
     found = rank_correlation(space, data, lambda _: {"table_value": 5, "table_rank": 1}, architectures=5)

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny
 
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.pipeline.config.configurables import benchmark
 from tanglenas_engine.superposition.size import combinations
 from tanglenas_engine.tables import Benchmark, Table
 
@@ -51,10 +52,26 @@ def test_a_percentile_is_among_single_trainings(space):
     assert placed["pool_size"] == 20
 
 
-def test_a_pool_looks_nothing_up_during_a_search(space):
+def test_a_pool_looks_up_what_it_lists(space):
     benchmark = Benchmark(pool(space), "test_loss")
-    assert benchmark(benchmark.listed[0]) == {}
-    assert benchmark.row(benchmark.listed[0])["table_rank"] == 1
+    found = benchmark(benchmark.listed[2])
+    assert (found["table_value"], found["table_rank"]) == (2.0, 3)
+    judged = benchmark.judged(benchmark.listed[2], {"test_loss": 2.5})
+    assert judged == {**found, **benchmark.placed({"test_loss": 2.5})} and judged["pool_size"] == 20
+    other = next(one for one in space.all_architectures() if one not in benchmark.listed)
+    assert benchmark(other) == {}
+
+
+@pytest.mark.parametrize(("left_out", "pools"), [(0, False), (1, False), (400, True)])
+def test_a_table_says_how_many_architectures_it_lists(tmp_path, capsys, left_out, pools):
+    space = tiny("toy_cell")
+    keys = [space.to_string(one) for one in space.all_architectures()][left_out * 10 :]
+    Table(keys, {"test_loss": [1.0] * len(keys)}, space.name).write(tmp_path / "table.csv")
+    found = benchmark(space, str(tmp_path / "table.csv"), "test_loss")
+    told = capsys.readouterr().err
+    expected = f"table.csv: the table lists {len(keys):,} of 4,096 architectures: the values of all others are"
+    assert expected in told if left_out else told == ""
+    assert ("(a pool)" in told) == (found.listed is not None) == pools
 
 
 def test_a_table_of_the_whole_space_has_values_and_no_percentile(space):

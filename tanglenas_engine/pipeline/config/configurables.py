@@ -108,9 +108,9 @@ def benchmark(
     """Return a function that looks up an architecture's value, rank and regret in a benchmark table, or None.
 
     Bind `benchmark.path` to a table's file (see `tanglenas tables`): the history of the search and the metrics of
-    evaluate then have the three numbers. Of a pool (see `tanglenas pool`), evaluate has the percentile of the network
-    found, and the rank correlation of the supernet. No result depends on them. Where the metric's name does not say
-    which direction is better, bind `benchmark.higher_is_better`.
+    evaluate then have the three numbers, where the table lists the architecture. Of a pool (see `tanglenas pool`),
+    evaluate also has the percentile of the network found, and the rank correlation of the supernet. No result depends
+    on them. Where the metric's name does not say which direction is better, bind `benchmark.higher_is_better`.
     """
     if path is None:
         return None
@@ -118,9 +118,10 @@ def benchmark(
 
     told = {} if higher_is_better is None else {metric: higher_is_better}
     table = load_table(data_path(path), space, told)
-    if table.origin and distributed.rank() == 0:
-        print(f"{path}: {table.origin}", file=sys.stderr)
-    return Benchmark(table, metric)
+    found = Benchmark(table, metric)
+    for sentence in filter(None, (table.origin, found.gaps) if distributed.rank() == 0 else ()):
+        print(f"{path}: {sentence}", file=sys.stderr)
+    return found
 
 
 def _as_numbers(digest: str) -> set[str]:
