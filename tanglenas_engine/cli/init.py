@@ -80,7 +80,7 @@ def command(folder: Path, upgrade: bool, **named: str | None) -> None:
 
 
 def _upgrade(folder: Path) -> None:
-    """Replace the scripts and dvc.yaml of a project, keep what was there, and add the gin files that it lacks."""
+    """Replace the scripts and dvc.yaml of a project, keep what was there, and add files, keys and rules it lacks."""
     from ..pipeline.config.params import is_study, read_params
 
     scripts = folder / "pipelines"
@@ -93,20 +93,25 @@ def _upgrade(folder: Path) -> None:
             f"another --out: {shown(params.get('command'), LINE_CHARACTERS)}"
         )
     source = pipeline()
+    # Lines that cannot be added are refused before anything is replaced.
+    text, keys = _with_keys(_text(folder / "params.yaml"), _text(source / "params.yaml"))
     today = {Path("dvc.yaml"), *(path.relative_to(source) for path in (source / "pipelines").glob("*.py"))}
-    replaced = [path for path in sorted(today) if _differs(source / path, folder / path)]
+    differing = [path for path in sorted(today) if not _same(source / path, folder / path)]
+    replaced = [path for path in differing if (folder / path).exists()]
     outdated = [path.relative_to(folder) for name in EARLIER if (path := scripts / name).exists()]
     kept = folder / ".tanglenas" / "replaced" / f"{datetime.now():%Y%m%d-%H%M%S}"
     for path in (*replaced, *outdated):
-        if (folder / path).exists():
-            (kept / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(folder / path, kept / path)
-    added = [path.relative_to(source) for path in sorted((source / "gin").rglob("*.gin"))]
-    added = [path for path in added if not (folder / path).exists()]
+        (kept / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / path, kept / path)
+    if keys:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "params.yaml", kept)
+        (folder / "params.yaml").write_bytes(text.encode("utf-8"))
+    recipes = [path.relative_to(source) for path in sorted((source / "gin").rglob("*.gin"))]
+    added = [path for path in (*differing, *recipes) if not (folder / path).exists() and path not in replaced]
     for path in (*replaced, *added):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, folder / path)
-    keys = _add_keys(folder / "params.yaml", source / "params.yaml")
     ignored = {
         ".gitignore": _add_rules(folder / ".gitignore", TEMPLATE / "project" / "gitignore"),
         ".dvcignore": _add_rules(folder / ".dvcignore", source / ".dvcignore"),
@@ -131,23 +136,52 @@ def _is_study(folder: Path) -> bool:
     return False
 
 
-def _add_keys(theirs: Path, ours: Path) -> list[str]:
-    """Add to the groups of a project's params.yaml the keys that they lack, with our values. dvc.yaml needs them."""
-    from ruamel.yaml import YAML
+def _with_keys(theirs: str, ours: str) -> tuple[str, list[str]]:
+    """Return a params.yaml whose groups have all keys of ours, and the names of those that it lacked.
 
-    yaml, added = YAML(), []
-    yaml.preserve_quotes, yaml.width = True, 1000
-    params = yaml.load(theirs.read_text("utf-8"))
-    for name, values in yaml.load(ours.read_text("utf-8")).items():
+    Today's dvc.yaml needs them. Our lines, with their comments, follow the last line of a group. All other lines stay
+    as a person wrote them.
+
+    Raises:
+        TangleNASError: A group has another form than a key and a value in every line.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap
+    from ruamel.yaml.error import YAMLError
+
+    yaml, plain = YAML(), YAML(typ="safe")
+    params, expected = yaml.load(theirs), plain.load(theirs)
+    lines, source = theirs.split("\n"), ours.split("\n")
+    after: dict[int, list[str]] = {}
+    added = []
+    for name, values in yaml.load(ours).items():
         group: Any = params.get(name) if isinstance(params, dict) else None
-        for key in values if isinstance(values, dict) and isinstance(group, dict) else ():
-            if key not in group:
-                group[key] = values[key]
-                added.append(f"{name}.{key}")
-    if added:
-        with theirs.open("w", encoding="utf-8") as file:
-            yaml.dump(params, file)
-    return added
+        if not (isinstance(values, CommentedMap) and isinstance(group, CommentedMap)):
+            continue
+        lacking = [key for key in values if key not in group]
+        indent = min((group.lc.key(key)[1] for key in group), default=0) * " "
+        last = first = params.lc.key(name)[0]
+        for number in range(first + 1, len(lines)):
+            if lines[number].strip() and not lines[number].startswith(" "):
+                break
+            last = number if lines[number].strip() else last
+        end = "\r" if lines[last].endswith("\r") else ""
+        after[last] = [f"{indent}{source[values.lc.key(key)[0]].strip()}{end}" for key in lacking]
+        added += [f"{name}.{key}" for key in lacking]
+        expected[name] |= {key: values[key] for key in lacking}
+    if not added:
+        return theirs, []
+    text = "\n".join(line for number, own in enumerate(lines) for line in (own, *after.get(number, ())))
+    try:
+        fits = plain.load(text) == expected
+    except YAMLError:
+        fits = False
+    if not fits:
+        raise TangleNASError(
+            f"params.yaml lacks {', '.join(added)}, which today's dvc.yaml needs, and the lines cannot be added where "
+            "a group is not written with a key and a value in every line. Write it so, and run this again"
+        )
+    return text, added
 
 
 def _add_rules(theirs: Path, ours: Path) -> list[str]:
@@ -161,8 +195,13 @@ def _add_rules(theirs: Path, ours: Path) -> list[str]:
     return lacking
 
 
-def _differs(ours: Path, theirs: Path) -> bool:
-    return not theirs.is_file() or theirs.read_bytes() != ours.read_bytes()
+def _same(ours: Path, theirs: Path) -> bool:
+    return theirs.is_file() and theirs.read_bytes() == ours.read_bytes()
+
+
+def _text(path: Path) -> str:
+    """Return a text with the ends of lines that it has."""
+    return path.read_bytes().decode("utf-8")
 
 
 def check_fit(manager: PluginManager, space: Registration, dataset: Registration) -> None:

@@ -163,6 +163,9 @@ def test_an_upgrade_replaces_scripts_and_dvc_yaml_and_keeps_what_was_there(earli
     assert contents(earlier) == after
 
 
+WHAT = ("replaced", "added")
+
+
 def test_an_upgrade_adds_the_keys_that_dvc_yaml_refers_to(earlier, init):
     params = earlier / "params.yaml"
     params.write_text("# mine\nspace: toy_cell\ndiscretize:\n  max_params: 70  # a budget\n  max_flops: 5\n")
@@ -180,6 +183,38 @@ def test_an_upgrade_adds_the_keys_that_dvc_yaml_refers_to(earlier, init):
     (earlier / "dvc.yaml").write_text("stages: {}\n")
     before = contents(earlier)
     assert "params.yaml cannot be read" in init("--upgrade").stderr
+    assert contents(earlier) == before
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_upgrade_leaves_the_lines_of_params_yaml_as_they_are(earlier, init, end):
+    params, today = earlier / "params.yaml", (ROOT / "params.yaml").read_text()
+    ours = next(line for line in today.splitlines() if line.startswith("  path_epochs: "))
+    lacking = [line for line in today.splitlines() if line != ours]
+    before = end.join([*lacking, "mine: null", "", "# the end", "other: {a: 1}"]).encode()
+    params.write_bytes(before)
+    (earlier / "dvc.yaml").unlink()
+    (earlier / "dvc.yaml").write_text("stages: {}\n")
+    (earlier / "pipelines" / "evaluate.py").unlink()
+    said = init("--upgrade").output
+    after = params.read_bytes().split(end.encode())
+    assert after.count(ours.encode()) == 1
+    assert [line for line in after if line != ours.encode()] == before.split(end.encode())
+    last = max(i for i, line in enumerate(lacking) if line.startswith("  ") and i < lacking.index("discretize:"))
+    assert after[last + 1] == ours.encode() and after[last + 2] == b""
+    (kept,) = (earlier / ".tanglenas" / "replaced").iterdir()
+    assert (kept / "params.yaml").read_bytes() == before
+    replaced, added = (next(line for line in said.splitlines() if line.startswith(f"{verb}: ")) for verb in WHAT)
+    assert "dvc.yaml" in replaced and "pipelines/evaluate.py" not in replaced and "pipelines/evaluate.py" in added
+
+
+@pytest.mark.parametrize("group", ["{}", "{method: auto}", "{method: auto,\n  candidates: 3}"])
+def test_keys_that_cannot_be_added_are_told_and_nothing_is_replaced(earlier, init, group):
+    (earlier / "params.yaml").write_text(f"discretize: {group}\n")
+    (earlier / "dvc.yaml").write_text("stages: {}\n")
+    before = contents(earlier)
+    assert "params.yaml lacks discretize." in (said := " ".join(init("--upgrade").stderr.split()))
+    assert "Write it so, and run this again" in said
     assert contents(earlier) == before
 
 
