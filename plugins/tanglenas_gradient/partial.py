@@ -70,16 +70,17 @@ class Progressive(Optimizer):
         count = sum(map(len, self._nodes))
         noise = torch.randn(count, generator=torch.Generator().manual_seed(self.derive_seed(-1, "edges")))
         self.edges = nn.Parameter((1e-3 * noise).to(next(space.parameters())))
-        for widths in space.partial_channels if is_cells else ():
+        partial = space.partial_channels if is_cells else []
+        for widths in partial:
             for parts in self.channels:
                 if widths % parts:
                     raise TangleNASError(
                         f"{widths} channels of {space.label} do not divide into {parts} parts: choose other channels "
                         "of the space or of the optimizer"
                     )
-        self.stage = 0
+        self._is_partial = bool(partial)
         self._kept = {count: torch.ones_like(alpha, dtype=torch.bool) for count, alpha in self.alphas.items()}
-        space.superposition.channel_divisor = self.channels[0]
+        self._enter(0)
 
     def parameters(self) -> list[nn.Parameter]:
         return [*super().parameters(), self.edges] if self._nodes else super().parameters()
@@ -88,12 +89,12 @@ class Progressive(Optimizer):
         super().set_progress(fraction)
         stage = min(len(self.channels) - 1, int(fraction * len(self.channels) + 1e-9))
         while self.stage < stage:
-            self.stage += 1
+            self._enter(self.stage + 1)
             self._prune(self.keep[self.stage])
-        self.space.superposition.channel_divisor = self.channels[self.stage]
+        self._enter(self.stage)
 
     def schedules(self) -> dict[str, float]:
-        parts = {"channel_parts": self.channels[self.stage]} if isinstance(self.space, cells.CellSpace) else {}
+        parts = {"channel_parts": self.channels[self.stage]} if self._is_partial else {}
         return {**super().schedules(), **parts, "options_kept": self.keep[self.stage]}
 
     def sample(self, step: int, stream: str) -> Mixture:
@@ -112,9 +113,13 @@ class Progressive(Optimizer):
         super().load_state_dict(state)
         with torch.no_grad():
             self.edges.copy_(state["edges"])
-        self.stage = state["stage"]
         self._kept = {count: kept.to(self.alphas[count].device) for count, kept in state["kept"].items()}
-        self.space.superposition.channel_divisor = self.channels[self.stage]
+        self._enter(state["stage"])
+
+    def _enter(self, stage: int) -> None:
+        """Go on in a stage, with its share of the channels where the space has channels in parts."""
+        self.stage = stage
+        self.space.superposition.channel_divisor = self.channels[stage] if self._is_partial else 1
 
     def _prune(self, share: float) -> None:
         """Keep the most probable options of every row."""

@@ -163,7 +163,8 @@ def _created_with() -> tuple[object, object]:
 def _final_divisor(space: SearchSpace) -> int:
     """Return the divisor of channels with which the weights of the space learn at the end of the search."""
     name = macro_value("OPTIMIZER")
-    if not isinstance(space, CellSpace) or not name or gin.get_bindings("search").get("path_epochs"):
+    partial = isinstance(space, CellSpace) and space.partial_channels
+    if not partial or not name or gin.get_bindings("search").get("path_epochs"):
         return 1
     return int(create_optimizer(name=name).final_divisor)
 

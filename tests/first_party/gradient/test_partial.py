@@ -79,6 +79,14 @@ def test_an_architecture_is_judged_with_the_channels_that_its_weights_were_train
     assert space.superposition.channel_divisor == 1
 
 
+@pytest.mark.parametrize("name", ["vit", "convolutional"])
+def test_a_space_without_partial_channels_trains_all_of_them(name):
+    space = tiny(name)
+    _, result = small_search(space)
+    assert space.superposition.trained_divisor == 1 and not space.untrained
+    retrain(space, result.architecture, random_data(space, ("training", "validation")), epochs=1, mode="inherit")
+
+
 def test_a_search_that_resumes_after_its_last_step_judges_with_the_same_channels(tmp_path):
     torch.manual_seed(0)
     first = tiny("darts")
@@ -172,7 +180,8 @@ def test_rows_are_pruned_to_their_most_probable_options(name):
     for alpha in optimizer.alphas.values():
         alpha.data = torch.randn_like(alpha)
     optimizer.set_progress(0.25)
-    assert not optimizer.sample(0, "weight").kept and space.superposition.channel_divisor == 2
+    assert not optimizer.sample(0, "weight").kept
+    assert space.superposition.channel_divisor == (2 if name in CELLS else 1)
     before = {count: stack.detach() for count, stack in optimizer.expected().stacks.items()}
     optimizer.set_progress(0.5)
     assert space.superposition.channel_divisor == 1
