@@ -15,6 +15,7 @@ from .plugins import create_space as create_space
 from .plugins.hookspecs import hookimpl as hookimpl
 from .runtime import strict_json as strict_json
 from .runtime.files import write_atomic as write_atomic
+from .runtime.foreign import blamed as blamed
 
 # Authors of search spaces.
 from . import elastic as elastic

@@ -84,8 +84,10 @@ def recipe_of_timm(recipe: str, mean: Sequence[float]) -> Callable[[Image.Image]
     from timm.data import auto_augment
 
     fill = tuple(min(255, round(255 * value)) for value in mean)
-    settings = {"img_mean": fill if len(fill) > 1 else fill[0]}
+    settings: dict[str, Any] = {"img_mean": fill if len(fill) > 1 else fill[0]}
     kind = recipe.split("-")[0]
+    if kind == "augmix":
+        settings["translate_pct"] = 0.3  # as timm's create_transform has it, where other recipes have 0.45
     make = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
     try:
         made: Any = make.get(kind, auto_augment.auto_augment_transform)(recipe, settings)

@@ -61,8 +61,8 @@ def read_parts(root: Path, test_folder: str | None, parts: bool) -> tuple[list[P
         parts: False takes every folder in `root` for a class.
 
     Raises:
-        TangleNASError: The folder looks like one with parts and is none, a folder cannot be listed, a class has no
-            image, a link leads nowhere, or a file or folder is there twice.
+        TangleNASError: The folder looks like one with parts and is none, a folder cannot be listed, a link leads
+            nowhere, or a file or folder is there twice.
     """
     walk = _Walk(root)
     chosen = _chosen(root, test_folder, parts)
@@ -281,10 +281,10 @@ class _Walk:
             self._entered[identity] = folder
 
     def classes(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the sorted image files of each class folder.
+        """Return the sorted image files of each class folder, which may be none.
 
         Raises:
-            TangleNASError: A class has no image or no name in UTF-8, or a folder cannot be listed or is there twice.
+            TangleNASError: A class has no name in UTF-8, or a folder cannot be listed or is there twice.
         """
         folders, files = _listing(folder)
         for file in files:
@@ -300,11 +300,6 @@ class _Walk:
                     f"image_folder: the name of class folder {shown(class_folder)} is not UTF-8. Rename the folder."
                 ) from None
             found[class_folder.name] = sorted(self._images(class_folder))
-            if not found[class_folder.name]:
-                raise TangleNASError(
-                    f"image_folder: class folder {shown(class_folder)} has no image ({' '.join(sorted(SUFFIXES))}). "
-                    "Put images there, or remove the folder."
-                )
         return found
 
     def pass_over(self, folder: Path, but: set[Path]) -> None:

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.decoding import UNREADABLE, decode, opened, reason
-from tanglenas_datasets.folders import Part, Passed, listed, read_parts, shown
+from tanglenas_datasets.folders import SUFFIXES, Part, Passed, listed, read_parts, shown
 from tanglenas_datasets.image_checks import check_all, twins, unreadable, unreadable_later
-from tanglenas_engine import Dataset, Progress, TangleNASError, at_least, content_hash, data_path
+from tanglenas_engine import Dataset, Progress, TangleNASError, at_least, blamed, content_hash, data_path
 
 Transform = Callable[[Image.Image], Tensor]
 Augmentation = Callable[[Image.Image], Image.Image]
@@ -35,9 +35,9 @@ class ImageFolder(Dataset):
     splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part. Other
     spellings of the three are known, in any case, such as Training, valid and seg_test.
 
-    Classes are numbered in the order of their sorted names. Images may lie in deeper folders. Names that start with a
-    dot, folders that systems make, files without an image's suffix, and links to a folder above are passed over;
-    `describe` tells them. Pixels are decoded batch by batch.
+    Classes are numbered in the order of their sorted names. The test part may lack some. Images may lie in deeper
+    folders. Names that start with a dot, folders that systems make, files without an image's suffix, and links to a
+    folder above are passed over; `describe` tells them. Pixels are decoded batch by batch.
 
     Args:
         root: The folder. A relative path is one under the current folder or the project's root.
@@ -67,8 +67,8 @@ class ImageFolder(Dataset):
 
     Raises:
         TangleNASError: An option is out of its range or would do nothing, the folder is missing or has too few classes,
-            its folders look like parts and are none, a class has no image, train and test differ in their classes, a
-            file is there twice, or a file is no image (at the start, or when it is decoded).
+            its folders look like parts and are none, a class has no training image, a file is there twice, or a file
+            is no image (at the start, or when it is decoded).
     """
 
     name = "image_folder"
@@ -114,6 +114,10 @@ class ImageFolder(Dataset):
         self._train_transform: Transform = train_transform or train
         self._eval_transform: Transform = eval_transform or evaluation
         self._own_transform = eval_transform
+        self._options = {
+            True: "train_transform" if train_transform else "augment",
+            False: "eval_transform" if eval_transform else "crop_pct",
+        }
         self._checked = check
         root = data_path(root)
         if not root.is_dir():
@@ -162,9 +166,13 @@ class ImageFolder(Dataset):
         return v2.Compose([*varied, *finish]), v2.Compose([*centre, *finish])
 
     def _set_classes(self, read: Sequence[Part], num_classes: int | None) -> None:
-        """Take the classes of the first part, and check that the others have the same."""
-        first = read[0]
-        self.class_names = tuple(sorted(first.classes))
+        """Take the classes of all parts, and check that there are training images of each.
+
+        Parts that are drawn at random may lack a rare class.
+        """
+        first, training = read[0], read[:-1] or read  # the last of several parts is the test part
+        folders = {name: part.folder / name for part in reversed(read) for name in part.classes}
+        self.class_names = tuple(sorted(folders))
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             raise TangleNASError(
@@ -172,22 +180,23 @@ class ImageFolder(Dataset):
                 f"({listed(self.class_names) or 'none'}). Give a folder with one folder of images per "
                 f"class, two classes or more.{_deeper(first)}"
             )
+        for part in read[1:]:
+            if not any(part.classes.values()):
+                raise TangleNASError(
+                    f"image_folder: {shown(part.folder)} has no class folders with images, {shown(first.folder)} has "
+                    f"{len(first.classes)}. Sort its images into the same folders, or remove it."
+                )
+        if lacking := [name for name in self.class_names if not any(part.classes.get(name) for part in training)]:
+            raise TangleNASError(
+                f"image_folder: there is no training image in {' or '.join(shown(part.folder) for part in training)} "
+                f"of the classes {listed(folders[name] for name in lacking)}. Put images of them there "
+                f"({' '.join(sorted(SUFFIXES))}), or remove these folders."
+            )
         if num_classes not in (None, self.num_classes):
             raise TangleNASError(
                 f"image_folder: {shown(first.folder)} has {self.num_classes} class folders; num_classes asks for "
                 f"{num_classes}. Give another root=, or set num_classes."
             )
-        for part in read[1:]:
-            if not part.classes:
-                raise TangleNASError(
-                    f"image_folder: {shown(part.folder)} has no class folders, {shown(first.folder)} has "
-                    f"{self.num_classes}. Sort its images into the same folders, or remove it."
-                )
-            if odd := set(part.classes) ^ set(self.class_names):
-                raise TangleNASError(
-                    f"image_folder: {shown(first.folder)} and {shown(part.folder)} differ in {len(odd)} classes, such "
-                    f"as {listed(sorted(odd)[:3])}. Give both the same class folders."
-                )
 
     def _set_samples(self, read: Sequence[Part]) -> list[Path]:
         """Take the files and labels of all parts, and return the files."""
@@ -196,8 +205,9 @@ class ImageFolder(Dataset):
         sizes: list[int] = []
         for part in read:
             for label, class_name in enumerate(self.class_names):
-                paths += part.classes[class_name]
-                labels += [label] * len(part.classes[class_name])
+                found = part.classes.get(class_name, [])
+                paths += found
+                labels += [label] * len(found)
             sizes.append(len(paths))
         self.labels = torch.tensor(labels)
         # Without test/, the folder val/ is the official test part.
@@ -221,6 +231,7 @@ class ImageFolder(Dataset):
             [self._paths[i] for i in indices.tolist()],
             self.labels[indices],
             self._train_transform if train else self._eval_transform,
+            self._options[train],
             shape=(self.in_channels, self.image_size, self.image_size),
         )
 
@@ -232,12 +243,16 @@ class ImageFiles:
         paths: The file of each sample.
         labels: Shape (N,), int64.
         transform: A function from a PIL image, grey or RGB, to a float tensor of `shape`.
+        option: The option of the dataset that the function comes from.
         shape: (C, H, W).
     """
 
-    def __init__(self, paths: Sequence[str], labels: Tensor, transform: Transform, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor, transform: Transform, option: str, shape: tuple[int, int, int]
+    ) -> None:
         self._paths = paths
         self._transform = transform
+        self._option = option
         self._shape = shape
         self.labels = labels
 
@@ -252,7 +267,9 @@ class ImageFiles:
             image = decode(path, "RGB" if self._shape[0] == 3 else "L")
         except UNREADABLE as error:
             raise unreadable_later(path, error) from error
-        inputs = self._transform(image)
+        expected = f"a function of any PIL image in mode {image.mode}, of any size"
+        with blamed(f"create_dataset.{self._option}", expected, lambda: f"on {shown(path)}: "):
+            inputs = self._transform(image)
         if not isinstance(inputs, Tensor) or inputs.dtype != torch.float32:
             made = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise TangleNASError(
@@ -324,7 +341,7 @@ def _description(parts: Sequence[Part], class_names: Sequence[str], passed: Pass
     """Return lines with the folders, the classes with the number of their images, and what was passed over."""
     lines = []
     for part in parts:
-        counts = [f"{name} ({len(part.classes[name]):,})" for name in class_names]
+        counts = [f"{name} ({len(part.classes.get(name, [])):,})" for name in class_names]
         total = sum(map(len, part.classes.values()))
         role = "" if part.role == "all" else f"{part.role}: "
         lines.append(f"  {role}{shown(part.folder)}: {total:,} images in {len(counts):,} classes: {listed(counts)}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from project import lay_out
+from timm.data import create_transform
 
 from tanglenas_datasets.augment import recipe_of_timm
 from tanglenas_datasets.image_folder import ImageFolder
@@ -270,6 +271,18 @@ def test_augment_beside_a_transform_that_replaces_it_is_refused(images) -> None:
     configure([*images, *both])
     with pytest.raises(TangleNASError, match="train_transform replaces all augmentation"):
         create()
+
+
+@pytest.mark.parametrize("recipe", ["rand-m9", "augmix-m3"])
+def test_a_recipe_has_the_settings_of_timm(recipe):
+    ours = recipe_of_timm(recipe, (0.5, 0.5, 0.5))
+    (theirs,) = (
+        it
+        for it in create_transform(8, is_training=True, auto_augment=recipe, mean=(0.5,) * 3).transforms
+        if type(it) is type(ours)
+    )
+    percentages = [{operation.hparams.get("translate_pct") for operation in it.ops} for it in (ours, theirs)]
+    assert percentages[0] == percentages[1]
 
 
 @pytest.mark.parametrize("recipe", ["rand-m0", "rand-m1", "rand-m10-inc1", "v0", "v0r", "original", "3a", "augmix-m10"])

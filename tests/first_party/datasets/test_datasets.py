@@ -12,6 +12,7 @@ import threading
 import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -736,6 +737,23 @@ def test_a_transform_of_another_shape_is_named(pictures):
         everything(dataset)
 
 
+def fails_on_wide_images(image):
+    return torch.zeros(3, 8, 8) if image.width == image.height else image.colours()
+
+
+@pytest.mark.parametrize("option", ["train_transform", "eval_transform", "augment"])
+def test_a_transform_that_fails_is_named_with_its_option_its_line_and_the_file(pictures, option):
+    Image.new("RGB", (12, 10)).save(pictures / "green" / "0.png")
+    given = [lambda image: fails_on_wide_images(image.resize((8, 9)))] if option == "augment" else fails_on_wide_images
+    dataset = ImageFolder(pictures, image_size=8, **{option: given})
+    told = (
+        rf"create_dataset\.{option} cannot be used \(on \S*0\.png: AttributeError: .*colours.*"
+        rf"{Path(__file__).name}:\d+, in fails_on_wide_images\)\)\. Expected a function of any PIL image in mode RGB"
+    )
+    with pytest.raises(TangleNASError, match=told):
+        everything(dataset, train=option != "eval_transform")
+
+
 def png(width, height):
     """A PNG file that says it is so large, and holds a few pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -790,11 +808,11 @@ def break_folder(root, how):
         ("gone", "there is no folder .*pictures"),
         ("empty", r"has 0 class folders \(none\)"),
         ("one class", r"has 1 class folders \(green\)"),
-        ("class without images", "class folder .*yellow has no image"),
+        ("class without images", r"no training image in \S*pictures of the classes \S*yellow\. Put"),
         ("no image", r"red.x\.jpg is no readable image: it is of no known format \(BMP.*\)\. Replace"),
         ("empty file", r"red.x\.png is no readable image"),
         ("huge", r"red.x\.png is no readable image: Image size \(400000000 pixels\) exceeds limit"),
-        ("classes differ", "train and .*test differ in 2 classes, such as crimson, red"),
+        ("classes differ", r"no training image in \S*train of the classes \S*crimson\. Put"),
     ],
 )
 def test_a_bad_folder_is_refused_at_the_start(pictures, how, message):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tanglenas_datasets.folders import shown
 from tanglenas_datasets.image_folder import ImageFolder
-from tanglenas_engine import TangleNASError
+from tanglenas_engine import TangleNASError, make_splits
 
 
 def write(folder: Path, count: int = 2, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -113,7 +113,19 @@ REFUSED = {
     ),
     "other classes": (
         lambda root: (several(root, "Training"), write(root / "Testing", classes=("cat", "fox"))),
-        "differ in 2 classes, such as dog, fox",
+        r"no training image in \S*Training of the classes \S*fox\. Put",
+    ),
+    "a class in val alone, which is the test part": (
+        lambda root: (several(root, "train"), write(root / "val", classes=("cat", "fox"))),
+        r"no training image in \S*train of the classes \S*fox\. Put",
+    ),
+    "a class that is empty in every part": (
+        lambda root: (several(root, "train", "test"), (root / "train/fox").mkdir(), (root / "test/fox").mkdir()),
+        r"no training image in \S*train of the classes \S*train.fox\. Put",
+    ),
+    "test with empty classes alone": (
+        lambda root: (several(root, "train"), (root / "test/cat").mkdir(parents=True)),
+        r"test has no class folders with images, \S*train has 2\.",
     ),
     "wrapped": (
         lambda root: several(root, "archive"),
@@ -128,6 +140,25 @@ def test_what_looks_like_parts_and_is_none_is_refused(tmp_path: Path, how: str) 
     make(tmp_path)
     with pytest.raises(TangleNASError, match=message):
         ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["no folder", "an empty folder"])
+@pytest.mark.parametrize(
+    "parts, part", [("train test", "test"), *(("train val test", part) for part in ("train", "val", "test"))]
+)
+def test_a_part_may_lack_a_class_that_there_are_training_images_of(
+    tmp_path: Path, parts: str, part: str, empty: bool
+) -> None:
+    for name in parts.split():
+        write(tmp_path / name, 20, classes=("cat", "dog") if name == part else ("cat", "dog", "fox"))
+    if empty:
+        (tmp_path / part / "fox").mkdir()
+    dataset = ImageFolder(tmp_path)
+    assert dataset.class_names == ("cat", "dog", "fox")
+    assert f"{part}: {tmp_path / part}: 40 images in 3 classes: cat (20), dog (20), fox (0)" in dataset.describe()
+    assert len(dataset) == 60 * len(parts.split()) - 20
+    test = make_splits(dataset, seed=0).test
+    assert dataset.labels[test].unique().tolist() == ([0, 1] if part == "test" else [0, 1, 2])
 
 
 @pytest.mark.parametrize(
