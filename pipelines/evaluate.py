@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     with open_stage("evaluate", arguments, INPUTS) as stage:
         architecture = read_architecture(stage.space)
         network = stage.space.standalone(architecture)
-        files.load_into(network, files.WEIGHTS)
+        files.load_into(network, files.WEIGHTS, space=stage.space)
         result = evaluate(stage.space, architecture, network.eval(), stage.open("test"), device=stage.device)
         table = benchmark(stage.space)
         before = None

@@ -31,6 +31,11 @@ FRONT = OUT / "discretize" / "pareto"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
 CHANNEL_DIVISOR = "channel_divisor"
 """The metadata of a supernet whose weights were trained with a share of their channels: the reciprocal of the share."""
+RUN_AGAIN = (
+    "Run the stage that writes it again, or `dvc repro`. If the config has another image_size than that stage had, the "
+    "networks of this space have the image size of their training"
+)
+"""The remedy for weights that do not fit, which a change of the config explains."""
 
 
 def read_splits() -> Splits:
@@ -93,19 +98,25 @@ def read_targets() -> dict[str, float]:
         ) from None
 
 
-def load_into(
-    network: nn.Module, path: Path, advice: str = "Run the stage that writes it again, or `dvc repro`"
-) -> None:
+def load_into(network: nn.Module, path: Path, advice: str = RUN_AGAIN, space: SearchSpace | None = None) -> None:
     """Load the weights that an earlier stage wrote into a network.
 
     A space also learns with which share of the channels the weights of its supernet were trained.
+    The images may have another size than in that stage where the space resamples position embeddings.
+
+    Args:
+        network: The network, or a space.
+        path: The file.
+        advice: The remedy where the file has the weights of another network.
+        space: The space of a standalone network.
 
     Raises:
         TangleNASError: The file holds the weights of another network, or none that a network can have, or its metadata
             has a share of the channels that search does not write.
     """
+    convert = getattr(space or network, "converted", None)
     try:
-        if prefix := weights.load_into(network, path):
+        if prefix := weights.load_into(network, path, convert):
             print(f"{path}: all names begin with {prefix!r}, which was left out", file=sys.stderr)
     except weights.OtherWeightsError as error:
         found, _, reason = str(error).partition(" (")

@@ -14,6 +14,7 @@ from typing import Any
 
 import gin
 import torch
+from torch import Tensor
 
 from tanglenas_engine.data import Dataset, Splits, open_splits
 from tanglenas_engine.derivation.budget import Budget
@@ -77,7 +78,7 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
                     stage.progress.note(told)
                 if inherits():
                     compare("retrain", dataset, inputs, "the supernet", stage.progress)
-                    if _shapes(space) != _shapes(stage.space):
+                    if _shapes(space.converted(stage.space.state_dict())) != _shapes(space.state_dict()):
                         raise TangleNASError(
                             f"the space is of another size than in the search, and {inherited_advice()}"
                         )
@@ -179,8 +180,8 @@ def _trained_with(space: SearchSpace, divisor: int) -> Iterator[None]:
         space.superposition.trained_divisor = before
 
 
-def _shapes(space: SearchSpace) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in space.state_dict().items()}
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 @contextmanager

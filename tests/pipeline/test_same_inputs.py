@@ -94,6 +94,27 @@ def test_a_network_from_scratch_may_have_other_images_than_the_search(done: Path
     assert json.loads(WEIGHTS.with_name("config.json").read_text())["pretrained_cfg"]["input_size"] == [1, 16, 16]
 
 
+@pytest.mark.parametrize("larger", [("retrain", "evaluate"), ("evaluate",)], ids=" ".join)
+def test_networks_with_position_embeddings_go_on_with_larger_images(done: Path, larger: tuple[str, ...]) -> None:
+    for stage in larger:
+        with (done / "gin" / "demo" / f"{stage}.gin").open("a") as file:
+            file.write("\ncreate_dataset.image_size = 16\n")
+    MAIN["retrain"]([*arguments(done, "retrain"), "retrain.mode = 'finetune'"])
+    MAIN["evaluate"](arguments(done, "evaluate"))
+    size = 16 if "retrain" in larger else 8
+    assert json.loads(WEIGHTS.with_name("config.json").read_text())["pretrained_cfg"]["input_size"] == [1, size, size]
+    evaluated = json.loads(Path("metrics/evaluate.json").read_text())
+    assert evaluated["macs"] > json.loads(Path("metrics/discretize.json").read_text())["macs"]
+
+
+def test_a_search_takes_a_finetune_on_larger_images(done: Path, capsys) -> None:
+    set_params(done, retrain={"mode": "finetune"})
+    for stage in ("retrain", "evaluate"):
+        with (done / "gin" / "demo" / f"{stage}.gin").open("a") as file:
+            file.write("\ncreate_dataset.image_size = 16\n")
+    MAIN["search"](arguments(done, "search"))
+
+
 def test_weights_that_say_nothing_of_their_inputs_are_taken(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = weights_metadata(SUPERNET)
     assert json.loads(metadata.pop("inputs")) == input_options(Digits())
