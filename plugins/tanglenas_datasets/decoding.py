@@ -66,6 +66,15 @@ def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
         return image.convert(mode)
 
 
+def is_nearly_black(file: str | Path | BinaryIO) -> bool:
+    """Return whether an image file has 16 bits of grey, and uses a sixteenth of the levels at most.
+
+    Cameras of 10 and 12 bits write such files. The file must be one that `decode` reads.
+    """
+    with opened(file) as content:
+        return content.mode.startswith("I") and 0 < int(np.asarray(content).max()) < 1 << 12
+
+
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """Return a grey image of 16 bits with 8, and with an alpha channel where it has a transparent level.
 

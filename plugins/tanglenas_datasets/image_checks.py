@@ -9,7 +9,7 @@ from pathlib import Path
 
 import PIL
 
-from tanglenas_datasets.decoding import UNREADABLE, decode, reason
+from tanglenas_datasets.decoding import UNREADABLE, decode, is_nearly_black, reason
 from tanglenas_datasets.folders import listed, shown
 from tanglenas_engine import Progress, TangleNASError, write_atomic
 
@@ -25,7 +25,7 @@ _AT_ONCE = 256
 def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[str]:
     """Decode every file once, in as many threads as there are cores, and return the digest of each.
 
-    Contents that were decoded before are not decoded again.
+    Contents that were decoded before are not decoded again. Images of 16 bits that use few of them are told.
 
     Args:
         paths: The files.
@@ -41,6 +41,7 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
     key = f"Pillow {PIL.__version__}".encode()
     digests: list[str] = []
     bad: dict[str, str] = {}
+    dark: list[str] = []
 
     def check(path: str) -> tuple[str, str, str]:
         """Return the path, the digest of the content, and why it is no readable image, or ""."""
@@ -50,6 +51,8 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
             digest = hashlib.blake2b(content, digest_size=16, key=key).hexdigest()
             if digest not in known:
                 decode(io.BytesIO(content), "RGB")
+                if is_nearly_black(io.BytesIO(content)):
+                    dark.append(path)
         except UNREADABLE as error:
             return path, digest, reason(error)
         return path, digest, ""
@@ -73,6 +76,12 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
         if len(bad) > MOST_NAMED:
             write_atomic(every, "".join(f"{shown(path)}: {why}\n" for path, why in bad.items()))
         raise unreadable(bad, len(paths), f" (all of them: {every})" if len(bad) > MOST_NAMED else "")
+    if dark:
+        progress.note(
+            f"image_folder: {len(dark):,} grey images of 16 bits use a sixteenth of the levels at most, as those of 12 "
+            "bits do, so that they are almost black, with 16 levels of 256: "
+            f"{listed(sorted(dark), MOST_GROUPS)}. Scale their levels up to 65,535"
+        )
     return digests
 
 

@@ -14,6 +14,7 @@ from pipelines import search
 from tanglenas_datasets import image_checks
 from tanglenas_datasets.image_folder import ImageFolder
 from tanglenas_engine import SilentProgress, TangleNASError, create_dataset
+from tanglenas_engine.runtime.progress import ConsoleProgress
 
 
 def write(folder: Path, count: int = 6, side: int = 24) -> Path:
@@ -219,3 +220,14 @@ def test_a_search_refuses_a_truncated_test_image_before_it_trains(tmp_path: Path
         assert len((tmp_path / ".tanglenas" / "decoded-images").read_text().split()) == 32
     finally:
         gin.clear_config()
+
+
+@pytest.mark.parametrize("brightest, told", [(4095, True), (4096, False)])
+def test_grey_images_of_16_bits_with_12_in_use_are_told(
+    pictures: Path, tmp_path: Path, capsys, brightest, told
+) -> None:
+    path = next(pictures.glob("*/*/")) / "12-bits.png"
+    Image.fromarray(np.linspace(0, brightest, 100).astype(np.uint16).reshape(10, 10)).save(path)
+    ImageFolder(pictures).verify(ConsoleProgress(), tmp_path / "state")
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert ("1 grey images of 16 bits use a sixteenth of the levels at most" in said and str(path) in said) is told
