@@ -74,9 +74,8 @@ def expected(terms: Additive, decisions: Mapping[Row, Decision], mixture: Mixtur
             decision = decisions[left[0]]
             own = [row for row in left if decisions[row] is decision]
             table = table.movedim([left.index(row) for row in own], list(range(len(own))))
-            table = table[
-                tuple(decision.picks[row] for row in own)
-            ]  # (alternatives, options of the rows that are left)
+            picked = tuple(decision.picks[row] for row in own)
+            table = table[picked]  # (alternatives, options of the rows that are left)
             table = torch.tensordot(probabilities[decision], table, 1)
             left = [row for row in left if row not in own]
         total = total + table
