@@ -151,7 +151,9 @@ def _with_keys(theirs: str, ours: str) -> tuple[str, list[str]]:
 
     yaml, plain = YAML(), YAML(typ="safe")
     params, expected = yaml.load(theirs), plain.load(theirs)
-    lines, source = theirs.split("\n"), ours.split("\n")
+    end = "\r" if "\r\n" in theirs else ""
+    whole = theirs if theirs.endswith("\n") else f"{theirs}{end}\n"
+    lines, source = whole.split("\n"), ours.split("\n")
     after: dict[int, list[str]] = {}
     added = []
     for name, values in yaml.load(ours).items():
@@ -159,19 +161,19 @@ def _with_keys(theirs: str, ours: str) -> tuple[str, list[str]]:
         if not (isinstance(values, CommentedMap) and isinstance(group, CommentedMap)):
             continue
         lacking = [key for key in values if key not in group]
-        indent = min((group.lc.key(key)[1] for key in group), default=0) * " "
+        indent = min((place[1] for place in (group.lc.data or {}).values()), default=0) * " "
         last = first = params.lc.key(name)[0]
         for number in range(first + 1, len(lines)):
-            if lines[number].strip() and not lines[number].startswith(" "):
+            if lines[number].strip() and not lines[number].startswith((" ", "#")):
                 break
-            last = number if lines[number].strip() else last
-        end = "\r" if lines[last].endswith("\r") else ""
+            last = number if lines[number].startswith(" ") and lines[number].strip() else last
         after[last] = [f"{indent}{source[values.lc.key(key)[0]].strip()}{end}" for key in lacking]
         added += [f"{name}.{key}" for key in lacking]
         expected[name] |= {key: values[key] for key in lacking}
     if not added:
         return theirs, []
     text = "\n".join(line for number, own in enumerate(lines) for line in (own, *after.get(number, ())))
+    text = text if whole == theirs else text.removesuffix(f"{end}\n")
     try:
         fits = plain.load(text) == expected
     except YAMLError:

@@ -79,7 +79,8 @@ class Optimizer(abc.ABC):
         draws_in_band: True if a method with architecture parameters draws from `source` too. In a search with a target,
             its samples are then within the band, and no expected cost is charged.
         accumulates: True if alpha's gradient over a batch is the mean of its gradients over parts of the batch.
-        final_divisor: The `channel_divisor` of cell spaces in the last steps of a search; 1 stands for all channels.
+        final_divisor: The `channel_divisor` of cell spaces in the last steps of a search that reaches its last stage; 1
+            stands for all channels. A search refuses before it starts what needs all of them later.
     """
 
     name: str = ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from tanglenas_engine.errors import TangleNASError, closest, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.cost import Additive, Cost
-from tanglenas_engine.spaces.decisions import Decision, expected
+from tanglenas_engine.spaces.decisions import LEAST, Decision, expected
 from tanglenas_engine.superposition.choice import Choice
 from tanglenas_engine.superposition.mixture import Mixture, Superposition
 from tanglenas_engine.superposition.size import Assignment, Row, combinations
@@ -85,8 +85,8 @@ class Architectures:
 
         If edges have weights, the log of an edge's weight is added to the score of each of its operations.
         """
-        stacks = {count: stack.clamp_min(1e-12).log().tolist() for count, stack in mixture.detach().stacks.items()}
-        edges = {row: math.log(max(weight.item(), 1e-12)) for row, weight in mixture.edges.items()}
+        stacks = {count: stack.clamp_min(LEAST).log().tolist() for count, stack in mixture.detach().stacks.items()}
+        edges = {row: math.log(max(weight.item(), LEAST)) for row, weight in mixture.edges.items()}
         return {
             row: [
                 score + edges.get(row, 0.0) if self.has_score(row, option) else 0.0

@@ -11,8 +11,8 @@ from tanglenas_engine.spaces.cost import Additive
 from tanglenas_engine.superposition.mixture import Mixture
 from tanglenas_engine.superposition.size import Row
 
-LEAST = torch.finfo(torch.float64).tiny
-"""The least weight whose logarithm is taken. It is so small that the expectation at a corner is exact."""
+LEAST = 1e-20
+"""The least weight whose logarithm is taken: a corner is exact in float64, and gradients by weights fit float32."""
 
 
 class Decision:
@@ -44,11 +44,10 @@ class Decision:
         """
         total = torch.zeros((), dtype=torch.float64)
         for row, picks in self.picks.items():
-            weights = stacks[len(row.options)][row.slot]
+            scores = stacks[len(row.options)][row.slot].clamp_min(LEAST).log()
             if row in edges:
-                weights = weights * edges[row]
-            scores = weights.clamp_min(LEAST).log().where(self.scored[row], 0.0)
-            total = total + scores[picks]
+                scores = scores + edges[row].clamp_min(LEAST).log()
+            total = total + scores.where(self.scored[row], 0.0)[picks]
         return total.softmax(0)
 
 

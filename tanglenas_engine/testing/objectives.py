@@ -17,7 +17,9 @@ from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.superposition.size import Row
 
 ENUMERATED = 64
-"""The largest number of architectures over which an expectation is enumerated."""
+"""The largest number of architectures over which an expectation is enumerated, where rows are independent."""
+ENUMERATED_ALONE = 1000
+"""The largest number of alternatives of one decision about several rows that is enumerated, if there is a choice."""
 
 MakeObjective = Callable[[], Objective]
 MakeSpace = Callable[[], SearchSpace]
@@ -113,11 +115,14 @@ def _soft(
 ) -> tuple[list[list[dict[Row, int]]], dict[Row, Tensor]]:
     """Draw decisions whose alternatives can be enumerated together, and weights for all rows.
 
-    The weights of the rows that are decided there are random, those of the others a corner.
+    The weights of the rows that are decided there are random, those of the others a corner. Where rows are decided
+    together, one such decision comes first, since an expectation by rows would be another there.
     """
-    decisions, free = list(space.decisions()), list[list[dict[Row, int]]]()
+    decisions = list(space.decisions())
+    joint = sorted((one for one in decisions if len(one[0]) > 1), key=len)
+    free = ([one for one in joint if len(one) <= ENUMERATED_ALONE] or joint[:1])[-1:]
     for i in torch.randperm(len(decisions), generator=generator).tolist():
-        if math.prod(map(len, [*free, decisions[i]])) <= ENUMERATED:
+        if math.prod(map(len, [*free, decisions[i]])) <= ENUMERATED and decisions[i] not in free:
             free.append(decisions[i])
     corner = space.assignment_of(architecture)
     weights = {

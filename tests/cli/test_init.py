@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from pipelines import environment
 from tanglenas_engine.cli import main
+from tanglenas_engine.cli.init import _with_keys
 
 SMALL = {"search": {"epochs": 1, "warmup_epochs": 0, "batch_size": 64}, "retrain": {"epochs": 1, "batch_size": 64}}
 
@@ -206,6 +207,21 @@ def test_an_upgrade_leaves_the_lines_of_params_yaml_as_they_are(earlier, init, e
     assert (kept / "params.yaml").read_bytes() == before
     replaced, added = (next(line for line in said.splitlines() if line.startswith(f"{verb}: ")) for verb in WHAT)
     assert "dvc.yaml" in replaced and "pipelines/evaluate.py" not in replaced and "pipelines/evaluate.py" in added
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("seed: 0\r\ngroup:\r\n  mine: 1", "seed: 0\r\ngroup:\r\n  mine: 1\r\n  added: 2  # ours"),
+        ("group:\n  a: 1\n# of b\n  b: 3\n# end\n", "group:\n  a: 1\n# of b\n  b: 3\n  added: 2  # ours\n# end\n"),
+        (
+            "all: &all {a: 1}\ngroup:\n  <<: *all\n  b: 3\n",
+            "all: &all {a: 1}\ngroup:\n  <<: *all\n  b: 3\n  added: 2  # ours\n",
+        ),
+    ],
+)
+def test_lines_are_added_at_the_end_of_a_group(before, after):
+    assert _with_keys(before, "group:\n  added: 2  # ours\n") == (after, ["group.added"])
 
 
 @pytest.mark.parametrize("group", ["{}", "{method: auto}", "{method: auto,\n  candidates: 3}"])

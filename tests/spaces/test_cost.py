@@ -84,17 +84,25 @@ def chances(space, mixture):
         yield [(picks, weight / sum(weights)) for picks, weight in zip(alternatives, weights, strict=True)]
 
 
-def with_edges(space):
-    """A random mixture with weights of edges, which decide in darts which edges are kept."""
-    mixture = space.mixture({name: weights.detach() for name, weights in random_mixture(space)[1].items()})
+def with_edges(space, lead=0.0):
+    """A random mixture with weights of edges, which decide in darts which edges are kept.
+
+    With a lead, the option "none" has it over all others in alpha, and the first edge has no weight.
+    """
+    alphas = {name: alpha.detach() for name, alpha in random_mixture(space)[0].items()}
+    for name, choice in space.choices.items():
+        alphas[name][..., choice.options.index("none")] += lead
+    mixture = space.mixture({name: alpha.softmax(-1) for name, alpha in alphas.items()})
     mixture.edges = {row: torch.rand((), dtype=torch.float64) for row in space.edge_rows}
+    if lead:
+        mixture.edges[space.edge_rows[0]] *= 0
     return mixture
 
 
-@pytest.mark.parametrize("name", ["nb201", "darts"])
-def test_the_expected_cost_of_a_cell_is_the_mean_of_the_edges_that_architectures_have(name):
+@pytest.mark.parametrize("name, lead", [("nb201", 0.0), ("darts", 0.0), ("darts", 30.0)])
+def test_the_expected_cost_of_a_cell_is_the_mean_of_the_edges_that_architectures_have(name, lead):
     space = make(name)
-    mixture = with_edges(space)
+    mixture = with_edges(space, lead)
     expected = space.expected_cost(mixture)
     for metric in METRICS:
         terms = space.terms(metric)
@@ -120,6 +128,17 @@ def test_a_table_over_rows_of_several_decisions_has_the_mean_over_architectures(
     objective.terms = lambda space: terms
     found = objective.bind(space).expected(mixture)
     assert found.item() == space.expectation_of(terms, mixture).item() == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("lead", [30.0, 90.0])
+def test_the_gradient_of_an_expected_cost_is_finite_where_alpha_is_decided(lead):
+    space = make("darts")
+    alphas = {name: torch.zeros(choice.shape) for name, choice in space.choices.items()}
+    for name, choice in space.choices.items():
+        alphas[name][..., choice.options.index("none")] = lead
+        alphas[name].requires_grad_()
+    space.expected_cost({name: alpha.softmax(-1) for name, alpha in alphas.items()}).params.backward()
+    assert all(alpha.grad.isfinite().all() for alpha in alphas.values())
 
 
 def test_the_gradient_of_an_expected_cost_reaches_the_weights_of_edges():
