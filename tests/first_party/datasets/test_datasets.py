@@ -673,7 +673,7 @@ def test_what_is_transparent_is_white_and_the_rest_as_it_was(pictures, mode, col
     image = Image.new(mode, (8, 8), opaque)
     if mode == "P":
         image.putpalette([0, 0, 0, 10, 20, 30])
-    image.paste(colour, (4, 0, 8, 8))
+    image.paste(Image.new(mode, (4, 8), colour), (4, 0))  # a number would lose its upper 8 bits
     image.save(pictures / "blue" / "0.png", **saved)
     inputs, _ = everything(ImageFolder(pictures, image_size=8, in_channels=in_channels, mean=0, std=1 / 255))
     assert inputs[0, :, :, 4:].round().unique().tolist() == [255]
