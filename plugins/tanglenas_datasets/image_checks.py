@@ -37,11 +37,11 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
     """
     memory = folder / "decoded-images"
     known = set(memory.read_text("ascii", "replace").split()) if memory.exists() else set()
-    # Another version of Pillow may refuse what this one reads.
-    key = f"Pillow {PIL.__version__}".encode()
+    # Another version of Pillow may refuse what this one reads, and another one of these checks tells other things.
+    key = f"Pillow {PIL.__version__}, checks 2".encode()
     digests: list[str] = []
     bad: dict[str, str] = {}
-    dark: list[str] = []
+    dark: dict[str, str] = {}  # told each time, so not remembered
 
     def check(path: str) -> tuple[str, str, str]:
         """Return the path, the digest of the content, and why it is no readable image, or ""."""
@@ -52,7 +52,7 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
             if digest not in known:
                 decode(io.BytesIO(content), "RGB")
                 if is_nearly_black(io.BytesIO(content)):
-                    dark.append(path)
+                    dark[path] = digest
         except UNREADABLE as error:
             return path, digest, reason(error)
         return path, digest, ""
@@ -69,8 +69,8 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
                 done = min(start + _AT_ONCE, len(paths))
                 line.epoch(done, len(paths), f"{len(bad):,} unreadable" if bad else "all readable")
     finally:
-        if not known.issuperset(digests):
-            write_atomic(memory, "\n".join(sorted(known.union(digests))) + "\n")
+        if new := set(digests) - known - set(dark.values()):
+            write_atomic(memory, "\n".join(sorted(known | new)) + "\n")
     if bad:
         every = folder / "unreadable-images.txt"
         if len(bad) > MOST_NAMED:
@@ -78,9 +78,10 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
         raise unreadable(bad, len(paths), f" (all of them: {every})" if len(bad) > MOST_NAMED else "")
     if dark:
         progress.note(
-            f"image_folder: {len(dark):,} grey images of 16 bits use a sixteenth of the levels at most, as those of 12 "
-            "bits do, so that they are almost black, with 16 levels of 256: "
-            f"{listed(sorted(dark), MOST_GROUPS)}. Scale their levels up to 65,535"
+            "image_folder: grey images of 16 bits use a sixteenth of the levels at most, as those of 12 bits do, so "
+            f"that they are almost black, with 16 levels of 256: {listed(sorted(dark), MOST_GROUPS)} "
+            f"({len(dark):,} in all). "
+            "Scale their levels up to 65,535"
         )
     return digests
 

@@ -115,8 +115,8 @@ class ImageFolder(Dataset):
         self._eval_transform: Transform = eval_transform or evaluation
         self._own_transform = eval_transform
         self._options = {
-            True: "train_transform" if train_transform else "augment",
-            False: "eval_transform" if eval_transform else "crop_pct",
+            True: "train_transform" if train_transform else "augment" if augment else "",
+            False: "eval_transform" if eval_transform else "",
         }
         self._checked = check
         root = data_path(root)
@@ -166,13 +166,12 @@ class ImageFolder(Dataset):
         return v2.Compose([*varied, *finish]), v2.Compose([*centre, *finish])
 
     def _set_classes(self, read: Sequence[Part], num_classes: int | None) -> None:
-        """Take the classes of all parts, and check that there are training images of each.
+        """Take the classes of the first part, and check that there are training images of each.
 
-        Parts that are drawn at random may lack a rare class.
+        Other parts may lack a class, but have no other: it would be a class with another spelling, or none.
         """
         first, training = read[0], read[:-1] or read  # the last of several parts is the test part
-        folders = {name: part.folder / name for part in reversed(read) for name in part.classes}
-        self.class_names = tuple(sorted(folders))
+        self.class_names = tuple(sorted(first.classes))
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             raise TangleNASError(
@@ -186,10 +185,16 @@ class ImageFolder(Dataset):
                     f"image_folder: {shown(part.folder)} has no class folders with images, {shown(first.folder)} has "
                     f"{len(first.classes)}. Sort its images into the same folders, or remove it."
                 )
+            if others := sorted(part.classes.keys() - first.classes.keys()):
+                raise TangleNASError(
+                    f"image_folder: {shown(part.folder)} has the class folders {listed(others)}, which "
+                    f"{shown(first.folder)} with {listed(self.class_names)} has not. Give a class one name in all "
+                    "parts, and put training images of it there, or remove these folders."
+                )
         if lacking := [name for name in self.class_names if not any(part.classes.get(name) for part in training)]:
             raise TangleNASError(
                 f"image_folder: there is no training image in {' or '.join(shown(part.folder) for part in training)} "
-                f"of the classes {listed(folders[name] for name in lacking)}. Put images of them there "
+                f"of the classes {listed(first.folder / name for name in lacking)}. Put images of them there "
                 f"({' '.join(sorted(SUFFIXES))}), or remove these folders."
             )
         if num_classes not in (None, self.num_classes):
@@ -243,7 +248,7 @@ class ImageFiles:
         paths: The file of each sample.
         labels: Shape (N,), int64.
         transform: A function from a PIL image, grey or RGB, to a float tensor of `shape`.
-        option: The option of the dataset that the function comes from.
+        option: The option of the dataset that the function comes from; "" for the dataset's own.
         shape: (C, H, W).
     """
 
@@ -267,9 +272,7 @@ class ImageFiles:
             image = decode(path, "RGB" if self._shape[0] == 3 else "L")
         except UNREADABLE as error:
             raise unreadable_later(path, error) from error
-        expected = f"a function of any PIL image in mode {image.mode}, of any size"
-        with blamed(f"create_dataset.{self._option}", expected, lambda: f"on {shown(path)}: "):
-            inputs = self._transform(image)
+        inputs = self._transformed(image, path)
         if not isinstance(inputs, Tensor) or inputs.dtype != torch.float32:
             made = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise TangleNASError(
@@ -287,6 +290,19 @@ class ImageFiles:
                 f"image_size ask for {self._shape}. Change the transform, or those."
             )
         return inputs
+
+    def _transformed(self, image: Image.Image, path: str) -> Tensor:
+        if self._option:
+            expected = f"a function of any PIL image in mode {image.mode}, of any size"
+            with blamed(f"create_dataset.{self._option}", expected, lambda: f"on {shown(path)}: "):
+                return self._transform(image)
+        try:
+            return self._transform(image)
+        except Exception as error:
+            raise TangleNASError(
+                f"image_folder: {shown(path)} of {image.width} x {image.height} pixels cannot be brought to "
+                f"{self._shape[1]} x {self._shape[2]} ({type(error).__name__}: {error}). Remove it, or cut it."
+            ) from error
 
 
 def _name_of(transform: Transform) -> str:

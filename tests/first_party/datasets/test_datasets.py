@@ -574,7 +574,8 @@ def test_imagenet16_120_has_120_classes_of_16x16(tmp_path):
     black = -torch.tensor(dataset.mean) / torch.tensor(dataset.std)
     borders = torch.isclose(moved, black.view(3, 1, 1)).all(1).all(1)  # columns that came in, (240, 16)
     assert set(borders.sum(1).tolist()) == {0, 1, 2} and not borders[:, 2:-2].any()
-    shutil.rmtree(tmp_path / "train" / classes[0])
+    for part in ("train", "val"):
+        shutil.rmtree(tmp_path / part / classes[0])
     with pytest.raises(TangleNASError, match="train has 119 class folders; num_classes asks for 120"):
         create_dataset("imagenet16_120", root=tmp_path)
 
@@ -591,7 +592,7 @@ def test_validation_images_that_are_not_sorted_by_class_are_named(tmp_path):
     write_images(tmp_path / "train", 1)
     (tmp_path / "val").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(TangleNASError, match=r"val has no class folders, \S*train has 3\. Sort its images"):
+    with pytest.raises(TangleNASError, match=r"val has no class folders with images, \S*train has 3\. Sort its"):
         create_dataset("imagenet", root=tmp_path, num_classes=3)
 
 
@@ -769,6 +770,15 @@ def test_floating_point_pixels_are_refused(pictures):
         everything(ImageFolder(pictures))
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_an_image_that_the_dataset_itself_cannot_bring_to_its_size_is_named_alone(pictures, monkeypatch, train):
+    monkeypatch.setattr("torchvision.transforms.v2.Normalize.forward", lambda self, image: 1 / 0)
+    dataset = ImageFolder(pictures)
+    message = r"\.png of 12 x 10 pixels cannot be brought to 32 x 32 \(ZeroDivisionError: division by zero\)\. Remove"
+    with pytest.raises(TangleNASError, match=message):
+        dataset.subset(torch.arange(1), train=train).batch(torch.arange(1))
+
+
 @pytest.mark.parametrize("mode", ["1", "CMYK", "L", "LA", "P", "RGBA", "YCbCr"])
 def test_images_of_any_mode_become_rgb(pictures, mode):
     suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
@@ -812,7 +822,7 @@ def break_folder(root, how):
         ("no image", r"red.x\.jpg is no readable image: it is of no known format \(BMP.*\)\. Replace"),
         ("empty file", r"red.x\.png is no readable image"),
         ("huge", r"red.x\.png is no readable image: Image size \(400000000 pixels\) exceeds limit"),
-        ("classes differ", r"no training image in \S*train of the classes \S*crimson\. Put"),
+        ("classes differ", r"test has the class folders crimson, which \S*train with blue, green, red has not\. Give"),
     ],
 )
 def test_a_bad_folder_is_refused_at_the_start(pictures, how, message):
