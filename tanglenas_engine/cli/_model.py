@@ -92,17 +92,25 @@ def sizes_beside(weights: Path) -> dict[str, Any]:
     A network may be retrained on larger images than those of the search, so that the architecture's stage has others.
 
     Raises:
-        TangleNASError: The file is damaged.
+        TangleNASError: The file is damaged, or a size is not a positive whole number.
     """
     path = weights.with_name(CONFIG)
     config = _json(path) if path.is_file() else {}
     if isinstance(config.get("options"), dict):
-        return {name: config["options"][name] for name in SIZES if name in config["options"]}
-    size = _entries(config).get("input_size")
-    if not (isinstance(size, list) and len(size) == 3 and size[1] == size[2]):
-        return {}
-    classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
-    return {"in_channels": size[0], "image_size": size[1], **classes}
+        sizes = {name: config["options"][name] for name in SIZES if name in config["options"]}
+    else:
+        size = _entries(config).get("input_size")
+        if not (isinstance(size, list) and len(size) == 3 and size[1] == size[2]):
+            return {}
+        classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+        sizes = {"in_channels": size[0], "image_size": size[1], **classes}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise TangleNASError(
+                f"{path} is damaged: the {name} of the network is {quoted(value, 80)}, expected a positive whole "
+                "number. Run retrain again, or `dvc repro`"
+            )
+    return sizes
 
 
 def open_tokenizer(content: str, place: Path) -> Tokenizer:

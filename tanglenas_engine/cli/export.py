@@ -179,7 +179,7 @@ def _network(
     # the supernet's, says by which optimizer they were trained.
     for network in (space,) if "optimizer" in metadata else (own, space):
         try:
-            prefix = load_into(network, weights)
+            prefix = load_into(network, weights, space.converted)  # other sizes of images, too, as evaluate
             break
         except OtherWeightsError as error:
             reason = str(error)[str(error).index("(") :]

@@ -333,11 +333,13 @@ def test_what_the_dataset_says_is_stored_if_its_sizes_are_those_of_the_network(
 
 
 @pytest.mark.parametrize("given, size", [((), 16), (("-o", "image_size=16"), 16), (("-o", "image_size=24"), 24)])
-@pytest.mark.parametrize("name", ["resnet_nano", "nb201"])  # the form of timm, and that of spaces
+@pytest.mark.parametrize("name", ["resnet_nano", "nb201", "autoformer_nano"])  # the form of timm, and that of spaces
 def test_a_network_that_was_retrained_on_larger_images_is_exported_for_these(tmp_path, monkeypatch, name, given, size):
     monkeypatch.chdir(tmp_path)
     dataset = create_dataset("digits", image_size=16)
     options = {**TINY.get(name, {}), **dataset.space_options()}
+    if name == "autoformer_nano":
+        options["patch_size"] = 2  # position embeddings are resampled where the patches stay as large
     space = create_space(name, **options)
     architecture = space.smallest()
     Path("architecture.json").write_text(architecture.to_json())
@@ -351,6 +353,26 @@ def test_a_network_that_was_retrained_on_larger_images_is_exported_for_these(tmp
     made_with = {option: config["options"][option] for option in dataset.space_options()}
     assert made_with == {**dataset.space_options(), "image_size": size}
     assert config["pretrained_cfg"] == {**dataset.input_config(), "input_size": [1, size, size]}
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        ({"options": {"image_size": "x"}}, "the image_size of the network is 'x'"),
+        ({"input_size": [1, 8.5, 8.5]}, "the image_size of the network is 8.5"),
+        ({"input_size": [True, 8, 8]}, "the in_channels of the network is True"),
+        ({"input_size": [1, 8, 8], "num_classes": 0}, "the num_classes of the network is 0"),
+    ],
+)
+def test_sizes_beside_the_weights_that_are_none_are_refused(tmp_path, monkeypatch, config, told):
+    monkeypatch.chdir(tmp_path)
+    space = create_space("nb201_nano")
+    space.export(space.extract(space.smallest()), space.smallest(), Path("model"))
+    Path("architecture.json").write_text(space.smallest().to_json())
+    Path("model/config.json").write_text(json.dumps(config))
+    said = refused(["export", "architecture.json", "--weights", "model/model.safetensors", "--format", "torch"],
+                   "--output", "exported")  # fmt: skip
+    assert f"config.json is damaged: {told}, expected a positive whole number" in said
 
 
 @pytest.mark.parametrize("told_by", ["metadata", "architecture.json"])
