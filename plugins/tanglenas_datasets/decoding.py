@@ -58,7 +58,10 @@ def decode(file: str | Path | BinaryIO, mode: str) -> Image.Image:
         wide = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}.get(content.mode)
         if wide is not None and (content.mode == "F" or content.format == "TIFF"):  # other "I" are of 16 bits
             raise ValueError(f"its pixels are {wide}, of which black and white are not known")
+        of_16_bits = any(tile[3] == "RGB;16B" for tile in getattr(content, "tile", ()))
         image = _upright(content)
+        if of_16_bits and isinstance(image.info.get("transparency"), tuple):  # Pillow keeps the upper bits of pixels
+            image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
         if image.mode.startswith("I"):
             image = _of_8_bits(image)
         if image.has_transparency_data:

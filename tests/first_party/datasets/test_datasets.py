@@ -28,6 +28,7 @@ import tanglenas_vit.network  # noqa: F401 - both tell timm about their networks
 from tanglenas_datasets import cifar
 from tanglenas_datasets.augment import prepare, random_cutout, random_shift
 from tanglenas_datasets.cifar import CIFAR10, CIFAR100
+from tanglenas_datasets.decoding import decode
 from tanglenas_datasets.digits import Digits
 from tanglenas_datasets.fashion_mnist import FashionMNIST
 from tanglenas_datasets.image_folder import ImageFolder
@@ -679,6 +680,21 @@ def test_what_is_transparent_is_white_and_the_rest_as_it_was(pictures, mode, col
     inputs, _ = everything(ImageFolder(pictures, image_size=8, in_channels=in_channels, mean=0, std=1 / 255))
     assert inputs[0, :, :, 4:].round().unique().tolist() == [255]
     assert inputs[0, :, :, :4].round().max() < 32
+
+
+def test_a_transparent_colour_of_16_bits_is_white(pictures):
+    """Pillow writes no RGB images of 16 bits, so that the file is made here: a transparent pixel and another one."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    colour, other = (0x0A0B, 0x140C, 0x1E0D), (0x0B0B, 0x140C, 0x1E0D)
+    pixels = b"\0" + struct.pack(">6H", *colour, *other)
+    header = chunk(b"IHDR", struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0))
+    content = header + chunk(b"tRNS", struct.pack(">3H", *colour)) + chunk(b"IDAT", zlib.compress(pixels))
+    path = pictures / "blue" / "0.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b""))
+    assert np.asarray(decode(path, "RGB")).tolist() == [[[255, 255, 255], [0x0B, 0x14, 0x1E]]]
 
 
 def test_half_a_transparency_lets_half_of_the_white_through(pictures):
