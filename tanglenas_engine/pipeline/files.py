@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -31,11 +32,6 @@ FRONT = OUT / "discretize" / "pareto"
 WEIGHTS = OUT / "retrain" / "model" / "model.safetensors"
 CHANNEL_DIVISOR = "channel_divisor"
 """The metadata of a supernet whose weights were trained with a share of their channels: the reciprocal of the share."""
-RUN_AGAIN = (
-    "Run the stage that writes it again, or `dvc repro`. If the config has another image_size than that stage had, the "
-    "networks of this space have the image size of their training"
-)
-"""The remedy for weights that do not fit, which a change of the config explains."""
 
 
 def read_splits() -> Splits:
@@ -98,7 +94,7 @@ def read_targets() -> dict[str, float]:
         ) from None
 
 
-def load_into(network: nn.Module, path: Path, advice: str = RUN_AGAIN, space: SearchSpace | None = None) -> None:
+def load_into(network: nn.Module, path: Path, advice: str = "", space: SearchSpace | None = None) -> None:
     """Load the weights that an earlier stage wrote into a network.
 
     A space also learns with which share of the channels the weights of its supernet were trained.
@@ -107,7 +103,7 @@ def load_into(network: nn.Module, path: Path, advice: str = RUN_AGAIN, space: Se
     Args:
         network: The network, or a space.
         path: The file.
-        advice: The remedy where the file has the weights of another network.
+        advice: The remedy where the file has the weights of another network; "" for running its stage again.
         space: The space of a standalone network.
 
     Raises:
@@ -120,9 +116,26 @@ def load_into(network: nn.Module, path: Path, advice: str = RUN_AGAIN, space: Se
             print(f"{path}: all names begin with {prefix!r}, which was left out", file=sys.stderr)
     except weights.OtherWeightsError as error:
         found, _, reason = str(error).partition(" (")
+        advice = advice or _run_again(space or network)
         raise TangleNASError(f"{found} than the config and {ARCHITECTURE.name} say ({reason}. {advice}") from None
     if isinstance(network, SearchSpace):
         network.superposition.trained_divisor = trained_divisor(network, path)
+
+
+def _run_again(space: nn.Module) -> str:
+    """Return the remedy for weights that do not fit a space, or a standalone network, which the config explains."""
+    again = "Run the stage that writes it again, or `dvc repro`"
+    if not isinstance(space, SearchSpace):  # this version's evaluate passes the space
+        return f"{again}. If pipelines/evaluate.py is of an earlier version, run `tanglenas init --upgrade .` before"
+    if "image_size" not in (space.created_with or {}):
+        return again
+    kind = type(space)
+    resamples = kind.converted is not SearchSpace.converted and "patch_size" in inspect.signature(kind).parameters
+    return f"{again}. If the config has another image_size than that stage had, " + (
+        "bind create_space.patch_size as it was there"
+        if resamples
+        else "go back to that one: networks of this space have the image size of their training"
+    )
 
 
 def trained_divisor(space: SearchSpace, path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,9 +71,9 @@ def excesses(derived: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str
     for key in COSTS:
         cost, limit, searched = _number(network, key), _number(derived, f"limit_{key}"), _number(derived, key)
         if cost is not None and limit is not None and cost > limit:
-            same = network.get("digest") == derived.get("digest") and searched is not None and searched <= limit
+            same = network.get("digest") == derived.get("digest", "") and searched is not None and searched <= limit
             kept = f", which the architecture keeps at the sizes of the search, with {searched:,.0f}" if same else ""
-            told[key] = f"exceeds the limit of {limit:,.0f}{kept}"
+            told[key] = f"exceeds the limit of {math.floor(limit):,}{kept}"  # a cost is a whole number
     return told
 
 

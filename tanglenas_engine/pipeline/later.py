@@ -6,6 +6,7 @@ The search does not depend on the settings of later stages otherwise: changing t
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,14 +34,14 @@ from tanglenas_engine.pipeline.config.params import stage_command
 from tanglenas_engine.pipeline.config.reader import bindings_of, configured
 from tanglenas_engine.pipeline.config.values import macro_value
 from tanglenas_engine.pipeline.files import inherited_advice, inherits
-from tanglenas_engine.pipeline.headline import COSTS
+from tanglenas_engine.pipeline.headline import COSTS, plausible
 from tanglenas_engine.pipeline.inputs.same_inputs import compare, input_options
 from tanglenas_engine.pipeline.stage import Stage
 from tanglenas_engine.pipeline.trainings import methods, refuse_race
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.seeding import seeded
 from tanglenas_engine.spaces.cells import CellSpace
-from tanglenas_engine.spaces.cost import METRICS
+from tanglenas_engine.spaces.cost import FORMER, METRICS
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.discretize import check_options as check_discretize
 
@@ -62,8 +63,9 @@ def check_later_stages(stage: Stage, splits: Splits) -> None:
     check_later_budget(stage.space, stage.dataset)
     own, inputs, divisor = _created_with(), input_options(stage.dataset), _final_divisor(stage.space)
     retrained: dict[str, Any] = {}
+    limits = _targets(stage.space)
     with _later("discretize", stage.space, stage.dataset) as about_this:
-        limits = bound_limits()
+        limits |= {name: most for name, most in bound_limits().items() if most is not None}
         if about_this and _created_with() != own:
             try:
                 compare("discretize", create()[2], inputs, "the supernet", stage.progress)
@@ -121,7 +123,19 @@ def check_later_budget(space: SearchSpace, dataset: Dataset) -> None:
             refuse_race()
 
 
-def _beyond(limits: Mapping[str, float | None], searched: SearchSpace, retrained: SearchSpace) -> Iterator[str]:
+def _targets(space: SearchSpace) -> dict[str, float]:
+    """Return the targets of the search for costs of the headline, by name: discretize takes them for limits."""
+    largest, found = space.cost(space.largest()), {}
+    for values in bindings_of("target"):
+        name = values.get("objective", "macs")
+        name = FORMER.get(name, name)
+        value, share = plausible(values.get("value")), plausible(values.get("share"))
+        if name in COSTS and (limit := value or (share or 0) * getattr(largest, name)):
+            found[name] = limit
+    return found
+
+
+def _beyond(limits: Mapping[str, float], searched: SearchSpace, retrained: SearchSpace) -> Iterator[str]:
     """Yield a sentence for each limit of discretize that networks may exceed because retrain builds larger ones."""
     there, here = (space.created_with or {} for space in (searched, retrained))
     other = [name for name in there if name in here and there[name] != here[name]]
@@ -129,12 +143,12 @@ def _beyond(limits: Mapping[str, float | None], searched: SearchSpace, retrained
     largest = searched.cost(searched.largest())
     least, most = retrained.cost(retrained.smallest()), retrained.cost(retrained.largest())
     for name, (unit, _) in COSTS.items():
-        limit = limits.get(name)
-        if limit is not None and getattr(most, name) > max(limit, getattr(largest, name)):
+        limit = limits.get(name, math.inf)
+        if getattr(most, name) > max(limit, getattr(largest, name)):
             yield (
-                f"discretize keeps the limit of {limit:,.0f} {unit} for networks as in the search{one}. Retrain builds "
-                f"larger ones{two}, of {getattr(least, name):,} to {getattr(most, name):,} {unit}: the final network "
-                "may exceed the limit"
+                f"discretize keeps the limit of {math.floor(limit):,} {unit} for networks as in the search{one}. "
+                f"Retrain builds larger ones{two}, of {getattr(least, name):,} to {getattr(most, name):,} {unit}: the "
+                "final network may exceed the limit"
             )
 
 

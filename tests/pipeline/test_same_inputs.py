@@ -11,9 +11,10 @@ from project import set_params
 from stages import MAIN, arguments, forget_settings
 
 from tanglenas_datasets.digits import Digits
+from tanglenas_engine import create_space
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline.config.reader import configured
-from tanglenas_engine.pipeline.files import SUPERNET, WEIGHTS
+from tanglenas_engine.pipeline.files import SUPERNET, WEIGHTS, load_into
 from tanglenas_engine.pipeline.inputs.same_inputs import compare, input_options
 from tanglenas_engine.runtime.progress import ConsoleProgress, SilentProgress
 from tanglenas_engine.runtime.weights import load_weights, save_weights, weights_metadata
@@ -64,14 +65,25 @@ def test_a_search_says_that_a_later_stage_has_images_of_another_size(done: Path,
     assert f"trained on inputs with image_size 8, and {stage} has image_size 16" in told
 
 
-def test_a_search_says_that_retrain_may_exceed_the_limit_of_discretize(done: Path, capsys) -> None:
-    set_params(done, discretize={"max_macs": 1_300_000, "max_params": 10_000_000})
+@pytest.mark.parametrize(
+    "params, limit",
+    [
+        ({"discretize": {"max_macs": 1_300_000, "max_params": 10_000_000}}, "1,300,000"),
+        ({"search": {"objective": "macs", "target_share": 0.6}}, ""),
+        ({"search": {"objective": "macs", "target": 1_200_000.7}}, "1,200,000"),
+        ({"search": {"objective": "macs", "target": 1_200_000}, "discretize": {"max_macs": 1_300_000}}, "1,300,000"),
+    ],
+)
+def test_a_search_says_that_retrain_may_exceed_the_limit_of_discretize(
+    done: Path, capsys, params: dict[str, dict[str, object]], limit: str
+) -> None:
+    set_params(done, **params)
     for stage in ("retrain", "evaluate"):
         with (done / "gin" / "demo" / f"{stage}.gin").open("a") as file:
             file.write("\ncreate_dataset.image_size = 16\n")
     MAIN["search"](arguments(done, "search"))
     told = capsys.readouterr().out
-    assert "limit of 1,300,000 MACs for networks as in the search with image_size 8. Retrain builds larger" in told
+    assert f"{limit} MACs for networks as in the search with image_size 8. Retrain builds larger" in told
     assert "10,000,000" not in told
 
 
@@ -166,9 +178,10 @@ def own_images(name: str) -> SimpleNamespace:
         (
             own_images("mine.lying"),
             MADE,
-            "interpolation bilinear and crop_pct 1.0, and {} has eval_transform mine.lying",
+            "trained on inputs with mean 0.5, and {} has eval_transform mine.lying",
         ),
-        (images(), OWN, "trained on inputs with eval_transform mine.centred, and {} has mean 0.5 and std 0.5"),
+        (images(), OWN, "trained on inputs with eval_transform mine.centred, and {} has mean 0.5"),
+        (images(), {"mean": [0.5] * 3, "in_channels": 3}, ""),  # a plugin's dataset may not say all
         (own_images("mine.lying"), OWN, "eval_transform mine.centred, and {} has eval_transform mine.lying: make them"),
         (own_images("mine.centred"), OWN, ""),
         (own_images("mine.centred"), {"in_channels": 3, "image_size": 32}, ""),  # of an earlier version
@@ -180,3 +193,28 @@ def test_a_transform_of_ones_own_is_another_than_none_and_than_that_of_another_n
     with nullcontext() if not told else pytest.raises(TangleNASError) as error:
         compare(stage, dataset, made, "the network", SilentProgress())
     assert not told or told.format(stage) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, there, here, standalone, told",
+    [
+        ("autoformer_nano", {"image_size": 16}, {"image_size": 32}, True, "bind create_space.patch_size as it was"),
+        ("autoformer_nano", {"image_size": 16}, {"image_size": 32}, False, "bind create_space.patch_size as it was"),
+        ("resnet_nano", {"num_classes": 2, "image_size": 8}, {"num_classes": 3, "image_size": 16}, True,
+         "have the image size of their training"),
+        ("gpt_nano", {"vocab_size": 8}, {"vocab_size": 9}, True, ""),
+        ("gpt_nano", {"vocab_size": 8}, {"vocab_size": 9}, None, "pipelines/evaluate.py is of an earlier version"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_network_are_refused_with_the_remedy_for_their_space(
+    tmp_path: Path, name: str, there: dict[str, int], here: dict[str, int], standalone: bool | None, told: str
+) -> None:
+    """An earlier pipelines/evaluate.py does not pass the space of a standalone network."""
+    trained, space = (create_space(name, **options) for options in (there, here))
+    networks = [it if standalone is False else it.standalone(it.smallest()) for it in (trained, space)]
+    save_weights(tmp_path / "model.safetensors", networks[0].state_dict())
+    with pytest.raises(TangleNASError, match="holds the weights of another network") as error:
+        load_into(networks[1], tmp_path / "model.safetensors", space=space if standalone else None)
+    said = str(error.value)
+    assert told in said and ("image_size" in said) is ("image_size" in here)
+    assert said.endswith("or `dvc repro`") is (told == "")

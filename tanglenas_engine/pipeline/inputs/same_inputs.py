@@ -21,6 +21,8 @@ from tanglenas_engine.runtime.weights import weights_metadata
 
 NORMALISED = ("mean", "std", "interpolation", "eval_transform", "in_channels")
 """What a training that goes on from weights must keep. It may have larger images, as in progressive resizing."""
+TOLD = ("mean", "eval_transform")
+"""What says how inputs are normalised: one or the other. A dataset may leave out further options."""
 SHAPED = ("crop_pct", "image_size")
 """What counts, too, for weights that are taken as they are. Evaluate may have other sizes on purpose, and says so."""
 ALIKE = 1e-4
@@ -81,8 +83,9 @@ def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str,
     """
     further = stage == "retrain" and gin.get_bindings("retrain").get("mode", "scratch") != "inherit"
     here, there = input_options(dataset), _mapping(made)
-    # A side that says how it makes inputs says all of it: a name that it lacks means something to it, too.
-    known = here.keys() | there.keys() if _told(here) and _told(there) else here.keys() & there.keys()
+    known = here.keys() & there.keys()
+    if _told(here) and _told(there):  # one side may have a transform of its own, and the other one none
+        known |= (here.keys() | there.keys()) & set(TOLD)
     names = [it for it in (*NORMALISED, *(() if further else SHAPED)) if it in known]
     other = [it for it in names if not _alike(here.get(it), there.get(it))]
     if not other:
@@ -103,7 +106,7 @@ def compare(stage: str, dataset: Dataset, made: Mapping[str, Any], weights: str,
 
 def _told(options: Mapping[str, Any]) -> bool:
     """Return whether options say how inputs are normalised. Earlier versions left out a transform of one's own."""
-    return "mean" in options or "eval_transform" in options
+    return any(name in options for name in TOLD)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
