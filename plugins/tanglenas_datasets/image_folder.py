@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class ImageFolder(Dataset):
         self.fingerprint = content_hash(*self.class_names, self.labels, *_file_hashes(paths, root, check))
 
     def input_config(self) -> dict[str, Any]:
-        """Return how inputs are made. A custom `eval_transform` has its name in place of the options that it replaces.
+        """Return how inputs are made. A description of a custom `eval_transform` replaces the options that it replaces.
 
         See `Dataset.input_config`.
         """
@@ -142,7 +143,7 @@ class ImageFolder(Dataset):
             return config
         replaced = ("mean", "std", "crop_pct", "interpolation")
         kept = {name: value for name, value in config.items() if name not in replaced}
-        return {**kept, "eval_transform": _name_of(self._own_transform)}
+        return {**kept, "eval_transform": _described(self._own_transform)}
 
     def _transforms(
         self,
@@ -305,10 +306,20 @@ class ImageFiles:
             ) from error
 
 
-def _name_of(transform: Transform) -> str:
-    """Return the name of a function with that of its module; that of its class for another callable."""
-    named: Any = transform if hasattr(transform, "__qualname__") else type(transform)
-    return f"{named.__module__}.{named.__qualname__}"
+def _described(value: Any) -> str:
+    """Return the name of a function, and the class and options of another callable, as far as these are known.
+
+    A partial has its arguments, another object what its `repr` says. An address in memory is no option.
+    """
+    if isinstance(value, partial):
+        named = (f"{name}={_described(it)}" for name, it in sorted(value.keywords.items()))
+        return f"{_described(value.func)}({', '.join([*map(_described, value.args), *named])})"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind, said = type(value), " ".join(repr(value).split())
+    if " at 0x" in said:
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{kind.__module__}.{said}" if callable(value) else said
 
 
 def _check_options(

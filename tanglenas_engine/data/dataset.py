@@ -101,8 +101,8 @@ class Dataset(ABC):
 
         For images these are `label_names`, `num_classes`, `input_size` (C, H, W), `mean`, `std`, `crop_pct` and
         `interpolation`, as timm's `pretrained_cfg` names them. A dataset whose inputs a function of the user makes has
-        the function's name as `eval_transform`, and none of the last four. For other data these are the options of the
-        space, and the `label_names` of data with labels.
+        a description of the function as `eval_transform`, and none of the last four. For other data these are the
+        options of the space, and the `label_names` of data with labels.
         """
         options = self.space_options()
         if self.labels is None:

@@ -32,7 +32,7 @@ ALIKE = 1e-4
 def input_options(dataset: Dataset) -> dict[str, Any]:
     """Return how a dataset makes inputs of images, by the names of its options and as JSON has it; {} for other data.
 
-    What a dataset does not say is left out. A transform of one's own has its name, `eval_transform`, and no mean.
+    What a dataset does not say is left out. A transform of one's own is described by `eval_transform`, without a mean.
     """
     described: dict[str, Any] = json.loads(json.dumps(dataset.input_config(), default=str))
     return _options(described)

@@ -705,6 +705,36 @@ def test_half_a_transparency_lets_half_of_the_white_through(pictures):
     assert inputs[0, :, 0, 0].round().tolist() == [132, 137, 142]
 
 
+def shaded(image, value=0.0):
+    return torch.full((3, 8, 8), value)
+
+
+class Shaded:
+    def __call__(self, image):
+        return shaded(image)
+
+
+V2 = "torchvision.transforms.v2"
+
+
+@pytest.mark.parametrize(
+    "transform, told",
+    [
+        (shaded, f"{__name__}.shaded"),
+        (Shaded(), f"{__name__}.Shaded"),
+        (partial(shaded, value=0.5), f"{__name__}.shaded(value=0.5)"),
+        (partial(partial(shaded), None, value=Shaded()), f"{__name__}.shaded(None, value={__name__}.Shaded)"),
+        (v2.Compose([v2.Pad(4), v2.ToImage()]),
+         f"{V2}._container.Compose( Pad(padding=4, fill=0, padding_mode=constant) ToImage() )"),
+        (torch.nn.Sequential(v2.CenterCrop(8)),
+         "torch.nn.modules.container.Sequential( (0): CenterCrop(size=(8, 8)) )"),
+    ],
+)  # fmt: skip
+def test_a_transform_of_ones_own_is_described_with_its_options(pictures, transform, told):
+    described = ImageFolder(pictures, image_size=8, eval_transform=transform).input_config()
+    assert described["eval_transform"] == told
+
+
 def test_own_transforms_replace_both_pipelines(pictures):
     dataset = ImageFolder(
         pictures,
@@ -925,6 +955,6 @@ def test_an_export_says_nothing_of_inputs_that_are_not_known(tmp_path, space, ow
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     said = config["pretrained_cfg"]
     assert not {"mean", "std", "crop_pct", "interpolation"} & said.keys() and ("label_names" in said) is own
-    name = "torchvision.transforms.v2._type_conversion.ToImage" if own else None
+    name = "torchvision.transforms.v2._type_conversion.ToImage()" if own else None
     assert config.get("eval_transform") == name and "eval_transform" not in said
     timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
