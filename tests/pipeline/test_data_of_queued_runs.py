@@ -111,7 +111,8 @@ def test_a_benchmark_of_another_size_of_the_space_is_told(copy: Path, tmp_path: 
 def test_a_run_in_a_temporary_copy_searches_own_images(tmp_path: Path) -> None:
     project = lay_out(tmp_path / "project")
     (project / ".gitignore").write_text("/data/\n/.tanglenas/\n/mlflow.db*\n/mlartifacts/\n__pycache__/\n")
-    set_params(project, dataset="image_folder", search={"epochs": 1, "batch_size": 4, "warmup_epochs": 0})
+    small = {"epochs": 1, "batch_size": 4}
+    set_params(project, dataset="image_folder", search={**small, "warmup_epochs": 0}, retrain=small)
     gin_file = project / "gin" / "datasets" / "image_folder.gin"
     gin_file.write_text("create_dataset.root = 'data/images'\ncreate_dataset.image_size = 8\n")
     write_images(project / "data" / "images")
