@@ -6,7 +6,7 @@ import os
 import platform
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Text(Dataset):
 
     name = "text"
     labels = None
+    _folders: Sequence[Path] = ()
+    """The folders that texts were read from, which `describe` tells about."""
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ def check_pool(make_dataset: Callable[[], Dataset]) -> None:
     assert isinstance(dataset.fingerprint, str) and dataset.fingerprint, "the fingerprint must be a string"
     assert dataset.fingerprint == again.fingerprint, "the fingerprint of the same data differs from time to time"
     assert isinstance(dataset.edition(), str), f"edition() is {dataset.edition()!r}, expected a text"
+    assert isinstance(dataset.describe(), str), f"describe() is {dataset.describe()!r}, expected a text"
     assert dataset.space_options(), "space_options() names no option by which a space fits the data"
     if dataset.labels is not None:
         assert dataset.labels.dtype == torch.int64 and dataset.labels.shape == (len(dataset),), (

@@ -421,7 +421,11 @@ class Table(Images):
         return {"num_classes": 3, "features": 4}
 
 
-@pytest.mark.parametrize("dataset", [Images, Table, Tokens, Plain, lambda: create_dataset("digits")])
+def python_code():
+    return create_dataset("stdlib_text", characters=20_000)
+
+
+@pytest.mark.parametrize("dataset", [Images, Table, Tokens, Plain, lambda: create_dataset("digits"), python_code])
 def test_a_dataset_that_keeps_the_contract_passes(dataset):
     check_dataset(dataset)
 
