@@ -25,7 +25,7 @@ _AT_ONCE = 256
 def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[str]:
     """Decode every file once, in as many threads as there are cores, and return the digest of each.
 
-    Contents that were decoded before are not decoded again. Images of 16 bits that use few of them are told.
+    Contents that were decoded before are not decoded again. Grey images of 16 bits that use few levels are told.
 
     Args:
         paths: The files.
@@ -80,8 +80,7 @@ def check_all(paths: Sequence[str], folder: Path, progress: Progress) -> list[st
         progress.note(
             "image_folder: grey images of 16 bits use a sixteenth of the levels at most, as those of 12 bits do, so "
             f"that they are almost black, with 16 levels of 256: {listed(sorted(dark), MOST_GROUPS)} "
-            f"({len(dark):,} in all). "
-            "Scale their levels up to 65,535"
+            f"({len(dark):,} in all). Scale their levels up to 65,535"
         )
     return digests
 

@@ -36,9 +36,10 @@ class ImageFolder(Dataset):
     splits hold out a validation part of their own. Without `test/`, the folder `val/` is the official test part. Other
     spellings of the three are known, in any case, such as Training, valid and seg_test.
 
-    Classes are numbered in the order of their sorted names. The test part may lack some. Images may lie in deeper
-    folders. Names that start with a dot, folders that systems make, files without an image's suffix, and links to a
-    folder above are passed over; `describe` tells them. Pixels are decoded batch by batch.
+    The class folders of the training part are the classes, in the order of their sorted names. Other parts may lack
+    some, and have no other. Images may lie in deeper folders. Names that start with a dot, folders that systems make,
+    files without an image's suffix, and links to a folder above are passed over; `describe` tells them. Pixels are
+    decoded batch by batch.
 
     Args:
         root: The folder. A relative path is one under the current folder or the project's root.
@@ -134,7 +135,7 @@ class ImageFolder(Dataset):
         self.fingerprint = content_hash(*self.class_names, self.labels, *_file_hashes(paths, root, check))
 
     def input_config(self) -> dict[str, Any]:
-        """Return how inputs are made. A description of a custom `eval_transform` replaces the options that it replaces.
+        """Return how inputs are made. The description of a custom `eval_transform` stands in place of mean and std.
 
         See `Dataset.input_config`.
         """
