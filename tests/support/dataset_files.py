@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tanglenas_datasets.cifar import CIFAR10, CIFAR100
 
@@ -30,17 +31,33 @@ def write_fashion(folder, suffix="", train=40, test=20):
     return folder
 
 
-def write_cifar(root, kind, test=7):
-    """Random images in the form of the archive; returns its folder, all images and all labels."""
+def write_cifar(root, kind, test=7, each=None):
+    """Random images in the form of the archive; returns its folder, all images and all labels.
+
+    Each file of the training part has `each` images, or a few.
+    """
     inner, files, test_file, ranges = KINDS[kind]
     folder = root / inner
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images, labels = [], []
-    for file, count in {**files, test_file: test}.items():
+    for file, count in {**{name: each or few for name, few in files.items()}, test_file: test}.items():
         images.append(rng.integers(0, 256, (count, 3, 32, 32), np.uint8))
-        labels.append(rng.integers(0, ranges, (count, len(ranges))).astype(np.uint8))
+        labels.append((rng.permutation(count)[:, None] % ranges).astype(np.uint8))
         (folder / file).write_bytes(np.hstack([labels[-1], images[-1].reshape(count, -1)]).tobytes())
     names = [f"class{i}" for i in range(ranges[-1])]
     (folder / NAMES[kind]).write_text("\n".join(names) + "\n\n")
     return folder, torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)[:, -1])
+
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+
+
+def write_images(folder, count=6, classes=COLOURS, size=(12, 10), shade=0):
+    """Images of one colour, in a folder for each class; with a shade, no two of a folder are equal."""
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            red, green, blue = COLOURS.get(name, (200, 100, 50))
+            Image.new("RGB", size, (red, abs(green - i * shade), blue)).save(folder / name / f"{i}.png")
+    return folder

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dataset_files import KINDS, write_cifar, write_fashion, write_idx
+from dataset_files import KINDS, write_cifar, write_fashion, write_idx, write_images
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
@@ -455,17 +455,6 @@ def test_the_real_cifar_has_its_published_sizes_and_statistics(kind):
 
 
 # Image folders
-
-
-COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
-
-
-def write_images(folder, count=6, classes=COLOURS, size=(12, 10)):
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", size, COLOURS.get(name, (200, 100, 50))).save(folder / name / f"{i}.png")
-    return folder
 
 
 @pytest.fixture
