@@ -26,6 +26,7 @@ from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.fit import check_fit
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.stages.ordering import Order, order_network
+from tanglenas_engine.stages.overfitting import overfitted
 from tanglenas_engine.stages.pace import Pace, taken_back
 from tanglenas_engine.stages.split_losses import largest_loss, split_losses
 from tanglenas_engine.stages.table_values import Table, table_values
@@ -337,6 +338,8 @@ class Search(Training):
                 network = self.optimizer.current() or self._stand_in
                 trained = history[-1]["weight_loss"] if self._plain_loss else 0.0
                 losses = split_losses(self.space, network, self._data, self._statistics, self._note, trained, before)
+                if self._plain_loss and (warning := overfitted(history)):
+                    self._note(warning)
         finally:
             self.space.release()
             self.space.superposition.channel_divisor = 1  # partial channels end with the search

@@ -1,0 +1,56 @@
+"""A search says that its supernet went past its best."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from spaces import vit
+
+from tanglenas_engine import create_optimizer, search
+from tanglenas_engine.runtime.progress import SilentProgress
+from tanglenas_engine.stages.overfitting import overfitted
+from tanglenas_engine.testing import random_data
+
+
+def history(validation, training):
+    return [{"validation_loss": v, "weight_loss": t} for v, t in zip(validation, training, strict=True)]
+
+
+FALLING = [1 / (1 + epoch) for epoch in range(20)]
+RISING = [1.0, 0.8, 0.6, 0.5, 0.42, 0.4, 0.41, 0.4, *(0.42 + 0.01 * i for i in range(12))]
+
+
+def test_a_validation_loss_that_rises_is_told_with_the_epoch_of_its_lowest():
+    warning = overfitted(history(RISING, FALLING))
+    assert "lowest around epoch 7 (0.403) and rose to 0.520" in warning
+    assert "fell from 0.145 to 0.053 (means of 3 epochs)" in warning and "about 7 epochs" in warning
+
+
+@pytest.mark.parametrize(
+    "validation, training",
+    [
+        (FALLING, FALLING),
+        (RISING, [2 - loss for loss in FALLING]),  # it diverged, or a target took the capacity away
+        (RISING[2:7], FALLING[2:7]),  # too few epochs to tell
+        ([0.4 + 0.02 * random.Random(epoch).random() for epoch in range(90)], [1 / (1 + e) for e in range(90)]),
+        ([], []),
+    ],
+)
+def test_a_search_that_did_not_go_past_its_best_is_told_nothing(validation, training):
+    assert overfitted(history(validation, training)) == ""
+
+
+@pytest.mark.parametrize("optimizer", ["spos", "drnas"])
+def test_a_search_on_labels_by_chance_learns_them_by_heart_and_says_so(optimizer):
+    class Notes(SilentProgress):
+        def note(self, text):
+            notes.append(text)
+
+    notes: list[str] = []
+    space = vit()
+    data = random_data(space, ("weights", "architecture", "validation"))
+    adam = partial(torch.optim.Adam, lr=1e-2)
+    search(space, create_optimizer(optimizer), data, epochs=30, batch_size=8, weight_optimizer=adam, progress=Notes())
+    (warning,) = [note for note in notes if "by heart" in note]
+    assert warning.startswith("search: warning: the validation loss was lowest around epoch ")
