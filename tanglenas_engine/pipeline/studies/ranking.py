@@ -39,7 +39,7 @@ def measure(run: Run) -> Measured:
         found = rank_correlation(
             bench.space,
             open_splits(bench.dataset, bench.splits, ("weights", "architecture"), augment=False),
-            benchmark.row,
+            benchmark,
             listed=listed,
             before=before,
             seed=run.seed,
