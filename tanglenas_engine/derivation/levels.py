@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tanglenas_engine.derivation.band import Band
-from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.budget import MARGIN, Budget, amount, dearest
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.surrogate import Explained, is_impossible
 from tanglenas_engine.errors import TangleNASError, at_least, positive
@@ -40,7 +40,8 @@ def front(
         rounds: The largest number of candidates that the regression proposes for each level, out of all candidates.
 
     Raises:
-        TangleNASError: An option is out of its range, or a level is below the cheapest architecture's cost.
+        TangleNASError: An option is out of its range, or a level is below the cheapest architecture's cost or above the
+            dearest one's.
     """
     at_least("front.rounds", rounds, 1)
     number = len(levels) if isinstance(levels, list | tuple) else at_least("front.levels", levels, 1)
@@ -83,7 +84,8 @@ def _levels(candidates: Candidates, levels: int | Sequence[float]) -> tuple[list
     if isinstance(levels, int):
         fill, edges = 0.0, (np.geomspace if least > 0 else np.linspace)(least, most, levels + 1).tolist()
     else:
-        fill, edges = candidates.fill, [least, *sorted({min(positive("front.levels", one), most) for one in levels})]
+        _check_levels(candidates, levels, most, price(dearest(space, cost)))
+        fill, edges = candidates.fill, [least, *sorted({min(one, most) for one in levels})]
     limits = {limit.name: limit.most for limit in budget.limits}
     budgets, bands = [], []
     for below, level in itertools.pairwise(edges):
@@ -92,3 +94,23 @@ def _levels(candidates: Candidates, levels: int | Sequence[float]) -> tuple[list
             bands.append(Band(budgets[-1], max(below / level, fill), of=candidates.cost))
     budgets[0].check()
     return budgets, bands
+
+
+def _check_levels(candidates: Candidates, levels: Sequence[float], most: float, largest: float) -> None:
+    """Refuse levels that no architecture of the space reaches, and note those that none within the budget does.
+
+    Args:
+        most: The largest cost within the budget.
+        largest: The largest cost of the space.
+    """
+    above = [one for one in sorted(positive("front.levels", one) for one in levels) if one > most * MARGIN]
+    if above and above[-1] > largest * MARGIN:
+        raise TangleNASError(
+            f"front.levels has {amount(above[-1])} {candidates.cost}, but no architecture of {candidates.space.label} "
+            f"has more than {amount(largest)}: lower it, or bind discretize.cost to the cost that it is of"
+        )
+    if above:
+        candidates.note(
+            f"front.levels has {', '.join(map(amount, above))} {candidates.cost}, and no architecture within the "
+            f"budget has more than {amount(most)}: that is the level in their place"
+        )

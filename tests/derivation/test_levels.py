@@ -109,10 +109,12 @@ def test_every_candidate_is_within_the_budget_and_levels_beyond_it_are_its_own()
     space = tiny("autoformer_nano")
     high = space.cost(space.largest())
     budget = Budget(space, {"macs": int(0.5 * high.macs), "params": int(0.6 * high.params)})
-    for levels in (5, [0.3 * high.macs, high.macs, 2.0 * high.macs]):
-        with Known(space, additive(space, 0), limit=60, cost="macs", budget=budget, fill=0.9) as tried:
+    for levels in (5, [0.3 * high.macs, 0.8 * high.macs, high.macs]):
+        notes = Notes()
+        with Known(space, additive(space, 0), limit=60, cost="macs", budget=budget, fill=0.9, progress=notes) as tried:
             front(tried, None, levels=levels)
         assert len(tried.records) == 60
+        assert any("no architecture within the budget has more" in line for line in notes.lines) == (levels != 5)
         assert max(row["macs"] for row in tried.records) <= 0.5 * high.macs
         assert max(row["params"] for row in tried.records) <= 0.6 * high.params
         if levels != 5:  # of two limits, each level's cost is what candidates fill
@@ -212,7 +214,8 @@ def test_without_enough_candidates_or_decisions_all_are_random_and_that_is_said(
         ({"levels": []}, "the number of front.levels is 0, expected a whole number of at least 1"),
         ({"levels": [-1]}, "front.levels is -1, expected a positive number"),
         ({"levels": True}, "front.levels is True, expected a whole number"),
-        ({"levels": [1, 10**6]}, r"at most 1 params: the smallest has [\d,]+\. Raise"),
+        ({"levels": [1, 10**4]}, r"at most 1 params: the smallest has [\d,]+\. Raise"),
+        ({"levels": [10**4, 10**9]}, r"has 1,000,000,000 params, but no architecture of .* more than [\d,]+: lower it"),
         ({"rounds": 0}, "front.rounds is 0, expected a whole number of at least 1"),
     ],
 )
