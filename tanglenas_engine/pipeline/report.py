@@ -55,20 +55,21 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
         TangleNASError: Nothing ran yet, or a file of a stage, or params.yaml, is damaged.
     """
     metrics = {name: _json(root / METRICS / f"{name}.json") for name in STAGES}
-    path = root / ARCHITECTURE
-    architecture = Architecture.from_json(_text(path)) if path.exists() else None
+    derived = _architecture(root / ARCHITECTURE)
     try:
         found, trouble = finished_runs.read(root), ""
     except Exception as error:
         found, trouble = finished_runs.Records(), reason(error)
     runs = found.evaluated
-    if architecture is None and not runs:
+    if derived is None and not runs:
         why = f", and the MLflow store could not be read ({trouble})" if trouble else ""
         raise TangleNASError(f"{root} has no {ARCHITECTURE}{why}: run `dvc repro` first")
     params = _params(root / "params.yaml")
-    ran, edited = _ran_with(root, params) if architecture else ({}, "")
-    mixed = " ".join(filter(None, (_mixed(root, metrics, architecture.digest), edited))) if architecture else ""
+    ran, edited = _ran_with(root, params) if derived else ({}, "")
+    picked = _picked(root, metrics["evaluate"])
+    mixed = " ".join(filter(None, (_mixed(metrics, derived.digest, bool(picked)), edited))) if derived else ""
     params |= ran
+    architecture = picked or derived
     figures = {title: root / OUT / name for title, name in FIGURES.items()} if architecture else {}
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     html = _render(
@@ -92,18 +93,25 @@ def page(root: Path, defaults: Path | None = None) -> tuple[str, int, str]:
     return html, len(runs), mixed
 
 
-def _mixed(root: Path, metrics: dict[str, dict[str, Any]], digest: str) -> str:
+def _architecture(path: Path) -> Architecture | None:
+    return Architecture.from_json(_text(path)) if path.exists() else None
+
+
+def _picked(root: Path, evaluated: Mapping[str, Any]) -> Architecture | None:
+    """Return the architecture of the front that was evaluated: `retrain.pick` takes another one than the best."""
+    points = {path.stem: path for path in (root / FRONT).glob("*.json")}
+    path = points.get(str(evaluated.get("digest")))
+    return _architecture(path) if path else None
+
+
+def _mixed(metrics: dict[str, dict[str, Any]], digest: str, picked: bool) -> str:
     """Return a sentence if the metrics are about another architecture than the one in out/, else "".
 
     A person may change the architecture after discretize, and retrain and evaluate it. git brings metrics/ back and not
     out/, so that `git checkout` alone leaves files of two runs.
     """
     about = {stage: shown(metrics[stage].get("digest", digest), 80) for stage in ("discretize", "evaluate")}
-    front = {path.stem for path in (root / FRONT).glob("*.json")}
-    # `retrain.pick` trains another point of the front than the best.
-    foreign = [
-        stage for stage, other in about.items() if other != digest and (stage, other in front) != ("evaluate", True)
-    ]
+    foreign = [stage for stage, other in about.items() if other != digest and (stage != "evaluate" or not picked)]
     if not foreign:
         return ""
     if foreign == ["discretize"] and metrics["evaluate"].get("digest") == digest:

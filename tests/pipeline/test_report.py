@@ -104,6 +104,19 @@ def test_the_page_tells_what_was_found_and_loads_nothing_from_elsewhere(project)
     assert "MLflow knows no evaluated run" in dict(page.text)["p"]
 
 
+def test_the_page_is_about_the_network_of_the_front_that_was_picked(project):
+    other = create_space("autoformer_nano").architecture(
+        embed_dim=32, depth=3, num_heads=[4, 3, 2], mlp_ratio=[3, 2, 4]
+    )
+    Path("out/discretize/pareto").mkdir()
+    Path("out/discretize/pareto", f"{other.digest}.json").write_text(other.to_json())
+    found = json.loads(Path("metrics/evaluate.json").read_text())
+    Path("metrics/evaluate.json").write_text(json.dumps({**found, "digest": other.digest}))
+    page, said = report()
+    assert {"32", "4, 3, 2", "3, 2, 4", other.digest} <= {*page.cells(), *(text for _, text in page.text)}
+    assert "mixes two runs" not in said and "48" not in page.cells()
+
+
 def test_the_page_begins_with_the_test_accuracy_and_the_cost_in_the_range_of_the_space(project):
     page, _ = report()
     facts = [text for tag, text in page.text if tag in ("dt", "span", "dd")]
