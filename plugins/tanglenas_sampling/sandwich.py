@@ -62,12 +62,12 @@ class Sandwich(Optimizer):
         """Return the loss of a smaller network, by the labels and by the largest network's predictions."""
         if self.distillation == 0:
             return step.loss(outputs, targets)
-        taught = _distilled(outputs, teacher)
+        taught = step.mean(_distilled(outputs, teacher), targets)
         if self.distillation == 1:
             return taught
         return (1 - self.distillation) * step.loss(outputs, targets) + self.distillation * taught
 
 
 def _distilled(outputs: Tensor, teacher: Tensor) -> Tensor:
-    """Return the cross-entropy to the teacher's probabilities, over the classes in the last dimension."""
-    return -(teacher.softmax(-1) * outputs.log_softmax(-1)).sum(-1).mean()
+    """Return the cross-entropies to the teacher's probabilities, `(B,)` or `(B, T)`: one for each target."""
+    return -(teacher.softmax(-1) * outputs.log_softmax(-1)).sum(-1)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from tanglenas_engine.data import Mean, mean_over_targets
 from tanglenas_engine.elastic.parts import reference
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
@@ -44,6 +45,8 @@ class Step:
         outputs: The supernet's last outputs for the weight batch, from which the loop computes the training accuracy.
         reported: The loss of `outputs`, where the terms that train the weights add up to another one; else None.
         scale: The factor of the loss in alpha's gradient. It exceeds 1 in half precision.
+        mean: The mean of other values than the loss, such as what a teacher teaches: a function of one value for each
+            target, and the targets. It leaves out targets of -100, and weighs the two batches as the loss does.
     """
 
     index: int
@@ -55,6 +58,7 @@ class Step:
     outputs: Tensor | None = None
     reported: Tensor | None = None
     scale: Tensor | float = 1.0
+    mean: Mean = mean_over_targets
 
 
 class Source(Protocol):

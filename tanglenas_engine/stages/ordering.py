@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tanglenas_engine.data import Samples, Stream
+from tanglenas_engine.data import IGNORED, Samples, Stream
 from tanglenas_engine.errors import unknown
 from tanglenas_engine.optimizers.optimizer import Loss
 from tanglenas_engine.runtime.devices import to_device
@@ -16,7 +16,6 @@ from tanglenas_engine.spaces.layers import order_layers
 from tanglenas_engine.spaces.space import SearchSpace
 from tanglenas_engine.spaces.units import magnitude, order_units, taylor
 from tanglenas_engine.training.channels_last import learns_with_channels_last
-from tanglenas_engine.training.losses import IGNORED
 
 Order = Literal["magnitude", "taylor"]
 """The importance by which the units of a trained network are put in order: of its weights, or of its loss."""

@@ -379,12 +379,13 @@ class Retraining(Training):
             watched = [] if self.distillation is None else self.distillation.watched
             with recorded(self.network, watched) as states:
                 outputs = self.precision.forward(self._forward, inputs)
-            value = loss(outputs, targets)
+            value, logits = loss(outputs, targets), all_outputs(outputs)[0]
             if self.distillation is not None:
-                value = self.distillation(value, all_outputs(outputs)[0], inputs, states, self.precision.autocast)
+                autocast = self.precision.autocast
+                value = self.distillation(value, logits, inputs, targets, states, autocast, loss.mean)
             torch.autograd.backward(self.scaler.scale(value / count))
             losses.append(value.detach())
-            accuracies.append(loss.accuracy(all_outputs(outputs)[0], targets))
+            accuracies.append(loss.accuracy(logits, targets))
         distributed.average([*(parameter.grad for parameter in self.parameters), *self.statistics])
         self.scaler.unscale_(self.optimizer)
         if self.computation.clip is not None:

@@ -536,6 +536,7 @@ class Search(Training):
                 architecture_batch=others[0][number] if others else None,
                 weight_optimizer=self.weight_optimizer,
                 scale=self.scaler.scale(self._one),
+                mean=loss.mean,
             )
             for number in range(count)
         ]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_engine.data import Mean, mean_over_targets
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.errors import TangleNASError, positive, within
 from tanglenas_engine.spaces.architecture import Architecture
@@ -37,8 +38,11 @@ class Distillation:
     """A loss that draws the logits of a network to a teacher's.
 
     It is `(1 - weight) * loss + weight * T^2 * KL(teacher || network)`, with both distributions at temperature T. The
-    factor T^2 keeps the size of the gradient. Hidden states add `hidden * mean(|x - t|^2 / |t|^2)` over the samples and
-    the pairs of layers, with the network's outputs x and the first channels t of the teacher's.
+    factor T^2 keeps the size of the gradient. Hidden states add `hidden * mean(|x - t|^2 / |t|^2)` over the pairs of
+    layers, with the network's outputs x and the first channels t of the teacher's.
+
+    Both are means over the targets that are not `IGNORED`: over samples, or over positions where these have targets.
+    A hidden state without a vector for each target counts as a whole.
 
     Args:
         teacher: The teacher, which is put into eval mode and never trained.
@@ -73,17 +77,21 @@ class Distillation:
         loss: Tensor,
         logits: Tensor,
         inputs: Tensor,
+        targets: Tensor,
         states: Mapping[str, Tensor] = MappingProxyType({}),
         autocast: AbstractContextManager[Any] | None = None,
+        mean: Mean = mean_over_targets,
     ) -> Tensor:
         """Return the mixed loss of a batch.
 
         Args:
             loss: The loss of the targets.
             logits: The network's logits, `(B, classes)` or `(B, T, tokens)`.
-            inputs: The batch.
+            inputs: The inputs of the batch.
+            targets: The targets of the batch, `(B,)` or `(B, T)`.
             states: The outputs of the network's layers in `watched`, by name.
             autocast: The precision of the teacher's forward; None is that of its weights.
+            mean: The mean over targets. That of a `PieceLoss` weighs the pieces of a batch.
 
         Raises:
             TangleNASError: The teacher has another number of classes.
@@ -99,19 +107,22 @@ class Distillation:
                 f"the teacher's logits have the shape {tuple(taught.shape)}, the network's {tuple(logits.shape)}: a "
                 "teacher needs the same classes"
             )
-        ours, theirs = ((it.float() / self.temperature).flatten(0, -2).log_softmax(-1) for it in (logits, taught))
-        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        mixed = (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+        ours, theirs = ((it.float() / self.temperature).log_softmax(-1) for it in (logits, taught))
+        divergences = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)  # (B,) or (B, T)
+        mixed = (1 - self.weight) * loss + self.weight * self.temperature**2 * mean(divergences, targets)
         if not self.pairs:
             return mixed
-        errors = [_relative_error(states[ours], shown[theirs]) for ours, theirs in self.pairs]
-        return mixed + self.hidden * torch.stack(errors).mean()
+        errors = [_relative_errors(states[ours], shown[theirs], targets) for ours, theirs in self.pairs]
+        return mixed + self.hidden * mean(torch.stack(errors).mean(0), targets)
 
 
-def _relative_error(x: Tensor, whole: Tensor) -> Tensor:
+def _relative_errors(x: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
+    """Return `|x - t|^2 / |t|^2` for each target, with the teacher's state cut to the network's size as t."""
     t = whole[tuple(slice(size) for size in x.shape)].float()
-    errors, sizes = ((it * it).flatten(1).mean(1) for it in (x.float() - t, t))  # (B,)
-    return (errors / sizes.clamp_min(1e-12)).mean()
+    leading = targets.dim() if x.dim() > targets.dim() and x.shape[: targets.dim()] == targets.shape else 1
+    errors, sizes = ((it * it).flatten(leading).mean(-1) for it in (x.float() - t, t))
+    relative = errors / sizes.clamp_min(1e-12)
+    return relative if relative.shape == targets.shape else relative.mean().expand_as(targets)
 
 
 def hidden_pairs(space: SearchSpace, architecture: Architecture, network: nn.Module) -> list[tuple[str, str]]:

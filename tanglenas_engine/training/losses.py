@@ -10,11 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanglenas_engine.data import IGNORED
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.foreign import blamed
-
-IGNORED = -100
-"""A target that counts for no loss and no accuracy, as in torch's losses: padding, or a token that is no answer."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine.data import Samples, Stream, batches
+from tanglenas_engine.data import IGNORED, Samples, Stream, batches
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.runtime.devices import channels_last, to_device
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
-from tanglenas_engine.training.losses import IGNORED
 
 STATISTICS_BATCH = 256
 """The number of samples in each batch that sets the statistics of batch norms, in every stage."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tanglenas_engine.data import Samples, TokenSamples
+from tanglenas_engine.data import IGNORED, Samples, TokenSamples, mean_over_targets
 from tanglenas_engine.runtime import distributed
 from tanglenas_engine.training.loop import Summand
-from tanglenas_engine.training.losses import IGNORED, batch_accuracy
+from tanglenas_engine.training.losses import batch_accuracy
 
 
 def may_ignore(samples: Samples) -> bool:
@@ -27,7 +27,7 @@ class PieceLoss:
     Where the loss of a piece is a mean over its targets that are not `IGNORED`, pieces of one size may have unequally
     many of these. So each loss is multiplied by the piece's number of targets, relative to the mean number in all
     pieces of its batch. A piece without targets has a loss of 0, and so has a batch without targets. Any other loss is
-    left as it is. The accuracy always is such a mean.
+    left as it is. The accuracy and `mean` always are such means.
 
     The host does not wait for the numbers. The ranks exchange one number for each batch.
 
@@ -66,6 +66,12 @@ class PieceLoss:
             return self._loss(outputs, targets)
         loss = self._loss(outputs, targets * (factor > 0))  # a mean over no targets would be nan
         return factor.to(loss.dtype) * loss
+
+    def mean(self, values: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean of values over the targets of a piece, one value for each, multiplied likewise."""
+        factor = self._factor(targets)
+        mean = mean_over_targets(values, targets)
+        return mean if factor is None else factor.to(mean.dtype) * mean
 
     def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the accuracy of a piece in %, multiplied likewise."""

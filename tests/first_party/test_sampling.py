@@ -8,11 +8,12 @@ import torch
 from tiny import tiny
 
 from tanglenas_engine import search
+from tanglenas_engine.data import IGNORED
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.optimizers.optimizer import Step
-from tanglenas_engine.testing import random_data
+from tanglenas_engine.testing import random_data, same
 from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.optim import parameter_groups
 from tanglenas_sampling.sandwich import Sandwich
@@ -115,16 +116,26 @@ def test_distillation_can_be_turned_off():
     torch.testing.assert_close(smallest, cross_entropy(student, targets))
 
 
-def test_text_is_distilled_token_by_token():
+def test_text_is_distilled_token_by_token_where_a_token_has_a_target():
     space = tiny("language").double().train()
     optimizer = Sandwich(random=0, distillation=1)
     optimizer.bind(space, 0)
     batch = random_data(space, ("weights",)).weights.batch(torch.arange(4))
+    batch[1][0], batch[1][1:, 2:] = IGNORED, IGNORED
     step = Step(0, space, cross_entropy, batch, None, torch.optim.SGD(parameter_groups(space), lr=0.1))
     _, smallest = optimizer.weight_losses(step)
     teacher = space.select(space.largest())(batch[0]).softmax(-1)
     student = space.select(space.smallest())(batch[0]).log_softmax(-1)
-    torch.testing.assert_close(smallest, -(teacher * student).sum(-1).mean())
+    torch.testing.assert_close(smallest, -(teacher * student).sum(-1)[batch[1] != IGNORED].mean())
+
+
+def test_samples_without_targets_are_not_distilled():
+    space = tiny("vit")
+    data = random_data(space, ("weights", "architecture", "validation"))
+    data.weights.labels.fill_(IGNORED)
+    before = {name: weight.clone() for name, weight in space.state_dict().items()}
+    search(space, Sandwich(), data, epochs=1, batch_size=4, weight_optimizer=partial(torch.optim.SGD, lr=0.1))
+    same({**space.state_dict()}, before, "the supernet")
 
 
 def test_a_negative_number_of_networks_is_refused():

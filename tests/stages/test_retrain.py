@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as schedules
 
 from tanglenas_darts.training import WithAuxiliaryHead
 from tanglenas_engine import SearchSpace, elastic
-from tanglenas_engine.data import DataView, TensorSamples
+from tanglenas_engine.data import IGNORED, DataView, TensorSamples
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.checkpoint import CheckpointFolder
 from tanglenas_engine.runtime.progress import ConsoleProgress
@@ -802,12 +802,13 @@ def test_a_loss_that_is_not_one_number(reduction, given):
 # A teacher
 
 
-def test_the_loss_with_a_teacher_is_the_published_one():
-    teacher, logits = nn.Linear(3, 4), torch.randn(5, 4)
-    x = torch.randn(5, 3)
-    ours, theirs = (logits / 2).softmax(-1), (teacher(x) / 2).softmax(-1)
-    expected = 0.7 * 1.5 + 0.3 * 4 * (theirs * (theirs / ours).log()).sum(-1).mean()
-    found = Distillation(teacher, 0.3, 2.0)(torch.tensor(1.5), logits, x)
+@pytest.mark.parametrize("targets", [[0, IGNORED, 1], [[0, 1, IGNORED], 3 * [IGNORED]]], ids=["images", "text"])
+def test_the_loss_with_a_teacher_is_the_published_one_over_what_has_a_target(targets):
+    kept = (targets := torch.tensor(targets)) != IGNORED
+    teacher, logits, x = nn.Linear(3, 4), torch.randn(*targets.shape, 4), torch.randn(*targets.shape, 3)
+    ours, theirs = (logits[kept] / 2).log_softmax(-1), (teacher(x[kept]) / 2).softmax(-1)
+    expected = 0.7 * 1.5 + 0.3 * 4 * F.kl_div(ours, theirs, reduction="batchmean")
+    found = Distillation(teacher, 0.3, 2.0)(torch.tensor(1.5), logits, x, targets)
     torch.testing.assert_close(found, expected)
     assert not found.requires_grad and not teacher.training
 
@@ -819,6 +820,49 @@ def test_with_the_whole_weight_on_the_teacher_labels_do_not_matter():
         return retrained(vit, loss=loss, **options)["weights"]
 
     same(with_labels(0), with_labels(1), "the labels")
+
+
+def test_padding_teaches_nothing():
+    space = tiny("gpt_nano")
+    network = space.extract(space.smallest()).eval()
+    pairs = hidden_pairs(space, space.smallest(), network)
+    distillation = Distillation(space.extract(space.largest()), 0.5, 2.0, 1.0, pairs)
+    tokens, targets = random_data(space, ("training",)).training.batch(torch.arange(4))
+
+    def learned(tokens, targets):
+        with recorded(network, distillation.watched) as states:
+            logits = network(tokens)
+        loss = distillation(cross_entropy(logits, targets), logits, tokens, targets, states)
+        return [loss, *torch.autograd.grad(loss, list(network.parameters()))]
+
+    cut = learned(tokens[:, :4], targets[:, :4])
+    targets[:, 4:] = IGNORED
+    torch.testing.assert_close(learned(tokens, targets), cut)
+
+
+@pytest.mark.parametrize("make", [vit, partial(tiny, "gpt_nano")])
+def test_a_teacher_teaches_nothing_without_targets(make):
+    space = make()
+    data = random_data(space, SPLITS)
+    data.training.labels.fill_(IGNORED)
+    options = dict(mode="finetune", epochs=1, batch_size=4, teacher="largest", teacher_hidden=1.0)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    network = retrain(space, space.smallest(), data, optimizer=sgd, **options).network
+    same({**network.state_dict()}, {**space.extract(space.smallest()).state_dict()}, "the network")
+
+
+@pytest.mark.parametrize("shape, masked", [((2, 3, 4), True), ((3, 2, 4), False)])
+def test_a_hidden_state_without_a_vector_for_each_target_counts_as_a_whole(shape, masked):
+    teacher, targets = nn.Sequential(nn.Linear(4, 4)), torch.tensor([[0, 1, IGNORED], 3 * [IGNORED]])
+    state, whole = torch.randn(shape), torch.randn(shape)
+    teacher[0].register_forward_hook(lambda *_: whole)
+    teacher.register_forward_hook(lambda *_: torch.zeros(2, 3, 5))
+    distillation = Distillation(teacher, 0.0, 1.0, 1.0, [("state", "0")])
+    found = distillation(torch.tensor(0.0), torch.zeros(2, 3, 5), torch.randn(2, 4), targets, {"state": state})
+    errors = (state - whole).square().sum(-1) / whole.square().sum(-1)
+    if not masked:
+        errors = (state - whole).square().flatten(1).sum(1) / whole.square().flatten(1).sum(1)
+    torch.testing.assert_close(found, (errors[targets != IGNORED] if masked else errors).mean())
 
 
 @pytest.mark.slow
@@ -875,7 +919,7 @@ def test_hidden_states_are_those_before_the_next_layer_that_is_kept():
         ((s - t).square().sum((1, 2)) / t.square().sum((1, 2))).mean()
         for s, t in zip(states.values(), shown, strict=True)
     ]
-    found = distillation(torch.tensor(1.5), logits, x, states)
+    found = distillation(torch.tensor(1.5), logits, x, torch.zeros(3, dtype=torch.long), states)
     torch.testing.assert_close(found, 1.5 + 2 * (errors[0] + errors[1]) / 2)
     assert not any(module._forward_hooks for module in network.modules())
 
@@ -889,7 +933,8 @@ def test_hidden_states_come_nearer_to_the_teacher_s(name):
     adam = partial(torch.optim.Adam, lr=0.003)
     options = dict(mode="finetune", epochs=4, batch_size=4, optimizer=adam, scheduler=None, teacher="largest",
                    teacher_weight=0.0, recalibration_batches=0)  # fmt: skip
-    smallest, x = space.smallest(), space.example_input(8)
+    smallest = space.smallest()
+    x, targets = data.validation.batch(torch.arange(8))
     pairs = hidden_pairs(space, smallest, space.extract(smallest))
 
     def distance(weight):
@@ -897,7 +942,7 @@ def test_hidden_states_come_nearer_to_the_teacher_s(name):
         distillation = Distillation(space.extract(space.largest()), 0.0, 1.0, 1.0, pairs)
         with torch.no_grad(), recorded(network, distillation.watched) as states:
             logits = network(x)
-        return float(distillation(torch.tensor(0.0), logits, x, states))
+        return float(distillation(torch.tensor(0.0), logits, x, targets, states))
 
     assert distance(10.0) < distance(0.0)
 
@@ -935,7 +980,8 @@ def test_a_teacher_that_cannot_teach_is_refused(options, message):
 
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(TangleNASError, match=r"\(5, 4\), the network's \(5, 2\): a teacher needs the same classes"):
-        Distillation(nn.Linear(3, 4), 0.5, 1.0)(torch.tensor(0.0), torch.randn(5, 2), torch.randn(5, 3))
+        distillation = Distillation(nn.Linear(3, 4), 0.5, 1.0)
+        distillation(torch.tensor(0.0), torch.randn(5, 2), torch.randn(5, 3), torch.zeros(5, dtype=torch.long))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -951,13 +997,17 @@ def test_losses_are_in_float32(precision):
     assert set(seen) == {torch.float32}
 
 
-def test_hidden_states_weigh_the_same_however_a_batch_is_cut():
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_teacher_weighs_the_same_however_a_batch_is_cut(pads):
     space = tiny("gpt_nano")
+    data = random_data(space, SPLITS)
+    if pads:
+        data.training.labels[::2, 1:], data.training.labels[1] = IGNORED, IGNORED
     losses = []
     for pieces in (1, 4):
         torch.manual_seed(0)
         options = dict(mode="finetune", epochs=1, batch_size=4, teacher="largest", teacher_hidden=1.0)
-        found = retrain(space, space.smallest(), random_data(space, SPLITS), accumulate=pieces, **options)
+        found = retrain(space, space.smallest(), data, accumulate=pieces, **options)
         losses.append(found.history[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 

@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from tanglenas_engine import Dataset, SearchSpace, elastic
-from tanglenas_engine.data import DataView, TensorSamples, TokenSamples, make_splits, open_splits
+from tanglenas_engine.data import IGNORED, DataView, TensorSamples, TokenSamples, make_splits, open_splits
 from tanglenas_engine.derivation.targets import Target
 from tanglenas_engine.errors import OutOfReachError, TangleNASError
 from tanglenas_engine.optimizers.optimizer import l2
@@ -32,7 +32,7 @@ from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import check_resume, random_data, same
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
-from tanglenas_engine.training.losses import IGNORED, cross_entropy
+from tanglenas_engine.training.losses import cross_entropy
 from tanglenas_engine.training.measure import measure_inherited
 from tanglenas_gradient.annealed import Annealed
 from tanglenas_gradient.darts import DARTS

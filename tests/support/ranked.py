@@ -15,7 +15,7 @@ from torch import nn
 from trainings import run
 
 from tanglenas_engine import create_optimizer, create_space
-from tanglenas_engine.data import SPLITS, DataView, make_splits, open_splits
+from tanglenas_engine.data import IGNORED, SPLITS, DataView, make_splits, open_splits
 from tanglenas_engine.derivation.candidates import Candidates
 from tanglenas_engine.derivation.pareto import final_front
 from tanglenas_engine.derivation.race import race
@@ -29,7 +29,6 @@ from tanglenas_engine.stages.search import search
 from tanglenas_engine.testing import random_data
 from tanglenas_engine.testing.optimizers import CutAfter, CutOff
 from tanglenas_engine.training.loop import Interrupted
-from tanglenas_engine.training.losses import IGNORED
 from tanglenas_engine.training.optim import parameter_groups
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -96,8 +95,8 @@ def masked_darts2():
     return searched("darts2", masks=True)
 
 
-def masked_sandwich():
-    return searched("sandwich", masks=True)
+def masked_sandwich(**options):
+    return searched("sandwich", masks=True, **options)
 
 
 def bfloat16():

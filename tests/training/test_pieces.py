@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tanglenas_engine.data import SampleSubset, TensorSamples, TokenSamples
+from tanglenas_engine.data import IGNORED, SampleSubset, TensorSamples, TokenSamples
 from tanglenas_engine.training.losses import (
-    IGNORED,
     auxiliary,
     averages_targets,
     batch_accuracy,
@@ -63,8 +62,12 @@ def test_the_mean_over_pieces_is_the_mean_over_targets():
     )
     accuracies = torch.stack([loss.accuracy(*pair) for pair in zip(parts, pieces, strict=True)])
     torch.testing.assert_close(accuracies.mean(), batch_accuracy(outputs, whole))
-    empty = torch.stack([loss(*pair) for pair in zip(outputs.chunk(4), none, strict=True)])
-    assert not empty.any() and not torch.autograd.grad(empty.sum(), outputs)[0].any()
+    values = torch.randn(8, requires_grad=True)
+    means = [loss.mean(*pair) for pair in zip(values.chunk(4), pieces, strict=True)]
+    torch.testing.assert_close(torch.stack(means).mean(), values[whole != IGNORED].mean())
+    for function, given in ((loss, outputs), (loss.mean, values)):
+        empty = torch.stack([function(*pair) for pair in zip(given.chunk(4), none, strict=True)])
+        assert not empty.any() and not torch.autograd.grad(empty.sum(), given)[0].any()
 
 
 @pytest.mark.parametrize("ignoring", [False, True])
@@ -75,6 +78,7 @@ def test_a_batch_without_ignored_targets_keeps_its_loss_to_the_bit(ignoring):
     for given, wanted in zip(outputs.chunk(3), pieces, strict=True):
         assert loss(given, wanted).equal(F.cross_entropy(given.flatten(0, 1), wanted.flatten()))
         assert loss.accuracy(given, wanted).equal(batch_accuracy(given, wanted))
+        assert loss.mean(given[..., 0], wanted).equal(given[..., 0].mean())
 
 
 def test_no_number_is_read_on_the_host():
@@ -82,6 +86,7 @@ def test_no_number_is_read_on_the_host():
     loss = PieceLoss(F.cross_entropy, [pieces], averages=True)
     assert loss(torch.zeros(2, 3, device="meta"), pieces[0]).is_meta
     assert loss.accuracy(torch.zeros(2, 3, device="meta"), pieces[1]).is_meta
+    assert loss.mean(torch.zeros(2, device="meta"), pieces[1]).is_meta
     assert loss.weigh({"loss": torch.zeros((), device="meta")})["loss"][1].is_meta
 
 
