@@ -12,6 +12,9 @@ options, a way counts with its probability: each term of the sum is multiplied b
 
 Costs are counted in bins of 1/4096 of the limit, rounded down. What a bin lets through beyond the band is drawn again,
 so that a sample is one of the space under the condition that it is in the band, exactly.
+
+Where ways cannot be counted, architectures of the whole space are drawn until one is in the band, which is exact, too.
+After a number of these, random moves lead into the band. Such samples favour what moves reach.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ from tanglenas_engine.superposition.size import Row
 BINS = 4096
 """Bins into which the cost of a limit is cut."""
 MAX_WAYS = 50_000
-"""Combinations of a decision with earlier ones that are counted at most; beyond, samples are grown into the band."""
+"""Combinations of a decision with earlier ones that are counted at most; beyond, the space is drawn from."""
+REJECTIONS = 300
+"""Draws from the space without one in the band, after which random moves lead there. It costs what a few of these do,
+and misses a band that holds a hundredth of the space in 5 % of the cases."""
 MAX_DRAWS = 1000
 """Draws without one in the band after which a band counts as empty."""
 
@@ -46,13 +52,17 @@ class Band:
     """A range of costs below the limits of a budget, and a source of random architectures in it.
 
     An architecture is in the band if it keeps the budget and uses at least a share of one of its limits. `sample` draws
-    as `space.sample` does, under the condition of being in the band. Where a cost has no tables, or too many decisions
-    share one, a random architecture is brought into the band by random moves; `exact` is False then.
+    as `space.sample` does, under the condition of being in the band.
 
     Args:
         budget: The limits; at least one.
         least: The share of a limit that an architecture uses at least, from 0 to 1.
         of: The name of the limit that is meant by that; None for any of them.
+
+    Attributes:
+        exact: True if samples have exactly these probabilities. False if ways cannot be counted, as a cost has no
+            tables, too many decisions share one, or the space tells no decisions. Random moves then lead to the samples
+            that `REJECTIONS` draws from the space do not find.
 
     Raises:
         TangleNASError: No architecture is in the band.
@@ -74,8 +84,6 @@ class Band:
                     self.exact, self._counters = False, []
                     break
                 self._counters.append(counter)
-        if self.exact and not any(counter.ways for counter in self._counters):
-            raise self._empty()
         self.sample(torch.Generator().manual_seed(0))
 
     def holds(self, architecture: Architecture) -> bool:
@@ -95,21 +103,51 @@ class Band:
                 they change. They are left out if they give the band no chance: the numbers underflow, or so many
                 `draws` lead to no architecture in it.
             draws: The draws after which scores are left out. What is likely but just below the band is drawn again and
-                again.
+                again. Where ways cannot be counted, these follow on `REJECTIONS` others.
 
         Raises:
             TangleNASError: A thousand draws without scores led to none.
         """
+        attempts = MAX_DRAWS if scores is None else draws
+        found = (self._by_counts if self.exact else self._by_moves)(generator, scores, attempts)
+        if found is not None:
+            return found
+        if scores is None:
+            raise self._empty()
+        return self.sample(generator)
+
+    def by_rejection(
+        self,
+        generator: torch.Generator | None = None,
+        scores: Mapping[Row, Sequence[float]] | None = None,
+        draws: int = REJECTIONS,
+    ) -> Architecture | None:
+        """Return the first of some random architectures of the space that is in the band, or None if none of them is.
+
+        It is a sample of the band, exactly. Each draw takes the costs of one architecture.
+        """
+        found = (self.space.sample(generator, scores) for _ in range(draws))
+        return next(filter(self.holds, found), None)
+
+    def caveat(self) -> str:
+        """Return a sentence about the samples of a band whose ways cannot be counted."""
+        bare = " and ".join(limit.name for limit in self.budget.limits if limit.tables is None)
+        generator = torch.Generator().manual_seed(0)
+        count = sum(self.holds(self.space.sample(generator)) for _ in range(REJECTIONS))
+        return (
+            f"the band cannot be counted{f', as there are no terms of {bare}' if bare else ''}: up to {REJECTIONS} "
+            "architectures are drawn until one is in it, and else random moves lead there, which favours some. Of "
+            f"{REJECTIONS} random ones, {count} are in it"
+        )
+
+    def _by_counts(
+        self, generator: torch.Generator | None, scores: Mapping[Row, Sequence[float]] | None, draws: int
+    ) -> Architecture | None:
+        """Return an architecture of the band by the counts of ways, or None if so many draws lead to none."""
         counters = self._counters if scores is None else self._weighted(scores)
-        if scores is not None and self.exact and not any(counter.ways for counter in counters):
-            return self.sample(generator)
-        for _ in range(MAX_DRAWS if scores is None else draws):
-            if not self.exact:
-                generator = generator or torch.default_generator
-                grown = self.budget.grow(self.space.sample(generator, scores), generator, self.least)
-                if self.holds(grown):
-                    return grown
-                continue
+        if not any(counter.ways for counter in counters):
+            return None
+        for _ in range(draws):
             number = draw([counter.ways for counter in counters], generator)
             picks = counters[number].draw(generator)
             # Each limit whose share is used leads here, so each is taken in one of so many cases. A limit whose share
@@ -117,9 +155,20 @@ class Band:
             used = self._used_limits(picks)
             if number in used and draw([1.0] * len(used), generator) == 0:
                 return self.space.architecture_of(picks)
-        if scores is not None:
-            return self.sample(generator)
-        raise self._empty()
+        return None
+
+    def _by_moves(
+        self, generator: torch.Generator | None, scores: Mapping[Row, Sequence[float]] | None, draws: int
+    ) -> Architecture | None:
+        """Return an architecture of the band by rejection, or else by moves, or None if so many draws lead to none."""
+        generator = generator or torch.default_generator
+        if (found := self.by_rejection(generator, scores)) is not None:
+            return found
+        for _ in range(draws):
+            grown = self.budget.grow(self.space.sample(generator, scores), generator, self.least)
+            if self.holds(grown):
+                return grown
+        return None
 
     def _weighted(self, scores: Mapping[Row, Sequence[float]]) -> list[_Counter]:
         """Return the counters under log-probabilities of options. The last ones are kept for the next sample."""
@@ -130,9 +179,10 @@ class Band:
 
     def _used_limits(self, picks: Mapping[Any, int]) -> list[int]:
         """Return the indices of the limits whose share the assignment reaches; [] if it exceeds a limit."""
-        if any(limit.cost(picks) > limit.allowed for limit in self.budget.limits):
+        costs = {limit.name: limit.cost(picks) for limit in self.budget.limits}
+        if any(costs[limit.name] > limit.allowed for limit in self.budget.limits):
             return []
-        return [n for n, limit in enumerate(self._limits) if limit.cost(picks) >= self.least * limit.most]
+        return [n for n, limit in enumerate(self._limits) if costs[limit.name] >= self.least * limit.most]
 
     def _empty(self) -> TangleNASError:
         ranges = " or ".join(

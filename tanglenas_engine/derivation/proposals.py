@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tanglenas_engine.derivation.band import Band
+from tanglenas_engine.derivation.band import REJECTIONS, Band
 from tanglenas_engine.derivation.budget import Budget, Projection
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.architecture import Architecture
@@ -68,10 +68,11 @@ class Proposals:
         if mixture is not None:
             scores, share = self.space.scores(mixture), self.fill if fill else 0.0
             for _ in range((count - len(found)) // 2):
+                drawn = None
                 if self._band and share:
-                    found += self._new(self._band.sample(self.generator, scores, MIXTURE_DRAWS))
-                else:
-                    found += self._new(self._grown(self.space.sample(self.generator, scores), share))
+                    draw = self._band.sample if self._band.exact else self._band.by_rejection
+                    drawn = draw(self.generator, scores, MIXTURE_DRAWS)
+                found += self._new(drawn or self._grown(self.space.sample(self.generator, scores), share))
         return found + self.fresh(count - len(found), fill=fill)
 
     def fresh(
@@ -89,6 +90,9 @@ class Proposals:
         found: list[Architecture] = []
         count = min(count, self.limit - len(self.drawn))
         scores = None if self.prior is None else self.space.scores(self.prior)
+        band = self._band if fill and propose is None and scores is None else None
+        if band and not band.exact:
+            found += self._by_rejection(band, count)
         # Few architectures fill a budget where costs have few values. When they are used up, smaller ones follow.
         for share in dict.fromkeys((self.fill if fill else 0.0, 0.0)):
             for _ in range(PROPOSALS_PER_CANDIDATE * (count - len(found))):
@@ -96,10 +100,21 @@ class Proposals:
                     break
                 if propose is not None:
                     found += self._new(self._grown(propose(), share))
-                elif self._band and share and scores is None:
-                    found += self._new(self._band.sample(self.generator))
+                elif band and band.exact and share:
+                    found += self._new(band.sample(self.generator))
                 else:
                     found += self._new(self._grown(self.space.sample(self.generator, scores), share))
+        return found
+
+    def _by_rejection(self, band: Band, count: int) -> list[Architecture]:
+        """Return up to `count` new architectures of a band that cannot be counted."""
+        found: list[Architecture] = []
+        # The draws of all candidates together are limited, because the band may be used up.
+        for _ in range(REJECTIONS * count):
+            if len(found) == count:
+                break
+            if drawn := band.by_rejection(self.generator, draws=1):
+                found += self._new(drawn)
         return found
 
     def _grown(self, architecture: Architecture, share: float) -> Architecture:
@@ -118,7 +133,6 @@ class Proposals:
         if not (fill and self.budget.limits):
             return None
         try:
-            band = Band(self.budget, fill)
+            return Band(self.budget, fill)
         except TangleNASError:  # costs with few values may have none there
             return None
-        return band if band.exact else None

@@ -260,7 +260,10 @@ class Search(Training):
         self.targets, self.active_targets = targets, bind_targets(targets, space)
         draws = not optimizer.learns_architecture or (optimizer.draws_in_band and band)
         if self.active_targets and (draws or (self.path_epochs and band)):
-            optimizer.draw_from(band_of(space, optimizer.label, self.active_targets, band))
+            source = band_of(space, optimizer.label, self.active_targets, band)
+            optimizer.draw_from(source)
+            if not source.exact:
+                session.note(f"search: {source.caveat()}")
         if draws:
             self.active_targets = []
         for target in targets:

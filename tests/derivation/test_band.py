@@ -10,10 +10,13 @@ from spaces import SPACES, vit
 from tiny import ALL, tiny
 
 from tanglenas_engine import Additive, Objective, create_objective, create_optimizer, search
+from tanglenas_engine.derivation import proposals
 from tanglenas_engine.derivation.band import Band
 from tanglenas_engine.derivation.budget import Budget
+from tanglenas_engine.derivation.proposals import Proposals
 from tanglenas_engine.derivation.targets import Target, band_of, bind_targets
 from tanglenas_engine.errors import TangleNASError
+from tanglenas_engine.runtime.progress import SilentProgress
 from tanglenas_engine.spaces.cost import METRICS
 from tanglenas_engine.testing import random_data
 
@@ -48,6 +51,16 @@ def random_scores(space):
     return {row: torch.randn(len(row.options), generator=generator).log_softmax(0).tolist() for row in space.rows}
 
 
+def have_chances(drawn, right):
+    """Check samples, each by its chance."""
+    drawn = Counter(one.digest for one in drawn)
+    assert drawn.keys() <= right.keys()
+    # Pearson's statistic has a mean of k - 1 and a variance of 2 (k - 1), and nearly that of a normal distribution.
+    draws, free = drawn.total(), len(right) - 1
+    chi = sum((drawn[digest] - draws * p) ** 2 / (draws * p) for digest, p in right.items())
+    assert abs(chi - free) < 5 * (2 * free + sum(1 / p for p in right.values()) / draws) ** 0.5
+
+
 @pytest.mark.parametrize("scored", [False, True], ids=["uniform", "scored"])
 @pytest.mark.parametrize("metrics", [("macs",), ("params",), METRICS], ids="+".join)
 @pytest.mark.parametrize("name", ["convolutional", "language", "stages", "deep vit"])
@@ -59,14 +72,9 @@ def test_samples_have_the_chances_that_the_whole_space_gives_them(name, metrics,
     scores = random_scores(space) if scored else None
     right = chances(space, limits, 0.7, scores)
     assert len(right) > 3
-    band, generator, draws = Band(Budget(space, limits), 0.7), torch.Generator().manual_seed(0), 1000
+    band, generator = Band(Budget(space, limits), 0.7), torch.Generator().manual_seed(0)
     assert band.exact
-    drawn = Counter(band.sample(generator, scores).digest for _ in range(draws))
-    assert drawn.keys() <= right.keys()
-    # Pearson's statistic has a mean of k - 1 and a variance of 2 (k - 1), and nearly that of a normal distribution.
-    chi = sum((drawn[digest] - draws * p) ** 2 / (draws * p) for digest, p in right.items())
-    free = len(right) - 1
-    assert abs(chi - free) < 5 * (2 * free + sum(1 / p for p in right.values()) / draws) ** 0.5
+    have_chances((band.sample(generator, scores) for _ in range(1000)), right)
 
 
 class Weight(Objective):
@@ -149,14 +157,81 @@ class Opaque(Objective):
         return self.space.expected_cost(mixture).params
 
 
-@pytest.mark.slow
-def test_a_cost_without_tables_is_met_by_moves():
+def opaque(space, share):
+    """A budget whose cost has no tables, and the limit on the parameters that it stands for."""
+    limits = limited(space, share, ("params",))
+    return Budget(space, {"opaque": limits["params"]}, [Opaque().bind(space)]), limits
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["uniform", "scored"])
+def test_a_cost_without_tables_changes_no_chance(scored):
     space = vit()
-    most = limited(space, 0.6, ("params",))["params"]
-    band = Band(Budget(space, {"opaque": most}, [Opaque().bind(space)]), 0.8)
+    budget, limits = opaque(space, 0.6)
+    scores = random_scores(space) if scored else None
+    right = chances(space, limits, 0.8, scores)
+    assert len(right) > 3
+    band, generator = Band(budget, 0.8), torch.Generator().manual_seed(0)
+    have_chances((band.sample(generator, scores) for _ in range(300)), right)
+
+
+def test_random_candidates_for_a_cost_without_tables_have_the_chances_of_its_band():
+    space = vit()
+    budget, limits = opaque(space, 0.6)
+    drawn = [Proposals(space, budget=budget, fill=0.9, seed=seed).fresh(1)[0] for seed in range(100)]
+    have_chances(drawn, chances(space, limits, 0.9))
+
+
+def test_candidates_from_a_mixture_have_its_chances_where_its_draws_hit_the_band(monkeypatch):
+    space = vit()
+    budget, limits = opaque(space, 0.6)
+    mixture = space.mixture({count: torch.full((rows, count), 1 / count) for count, rows in space.stacks.items()})
+    monkeypatch.setattr(proposals, "MIXTURE_DRAWS", 300)
+    monkeypatch.setattr(Proposals, "fresh", lambda *_, **options: [])
+    found = [Proposals(space, budget=budget, fill=0.8, seed=seed).first(3, mixture=mixture) for seed in range(100)]
+    right = chances(space, limits, 0.8)
+    rest = 1 - right.pop(found[0][0].digest, 0)  # what is most probable comes first, and is not drawn again
+    have_chances((one for _, *drawn in found for one in drawn), {digest: p / rest for digest, p in right.items()})
+
+
+def test_smaller_candidates_follow_when_a_band_without_tables_is_used_up():
+    space = vit()
+    budget, limits = opaque(space, 0.6)
+    inside = chances(space, limits, 0.9)
+    drawn = [one.digest for one in Proposals(space, budget=budget, fill=0.9).fresh(len(inside) + 4)]
+    assert len({*drawn}) == len(inside) + 4 and {*drawn[: len(inside)]} == inside.keys()
+
+
+@pytest.mark.slow
+def test_moves_lead_into_a_band_without_tables_that_random_architectures_miss(monkeypatch):
+    space = vit()
+    monkeypatch.setattr(Band, "by_rejection", lambda *_: None)
+    budget, limits = opaque(space, 0.6)
+    band = Band(budget, 0.8)
     assert not band.exact
     costs = [space.cost(band.sample(torch.Generator().manual_seed(seed))).params for seed in range(10)]
-    assert all(0.8 * most <= cost <= most for cost in costs) and len(set(costs)) > 1
+    assert all(0.8 <= cost / limits["params"] <= 1 for cost in costs) and len(set(costs)) > 1
+
+
+class Notes(SilentProgress):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("objective", [Opaque(), Weight()], ids=["without tables", "with tables"])
+def test_a_search_says_that_its_band_cannot_be_counted(objective):
+    space, notes = vit(), Notes()
+    searched("spos", space, Target(objective, share=0.7), band=(0.5, 1.0), progress=notes)
+    told = [line for line in notes.lines if "cannot be counted" in line]
+    assert len(told) == isinstance(objective, Opaque)
+    for line in told:
+        assert line.startswith("search: the band cannot be counted, as there are no terms of opaque: up to 300 ")
+        limit = 0.7 * space.cost(space.largest()).params
+        generator = torch.Generator().manual_seed(0)
+        within = [0.5 * limit <= space.cost(space.sample(generator)).params <= limit for _ in range(300)]
+        assert line.endswith(f"Of 300 random ones, {sum(within)} are in it") and 0 < sum(within) < 300
 
 
 def test_an_empty_band_is_refused_with_its_range():
