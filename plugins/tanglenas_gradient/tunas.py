@@ -5,7 +5,8 @@ Within the band of a target, the correction is that of TabNAS (Yang et al. 2022,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ class TuNAS(Optimizer):
         gradient of alpha = 1/n sum_i (L_i - mean of L_j, j != i) * d log p(a_i) / d alpha
 
     A weight step trains one drawn architecture. At the start of the search it is rather the widest of the space, with
-    random operations, so that all weights learn (the paper's warm-up of filters). The paper's warm-up of alpha, which
-    does not learn in the first quarter of a search, is `search.warmup_epochs`. A search with a target has no warm-up of
-    filters, as wide architectures are beyond its band. Nor has a simultaneous search, whose weights learn from the
-    samples of alpha.
+    random operations, so that all weights learn (the paper's warm-up of filters). In the history, `widest` is the
+    probability of that in the last step of an epoch. The paper's warm-up of alpha, which does not learn in the first
+    quarter of a search, is `search.warmup_epochs`. A search with a target has no warm-up of filters, as wide
+    architectures are beyond its band. Nor has a simultaneous search, whose weights learn from the samples of alpha.
 
     In a search with a target, architectures are drawn from `softmax(alpha)` under the condition that they are in the
     band. The condition divides their probability by that of the whole band. The logarithm of the latter is the same for
@@ -43,8 +44,8 @@ class TuNAS(Optimizer):
 
     Args:
         samples: The number of architectures in an architecture step, at least 2.
-        warmup: The share of the search in which the weights of the widest architectures are trained, with a probability
-            that falls linearly from 1 to 0; 0 leaves the warm-up out.
+        warmup: The share of the search's steps in which the weights of the widest architectures are trained, with a
+            probability that falls linearly from 1 to 0; 0 leaves the warm-up out.
     """
 
     draws_in_band = True
@@ -55,21 +56,17 @@ class TuNAS(Optimizer):
         if isinstance(warmup, bool) or not isinstance(warmup, int | float) or not 0 <= warmup < 1:
             raise TangleNASError(f"the warmup of tunas is {warmup!r}, expected a share of the search from 0 to below 1")
         self.warmup = warmup
-        self._fraction, self._simultaneous = 0.0, False
-
-    def set_progress(self, fraction: float) -> None:
-        super().set_progress(fraction)
-        self._fraction = fraction
+        self._widest = 0.0
 
     def schedules(self) -> dict[str, float]:
         return {**super().schedules(), "widest": self._widest}
 
-    @property
-    def _widest(self) -> float:
-        """The probability of training the widest architecture in a weight step."""
-        if not self.warmup or self._simultaneous or self.source is not self.space:
-            return 0.0
-        return max(0.0, 1 - self._fraction / self.warmup)
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "widest": self._widest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._widest = state["widest"]
 
     def sample(self, step: int, stream: str) -> Architecture:
         return self._draw(step, f"{stream}/0")
@@ -78,9 +75,8 @@ class TuNAS(Optimizer):
         return self.space.mixture({count: alpha.softmax(1) for count, alpha in self.alphas.items()})
 
     def weight_losses(self, step: Step) -> Iterator[Tensor]:
-        self._simultaneous = step.architecture_batch is None
-        if not self._simultaneous:
-            self.enter(self.trained(step.index))
+        if step.architecture_batch is not None:
+            self.enter(self.trained(step))
             yield self._loss(step, step.weight_batch)
             return
         # In a simultaneous search, the weights learn from all samples, and alpha from the same forwards.
@@ -106,12 +102,14 @@ class TuNAS(Optimizer):
             alpha.grad = gradient
         return torch.stack(losses).mean()
 
-    def trained(self, step: int) -> Architecture:
+    def trained(self, step: Step) -> Architecture:
         """Return the architecture that a weight step trains."""
-        generator = torch.Generator().manual_seed(self.derive_seed(step, "warm-up"))
+        warms_up = self.warmup and self.source is self.space
+        self._widest = max(0.0, 1 - step.progress / self.warmup) if warms_up else 0.0
+        generator = torch.Generator().manual_seed(self.derive_seed(step.index, "warm-up"))
         if float(torch.rand((), generator=generator)) < self._widest:
             return self.space.sample(generator, self._width())
-        return self.sample(step, "weight")
+        return self.sample(step.index, "weight")
 
     def _samples(self, step: Step) -> list[Architecture]:
         return [self._draw(step.index, f"architecture/{i}") for i in range(self.samples)]

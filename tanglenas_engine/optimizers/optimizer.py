@@ -47,6 +47,7 @@ class Step:
         scale: The factor of the loss in alpha's gradient. It exceeds 1 in half precision.
         mean: The mean of other values than the loss, such as what a teacher teaches: a function of one value for each
             target, and the targets. It leaves out targets of -100, and weighs the two batches as the loss does.
+        progress: The share of the search's steps that come before this one, from 0 to below 1; 1 in path epochs.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Step:
     reported: Tensor | None = None
     scale: Tensor | float = 1.0
     mean: Mean = mean_over_targets
+    progress: float = 0.0
 
 
 class Source(Protocol):
@@ -160,7 +162,8 @@ class Optimizer(abc.ABC):
     def set_progress(self, fraction: float) -> None:
         """Receive how far the search is, before each epoch: from 0 in the first to 1 in the last.
 
-        Temperatures and schedules depend on it. A search of one epoch is at 0.
+        Temperatures and schedules depend on it. A search of one epoch is at 0. What changes with each step follows
+        `Step.progress`.
         """
         return None
 

@@ -540,6 +540,7 @@ class Search(Training):
                 weight_optimizer=self.weight_optimizer,
                 scale=self.scaler.scale(self._one),
                 mean=loss.mean,
+                progress=min(1.0, position / self._first_path),
             )
             for number in range(count)
         ]
