@@ -26,8 +26,8 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
         splits: The splits that a stage reads.
 
     Raises:
-        TangleNASError: The shapes or the types of the inputs differ (the message has both), targets are no classes or
-            tokens, inputs are not finite, or outputs are missing.
+        TangleNASError: The shapes or the types of inputs or targets differ (the message has both), targets are no
+            classes or tokens, inputs are not finite, or outputs are missing.
     """
     labels = splits[0].labels
     inputs, targets = next(batches(splits[0], 1))
@@ -54,7 +54,13 @@ def check_fit(space: SearchSpace, *splits: Samples) -> None:
         raise TangleNASError(f"{told} in the first batch of the data are not finite: {REMEDY}")
     wanted = wanted.to(parameters.device, parameters.dtype if wanted.is_floating_point() else None)
     with torch.no_grad(), space.as_largest():
-        classes = space(wanted).shape[-1]
+        *positions, classes = space(wanted).shape
+    if [*targets.shape] != positions:
+        raise TangleNASError(
+            f"the targets of a sample are of shape {tuple(targets.shape[1:])}, but the space {space.label} has outputs "
+            f"for {tuple(positions[1:])}: expected targets (B,), a class for each sample, or (B, T), a token for each "
+            "position"
+        )
     largest = max(map(_largest, splits))
     if largest >= classes:
         kind, option = ("token", "vocab_size") if labels is None else ("class", "num_classes")

@@ -48,6 +48,15 @@ def test_targets_that_are_no_classes_or_tokens_are_refused():
         check_fit(space, samples)
 
 
+@pytest.mark.parametrize("shape", [(6, 1), (6, 8, 8)], ids=str)
+def test_targets_of_another_shape_than_the_outputs_are_refused(shape):
+    """Compared with predictions, (B, 1) would become (B, B): the accuracy would be wrong."""
+    space = vit()
+    samples = TensorSamples(space.example_input(6), torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(TangleNASError, match=r"targets of a sample are of shape \(.*\), .* outputs for \(\): expected"):
+        check_fit(space, samples)
+
+
 def test_tokens_have_32_or_64_bits():
     space, rows = Language(vocab_size=7, block_size=5), torch.zeros(3, 6, dtype=torch.int64)
 
