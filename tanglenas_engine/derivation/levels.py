@@ -40,8 +40,8 @@ def front(
         rounds: The largest number of candidates that the regression proposes for each level, out of all candidates.
 
     Raises:
-        TangleNASError: An option is out of its range, or a level is below the cheapest architecture's cost or above the
-            dearest one's.
+        TangleNASError: An option is out of its range, or a level for which candidates are proposed is below the
+            cheapest architecture's cost or above the dearest one's.
     """
     at_least("front.rounds", rounds, 1)
     number = len(levels) if isinstance(levels, list | tuple) else at_least("front.levels", levels, 1)
@@ -103,7 +103,7 @@ def _check_levels(candidates: Candidates, levels: Sequence[float], most: float, 
         most: The largest cost within the budget.
         largest: The largest cost of the space.
     """
-    above = [one for one in sorted(positive("front.levels", one) for one in levels) if one > most * MARGIN]
+    above = [one for one in sorted({positive("front.levels", one) for one in levels}) if one > most * MARGIN]
     if above and above[-1] > largest * MARGIN:
         raise TangleNASError(
             f"front.levels has {amount(above[-1])} {candidates.cost}, but no architecture of {candidates.space.label} "

@@ -341,7 +341,7 @@ class Search(Training):
                 network = self.optimizer.current() or self._stand_in
                 trained = history[-1]["weight_loss"] if self._plain_loss else 0.0
                 losses = split_losses(self.space, network, self._data, self._statistics, self._note, trained, before)
-                if self._plain_loss and (warning := overfitted(history)):
+                if self._plain_loss and (warning := overfitted(history, self.optimizer.learns_architecture)):
                     self._note(warning)
         finally:
             self.space.release()
@@ -540,7 +540,7 @@ class Search(Training):
                 weight_optimizer=self.weight_optimizer,
                 scale=self.scaler.scale(self._one),
                 mean=loss.mean,
-                progress=min(1.0, position / self._first_path),
+                progress=min(1.0, position / max(1, self._first_path)),
             )
             for number in range(count)
         ]

@@ -128,7 +128,7 @@ def test_a_schedule_that_waits_for_a_measurement_is_refused():
         searched(scheduler=lambda optimizer, steps: schedules.ReduceLROnPlateau(optimizer))
 
 
-@pytest.mark.parametrize("epochs", [3, 50])
+@pytest.mark.parametrize("epochs", [4, 50])
 def test_the_trial_of_a_search_by_seconds_times_steps_as_they_are(epochs, monkeypatch):
     """With partial channels, steps of path epochs have all channels and others do not."""
     space, seen = partial(tiny, "toy_cell"), []

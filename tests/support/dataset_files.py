@@ -43,7 +43,8 @@ def write_cifar(root, kind, test=7, each=None):
     images, labels = [], []
     for file, count in {**{name: each or few for name, few in files.items()}, test_file: test}.items():
         images.append(rng.integers(0, 256, (count, 3, 32, 32), np.uint8))
-        labels.append((rng.permutation(count)[:, None] % ranges).astype(np.uint8))
+        every_class = rng.permutation(max(count, *ranges))[:count, None]
+        labels.append((every_class % ranges).astype(np.uint8))
         (folder / file).write_bytes(np.hstack([labels[-1], images[-1].reshape(count, -1)]).tobytes())
     names = [f"class{i}" for i in range(ranges[-1])]
     (folder / NAMES[kind]).write_text("\n".join(names) + "\n\n")
