@@ -23,6 +23,8 @@ OWN = "tanglenas_gpt"
 """The `model_type` in transformers of a network that GPT-2 cannot hold."""
 CODE = "modeling_tanglenas_gpt"
 """The module beside this one with the class of networks that GPT-2 cannot hold. A folder brings it to transformers."""
+FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+"""The settings of transformers' GPT-2 that have one value here."""
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class GPT(SearchSpace):
         """Load the GPT of a folder that `export` wrote, or transformers' network.
 
         Raises:
-            TangleNASError: It is a GPT-2 with another activation or number of heads.
+            TangleNASError: It is a GPT-2 with another activation or number of heads, or with what no option sets here.
         """
         config = json.loads((folder / "config.json").read_text("utf-8"))
         kind = config.get("model_type")
@@ -171,6 +171,12 @@ class GPT(SearchSpace):
                 f"the config.json of the weights says n_head {config['n_head']}, and the largest num_heads of the "
                 f"space is {heads}: give create_space.num_heads the option {config['n_head']} as the largest"
             )
+        for name, ours in network.FIXED.items():
+            if (theirs := config.get(name, ours)) != ours:
+                raise TangleNASError(
+                    f"the config.json of the weights says {name} {theirs!r}, and this space always has {ours!r}: "
+                    "choose other weights"
+                )
         # An extra, and slow to import.
         from transformers import AutoModelForCausalLM
 

@@ -149,8 +149,12 @@ def test_another_llama_is_refused_with_the_option_that_differs(tmp_path, changes
     [
         ({"activation_function": "gelu"}, r"activation_function 'gelu'.*'tanh': set create_space\.gelu = 'none'"),
         ({"n_head": 8}, r"n_head 8, and the largest num_heads of the space is 4: give create_space\.num_heads"),
-        ({"layer_norm_epsilon": 1e-3}, "outputs .* differ .* an activation or an epsilon"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "outputs .* differ"),
+        (
+            {"layer_norm_epsilon": 1e-3},
+            r"says layer_norm_epsilon 0\.001, and this space always has 1e-05: choose other w",
+        ),
+        ({"scale_attn_weights": False}, "scale_attn_weights False, and this space always has True"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "_by_inverse_layer_idx True, and this space always has False"),
     ],
 )
 def test_another_gpt_2_is_refused(tmp_path, changes, message):
