@@ -47,9 +47,12 @@ class Elasticized(Traced, SearchSpace):
 
     Attributes:
         report: What became a choice, what did not, and why.
+        trained_on: The model's `pretrained_cfg`, which says how the images of its weights were made, as timm's models
+            have it. It is empty for a model that has none, and for one that is not trained.
     """
 
     report = Report()
+    trained_on: Mapping[str, Any] = MappingProxyType({})
     _initial: Mapping[str, Initial] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, example: Tensor, **options: Any):
@@ -206,7 +209,10 @@ def elasticize(
         space.report.parts[:0] = [Part(name, "fixed", 0, (), reason) for name, reason in whole.items()]
         failing = failing_choices(space, model, output)
         if not failing:
-            space.set_initial(*(model, is_trained(model)) if initial is None else (initial, False))
+            trained = is_trained(model)
+            space.set_initial(*(model, trained) if initial is None else (initial, False))
+            if trained and isinstance(config := getattr(model, "pretrained_cfg", None), Mapping):
+                space.trained_on = dict(config)  # timm gives one to untrained models, too
             return space.train(model.training)
         refused.update(failing)
     raise TangleNASError(

@@ -13,9 +13,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from project import set_params
 from spaces import vit
 from stages import arguments, forget_settings
+from torch import nn
 
 from pipelines import search
-from tanglenas_engine import create_dataset
+from tanglenas_engine import create_dataset, create_space
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.pipeline import write_environment
 from tanglenas_engine.pipeline.config.configurables import create
@@ -106,6 +107,36 @@ def test_images_that_were_normalised_otherwise_are_told(tmp_path, capsys, same):
     told = capsys.readouterr().err
     assert "outputs equal" in told
     assert ("normalised with mean [0.5] and std [0.5], and the dataset digits has mean [0.305" in told) is not same
+
+
+def of_a_model(image_size, in_channels, trained=False, mean=(0.5,)):
+    """A model with timm's attribute, which untrained models have, too."""
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(in_channels * image_size**2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
+    )
+    if trained:
+        nn.init.uniform_(network[2].weight)
+        nn.init.uniform_(network[2].bias)
+    network.pretrained_cfg = {"mean": mean, "std": (0.5,) * len(mean)}
+    return network
+
+
+@pytest.mark.parametrize(
+    "arguments, mean",
+    [
+        ({"trained": True}, "[0.5]"),
+        ({"trained": True, "mean": (0.4, 0.6, 0.8)}, "[0.6]"),
+        ({"trained": True, "mean": "unknown"}, ""),
+        ({}, ""),
+    ],
+)
+def test_images_that_were_normalised_otherwise_for_the_weights_of_a_model_are_told(arguments, mean, capsys):
+    digits = create_dataset("digits")
+    space = create_space("elasticized", model=of_a_model, arguments=arguments, **digits.space_options())
+    assert pretrained(space, digits) == ""
+    told = capsys.readouterr().err
+    expected = f"elasticized: the network was trained on images normalised with mean {mean} and std [0.5]"
+    assert told.startswith(expected) if mean else not told
 
 
 def test_a_search_starts_from_weights_and_its_lineage_has_their_digest(

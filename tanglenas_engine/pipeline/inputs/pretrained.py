@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+from tanglenas_engine.conversion.elasticize import Elasticized
 from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.errors import TangleNASError, closest, describe
 from tanglenas_engine.runtime import distributed, strict_json
@@ -24,7 +27,8 @@ NORMALISATION = 1e-3
 def pretrained(space: SearchSpace, dataset: Dataset, weights: str = SCRATCH) -> str:
     """Load the weights that a search starts from, and return their SHA-256, or "" for a search from scratch.
 
-    What was done is printed, and whether the dataset normalises images in another way than that of the weights.
+    What was done is printed, and whether the dataset normalises images in another way than that of the weights. Those
+    may be the ones that a space of `elasticize` brings along.
 
     Bind `pretrained.weights` to a safetensors file, to a folder with config.json and model.safetensors, to `timm:NAME`
     for a network of timm, or to `hf:OWNER/NAME` for a repository of the Hugging Face hub.
@@ -33,20 +37,41 @@ def pretrained(space: SearchSpace, dataset: Dataset, weights: str = SCRATCH) -> 
         TangleNASError: The weights cannot be found or downloaded, or are not those of the space's largest network.
     """
     if weights == SCRATCH:
+        own = space.trained_on if isinstance(space, Elasticized) else {}
+        _tell(space.name, _other_inputs(own, dataset))
         return ""
     path = located(weights)
-    for note in (*load_pretrained(space, path), *_other_inputs(path, dataset)):
-        if distributed.rank() == 0:
-            print(f"{weights}: {note}", file=sys.stderr)
+    _tell(weights, load_pretrained(space, path))
+    _tell(weights, _other_inputs(_inputs_of(path), dataset))
     return weights_digest(path)
 
 
-def _other_inputs(path: Path, dataset: Dataset) -> Iterator[str]:
-    """Yield a sentence if images were normalised otherwise for the weights than the dataset does it."""
+def _tell(source: str, notes: Iterable[str]) -> None:
+    for note in notes:
+        if distributed.rank() == 0:
+            print(f"{source}: {note}", file=sys.stderr)
+
+
+def _inputs_of(path: Path) -> Mapping[str, Any]:
+    """Return what the config.json of a folder says of inputs, or nothing."""
     with suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(strict_json.loads((path / "config.json").read_text("utf-8"))["pretrained_cfg"])
+    return {}
+
+
+def _other_inputs(there: Mapping[str, Any], dataset: Dataset) -> Iterator[str]:
+    """Yield a sentence if images were normalised otherwise for the weights than the dataset does it.
+
+    Weights for RGB on grey images are compared by the mean over the channels, as timm adapts them.
+
+    Args:
+        there: The `mean` and `std` of the weights, if they are known.
+        dataset: The dataset.
+    """
+    with suppress(ValueError, KeyError, TypeError):
         here = dataset.input_config()
-        there = strict_json.loads((path / "config.json").read_text("utf-8"))["pretrained_cfg"]
         pairs = [(list(map(float, there[name])), here[name]) for name in ("mean", "std")]
+        pairs = [([round(fmean(theirs), 4)] if len(ours) == 1 else theirs, ours) for theirs, ours in pairs]
         if any(abs(a - b) > NORMALISATION for theirs, ours in pairs for a, b in zip(theirs, ours, strict=True)):
             (mean, our_mean), (std, our_std) = pairs
             yield (
