@@ -7,7 +7,7 @@ are. A space says what differs in the files of other libraries: `SearchSpace.con
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,8 +35,11 @@ from tanglenas_engine.spaces.space import SearchSpace
 TOLERANCE = 1e-4
 """The largest difference between outputs that rounding explains, as a share of the largest output."""
 
+Explain = Callable[[Mapping[str, tuple[torch.Size, torch.Size]]], Mapping[str, str]]
+"""A function of the two shapes of tensors, in the file and in the space. It returns a remedy for each that it knows."""
 
-def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
+
+def load_pretrained(space: SearchSpace, path: str | Path, explain: Explain | None = None) -> list[str]:
     """Load the weights of a trained network into a space, and return sentences about what was done.
 
     A head for another number of classes is left out. If the space can build the source's network from a folder, both
@@ -45,6 +48,9 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
     Args:
         space: The space, whose largest network is the file's.
         path: A safetensors file, or a folder with `config.json` and `model.safetensors` or several such files.
+        explain: A function that gets the shapes in the file and here of the tensors whose shapes differ, by name, and
+            returns a sentence with the remedy for those of which it knows one, by name. By default the remedy is to
+            give the space other options.
 
     Raises:
         OtherWeightsError: Names or shapes are not those of the largest network, it ties what differs in the file, or
@@ -62,7 +68,7 @@ def load_pretrained(space: SearchSpace, path: str | Path) -> list[str]:
     if left_out := _without_head(space, state, own):
         why = "has another number of classes, so it was left out and" if has_head else "is not among the weights, so it"
         notes.append(f"the head ({', '.join(left_out)}) {why} starts untrained")
-    _check_names(space, path, state, own, left_out)
+    _check_names(space, path, state, own, left_out, explain)
     check_values(path, state, own, prefix)
     check_tied(space, state, path)
     types = {tensor.dtype for name, tensor in state.items() if tensor.dtype in FLOATS} - {torch.float32}
@@ -117,6 +123,7 @@ def _check_names(
     state: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     left_out: Sequence[str],
+    explain: Explain | None,
 ) -> None:
     """Refuse names and shapes that are not the largest network's.
 
@@ -133,23 +140,33 @@ def _check_names(
         if name not in given and not name.endswith("num_batches_tracked")
     ]
     surplus = [name for name in state if name not in own]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
+    shapes = {
+        name: (state[name].shape, own[name].shape)
         for name in own
         if name in state and state[name].shape != own[name].shape
-    ]
+    }
+    differing = [f"{name} is {tuple(there)} there and {tuple(here)} here" for name, (there, here) in shapes.items()]
     wrong = [
         f"{what} {found[0]}{f' and {len(found) - 1:,} more' if len(found) > 1 else ''}"
-        for what, found in (("it lacks", missing), ("the space has no", surplus), ("the shapes differ:", shapes))
+        for what, found in (("it lacks", missing), ("the space has no", surplus), ("the shapes differ:", differing))
         if found
     ]
-    if wrong:
+    if not wrong:
+        return
+    head = _head(space, own)  # another number of classes is no obstacle
+    body = {name: both for name, both in shapes.items() if name not in head}
+    remedies = explain(body) if explain and body else {}
+    advice = list(dict.fromkeys(remedies.values()))
+    if missing or surplus or shapes.keys() - remedies.keys():
         largest = ", ".join(f"{name} {max(choice.options)}" for name, choice in space.choices.items())
-        raise OtherWeightsError(
-            f"{path} holds the weights of another network than the largest of {space.label}: {'; '.join(wrong)}. "
+        advice.append(
             f"The largest options of this space are {largest}. Give the space the options of the file's network "
             "(create_space.OPTION), the largest of each choice included, or choose another space"
         )
+    raise OtherWeightsError(
+        f"{path} holds the weights of another network than the largest of {space.label}: {'; '.join(wrong)}. "
+        + ". ".join(advice)
+    )
 
 
 def _compare(space: SearchSpace, path: Path, folder: Path) -> str:

@@ -23,7 +23,7 @@ from tanglenas_engine.pipeline.config.configurables import create
 from tanglenas_engine.pipeline.config.reader import configure
 from tanglenas_engine.pipeline.files import SUPERNET, state_before_search
 from tanglenas_engine.pipeline.inputs.pretrained import located, pretrained
-from tanglenas_engine.runtime.weights import save_weights, weights_digest, weights_metadata
+from tanglenas_engine.runtime.weights import OtherWeightsError, save_weights, weights_digest, weights_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 """MLflow's own models, on SQLAlchemy 2.1."""
@@ -137,6 +137,54 @@ def test_images_that_were_normalised_otherwise_for_the_weights_of_a_model_are_to
     told = capsys.readouterr().err
     expected = f"elasticized: the network was trained on images normalised with mean {mean} and std [0.5]"
     assert told.startswith(expected) if mean else not told
+
+
+PATCHES = dict(embed_dim=(8, 16), depth=(1,), num_heads=(2, 4), mlp_ratio=(2,), head_dim=4, patch_size=2)
+GPT = dict(layers=(1,), embed_dim=(8, 16), num_heads=(2,), mlp_ratio=(2,))
+OPTION = r"The largest options of this space are .*create_space\.OPTION"
+
+
+@pytest.mark.parametrize(
+    "space, options, theirs, remedy",
+    [
+        (
+            "autoformer_nano",
+            PATCHES,
+            {"in_channels": 3},
+            r"The dataset 'digits' gives the space in_channels = 1, and the network of the weights has 3: choose "
+            r"image_folder or .*, and set create_dataset\.in_channels = 3, or choose other weights$",
+        ),
+        ("autoformer_nano", PATCHES, {"embed_dim": (24,), "in_channels": 3}, rf"in_channels = 3, .*\. {OPTION}"),
+        ("autoformer_nano", PATCHES, {"embed_dim": (24,), "num_classes": 5}, rf"and \d+ more\. {OPTION}"),
+        ("autoformer_nano", PATCHES, {"depth": (2,)}, rf"has no blocks\.1\.\S+ and \d+ more\. {OPTION}"),
+        (
+            "elasticized",
+            {"model": of_a_model},
+            {"image_size": 16},
+            r"image_size = 8, and the network of the weights has another one: set create_dataset\.image_size to that",
+        ),
+        (
+            "gpt_nano",
+            GPT,
+            {"vocab_size": 50},
+            r"vocab_size = \d+, and the network of the weights has 50: set create_dataset\.tokenizer to that of the we",
+        ),
+        (
+            "gpt_nano",
+            GPT,
+            {"block_size": 4},
+            r"block_size = 8, .* weights has 4: set create_dataset\.block_size = 4, or",
+        ),
+    ],
+)
+def test_weights_that_the_dataset_does_not_fit_are_refused_with_its_option(space, options, theirs, remedy, tmp_path):
+    (tmp_path / "all.txt").write_text("def f(x):\n    return x + 1\n" * 60)
+    text = {"root": str(tmp_path / "all.txt"), "block_size": 8}
+    dataset = create_dataset("text", **text) if space == "gpt_nano" else create_dataset("digits")
+    options = {**dataset.space_options(), **options}
+    save_weights(tmp_path / "model.safetensors", create_space(space, **{**options, **theirs}).state_dict())
+    with pytest.raises(OtherWeightsError, match=remedy):
+        pretrained(create_space(space, **options), dataset, str(tmp_path))
 
 
 def test_a_search_starts_from_weights_and_its_lineage_has_their_digest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from tanglenas_engine.conversion.elasticize import Elasticized
 from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.errors import TangleNASError, closest, describe
+from tanglenas_engine.pipeline.inputs.data_options import remedies
 from tanglenas_engine.runtime import distributed, strict_json
 from tanglenas_engine.runtime.weights import weights_digest
 from tanglenas_engine.spaces.pretrained import load_pretrained
@@ -41,7 +43,7 @@ def pretrained(space: SearchSpace, dataset: Dataset, weights: str = SCRATCH) -> 
         _tell(space.name, _other_inputs(own, dataset))
         return ""
     path = located(weights)
-    _tell(weights, load_pretrained(space, path))
+    _tell(weights, load_pretrained(space, path, partial(remedies, space, dataset)))
     _tell(weights, _other_inputs(_inputs_of(path), dataset))
     return weights_digest(path)
 
