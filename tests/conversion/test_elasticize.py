@@ -95,6 +95,22 @@ def test_hidden_units_become_a_choice_and_the_model_is_left_alone():
     assert isinstance(found, torch.fx.GraphModule)
 
 
+class Versioned(Small):
+    """A model that loads weights of its own version, as MNASNet of torchvision does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError("the version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_model_may_load_weights_of_its_own_version_alone():
+    space = elasticize(Versioned(), torch.randn(2, 8))
+    check_corners(lambda: copy.deepcopy(space))
+
+
 # Operations that tie a dimension to its length keep it, whatever else they do.
 
 KEEPING = {
