@@ -368,7 +368,12 @@ class Builder:
                 program.write(layer)
             container = part(space, stack.path)
             container.__class__ = Stack
-            container.set_depth(depths[stack.path], stack.changing)
+            elsewhere = any(
+                node.op in ("get_attr", "call_module") and str(node.target).startswith(f"{stack.path}.")
+                for node in self.graph.nodes
+                if node not in inside
+            )
+            container.set_depth(depths[stack.path], stack.changing, elsewhere)
 
 
 def _check_names(module: nn.Module, where: str) -> None:

@@ -16,7 +16,8 @@ from tanglenas_engine.conversion.initial import Initial, initials, is_trained
 from tanglenas_engine.conversion.record import DataDependent, Recorder, record
 from tanglenas_engine.conversion.report import Part, Report
 from tanglenas_engine.conversion.traced import Traced
-from tanglenas_engine.elastic.base import Elastic, tied
+from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError, at_least, describe, quoted, unknown
 from tanglenas_engine.spaces.architecture import Architecture
 from tanglenas_engine.spaces.space import SearchSpace
@@ -82,17 +83,16 @@ class Elasticized(Traced, SearchSpace):
         Each parameter is drawn by the rule that it has in the given model, with the network's own sizes (see
         `initials`). What needs no gradient keeps the values that it has here.
         """
-        network = self.plain(self.assignment_of(architecture))
+        assignment = self.assignment_of(architecture)
+        network = self.plain(assignment)
         del network._example
-        there = dict(network.named_parameters())
-        for names in tied(self):  # copies of tied weights are tied again
-            present = [name for name in names if name in there]
-            for name in present[1:]:
-                owner, _, key = name.rpartition(".")
-                setattr(network.get_submodule(owner), key, there[present[0]])
+        self._tie(network, assignment)
+        own = {theirs: ours for ours, theirs in self._names(assignment).items()}
         for name, parameter in network.named_parameters():
-            if parameter.requires_grad and name in self._initial:
-                self._initial[name].draw(parameter, network)
+            owner, dot, key = name.rpartition(".")
+            initial = self._initial.get(f"{own[owner]}{dot}{key}")
+            if parameter.requires_grad and initial is not None:
+                initial.draw(parameter, part(network, owner))
         inherited = self.inherited(architecture)
         for path, module in network.named_modules():
             _complete(module, {key: inherited.get(f"{path}.{key}".lstrip(".")) for key in _tensors(module)})

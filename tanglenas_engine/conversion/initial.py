@@ -29,7 +29,7 @@ class Initial(NamedTuple):
         mean: The mean.
         constant: The deviation times the root of the fan.
         fan: One of `FANS`.
-        weight: The name of the matrix whose fan it is: that of the parameter, or that of its layer for a bias.
+        weight: The name in its module of the matrix whose fan it is: the parameter, or the layer's matrix for a bias.
     """
 
     mean: float
@@ -37,9 +37,9 @@ class Initial(NamedTuple):
     fan: int
     weight: str
 
-    def draw(self, parameter: Tensor, network: nn.Module) -> None:
-        """Draw a parameter of a network by the network's own sizes."""
-        deviation = self.constant / math.sqrt(_fan(self.fan, part(network, self.weight)))
+    def draw(self, parameter: Tensor, module: nn.Module) -> None:
+        """Draw a parameter of a module by the module's own sizes."""
+        deviation = self.constant / math.sqrt(_fan(self.fan, part(module, self.weight)))
         nn.init.normal_(parameter, self.mean, deviation) if deviation else nn.init.constant_(parameter, self.mean)
 
 
@@ -75,17 +75,18 @@ def initials(model: nn.Module, trained: bool) -> dict[str, Initial]:
     found: dict[str, Initial] = {}
     for name, tensor in parameters.items():
         owner, dot, key = name.rpartition(".")
-        weight = f"{owner}{dot}{key.replace('bias', 'weight')}"
+        matrix = key.replace("bias", "weight")
+        weight = f"{owner}{dot}{matrix}"
         fan = fans.get(named[weight], CONSTANT) if weight in named else CONSTANT
         if trained and name in multiplied:
-            found[name] = Initial(0.0, DEFAULT, fan, name)
+            found[name] = Initial(0.0, DEFAULT, fan, key)
         elif trained and tensor.dim() == 1 and "bias" in key.split("_"):
-            found[name] = Initial(0.0, 0.0, CONSTANT, name)
+            found[name] = Initial(0.0, 0.0, CONSTANT, key)
         elif trained and named[name] in gains:
-            found[name] = Initial(gains[named[name]], 0.0, CONSTANT, name)
+            found[name] = Initial(gains[named[name]], 0.0, CONSTANT, key)
         else:
             constant = float(tensor.std(correction=0)) * math.sqrt(_fan(fan, named.get(weight, tensor)))
-            found[name] = Initial(float(tensor.mean()), constant, fan, weight if fan else name)
+            found[name] = Initial(float(tensor.mean()), constant, fan, matrix if fan else key)
     return found
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
 
 from tanglenas_engine import elastic
 from tanglenas_engine.conversion.forms import Holder, Number
+from tanglenas_engine.conversion.likeness import alike
 from tanglenas_engine.elastic.base import Elastic, plain, sliced_state
 from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError
@@ -27,9 +29,15 @@ class Reference:
 class Stack(elastic.Depth):
     """An elastic depth in place of the container that held the layers in the given model."""
 
-    def set_depth(self, depth: Size, least: int) -> None:
-        """Take the depth, and the number of layers that every architecture has."""
-        self.depth, self.least = depth, least
+    def set_depth(self, depth: Size, least: int, used_elsewhere: bool) -> None:
+        """Take the depth.
+
+        Args:
+            depth: The depth.
+            least: The number of layers that every architecture has.
+            used_elsewhere: True if the model uses parts of single layers outside of the stack, too.
+        """
+        self.depth, self.least, self.used_elsewhere = depth, least, used_elsewhere
         self._depths = sorted({int(value) for value in depth.values})
         self.declare(outputs=(Axis(depth, layout="value", role="value"),))
 
@@ -46,9 +54,14 @@ class Stack(elastic.Depth):
             )
         super().put_in_order(order)
 
-    def names(self, assignment: Assignment) -> list[str]:
-        """Return the names of the layers that an architecture has, in sequence."""
-        return [name for name in self._modules if self.gate(name).value(assignment)]
+    @cached_property
+    def interchangeable(self) -> bool:  # type: ignore[override]
+        """True if networks are the same with and without an order, apart from their weights.
+
+        Layers with the same options are then the same network, and none of them is used outside of the stack. Layers
+        that every architecture has may differ.
+        """
+        return not self.used_elsewhere and alike([part(self, str(number)) for number in range(self.least, len(self))])
 
 
 class Traced(Holder):
@@ -154,8 +167,8 @@ class Traced(Holder):
             args, kwargs = (_mapped(value, env, number) for value in (node.args, node.kwargs))
             if node.op == "call_module" and isinstance(stack := part(self, str(node.target)), Stack):
                 x, *context = args
-                for name in stack.names(assignment):
-                    x = graph.call_module(f"{node.target}.{name}", (x, *context))
+                for place in range(len(stack.kept(assignment))):
+                    x = graph.call_module(f"{node.target}.{place}", (x, *context))
                 env[node] = x
             else:
                 env[node] = graph.create_node(node.op, node.target, args, kwargs)
@@ -187,8 +200,8 @@ class Traced(Holder):
             if child not in made:
                 if isinstance(child, Stack):
                     made[child] = nn.Module()
-                    for key in child.names(assignment):
-                        made[child].add_module(key, plain(child._modules[key], assignment))
+                    for place, layer in enumerate(child.kept(assignment).values()):
+                        made[child].add_module(str(place), plain(layer, assignment))
                 elif child in called:
                     made[child] = plain(child, assignment) if isinstance(child, Elastic) else copy.deepcopy(child)
                 else:

@@ -431,14 +431,18 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
         for own in called.values():
             for other in (present := [name for name in own if name in modules])[1:]:
                 network.set_submodule(other, network.get_submodule(present[0]))
-        there = dict(network.named_parameters())
+        self._tie(network, assignment)
+        return network
+
+    def _tie(self, network: nn.Module, assignment: Assignment) -> None:
+        """Tie parameters of an architecture's network that are tied here. Copying untied them."""
+        names, there = self._names(assignment), dict(network.named_parameters())
         for group in tied(self):
             parts = [name.rpartition(".") for name in group]
             places = [(names[owner], key) for owner, _, key in parts if owner in names]
             tied_here = [place for place in places if _joined(*place) in there]
             for owner, key in tied_here[1:]:
                 setattr(network.get_submodule(owner), key, there[_joined(*tied_here[0])])
-        return network
 
 
 def _network_class(space: type[SearchSpace]) -> type[nn.Module]:

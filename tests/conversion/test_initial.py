@@ -103,7 +103,7 @@ def test_a_rule_is_told_by_matrices_of_several_shapes():
     assert {name for name, fan in fans.items() if fan == INPUTS} == {
         f"{name}.{key}" for name in ("self_attn.out_proj", "linear1", "linear2") for key in ("weight", "bias")
     }
-    assert found["layers.0.norm1.weight"] == (1.0, 0.0, CONSTANT, "layers.0.norm1.weight")
+    assert found["layers.0.norm1.weight"] == (1.0, 0.0, CONSTANT, "weight")
 
 
 def test_a_model_may_follow_several_rules():
@@ -135,7 +135,7 @@ def test_weights_without_a_deviation_keep_their_values():
     nn.init.zeros_(model[2].weight)
     nn.init.constant_(model[0].weight, math.nan)
     found = initials(model, trained=False)
-    assert found["2.weight"] == (0.0, 0.0, CONSTANT, "2.weight") and math.isnan(found["0.weight"].mean)
+    assert found["2.weight"] == (0.0, 0.0, CONSTANT, "weight") and math.isnan(found["0.weight"].mean)
 
 
 class Scaled(nn.Module):

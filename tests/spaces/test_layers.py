@@ -6,18 +6,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import counted, put
-from spaces import inputs, make, random_mixture
+from spaces import Layer, Layered, inputs, make, random_mixture
 from tiny import tiny
 from torch import nn
 
-from tanglenas_engine import SearchSpace, create_space, elastic
+from tanglenas_engine import SearchSpace, create_space, elastic, elasticize
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.runtime.weights import save_weights
 from tanglenas_engine.spaces.layers import order_layers
 from tanglenas_engine.spaces.pretrained import load_pretrained
 
-NAMES = ["vit", "vit_relative", "stages", "language", "gpt_nano", "llama_nano", "resnet_nano", "convnext_nano"]
+NAMES = [
+    "vit",
+    "vit_relative",
+    "stages",
+    "language",
+    "gpt_nano",
+    "llama_nano",
+    "resnet_nano",
+    "convnext_nano",
+    "layered",
+]
 
 
 def depths(space):
@@ -27,8 +37,9 @@ def depths(space):
 def shuffled(name):
     """A space in float64 whose depths keep their last layers first. A layer that changes the shape goes first."""
     space = make(name).eval()
+    assert depths(space)
     for depth in depths(space):
-        first = [0] if name == "resnet_nano" else []
+        first = [0] if name in ("resnet_nano", "layered") else []
         depth.put_in_order([*first, *(i for i in reversed(range(len(depth))) if i not in first)])
     return space
 
@@ -49,7 +60,7 @@ def test_a_corner_is_the_extracted_network(name, path):
         assert space.architecture_of(space.assignment_of(architecture)) == architecture
 
 
-@pytest.mark.parametrize("name", ["vit", "llama_nano", "resnet_nano"])
+@pytest.mark.parametrize("name", ["vit", "llama_nano", "resnet_nano", "layered"])
 def test_costs_are_those_of_the_extracted_network(name):
     space = shuffled(name)
     for architecture in architectures(space, 3):
@@ -60,7 +71,7 @@ def test_costs_are_those_of_the_extracted_network(name):
         assert space.expected_cost(space.one_hot(architecture)).params.item() == cost.params
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt_nano", "resnet_nano"])
+@pytest.mark.parametrize("name", ["vit", "gpt_nano", "resnet_nano", "layered"])
 def test_every_alpha_and_every_weight_gets_a_gradient(name):
     space = shuffled(name)
     alphas, mixture = random_mixture(space)
@@ -68,6 +79,90 @@ def test_every_alpha_and_every_weight_gets_a_gradient(name):
     for alpha in (alpha for alpha in alphas.values() if alpha.shape[-1] > 1):
         assert alpha.grad.isfinite().all() and (alpha.grad.abs() > 0).all()
     assert all(parameter.grad.isfinite().all() for parameter in space.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_architecture_is_the_same_network_with_and_without_an_order(name):
+    space, ordered = make(name), shuffled(name)
+    for architecture in architectures(space, 3):
+        shapes = [
+            {key: tensor.shape for key, tensor in it.standalone(architecture).state_dict().items()}
+            for it in (space, ordered)
+        ]
+        assert shapes[0] == shapes[1] == {key: x.shape for key, x in ordered.inherited(architecture).items()}
+
+
+def elasticized(model):
+    return elasticize(model, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_new_networks_of_a_model_begin_as_the_layers_that_they_keep(frozen):
+    model = Layered()
+    for layer in model.layers[1:]:
+        layer.norm.requires_grad_(not frozen)
+    space = elasticized(model)
+    space.layers.put_in_order([0, 4, 2, 1, 3])
+    architecture = space.architecture(**{**space.smallest().choices, "layers.depth": 4, "layers.up": [8, 8, 8]})
+    network = space.standalone(architecture)
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm1d)}
+    assert [*norms] == ["layers.1.norm", "layers.2.norm", "layers.3.norm"]
+    assert [norm.weight[0].item() for norm in norms.values()] == [1, 2, 4]
+    assert [norm.running_mean[0].item() for norm in norms.values()] == ([1, 2, 4] if frozen else [0, 0, 0])
+
+
+class Again(Layered):
+    """Calls a part of a layer once more."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.layers[1].norm(x))
+
+
+class Scaled(Layer):
+    """A layer with a number of its own."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+    def forward(self, x):
+        return super().forward(x) * self.number
+
+
+class Masked(Layer):
+    """A layer with a buffer that is not saved."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.register_buffer("mask", torch.arange(6) == number, persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.mask.sum() * 0 + self.mask[0] + self.mask[1]
+
+
+DIFFERING = {
+    "widths": lambda: Layered([Layer(number, hidden=16 * number) for number in range(1, 5)]),
+    "numbers": lambda: Layered([*map(Scaled, range(1, 5))]),
+    "buffers": lambda: Layered([*map(Masked, range(1, 5))]),
+    "calls": Again,
+}
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_layers_of_a_model_that_differ_keep_their_places(name):
+    space = elasticized(DIFFERING[name]())
+    (depth,) = depths(space)
+    with pytest.raises(TangleNASError, match="the 5 layers differ, so that they cannot be kept in the order"):
+        depth.put_in_order([0, 2, 3, 1, 4])
+    (said,) = order_layers(space, F.cross_entropy, [(torch.randn(4, 6), torch.zeros(4).long())])
+    assert said == "layers of layers differ, so they keep their order"
+
+
+def test_a_layer_of_a_model_that_is_fixed_by_its_name_differs():
+    space = elasticize(Layered(), torch.randn(4, 6), fixed=["layers.2.up"])
+    assert [depth.interchangeable for depth in depths(space)] == [False]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranked import masked
-from spaces import REGISTERED, Convolutional, vit
+from spaces import REGISTERED, Convolutional, layered, vit
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tiny import tiny
@@ -904,6 +904,13 @@ def test_hidden_states_are_those_before_the_next_layer_that_is_kept():
     assert hidden_pairs(space, architecture, space.extract(architecture)) == [
         ("blocks.0", "blocks.1"),
         ("blocks.1", "blocks.2"),
+    ]
+
+    model = layered()
+    model.get_submodule("layers").put_in_order([0, 4, 2, 1, 3])
+    assert hidden_pairs(model, model.smallest(), model.extract(model.smallest())) == [
+        ("layers.0", "layers.3"),
+        ("layers.1", "layers.4"),
     ]
 
     pairs = hidden_pairs(space, architecture, space.extract(architecture))

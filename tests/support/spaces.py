@@ -1,13 +1,13 @@
 """Small search spaces: together they have every elastic layer, and Sizes of every form.
 
-`SPACES` and `LAYERS` are those made here, `REGISTERED` the names of those that the installed plugins bring.
+`SPACES`, `LAYERS` and `STACKS` are those made here, `REGISTERED` the names of those that the installed plugins bring.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanglenas_engine import SearchSpace, elastic
+from tanglenas_engine import SearchSpace, elastic, elasticize
 from tanglenas_engine.plugins import create_space, manager
 from tanglenas_engine.superposition.size import make_divisible
 from tanglenas_vit.autoformer import AutoFormer
@@ -223,6 +223,38 @@ class Llama(SearchSpace):
         return torch.randint(7, (batch, 5))
 
 
+class Layer(nn.Module):
+    """A residual layer with a norm that has statistics. `number` tells it from others of its kind."""
+
+    def __init__(self, number: int, width: int = 16, hidden: int = 16):
+        super().__init__()
+        self.norm, self.up, self.down = nn.BatchNorm1d(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.constant_(self.norm.weight, number)
+        nn.init.constant_(self.norm.running_mean, number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Layered(nn.Module):
+    """A model that knows nothing of spaces, with four layers in a row. The first one changes the width."""
+
+    def __init__(self, layers=None):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 16), nn.GELU()), *(layers or map(Layer, range(1, 5)))])
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def layered(**options) -> SearchSpace:
+    """The space inside of a model with layers in a row."""
+    return elasticize(Layered(), torch.randn(4, 6), **options)
+
+
 LAYERS = {"signal": Signal, "images": Images, "llama": Llama}
 """Spaces of layers that no other has, for the tables about layers: corners, gradients and costs."""
 
@@ -233,6 +265,9 @@ SPACES = {
     "vit": lambda **options: vit(global_pool="token", **options),
     "vit_relative": lambda **options: vit(relative_position=True, **options),
 }
+
+STACKS = {"layered": layered}
+"""Spaces for the tables about the order of layers."""
 
 REGISTERED = manager().names("space")
 
@@ -278,9 +313,9 @@ SMALL["gpt"] = SMALL["gpt_char"] = {"layers": (2, 1), "vocab_size": 13, "block_s
 
 
 def make(name: str, **options) -> SearchSpace:
-    """A space of `SPACES` or `REGISTERED` in float64, with parameters that are all far from 0."""
-    if name in SPACES or name in LAYERS:
-        space = {**SPACES, **LAYERS}[name](**options)
+    """A space of `SPACES`, `LAYERS`, `STACKS` or `REGISTERED` in float64, with parameters that are all far from 0."""
+    if name in (made := {**SPACES, **LAYERS, **STACKS}):
+        space = made[name](**options)
         space.name = name
     else:
         space = create_space(name, **{**SMALL.get(name, {}), **options})
