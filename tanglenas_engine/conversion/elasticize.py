@@ -48,12 +48,9 @@ class Elasticized(Traced, SearchSpace):
 
     Attributes:
         report: What became a choice, what did not, and why.
-        trained_on: The model's `pretrained_cfg`, which says how the images of its weights were made, as timm's models
-            have it. It is empty for a model that has none, and for one that is not trained.
     """
 
     report = Report()
-    trained_on: Mapping[str, Any] = MappingProxyType({})
     _initial: Mapping[str, Initial] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, example: Tensor, **options: Any):

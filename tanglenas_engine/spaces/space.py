@@ -91,6 +91,9 @@ class SearchSpace(Architectures, Elastic, metaclass=_Constructor):
     """The name of the module whose outputs are the classes. Weights to start from may have another one."""
     scratch_warning: str = ""
     """A sentence with which a training from scratch warns, or "" for none."""
+    trained_on: Mapping[str, Any] = MappingProxyType({})
+    """How the images were made on which weights that the space brings along were trained: `mean`, `std` and more, as in
+    the `pretrained_cfg` of timm's models. It is empty where nothing is known."""
 
     def __init__(self, *, relaxation: str = "exact", sharing: str = "superposed"):
         super().__init__()

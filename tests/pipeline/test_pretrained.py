@@ -109,6 +109,10 @@ def test_images_that_were_normalised_otherwise_are_told(tmp_path, capsys, same):
     assert ("normalised with mean [0.5] and std [0.5], and the dataset digits has mean [0.305" in told) is not same
 
 
+def of_a_size(image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
 def of_a_model(image_size, in_channels, trained=False, mean=(0.5,)):
     """A model with timm's attribute, which untrained models have, too."""
     network = nn.Sequential(
@@ -159,9 +163,16 @@ OPTION = r"The largest options of this space are .*create_space\.OPTION"
         ("autoformer_nano", PATCHES, {"depth": (2,)}, rf"has no blocks\.1\.\S+ and \d+ more\. {OPTION}"),
         (
             "elasticized",
-            {"model": of_a_model},
+            {"model": of_a_size},
             {"image_size": 16},
             r"image_size = 8, and the network of the weights has another one: set create_dataset\.image_size to that",
+        ),
+        (
+            "elasticized",
+            {"model": of_a_model},
+            {"in_channels": 3},
+            r"image_size = 8 and in_channels = 1, and the network of the weights has others: set create_dataset\.image"
+            r"_size to that of the weights, or choose image_folder or .*, and set create_dataset\.in_channels to that",
         ),
         (
             "gpt_nano",

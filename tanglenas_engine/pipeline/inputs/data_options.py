@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +24,8 @@ def remedies(
 ) -> dict[str, str]:
     """Return a remedy for each tensor whose shape differs because of an option that the dataset gives the space.
 
-    The space is made again with each of these options doubled. An option explains a dimension if it then changes.
+    The space is made again with each of these options doubled. An option explains a dimension if it then changes. A
+    dimension may be a product of several.
 
     Args:
         space: A space that `create_space` made.
@@ -31,9 +33,9 @@ def remedies(
         shapes: The shapes of tensors in the file of weights and in the space, by name.
     """
     made = space.created_with or {}
-    found: dict[str, str] = {}
+    reasons: dict[str, list[_Reason]] = {}
     for option, value in dataset.space_options().items():
-        if not isinstance(value, int) or made.get(option) != value or found.keys() >= shapes.keys():
+        if not isinstance(value, int) or made.get(option) != value:
             continue
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -47,28 +49,38 @@ def remedies(
             for a, b, c in zip(there, here, other, strict=True):
                 if a != b and b != c:
                     proportional = c == 2 * b and value * a % b == 0
-                    found.setdefault(name, _remedy(dataset, option, value, value * a // b if proportional else None))
-    return found
+                    reason = _Reason(option, value, value * a // b if proportional else None)
+                    reasons.setdefault(name, []).append(reason)
+    return {name: _remedy(dataset, found) for name, found in reasons.items()}
 
 
-def _remedy(dataset: Dataset, option: str, value: int, wanted: int | None) -> str:
-    """Return a sentence with the datasets that can have another value of an option.
+class _Reason(NamedTuple):
+    """An option that a dataset gives a space, its value, and that of the weights, or None if it is not known."""
 
-    Args:
-        dataset: The dataset.
-        option: The option of spaces.
-        value: Its value for the dataset.
-        wanted: Its value for the weights, or None if it is not known.
-    """
+    option: str
+    value: int
+    wanted: int | None
+
+
+def _remedy(dataset: Dataset, reasons: Sequence[_Reason]) -> str:
+    """Return a sentence with the ways to the weights' options. With several reasons, it is one of them or all."""
+    given = " and ".join(f"{reason.option} = {reason.value}" for reason in reasons)
+    only = reasons[0].wanted if len(reasons) == 1 else None
+    ways = ", or ".join(_way(dataset, reason.option, only) for reason in reasons)
+    return (
+        f"The dataset {dataset.name!r} gives the space {given}, and the network of the weights has "
+        f"{only or ('another one' if len(reasons) == 1 else 'others')}: {ways}, or choose other weights"
+    )
+
+
+def _way(dataset: Dataset, option: str, wanted: int | None) -> str:
+    """Return how to have another value of an option, with the datasets that can."""
     name = SET_BY.get(option, option)
     datasets = [it.name for it in manager().registrations("dataset") if name in _options(it)]
-    remedy = f"set create_dataset.{name}" + (f" = {wanted}" if wanted and name == option else " to that of the weights")
-    if dataset.name not in datasets:
-        remedy = f"choose {' or '.join(datasets)}, and {remedy}" if datasets else "choose another dataset"
-    return (
-        f"The dataset {dataset.name!r} gives the space {option} = {value}, and the network of the weights has "
-        f"{wanted or 'another one'}: {remedy}, or choose other weights"
-    )
+    way = f"set create_dataset.{name}" + (f" = {wanted}" if wanted and name == option else " to that of the weights")
+    if dataset.name in datasets:
+        return way
+    return f"choose {' or '.join(datasets)}, and {way}" if datasets else "choose another dataset"
 
 
 def _options(dataset: Registration) -> Container[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tanglenas_engine.conversion.elasticize import Elasticized
 from tanglenas_engine.data import Dataset, data_path
 from tanglenas_engine.errors import TangleNASError, closest, describe
 from tanglenas_engine.pipeline.inputs.data_options import remedies
@@ -39,8 +38,7 @@ def pretrained(space: SearchSpace, dataset: Dataset, weights: str = SCRATCH) -> 
         TangleNASError: The weights cannot be found or downloaded, or are not those of the space's largest network.
     """
     if weights == SCRATCH:
-        own = space.trained_on if isinstance(space, Elasticized) else {}
-        _tell(space.name, _other_inputs(own, dataset))
+        _tell(space.name, _other_inputs(space.trained_on, dataset))
         return ""
     path = located(weights)
     _tell(weights, load_pretrained(space, path, partial(remedies, space, dataset)))
