@@ -65,7 +65,7 @@ def initials(model: nn.Module, trained: bool) -> dict[str, Initial]:
     begin as torch's do, biases are 0, and all other parameters keep their mean and deviation.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = {name: p.detach() for name, p in named.items() if p.is_floating_point()}
     weights = matrices(model)
     multiplied = {name for name in parameters if named[name] in weights}
     rules = dict.fromkeys(multiplied, INPUTS) if trained else _rules(parameters, multiplied)

@@ -130,6 +130,15 @@ def test_a_known_constant_is_taken_before_one_that_happens_to_fit_as_many_shapes
     assert [found[f"{i}.weight"].fan for i in range(2)] == [INPUTS, INPUTS]
 
 
+def test_a_tied_parameter_has_an_entry_for_each_name():
+    """A network may lack the module of the first one, as a layer that an order leaves out."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    nn.init.normal_(model[0].weight, std=0.005)
+    found = initials(model, trained=False)
+    assert found["1.weight"] == found["0.weight"]
+
+
 def test_weights_without_a_deviation_keep_their_values():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     nn.init.zeros_(model[2].weight)
