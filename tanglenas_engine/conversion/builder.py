@@ -22,7 +22,7 @@ from tanglenas_engine.conversion.report import Part, Report
 from tanglenas_engine.conversion.rules import REFUSED, RULES
 from tanglenas_engine.conversion.stacks import Layers, find_stacks
 from tanglenas_engine.conversion.traced import Stack, Traced
-from tanglenas_engine.elastic.base import Elastic
+from tanglenas_engine.elastic.base import Elastic, shared
 from tanglenas_engine.elastic.parts import part
 from tanglenas_engine.errors import TangleNASError
 from tanglenas_engine.spaces.space import SearchSpace
@@ -373,7 +373,22 @@ class Builder:
                 for node in self.graph.nodes
                 if node not in inside
             )
-            container.set_depth(depths[stack.path], stack.changing, elsewhere)
+            layers = [stack.prefix(position) for position in range(stack.changing, len(stack.names))]
+            # The ties of a network follow the places of its layers, so all layers must have the same ones.
+            uneven = any(_ties(space, layer) != _ties(space, layers[0]) for layer in layers)
+            container.set_depth(depths[stack.path], stack.changing, placed=elsewhere or uneven)
+
+
+def _ties(space: nn.Module, layer: str) -> set[tuple[frozenset[str], int | None]]:
+    """Return what is tied in a layer, which is given by its prefix.
+
+    Each shared parameter has its names in the layer, and its number in the space if it has names elsewhere, too.
+    """
+    found = set()
+    for number, group in enumerate(shared(space)):
+        if names := frozenset(name.removeprefix(layer) for name in group if name.startswith(layer)):
+            found.add((names, number if len(names) < len(group) else None))
+    return found
 
 
 def _check_names(module: nn.Module, where: str) -> None:

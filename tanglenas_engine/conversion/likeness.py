@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import NoneType
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tanglenas_engine.elastic.base import plain
 from tanglenas_engine.superposition.size import Row
+
+_OF_ALL = vars(nn.Module()).keys()
+"""Attributes that every module has: the registries of its parts, hooks, and the mode."""
 
 
 def alike(layers: Sequence[nn.Module]) -> bool:
     """Return True if layers with the same options are the same network, apart from the values in its `state_dict`.
 
-    They are compared with the first option of all choices, with the second one, and so on.
+    They are compared with the first option of all choices, with the second one, and so on. Attributes that cannot be
+    compared, such as objects without an `==` of their own, differ.
     """
     first, *others = layers
-    return all(_alike(first, other) for other in others)
-
-
-def _alike(one: nn.Module, other: nn.Module) -> bool:
     position = last = 0
     while position <= last:
-        ours, theirs = _Each(position), _Each(position)
-        with torch.random.fork_rng(devices=[]):  # new layers are initialised
-            equal = _equal(plain(one, ours), plain(other, theirs))
-        if not equal or {row.choice for row in ours} != {row.choice for row in theirs}:
-            return False
+        ours = _Each(position)
+        network = _built(first, ours)
+        for other in others:
+            theirs = _Each(position)
+            if not _same(network, _built(other, theirs)) or ours.choices != theirs.choices:
+                return False
         last = max([last, *(len(row.options) - 1 for row in ours)])
         position += 1
     return True
@@ -46,28 +47,51 @@ class _Each(dict[Row, int]):
         self[row] = min(self.position, len(row.options) - 1)
         return self[row]
 
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    """Return True if two networks are equal, apart from the values in their `state_dict`."""
-    saved, others = one.state_dict(), other.state_dict()
-    unsaved = {name: buffer for name, buffer in one.named_buffers() if name not in saved}
-    theirs = {name: buffer for name, buffer in other.named_buffers() if name not in others}
-    return (
-        _described(one) == _described(other)
-        and {name: (x.shape, x.dtype) for name, x in saved.items()}
-        == {name: (x.shape, x.dtype) for name, x in others.items()}
-        and unsaved.keys() == theirs.keys()
-        and all(torch.equal(buffer, theirs[name]) for name, buffer in unsaved.items())
-    )
+    @property
+    def choices(self) -> set[str]:
+        """The names of the choices of the rows read."""
+        return {row.choice for row in self}
 
 
-def _described(network: nn.Module) -> list[tuple[Any, ...]]:
-    """Return the modules of a network with their options and the code that they run."""
-    simple = (bool, int, float, str, tuple, NoneType)
-    found: list[tuple[Any, ...]] = []
-    for name, module in network.named_modules():
-        options = {k: v for k, v in vars(module).items() if isinstance(v, simple) and k[0] != "_" and k != "training"}
-        nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-        code = [(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes]
-        found.append((name, type(module).__name__, module.extra_repr(), options, code))
-    return found
+def _built(layer: nn.Module, assignment: _Each) -> list[tuple[Any, ...]]:
+    """Return the modules of a layer's network: class, attributes, the code that they run, and tensors.
+
+    Parameters and buffers are told by their shapes and types, those that are not saved by their values.
+    """
+    with torch.random.fork_rng(devices=[]):  # new layers are initialised
+        network = plain(layer, assignment)
+    return [(name, *_described(module)) for name, module in network.named_modules()]
+
+
+def _described(module: nn.Module) -> tuple[Any, ...]:
+    tensors = {
+        key: tensor if key in module._non_persistent_buffers_set else (tensor.shape, tensor.dtype, tensor.requires_grad)
+        for key, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None
+    }
+    if isinstance(module, fx.GraphModule):  # its class is its own, and its attributes follow from its graph
+        nodes = module.graph.nodes
+        return [(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes], tensors
+    known = type(module).__module__.startswith("torch.nn.modules.")  # private attributes follow from public ones
+    attributes = {k: v for k, v in vars(module).items() if k not in _OF_ALL and not (known and k.startswith("_"))}
+    return type(module), attributes, tensors
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return True if two values are known to be equal."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, partial):
+        return _same((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    try:
+        return bool(one == other)
+    except Exception:  # such as that of arrays, which compare their elements
+        return False

@@ -29,15 +29,16 @@ class Reference:
 class Stack(elastic.Depth):
     """An elastic depth in place of the container that held the layers in the given model."""
 
-    def set_depth(self, depth: Size, least: int, used_elsewhere: bool) -> None:
+    def set_depth(self, depth: Size, least: int, placed: bool) -> None:
         """Take the depth.
 
         Args:
             depth: The depth.
             least: The number of layers that every architecture has.
-            used_elsewhere: True if the model uses parts of single layers outside of the stack, too.
+            placed: True if layers differ by their places: the model uses parts of single layers outside of the stack,
+                too, or some layers share parameters that others do not share.
         """
-        self.depth, self.least, self.used_elsewhere = depth, least, used_elsewhere
+        self.depth, self.least, self.placed = depth, least, placed
         self._depths = sorted({int(value) for value in depth.values})
         self.declare(outputs=(Axis(depth, layout="value", role="value"),))
 
@@ -58,10 +59,10 @@ class Stack(elastic.Depth):
     def interchangeable(self) -> bool:  # type: ignore[override]
         """True if networks are the same with and without an order, apart from their weights.
 
-        Layers with the same options are then the same network, and none of them is used outside of the stack. Layers
-        that every architecture has may differ.
+        Layers with the same options are then the same network, none of them is used outside of the stack, and all have
+        the same ties. Layers that every architecture has may differ.
         """
-        return not self.used_elsewhere and alike([part(self, str(number)) for number in range(self.least, len(self))])
+        return not self.placed and alike([part(self, str(number)) for number in range(self.least, len(self))])
 
 
 class Traced(Holder):

@@ -180,16 +180,21 @@ def sliced_state(module: nn.Module, assignment: Assignment) -> dict[str, Tensor]
     }
 
 
+def shared(module: nn.Module) -> list[list[str]]:
+    """Return the names of each shared parameter (tied weights), in the order of the modules."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
 def tied(module: nn.Module) -> list[list[str]]:
-    """Return the names of each shared parameter (tied weights), in the order of the modules.
+    """Return what `shared` returns, for a module whose architectures keep ties.
 
     Raises:
         TangleNASError: Two layers share a parameter, but an architecture cuts different slices from it.
     """
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    groups = [group for group in names.values() if len(group) > 1]
+    groups = shared(module)
     for first, *others in groups:
         for name in others:
             if _slicing(module, name) != _slicing(module, first):

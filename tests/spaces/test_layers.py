@@ -1,6 +1,7 @@
 """Layers in order: a smaller depth drops the ones that matter least, and all forms of an architecture agree on it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from tanglenas_engine import SearchSpace, create_space, elastic, elasticize
 from tanglenas_engine.elastic.depth import Depth
 from tanglenas_engine.errors import TangleNASError
-from tanglenas_engine.runtime.weights import save_weights
+from tanglenas_engine.runtime.weights import load_state, save_weights
 from tanglenas_engine.spaces.layers import order_layers
 from tanglenas_engine.spaces.pretrained import load_pretrained
 
@@ -120,6 +121,20 @@ class Again(Layered):
         return self.head(self.layers[1].norm(x))
 
 
+class Behind(Layered):
+    """Has a layer behind the others with the bias of one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.behind = nn.Linear(16, 16)
+        self.behind.bias = self.layers[2].down.bias
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.behind(x))
+
+
 class Scaled(Layer):
     """A layer with a number of its own."""
 
@@ -142,7 +157,61 @@ class Masked(Layer):
         return super().forward(x) + self.mask.sum() * 0 + self.mask[0] + self.mask[1]
 
 
+class Gate(nn.Module):
+    """Adds a function of its input where this is not 0, so that it is called as a whole."""
+
+    def __init__(self, function=torch.relu, factors=(1.0,), shift=0.0, power=1):
+        super().__init__()
+        self.function, self.factors, self.shift, self._power = function, [*factors], torch.tensor(shift), power
+
+    def forward(self, x):
+        if x.abs().sum() > 0:
+            x = x + self.function(x) ** self._power * self.factors[0] + self.shift
+        return x
+
+
+class Gated(Layer):
+    """A layer with a gate."""
+
+    def __init__(self, number, **options):
+        super().__init__(number)
+        self.gate = Gate(**options)
+
+    def forward(self, x):
+        return self.gate(super().forward(x))
+
+
+def gated(**options):
+    """Return a model whose third layer has other options than the others. A fresh `partial` is none."""
+    default = {"function": partial(F.leaky_relu, negative_slope=0.5)}
+    return Layered([Gated(number, **(default | (options if number == 3 else {}))) for number in range(1, 5)])
+
+
+def tying(names):
+    """Return a model in which each parameter is that of another name."""
+    model = Layered()
+    for name, other in names.items():
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, model.get_parameter(other))
+    return model
+
+
+def frozen():
+    model = Layered()
+    model.layers[2].up.requires_grad_(False)
+    return model
+
+
 DIFFERING = {
+    "functions": lambda: gated(function=torch.tanh),
+    "arguments": lambda: gated(function=partial(F.leaky_relu, negative_slope=0.25)),
+    "lists": lambda: gated(factors=[3.0]),
+    "tensors": lambda: gated(shift=3.0),
+    "private": lambda: gated(power=2),
+    "ties": lambda: tying({"layers.3.norm.weight": "layers.2.norm.weight"}),
+    "ties in a layer": lambda: tying({"layers.2.down.bias": "layers.2.norm.bias"}),
+    "ties behind": Behind,
+    "frozen": frozen,
     "widths": lambda: Layered([Layer(number, hidden=16 * number) for number in range(1, 5)]),
     "numbers": lambda: Layered([*map(Scaled, range(1, 5))]),
     "buffers": lambda: Layered([*map(Masked, range(1, 5))]),
@@ -151,6 +220,7 @@ DIFFERING = {
 
 
 @pytest.mark.parametrize("name", DIFFERING)
+@pytest.mark.part(1)
 def test_layers_of_a_model_that_differ_keep_their_places(name):
     space = elasticized(DIFFERING[name]())
     (depth,) = depths(space)
@@ -158,6 +228,25 @@ def test_layers_of_a_model_that_differ_keep_their_places(name):
         depth.put_in_order([0, 2, 3, 1, 4])
     (said,) = order_layers(space, F.cross_entropy, [(torch.randn(4, 6), torch.zeros(4).long())])
     assert said == "layers of layers differ, so they keep their order"
+
+
+ALIKE = {
+    "gates": gated,
+    "one tie": lambda: tying({f"layers.{i}.up.weight": "layers.1.up.weight" for i in (2, 3, 4)}),
+    "a tie in each": lambda: tying({f"layers.{i}.down.bias": f"layers.{i}.norm.bias" for i in range(1, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.part(1)
+def test_layers_of_a_model_that_are_alike_may_be_ordered(name):
+    space, other, x = (*(elasticized(ALIKE[name]()).eval() for _ in range(2)), torch.randn(4, 6))
+    assert space.layers.interchangeable
+    space.layers.put_in_order([0, 4, 2, 1, 3])
+    for architecture in architectures(space, 3):
+        network, new = space.extract(architecture), other.standalone(architecture).eval()
+        load_state(new, network.state_dict(), "network")
+        torch.testing.assert_close(new(x), network(x), rtol=0, atol=0)
 
 
 def test_a_layer_of_a_model_that_is_fixed_by_its_name_differs():
