@@ -56,6 +56,10 @@ class Benchmark:
         return f"{told}. Evaluate says which share of these {count:,} is worse than the network found (a pool)"
 
     def __call__(self, architecture: Architecture) -> dict[str, float]:
+        """Return what `row` returns: a benchmark is a table of a search. The scripts of projects call it `row`."""
+        return self.row(architecture)
+
+    def row(self, architecture: Architecture) -> dict[str, float]:
         """Return the value, rank and regret of an architecture; nothing if the table lacks it."""
         assert self.table.tied is not None
         listed = self.table.tied.to_string(architecture) in self.table
@@ -68,7 +72,7 @@ class Benchmark:
 
         The arguments `measured` and `trainings` are those of `placed`.
         """
-        return {**self(architecture), **self.placed(measured, trainings)}
+        return {**self.row(architecture), **self.placed(measured, trainings)}
 
     def placed(self, measured: Mapping[str, float], trainings: Sequence[Sequence[float]] = ()) -> dict[str, float]:
         """Return the percentile of a network in the pool, with the ends of its 95 % interval; nothing without a pool.

@@ -79,7 +79,7 @@ def test_a_table_of_the_whole_space_has_values_and_no_percentile(space):
     values = [float(i) for i in range(len(keys))]
     benchmark = Benchmark(Table(keys, {"test_loss": values}, space.name).of(space), "test_loss")
     assert benchmark.listed is None
-    assert benchmark.judged(space.largest(), {"test_loss": 1.0}) == benchmark(space.largest())
+    assert benchmark.judged(space.largest(), {"test_loss": 1.0}) == benchmark.row(space.largest())
 
 
 def test_a_table_that_lacks_a_few_architectures_is_no_pool(space):

@@ -39,7 +39,7 @@ def worth(run: Run) -> dict[str, float]:
     with run.opened() as bench:
         from tanglenas_engine.pipeline.config.configurables import read_architecture
 
-        row = _benchmark(run.table, run.metric, bench.space)(read_architecture(bench.space))
+        row = _benchmark(run.table, run.metric, bench.space).row(read_architecture(bench.space))
         return {name: row[name] for name in ("table_value", "table_regret") if name in row}
 
 

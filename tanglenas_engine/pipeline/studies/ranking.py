@@ -39,7 +39,7 @@ def measure(run: Run) -> Measured:
         found = rank_correlation(
             bench.space,
             open_splits(bench.dataset, bench.splits, ("weights", "architecture"), augment=False),
-            benchmark,
+            benchmark.row,
             listed=listed,
             before=before,
             seed=run.seed,
