@@ -355,6 +355,7 @@ class Builder:
                 program.add(node)
         _check_names(self.model, type(self.model).__name__)
         program.write(space)
+        groups = shared(space)
         for stack in stacks:
             for position, nodes in enumerate(stack.nodes):
                 layer = part(space, f"{stack.path}.{stack.names[position]}")
@@ -375,17 +376,22 @@ class Builder:
             )
             layers = [stack.prefix(position) for position in range(stack.changing, len(stack.names))]
             # The ties of a network follow the places of its layers, so all layers must have the same ones.
-            uneven = any(_ties(space, layer) != _ties(space, layers[0]) for layer in layers)
+            ties = [_ties(groups, layer) for layer in layers]
+            uneven = any(one != ties[0] for one in ties)
             container.set_depth(depths[stack.path], stack.changing, placed=elsewhere or uneven)
 
 
-def _ties(space: nn.Module, layer: str) -> set[tuple[frozenset[str], int | None]]:
+def _ties(groups: Sequence[Sequence[str]], layer: str) -> set[tuple[frozenset[str], int | None]]:
     """Return what is tied in a layer, which is given by its prefix.
 
-    Each shared parameter has its names in the layer, and its number in the space if it has names elsewhere, too.
+    Each shared parameter has its names in the layer, and its number if it has names elsewhere, too.
+
+    Args:
+        groups: The names of each shared parameter of the space.
+        layer: The prefix.
     """
     found = set()
-    for number, group in enumerate(shared(space)):
+    for number, group in enumerate(groups):
         if names := frozenset(name.removeprefix(layer) for name in group if name.startswith(layer)):
             found.add((names, number if len(names) < len(group) else None))
     return found

@@ -36,8 +36,8 @@ def overfitted(history: Sequence[Mapping[str, Any]], alpha: bool) -> str:
         if math.isfinite(record.get(f"{split}_loss", math.nan))
     ]
     window = max(LEAST, len(losses) // MEANS)
-    means = [[fmean(column) for column in zip(*losses[n : n + window], strict=True)] for n in range(len(losses))]
-    means = means[: len(losses) - window + 1]
+    starts = range(len(losses) - window + 1)
+    means = [[fmean(column) for column in zip(*losses[start : start + window], strict=True)] for start in starts]
     if len(means) <= window:
         return ""
     (epoch, best, before), (_, end, after) = min(means, key=lambda mean: mean[1]), means[-1]
